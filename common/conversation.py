@@ -1,0 +1,134 @@
+"""The record that everything speaks: chat messages with labels, and what a guard says of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Features, List, Value
+
+Message = dict[str, str]
+Messages = Sequence[Message]
+
+ROLES = ("system", "user", "assistant")
+LABELS = ("prompt_unsafe", "response_unsafe", "response_refusal")
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        **{label: Value("bool") for label in LABELS},
+        "categories": List(Value("string")),  # null: unknown; empty: known to be none
+        "source": Value("string"),
+    }
+)
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us. The message is one line: where, what, and what to do."""
+
+
+@dataclass
+class Verdict:
+    """What a guard says of one conversation: probabilities in [0, 1], or None where the guard has no opinion.
+
+    `error` is set when the guard could not judge; such a verdict is never "safe" (see `score`).
+    """
+
+    prompt_unsafe: float | None = None
+    response_unsafe: float | None = None
+    response_refusal: float | None = None
+    categories: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def score(self, label: str = "response_unsafe") -> float:
+        """The probability of `label`; 1.0 when the guard failed, because guards fail closed.
+
+        Raises:
+            UserError: the guard has no opinion on `label` (that is a wrong question, not a verdict).
+        """
+        if self.error is not None:
+            return 1.0
+        value = getattr(self, label)
+        if value is None:
+            raise UserError(
+                f"this guard does not judge {label}; it judges {[n for n in LABELS if getattr(self, n) is not None]}"
+            )
+        return value
+
+
+def last_turns(messages: Messages) -> tuple[str | None, str | None]:
+    """The last user turn and, if it was answered, the answer: what guards judge."""
+    last = messages[-1] if messages else None
+    response = last["content"] if last and last["role"] == "assistant" else None
+    prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
+    return prompt, response
+
+
+def pair(prompt: str, response: str | None = None) -> list[Message]:
+    """One question, or one question with its answer, as messages."""
+    messages = [{"role": "user", "content": prompt}]
+    return messages if response is None else [*messages, {"role": "assistant", "content": response}]
+
+
+def check_messages(value: Any, where: str) -> list[Message]:
+    """`value` as messages, or a UserError that begins with `where` and names the field.
+
+    At least one non-empty user or assistant turn is needed, because that is what a guard judges.
+    """
+    if isinstance(value, str):  # a CSV cell
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}, field messages: not JSON ({error.msg})") from None
+    if not isinstance(value, Sequence) or not value:
+        raise UserError(
+            f"{where}, field messages: expected a non-empty list of role/content objects, found {value!r:.60}"
+        )
+    messages = []
+    for i, message in enumerate(value):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise UserError(
+                f'{where}, field messages[{i}]: expected {{"role": …, "content": …}}, found {message!r:.60}'
+            )
+        if message["role"] not in ROLES:
+            raise UserError(f"{where}, field messages[{i}].role: {message['role']!r} is none of {', '.join(ROLES)}")
+        messages.append(
+            {"role": message["role"], "content": check_text(message["content"], f"messages[{i}].content", where)}
+        )
+    if messages[-1]["role"] == "system":
+        raise UserError(
+            f"{where}, field messages: ends with a system turn; a guard judges the last user or assistant turn"
+        )
+    return messages
+
+
+def check_text(value: Any, name: str, where: str) -> str:
+    """`value` as it is, or a UserError when it is no text or only white space."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}, field {name}: expected text, found {type(value).__name__} {value!r:.60}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(
+            f"{where}, field {name}: holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
+        )
+    if not value.strip():
+        raise UserError(f"{where}, field {name}: empty text; drop the row or pass --bad_rows skip")
+    return value
+
+
+_WORDS = {
+    **dict.fromkeys(("1", "true", "yes", "unsafe", "harmful", "toxic", "refusal"), True),
+    **dict.fromkeys(("0", "false", "no", "safe", "unharmful", "harmless", "non-toxic", "compliance"), False),
+}
+
+
+def check_label(value: Any, name: str, where: str) -> bool | None:
+    """A label as bool, or None when it is unknown (null, NaN, empty cell)."""
+    if value is None or value == "" or value != value:
+        return None
+    label = _WORDS.get(str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower())
+    if label is None:
+        raise UserError(
+            f"{where}, field {name}: unknown label {value!r:.60}; use true/false, 1/0, unsafe/safe, or leave it empty"
+        )
+    return label

@@ -1,0 +1,161 @@
+"""A guard that is a sequence classifier: one forward pass, one sigmoid a category."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from common.conversation import Messages, UserError, Verdict
+from common.data import taxonomy
+from common.guards import Guard
+from common.runtime import device, inference_dtype, is_main_process
+from common.templates import control_ids, cut, encode, prepare_padding, render, windows
+
+logger = logging.getLogger(__name__)
+LONG_INPUTS = ("windows", "error", "truncate")
+
+
+class ClassifierGuard(Guard):
+    """A multi-label classifier over a rendered conversation, as `PKU-Alignment/beaver-dam-7b` and examples/moderation.
+
+    The response is unsafe with the highest of its category probabilities: BeaverTails flags a pair when any category
+    passes the threshold.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        template: str | None = None,
+        labels: Sequence[str] | None = None,
+        max_length: int = 512,
+        thresholds: dict[str, dict[str, Any]] | None = None,
+        batch_tokens: int | None = None,
+        long_inputs: str = "windows",
+        progress: bool = True,
+    ):
+        """Load the model onto the accelerator, if there is one.
+
+        Args:
+            model: folder or hub id of an `AutoModelForSequenceClassification`.
+            template: name of a prompt template; needed where the 14 BeaverTails labels do not tell it.
+            labels: category names by index; None takes them from the model's config.
+            max_length: tokens a forward pass sees of one conversation.
+            batch_tokens: padded tokens a batch; None chooses for the device.
+            long_inputs: "windows" judges overlapping windows and takes the maximum, "error" gives an error verdict,
+                "truncate" cuts the end off, as the paper does.
+
+        Raises:
+            UserError: the folder or id cannot be loaded, or does not have these labels.
+        """
+        if long_inputs not in LONG_INPUTS:
+            raise UserError(f"--long_inputs {long_inputs}: expected one of {', '.join(LONG_INPUTS)}")
+        try:
+            config = AutoConfig.from_pretrained(model)
+            names = [config.id2label[i] for i in range(config.num_labels)]
+            self.labels = list(labels or names)
+            if len(self.labels) != len(names):
+                raise UserError(f"{model}: has {len(names)} labels, its description names {len(self.labels)}")
+            if template is None and set(names) != set(taxonomy("beavertails")):
+                raise UserError(f"{model}: no guard.json and no known labels; name a prompt template (template=…)")
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                model, dtype=inference_dtype(), config=config
+            )
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{model}: cannot be loaded as a classifier: {str(error).strip().splitlines()[0]}"
+            ) from None
+        prepare_padding(self.tokenizer, self.model)
+        self.name = Path(model).name
+        self.template, self.max_length, self.long_inputs = template or "beavertails", max_length, long_inputs
+        self.thresholds = thresholds or {}
+        self.progress = progress
+        self.device = device()
+        # A CPU gains nothing from large batches; a GPU wants them.
+        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 65536)
+        self.model.to(self.device).eval()
+
+    def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
+        """Judge conversations; what has no answer to judge, or is too long under "error", gets an error verdict."""
+        prompts, owners, verdicts = [], [], [Verdict() for _ in conversations]
+        for i, messages in enumerate(conversations):
+            try:
+                prompts.append(render(self.template, messages, self.tokenizer))
+                owners.append(i)
+            except UserError as error:
+                verdicts[i].error = str(error)
+        ids = self._fit(encode(self.tokenizer, prompts), owners, conversations, verdicts)
+        for owner, probabilities in zip(owners, self._probabilities(ids), strict=True):
+            seen = verdicts[owner].categories
+            verdicts[owner].categories = {
+                name: max(p, seen.get(name, 0.0)) for name, p in zip(self.labels, probabilities, strict=True)
+            }
+        for verdict in verdicts:
+            if verdict.error is None and not all(map(math.isfinite, verdict.categories.values())):
+                verdict.error, verdict.categories = "the model's output is not a number", {}
+            if verdict.error is None:
+                verdict.response_unsafe = max(verdict.categories.values())
+        return verdicts
+
+    def _fit(
+        self, ids: list[list[int]], owners: list[int], conversations: Sequence[Messages], verdicts: list[Verdict]
+    ) -> list[list[int]]:
+        """Bring every sequence to `max_length` as `long_inputs` says; `owners` is changed along with it."""
+        fitted, fitted_owners, long = [], [], 0
+        control = control_ids(self.tokenizer)
+        for sequence, owner in zip(ids, owners, strict=True):
+            pieces = [sequence]
+            if len(sequence) > self.max_length:
+                long += 1
+                if self.long_inputs == "windows":
+                    pieces = windows(self.tokenizer, self.template, conversations[owner], self.max_length)
+                elif self.long_inputs == "truncate":
+                    pieces = [cut(sequence, self.max_length, control)]
+                else:
+                    verdicts[owner].error = f"{len(sequence)} tokens, more than --max_length {self.max_length}"
+                    pieces = []
+            fitted += pieces
+            fitted_owners += [owner] * len(pieces)
+        if long:
+            logger.info(
+                "%d of %d conversations are longer than %d tokens: %s",
+                long,
+                len(conversations),
+                self.max_length,
+                self.long_inputs,
+            )
+        owners[:] = fitted_owners
+        return fitted
+
+    @torch.inference_mode()
+    def _probabilities(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """Sigmoids, one row a sequence, in order; batches of similar length under a budget of padded tokens."""
+        order = sorted(
+            range(len(sequences)), key=lambda i: -len(sequences[i])
+        )  # the largest first: no late out-of-memory
+        out: list[list[float]] = [[] for _ in sequences]
+        with tqdm(
+            total=len(order),
+            desc=f"judging with {self.name}",
+            unit="pair",
+            disable=not (self.progress and is_main_process()),
+        ) as bar:
+            while order:
+                width = len(sequences[order[0]])
+                rows, order = order[: max(1, self.batch_tokens // width)], order[max(1, self.batch_tokens // width) :]
+                batch = self.tokenizer.pad({"input_ids": [sequences[i] for i in rows]}, return_tensors="pt").to(
+                    self.device
+                )
+                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                for i, row in zip(rows, logits.float().sigmoid().tolist(), strict=True):
+                    out[i] = row
+                bar.update(len(rows))
+        return out

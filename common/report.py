@@ -1,0 +1,108 @@
+"""What a run leaves for people: markdown tables, pictures, the model card. Numbers come from `common.metrics`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from sklearn.metrics import precision_recall_curve
+
+from common.runtime import atomic_path, write_json, write_jsonl, write_text
+
+COLUMNS = {  # metric: heading with its direction
+    "support": "rows",
+    "positives": "unsafe",
+    "auprc": "AUPRC ↑",
+    "base_rate": "base rate",
+    "auroc": "AUROC ↑",
+    "f1": "F1 ↑",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+    "fpr": "FPR ↓",
+    "recall_at_fpr05": "recall at FPR 5 % ↑",
+    "ece": "ECE ↓",
+    "brier": "Brier ↓",
+}
+
+
+def number(value: Any) -> str:
+    """A cell: three decimals, integers as they are, "–" for what is undefined, intervals in brackets."""
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return "[" + ", ".join(number(v) for v in value) + "]"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *[[number(cell) for cell in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def metric_table(metrics: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = tuple(COLUMNS)) -> str:
+    """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row a name."""
+    rows = [[name, *(values.get(c) for c in columns)] for name, values in metrics.items()]
+    return table(rows, ["", *(COLUMNS[c] for c in columns)])
+
+
+def write_results(
+    folder: Path, results: Mapping[str, Any], markdown: str, predictions: Sequence[Mapping[str, Any]]
+) -> None:
+    """results.json, results.md and predictions.jsonl (one row an item, so that any metric can be recomputed)."""
+    write_jsonl(Path(folder) / "predictions.jsonl", predictions)
+    write_text(Path(folder) / "results.md", markdown)
+    write_json(Path(folder) / "results.json", results)
+
+
+def plot_precision_recall(curves: Mapping[str, tuple[Sequence[bool], Sequence[float]]], path: Path, title: str) -> None:
+    """Precision-recall curves of several guards on the same rows, readable in black and white; the base rate is dotted."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    for (name, (truth, score)), style in zip(curves.items(), ("-", "--", "-.", (0, (1, 1)), (0, (5, 1))), strict=False):
+        precision, recall, _ = precision_recall_curve(truth, score)
+        axes.step(recall, precision, where="post", linestyle=style, label=name)
+    base = sum(truth) / len(truth)
+    axes.axhline(base, color="grey", linestyle=":", label=f"base rate {base:.2f}")
+    axes.set(title=title, xlabel="Recall of unsafe pairs", ylabel="Precision", xlim=(0, 1.01), ylim=(0, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    save_figure(figure, path)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and free it."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+
+
+def model_card(
+    folder: Path, *, title: str, base_model: str, intro: str, usage: str, sections: Mapping[str, str]
+) -> None:
+    """README.md of a checkpoint: a hub model card (front matter, what it is, how to use it, measured numbers)."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "base_model": base_model,
+        "tags": "[guard, moderation]",
+    }
+    lines = [
+        "---",
+        *[f"{k}: {v}" for k, v in front.items()],
+        "---",
+        "",
+        f"# {title}",
+        "",
+        intro,
+        "",
+        "```python",
+        usage.strip(),
+        "```",
+        "",
+    ]
+    for heading, text in sections.items():
+        lines += [f"## {heading}", "", text.strip(), ""]
+    write_text(Path(folder) / "README.md", "\n".join(lines))

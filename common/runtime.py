@@ -1,0 +1,177 @@
+"""Run-time choices that every script makes the same way: arguments, one-line errors, device, run manifest, safe writes."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from trl import TrlParser
+
+from common.conversation import UserError
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "evaluate", "scikit-learn")
+_STARTED = time.time()
+
+
+def is_main_process() -> bool:
+    """True in rank 0 of a torchrun or accelerate launch, and without one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a script's main(): a UserError becomes one line on stderr and exit code 2; only rank 0 speaks."""
+    logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
+    for chatty in ("httpx", "absl", "DeepSpeed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        main()
+    except UserError as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def parse_args(types: Sequence[type], default_config: Path | None = None) -> tuple:
+    """Dataclasses filled from `--config file.yaml` and flags; flags win. Unknown flags and unknown YAML keys are errors.
+
+    Args:
+        types: dataclass types, as for TrlParser.
+        default_config: the config that is used when there is no argument at all.
+
+    Raises:
+        UserError: anything wrong with the arguments, before any work.
+    """
+    argv = sys.argv[1:]
+    if not argv and default_config is not None:
+        logger.info(
+            "No arguments: running %s (for the paper's run: --config configs/paper.yaml)",
+            os.path.relpath(default_config),
+        )
+        argv = ["--config", str(default_config)]
+    parser = TrlParser(
+        list(types),
+        usage="%(prog)s [--config file.yaml] [--flag value …]   (--help lists the flags)",
+        allow_abbrev=False,
+    )
+    try:
+        return parser.parse_args_and_config(argv)
+    except yaml.YAMLError as error:
+        raise UserError(f"--config: not YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, TypeError, OSError) as error:
+        text = " ".join(str(error).split())
+        for phrase in (
+            "Some specified arguments are not used by the HfArgumentParser:",
+            "Unknown arguments from config file:",
+        ):
+            if text.startswith(phrase):
+                raise UserError(
+                    f"unknown argument {text[len(phrase) :].split('. Please')[0].strip()}; --help lists the known ones"
+                ) from None
+        raise UserError(text) from None
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return (
+        torch.accelerator.current_accelerator() or torch.device("cpu")
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
+
+
+def inference_dtype() -> torch.dtype:
+    """bf16 on an accelerator that has it; fp32 on a CPU, where bf16 is emulated and an order of magnitude slower."""
+    return torch.bfloat16 if device().type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextmanager
+def atomic_path(path: Path):
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all; NaN is refused, because what is undefined is null."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
+    """What a run was: arguments, versions, git revision, hardware, seconds since start, peak memory. No environment.
+
+    Args:
+        arguments: dataclass instances; values that are not plain are written as text.
+        extra: what else belongs there (seed, data fingerprint, counts).
+    """
+    resolved = {k: v for a in arguments for k, v in (_plain_arguments(a)).items()}
+    root = Path(__file__).resolve().parents[1]
+    git = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    cuda = torch.cuda.is_available()
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "arguments": {
+            k: v if isinstance(v, str | int | float | bool | list | dict | None) else str(v)
+            for k, v in resolved.items()
+        },
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+        "git": {"revision": git("rev-parse", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))},
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+            "devices": torch.cuda.device_count() if cuda else 0,
+            "cpu_threads": torch.get_num_threads(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+        "seconds": round(time.time() - _STARTED, 1),
+        "peak_memory_gib": {
+            "host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "device": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        },
+        **extra,
+    }
+
+
+def _plain_arguments(arguments: Any) -> dict[str, Any]:
+    if hasattr(arguments, "to_sanitized_dict"):  # TrainingArguments: tokens masked
+        return {k: v for k, v in arguments.to_dict().items() if "token" not in k or "tokens" in k}
+    return asdict(arguments) if is_dataclass(arguments) else dict(arguments)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

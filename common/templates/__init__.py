@@ -1,0 +1,223 @@
+"""Prompt templates, and the one encoder that keeps text under moderation from becoming control tokens.
+
+A template is a jinja file in this folder. It is rendered with place-holders where content goes, so that the result is
+known piece by piece as template text or content. `encode` then tokenizes the whole text once, exactly as the reference
+call `tokenizer(text)` would, and looks at every control token of the result: one that covers content did not come from
+the template. Only then is the content changed, by a space inside the string that the tokenizer took for a control token.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.conversation import Messages, UserError, last_turns, pair
+
+
+class Part(NamedTuple):
+    """A piece of a rendered prompt: the template's own text, or content of a message."""
+
+    text: str
+    is_content: bool
+
+
+def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+    """The prompt of `messages` in pieces.
+
+    Args:
+        template: the name of a jinja file in this folder, without its ending. It sees `prompt` (last user turn),
+            `response` (answer to it) and the tokenizer's `bos_token` and `eos_token` (empty where it has none).
+
+    Raises:
+        UserError: the template is unknown, or it needs a turn that the conversation lacks.
+    """
+    prompt, response = last_turns(messages)
+    content = {"prompt": prompt, "response": response}
+    # U+E000 and U+E001 are private-use characters; content is put in only after rendering, so it cannot forge them.
+    markers = {name: f"\ue000{name}\ue001" for name, text in content.items() if text is not None}
+    specials = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    try:
+        text = _template(template).render(**markers, **specials)
+    except jinja2.UndefinedError as error:
+        raise UserError(f"template {template}: the conversation has no such turn ({error.message})") from None
+    pieces = re.split("\ue000(prompt|response)\ue001", text)
+    return [Part(content[piece] if i % 2 else piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
+
+
+@cache
+def _template(name: str) -> jinja2.Template:
+    folder = Path(__file__).parent
+    path = folder / f"{name}.jinja"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.jinja")))
+        raise UserError(f"template {name!r}: unknown; the templates are {known}")
+    return jinja2.Template(path.read_text(encoding="utf-8").rstrip("\n"), undefined=jinja2.StrictUndefined)
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that steer a model: special tokens, and other added tokens that look like markup (`<tool_call>`).
+
+    Added tokens of letters, digits and spaces alone are ordinary vocabulary (runs of blanks, domain words). The unknown
+    token is not in the set: content that the tokenizer has no token for yields it rightly.
+    """
+    added = tokenizer.added_tokens_decoder
+    marked = {i for i, token in added.items() if token.special or re.search(r"[^\w\s]", token.content)}
+    return (marked | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Part]], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of rendered prompts; no id of `control_ids` comes from content.
+
+    Content that holds no control string gives exactly `tokenizer(text, add_special_tokens=…)["input_ids"]`.
+
+    Returns:
+        One list of ids a prompt, unpadded and uncut.
+
+    Raises:
+        UserError: the tokenizer cannot say which characters a token covers (no fast version).
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{tokenizer.name_or_path}: only a slow tokenizer; guards need a fast one to tell text from control tokens"
+        )
+    control = control_ids(tokenizer)
+    texts = ["".join(part.text for part in parts) for parts in prompts]
+    if not texts:
+        return []
+    batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    out = []
+    for parts, ids, offsets in zip(prompts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        for _ in range(16):
+            forged = _forged(parts, ids, offsets, control, tokenizer)
+            if not forged:
+                break
+            parts = _broken(parts, forged)
+            one = tokenizer(
+                "".join(p.text for p in parts), add_special_tokens=add_special_tokens, return_offsets_mapping=True
+            )
+            ids, offsets = one["input_ids"], one["offset_mapping"]
+        else:
+            raise UserError(
+                f"{tokenizer.name_or_path}: cannot keep {texts[len(out)]!r:.60} from becoming control tokens"
+            )
+        out.append(ids)
+    return out
+
+
+def _forged(
+    parts: Sequence[Part],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    control: set[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[tuple[int, int]]:
+    """Character spans of control tokens that cover content. A token added by the tokenizer itself covers nothing."""
+    text, content, position = "".join(part.text for part in parts), [], 0
+    for part in parts:
+        if part.is_content:
+            content.append((position, position + len(part.text)))
+        position += len(part.text)
+    spans = []
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        if token not in control and (token != tokenizer.unk_token_id or text[start:end].strip() != tokenizer.unk_token):
+            continue
+        # A template's token with lstrip/rstrip also covers the white space beside it, which is no forgery.
+        covered = text[start:end]
+        start, end = start + len(covered) - len(covered.lstrip()), end - len(covered) + len(covered.rstrip())
+        if start < end and any(start < last and first < end for first, last in content):
+            spans.append((start, end))
+    return spans
+
+
+def _broken(parts: Sequence[Part], spans: list[tuple[int, int]]) -> list[Part]:
+    """`parts` with a space inside each span, put in its content (a span of one character becomes U+FFFD)."""
+    out, position = [], 0
+    for text, is_content in parts:
+        length = len(text)
+        for start, end in reversed(spans) if is_content else ():
+            first, last = max(start - position, 0), min(end - position, length)
+            if first >= last:
+                continue
+            if end - start == 1:
+                text = f"{text[:first]}\ufffd{text[last:]}"
+            else:
+                inside = first + 1 if position + first + 1 < end else first
+                text = f"{text[:inside]} {text[inside:]}"
+        out.append(Part(text, is_content))
+        position += length
+    return out
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, template: str, messages: Messages, max_length: int) -> list[list[int]]:
+    """Overlapping windows (by a quarter) over a conversation that is longer than `max_length` tokens.
+
+    Each window is a whole prompt of the template, with a piece of the answer and, if the question fills more than half
+    of the room, a piece of it; every piece of both is in at least one window.
+    """
+    prompt, response = last_turns(messages)
+    room = max_length - len(encode(tokenizer, [render(template, pair("", "" if response else None), tokenizer)])[0])
+    while room >= 16:
+        asked = _pieces(tokenizer, prompt or "", room // 2 if response else room)
+        left = room - max(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in asked)
+        answered = _pieces(tokenizer, response, left) if response else [None]
+        pairs = [
+            pair(asked[i % len(asked)], answered[i % len(answered)]) for i in range(max(len(asked), len(answered)))
+        ]
+        ids = encode(tokenizer, [render(template, messages, tokenizer) for messages in pairs])
+        if max(map(len, ids)) <= max_length:
+            return ids
+        room = room * 7 // 8  # pieces can grow by a few tokens at their seams
+    raise UserError(f"--max_length {max_length}: leaves no room for windows beside the template {template}")
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[str]:
+    """`text` in overlapping pieces of at most `size` tokens."""
+    offsets = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    if len(offsets) <= size:
+        return [text]
+    step = max(1, size * 3 // 4)
+    starts = range(0, len(offsets) - size + step, step)
+    return [text[offsets[i][0] : offsets[min(i + size, len(offsets)) - 1][1]] for i in starts]
+
+
+def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
+    """`ids` shortened to `max_length` at the right end of the content; the closing control tokens (EOS) are kept.
+
+    Content never yields control tokens, so the closing run of control tokens is the template's own. Cutting at the right
+    is what BeaverTails does; keeping EOS, where the score is read, is what it does not.
+    """
+    if len(ids) <= max_length:
+        return ids
+    tail = next((n for n, token in enumerate(reversed(ids)) if token not in control), len(ids))
+    if tail >= max_length:
+        raise UserError(f"--max_length {max_length}: too short for the template, whose closing tokens alone are {tail}")
+    return ids[: max_length - tail] + ids[len(ids) - tail :]
+
+
+def prepare_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """A pad token that never ends a text, so that stock pooling reads the last attended token.
+
+    transformers reads a decoder's score at the rightmost id that is not `pad_token_id`. With pad = EOS it would skip
+    the EOS that the template ends with. So: keep a pad token of its own; else take a special token that no text can
+    hold and no template ends with; else add `<pad>`, as the paper's code does. (Encoders pool at their first token.)
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        # The unknown token is safe where every byte has a token; it is then never produced (SmolLM2's <|endoftext|>).
+        free = sorted(i for i in control_ids(tokenizer) - taken if tokenizer.added_tokens_decoder[i].special)
+        if free:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the new row is never attended to
+    model.config.pad_token_id = tokenizer.pad_token_id
