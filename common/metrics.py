@@ -1,6 +1,6 @@
 """Scores of guards, on scikit-learn. What is undefined is None, never 0.
 
-Scores are probabilities of the unsafe class; truths are booleans. The file is also a Hugging Face metric, without a hub:
+Scores are probabilities of the unsafe class; truths are booleans. The file is also a Hugging Face metric, offline:
 
     from common.metrics import GuardMetrics          # or evaluate.load("<repository>/common/metrics.py")
     GuardMetrics().compute(predictions=[0.9, 0.2], references=[1, 0])
@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import average_precision_score, cohen_kappa_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 FIXED_FPR = 0.05  # the false-positive rate at which recall is reported
 
@@ -29,31 +29,27 @@ def binary(truth: Sequence[bool], score: Sequence[float], threshold: float = 0.5
         accuracy, precision, recall, f1, fpr, auprc, auroc, recall_at_fpr05, ece (10 equal-width bins), brier.
 
     Raises:
-        ValueError: lengths differ or a score is no probability.
+        ValueError: lengths differ, a truth is neither yes nor no, or a score is no probability.
     """
-    y, p = np.asarray(truth, dtype=bool), np.asarray(score, dtype=float)
-    if y.shape != p.shape or y.ndim != 1:
-        raise ValueError(f"truth and score must be two lists of one length, found shapes {y.shape} and {p.shape}")
-    if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("scores must be probabilities in [0, 1]")
+    y, p = _checked(truth, score)
     hit = p > threshold
     tp, fp, fn, tn = (int((hit & y).sum()), int((hit & ~y).sum()), int((~hit & y).sum()), int((~hit & ~y).sum()))
-    n, positives, both = len(y), int(y.sum()), 0 < y.sum() < len(y)
+    n, positives = len(y), int(y.sum())
     return {
         "support": n,
         "positives": positives,
         "base_rate": _ratio(positives, n),
         "always_unsafe_f1": _ratio(2 * positives, n + positives) if positives else None,
-        "threshold": threshold,
+        "threshold": float(threshold),
         "accuracy": _ratio(tp + tn, n),
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, tp + fn),
         "f1": _ratio(2 * tp, 2 * tp + fp + fn) if positives else None,
         "fpr": _ratio(fp, fp + tn),
-        "auprc": float(average_precision_score(y, p)) if positives else None,
-        "auroc": float(roc_auc_score(y, p)) if both else None,
-        "recall_at_fpr05": recall_at_fpr(y, p, FIXED_FPR) if both else None,
-        "ece": expected_calibration_error(y, p) if n else None,
+        "auprc": auprc(y, p),
+        "auroc": float(roc_auc_score(y, p)) if 0 < positives < n else None,
+        "recall_at_fpr05": recall_at_fpr(y, p, FIXED_FPR),
+        "ece": expected_calibration_error(y, p),
         "brier": float(np.mean((p - y) ** 2)) if n else None,
     }
 
@@ -65,20 +61,29 @@ def multilabel(
 
     Args:
         truth, score: arrays of shape (n, len(names)).
+
+    Raises:
+        ValueError: another shape, or what `binary` refuses.
     """
-    truth, score = np.asarray(truth, dtype=bool), np.asarray(score, dtype=float)
+    truth, score = np.asarray(truth), np.asarray(score, dtype=float)
+    if truth.shape != score.shape or truth.ndim != 2 or truth.shape[1] != len(names):
+        raise ValueError(f"expected two arrays of shape (n, {len(names)}), found {truth.shape} and {score.shape}")
     flagged = {"flagged": binary(truth.any(1), score.max(1), threshold)}
     return flagged | {name: binary(truth[:, i], score[:, i], threshold) for i, name in enumerate(names)}
 
 
-def recall_at_fpr(truth: Sequence[bool], score: Sequence[float], fpr: float) -> float:
-    """The highest recall of any threshold whose false-positive rate is at most `fpr`."""
+def recall_at_fpr(truth: Sequence[bool], score: Sequence[float], fpr: float) -> float | None:
+    """The highest recall of any threshold whose false-positive rate is at most `fpr`, None with one class only."""
+    if np.all(truth) or not np.any(truth):
+        return None
     false_positive, true_positive, _ = roc_curve(truth, score, drop_intermediate=False)
     return float(true_positive[false_positive <= fpr].max())
 
 
-def expected_calibration_error(truth: Sequence[bool], score: Sequence[float], bins: int = 10) -> float:
+def expected_calibration_error(truth: Sequence[bool], score: Sequence[float], bins: int = 10) -> float | None:
     """Mean |confidence - frequency| over equal-width bins, weighted by their size (Guo et al., arXiv 1706.04599)."""
+    if not len(score):
+        return None
     y, p = np.asarray(truth, dtype=float), np.asarray(score, dtype=float)
     index = np.minimum((p * bins).astype(int), bins - 1)
     gaps = [abs(p[index == b].mean() - y[index == b].mean()) * (index == b).mean() for b in np.unique(index)]
@@ -95,19 +100,21 @@ def fit_threshold(truth: Sequence[bool], score: Sequence[float], split: str, tar
         {"value", "how", "on"}. A prediction is `score > value`, so the value lies half-way between two scores.
 
     Raises:
-        ValueError: `split` names a test set, or the truth has one class only.
+        ValueError: `split` names a test set, the truth has one class only, or `target_fpr` is no rate.
     """
     if is_test(split):
         raise ValueError(f"a threshold must not be fitted on a test split ({split}); name a validation split")
-    y, p = np.asarray(truth, dtype=bool), np.asarray(score, dtype=float)
+    if target_fpr is not None and not 0 <= target_fpr <= 1:
+        raise ValueError(f"target_fpr must lie in [0, 1], found {target_fpr}")
+    y, p = _checked(truth, score)
     if not 0 < y.sum() < len(y):
         raise ValueError(f"a threshold cannot be fitted on {split}: all {len(y)} rows have one class")
     levels = np.unique(np.concatenate([[0.0], p, [1.0]]))
-    candidates = np.concatenate([(levels[:-1] + levels[1:]) / 2, [1.0]])
-    hit = p[None] > candidates[:, None]
-    tp, fp = (hit & y).sum(1), (hit & ~y).sum(1)
+    middle = (levels[:-1] + levels[1:]) / 2
+    candidates = np.append(np.where(middle < levels[1:], middle, levels[:-1]), 1.0)  # neighbours have no middle
+    tp, fp = (len(part) - np.searchsorted(np.sort(part), candidates, side="right") for part in (p[y], p[~y]))
     if target_fpr is None:
-        best, how = int(np.argmax(2 * tp / (2 * tp + fp + (y.sum() - tp)))), "max F1"
+        best, how = int(np.argmax(2 * tp / (tp + fp + y.sum()))), "max F1"
     else:
         best, how = int(np.argmax(fp / (~y).sum() <= target_fpr)), f"FPR at most {target_fpr:g}"
     return {"value": float(candidates[best]), "how": f"{how}, n={len(y)}", "on": split}
@@ -129,43 +136,70 @@ def bootstrap(
 
     The statistic sees one set of indices for everything that it compares, which makes a difference of two guards
     paired. Rows of one group (one prompt) are drawn together. Rounds where it is None (one class) are left out; the
-    result is None when fewer than half remain.
+    result is None when fewer than half remain, or without rows.
     """
-    rng = np.random.default_rng(seed)
-    members = [np.arange(n)[:, None][i] for i in range(n)]
+    if groups is not None and len(groups) != n:
+        raise ValueError(f"groups must name the group of each of {n} rows, found {len(groups)}")
+    rng, index = np.random.default_rng(seed), np.arange(n)
     if groups is not None:
         index = np.unique(np.asarray(groups), return_inverse=True)[1]
-        members = [np.flatnonzero(index == g) for g in range(index.max() + 1)]
-    draws = (
-        statistic(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
-        for _ in range(rounds)
-    )
+    order, sizes = np.argsort(index, kind="stable"), np.bincount(index)
+    starts = np.cumsum(sizes) - sizes
+
+    def draw() -> np.ndarray:
+        drawn = rng.integers(len(sizes), size=len(sizes))
+        size, end = sizes[drawn], np.cumsum(sizes[drawn])
+        return order[np.repeat(starts[drawn] - end + size, size) + np.arange(end[-1])]
+
+    draws = (statistic(draw()) for _ in range(rounds if n else 0))
     values = [value for value in draws if value is not None]
-    return None if len(values) * 2 < rounds else [float(v) for v in np.percentile(values, [2.5, 97.5])]
+    return None if not values or len(values) * 2 < rounds else [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
 
 def agreement(a: Sequence[bool], b: Sequence[bool], rounds: int = 1000) -> dict[str, float | int | list[float] | None]:
-    """How far two judges agree: share of equal verdicts, Cohen's kappa (None when a judge never varies), intervals."""
+    """How far two judges agree: share of equal verdicts, Cohen's kappa, intervals (`bootstrap`).
+
+    Kappa is None when both give one and the same verdict to every row: then chance alone explains all agreement.
+    """
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"two judges need two lists of one length, found shapes {a.shape} and {b.shape}")
+    same = a == b
 
-    def kappa(rows: np.ndarray) -> float | None:
-        return float(cohen_kappa_score(a[rows], b[rows])) if len({*a[rows], *b[rows]}) == 2 else None
+    def share(rows: np.ndarray) -> float | None:
+        return float(same[rows].mean()) if len(rows) else None
 
-    everything = np.arange(len(a))
+    def kappa(rows: np.ndarray) -> float | None:  # by hand: 1,000 rounds of scikit-learn's take seconds
+        x, y = a[rows], b[rows]
+        if not (x | y).any() or (x & y).all():
+            return None
+        chance = x.mean() * y.mean() + (1 - x.mean()) * (1 - y.mean())
+        return float((share(rows) - chance) / (1 - chance))
+
+    n, everything = len(a), np.arange(len(a))
     return {
-        "n": len(a),
-        "agreement": float((a == b).mean()) if len(a) else None,
-        "agreement_interval": bootstrap(lambda rows: float((a == b)[rows].mean()), len(a), rounds=rounds)
-        if len(a)
-        else None,
-        "kappa": kappa(everything) if len(a) else None,
-        "kappa_interval": bootstrap(kappa, len(a), rounds=rounds) if len(a) else None,
+        "n": n,
+        "agreement": share(everything),
+        "agreement_interval": bootstrap(share, n, rounds=rounds),
+        "kappa": kappa(everything),
+        "kappa_interval": bootstrap(kappa, n, rounds=rounds),
     }
 
 
 def auprc(truth: Sequence[bool], score: Sequence[float]) -> float | None:
     """Area under the precision-recall curve (average precision), None without a positive."""
     return float(average_precision_score(truth, score)) if np.any(truth) else None
+
+
+def _checked(truth: Sequence[bool], score: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    y, p = np.asarray(truth), np.asarray(score, dtype=float)
+    if y.shape != p.shape or y.ndim != 1:
+        raise ValueError(f"truth and score must be two lists of one length, found shapes {y.shape} and {p.shape}")
+    if not np.isin(y, (0, 1)).all():  # an unknown label (None) must not count as safe
+        raise ValueError("truths must be true or false (1 or 0)")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("scores must be probabilities in [0, 1]")
+    return y.astype(bool), p
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -179,7 +213,7 @@ class GuardMetrics(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Scores of a guard: probabilities of the unsafe class against 0/1 truths.",
             citation="",
-            inputs_description="predictions: probabilities in [0, 1]; references: 1 unsafe, 0 safe; threshold: default 0.5",
+            inputs_description="predictions: probabilities in [0, 1]; references: 1 unsafe, 0 safe; threshold: 0.5",
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("int32")}
             ),

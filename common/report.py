@@ -1,6 +1,7 @@
 """What a run leaves for people: markdown tables, pictures, the model card. Numbers come from `common.metrics`."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import yaml
 from sklearn.metrics import precision_recall_curve
 
-from common.runtime import atomic_path, write_json, write_jsonl, write_text
+from common.runtime import atomic_path, json_lines, json_text, write_text
 
 COLUMNS = {  # metric: heading with its direction
     "support": "rows",
@@ -29,12 +31,12 @@ COLUMNS = {  # metric: heading with its direction
 
 
 def number(value: Any) -> str:
-    """A cell: three decimals, integers as they are, "–" for what is undefined, intervals in brackets."""
+    """A cell: three decimals, integers as they are, "–" for what is undefined, intervals in brackets, text escaped."""
     if value is None:
         return "–"
     if isinstance(value, list):
         return "[" + ", ".join(number(v) for v in value) + "]"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split()).replace("|", "\\|")
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -53,15 +55,20 @@ def write_results(
     folder: Path, results: Mapping[str, Any], markdown: str, predictions: Sequence[Mapping[str, Any]]
 ) -> None:
     """results.json, results.md and predictions.jsonl (one row an item, so that any metric can be recomputed)."""
-    write_jsonl(Path(folder) / "predictions.jsonl", predictions)
-    write_text(Path(folder) / "results.md", markdown)
-    write_json(Path(folder) / "results.json", results)
+    texts = {  # all of them before the first is written: a value that is no JSON leaves nothing behind
+        "predictions.jsonl": json_lines(predictions),
+        "results.md": markdown,
+        "results.json": json_text(results),
+    }
+    for name, text in texts.items():
+        write_text(Path(folder) / name, text)
 
 
 def plot_precision_recall(curves: Mapping[str, tuple[Sequence[bool], Sequence[float]]], path: Path, title: str) -> None:
-    """Precision-recall curves of several guards on the same rows, readable in black and white; the base rate is dotted."""
+    """Precision-recall curves of guards on the same rows, readable in black and white; the base rate is dotted."""
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    for (name, (truth, score)), style in zip(curves.items(), ("-", "--", "-.", (0, (1, 1)), (0, (5, 1))), strict=False):
+    styles = cycle(("-", "--", "-.", (0, (1, 1)), (0, (5, 1))))
+    for (name, (truth, score)), style in zip(curves.items(), styles, strict=False):
         precision, recall, _ = precision_recall_curve(truth, score)
         axes.step(recall, precision, where="post", linestyle=style, label=name)
     base = sum(truth) / len(truth)
@@ -87,11 +94,11 @@ def model_card(
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "base_model": base_model,
-        "tags": "[guard, moderation]",
+        "tags": ["guard", "moderation"],
     }
     lines = [
         "---",
-        *[f"{k}: {v}" for k, v in front.items()],
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
         f"# {title}",

@@ -1,10 +1,11 @@
-"""Run-time choices that every script makes the same way: arguments, one-line errors, device, run manifest, safe writes."""
+"""What every script does the same way: arguments, one-line errors, device, run manifest, safe writes."""
 
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -14,16 +15,18 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
+from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from common.conversation import UserError
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "evaluate", "scikit-learn")
+SECRET = re.compile(r"(token|api_key|password|secret)$")  # names of arguments that no file and no log may show
 _STARTED = time.time()
 
 
@@ -45,8 +48,26 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+class _Parser(TrlParser):
+    """TrlParser that checks the values of a config file as it checks flags, and leaves speaking to `run_cli`."""
+
+    def set_defaults_with_config(self, **config) -> list[str]:
+        for action in self._actions:
+            value = config.get(action.dest)
+            if value is None and action.required:
+                config.pop(action.dest, None)
+            elif value is not None and action.nargs == "+" and not isinstance(value, list):
+                config[action.dest] = [value]
+            elif value is not None and action.nargs != "+" and action.type in (int, float, string_to_bool):
+                config[action.dest] = str(value)  # argparse converts, and so checks, nothing but text
+        return super().set_defaults_with_config(**config)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def parse_args(types: Sequence[type], default_config: Path | None = None) -> tuple:
-    """Dataclasses filled from `--config file.yaml` and flags; flags win. Unknown flags and unknown YAML keys are errors.
+    """Dataclasses filled from `--config file.yaml` and flags; flags win. Unknown flags and YAML keys are errors.
 
     Args:
         types: dataclass types, as for TrlParser.
@@ -55,20 +76,24 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
     Raises:
         UserError: anything wrong with the arguments, before any work.
     """
-    argv = sys.argv[1:]
+    argv = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv and argv[-1] == "--config":
+        raise UserError("--config: needs a YAML file")
     if not argv and default_config is not None:
         logger.info(
             "No arguments: running %s (for the paper's run: --config configs/paper.yaml)",
             os.path.relpath(default_config),
         )
         argv = ["--config", str(default_config)]
-    parser = TrlParser(
+    parser = _Parser(
         list(types),
         usage="%(prog)s [--config file.yaml] [--flag value …]   (--help lists the flags)",
         allow_abbrev=False,
     )
     try:
         return parser.parse_args_and_config(argv)
+    except UserError:
+        raise
     except yaml.YAMLError as error:
         raise UserError(f"--config: not YAML: {' '.join(str(error).split())}") from None
     except (ValueError, TypeError, OSError) as error:
@@ -120,14 +145,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any) -> str:
+    """Indented JSON; NaN is refused, because what is undefined is null."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def json_lines(rows: Iterable[Any]) -> str:
+    """One JSON object a line; NaN is refused."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; NaN is refused, because what is undefined is null."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON object a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    """Write JSON whole or not at all."""
+    write_text(path, json_text(value))
 
 
 def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
@@ -138,17 +168,15 @@ def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
         extra: what else belongs there (seed, data fingerprint, counts).
     """
     resolved = {k: v for a in arguments for k, v in (_plain_arguments(a)).items()}
-    root = Path(__file__).resolve().parents[1]
-    git = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True).stdout.strip()  # noqa: E731
     cuda = torch.cuda.is_available()
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])],
         "arguments": {
             k: v if isinstance(v, str | int | float | bool | list | dict | None) else str(v)
             for k, v in resolved.items()
         },
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
-        "git": {"revision": git("rev-parse", "HEAD") or None, "dirty": bool(git("status", "--porcelain"))},
+        "git": {"revision": _git("rev-parse", "HEAD") or None, "dirty": bool(_git("status", "--porcelain"))},
         "hardware": {
             "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
             "devices": torch.cuda.device_count() if cuda else 0,
@@ -165,9 +193,29 @@ def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
 
 
 def _plain_arguments(arguments: Any) -> dict[str, Any]:
-    if hasattr(arguments, "to_sanitized_dict"):  # TrainingArguments: tokens masked
-        return {k: v for k, v in arguments.to_dict().items() if "token" not in k or "tokens" in k}
-    return asdict(arguments) if is_dataclass(arguments) else dict(arguments)
+    if hasattr(arguments, "to_dict"):  # TrainingArguments: enums as text
+        plain = arguments.to_dict()
+    else:
+        plain = asdict(arguments) if is_dataclass(arguments) else dict(arguments)
+    return {name: value for name, value in plain.items() if not SECRET.search(name)}
+
+
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    words, hide = [], False
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        secret = flag.startswith("--") and SECRET.search(flag.replace("-", "_"))
+        words.append("…" if hide else f"{flag}=…" if secret and equals else word)
+        hide = bool(secret and not equals)
+    return words
+
+
+def _git(*command: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    try:
+        return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        return ""
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -31,7 +32,7 @@ class RecipeTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length | random | sequential"}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "none | tensorboard | wandb | …"})
+    report_to: str = field(default="none", metadata={"help": "none | tensorboard | wandb | all"})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over although output_dir holds checkpoints."}
     )
@@ -52,6 +53,7 @@ class RecipeTrainingArguments(TrainingArguments):
             self.warmup_steps = _mapped("warmup_ratio", f"--warmup_steps {self.warmup_ratio}", self.warmup_ratio)
         self.evaluation_strategy = self.warmup_ratio = None
         if device().type == "cpu":
+            self.dataloader_pin_memory = False
             self._leave_out_what_a_cpu_cannot_do()
         elif self.fsdp:
             self._modern_fsdp()
@@ -64,8 +66,8 @@ class RecipeTrainingArguments(TrainingArguments):
             )
         if self.fsdp:
             logger.info(
-                "No accelerator: --fsdp is off. On a CPU accelerate's FSDP does not shard but runs plain data parallel, "
-                "and so does this run; for real sharding on CPU use --deepspeed ../../launch/zero3.json."
+                "No accelerator: --fsdp is off. On a CPU accelerate's FSDP does not shard but runs plain data "
+                "parallel, and so does this run; for real sharding on CPU use --deepspeed ../../launch/zero3.json."
             )
         self.bf16 = self.fp16 = False
         self.tf32 = self.fsdp = self.fsdp_config = self.fsdp_transformer_layer_cls_to_wrap = None
@@ -95,12 +97,27 @@ def _mapped(flag: str, now: str, value):
     return value
 
 
+class BriefProgress(ProgressCallback):
+    """The stock progress bar, whose log lines leave out what has a name per category (it stays in the log history)."""
+
+    BRIEF = ("auprc", "f1", "recall", "fpr")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        brief = {k: v for k, v in (logs or {}).items() if "/" not in k or ("flagged/" in k and k.endswith(self.BRIEF))}
+        super().on_log(args, state, control, logs=brief, **kwargs)
+
+
 class LengthGroupedTrainer(Trainer):
     """A Trainer whose length-grouped order depends on seed and epoch alone.
 
     The stock sampler draws from the global generator, so that a resumed run sees another order than an uninterrupted
     one. Grouping by the GLOBAL batch gives any number of processes and accumulation steps the same batches.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(BriefProgress)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -161,7 +178,8 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         return str(wish)
     if last is not None and not args.overwrite_output_dir:
         raise UserError(
-            f"{args.output_dir} holds {Path(last).name} of an earlier run; pass --resume_from_checkpoint latest or --overwrite_output_dir true"
+            f"{args.output_dir} holds {Path(last).name} of an earlier run; "
+            "pass --resume_from_checkpoint latest or --overwrite_output_dir true"
         )
     return None
 

@@ -1,7 +1,7 @@
 """`load_guard(spec)`: a guard from a folder that a recipe wrote, a name of zoo.yaml, or a hub id.
 
-Every guard has `judge(list of messages lists) -> list[Verdict]`, batched, in order, with a progress bar, and never takes
-a failure for "safe".
+Every guard has `judge(list of messages lists) -> list[Verdict]`, batched, in order, with a progress bar, and never
+takes a failure for "safe".
 """
 
 import json
@@ -16,6 +16,8 @@ import yaml
 from common.conversation import Messages, UserError, Verdict
 from common.data import taxonomy
 
+CARD = {"kind": str, "template": str, "labels": list, "max_length": int, "thresholds": dict}  # of guard.json
+
 
 class Guard(ABC):
     """What judges conversations. `name` says which; `thresholds` are the ones that its training fitted."""
@@ -28,7 +30,7 @@ class Guard(ABC):
         """One verdict a conversation, in order."""
 
     def moderate(self, conversations: Sequence[Messages], **_: Any) -> list[float]:
-        """GuardBench's callback: the unsafe probability of each conversation's last turn (AmenRa/GuardBench, docs/examples)."""
+        """GuardBench's callback: the unsafe probability of each conversation's last turn."""
         verdicts = self.judge(conversations)
         return [
             v.score("response_unsafe" if m[-1]["role"] == "assistant" else "prompt_unsafe")
@@ -46,7 +48,7 @@ def load_guard(spec: str, **options: Any) -> Guard:
     """Load a guard.
 
     Args:
-        spec: a folder with guard.json, a name or hub id of zoo.yaml, or any folder or hub id with `template=` in options.
+        spec: a folder with guard.json, a name or hub id of zoo.yaml, or any folder or hub id with `template=`.
         options: `max_length`, `batch_tokens`, `long_inputs`, `template`, `labels`, … of the guard's class.
 
     Raises:
@@ -56,17 +58,27 @@ def load_guard(spec: str, **options: Any) -> Guard:
 
     card = Path(spec) / "guard.json"
     if card.is_file():
-        try:
-            known = json.loads(card.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{card}: malformed JSON at line {error.lineno}: {error.msg}") from None
-        model = spec
+        known, model = _read_card(card), spec
     else:
         known = next((entry for name, entry in zoo().items() if spec in (name, entry["model"])), {})
         model = known.get("model", spec)
-    described = {k: known[k] for k in ("template", "labels", "max_length", "thresholds") if k in known}
+    described = {k: known[k] for k in CARD if k in known and k != "kind"}
     if isinstance(described.get("labels"), str):
         described["labels"] = taxonomy(described["labels"])
     if known.get("kind", "classifier") != "classifier":
         raise UserError(f"{spec}: guard.json says kind {known['kind']!r}; known kinds: classifier")
     return ClassifierGuard(model, **(described | {k: v for k, v in options.items() if v is not None}))
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """The content of a guard.json, checked."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: malformed JSON ({error})") from None
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: expected an object, found {known!r:.60}")
+    for field, kind in CARD.items():
+        if field in known and not isinstance(known[field], kind):
+            raise UserError(f"{path}, field {field}: expected {kind.__name__}, found {known[field]!r:.60}")
+    return known

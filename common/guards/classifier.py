@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from common.conversation import Messages, UserError, Verdict
+from common.conversation import Messages, UserError, Verdict, pair
 from common.data import taxonomy
 from common.guards import Guard
 from common.runtime import device, inference_dtype, is_main_process
@@ -58,24 +59,30 @@ class ClassifierGuard(Guard):
         try:
             config = AutoConfig.from_pretrained(model)
             names = [config.id2label[i] for i in range(config.num_labels)]
-            self.labels = list(labels or names)
+            # The model's own names fix the order of its logits; a description only names what has none.
+            self.labels = names if labels is None or set(labels) == set(names) else list(labels)
             if len(self.labels) != len(names):
                 raise UserError(f"{model}: has {len(names)} labels, its description names {len(self.labels)}")
             if template is None and set(names) != set(taxonomy("beavertails")):
                 raise UserError(f"{model}: no guard.json and no known labels; name a prompt template (template=…)")
             self.tokenizer = AutoTokenizer.from_pretrained(model)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=inference_dtype(), config=config
+            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
+                model, dtype=inference_dtype(), config=config, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(
-                f"{model}: cannot be loaded as a classifier: {str(error).strip().splitlines()[0]}"
+                f"{model}: cannot be loaded as a classifier: {f'{error}'.strip():.200}".splitlines()[0]
             ) from None
+        if loading["missing_keys"]:  # transformers fills them at random and warns
+            raise UserError(
+                f"{model}: not a trained classifier, it lacks {', '.join(sorted(loading['missing_keys'])):.200}"
+            )
         prepare_padding(self.tokenizer, self.model)
         self.name = Path(model).name
         self.template, self.max_length, self.long_inputs = template or "beavertails", max_length, long_inputs
+        render(self.template, pair("", ""), self.tokenizer)  # an unknown template is no matter of a single verdict
         self.thresholds = thresholds or {}
         self.progress = progress
         self.device = device()
@@ -94,15 +101,18 @@ class ClassifierGuard(Guard):
                 verdicts[i].error = str(error)
         ids = self._fit(encode(self.tokenizer, prompts), owners, conversations, verdicts)
         for owner, probabilities in zip(owners, self._probabilities(ids), strict=True):
-            seen = verdicts[owner].categories
-            verdicts[owner].categories = {
-                name: max(p, seen.get(name, 0.0)) for name, p in zip(self.labels, probabilities, strict=True)
+            verdict = verdicts[owner]
+            if not all(map(math.isfinite, probabilities)):  # of any window: max() would pass over it
+                verdict.error = "the model's output is not a number"
+            verdict.categories = {
+                name: max(p, verdict.categories.get(name, 0.0))
+                for name, p in zip(self.labels, probabilities, strict=True)
             }
         for verdict in verdicts:
-            if verdict.error is None and not all(map(math.isfinite, verdict.categories.values())):
-                verdict.error, verdict.categories = "the model's output is not a number", {}
             if verdict.error is None:
                 verdict.response_unsafe = max(verdict.categories.values())
+            else:
+                verdict.categories = {}
         return verdicts
 
     def _fit(
@@ -115,13 +125,15 @@ class ClassifierGuard(Guard):
             pieces = [sequence]
             if len(sequence) > self.max_length:
                 long += 1
-                if self.long_inputs == "windows":
-                    pieces = windows(self.tokenizer, self.template, conversations[owner], self.max_length)
-                elif self.long_inputs == "truncate":
-                    pieces = [cut(sequence, self.max_length, control)]
-                else:
-                    verdicts[owner].error = f"{len(sequence)} tokens, more than --max_length {self.max_length}"
-                    pieces = []
+                try:
+                    if self.long_inputs == "error":
+                        raise UserError(f"{len(sequence)} tokens, more than --max_length {self.max_length}")
+                    if self.long_inputs == "windows":
+                        pieces = windows(self.tokenizer, self.template, conversations[owner], self.max_length)
+                    else:
+                        pieces = [cut(sequence, self.max_length, control)]
+                except UserError as error:
+                    verdicts[owner].error, pieces = str(error), []
             fitted += pieces
             fitted_owners += [owner] * len(pieces)
         if long:

@@ -3,7 +3,7 @@
 A template is a jinja file in this folder. It is rendered with place-holders where content goes, so that the result is
 known piece by piece as template text or content. `encode` then tokenizes the whole text once, exactly as the reference
 call `tokenizer(text)` would, and looks at every control token of the result: one that covers content did not come from
-the template. Only then is the content changed, by a space inside the string that the tokenizer took for a control token.
+the template. Only then is the content changed, by a space inside the string that was taken for a control token.
 """
 
 import re
@@ -25,12 +25,12 @@ class Part(NamedTuple):
     is_content: bool
 
 
-def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Part]:
     """The prompt of `messages` in pieces.
 
     Args:
         template: the name of a jinja file in this folder, without its ending. It sees `prompt` (last user turn),
-            `response` (answer to it) and the tokenizer's `bos_token` and `eos_token` (empty where it has none).
+            `response` (answer to it) and `bos_token` and `eos_token` (empty without a tokenizer that has them).
 
     Raises:
         UserError: the template is unknown, or it needs a turn that the conversation lacks.
@@ -39,7 +39,7 @@ def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase
     content = {"prompt": prompt, "response": response}
     # U+E000 and U+E001 are private-use characters; content is put in only after rendering, so it cannot forge them.
     markers = {name: f"\ue000{name}\ue001" for name, text in content.items() if text is not None}
-    specials = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    specials = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
     try:
         text = _template(template).render(**markers, **specials)
     except jinja2.UndefinedError as error:
@@ -62,11 +62,12 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids that steer a model: special tokens, and other added tokens that look like markup (`<tool_call>`).
 
     Added tokens of letters, digits and spaces alone are ordinary vocabulary (runs of blanks, domain words). The unknown
-    token is not in the set: content that the tokenizer has no token for yields it rightly.
+    token is not in the set: content that the tokenizer has no token for yields it rightly. Where it is EOS as well, as
+    in GPT-2 and OPT, it is: a byte-level vocabulary never yields it for text.
     """
     added = tokenizer.added_tokens_decoder
-    marked = {i for i, token in added.items() if token.special or re.search(r"[^\w\s]", token.content)}
-    return (marked | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+    marked = {i for i, token in added.items() if token.special or re.search(r"[^\w\s▁]", token.content)}
+    return (marked | set(tokenizer.all_special_ids)) - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
 
 def encode(
@@ -93,11 +94,11 @@ def encode(
     batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     out = []
     for parts, ids, offsets in zip(prompts, batch["input_ids"], batch["offset_mapping"], strict=True):
-        for _ in range(16):
+        for attempt in range(16):
             forged = _forged(parts, ids, offsets, control, tokenizer)
             if not forged:
                 break
-            parts = _broken(parts, forged)
+            parts = _broken(parts, forged, attempt)
             one = tokenizer(
                 "".join(p.text for p in parts), add_special_tokens=add_special_tokens, return_offsets_mapping=True
             )
@@ -135,8 +136,12 @@ def _forged(
     return spans
 
 
-def _broken(parts: Sequence[Part], spans: list[tuple[int, int]]) -> list[Part]:
-    """`parts` with a space inside each span, put in its content (a span of one character becomes U+FFFD)."""
+def _broken(parts: Sequence[Part], spans: list[tuple[int, int]], attempt: int) -> list[Part]:
+    """`parts` with a space inside each span, put in its content (a span of one character becomes U+FFFD).
+
+    Where a normalizer drops the characters beside that space, the next attempt has spaces everywhere; where it drops
+    spaces, the one after it takes the characters away.
+    """
     out, position = [], 0
     for text, is_content in parts:
         length = len(text)
@@ -144,11 +149,15 @@ def _broken(parts: Sequence[Part], spans: list[tuple[int, int]]) -> list[Part]:
             first, last = max(start - position, 0), min(end - position, length)
             if first >= last:
                 continue
-            if end - start == 1:
-                text = f"{text[:first]}\ufffd{text[last:]}"
+            piece = text[first:last]
+            if end - start == 1 or attempt > 1:
+                piece = "\ufffd" * len(piece)
+            elif attempt == 1:
+                piece = "".join(f" {character} " for character in piece)
             else:
-                inside = first + 1 if position + first + 1 < end else first
-                text = f"{text[:inside]} {text[inside:]}"
+                inside = 1 if position + first + 1 < end else 0
+                piece = f"{piece[:inside]} {piece[inside:]}"
+            text = text[:first] + piece + text[last:]
         out.append(Part(text, is_content))
         position += length
     return out
@@ -161,11 +170,13 @@ def windows(tokenizer: PreTrainedTokenizerBase, template: str, messages: Message
     of the room, a piece of it; every piece of both is in at least one window.
     """
     prompt, response = last_turns(messages)
-    room = max_length - len(encode(tokenizer, [render(template, pair("", "" if response else None), tokenizer)])[0])
+    room = max_length - len(
+        encode(tokenizer, [render(template, pair("", None if response is None else ""), tokenizer)])[0]
+    )
     while room >= 16:
-        asked = _pieces(tokenizer, prompt or "", room // 2 if response else room)
-        left = room - max(len(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in asked)
-        answered = _pieces(tokenizer, response, left) if response else [None]
+        asked = _pieces(tokenizer, prompt or "", room if response is None else room // 2)
+        left = max(1, room - max(len(_offsets(tokenizer, piece)) for piece in asked))
+        answered = [None] if response is None else _pieces(tokenizer, response, left)
         pairs = [
             pair(asked[i % len(asked)], answered[i % len(answered)]) for i in range(max(len(asked), len(answered)))
         ]
@@ -178,9 +189,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, template: str, messages: Message
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[str]:
     """`text` in overlapping pieces of at most `size` tokens."""
-    offsets = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)[
-        "offset_mapping"
-    ]
+    offsets = _offsets(tokenizer, text)
     if len(offsets) <= size:
         return [text]
     step = max(1, size * 3 // 4)
@@ -188,11 +197,17 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[st
     return [text[offsets[i][0] : offsets[min(i + size, len(offsets)) - 1][1]] for i in starts]
 
 
+def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    """The characters that each token of `text` covers when control strings are read as text, as `encode` does."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    return tokenizer(text, **options)["offset_mapping"]
+
+
 def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
     """`ids` shortened to `max_length` at the right end of the content; the closing control tokens (EOS) are kept.
 
-    Content never yields control tokens, so the closing run of control tokens is the template's own. Cutting at the right
-    is what BeaverTails does; keeping EOS, where the score is read, is what it does not.
+    Content never yields control tokens, so the closing run of control tokens is the template's own. Cutting at the
+    right is what BeaverTails does; keeping EOS, where the score is read, is what it does not.
     """
     if len(ids) <= max_length:
         return ids
@@ -207,11 +222,12 @@ def prepare_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
     transformers reads a decoder's score at the rightmost id that is not `pad_token_id`. With pad = EOS it would skip
     the EOS that the template ends with. So: keep a pad token of its own; else take a special token that no text can
-    hold and no template ends with; else add `<pad>`, as the paper's code does. (Encoders pool at their first token.)
+    hold and no text ends with; else add `<pad>`, as the paper's code does. (Encoders pool at their first token.)
     """
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        framing = tokenizer("")["input_ids"]  # what the tokenizer itself puts around a text
+        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *framing}
         # The unknown token is safe where every byte has a token; it is then never produced (SmolLM2's <|endoftext|>).
         free = sorted(i for i in control_ids(tokenizer) - taken if tokenizer.added_tokens_decoder[i].special)
         if free:

@@ -16,6 +16,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -117,7 +118,8 @@ def main() -> None:
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
     validation = trainer.predict(eval_set, metric_key_prefix="eval") if eval_set else None
-    save_guard(trainer, tokenizer, model_args, data_args, args, validation, data_report, result.metrics)
+    save_weights(trainer, tokenizer, model_args)
+    describe_guard(trainer, model_args, data_args, validation, data_report, result.metrics)
 
 
 def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, dict]:
@@ -253,67 +255,79 @@ def multilabel_loss(positive_weight: float, flagged_loss: float):
 
 def compute_metrics(prediction) -> dict[str, float]:
     """`flagged/*` and `<category>/*`, as the original names them; what is undefined is left out."""
-    scores = torch.from_numpy(prediction.predictions).float().sigmoid().numpy()
-    results = metrics.multilabel(prediction.label_ids > 0.5, scores, CATEGORIES)
+    results = metrics.multilabel(prediction.label_ids > 0.5, sigmoid(prediction.predictions), CATEGORIES)
     return {f"{name}/{metric}": v for name, values in results.items() for metric, v in values.items() if v is not None}
 
 
-def save_guard(trainer, tokenizer, model_args, data_args, args, validation, data_report, train_metrics) -> None:
-    """The guard folder: a stock model, its tokenizer, guard.json, run.json and a model card (rank 0 writes)."""
-    folder, state_dict = Path(args.output_dir), full_state_dict(trainer)
+def save_weights(trainer: LengthGroupedTrainer, tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
+    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter under adapter/."""
+    folder, state_dict = Path(trainer.args.output_dir), full_state_dict(trainer)  # collective
     if not is_main_process():
         return
-    if model_args.use_peft:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder / "adapter", state_dict=state_dict)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if args.use_peft:
+        model.save_pretrained(folder / "adapter", state_dict=state_dict)
         unset_hf_deepspeed_config()  # the merge is done by this process alone, on whole weights
-        base, _ = load_model(model_args)
-        merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-        save_full(merged, merged.state_dict(), folder)
-    else:
-        save_full(trainer.accelerator.unwrap_model(trainer.model), state_dict, folder)
-    tokenizer.model_max_length = model_args.max_length
+        model = PeftModel.from_pretrained(load_model(args)[0], folder / "adapter").merge_and_unload()
+        state_dict = model.state_dict()
+    save_full(model, state_dict, folder)
+    tokenizer.model_max_length = args.max_length
     tokenizer.save_pretrained(folder)
 
-    spec = data_args.eval_data_name_or_path or f"{data_args.eval_split_ratio} of {data_args.train_data_name_or_path}"
-    thresholds, scores = {"flagged": {"value": 0.5, "how": "default", "on": None}}, {}
+
+def describe_guard(trainer, model_args, data_args, validation, data_report, train_metrics) -> None:
+    """guard.json (what load_guard needs), run.json (what was run), README.md (the model card). Rank 0 only."""
+    if not is_main_process():
+        return
+    folder, spec = Path(trainer.args.output_dir), data_args.eval_data_name_or_path
+    spec = spec or f"{data_args.eval_split_ratio} of {data_args.train_data_name_or_path}"
+    threshold, scores = {"value": 0.5, "how": "default", "on": None}, {}
     if validation is not None:
-        probabilities = torch.from_numpy(validation.predictions).float().sigmoid().numpy()
-        truth = validation.label_ids > 0.5
+        truth, probabilities = validation.label_ids > 0.5, sigmoid(validation.predictions)
         scores = metrics.multilabel(truth, probabilities, CATEGORIES)
         if not metrics.is_test(spec) and 0 < truth.any(1).sum() < len(truth):
-            thresholds["flagged"] = metrics.fit_threshold(truth.any(1), probabilities.max(1), spec)
+            threshold = metrics.fit_threshold(truth.any(1), probabilities.max(1), spec)
     guard = {
         "kind": "classifier",
         "template": "beavertails",
         "labels": CATEGORIES,
         "max_length": model_args.max_length,
         "pooling": "last attended token",
-        "thresholds": thresholds,
+        "thresholds": {"flagged": threshold},
         "base_model": model_args.model_name_or_path,
         "num_hidden_layers": model_args.num_hidden_layers,
-        "data": {"train": data_args.train_data_name_or_path, "validation": spec if validation else None, **data_report},
+        "data": {"train": data_args.train_data_name_or_path, "validation": spec if scores else None, **data_report},
     }
     write_json(folder / "guard.json", guard)
-    run = manifest(
-        [model_args, data_args, args], seed=args.seed, data=data_report, train=train_metrics, validation=scores
-    )
+    arguments = [model_args, data_args, trainer.args]
+    run = manifest(arguments, seed=trainer.args.seed, data=data_report, train=train_metrics, validation=scores)
     write_json(folder / "run.json", run | {"log": trainer.state.log_history})
     report.model_card(
         folder,
         title="QA-moderation guard",
         base_model=model_args.model_name_or_path,
-        intro=f"Judges a question with its answer in 14 harm categories (BeaverTails, arXiv 2307.04657). Trained on "
-        f"{data_args.train_data_name_or_path} ({data_report['train_rows']} rows) by `examples/moderation/train.py`. "
-        f"The licences of base model and data apply.",
-        usage=f'from transformers import pipeline\n\npipe = pipeline("text-classification", "{folder.name}", top_k=None, function_to_apply="sigmoid")\n'
-        f'pipe("BEGINNING OF CONVERSATION: USER: <question> ASSISTANT:<answer>{tokenizer.eos_token or ""}")',
+        intro=CARD_INTRO.format(data=data_args.train_data_name_or_path, rows=data_report["train_rows"]),
+        usage=CARD_USAGE.format(folder=folder.name, eos=trainer.processing_class.eos_token or ""),
         sections={
             f"Measured on validation ({spec})": report.metric_table(scores) if scores else "Nothing was measured.",
-            "Threshold": f"Flagged if any probability is above {thresholds['flagged']['value']:.3f} ({thresholds['flagged']['how']}).",
-            "Limits": "Scores hold for text like the training data. English; one question and one answer. Sample data show that the recipe runs, not that the guard is good.",
+            "Threshold": f"Flagged if any probability is above {threshold['value']:.3f} ({threshold['how']}).",
+            "Limits": "The scores hold for text like the training data: English, one question and one answer. A guard "
+            "that was trained on sample data shows that the recipe runs, not that the guard is good.",
         },
     )
     logger.info("Saved the guard to %s", folder)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).float().sigmoid().numpy()
+
+
+CARD_INTRO = """Judges a question together with its answer in 14 harm categories (BeaverTails, arXiv 2307.04657).
+Trained on {data} ({rows} rows) by `examples/moderation/train.py`. The licences of the base model and the data apply."""
+CARD_USAGE = """from transformers import pipeline
+
+pipe = pipeline("text-classification", "{folder}", top_k=None, function_to_apply="sigmoid")
+pipe("BEGINNING OF CONVERSATION: USER: <question> ASSISTANT:<answer>{eos}")"""
 
 
 if __name__ == "__main__":

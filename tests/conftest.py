@@ -1,0 +1,133 @@
+"""Tokenizers of three families and tiny random models, built in code: no test downloads anything."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from common.data import taxonomy
+
+TEXTS = [
+    "BEGINNING OF CONVERSATION: USER: How do I keep my bicycle from being stolen? ASSISTANT: Use two locks.",
+    "What is the capital of France? The capital of France is Paris, a city on the river Seine.",
+    "Please tell me how to cook rice. Rinse it, add twice as much water, and let it simmer for ten minutes.",
+    "I cannot help with that. It would be unfair to the neighbour, and it is against the law.",
+    "Why do people tell lies? Often they are afraid, or want to be kind, or hope to gain something.",
+    "Take the letters from his box and read them; nobody will notice that they are missing.",
+    "The weather in the mountains changes quickly. Carry a jacket, a map, and something to eat!",
+    "Über den Fluß führt eine Brücke. Les élèves étudient à l'école. El niño come una manzana.",
+    "1234567890 (one), [two], {three}: a-b_c = d/e + f * g; x < y > z | 'quoted' \"twice\" # end @ home & more %",
+]
+
+
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2's; pad is EOS, as in SmolLM2; a markup token and a run of blanks are among the added."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    roles = {"unk_token": specials[0], "bos_token": specials[1], "eos_token": specials[2], "pad_token": specials[2]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("  ", normalized=False)])
+    return tokenizer
+
+
+def unigram_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece style: Unigram with `</s>` among its pieces, NFKC, dummy prefix, byte fallback, BOS; no pad token."""
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=200, show_progress=False))
+    learned = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{i:02X}>", -20.0) for i in range(256)), *learned]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
+    """WordPiece as BERT's: lower-cased, `[CLS] … [SEP]`, no EOS."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend.train_from_iterator(
+        TEXTS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    )
+    framing = [("[CLS]", specials.index("[CLS]")), ("[SEP]", specials.index("[SEP]"))]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=framing)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{token.strip('[]').lower()}_token": token for token in specials}
+    )
+
+
+TOKENIZERS = {"bpe": bpe_tokenizer, "unigram": unigram_tokenizer, "wordpiece": wordpiece_tokenizer}
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[str], PreTrainedTokenizerBase]:
+    """Builds a fresh tokenizer ("bpe", "unigram" or "wordpiece") that a test may change."""
+    return lambda family: TOKENIZERS[family]()
+
+
+@pytest.fixture(scope="session", params=list(TOKENIZERS))
+def tokenizer(request) -> PreTrainedTokenizerBase:
+    """Each family in turn; not to be changed."""
+    return TOKENIZERS[request.param]()
+
+
+def tiny_config(tokenizer: PreTrainedTokenizerBase, **changes) -> LlamaConfig:
+    """A Llama of hidden size 32; weights wide enough that different texts give clearly different logits."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    roles = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **(shape | roles | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier() -> Callable[..., Path]:
+    """`tiny_classifier(folder)` saves a random Llama in the layout of PKU-Alignment/beaver-dam-7b: no guard.json."""
+
+    def save(folder: Path, labels: list[str] | None = None, seed: int = 0, **changes) -> Path:
+        tokenizer = bpe_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        labels = labels or taxonomy("beavertails")
+        torch.manual_seed(seed)
+        config = tiny_config(
+            tokenizer,
+            id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)},
+            problem_type="multi_label_classification",
+            **changes,
+        )
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """The folder of a tiny random causal LM to fine-tune, whose pad token is its EOS; not to be changed."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiny-base"), bpe_tokenizer()
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,460 @@
+"""Loading: file types, row formats, every bad input in one line, repeats and splits."""
+
+import csv
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.conversation import FEATURES, LABELS, UserError, pair
+from common.data import deduplicate, grouped_split, load_conversations, overlap, prompt_key, taxonomy
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = taxonomy("beavertails")
+TYPES = ("jsonl", "json", "csv", "parquet")
+
+
+def beavertails(prompt: str, response: str, *named: str, **changes) -> dict:
+    """A row as PKU-Alignment/BeaverTails has it."""
+    category = {name: name in named for name in NAMES}
+    return {"prompt": prompt, "response": response, "category": category, "is_safe": not named} | changes
+
+
+BEAVERTAILS = [
+    beavertails("May I feed bread to ducks?", "Oats are better for them.", id="a"),
+    beavertails("My rent is due, any ideas?", "Take it from the till.", NAMES[5], NAMES[8], id="b"),
+    beavertails("Zitiere: „Ja, nein“\nund so", "He said, \"no\";\r\n'yes'\t…", id="c"),
+]
+PLAIN = [
+    {"id": "a", "prompt": "May I feed bread to ducks?", "response": "Oats are better for them.", "prompt_label": 0,
+     "response_label": "safe", "refusal_label": False, "categories": []},
+    {"id": "b", "prompt": "My rent is due, any ideas?", "response": "Take it from the till.", "prompt_label": None,
+     "response_label": "unsafe", "refusal_label": False, "categories": [NAMES[5], NAMES[8]]},
+    {"id": "c", "prompt": "Only a question, with\na line break", "response": None, "prompt_label": 1,
+     "response_label": None, "refusal_label": None, "categories": None},
+]  # fmt: skip
+MESSAGES = [
+    {"id": "a", "messages": pair("May I feed bread to ducks?", "Oats are better."), "response_unsafe": False},
+    {"id": "b", "messages": [{"role": "system", "content": "Be brief."}, *pair("Hi", "Hello"), *pair("Bye, then", "So long")],
+     "response_unsafe": True},
+    {"id": "c", "messages": [*pair("Hi", "Hello"), *pair("Will it rain?")], "response_unsafe": None},
+]  # fmt: skip
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    """Write rows in the type that the file's name says; a CSV cell holds a list or an object as JSON."""
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.DictWriter(lines, rows[0])
+            writer.writeheader()
+            writer.writerows({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in r.items()} for r in rows)
+    else:
+        texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+        path.write_text("\n".join(texts) if path.suffix == ".jsonl" else f"[{','.join(texts)}]", encoding="utf-8")
+    return str(path)
+
+
+def content(spec: str, **options) -> list[dict]:
+    """The conversations without what names the file."""
+    return load_conversations(spec, **options).remove_columns("source").to_list()
+
+
+def conversation(id: str, messages: list[dict], *labels: bool | None, categories: list[str] | None = None) -> dict:
+    return {"id": id, "messages": messages, **dict(zip(LABELS, labels, strict=True)), "categories": categories}
+
+
+# --- file types and row formats ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_beavertails_rows(tmp_path, type):
+    loaded = load_conversations(write(tmp_path / f"rows.{type}", BEAVERTAILS), categories=NAMES)
+    assert loaded.features == FEATURES
+    assert set(loaded["source"]) == {f"rows.{type}"}
+    texts = [pair(row["prompt"], row["response"]) for row in BEAVERTAILS]
+    assert loaded.remove_columns("source").to_list() == [
+        conversation("a", texts[0], None, False, None, categories=[]),
+        conversation("b", texts[1], None, True, None, categories=[NAMES[5], NAMES[8]]),
+        conversation("c", texts[2], None, False, None, categories=[]),
+    ]
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_plain_rows(tmp_path, type):
+    assert content(write(tmp_path / f"rows.{type}", PLAIN)) == [
+        conversation("a", pair(PLAIN[0]["prompt"], PLAIN[0]["response"]), False, False, False, categories=[]),
+        conversation("b", pair(PLAIN[1]["prompt"], PLAIN[1]["response"]), None, True, False, categories=PLAIN[1]["categories"]),
+        conversation("c", pair(PLAIN[2]["prompt"]), True, None, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_messages_rows(tmp_path, type):
+    """Whole conversations, several turns included."""
+    assert content(write(tmp_path / f"rows.{type}", MESSAGES)) == [
+        conversation(row["id"], row["messages"], None, row["response_unsafe"], None) for row in MESSAGES
+    ]
+
+
+@pytest.mark.parametrize("word, label", [("Unsafe", True), (1.0, True), (" yes ", True), ("harmless", False), (None, None)])
+def test_label_words(tmp_path, word, label):
+    spec = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": "Hello", "response_label": word}])
+    assert load_conversations(spec)[0]["response_unsafe"] is label
+
+
+def test_labels_are_read_by_key(tmp_path):
+    """The order of the keys of `category` may change from row to row."""
+    shuffled = []
+    for row in BEAVERTAILS:
+        names = random.Random(row["prompt"]).sample(NAMES, len(NAMES))
+        assert names != NAMES
+        shuffled.append(row | {"category": {name: row["category"][name] for name in names}})
+    assert content(write(tmp_path / "a.jsonl", shuffled)) == content(write(tmp_path / "b.jsonl", BEAVERTAILS))
+
+
+def test_ids_name_the_row_but_no_folder(tmp_path):
+    """A row without an id (or with an empty one) gets its place as id, which is the same wherever the file lies."""
+    rows = [{"id": None, "prompt": "Hi", "response": "Hello"}, {"id": 7, "prompt": "Bye", "response": "So long"}]
+    for type, place in (("jsonl", "rows.jsonl, line 1"), ("csv", "rows.csv, line 2"), ("parquet", "rows.parquet, row 0")):
+        assert load_conversations(write(tmp_path / f"rows.{type}", rows))["id"] == [place, "7"]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
+PLAIN_ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "id": TEXT,
+            "prompt": TEXT,
+            "response": TEXT,
+            "prompt_label": st.none() | st.booleans(),
+            "response_label": st.just(True) | st.none(),
+            "refusal_label": st.none() | st.booleans(),
+            "categories": st.none() | st.lists(st.sampled_from(NAMES), unique=True),
+        }
+    )
+    | st.fixed_dictionaries({"id": TEXT, "prompt": TEXT, "prompt_label": st.none() | st.booleans()}),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(PLAIN_ROWS)
+def test_random_rows_survive_any_file_type(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("rows")
+    columns = ("id", "prompt", "response", "prompt_label", "response_label", "refusal_label", "categories")
+    rows = [{name: row.get(name) for name in columns} for row in rows]
+    expected = [
+        conversation(
+            row["id"], pair(row["prompt"], row["response"]), *(row[c] for c in columns[3:6]), categories=row["categories"]
+        )
+        for row in rows
+    ]
+    for type in TYPES:
+        assert content(write(folder / f"rows.{type}", rows)) == expected, type
+
+
+# --- hub data sets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch) -> str:
+    """A folder laid out as a hub data set; its prepared copy is kept out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "beavers"
+    (folder / "round0").mkdir(parents=True)
+    configs = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split, rows in {"330k_train": BEAVERTAILS, "330k_test": BEAVERTAILS[:1]}.items():
+        write(folder / f"round0/{split}.jsonl", rows)
+        configs += [f"  - split: {split}", f"    path: round0/{split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*configs, "---", ""]), encoding="utf-8")
+    return str(folder)
+
+
+def test_hub_layout(hub_folder):
+    assert content(f"{hub_folder}:330k_train") == content(f"{hub_folder}/round0/330k_train.jsonl")
+    assert len(load_conversations(f"{hub_folder}:330k_test")) == 1
+
+
+def test_dead_split_of_a_hub_layout(hub_folder):
+    error = failure(f"{hub_folder}:train")
+    assert f"{hub_folder}:train: " in error and "330k_train" in error and "330k_test" in error
+
+
+@pytest.mark.parametrize("spec", ["PKU-Alignment/BeaverTails:train", "PKU-Alignment/BeaverTails:test", "PKU-Alignment/BeaverTails"])
+def test_dead_split_is_told_without_the_network(monkeypatch, spec):
+    calls = []
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, lambda *a: calls.append(a))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: calls.append(a))
+    error = failure(spec)
+    assert not calls
+    assert all(f"PKU-Alignment/BeaverTails:{split}" in error for split in ("330k_train", "330k_test", "30k_train", "30k_test"))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def failure(spec: str, **options) -> str:
+    """The message with which loading stops: always one line."""
+    with pytest.raises(UserError) as caught:
+        load_conversations(spec, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def text(*rows: dict | str) -> bytes:
+    """A JSONL file: a good row, then these."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in (BEAVERTAILS[0], *rows)]
+    return "\n".join(lines).encode()
+
+
+def without(row: dict, key: str) -> dict:
+    return {k: v for k, v in row.items() if k != key}
+
+
+SAFE, UNSAFE = BEAVERTAILS[:2]
+QA = {"prompt": "Hi", "response": "Hello"}
+BAD = {  # name: file name, content (None: no file), what the message must say beside the file
+    "missing file": ("rows.jsonl", None, "no such file"),
+    "unknown file type": ("rows.txt", text(), "unknown file type", ".parquet"),
+    "empty file": ("rows.csv", b"", "empty"),
+    "blank file": ("rows.jsonl", b"\n \n", "no rows"),
+    "header only": ("rows.csv", b"prompt,response\n", "no rows"),
+    "empty list": ("rows.json", b"[]", "no rows"),
+    "cut JSON line": ("rows.jsonl", text('{"prompt": "Hi", "resp') + b"\n", "line 2", "column", "malformed JSON"),
+    "malformed JSON": ("rows.json", b'[\n{"prompt": "Hi"},\n{"prompt" "Hi"}]', "line 3", "column", "malformed JSON"),
+    "JSON that is no list": ("rows.json", b'{"prompt": "Hi"}', "expected a JSON list", "dict"),
+    "row that is no object": ("rows.jsonl", text("[1, 2]"), "line 2", "expected an object"),
+    "not UTF-8": ("rows.jsonl", text() + b'\n{"prompt": "caf\xe9"}\n', "line 2", "not UTF-8"),
+    "UTF-16": ("rows.csv", "prompt,response\nHi,Hello".encode("utf-16"), "line 1", "not UTF-8"),
+    "no Parquet": ("rows.parquet", b"prompt,response\nHi,Hello", "not a Parquet file"),
+    "broken Parquet": ("rows.parquet", b"PAR1" + bytes(40) + b"PAR1", "not a Parquet file"),
+    "long CSV row": ("rows.csv", b"prompt,response\nHi,Hello\nHi,Hello, you\n", "line 3", "response", "more cells"),
+    "short CSV row": ("rows.csv", b"prompt,response,response_label\nHi,Hello\n", "line 2", "response_label", "fewer cells"),
+    "unclosed CSV quote": ("rows.csv", b'prompt,response\nHi,"Hello\nHi,Hello\n', "line 3", "malformed CSV"),
+    "missing prompt": ("rows.jsonl", text({"question": "Hi", "response": "Hello"}), "line 2", "field prompt", "question"),
+    "odd column": ("rows.csv", b'"odd\nname"\nHi\n', "line 3", "field prompt"),
+    "missing response": ("rows.jsonl", text(without(SAFE, "response")), "line 2", "field response"),
+    "missing category": ("rows.jsonl", text(without(SAFE, "category")), "line 2", "field category"),
+    "missing is_safe": ("rows.jsonl", text(without(SAFE, "is_safe")), "line 2", "field is_safe"),
+    "number for a text": ("rows.jsonl", text(SAFE | {"prompt": 5}), "line 2", "field prompt", "int 5"),
+    "null for a text": ("rows.jsonl", text(SAFE | {"prompt": None}), "line 2", "field prompt", "NoneType"),
+    "list for a text": ("rows.json", json.dumps([QA | {"response": ["a"]}]).encode(), "row 0", "field response", "list"),
+    "list for a struct": ("rows.jsonl", text(SAFE | {"category": NAMES}), "line 2", "field category", "14 booleans"),
+    "word for a struct": ("rows.csv", b"prompt,response,category,is_safe\na,b,none,true\n", "line 2", "field category", "not JSON"),
+    "word for a list": ("rows.jsonl", text(QA | {"categories": "theft"}), "line 2", "field categories", "list"),
+    "number in a list": ("rows.jsonl", text(QA | {"categories": [1]}), "line 2", "field categories", "int 1"),
+    "unknown category": ("rows.jsonl", text(QA | {"categories": ["litter"]}), "line 2", "field categories", "'litter'", NAMES[3]),
+    "unknown category key": ("rows.jsonl", text(SAFE | {"category": SAFE["category"] | {"litter": False}}),
+                             "line 2", "field category", "'litter'", NAMES[3]),
+    "missing category key": ("rows.jsonl", text(SAFE | {"category": without(SAFE["category"], NAMES[6])}),
+                             "line 2", "field category", repr(NAMES[6])),
+    "null category": ("rows.jsonl", text(SAFE | {"category": SAFE["category"] | {NAMES[6]: None}}),
+                      "line 2", "field category", repr(NAMES[6])),
+    "safe with a category": ("rows.jsonl", text(UNSAFE | {"is_safe": True}), "line 2", "field is_safe", NAMES[5]),
+    "unsafe without one": ("rows.jsonl", text(SAFE | {"is_safe": False}), "line 2", "field is_safe", "[]"),
+    "plain safe with one": ("rows.jsonl", text(QA | {"response_label": "safe", "categories": [NAMES[1]]}),
+                            "line 2", "field categories", NAMES[1]),
+    "empty prompt": ("rows.jsonl", text(SAFE | {"prompt": " \n"}), "line 2", "field prompt", "empty text"),
+    "empty response": ("rows.jsonl", text(SAFE | {"response": ""}), "line 2", "field response", "empty text"),
+    "empty CSV cell": ("rows.csv", b"prompt,response\n,Hello\n", "line 2", "field prompt"),
+    "lone surrogate": ("rows.jsonl", text(SAFE | {"response": "Hi \ud83d"}), "line 2", "field response", "surrogate"),
+    "surrogate in a list": ("rows.jsonl", text(QA | {"categories": ["\ud83d"]}), "line 2", "field categories"),
+    "surrogate in an id": ("rows.jsonl", text(QA | {"id": "\ud83d"}), "line 2", "field id", "surrogate"),
+    "unknown label word": ("rows.jsonl", text(QA | {"response_label": "maybe"}), "line 2", "field response_label", "'maybe'"),
+    "label of a missing response": ("rows.jsonl", text({"prompt": "Hi", "response_label": 1}), "line 2", "field response", "missing"),
+    "empty messages": ("rows.jsonl", text({"messages": []}), "line 2", "field messages", "non-empty"),
+    "messages no list": ("rows.csv", b"messages\nHi\n", "line 2", "field messages", "not JSON"),
+    "message no object": ("rows.jsonl", text({"messages": ["Hi"]}), "line 2", "field messages[0]"),
+    "unknown role": ("rows.jsonl", text({"messages": [*pair("Hi"), {"role": "bot", "content": "Hello"}]}),
+                     "line 2", "field messages[1].role", "'bot'"),
+    "empty turn": ("rows.jsonl", text({"messages": pair("Hi", "")}), "line 2", "field messages[1].content", "empty text"),
+    "system turn last": ("rows.jsonl", text({"messages": [*pair("Hi"), {"role": "system", "content": "Stop"}]}),
+                         "line 2", "field messages", "system"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_in_one_line(tmp_path, case):
+    name, data, *fragments = BAD[case]
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data)
+    message = failure(str(path), categories=NAMES if "unknown category" in case else None)
+    assert message.startswith(str(path))
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_no_positive_rows(tmp_path):
+    spec = write(tmp_path / "rows.jsonl", [SAFE, BEAVERTAILS[2]])
+    assert len(load_conversations(spec)) == 2
+    message = failure(spec, require=("response_unsafe",))
+    assert spec in message and "field response_unsafe" in message and "no positive row among 2" in message
+
+
+def test_required_label_is_missing(tmp_path):
+    spec = write(tmp_path / "rows.csv", PLAIN)
+    message = failure(spec, require=("response_unsafe",))
+    assert f"{spec}, line 5" in message and "field response_unsafe" in message  # the cell above holds a line break
+
+
+@pytest.mark.parametrize("spec", ["beaverstails", "beavertails-sample:dev", "no/such/folder"])
+def test_unknown_name(spec):
+    message = failure(spec)
+    assert message.startswith(spec) and "beavertails-sample" in message + spec and "PKU-Alignment" in message + "PKU-Alignment" * (":" in spec)
+
+
+@pytest.mark.parametrize("options", [{"bad_rows": "ignore"}, {"max_rows": 0}])
+def test_bad_options(tmp_path, options):
+    (name, value), spec = *options.items(), write(tmp_path / "rows.jsonl", PLAIN)
+    assert f"{name} {value}" in failure(spec, **options)
+
+
+def test_bad_rows_are_skipped_and_reported(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text(SAFE | {"prompt": ""}, "[1]", '{"prompt": "cut', UNSAFE | {"is_safe": True}, UNSAFE))
+    rows = load_conversations(str(path), bad_rows="skip")
+    assert rows["id"] == ["a", "b"]
+    assert "left out 4 bad rows of 6" in caplog.text
+    assert f"{path}, line 2, field prompt" in caplog.text
+
+
+def test_ragged_csv_rows_are_skipped(tmp_path, caplog):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response\nHi,Hello\nHi\nHi,Hello,you\nBye,So long\n")
+    assert [prompt_key(row) for row in load_conversations(str(path), bad_rows="skip")] == ["hi", "bye"]
+    assert "left out 2 bad rows of 4" in caplog.text
+
+
+def test_a_missing_column_is_never_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text({"question": "Hi"}))
+    assert "field prompt" in failure(str(path), bad_rows="skip")
+
+
+def test_max_rows_reads_no_further(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text(UNSAFE, "{cut"))
+    assert load_conversations(str(path), max_rows=2)["id"] == ["a", "b"]
+    assert load_conversations(str(path), max_rows=1)["id"] == ["a"]
+    assert "line 3" in failure(str(path), max_rows=3)
+
+
+@pytest.mark.slow
+def test_train_stops_at_a_bad_row_with_one_line(tmp_path):
+    """Exit code 2, and nothing written; the model is never looked for."""
+    path, output = tmp_path / "train.jsonl", tmp_path / "guard"
+    path.write_bytes(text(UNSAFE, SAFE | {"is_safe": False}))
+    done = subprocess.run(
+        [sys.executable, "train.py", "--model_name_or_path", str(tmp_path / "no-model"), "--output_dir", str(output),
+         "--train_data_name_or_path", str(path)],
+        cwd=ROOT / "examples/moderation", env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert f"{path}, line 3, field is_safe" in errors[0]
+    assert not output.exists()
+
+
+# --- repeats and leaks ------------------------------------------------------------------------------------------------
+
+
+def dataset(*rows: dict) -> datasets.Dataset:
+    return datasets.Dataset.from_list([row | {"source": "test"} for row in rows], features=FEATURES)
+
+
+def answers(*votes: tuple[bool | None, list[str] | None], prompt: str = "Hi") -> list[dict]:
+    return [conversation(f"{prompt}{i}", pair(prompt, "Hello"), None, *v[:1], None, categories=v[1]) for i, v in enumerate(votes)]
+
+
+A, B, C = NAMES[:3]
+
+
+@pytest.mark.parametrize(
+    "votes, label, categories, conflicting",
+    [
+        ([(True, [A]), (True, [A])], True, [A], 0),
+        ([(True, [A, B]), (True, [B, A])], True, [A, B], 0),
+        ([(True, [A]), (False, []), (False, [])], False, [], 1),
+        ([(True, [A]), (False, [])], False, [], 1),  # a tie is safe, as in GuardBench
+        ([(True, [A, B]), (True, [A]), (False, [])], True, [A], 1),
+        ([(True, [A]), (True, [B]), (False, [])], True, [A, B], 1),  # no majority: the most often named
+        ([(True, [A]), (True, [A]), (True, [B]), (True, [C])], True, [A], 1),
+        ([(None, None), (None, None)], None, None, 0),
+        ([(True, None), (True, [A])], True, [A], 1),  # whoever does not know does not vote
+        ([(True, None), (True, None), (False, [])], True, None, 1),
+    ],
+)
+def test_deduplicate_votes(votes, label, categories, conflicting):
+    rows, report = deduplicate(dataset(*answers(*votes)))
+    assert len(rows) == 1
+    assert rows[0]["id"] == "Hi0"
+    assert (rows[0]["response_unsafe"], rows[0]["categories"]) == (label, categories)
+    assert report == {"rows": len(votes), "unique": 1, "conflicting": conflicting}
+
+
+def test_deduplicate_keeps_order_and_other_answers():
+    rows = dataset(
+        *answers((True, [A]), prompt="One"),
+        *answers((False, []), prompt="Two"),
+        *answers((False, []), prompt="One"),
+        conversation("other", pair("One", "Another answer"), None, True, None, categories=[B]),
+    )
+    unique, report = deduplicate(rows)
+    assert unique["id"] == ["One0", "Two0", "other"]
+    assert unique["response_unsafe"] == [False, False, True]
+    assert report == {"rows": 4, "unique": 3, "conflicting": 1}
+
+
+@pytest.mark.parametrize("prompts, ratio", [(2, 0.01), (2, 0.6), (2, 0.99), (10, 0.3), (57, 0.2)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_grouped_split(prompts, ratio, seed):
+    """No prompt on both sides, no row lost, about the share that was asked for, never an empty side."""
+    rows = dataset(
+        *(conversation(f"{i}-{j}", pair(p, f"Answer {j}"), None, False, None)
+          for i in range(prompts) for j, p in enumerate((f"Prompt {i}", f"  prompt  {i}", f"PROMPT {i}")))
+    )  # fmt: skip
+    train, held_out = grouped_split(rows, ratio, seed)
+    assert sorted(train["id"] + held_out["id"]) == sorted(rows["id"])
+    sides = [{prompt_key(row) for row in side} for side in (train, held_out)]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == min(max(1, round(ratio * prompts)), prompts - 1)
+    assert grouped_split(rows, ratio, seed)[1]["id"] == held_out["id"]
+    assert overlap(train, held_out) == {"rows": len(held_out), "prompt_in_train": 0, "pair_in_train": 0}
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])
+def test_grouped_split_refuses_a_bad_ratio(ratio):
+    with pytest.raises(UserError, match="eval_split_ratio"):
+        grouped_split(dataset(*answers((True, [A])), *answers((True, [A]), prompt="Bye")), ratio, 0)
+
+
+def test_grouped_split_needs_two_prompts():
+    with pytest.raises(UserError, match="fewer than two"):
+        grouped_split(dataset(*answers((True, [A]), (True, [A]))), 0.5, 0)
+
+
+def test_overlap_counts_prompts_and_pairs():
+    train = dataset(*answers((True, [A])))
+    held_out = dataset(
+        conversation("same pair", pair("hi ", "Hello"), None, False, None),
+        conversation("same prompt", pair("HI", "Another answer"), None, False, None),
+        conversation("neither", pair("Bye", "Hello"), None, False, None),
+    )
+    assert overlap(train, held_out) == {"rows": 3, "prompt_in_train": 2, "pair_in_train": 1}
