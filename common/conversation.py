@@ -27,6 +27,9 @@ FEATURES = Features(
 class UserError(ValueError):
     """A mistake in what the user gave us. The message is one line: where, what, and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # what is quoted from a file may hold line breaks
+
 
 @dataclass
 class Verdict:

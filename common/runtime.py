@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers.hf_argparser import string_to_bool
 from trl import TrlParser
 
 from common.conversation import UserError
@@ -53,12 +52,13 @@ class _Parser(TrlParser):
 
     def set_defaults_with_config(self, **config) -> list[str]:
         for action in self._actions:
-            value = config.get(action.dest)
-            if value is None and action.required:
-                config.pop(action.dest, None)
-            elif value is not None and action.nargs == "+" and not isinstance(value, list):
-                config[action.dest] = [value]
-            elif value is not None and action.nargs != "+" and action.type in (int, float, string_to_bool):
+            value, kind = config.get(action.dest), getattr(action.type, "__name__", None)
+            if value is None:
+                if action.required:  # null is no value
+                    config.pop(action.dest, None)
+            elif action.nargs == "+":
+                config[action.dest] = value if isinstance(value, list) else [value]
+            elif kind in ("int", "float", "string_to_bool"):
                 config[action.dest] = str(value)  # argparse converts, and so checks, nothing but text
         return super().set_defaults_with_config(**config)
 
@@ -92,8 +92,6 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
     )
     try:
         return parser.parse_args_and_config(argv)
-    except UserError:
-        raise
     except yaml.YAMLError as error:
         raise UserError(f"--config: not YAML: {' '.join(str(error).split())}") from None
     except (ValueError, TypeError, OSError) as error:

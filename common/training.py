@@ -1,11 +1,15 @@
 """What training needs beyond the Hugging Face Trainer: dead flags mapped, length grouping that resumes, one saver."""
 
+import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import patch_environment
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -55,6 +59,7 @@ class RecipeTrainingArguments(TrainingArguments):
         if device().type == "cpu":
             self.dataloader_pin_memory = False
             self._leave_out_what_a_cpu_cannot_do()
+            self._join_cpu_processes()
         elif self.fsdp:
             self._modern_fsdp()
         super().__post_init__()
@@ -72,13 +77,25 @@ class RecipeTrainingArguments(TrainingArguments):
         self.bf16 = self.fp16 = False
         self.tf32 = self.fsdp = self.fsdp_config = self.fsdp_transformer_layer_cls_to_wrap = None
 
+    def _join_cpu_processes(self) -> None:
+        """One gloo group of the launched processes: without it each would train alone, and say nothing of it.
+
+        Plain data parallel needs no more than `use_cpu`. With that, accelerate would leave DeepSpeed out; so for it the
+        state is set up here, with the backend that transformers cannot be told.
+        """
+        if not self.deepspeed:
+            self.use_cpu = True
+        elif "LOCAL_RANK" in os.environ:
+            with patch_environment(accelerate_use_deepspeed="true"):
+                PartialState(backend="gloo")
+            self.accelerator_config = {"use_configured_state": True}
+
     def _modern_fsdp(self) -> None:
         """FSDP2 through `fsdp_config`; gradient checkpointing as FSDP's own, which does not gather weights twice."""
-        config = {"version": 2, "reshard_after_forward": True} | (
-            self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
-        )
-        if isinstance(self.fsdp_config, str):
-            return
+        given = self.fsdp_config or {}
+        if isinstance(given, str):
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+        config = {"version": 2, "reshard_after_forward": True} | given
         if self.fsdp_transformer_layer_cls_to_wrap is not None:
             config["transformer_layer_cls_to_wrap"] = [self.fsdp_transformer_layer_cls_to_wrap]
         if self.gradient_checkpointing:

@@ -1,8 +1,11 @@
 """Tokenizers of three families and tiny random models, built in code: no test downloads anything."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -26,7 +30,8 @@ TEXTS = [
     "Take the letters from his box and read them; nobody will notice that they are missing.",
     "The weather in the mountains changes quickly. Carry a jacket, a map, and something to eat!",
     "Über den Fluß führt eine Brücke. Les élèves étudient à l'école. El niño come una manzana.",
-    "1234567890 (one), [two], {three}: a-b_c = d/e + f * g; x < y > z | 'quoted' \"twice\" # end @ home & more %",
+    "abcdefghijklmnopqrstuvwxyza, 01234567890.",
+    "(one), [two], {three}: a-b_c = d/e + f * g; x < y > z | 'quoted' \"twice\" # end @ home & more %",
 ]
 
 
@@ -47,7 +52,7 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece style: Unigram with `</s>` among its pieces, NFKC, dummy prefix, byte fallback, BOS; no pad token."""
+    """SentencePiece style: Unigram with `</s>` among its pieces, NFKC, dummy prefix, byte fallback, BOS; no pad."""
     trained = Tokenizer(models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=200, show_progress=False))
@@ -66,7 +71,7 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
+    backend.decoder = decoders.WordPiece(cleanup=False)
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend.train_from_iterator(
         TEXTS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
@@ -100,23 +105,29 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, **changes) -> LlamaConfig:
     return LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **(shape | roles | changes))
 
 
+def classifier(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None) -> PreTrainedModel:
+    """A tiny random classifier over the 14 BeaverTails labels, or over `labels`."""
+    labels = labels or taxonomy("beavertails")
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    torch.manual_seed(0)
+    config = tiny_config(tokenizer, problem_type="multi_label_classification", **names)
+    return LlamaForSequenceClassification(config).eval()
+
+
+@pytest.fixture(scope="session")
+def make_classifier() -> Callable[..., PreTrainedModel]:
+    """`make_classifier(tokenizer, labels=None)`: a tiny random Llama classifier in memory."""
+    return classifier
+
+
 @pytest.fixture(scope="session")
 def tiny_classifier() -> Callable[..., Path]:
-    """`tiny_classifier(folder)` saves a random Llama in the layout of PKU-Alignment/beaver-dam-7b: no guard.json."""
+    """`tiny_classifier(folder, labels=None)` saves one in the layout of PKU-Alignment/beaver-dam-7b: no guard.json."""
 
-    def save(folder: Path, labels: list[str] | None = None, seed: int = 0, **changes) -> Path:
+    def save(folder: Path, labels: Sequence[str] | None = None) -> Path:
         tokenizer = bpe_tokenizer()
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-        labels = labels or taxonomy("beavertails")
-        torch.manual_seed(seed)
-        config = tiny_config(
-            tokenizer,
-            id2label=dict(enumerate(labels)),
-            label2id={name: i for i, name in enumerate(labels)},
-            problem_type="multi_label_classification",
-            **changes,
-        )
-        LlamaForSequenceClassification(config).save_pretrained(folder)
+        classifier(tokenizer, labels).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 

@@ -45,7 +45,7 @@ PLAIN = [
 ]  # fmt: skip
 MESSAGES = [
     {"id": "a", "messages": pair("May I feed bread to ducks?", "Oats are better."), "response_unsafe": False},
-    {"id": "b", "messages": [{"role": "system", "content": "Be brief."}, *pair("Hi", "Hello"), *pair("Bye, then", "So long")],
+    {"id": "b", "messages": [{"role": "system", "content": "Be brief."}, *pair("Hi", "Hello"), *pair("Bye!", "Bye")],
      "response_unsafe": True},
     {"id": "c", "messages": [*pair("Hi", "Hello"), *pair("Will it rain?")], "response_unsafe": None},
 ]  # fmt: skip
@@ -59,7 +59,8 @@ def write(path: Path, rows: list[dict]) -> str:
         with path.open("w", newline="", encoding="utf-8") as lines:
             writer = csv.DictWriter(lines, rows[0])
             writer.writeheader()
-            writer.writerows({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in r.items()} for r in rows)
+            for row in rows:
+                writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
     else:
         texts = [json.dumps(row, ensure_ascii=False) for row in rows]
         path.write_text("\n".join(texts) if path.suffix == ".jsonl" else f"[{','.join(texts)}]", encoding="utf-8")
@@ -95,7 +96,8 @@ def test_beavertails_rows(tmp_path, type):
 def test_plain_rows(tmp_path, type):
     assert content(write(tmp_path / f"rows.{type}", PLAIN)) == [
         conversation("a", pair(PLAIN[0]["prompt"], PLAIN[0]["response"]), False, False, False, categories=[]),
-        conversation("b", pair(PLAIN[1]["prompt"], PLAIN[1]["response"]), None, True, False, categories=PLAIN[1]["categories"]),
+        conversation("b", pair(PLAIN[1]["prompt"], PLAIN[1]["response"]), None, True, False,
+                     categories=[NAMES[5], NAMES[8]]),
         conversation("c", pair(PLAIN[2]["prompt"]), True, None, None),
     ]  # fmt: skip
 
@@ -108,7 +110,9 @@ def test_messages_rows(tmp_path, type):
     ]
 
 
-@pytest.mark.parametrize("word, label", [("Unsafe", True), (1.0, True), (" yes ", True), ("harmless", False), (None, None)])
+@pytest.mark.parametrize(
+    "word, label", [("Unsafe", True), (1.0, True), (" yes ", True), ("harmless", False), (None, None)]
+)
 def test_label_words(tmp_path, word, label):
     spec = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": "Hello", "response_label": word}])
     assert load_conversations(spec)[0]["response_unsafe"] is label
@@ -127,8 +131,8 @@ def test_labels_are_read_by_key(tmp_path):
 def test_ids_name_the_row_but_no_folder(tmp_path):
     """A row without an id (or with an empty one) gets its place as id, which is the same wherever the file lies."""
     rows = [{"id": None, "prompt": "Hi", "response": "Hello"}, {"id": 7, "prompt": "Bye", "response": "So long"}]
-    for type, place in (("jsonl", "rows.jsonl, line 1"), ("csv", "rows.csv, line 2"), ("parquet", "rows.parquet, row 0")):
-        assert load_conversations(write(tmp_path / f"rows.{type}", rows))["id"] == [place, "7"]
+    for name, place in (("a.jsonl", "line 1"), ("a.csv", "line 2"), ("a.json", "row 0"), ("a.parquet", "row 0")):
+        assert list(load_conversations(write(tmp_path / name, rows))["id"]) == [f"{name}, {place}", "7"]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
@@ -156,12 +160,10 @@ def test_random_rows_survive_any_file_type(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
     columns = ("id", "prompt", "response", "prompt_label", "response_label", "refusal_label", "categories")
     rows = [{name: row.get(name) for name in columns} for row in rows]
-    expected = [
-        conversation(
-            row["id"], pair(row["prompt"], row["response"]), *(row[c] for c in columns[3:6]), categories=row["categories"]
-        )
-        for row in rows
-    ]
+    expected = []
+    for row in rows:
+        id, prompt, response, *labels, categories = row.values()
+        expected.append(conversation(id, pair(prompt, response), *labels, categories=categories))
     for type in TYPES:
         assert content(write(folder / f"rows.{type}", rows)) == expected, type
 
@@ -193,15 +195,16 @@ def test_dead_split_of_a_hub_layout(hub_folder):
     assert f"{hub_folder}:train: " in error and "330k_train" in error and "330k_test" in error
 
 
-@pytest.mark.parametrize("spec", ["PKU-Alignment/BeaverTails:train", "PKU-Alignment/BeaverTails:test", "PKU-Alignment/BeaverTails"])
-def test_dead_split_is_told_without_the_network(monkeypatch, spec):
+@pytest.mark.parametrize("split", [":train", ":test", ""])
+def test_dead_split_is_told_without_the_network(monkeypatch, split):
     calls = []
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, lambda *a: calls.append(a))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: calls.append(a))
-    error = failure(spec)
+    error = failure(f"PKU-Alignment/BeaverTails{split}")
     assert not calls
-    assert all(f"PKU-Alignment/BeaverTails:{split}" in error for split in ("330k_train", "330k_test", "30k_train", "30k_test"))
+    for real in ("330k_train", "330k_test", "30k_train", "30k_test"):
+        assert f"PKU-Alignment/BeaverTails:{real}" in error
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -228,76 +231,90 @@ def without(row: dict, key: str) -> dict:
 
 SAFE, UNSAFE = BEAVERTAILS[:2]
 QA = {"prompt": "Hi", "response": "Hello"}
-BAD = {  # name: file name, content (None: no file), what the message must say beside the file
-    "missing file": ("rows.jsonl", None, "no such file"),
-    "unknown file type": ("rows.txt", text(), "unknown file type", ".parquet"),
-    "empty file": ("rows.csv", b"", "empty"),
-    "blank file": ("rows.jsonl", b"\n \n", "no rows"),
-    "header only": ("rows.csv", b"prompt,response\n", "no rows"),
-    "empty list": ("rows.json", b"[]", "no rows"),
-    "cut JSON line": ("rows.jsonl", text('{"prompt": "Hi", "resp') + b"\n", "line 2", "column", "malformed JSON"),
-    "malformed JSON": ("rows.json", b'[\n{"prompt": "Hi"},\n{"prompt" "Hi"}]', "line 3", "column", "malformed JSON"),
-    "JSON that is no list": ("rows.json", b'{"prompt": "Hi"}', "expected a JSON list", "dict"),
-    "row that is no object": ("rows.jsonl", text("[1, 2]"), "line 2", "expected an object"),
-    "not UTF-8": ("rows.jsonl", text() + b'\n{"prompt": "caf\xe9"}\n', "line 2", "not UTF-8"),
-    "UTF-16": ("rows.csv", "prompt,response\nHi,Hello".encode("utf-16"), "line 1", "not UTF-8"),
-    "no Parquet": ("rows.parquet", b"prompt,response\nHi,Hello", "not a Parquet file"),
-    "broken Parquet": ("rows.parquet", b"PAR1" + bytes(40) + b"PAR1", "not a Parquet file"),
-    "long CSV row": ("rows.csv", b"prompt,response\nHi,Hello\nHi,Hello, you\n", "line 3", "response", "more cells"),
-    "short CSV row": ("rows.csv", b"prompt,response,response_label\nHi,Hello\n", "line 2", "response_label", "fewer cells"),
-    "unclosed CSV quote": ("rows.csv", b'prompt,response\nHi,"Hello\nHi,Hello\n', "line 3", "malformed CSV"),
-    "missing prompt": ("rows.jsonl", text({"question": "Hi", "response": "Hello"}), "line 2", "field prompt", "question"),
-    "odd column": ("rows.csv", b'"odd\nname"\nHi\n', "line 3", "field prompt"),
-    "missing response": ("rows.jsonl", text(without(SAFE, "response")), "line 2", "field response"),
-    "missing category": ("rows.jsonl", text(without(SAFE, "category")), "line 2", "field category"),
-    "missing is_safe": ("rows.jsonl", text(without(SAFE, "is_safe")), "line 2", "field is_safe"),
-    "number for a text": ("rows.jsonl", text(SAFE | {"prompt": 5}), "line 2", "field prompt", "int 5"),
-    "null for a text": ("rows.jsonl", text(SAFE | {"prompt": None}), "line 2", "field prompt", "NoneType"),
-    "list for a text": ("rows.json", json.dumps([QA | {"response": ["a"]}]).encode(), "row 0", "field response", "list"),
-    "list for a struct": ("rows.jsonl", text(SAFE | {"category": NAMES}), "line 2", "field category", "14 booleans"),
-    "word for a struct": ("rows.csv", b"prompt,response,category,is_safe\na,b,none,true\n", "line 2", "field category", "not JSON"),
-    "word for a list": ("rows.jsonl", text(QA | {"categories": "theft"}), "line 2", "field categories", "list"),
-    "number in a list": ("rows.jsonl", text(QA | {"categories": [1]}), "line 2", "field categories", "int 1"),
-    "unknown category": ("rows.jsonl", text(QA | {"categories": ["litter"]}), "line 2", "field categories", "'litter'", NAMES[3]),
-    "unknown category key": ("rows.jsonl", text(SAFE | {"category": SAFE["category"] | {"litter": False}}),
-                             "line 2", "field category", "'litter'", NAMES[3]),
-    "missing category key": ("rows.jsonl", text(SAFE | {"category": without(SAFE["category"], NAMES[6])}),
-                             "line 2", "field category", repr(NAMES[6])),
-    "null category": ("rows.jsonl", text(SAFE | {"category": SAFE["category"] | {NAMES[6]: None}}),
-                      "line 2", "field category", repr(NAMES[6])),
-    "safe with a category": ("rows.jsonl", text(UNSAFE | {"is_safe": True}), "line 2", "field is_safe", NAMES[5]),
-    "unsafe without one": ("rows.jsonl", text(SAFE | {"is_safe": False}), "line 2", "field is_safe", "[]"),
-    "plain safe with one": ("rows.jsonl", text(QA | {"response_label": "safe", "categories": [NAMES[1]]}),
-                            "line 2", "field categories", NAMES[1]),
-    "empty prompt": ("rows.jsonl", text(SAFE | {"prompt": " \n"}), "line 2", "field prompt", "empty text"),
-    "empty response": ("rows.jsonl", text(SAFE | {"response": ""}), "line 2", "field response", "empty text"),
-    "empty CSV cell": ("rows.csv", b"prompt,response\n,Hello\n", "line 2", "field prompt"),
-    "lone surrogate": ("rows.jsonl", text(SAFE | {"response": "Hi \ud83d"}), "line 2", "field response", "surrogate"),
-    "surrogate in a list": ("rows.jsonl", text(QA | {"categories": ["\ud83d"]}), "line 2", "field categories"),
-    "surrogate in an id": ("rows.jsonl", text(QA | {"id": "\ud83d"}), "line 2", "field id", "surrogate"),
-    "unknown label word": ("rows.jsonl", text(QA | {"response_label": "maybe"}), "line 2", "field response_label", "'maybe'"),
-    "label of a missing response": ("rows.jsonl", text({"prompt": "Hi", "response_label": 1}), "line 2", "field response", "missing"),
-    "empty messages": ("rows.jsonl", text({"messages": []}), "line 2", "field messages", "non-empty"),
-    "messages no list": ("rows.csv", b"messages\nHi\n", "line 2", "field messages", "not JSON"),
-    "message no object": ("rows.jsonl", text({"messages": ["Hi"]}), "line 2", "field messages[0]"),
-    "unknown role": ("rows.jsonl", text({"messages": [*pair("Hi"), {"role": "bot", "content": "Hello"}]}),
-                     "line 2", "field messages[1].role", "'bot'"),
-    "empty turn": ("rows.jsonl", text({"messages": pair("Hi", "")}), "line 2", "field messages[1].content", "empty text"),
-    "system turn last": ("rows.jsonl", text({"messages": [*pair("Hi"), {"role": "system", "content": "Stop"}]}),
-                         "line 2", "field messages", "system"),
+CATEGORY = SAFE["category"]
+BAD_ROWS = {  # name: row, field, what the message must say of it
+    "no prompt": ({"question": "Hi", "response": "Hello"}, "prompt", "question, response"),
+    "no response": (without(SAFE, "response"), "response", "missing"),
+    "no category": (without(SAFE, "category"), "category", "missing"),
+    "no is_safe": (without(SAFE, "is_safe"), "is_safe", "missing"),
+    "number for a text": (SAFE | {"prompt": 5}, "prompt", "int 5"),
+    "null for a text": (SAFE | {"prompt": None}, "prompt", "NoneType"),
+    "list for a text": (QA | {"response": ["a"]}, "response", "list ['a']"),
+    "empty prompt": (SAFE | {"prompt": " \n"}, "prompt", "empty text"),
+    "empty response": (SAFE | {"response": ""}, "response", "empty text"),
+    "lone surrogate": (SAFE | {"response": "Hi \ud83d"}, "response", "surrogate"),
+    "surrogate in an id": (QA | {"id": "\ud83d"}, "id", "surrogate"),
+    "list for a struct": (SAFE | {"category": NAMES}, "category", "14 booleans"),
+    "unknown category key": (SAFE | {"category": CATEGORY | {"litter": False}}, "category", "'litter'; known: animal_"),
+    "missing category key": (SAFE | {"category": without(CATEGORY, NAMES[6])}, "category", f"{NAMES[6]!r} is missing"),
+    "null category": (SAFE | {"category": CATEGORY | {NAMES[6]: None}}, "category", f"{NAMES[6]!r} is null"),
+    "category of a wrong type": (SAFE | {"category": CATEGORY | {NAMES[6]: [1]}}, f"category[{NAMES[6]}]", "[1]"),
+    "safe with a category": (UNSAFE | {"is_safe": True}, "is_safe", NAMES[5]),
+    "unsafe without one": (SAFE | {"is_safe": False}, "is_safe", "contradicts the categories []"),
+    "is_safe null": (SAFE | {"is_safe": None}, "is_safe", "None"),
+    "plain safe with one": (QA | {"response_label": "safe", "categories": [NAMES[1]]}, "categories", NAMES[1]),
+    "word for a list": (QA | {"categories": "theft"}, "categories", "list"),
+    "number in a list": (QA | {"categories": [1]}, "categories", "int 1"),
+    "surrogate in a list": (QA | {"categories": ["\ud83d"]}, "categories", "surrogate"),
+    "unknown category": (QA | {"categories": ["litter"]}, "categories", "'litter'; known: animal_abuse |"),
+    "unknown label word": (QA | {"response_label": "maybe"}, "response_label", "'maybe'"),
+    "label of no response": ({"prompt": "Hi", "response_label": 1}, "response", "missing"),
+    "empty messages": ({"messages": []}, "messages", "non-empty"),
+    "message that is no object": ({"messages": ["Hi"]}, "messages[0]", "'Hi'"),
+    "unknown role": ({"messages": [*pair("Hi"), {"role": "bot", "content": "Ho"}]}, "messages[1].role", "'bot'"),
+    "empty turn": ({"messages": pair("Hi", "")}, "messages[1].content", "empty text"),
+    "system turn last": ({"messages": [*pair("Hi"), {"role": "system", "content": "Stop"}]}, "messages", "system"),
+}  # fmt: skip
+BAD_FILES = {  # name: file name, content, place (and field), what the message must say of it
+    "missing": ("rows.jsonl", None, "", "no such file"),
+    "unknown type": ("rows.txt", text(), "", "unknown file type"),
+    "empty": ("rows.csv", b"", "", "empty"),
+    "blank": ("rows.jsonl", b"\n \n", "", "no rows"),
+    "header only": ("rows.csv", b"prompt,response\n", "", "no rows"),
+    "empty list": ("rows.json", b"[]", "", "no rows"),
+    "cut line": ("rows.jsonl", text('{"prompt": "Hi", "resp') + b"\n", ", line 2, column 18", "malformed JSON"),
+    "malformed JSON": ("rows.json", b'[\n{"prompt": "Hi"},\n{"prompt" "Hi"}]', ", line 3, column 11", "malformed JSON"),
+    "JSON that is no list": ("rows.json", b'{"prompt": "Hi"}', "", "expected a JSON list of rows, found dict"),
+    "row that is no object": ("rows.jsonl", text("[1, 2]"), ", line 2", "expected an object"),
+    "not UTF-8": ("rows.jsonl", text({"prompt": "\ufffd"}) + b'\n{"prompt": "caf\xe9"}\n', ", line 3", "not UTF-8"),
+    "not UTF-8, far down": ("rows.csv", b"prompt\n" + b"Hi\n" * 9000 + b"caf\xe9\n", ", line 9002", "not UTF-8"),
+    "UTF-16": ("rows.csv", "prompt,response\nHi,Hello".encode("utf-16"), ", line 1", "not UTF-8"),
+    "CSV as Parquet": ("rows.parquet", b"prompt,response\nHi,Hello", "", "not a Parquet file"),
+    "broken Parquet": ("rows.parquet", b"PAR1" + bytes(40) + b"PAR1", "", "not a Parquet file"),
+    "long CSV row": ("rows.csv", b"prompt,response\nHi,Hello\nHi,Hi,Hi\n", ", line 3, field response", "more cells"),
+    "short CSV row": ("rows.csv", b"prompt,response\nHi,Hello\nHi\n", ", line 3, field response", "fewer cells"),
+    "unclosed CSV quote": ("rows.csv", b'prompt,response\nHi,"Hello\nHi,Hello\n', ", line 2", "malformed CSV"),
+    "CSV without the column": ("rows.csv", b'"odd\nname"\nHi\n', ", line 3, field prompt", "columns: odd name"),
+    "empty CSV cell": ("rows.csv", b"prompt,response\n,Hello\n", ", line 2, field prompt", "expected text"),
+    "CSV struct": ("rows.csv", b"prompt,response,category,is_safe\na,b,c,1\n", ", line 2, field category", "not JSON"),
+    "CSV messages": ("rows.csv", b"messages\nHi\n", ", line 2, field messages", "not JSON"),
+    "row of a list": ("rows.json", b'[{"prompt": "Hi"}, {"prompt": 1}]', ", row 1, field prompt", "int 1"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_in_one_line(tmp_path, case):
-    name, data, *fragments = BAD[case]
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_row_is_told_in_one_line(tmp_path, case):
+    (row, field, what), path = BAD_ROWS[case], tmp_path / "rows.jsonl"
+    path.write_bytes(text(row))
+    message = failure(str(path), categories=NAMES if case == "unknown category" else None)
+    assert message.startswith(f"{path}, line 2, field {field}: ")
+    assert what in message
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file_is_told_in_one_line(tmp_path, case):
+    name, data, place, what = BAD_FILES[case]
     path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
-    message = failure(str(path), categories=NAMES if "unknown category" in case else None)
-    assert message.startswith(str(path))
-    for fragment in fragments:
-        assert fragment in message
+    message = failure(str(path))
+    assert message.startswith(f"{path}{place}: ")
+    assert what in message
+
+
+def test_bad_parquet_row(tmp_path):
+    spec = write(tmp_path / "rows.parquet", [QA, QA | {"response": " "}])
+    assert failure(spec).startswith(f"{spec}, row 1, field response: empty text")
 
 
 def test_no_positive_rows(tmp_path):
@@ -313,10 +330,18 @@ def test_required_label_is_missing(tmp_path):
     assert f"{spec}, line 5" in message and "field response_unsafe" in message  # the cell above holds a line break
 
 
-@pytest.mark.parametrize("spec", ["beaverstails", "beavertails-sample:dev", "no/such/folder"])
-def test_unknown_name(spec):
+@pytest.mark.parametrize(
+    "spec, known",
+    [
+        ("beaverstails", ["PKU-Alignment/BeaverTails", "beavertails-sample"]),
+        ("no/such/folder", ["PKU-Alignment/BeaverTails", "beavertails-sample"]),
+        ("beavertails-sample:dev", [f"beavertails-sample:{split}" for split in ("train", "validation", "test")]),
+    ],
+)
+def test_unknown_name(spec, known):
     message = failure(spec)
-    assert message.startswith(spec) and "beavertails-sample" in message + spec and "PKU-Alignment" in message + "PKU-Alignment" * (":" in spec)
+    assert message.startswith(f"{spec}: ")
+    assert all(name in message for name in known)
 
 
 @pytest.mark.parametrize("options", [{"bad_rows": "ignore"}, {"max_rows": 0}])
@@ -328,8 +353,7 @@ def test_bad_options(tmp_path, options):
 def test_bad_rows_are_skipped_and_reported(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(text(SAFE | {"prompt": ""}, "[1]", '{"prompt": "cut', UNSAFE | {"is_safe": True}, UNSAFE))
-    rows = load_conversations(str(path), bad_rows="skip")
-    assert rows["id"] == ["a", "b"]
+    assert list(load_conversations(str(path), bad_rows="skip")["id"]) == ["a", "b"]
     assert "left out 4 bad rows of 6" in caplog.text
     assert f"{path}, line 2, field prompt" in caplog.text
 
@@ -350,8 +374,8 @@ def test_a_missing_column_is_never_skipped(tmp_path):
 def test_max_rows_reads_no_further(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(text(UNSAFE, "{cut"))
-    assert load_conversations(str(path), max_rows=2)["id"] == ["a", "b"]
-    assert load_conversations(str(path), max_rows=1)["id"] == ["a"]
+    assert list(load_conversations(str(path), max_rows=2)["id"]) == ["a", "b"]
+    assert list(load_conversations(str(path), max_rows=1)["id"]) == ["a"]
     assert "line 3" in failure(str(path), max_rows=3)
 
 
@@ -380,7 +404,11 @@ def dataset(*rows: dict) -> datasets.Dataset:
 
 
 def answers(*votes: tuple[bool | None, list[str] | None], prompt: str = "Hi") -> list[dict]:
-    return [conversation(f"{prompt}{i}", pair(prompt, "Hello"), None, *v[:1], None, categories=v[1]) for i, v in enumerate(votes)]
+    """One pair with several opinions on it: unsafe, categories."""
+    return [
+        conversation(f"{prompt}{i}", pair(prompt, "Hello"), None, unsafe, None, categories=named)
+        for i, (unsafe, named) in enumerate(votes)
+    ]
 
 
 A, B, C = NAMES[:3]
@@ -417,8 +445,8 @@ def test_deduplicate_keeps_order_and_other_answers():
         conversation("other", pair("One", "Another answer"), None, True, None, categories=[B]),
     )
     unique, report = deduplicate(rows)
-    assert unique["id"] == ["One0", "Two0", "other"]
-    assert unique["response_unsafe"] == [False, False, True]
+    assert list(unique["id"]) == ["One0", "Two0", "other"]
+    assert list(unique["response_unsafe"]) == [False, False, True]
     assert report == {"rows": 4, "unique": 3, "conflicting": 1}
 
 
@@ -431,11 +459,11 @@ def test_grouped_split(prompts, ratio, seed):
           for i in range(prompts) for j, p in enumerate((f"Prompt {i}", f"  prompt  {i}", f"PROMPT {i}")))
     )  # fmt: skip
     train, held_out = grouped_split(rows, ratio, seed)
-    assert sorted(train["id"] + held_out["id"]) == sorted(rows["id"])
+    assert sorted([*train["id"], *held_out["id"]]) == sorted(rows["id"])
     sides = [{prompt_key(row) for row in side} for side in (train, held_out)]
     assert not sides[0] & sides[1]
     assert len(sides[1]) == min(max(1, round(ratio * prompts)), prompts - 1)
-    assert grouped_split(rows, ratio, seed)[1]["id"] == held_out["id"]
+    assert grouped_split(rows, ratio, seed)[1].to_list() == held_out.to_list()
     assert overlap(train, held_out) == {"rows": len(held_out), "prompt_in_train": 0, "pair_in_train": 0}
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def launch(*argv: str, processes: int = 1, threads: int = 2, check: bool = True) -> subprocess.CompletedProcess:
     """Run a script of the recipe in its folder: train.py under torchrun, the others under python."""
     launcher = (
-        [BIN / "torchrun", f"--nproc_per_node={processes}", "--master_port=0"]
+        [BIN / "torchrun", f"--nproc_per_node={processes}", "--standalone"]
         if argv[0] == "train.py"
         else [sys.executable]
     )
@@ -97,7 +97,6 @@ def test_model_card_and_manifest_say_what_was_run(trained):
     card, run = (trained / "README.md").read_text(), json.loads((trained / "run.json").read_text())
     assert "beavertails-sample:train" in card and "AUPRC" in card and "pipeline(" in card
     assert run["arguments"]["learning_rate"] == 1e-3 and run["seed"] == 42 and run["data"]["train_rows"] == 64
-    assert run["data"]["useful_token_share"] > 0.85
     guard = json.loads((trained / "guard.json").read_text())
     assert guard["thresholds"]["flagged"]["on"] == "beavertails-sample:validation"
 
@@ -148,8 +147,8 @@ def test_fully_shard_saver(tiny_base, tmp_path):
         "torch.distributed.destroy_process_group()\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [BIN / "torchrun", "--nproc_per_node=2", "--master_port=0", script, tiny_base, tmp_path]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    command = [BIN / "torchrun", "--nproc_per_node=2", "--standalone", script, tiny_base, tmp_path]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -283,6 +282,7 @@ def test_quickstart_learns_within_its_budget(quickstart):
         assert guard["auprc"] > baseline["auprc"] + 0.05, name
     assert guard["auprc"] > guard["base_rate"] + 0.3 and len(results["categories"]) == 14
     run = json.loads((folder / "run.json").read_text())
+    assert run["data"]["useful_token_share"] > 0.85
     assert run["peak_memory_gib"]["host"] <= 6 and results["run"]["peak_memory_gib"]["host"] <= 6
     assert seconds <= 300
     assert (folder / "precision-recall.png").is_file() and len(

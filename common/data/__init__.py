@@ -72,7 +72,7 @@ def load_conversations(
         require: labels (of `LABELS`, or "categories") that every row must know, and of which at least one row must be
             positive.
         bad_rows: "error" stops at the first bad row, "skip" counts and leaves out bad rows (never a missing column).
-        max_rows: read only the first so many rows.
+        max_rows: read only the first so many good rows.
 
     Returns:
         A Dataset with the columns of `FEATURES`.
@@ -80,20 +80,23 @@ def load_conversations(
     Raises:
         UserError: bad spec, file, row or label, in one line.
     """
+    if bad_rows not in ("error", "skip"):
+        raise UserError(f"{spec}: bad_rows {bad_rows}: must be error or skip")
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
     name, rows = _raw_rows(spec)
     out, skipped = [], []
     for where, row in rows:
-        if max_rows is not None and len(out) >= max_rows:
-            break
-        if not isinstance(row, Mapping):
-            raise UserError(f"{where}: expected an object such as {EXAMPLE_ROW}, found {row!r:.60}")
-        _check_columns(row, where)
+        if isinstance(row, Mapping):
+            _check_columns(row, where)
         try:
             out.append(_conversation(row, where, categories, require) | {"source": name})
         except UserError as error:
             if bad_rows != "skip":
                 raise
             skipped.append(error)
+        if len(out) == max_rows:
+            break
     if skipped:
         logger.warning(
             "%s: left out %d bad rows of %d; the first: %s", spec, len(skipped), len(skipped) + len(out), skipped[0]
@@ -108,8 +111,12 @@ def load_conversations(
     return Dataset.from_list(out, features=FEATURES)
 
 
-def _conversation(row: Mapping, where: str, categories: Sequence[str] | None, require: Sequence[str]) -> dict:
+def _conversation(row: Any, where: str, categories: Sequence[str] | None, require: Sequence[str]) -> dict:
     """One checked row in the columns of `FEATURES`, without `source`."""
+    if isinstance(row, UserError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected an object such as {EXAMPLE_ROW}, found {row!r:.60}")
     labels: dict[str, Any] = dict.fromkeys(LABELS)
     if "messages" in row:
         messages = check_messages(row["messages"], where)
@@ -144,7 +151,9 @@ def _conversation(row: Mapping, where: str, categories: Sequence[str] | None, re
     for label in require:
         if (named if label == "categories" else labels[label]) is None:
             raise UserError(f"{where}, field {label}: missing; every row needs it here")
-    return {"id": str(row.get("id", where)), "messages": messages, **labels, "categories": named}
+    # Without an id: file or data set with line or row, but no folder, so that a data fingerprint is the same anywhere.
+    row_id = Path(where).name if row.get("id") is None else check_text(str(row["id"]), "id", where)
+    return {"id": row_id, "messages": messages, **labels, "categories": named}
 
 
 def _beavertails_categories(row: Mapping, where: str) -> list[str]:
@@ -183,15 +192,15 @@ def _category_list(value: Any, where: str) -> list[str] | None:
             value = json.loads(value)
         except json.JSONDecodeError:
             raise UserError(f"{where}, field categories: expected a JSON list of names, found {value!r:.60}") from None
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(f"{where}, field categories: expected a list of names, found {value!r:.60}")
-    return list(value)
+    return [check_text(name, "categories", where) for name in value]
 
 
 def _check_columns(row: Mapping, where: str) -> None:
     if "messages" not in row and "prompt" not in row:
         raise UserError(
-            f"{where}, field prompt: missing (columns: {', '.join(map(str, row))}); expected a row such as {EXAMPLE_ROW}"
+            f"{where}, field prompt: missing (columns: {', '.join(map(str, row))}); expected a row like {EXAMPLE_ROW}"
         )
     if ("category" in row) != ("is_safe" in row):
         raise UserError(
@@ -205,7 +214,10 @@ def _check_columns(row: Mapping, where: str) -> None:
 
 
 def _raw_rows(spec: str) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """The data set's name and its rows as they stand, each with a text that says where it stands."""
+    """The data set's name and its rows as they stand, each with a text that says where it stands.
+
+    A row that cannot even be read is a UserError in its place, so that it can be left out.
+    """
     name, _, split = spec.rpartition(":") if ":" in spec else (spec, "", "")
     known = sources()["sources"].get(name)
     if known is not None:
@@ -220,7 +232,8 @@ def _raw_rows(spec: str) -> tuple[str, Iterator[tuple[str, Any]]]:
         return Path(spec).name, _file_rows(Path(spec))
     if not split:
         raise UserError(
-            f"{spec}: no such file, and a hub id needs a split (user/name:split); known names: {', '.join(sources()['sources'])}"
+            f"{spec}: no such file, and a hub id or a folder needs a split (user/name:split); "
+            f"known names: {', '.join(sources()['sources'])}"
         )
     return name, _hub_rows(name, split)
 
@@ -253,19 +266,25 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: the file is empty")
     try:
         yield from _READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); re-encode the file") from None
+    except UnicodeDecodeError as error:  # its position counts from the start of a block, not of the file
+        with path.open("rb") as lines:
+            number = next(n for n, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line)
+        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); re-encode the file") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
+                try:
+                    row = _json(line.rstrip(), path, number)
+                except UserError as error:
+                    row = error
+                yield f"{path}, line {number}", row
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _json(path.read_text(encoding="utf-8-sig"), str(path))
+    rows = _json(path.read_text(encoding="utf-8-sig"), path)
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: expected a JSON list of rows, found {type(rows).__name__}; one object a line is .jsonl"
@@ -273,21 +292,31 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, path: Path, first_line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
+        line = first_line + error.lineno - 1
+        raise UserError(f"{path}, line {line}, column {error.colno}: malformed JSON ({error.msg})") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, restval=None)
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row:
-                raise UserError(f"{where}: more cells than the header has; quote cells that contain commas")
-            yield where, {key: None if value == "" else value for key, value in row.items()}
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                short = next((column for column, cell in row.items() if cell is None), None)
+                if None in row:
+                    last = reader.fieldnames[-1]
+                    row = UserError(f"{where}, field {last}: more cells follow; quote cells that contain commas")
+                elif short is not None:
+                    row = UserError(f"{where}, field {short}: missing, fewer cells than the header has")
+                else:
+                    row = {column: cell or None for column, cell in row.items()}
+                yield where, row
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num + 1}: malformed CSV ({error})") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -295,7 +324,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
     yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
@@ -307,7 +336,7 @@ _READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".par
 
 
 def prompt_key(row: Mapping) -> str:
-    """The last user turn, case and spacing apart: what groups rows so that no prompt stands on both sides of a split."""
+    """The last user turn, case and spacing apart: groups rows, so that no prompt stands on both sides of a split."""
     return " ".join((last_turns(row["messages"])[0] or "").lower().split())
 
 
@@ -327,16 +356,17 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
     out, conflicting = [], 0
     for group in groups.values():
         first = dict(group[0])
-        conflicting += len({json.dumps([row[k] for k in (*LABELS, "categories")]) for row in group}) > 1
+        given = [[*(row[k] for k in LABELS), row["categories"] and sorted(row["categories"])] for row in group]
+        conflicting += any(labels != given[0] for labels in given)
         for label in LABELS:
             votes = [row[label] for row in group if row[label] is not None]
             first[label] = sum(votes) * 2 > len(votes) if votes else None
-        if first["categories"] is not None:
-            votes = Counter(name for row in group for name in row["categories"] or ())
-            bar = min(len(group) / 2, max(votes.values(), default=1) - 0.5)
-            first["categories"] = (
-                [] if first["response_unsafe"] is False else sorted(n for n, v in votes.items() if v > bar)
-            )
+        # Whoever outvoted has no say in the categories: a response voted safe has none, an unsafe one has some.
+        agreeing = [row["categories"] for row in group if row["response_unsafe"] == first["response_unsafe"]]
+        named = [names for names in agreeing if names is not None]
+        votes = Counter(name for names in named for name in names)
+        bar = min(len(group) / 2, max(votes.values(), default=1) - 0.5)
+        first["categories"] = sorted(name for name, count in votes.items() if count > bar) if named else None
         out.append(first)
     return Dataset.from_list(out, features=FEATURES), {
         "rows": len(rows),
@@ -350,9 +380,11 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
     if not 0 < ratio < 1:
         raise UserError(f"--eval_split_ratio {ratio}: must lie strictly between 0 and 1")
     groups = [prompt_key(row) for row in rows]
-    if len(set(groups)) < 2:
+    count = len(set(groups))
+    if count < 2:
         raise UserError("--eval_split_ratio: fewer than two different prompts, nothing to split")
-    train, held_out = next(GroupShuffleSplit(1, test_size=ratio, random_state=seed).split(groups, groups=groups))
+    size = min(max(1, round(ratio * count)), count - 1)  # neither side may be empty
+    train, held_out = next(GroupShuffleSplit(1, test_size=size, random_state=seed).split(groups, groups=groups))
     return rows.select(sorted(train)), rows.select(sorted(held_out))
 
 

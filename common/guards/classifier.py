@@ -72,9 +72,12 @@ class ClassifierGuard(Guard):
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"{model}: cannot be loaded as a classifier: {f'{error}'.strip():.200}".splitlines()[0]
-            ) from None
+            what = (
+                "cannot be loaded as a classifier"
+                if Path(model).is_dir()
+                else "no folder here, and no hub id that loads"
+            )
+            raise UserError(f"{model}: {what}: {f'{error}'.strip():.200}".splitlines()[0]) from None
         if loading["missing_keys"]:  # transformers fills them at random and warns
             raise UserError(
                 f"{model}: not a trained classifier, it lacks {', '.join(sorted(loading['missing_keys'])):.200}"

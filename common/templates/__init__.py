@@ -33,7 +33,7 @@ def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase
             `response` (answer to it) and `bos_token` and `eos_token` (empty without a tokenizer that has them).
 
     Raises:
-        UserError: the template is unknown, or it needs a turn that the conversation lacks.
+        UserError: the template is unknown, it needs a turn that the conversation lacks, or a text is not Unicode.
     """
     prompt, response = last_turns(messages)
     content = {"prompt": prompt, "response": response}
@@ -44,6 +44,8 @@ def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase
         text = _template(template).render(**markers, **specials)
     except jinja2.UndefinedError as error:
         raise UserError(f"template {template}: the conversation has no such turn ({error.message})") from None
+    if any("\ud800" <= character <= "\udfff" for turn in content.values() for character in turn or ""):
+        raise UserError("the text holds a lone surrogate, which no tokenizer can read")
     pieces = re.split("\ue000(prompt|response)\ue001", text)
     return [Part(content[piece] if i % 2 else piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
 
@@ -126,7 +128,8 @@ def _forged(
         position += len(part.text)
     spans = []
     for token, (start, end) in zip(ids, offsets, strict=True):
-        if token not in control and (token != tokenizer.unk_token_id or text[start:end].strip() != tokenizer.unk_token):
+        unknown = token == tokenizer.unk_token_id and _spells_unknown(text[start:end], tokenizer)
+        if token not in control and not unknown:
             continue
         # A template's token with lstrip/rstrip also covers the white space beside it, which is no forgery.
         covered = text[start:end]
@@ -136,11 +139,18 @@ def _forged(
     return spans
 
 
+def _spells_unknown(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the unknown token is there because `text` names it, and not because the vocabulary lacks `text`."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return tokenizer.unk_token in (text if normalizer is None else f"{text}\n{normalizer.normalize_str(text)}")
+
+
 def _broken(parts: Sequence[Part], spans: list[tuple[int, int]], attempt: int) -> list[Part]:
     """`parts` with a space inside each span, put in its content (a span of one character becomes U+FFFD).
 
-    Where a normalizer drops the characters beside that space, the next attempt has spaces everywhere; where it drops
-    spaces, the one after it takes the characters away.
+    Where that space stands at an end of the control string, because the string reaches into the template or begins with
+    characters that a normalizer drops, the next attempt has spaces everywhere. Where it drops spaces, the one after
+    that takes the characters away.
     """
     out, position = [], 0
     for text, is_content in parts:
@@ -155,8 +165,7 @@ def _broken(parts: Sequence[Part], spans: list[tuple[int, int]], attempt: int) -
             elif attempt == 1:
                 piece = "".join(f" {character} " for character in piece)
             else:
-                inside = 1 if position + first + 1 < end else 0
-                piece = f"{piece[:inside]} {piece[inside:]}"
+                piece = f"{piece[0]} {piece[1:]}"
             text = text[:first] + piece + text[last:]
         out.append(Part(text, is_content))
         position += length
@@ -227,8 +236,7 @@ def prepare_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         framing = tokenizer("")["input_ids"]  # what the tokenizer itself puts around a text
-        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *framing}
-        # The unknown token is safe where every byte has a token; it is then never produced (SmolLM2's <|endoftext|>).
+        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, *framing}
         free = sorted(i for i in control_ids(tokenizer) - taken if tokenizer.added_tokens_decoder[i].special)
         if free:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])

@@ -62,7 +62,9 @@ class ModelArguments:
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "all-linear | one pattern with .* | names"}
+    )
 
 
 @dataclass
@@ -161,8 +163,10 @@ def select_best_on_validation(args: RecipeTrainingArguments, data_args: DataArgu
         logger.info(
             "%s is a test split: no checkpoint is selected and no threshold fitted on it (the last one is kept).", spec
         )
-    elif args.save_strategy != args.eval_strategy:
-        logger.info("--save_strategy differs from --eval_strategy: the last checkpoint is kept, not the best.")
+    elif args.save_strategy != args.eval_strategy or (
+        args.save_strategy == "steps" and args.save_steps % args.eval_steps
+    ):
+        logger.info("Checkpoints are not saved where they are evaluated: the last one is kept, not the best.")
     elif args.eval_strategy != "no":
         args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = (
             True,
@@ -201,12 +205,13 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 def lora_config(args: ModelArguments) -> LoraConfig:
     modules = args.lora_target_modules
+    pattern = len(modules) == 1 and (modules[0] == "all-linear" or "*" in modules[0])
     return LoraConfig(
         task_type="SEQ_CLS",  # without it PEFT would not save the head
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        target_modules=modules[0] if pattern else modules,
     )
 
 
@@ -267,6 +272,7 @@ def save_weights(trainer: LengthGroupedTrainer, tokenizer: PreTrainedTokenizerBa
     model = trainer.accelerator.unwrap_model(trainer.model)
     if args.use_peft:
         model.save_pretrained(folder / "adapter", state_dict=state_dict)
+        tokenizer.save_pretrained(folder / "adapter")  # from its size PEFT knows that embeddings were added
         unset_hf_deepspeed_config()  # the merge is done by this process alone, on whole weights
         model = PeftModel.from_pretrained(load_model(args)[0], folder / "adapter").merge_and_unload()
         state_dict = model.state_dict()
@@ -309,7 +315,7 @@ def describe_guard(trainer, model_args, data_args, validation, data_report, trai
         intro=CARD_INTRO.format(data=data_args.train_data_name_or_path, rows=data_report["train_rows"]),
         usage=CARD_USAGE.format(folder=folder.name, eos=trainer.processing_class.eos_token or ""),
         sections={
-            f"Measured on validation ({spec})": report.metric_table(scores) if scores else "Nothing was measured.",
+            f"Measured on {spec}": report.metric_table(scores) if scores else "Nothing was measured.",
             "Threshold": f"Flagged if any probability is above {threshold['value']:.3f} ({threshold['how']}).",
             "Limits": "The scores hold for text like the training data: English, one question and one answer. A guard "
             "that was trained on sample data shows that the recipe runs, not that the guard is good.",

@@ -1,0 +1,156 @@
+"""The house keeps its order: what every recipe has, what imports what, which flags and keys are alive."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted(folder for folder in (ROOT / "examples").iterdir() if folder.is_dir() and folder.name[0] not in "._")
+SCRIPTS = [folder / name for folder in EXAMPLES for name in ("train.py", "evaluate.py")]
+CONFIGS = [config for folder in EXAMPLES for config in sorted((folder / "configs").glob("*.yaml"))]
+each_example = pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parts[-3]}/{path.name}")
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Standard output of a command that must succeed; no byte code is left in the folder."""
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@cache
+def files() -> list[Path]:
+    """What belongs to the repository: tracked files and new ones that are not ignored."""
+    names = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT).splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, by full name."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+@cache
+def argument_types(script: Path) -> list[type]:
+    """The dataclasses of arguments that a script defines or imports: by convention their names end so."""
+    spec = importlib.util.spec_from_file_location(f"{script.parent.name}_{script.stem}_probe", script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(script.parent))  # as for a script that runs
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(script.parent))
+    return [kind for kind in vars(module).values() if is_dataclass(kind) and kind.__name__.endswith("Arguments")]
+
+
+def test_common_is_this_repository(tmp_path):
+    """From any folder: `common` is a name that another clone, or another package, could have taken."""
+    found = run([sys.executable, "-c", "import common; print(common.__file__)"], tmp_path).strip()
+    assert Path(found).resolve() == ROOT / "common" / "__init__.py", "use one environment per clone"
+
+
+def test_there_is_an_example():
+    assert EXAMPLES
+
+
+@each_example
+@pytest.mark.parametrize(
+    "name", ["README.md", "train.py", "evaluate.py", "configs/quickstart.yaml", "configs/paper.yaml"]
+)
+def test_every_example_has(folder, name):
+    assert (folder / name).is_file()
+
+
+@each_example
+def test_no_script_shadows_a_package(folder):
+    """A script's folder stands first on sys.path; `common` settles the one clash that is wanted."""
+    known = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions(), "common"} - {"evaluate"}
+    assert not {path.stem for path in folder.glob("*.py")} & known
+
+
+def test_imports_run_one_way():
+    own = {folder: {path.stem for path in folder.glob("*.py")} for folder in EXAMPLES}
+    for folder in EXAMPLES:
+        others = {"examples", "tests", "bench"}.union(*(own[f] for f in EXAMPLES if f != folder)) - own[folder]
+        for path in folder.rglob("*.py"):
+            assert not {name.split(".")[0] for name in imported(path)} & others, path
+    names = set().union(*own.values()) - {"evaluate"} | {"examples", "tests", "bench"}
+    for path in (ROOT / "common").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & names, path
+
+
+@each_script
+@pytest.mark.slow
+def test_script_prints_its_help(script):
+    text = run([sys.executable, script.name, "--help"], script.parent)
+    for kind in argument_types(script):
+        assert all(f"--{f.name}" in text for f in fields(kind) if f.init)
+
+
+@each_example
+@pytest.mark.slow
+def test_evaluate_is_the_library(folder, tmp_path):
+    """With `python -c`, as a script of the folder and under torchrun; the script goes to a copy of the folder."""
+    probe = "import common, evaluate; print(evaluate.__file__); assert evaluate.Metric"
+    library = importlib.util.find_spec("evaluate").origin
+    assert Path(library).name == "__init__.py"
+    assert run([sys.executable, "-c", probe], folder).split() == [library]
+
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("output"))
+    (copy / "probe.py").write_text(probe.replace("; ", "\n"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    assert run([sys.executable, "probe.py"], copy).split() == [library]
+    assert run([*torchrun, "probe.py"], copy).split() == [library]
+
+
+@each_script
+def test_no_flag_is_dead(script):
+    """Each argument that a script defines is read in it, as an attribute."""
+    nodes = ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    own = [kind for kind in argument_types(script) if kind.__module__.endswith("_probe")]
+    assert own
+    assert not {f.name for kind in own for f in fields(kind)} - read
+
+
+@each_config
+def test_every_key_of_a_config_is_known(config):
+    """`<name>_<script>.yaml` belongs to that script, every other to train.py."""
+    script = config.parents[1] / f"{config.stem.rpartition('_')[2]}.py"
+    types = argument_types(script if script.is_file() else script.with_name("train.py"))
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    assert values
+    assert not set(values) - {f.name for kind in types for f in fields(kind) if f.init}
+
+
+def test_no_file_names_a_machine():
+    places = [f"/{name}/" for name in ("root", "work")]
+    for path in files():
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        assert not [place for place in places if place in text], path
+
+
+def test_files_stay_small():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files() if path.suffix == ".py"}
+    assert not {str(path): n for path, n in lengths.items() if n > 400}
+    written = [
+        path.read_text(encoding="utf-8").splitlines() for path in lengths if path.is_relative_to(ROOT / "common")
+    ]
+    assert written
+    assert sum(bool(line.strip()) for lines in written for line in lines) < 1600  # blank lines apart
