@@ -90,6 +90,7 @@ def test_every_curve_is_drawn(tmp_path, monkeypatch):
     assert labels == [f"guard {i}" for i in range(7)] + ["base rate 0.50"]
     points = set(zip(*map(np.round, axes.lines[0].get_data(), (3, 3)), strict=True))
     assert points == {(1.0, 0.5), (1.0, 0.667), (0.5, 0.5), (0.5, 1.0), (0.0, 1.0)}
+    assert axes.lines[0].get_drawstyle() == "steps-post"
     assert (axes.get_title(), axes.get_ylabel()) == ("Title", "Precision")
 
 

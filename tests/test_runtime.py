@@ -25,7 +25,7 @@ on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="says what 
 class Arguments:
     name: str = field(metadata={"help": "A required flag."})
     size: int = 3
-    limit: int | None = None
+    limit: int | None = 8
     rate: float = 0.5
     fast: bool = False
     words: list[str] = field(default_factory=lambda: ["a"])
@@ -52,11 +52,11 @@ def parse(tmp_path, monkeypatch):
     ("flags", "config", "expected"),
     [
         ("--name a", None, Arguments("a")),
-        ("", "name: a\nsize: 5\nrate: 1e-5\nfast: true", Arguments("a", 5, None, 1e-5, True)),
+        ("", "name: a\nsize: 5\nrate: 1e-5\nfast: true", Arguments("a", 5, 8, 1e-5, True)),
         ("--size 7 --fast false", "name: a\nsize: 5\nfast: true", Arguments("a", 7)),
         ("--name b --words x y", "name: a\nrate: 1", Arguments("b", rate=1.0, words=["x", "y"])),
         ("--limit 4 --fast", "name: a\nwords: [b, c]", Arguments("a", limit=4, fast=True, words=["b", "c"])),
-        ("", "name: a\nwords: b\nlimit: null", Arguments("a", words=["b"])),
+        ("", "name: a\nwords: b\nlimit: null", Arguments("a", limit=None, words=["b"])),
         ("--config=config.yaml --size=4", "name: a", None),
     ],
 )
@@ -195,7 +195,7 @@ def test_manifest(monkeypatch, training):
     found = json.loads(runtime.json_text(runtime.manifest([Arguments("x"), training(learning_rate=0.1)], rows=5)))
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert found["command"] == ["train.py", "--name", "x", "--learning_rate", "0.1"]
-    assert found["arguments"].items() >= {"name": "x", "words": ["a"], "limit": None, "learning_rate": 0.1}.items()
+    assert found["arguments"].items() >= {"name": "x", "words": ["a"], "limit": 8, "learning_rate": 0.1}.items()
     assert found["arguments"]["include_num_input_tokens_seen"] is not None
     assert found["versions"].items() >= {"torch": torch.__version__, "python": sys.version.split()[0]}.items()
     assert (found["git"]["revision"], type(found["git"]["dirty"])) == (head, bool)
