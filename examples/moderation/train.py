@@ -4,7 +4,7 @@
 torchrun train.py
 
 # one GPU, LoRA on any decoder
-torchrun train.py --config configs/paper.yaml --model_name_or_path Qwen/Qwen2.5-1.5B --use_peft --learning_rate 2e-4
+launch/lora_1gpu.sh --model_name_or_path Qwen/Qwen2.5-1.5B
 
 # the paper's run: 8 GPUs, full fine-tune of LLaMA-7B, FSDP2
 torchrun --nproc_per_node=8 train.py --config configs/paper.yaml
@@ -242,7 +242,8 @@ def multilabel_loss(positive_weight: float, flagged_loss: float):
 
     The sum over a micro-batch is divided by the label count of the WHOLE step (all processes, all accumulation steps),
     so that one batch of 8 and eight of 1 give the same gradient. `flagged_loss` adds the same loss on "any category",
-    whose logit is the log-sum-exp of the fourteen (a smooth maximum, as the maximum decides at inference).
+    whose logit is the log-sum-exp (a smooth maximum, as the maximum decides at inference) of all fourteen for a safe
+    row, and of the named ones for an unsafe row: over all of them, one category would learn to speak for the rest.
     """
 
     def loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -251,7 +252,9 @@ def multilabel_loss(positive_weight: float, flagged_loss: float):
         weight = torch.full_like(logits[0], positive_weight)
         total = bce(logits, labels.float(), pos_weight=weight, reduction="sum") / count
         if flagged_loss:
-            any_category = bce(logits.logsumexp(-1), labels.amax(-1).float(), reduction="sum")
+            unsafe = labels.amax(-1, keepdim=True)
+            counted = logits.masked_fill(labels < unsafe, torch.finfo(logits.dtype).min).logsumexp(-1)
+            any_category = bce(counted, unsafe[:, 0].float(), reduction="sum")
             total = total + flagged_loss * any_category * labels.shape[-1] / count
         return total
 
