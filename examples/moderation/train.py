@@ -32,6 +32,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common import data, metrics, report, templates
 from common.conversation import UserError
+from common.head_start import fit_head
 from common.quickstart import resolve_model
 from common.runtime import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
@@ -85,6 +86,9 @@ class DataArguments:
     flagged_loss: float = field(
         default=0.0, metadata={"help": "Weight of an extra loss on 'any category'; the paper has 0."}
     )
+    head_fit_rows: int = field(
+        default=0, metadata={"help": "Fit the head on the frozen base with so many rows first; the paper has 0."}
+    )
 
 
 def main() -> None:
@@ -92,6 +96,8 @@ def main() -> None:
         [ModelArguments, DataArguments, RecipeTrainingArguments], Path(__file__).parent / "configs/quickstart.yaml"
     )
     checkpoint = checkpoint_to_resume(args)
+    if data_args.head_fit_rows and (args.fsdp or args.deepspeed):
+        raise UserError("--head_fit_rows needs the whole model in every process; leave out --fsdp and --deepspeed")
     set_seed(args.seed)
 
     train_rows, eval_rows, data_report = load_rows(data_args, args.seed)
@@ -106,6 +112,10 @@ def main() -> None:
     }
     logger.info("Data: %s", json.dumps(data_report))
 
+    loss = multilabel_loss(data_args.positive_weight, data_args.flagged_loss)
+    if data_args.head_fit_rows and checkpoint is None:
+        every = max(1, len(train_set) // data_args.head_fit_rows)
+        fit_head(model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, args.device)
     if model_args.use_peft:
         model = get_peft_model(model, lora_config(model_args))
     trainer = LengthGroupedTrainer(
@@ -115,7 +125,7 @@ def main() -> None:
         eval_dataset=eval_set,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_loss_func=multilabel_loss(data_args.positive_weight, data_args.flagged_loss),
+        compute_loss_func=loss,
         compute_metrics=compute_metrics,
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
