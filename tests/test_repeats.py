@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from common.conversation import FEATURES, UserError, pair
+from common.conversation import FEATURES, LABELS, UserError, pair
 from common.data import deduplicate, grouped_split, overlap, prompt_key, taxonomy
 
 
