@@ -20,7 +20,7 @@ setup-dev: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -e .[dev] setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation deepspeed==0.19.8
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --no-build-isolation deepspeed==0.19.8
 	touch $@
 
 quickstart: setup

@@ -10,6 +10,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.conversation import UserError
+
 BATCH, WEIGHT_DECAY, ITERATIONS = 32, 0.1, 60
 
 
@@ -26,9 +28,11 @@ def fit_head(
         rows: with `input_ids` and `labels`, sorted by length.
         loss: of (an object with `logits` [n, labels], labels [n, labels]), the mean over rows.
     """
+    if len(rows) < max(2, PartialState().num_processes):
+        raise UserError(f"{len(rows)} rows are too few to fit a head on")
     head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == model.num_labels][-1]
     features, labels = _features(model.to(device).eval(), head, tokenizer, rows)
-    mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
+    mean, scale = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
     standard = (features - mean) / scale
     weight = torch.zeros(head.out_features, head.in_features, device=device, requires_grad=True)
     bias = torch.zeros(head.out_features, device=device, requires_grad=True)

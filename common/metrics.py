@@ -121,8 +121,14 @@ def fit_threshold(truth: Sequence[bool], score: Sequence[float], split: str, tar
 
 
 def is_test(spec: str) -> bool:
-    """Whether a data spec or file name says that it is a test split ("330k_test", "test.jsonl"; not "latest.jsonl")."""
-    return re.search(r"(^|[^a-z])test", Path(spec).name.lower()) is not None
+    """Whether a data spec says that it is a test split: by its split's, else its file's or folder's name.
+
+    True of "330k_test", "test.jsonl", "data/test/0.jsonl", "…:wildguardtest", "xstest.csv"; not of "latest.jsonl".
+    """
+    path, _, split = spec.rpartition(":")
+    name = split if path else f"{Path(spec).name} {'test' if Path(spec).parent.name == 'test' else ''}"
+    words = set(re.findall("[a-z]+", name.lower())) - {"latest", "contest", "greatest"}
+    return any(word.startswith("test") or word.endswith("test") for word in words)
 
 
 def bootstrap(
@@ -142,7 +148,8 @@ def bootstrap(
         raise ValueError(f"groups must name the group of each of {n} rows, found {len(groups)}")
     rng, index = np.random.default_rng(seed), np.arange(n)
     if groups is not None:
-        index = np.unique(np.asarray(groups), return_inverse=True)[1]
+        seen: dict = {}  # numpy would make every name as wide as the longest
+        index = np.array([seen.setdefault(group, len(seen)) for group in groups], dtype=int)
     order, sizes = np.argsort(index, kind="stable"), np.bincount(index)
     starts = np.cumsum(sizes) - sizes
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,15 +36,17 @@ def is_main_process() -> bool:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's main(): a UserError becomes one line on stderr and exit code 2; only rank 0 speaks."""
+    """Run a script's main(): a UserError becomes one line (a node) on stderr and exit code 2; only rank 0 logs."""
     logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
     for chatty in ("httpx", "absl", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
     except UserError as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Once a node: a file may be missing on one of them only.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            where = "" if is_main_process() else f"{socket.gethostname()}: "
+            print(f"error: {where}{error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -118,7 +121,7 @@ def device() -> torch.device:
 
 def inference_dtype() -> torch.dtype:
     """bf16 on an accelerator that has it; fp32 on a CPU, where bf16 is emulated and an order of magnitude slower."""
-    return torch.bfloat16 if device().type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device().type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
 
 from common.conversation import UserError
 from common.runtime import device, is_main_process
@@ -60,7 +60,9 @@ class RecipeTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
             self._leave_out_what_a_cpu_cannot_do()
             self._join_cpu_processes()
-        elif self.fsdp:
+        elif str(self.fsdp or "").lower() in ("", "false", "no", "0"):
+            self.fsdp = None
+        else:
             self._modern_fsdp()
         super().__post_init__()
 
@@ -95,12 +97,16 @@ class RecipeTrainingArguments(TrainingArguments):
         given = self.fsdp_config or {}
         if isinstance(given, str):
             given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
-        config = {"version": 2, "reshard_after_forward": True} | given
+        words = set(self.fsdp.split()) if isinstance(self.fsdp, str) else set()
+        known = {"true", "yes", "1", "full_shard", "shard_grad_op", "auto_wrap", "offload"}
+        if words - known:
+            raise UserError(f"--fsdp {self.fsdp}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload")
+        config = {"version": 2, "reshard_after_forward": "shard_grad_op" not in words} | given
         if self.fsdp_transformer_layer_cls_to_wrap is not None:
             config["transformer_layer_cls_to_wrap"] = [self.fsdp_transformer_layer_cls_to_wrap]
         if self.gradient_checkpointing:
             config["activation_checkpointing"], self.gradient_checkpointing = True, False
-        if isinstance(self.fsdp, str) and "offload" in self.fsdp:
+        if "offload" in words:
             config["cpu_offload"] = True
         self.fsdp, self.fsdp_config, self.fsdp_transformer_layer_cls_to_wrap = (
             True,
@@ -179,10 +185,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     Raises:
         UserError: there is none, or output_dir holds one and the user said neither resume nor overwrite.
     """
-    wish, last = (
-        args.resume_from_checkpoint,
-        get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None,
-    )
+    # The trainer writes the state last: a folder without it is half of a checkpoint.
+    whole = [path.parent for path in Path(args.output_dir).glob("checkpoint-*/trainer_state.json")]
+    last = str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    wish = args.resume_from_checkpoint
     if wish and str(wish).lower() in ("latest", "true"):
         if last is None:
             raise UserError(
@@ -199,6 +205,13 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             "pass --resume_from_checkpoint latest or --overwrite_output_dir true"
         )
     return None
+
+
+def start_over(args: TrainingArguments) -> None:
+    """Remove the checkpoints of an earlier run, which `--resume_from_checkpoint latest` would take for this one's."""
+    if is_main_process():
+        for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
 def full_state_dict(trainer: Trainer) -> dict[str, torch.Tensor]:

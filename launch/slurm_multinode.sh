@@ -11,7 +11,6 @@
 #SBATCH --output=%x-%j.log
 ##SBATCH --partition=gpu             # EDIT: remove one # and name your partition
 ##SBATCH --account=project           # EDIT: likewise
-#SBATCH --signal=TERM@120            # two minutes' notice; the next job continues with --resume_from_checkpoint latest
 set -euo pipefail
 [[ $# -gt 0 ]] || { echo "usage: sbatch $0 train.py [flags]" >&2; exit 2; }
 
@@ -28,6 +27,7 @@ gpus="${SLURM_GPUS_ON_NODE:-8}"
 head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 port="$((20000 + SLURM_JOB_ID % 20000))"     # two jobs that share a node do not meet
 
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-}"     # srun no longer takes it over from sbatch
 exec srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$nodes" --nproc_per_node="$gpus" \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head:$port" \

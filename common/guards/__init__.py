@@ -81,4 +81,9 @@ def _read_card(path: Path) -> dict[str, Any]:
     for field, kind in CARD.items():
         if field in known and not isinstance(known[field], kind):
             raise UserError(f"{path}, field {field}: expected {kind.__name__}, found {known[field]!r:.60}")
+    for name, threshold in known.get("thresholds", {}).items():
+        if not isinstance(threshold, dict) or not isinstance(threshold.get("value"), (int, float)):
+            raise UserError(
+                f'{path}, field thresholds.{name}: expected {{"value": number, …}}, found {threshold!r:.60}'
+            )
     return known

@@ -39,6 +39,7 @@ class ClassifierGuard(Guard):
         batch_tokens: int | None = None,
         long_inputs: str = "windows",
         progress: bool = True,
+        trust_remote_code: bool = False,
     ):
         """Load the model onto the accelerator, if there is one.
 
@@ -57,7 +58,8 @@ class ClassifierGuard(Guard):
         if long_inputs not in LONG_INPUTS:
             raise UserError(f"--long_inputs {long_inputs}: expected one of {', '.join(LONG_INPUTS)}")
         try:
-            config = AutoConfig.from_pretrained(model)
+            code = {"trust_remote_code": trust_remote_code}  # never asked on the terminal
+            config = AutoConfig.from_pretrained(model, **code)
             names = [config.id2label[i] for i in range(config.num_labels)]
             # The model's own names fix the order of its logits; a description only names what has none.
             self.labels = names if labels is None or set(labels) == set(names) else list(labels)
@@ -65,9 +67,9 @@ class ClassifierGuard(Guard):
                 raise UserError(f"{model}: has {len(names)} labels, its description names {len(self.labels)}")
             if template is None and set(names) != set(taxonomy("beavertails")):
                 raise UserError(f"{model}: no guard.json and no known labels; name a prompt template (template=…)")
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.tokenizer = AutoTokenizer.from_pretrained(model, **code)
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=inference_dtype(), config=config, output_loading_info=True
+                model, dtype=inference_dtype(), config=config, output_loading_info=True, **code
             )
         except UserError:
             raise

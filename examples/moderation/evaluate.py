@@ -58,11 +58,13 @@ class EvaluationArguments:
 
 def main() -> None:
     (args,) = parse_args([EvaluationArguments], Path(__file__).parent / "configs/quickstart_evaluate.yaml")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold}: must lie in [0, 1]")
+    if args.threshold is not None and not 0 <= args.threshold < 1:
+        raise UserError(f"--threshold {args.threshold}: must lie in [0, 1); a pair is flagged ABOVE it")
     answers = read_evaluation_file(Path(args.eval_dataset))
     if answers is None:
         return report_metrics(args)
+    if (Path(args.output_dir) / "evaluation.json").resolve() == Path(args.eval_dataset).resolve():
+        raise UserError(f"--output_dir {args.output_dir}: its evaluation.json is the input; name another folder")
     guard = load_guard(args.model_path, max_length=args.max_length, long_inputs=args.long_inputs)
     threshold = 0.5 if args.threshold is None else args.threshold  # the paper's evaluate.py passes 0.5
     report_flagged_proportion(answers, guard, threshold, Path(args.output_dir), {"run": manifest([args])})
@@ -76,16 +78,18 @@ def report_metrics(args: EvaluationArguments) -> None:
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
     if args.threshold is not None:
         threshold = {"value": args.threshold, "how": "--threshold"}
+    # The baselines first: what is wrong with them shows before the guard's long run, not after it.
+    baselines = {} if fit_rows is None else baseline_scores(guard, args, fit_rows, rows["messages"])
     verdicts = guard.judge(rows["messages"])
     truth = np.array(rows["response_unsafe"])
-    scores = {"guard": np.array([v.score() for v in verdicts])}
-    if fit_rows is not None:
-        scores |= baseline_scores(guard, args, fit_rows, rows["messages"])
+    scores = {"guard": np.array([v.score() for v in verdicts])} | baselines
 
     comparison = compare(truth, scores, threshold["value"], [data.prompt_key(row) for row in rows], args.seed)
     named = rows["categories"]
     categories = {}
-    if all(names is not None for names in named):
+    if unknown := {name for names in named for name in names or []} - set(guard.labels):
+        logger.warning("No table by category: the guard has no label %s.", ", ".join(sorted(unknown)))
+    elif all(names is not None for names in named):
         for name in guard.labels:
             score = [v.categories.get(name, 1.0) for v in verdicts]  # a failed verdict counts as unsafe
             categories[name] = metrics.binary([name in names for names in named], score, threshold["value"])
@@ -104,8 +108,8 @@ def report_metrics(args: EvaluationArguments) -> None:
     predictions = [
         {
             "id": row["id"],
-            "truth": row["response_unsafe"],
-            "categories": row["categories"],
+            "true_response_unsafe": row["response_unsafe"],
+            "true_categories": row["categories"],
             **vars(v),
             **{k: float(s[i]) for k, s in scores.items()},
         }
@@ -149,16 +153,28 @@ def baseline_scores(guard: Guard, args: EvaluationArguments, fit_rows, conversat
     words = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
     )
+    if all(fit_rows["response_unsafe"]):
+        raise UserError(f"--baselines {args.baselines}: holds no safe row; a classifier needs both kinds")
     words.fit([text(m) for m in fit_rows["messages"]], fit_rows["response_unsafe"])
     scores = {"TF-IDF + logistic regression": words.predict_proba([text(m) for m in conversations])[:, 1]}
     card = Path(args.model_path) / "guard.json"
     if card.is_file():
         base = json.loads(card.read_text(encoding="utf-8"))
+        if "base_model" not in base:
+            return scores
         depth = {"num_hidden_layers": n} if (n := base.get("num_hidden_layers")) else {}
         set_seed(args.seed)
-        trained, guard.model = guard.model, AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(base["base_model"]), num_labels=len(guard.labels), dtype=inference_dtype(), **depth
-        )  # fmt: skip
+        trained, name = guard.model, base["base_model"]
+        try:
+            guard.model = AutoModelForSequenceClassification.from_pretrained(
+                resolve_model(name),
+                num_labels=len(guard.labels),
+                dtype=inference_dtype(),
+                trust_remote_code=False,
+                **depth,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"--baselines: base model {name}: {str(error).strip().splitlines()[0]}") from None
         guard.model.resize_token_embeddings(trained.get_input_embeddings().num_embeddings, mean_resizing=False)
         guard.model.config.pad_token_id = trained.config.pad_token_id
         guard.model.to(guard.device).eval()

@@ -58,7 +58,7 @@ def report_flagged_proportion(rows: list[dict], guard: Guard, threshold: float, 
     """
     verdicts = guard.judge([pair(row["prompt"], row["response"]) for row in rows])
     judged = [
-        row | {"flagged": row["flagged"] | {"moderation": v.score() > threshold}}
+        row | {"flagged": row["flagged"] | {"moderation": v.error is not None or v.score() > threshold}}
         for row, v in zip(rows, verdicts, strict=True)
     ]
 

@@ -13,6 +13,7 @@ torchrun --nproc_per_node=8 train.py --config configs/paper.yaml
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from common.training import (
     checkpoint_to_resume,
     full_state_dict,
     save_full,
+    start_over,
     useful_token_share,
 )
 
@@ -96,6 +98,8 @@ def main() -> None:
         [ModelArguments, DataArguments, RecipeTrainingArguments], Path(__file__).parent / "configs/quickstart.yaml"
     )
     checkpoint = checkpoint_to_resume(args)
+    if data_args.head_fit_rows < 0:
+        raise UserError(f"--head_fit_rows {data_args.head_fit_rows}: must be 0 (off) or more")
     if data_args.head_fit_rows and (args.fsdp or args.deepspeed):
         raise UserError("--head_fit_rows needs the whole model in every process; leave out --fsdp and --deepspeed")
     set_seed(args.seed)
@@ -114,7 +118,7 @@ def main() -> None:
 
     loss = multilabel_loss(data_args.positive_weight, data_args.flagged_loss)
     if data_args.head_fit_rows and checkpoint is None:
-        every = max(1, len(train_set) // data_args.head_fit_rows)
+        every = -(-len(train_set) // data_args.head_fit_rows)
         fit_head(model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, args.device)
     if model_args.use_peft:
         model = get_peft_model(model, lora_config(model_args))
@@ -128,8 +132,14 @@ def main() -> None:
         compute_loss_func=loss,
         compute_metrics=compute_metrics,
     )
+    if checkpoint is None:
+        start_over(args)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     validation = trainer.predict(eval_set, metric_key_prefix="eval") if eval_set else None
+    if not np.isfinite(result.training_loss) or (validation and not np.isfinite(validation.predictions).all()):
+        raise UserError(
+            "The training diverged (its loss or its scores are not numbers): nothing is saved; lower the rate"
+        )
     save_weights(trainer, tokenizer, model_args)
     describe_guard(trainer, model_args, data_args, validation, data_report, result.metrics)
 
@@ -153,6 +163,10 @@ def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, 
         held_out = load(args.eval_data_name_or_path)
     elif args.eval_split_ratio is not None:
         train, held_out = data.grouped_split(train, args.eval_split_ratio, seed)
+        if not any(held_out["response_unsafe"]):
+            raise UserError(
+                f"--eval_split_ratio {args.eval_split_ratio}: no unsafe row was held out; take a larger share"
+            )
     fingerprint = hashlib.sha256("".join(json.dumps(row, sort_keys=True) for row in train).encode()).hexdigest()
     facts = {"train_rows": len(train), "train_unsafe": sum(train["response_unsafe"]), "train_sha256": fingerprint[:16]}
     if held_out is not None:
@@ -282,6 +296,10 @@ def save_weights(trainer: LengthGroupedTrainer, tokenizer: PreTrainedTokenizerBa
     folder, state_dict = Path(trainer.args.output_dir), full_state_dict(trainer)  # collective
     if not is_main_process():
         return
+    # What describes an earlier guard goes first: it must never stand beside weights that it does not describe.
+    for name in ("guard.json", "run.json", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if args.use_peft:
         model.save_pretrained(folder / "adapter", state_dict=state_dict)

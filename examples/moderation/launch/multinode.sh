@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # 2 x 8 GPUs x 8 rows = the paper's 128.
 exec sbatch ../../launch/slurm_multinode.sh train.py --config configs/paper.yaml \
-    --per_device_train_batch_size 8 "$@"
+    --per_device_train_batch_size 8 --save_strategy steps --save_steps 250 "$@"    # a job that ends goes on from there
