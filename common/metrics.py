@@ -121,13 +121,12 @@ def fit_threshold(truth: Sequence[bool], score: Sequence[float], split: str, tar
 
 
 def is_test(spec: str) -> bool:
-    """Whether a data spec says that it is a test split: by its split's, else its file's or folder's name.
+    """Whether a data spec says that it is a test split: by its split's, else its file's name.
 
-    True of "330k_test", "test.jsonl", "data/test/0.jsonl", "…:wildguardtest", "xstest.csv"; not of "latest.jsonl".
+    True of "330k_test", "test.jsonl", "…:wildguardtest", "xstest.csv"; not of "latest.jsonl".
     """
     path, _, split = spec.rpartition(":")
-    name = split if path else f"{Path(spec).name} {'test' if Path(spec).parent.name == 'test' else ''}"
-    words = set(re.findall("[a-z]+", name.lower())) - {"latest", "contest", "greatest"}
+    words = set(re.findall("[a-z]+", (split if path else Path(spec).name).lower())) - {"latest", "contest", "greatest"}
     return any(word.startswith("test") or word.endswith("test") for word in words)
 
 
