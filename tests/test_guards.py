@@ -266,6 +266,7 @@ def write(text, name="guard.json"):
         (lambda folder: described(folder, template=["x"]), "guard.json, field template: expected str"),
         (lambda folder: described(folder, labels="beavertails"), "guard.json, field labels: expected list"),
         (lambda folder: described(folder, max_length="long"), "guard.json, field max_length: expected int"),
+        (lambda folder: described(folder, thresholds={"flagged": {}}), "field thresholds.flagged: expected"),
         (lambda folder: described(folder, kind="generative"), "kind 'generative'; known kinds: classifier"),
         (write('{"kind": "classifier",\n]'), "guard.json: malformed JSON .*line 2"),
         (write("\xff"), "guard.json: malformed JSON"),

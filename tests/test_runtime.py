@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import torch
 
 from common import runtime
 from common.conversation import UserError
-from common.training import RecipeTrainingArguments, checkpoint_to_resume
+from common.training import RecipeTrainingArguments, checkpoint_to_resume, start_over
 
 ROOT = Path(__file__).resolve().parents[1]
 on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="says what happens without an accelerator")
@@ -115,15 +116,23 @@ def test_no_argument_at_all_takes_the_default_config(parse, caplog):
 
 
 @pytest.mark.parametrize(
-    ("rank", "line"), [(None, "error: row 3: no text\n"), ("0", "error: row 3: no text\n"), ("1", "")]
+    ("rank", "local_rank", "line"),
+    [
+        (None, None, "error: row 3: no text\n"),
+        ("0", "0", "error: row 3: no text\n"),
+        ("1", "1", ""),
+        ("8", "0", f"error: {socket.gethostname()}: row 3: no text\n"),
+    ],
 )
-def test_a_user_error_is_one_line_of_rank_0(monkeypatch, capsys, rank, line):
+def test_a_user_error_is_one_line_a_node(monkeypatch, capsys, rank, local_rank, line):
     def main():
         raise UserError("row 3: no text")
 
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as left:
         runtime.run_cli(main)
     assert (left.value.code, *capsys.readouterr()) == (2, "", line)
@@ -260,8 +269,34 @@ def test_living_flags_are_not_mentioned(training, caplog):
     assert not [record for record in caplog.records if record.name.startswith("common")]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("full_shard auto_wrap", {"reshard_after_forward": True}),
+        ("shard_grad_op auto_wrap offload", {"reshard_after_forward": False, "cpu_offload": True}),
+        ("true", {"reshard_after_forward": True}),
+    ],
+)
+def test_the_words_of_fsdp(training, words, expected):
+    """What an accelerator gets to see; whether it then shards is for a machine that has one."""
+    args = training(gradient_checkpointing=True)
+    args.fsdp, args.fsdp_transformer_layer_cls_to_wrap = words, "LlamaDecoderLayer"
+    args._modern_fsdp()
+    wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    assert args.fsdp_config == {"version": 2, "activation_checkpointing": True} | wrap | expected
+    assert args.fsdp is True and not args.gradient_checkpointing
+
+
+def test_an_unknown_word_of_fsdp_is_refused(training):
+    args = training()
+    args.fsdp = "full_shard hybrid_shrad"
+    with pytest.raises(UserError, match=r"hybrid_shrad.*FSDP2 knows full_shard"):
+        args._modern_fsdp()
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
+    (tmp_path / "output/checkpoint-20").mkdir(parents=True)  # half of one: the run died while writing it
     for step in (5, 10):
         (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
         (tmp_path / "output" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
@@ -274,6 +309,12 @@ def test_checkpoint_to_resume(checkpoints, training):
     named = str(checkpoints / "checkpoint-5")
     assert checkpoint_to_resume(training(resume_from_checkpoint=named)) == named
     assert checkpoint_to_resume(training(overwrite_output_dir=True)) is None
+
+
+def test_starting_over_removes_the_checkpoints(checkpoints, training):
+    (checkpoints / "results.json").write_text("{}")
+    start_over(training(overwrite_output_dir=True))
+    assert [path.name for path in checkpoints.iterdir()] == ["results.json"]
 
 
 def test_checkpoint_of_an_earlier_run_is_not_overwritten(checkpoints, training):
