@@ -68,10 +68,10 @@ def last_turns(messages: Messages) -> tuple[str | None, str | None]:
     return prompt, response
 
 
-def pair(prompt: str, response: str | None = None) -> list[Message]:
-    """One question, or one question with its answer, as messages."""
-    messages = [{"role": "user", "content": prompt}]
-    return messages if response is None else [*messages, {"role": "assistant", "content": response}]
+def pair(prompt: str | None, response: str | None = None) -> list[Message]:
+    """One question, one question with its answer, or an answer alone, as messages."""
+    turns = {"user": prompt, "assistant": response}
+    return [{"role": role, "content": content} for role, content in turns.items() if content is not None]
 
 
 def check_messages(value: Any, where: str) -> list[Message]:

@@ -55,6 +55,7 @@ def load_guard(spec: str, **options: Any) -> Guard:
         UserError: unknown guard, or a checkpoint that does not fit its description.
     """
     from common.guards.classifier import ClassifierGuard
+    from common.guards.lora import LoraGuard
 
     card = Path(spec) / "guard.json"
     if card.is_file():
@@ -65,9 +66,10 @@ def load_guard(spec: str, **options: Any) -> Guard:
     described = {k: known[k] for k in CARD if k in known and k != "kind"}
     if isinstance(described.get("labels"), str):
         described["labels"] = taxonomy(described["labels"])
-    if known.get("kind", "classifier") != "classifier":
-        raise UserError(f"{spec}: guard.json says kind {known['kind']!r}; known kinds: classifier")
-    return ClassifierGuard(model, **(described | {k: v for k, v in options.items() if v is not None}))
+    kinds, kind = {"classifier": ClassifierGuard, "lora_guard": LoraGuard}, known.get("kind", "classifier")
+    if kind not in kinds:
+        raise UserError(f"{spec}: guard.json says kind {kind!r}; known kinds: {', '.join(kinds)}")
+    return kinds[kind](model, **(described | {k: v for k, v in options.items() if v is not None}))
 
 
 def _read_card(path: Path) -> dict[str, Any]:

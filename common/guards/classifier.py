@@ -15,7 +15,7 @@ from common.conversation import Messages, UserError, Verdict, pair
 from common.data import taxonomy
 from common.guards import Guard
 from common.runtime import device, inference_dtype, is_main_process
-from common.templates import control_ids, cut, encode, prepare_padding, render, windows
+from common.templates import Part, control_ids, cut, encode, prepare_padding, render, windows
 
 logger = logging.getLogger(__name__)
 LONG_INPUTS = ("windows", "error", "truncate")
@@ -57,6 +57,20 @@ class ClassifierGuard(Guard):
         """
         if long_inputs not in LONG_INPUTS:
             raise UserError(f"--long_inputs {long_inputs}: expected one of {', '.join(LONG_INPUTS)}")
+        self._load(model, labels, template, trust_remote_code)
+        prepare_padding(self.tokenizer, self.model)
+        self.name = Path(model).name
+        self.template, self.max_length, self.long_inputs = template or "beavertails", max_length, long_inputs
+        render(self.template, pair("", ""), self.tokenizer)  # an unknown template is no matter of a single verdict
+        self.thresholds = thresholds or {}
+        self.progress = progress
+        self.device = device()
+        # A CPU gains nothing from large batches; a GPU wants them.
+        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 65536)
+        self.model.to(self.device).eval()
+
+    def _load(self, model: str, labels: Sequence[str] | None, template: str | None, trust_remote_code: bool) -> None:
+        """Set `labels`, `tokenizer` and `model`, or say why they cannot be had."""
         try:
             code = {"trust_remote_code": trust_remote_code}  # never asked on the terminal
             config = AutoConfig.from_pretrained(model, **code)
@@ -84,23 +98,13 @@ class ClassifierGuard(Guard):
             raise UserError(
                 f"{model}: not a trained classifier, it lacks {', '.join(sorted(loading['missing_keys'])):.200}"
             )
-        prepare_padding(self.tokenizer, self.model)
-        self.name = Path(model).name
-        self.template, self.max_length, self.long_inputs = template or "beavertails", max_length, long_inputs
-        render(self.template, pair("", ""), self.tokenizer)  # an unknown template is no matter of a single verdict
-        self.thresholds = thresholds or {}
-        self.progress = progress
-        self.device = device()
-        # A CPU gains nothing from large batches; a GPU wants them.
-        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 65536)
-        self.model.to(self.device).eval()
 
     def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
         """Judge conversations; what has no answer to judge, or is too long under "error", gets an error verdict."""
         prompts, owners, verdicts = [], [], [Verdict() for _ in conversations]
         for i, messages in enumerate(conversations):
             try:
-                prompts.append(render(self.template, messages, self.tokenizer))
+                prompts.append(self._render(messages))
                 owners.append(i)
             except UserError as error:
                 verdicts[i].error = str(error)
@@ -113,12 +117,19 @@ class ClassifierGuard(Guard):
                 name: max(p, verdict.categories.get(name, 0.0))
                 for name, p in zip(self.labels, probabilities, strict=True)
             }
-        for verdict in verdicts:
+        for messages, verdict in zip(conversations, verdicts, strict=True):
             if verdict.error is None:
-                verdict.response_unsafe = max(verdict.categories.values())
+                self._conclude(verdict, messages)
             else:
                 verdict.categories = {}
         return verdicts
+
+    def _render(self, messages: Messages) -> list[Part]:
+        return render(self.template, messages, self.tokenizer)
+
+    def _conclude(self, verdict: Verdict, messages: Messages) -> None:
+        """Fill in the verdict from the probabilities of its `categories`."""
+        verdict.response_unsafe = max(verdict.categories.values())
 
     def _fit(
         self, ids: list[list[int]], owners: list[int], conversations: Sequence[Messages], verdicts: list[Verdict]

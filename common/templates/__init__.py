@@ -179,12 +179,10 @@ def windows(tokenizer: PreTrainedTokenizerBase, template: str, messages: Message
     of the room, a piece of it; every piece of both is in at least one window.
     """
     prompt, response = last_turns(messages)
-    room = max_length - len(
-        encode(tokenizer, [render(template, pair("", None if response is None else ""), tokenizer)])[0]
-    )
+    room = max_length - len(encode(tokenizer, [render(template, pair(prompt and "", response and ""), tokenizer)])[0])
     while room >= 16:
-        asked = _pieces(tokenizer, prompt or "", room if response is None else room // 2)
-        left = max(1, room - max(len(_offsets(tokenizer, piece)) for piece in asked))
+        asked = [None] if prompt is None else _pieces(tokenizer, prompt, room if response is None else room // 2)
+        left = max(1, room - max(len(_offsets(tokenizer, piece or "")) for piece in asked))
         answered = [None] if response is None else _pieces(tokenizer, response, left)
         pairs = [
             pair(asked[i % len(asked)], answered[i % len(answered)]) for i in range(max(len(asked), len(answered)))

@@ -1,0 +1,142 @@
+"""The adapter folder: the head while it trains, writing it, and reading the paper's own `.pt` files."""
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common import data
+from common.conversation import UserError
+from common.quickstart import resolve_model
+from common.runtime import atomic_path, write_json
+
+CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
+BIAS, WEIGHT = "base_model.model.score.bias", "base_model.model.score.weight"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class GuardHead(torch.nn.Linear):
+    """A linear head that computes in float32 whatever surrounds it: bf16 logits tie, and ties spoil AUPRC."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())
+
+
+def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
+    """Put a GuardHead in place of a sequence classifier's `score` (Xavier-uniform, zero bias: the reference's)."""
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(f"{type(model).__name__}: its classifier has no linear head `score`; use a decoder")
+    head = GuardHead(model.score.in_features, labels, bias=bias, device=model.score.weight.device)
+    torch.nn.init.xavier_uniform_(head.weight)
+    if bias:
+        torch.nn.init.zeros_(head.bias)
+    model.score = head
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: Mapping[str, Any]) -> None:
+    """Write an adapter folder whole or not at all: stock PEFT files, tokenizer, guard.json. One process calls it.
+
+    A stock classifier's head has no bias. Ours goes to guard.json (`head_bias`), so that
+    `AutoPeftModelForSequenceClassification` finds exactly the keys that it knows.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, save_embedding_layers=False)
+    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    tensors = load_file(partial / WEIGHTS)
+    bias = tensors.pop(BIAS, None)
+    save_file(tensors, partial / WEIGHTS, {"format": "pt"})
+    tokenizer.save_pretrained(partial)
+    write_json(partial / "guard.json", {**card, "head_bias": None if bias is None else bias.tolist()})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None:
+    """Rows as CSV, `index` first; what a row lacks, or is undefined, is an empty cell."""
+    columns = [index, *dict.fromkeys(key for row in rows for key in row if key != index)]
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path) -> None:
+    """A `.pt` adaptor of the paper's code as an adapter folder.
+
+    Both versions are read: v2 with 15 outputs (unsafe first), v1 with 14, told by the shape of the head and not by what
+    the config says. The weights alone are unpickled (`weights_only=True`).
+
+    Args:
+        config: the run's config.json; `hf_model_id`, `lora_alpha` and, where it differs from alpha / 2, `lora_r`.
+
+    Raises:
+        UserError: not such a file, or a key is missing.
+    """
+    try:
+        tensors = torch.load(pt, map_location="cpu", weights_only=True)
+        weight, base = tensors["clf_head.weight"], config["hf_model_id"]
+        lora = {k.replace(".default.weight", ".weight"): v.float() for k, v in tensors.items() if ".lora_" in k}
+        if len(weight) not in (len(CATEGORIES), len(CATEGORIES) + 1) or not lora:
+            raise UserError(f"{pt}: expected LoRA weights and a head of 14 or 15 outputs, found {len(weight)} outputs")
+        strange = [key for key in lora if not key.startswith("lm_features.base_model.model.")]
+        if strange or set(tensors) - {"clf_head.weight", "clf_head.bias"} - {k for k in tensors if ".lora_" in k}:
+            raise UserError(f"{pt}: keys that no adaptor of the paper's code has, such as {(strange or ['?'])[0]}")
+    except UserError:
+        raise
+    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, EOFError) as error:
+        raise UserError(f"{pt}: not an adaptor of the paper's code, or config.json lacks {error!s:.120}") from None
+    except Exception as error:  # torch raises pickle's own error for what is no tensor file
+        raise UserError(f"{pt}: refused, it is not made of tensors alone ({type(error).__name__})") from None
+    # The reference wraps the inner transformer, `model` in Llama; a classifier holds it under the same name.
+    prefix = "base_model.model.model."
+    lora = {prefix + k.removeprefix("lm_features.base_model.model."): v.contiguous() for k, v in lora.items()}
+    rank = next(len(v) for k, v in lora.items() if ".lora_A." in k)
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = sorted({k.split(".lora_")[0].rpartition(".")[2] for k in lora})
+    peft = LoraConfig(
+        task_type="SEQ_CLS", r=rank, lora_alpha=config.get("lora_alpha", 2 * rank), target_modules=modules
+    )
+    peft.base_model_name_or_path, peft.inference_mode = resolve_model(base), True
+    peft.modules_to_save = ["classifier", "score"]
+    peft.save_pretrained(folder)
+    save_file({**lora, WEIGHT: weight.float().contiguous()}, folder / WEIGHTS, {"format": "pt"})
+    AutoTokenizer.from_pretrained(resolve_model(base)).save_pretrained(folder)
+    bias = tensors.get("clf_head.bias")
+    card = guard_card(base, unsafe_head=len(weight) > len(CATEGORIES), inputs=["pair"], max_length=512)
+    write_json(folder / "guard.json", card | {"head_bias": None if bias is None else bias.float().tolist()})
+
+
+def guard_card(base: str, *, unsafe_head: bool, inputs: Sequence[str], max_length: int, **more: Any) -> dict[str, Any]:
+    """guard.json of an adapter folder."""
+    return {
+        "kind": "lora_guard",
+        "template": "lora_guard",
+        "labels": ["unsafe"] * unsafe_head + CATEGORIES,
+        "inputs": list(inputs),
+        "max_length": max_length,
+        "num_hidden_layers": None,
+        "pooling": "last attended token",
+        "thresholds": {"flagged": {"value": 0.5, "how": "default", "on": None}},
+        "base_model": base,
+        **more,
+    }
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.json."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no config.json of a run ({error!s:.100})") from None
+    if not isinstance(config, dict) or "hf_model_id" not in config:
+        raise UserError(f"{path}, field hf_model_id: missing; give the config.json that train.py wrote")
+    return config

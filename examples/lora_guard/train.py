@@ -1,0 +1,399 @@
+"""Train LoRA adapters and a guard head on a frozen chat model (LoRA-Guard, arXiv 2407.02987).
+
+# the quickstart: bundled chat model, bundled sample data, CPU, minutes
+torchrun train.py
+
+# the paper's command
+accelerate launch --multi-gpu --mixed-precision=bf16 train.py meta-llama/Llama-3.2-1B-Instruct output/llama-3.2-1b \
+    --epochs 3 --per-device-batch-size 2 --learning-rate 3e-4
+
+# the paper's ablation: the head alone
+python train.py meta-llama/Llama-3.2-1B-Instruct output/head-only --head-only
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+import torch
+from adapter import CATEGORIES, guard_card, replace_head, save_adapter, write_csv
+from datasets import Dataset
+from objective import PAPER_METRICS, columns, epoch_metrics, guard_loss, paper_metrics
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+
+from common import data, metrics, report, templates
+from common.conversation import UserError, last_turns, pair
+from common.guards.lora import INPUTS
+from common.head_start import fit_head
+from common.quickstart import resolve_model
+from common.runtime import inference_dtype, is_main_process, manifest, parse_args, run_cli, write_json
+from common.training import (
+    LengthGroupedTrainer,
+    RecipeTrainingArguments,
+    checkpoint_to_resume,
+    start_over,
+    useful_token_share,
+)
+
+logger = logging.getLogger("lora_guard")
+
+
+@dataclass
+class GuardArguments:
+    hf_model_id: str = field(metadata={"help": "Chat model: hub id, folder, or smollm2-135m-instruct (bundled)."})
+    output_folder: str = field(metadata={"help": "Adapter folders, metrics and checkpoints of the run."})
+    epochs: int = 1
+    per_device_batch_size: int = 2
+    learning_rate: float = 3e-4
+    eval_batch_size: int = 50
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    no_unsafe_head: bool = field(default=False, metadata={"help": "14 outputs; unsafe is their maximum (paper's v1)."})
+    no_clf_head_bias: bool = False
+    head_only: bool = field(default=False, metadata={"help": "Train the head alone (the paper's ablation)."})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names, or one pattern with .*; default: PEFT's for the model (q and v)."}
+    )
+    guard_layers: int | None = field(
+        default=None, metadata={"help": "The guard reads the base after so many layers; default: all (the paper)."}
+    )
+    guard_inputs: list[str] = field(
+        default_factory=lambda: ["pair"], metadata={"help": "What is trained, and then served: pair prompt response"}
+    )
+    train_data: str = field(default="PKU-Alignment/BeaverTails:30k_train", metadata={"help": "Data spec."})
+    eval_data: str | None = field(default=None, metadata={"help": "Data spec of the validation rows."})
+    eval_split_ratio: float | None = field(
+        default=None, metadata={"help": "Without eval data: share of the train prompts to hold out."}
+    )
+    test_data: str | None = field(default=None, metadata={"help": "Data spec, judged once, with the best epoch."})
+    deduplicate: bool = field(default=False, metadata={"help": "One row a pair, labels by majority vote."})
+    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
+    max_train_rows: int | None = None
+    max_length: int = 512
+    head_fit_rows: int = field(
+        default=0, metadata={"help": "Fit the head on the frozen base with so many rows first; the paper has 0."}
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The reference's rate is constant."})
+    warmup_steps: float = 0.0
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping, as in the reference."})
+    logging_steps: int = 10
+    attn_implementation: str | None = None
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "latest, or a checkpoint folder"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start over although there are checkpoints."})
+
+
+def main() -> None:
+    positional = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))  # hf_model_id output_folder
+    if len(positional) not in (0, 2):
+        raise UserError(f"expected two positional arguments, hf_model_id and output_folder; found {positional}")
+    if positional:
+        sys.argv[1:3] = ["--hf_model_id", positional[0], "--output_folder", positional[1]]
+    (args,) = parse_args([GuardArguments], Path(__file__).parent / "configs/quickstart.yaml")
+    if set(args.guard_inputs) - set(INPUTS) or not args.guard_inputs:
+        raise UserError(f"--guard-inputs {' '.join(args.guard_inputs)}: expected some of {', '.join(INPUTS)}")
+    training = training_arguments(args)
+    checkpoint = checkpoint_to_resume(training)
+    set_seed(args.seed)
+
+    train_rows, eval_rows = load_rows(args)
+    model, tokenizer = load_model(args)
+    train_set, facts = encode_rows(train_rows, tokenizer, args, args.train_data)
+    eval_name = args.eval_data or f"{args.eval_split_ratio} of {args.train_data}"
+    eval_set = encode_rows(eval_rows, tokenizer, args, eval_name)[0] if eval_rows else None
+    test_set = encode_rows(load(args, args.test_data), tokenizer, args, args.test_data)[0] if args.test_data else None
+    lengths = [len(ids) for ids in train_set["input_ids"]]
+    facts["useful_token_share"] = round(useful_token_share(lengths, args.per_device_batch_size, args.seed), 3)
+    logger.info("Data: %s", json.dumps(facts))
+
+    loss = guard_loss(np.array(train_set["labels"]), unsafe_head=not args.no_unsafe_head)
+    if args.head_fit_rows and checkpoint is None:
+        every = -(-len(train_set) // args.head_fit_rows)
+        fit_head(model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, training.device)
+    model = add_adapters(model, args)
+    card = guard_card(
+        args.hf_model_id,
+        unsafe_head=not args.no_unsafe_head,
+        inputs=args.guard_inputs,
+        max_length=args.max_length,
+        num_hidden_layers=args.guard_layers,
+        data={"train": args.train_data, "validation": eval_name if eval_set else None, **facts},
+    )
+    trainer = LengthGroupedTrainer(
+        model=model,
+        args=training,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_loss_func=loss,
+        compute_metrics=lambda prediction: paper_metrics(prediction, not args.no_unsafe_head, eval_name),
+        callbacks=[EveryEpoch(args, card, tokenizer, eval_name)],
+    )
+    if checkpoint is None:
+        start_over(training)
+        describe_run(args, model, training)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not np.isfinite(result.training_loss):
+        raise UserError("The training diverged (its loss is not a number): lower the rate")
+    finish(trainer, args, eval_set, test_set, eval_name, result.metrics)
+
+
+def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
+    """The Trainer's arguments. `accelerate launch --mixed-precision` is heard where there is a GPU."""
+    validated = args.eval_data is not None or args.eval_split_ratio is not None
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # on a CPU bf16 is emulated
+    return RecipeTrainingArguments(
+        output_dir=args.output_folder,
+        overwrite_output_dir=args.overwrite_output_dir,
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.per_device_batch_size,
+        per_device_eval_batch_size=args.eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        weight_decay=0.01,  # torch's AdamW default, which the reference keeps
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps,
+        max_grad_norm=args.max_grad_norm,
+        bf16=inference_dtype() == torch.bfloat16,
+        eval_strategy="epoch" if validated else "no",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=validated and not metrics.is_test(args.eval_data or ""),
+        metric_for_best_model="binarized_auprc",
+        greater_is_better=True,
+        ddp_find_unused_parameters=False,
+        logging_steps=args.logging_steps,
+        seed=args.seed,
+    )
+
+
+def load(args: GuardArguments, spec: str, max_rows: int | None = None) -> Dataset:
+    rows = data.load_conversations(spec, categories=CATEGORIES, bad_rows=args.bad_rows, max_rows=max_rows)
+    if not args.deduplicate:
+        return rows
+    rows, repeats = data.deduplicate(rows)
+    logger.info("%s: %s", spec, json.dumps(repeats))
+    return rows
+
+
+def load_rows(args: GuardArguments) -> tuple[Dataset, Dataset | None]:
+    train = load(args, args.train_data, args.max_train_rows)
+    if args.eval_data is None:
+        return (
+            (train, None)
+            if args.eval_split_ratio is None
+            else data.grouped_split(train, args.eval_split_ratio, args.seed)
+        )
+    held_out = load(args, args.eval_data)
+    shared = data.overlap(train, held_out)
+    if shared["prompt_in_train"]:
+        logger.warning("Validation shares prompts with training (%s): its scores flatter the guard.", shared)
+    return train, held_out
+
+
+def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The chat model's transformer (bf16 on a GPU) under a float32 head of 15 labels, or 14 without the unsafe one."""
+    source = {
+        "pretrained_model_name_or_path": resolve_model(args.hf_model_id),
+        "trust_remote_code": args.trust_remote_code,
+    }
+    depth = {} if args.guard_layers is None else {"num_hidden_layers": args.guard_layers}
+    names = ["unsafe"] * (not args.no_unsafe_head) + CATEGORIES
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            **source,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            attn_implementation=args.attn_implementation,
+            dtype=inference_dtype(),
+            **depth,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"hf_model_id {args.hf_model_id}: {str(error).strip().splitlines()[0]}") from None
+    templates.prepare_padding(tokenizer, model)
+    replace_head(model, len(names), bias=not args.no_clf_head_bias)
+    model.config.use_cache = False
+    return model, tokenizer
+
+
+def add_adapters(model: PreTrainedModel, args: GuardArguments) -> PeftModel:
+    """LoRA over the frozen model, in float32. `--head-only` keeps adapters of rank 1 at zero: one folder format."""
+    modules = args.target_modules
+    pattern = modules is not None and len(modules) == 1 and "*" in modules[0]
+    config = LoraConfig(
+        task_type="SEQ_CLS",  # without it PEFT would not save the head
+        r=1 if args.head_only else args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=modules[0] if pattern else modules,
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:  # no module of such a name, or no default for this architecture
+        raise UserError(f"--target-modules: {str(error).strip().splitlines()[0]:.200}") from None
+    if args.head_only:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(False)
+    return model
+
+
+def encode_rows(rows: Dataset, tokenizer, args: GuardArguments, spec: str) -> tuple[Dataset, dict]:
+    """Token ids and labels [unsafe, 14 categories] (NaN: unknown), one row for each trained input of a conversation.
+
+    Returns:
+        The rows, sorted by length, and their counts.
+    """
+    control = templates.control_ids(tokenizer)
+    kinds: dict[str, list] = {kind: [] for kind in args.guard_inputs}
+    for row in rows:
+        prompt, response = last_turns(row["messages"])
+        named = row["categories"]
+        categories = [np.nan] * len(CATEGORIES) if named is None else [float(c in named) for c in CATEGORIES]
+        if response is not None and row["response_unsafe"] is not None:
+            label = [float(row["response_unsafe"]), *categories]
+            if "pair" in kinds and prompt is not None:
+                kinds["pair"].append((pair(prompt, response), label))
+            if "response" in kinds:
+                kinds["response"].append((pair(None, response), label))
+        if "prompt" in kinds and prompt is not None and row["prompt_unsafe"] is not None:
+            known = response is None  # else the categories speak of the answer as well
+            kinds["prompt"].append(
+                (pair(prompt), [float(row["prompt_unsafe"]), *(categories if known else [np.nan] * len(CATEGORIES))])
+            )
+    for kind, found in kinds.items():
+        if not any(label[0] for _, label in found):
+            raise UserError(f"{spec}: no {kind} that is labelled unsafe; choose other --guard-inputs or other data")
+    inputs = [item for found in kinds.values() for item in found]
+    ids = templates.encode(tokenizer, [templates.render("lora_guard", m, tokenizer) for m, _ in inputs])
+    truncated = sum(len(sequence) > args.max_length for sequence in ids)
+    if truncated:
+        logger.warning("Cut %d of %d inputs to %d tokens (the end).", truncated, len(ids), args.max_length)
+    encoded = Dataset.from_dict(
+        {
+            "input_ids": [templates.cut(sequence, args.max_length, control) for sequence in ids],
+            "labels": [label for _, label in inputs],
+        }
+    )
+    order = np.argsort([len(sequence) for sequence in encoded["input_ids"]], kind="stable")
+    counts = {kind: {"rows": len(found), "unsafe": int(sum(y[0] for _, y in found))} for kind, found in kinds.items()}
+    return encoded.select(order), {**counts, "truncated": truncated}
+
+
+class EveryEpoch(TrainerCallback):
+    """After each epoch: its adapter folder, metrics.csv and train_losses.csv, from the history that a resume keeps."""
+
+    def __init__(self, args: GuardArguments, card: dict, tokenizer, eval_name: str):
+        self.args, self.card, self.tokenizer, self.eval_name = args, card, tokenizer, eval_name
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if not is_main_process():
+            return
+        epoch, rows = round(state.epoch) - 1, epoch_metrics(state)
+        threshold = rows[-1].get("val/threshold") if rows else None
+        card = dict(self.card)
+        if threshold is not None:
+            how = {"value": threshold, "how": "max F1", "on": self.eval_name}
+            card["thresholds"] = {"flagged": how}
+        save_adapter(model, self.tokenizer, Path(args.output_dir) / f"epoch-{epoch}", card)
+        write_csv(Path(args.output_dir) / "metrics.csv", rows, "epoch")
+        losses = [{"global_step": e["step"], "train/loss": e["loss"]} for e in state.log_history if "loss" in e]
+        write_csv(Path(args.output_dir) / "train_losses.csv", losses, "global_step")
+
+
+def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainingArguments) -> None:
+    """config.json and parameter_counts.json, as the reference writes them (numbers as numbers)."""
+    if not is_main_process():
+        return
+    folder = Path(args.output_folder)
+    for old in [*folder.glob("epoch-*"), folder / "best"]:
+        shutil.rmtree(old, ignore_errors=True)
+    for name in ("metrics.csv", "train_losses.csv", "run.json", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    effective = args.per_device_batch_size * args.gradient_accumulation_steps * training.world_size
+    write_json(
+        folder / "config.json",
+        {**vars(args), "effective_batch_size": effective, "num_processes": training.world_size, "best_epoch": None},
+    )
+    trainable, total = model.get_nb_trainable_parameters()
+    write_json(folder / "parameter_counts.json", {"n_total_parameters": total, "n_trainable_parameters": trainable})
+
+
+def finish(trainer, args: GuardArguments, eval_set, test_set, eval_name: str, train_metrics: dict) -> None:
+    """Mark the best epoch, judge the test rows with it, write run.json and the card of `best`."""
+    folder, rows = Path(args.output_folder), epoch_metrics(trainer.state)
+    test = trainer.predict(test_set, metric_key_prefix="test").metrics if test_set else {}
+    if not is_main_process():
+        return
+    kept = trainer.state.best_model_checkpoint
+    steps = max(1, trainer.state.max_steps // args.epochs)
+    best = round(int(kept.rpartition("-")[2]) / steps) - 1 if kept else args.epochs - 1
+    shutil.rmtree(folder / "best", ignore_errors=True)
+    shutil.copytree(folder / f"epoch-{best}", folder / "best")
+    found = columns(test, "test", "test")
+    write_csv(folder / "metrics.csv", [row | (found if row["epoch"] == best else {}) for row in rows], "epoch")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"best_epoch": best})
+    run = manifest([args, trainer.args], seed=args.seed, train=train_metrics, best_epoch=best, test=test)
+    write_json(folder / "run.json", run | {"log": trainer.state.log_history})
+    shown = {"validation " + eval_name: rows[best] if best < len(rows) else {}, f"test {args.test_data}": found}
+    lines = [
+        [name, *(values.get(f"{split}/binarized_{m}") for m in PAPER_METRICS)]
+        for (name, values), split in zip(shown.items(), ("val", "test"), strict=True)
+        if values
+    ]
+    report.model_card(
+        folder / "best",
+        title="LoRA-Guard adapter",
+        base_model=args.hf_model_id,
+        intro=CARD_INTRO.format(data=args.train_data),
+        usage=CARD_USAGE.format(
+            labels=15 - args.no_unsafe_head,
+            depth=f", num_hidden_layers={args.guard_layers}" if args.guard_layers else "",
+        ),
+        sections={
+            "Measured (unsafe, threshold 0.5)": report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing."
+        },
+    )
+    logger.info("Best epoch: %d. Saved the guard to %s", best, folder / "best")
+
+
+CARD_INTRO = """LoRA adapters and a linear head that turn a chat model into its own guard (arXiv 2407.02987): without
+them it chats as before, with them it judges. Trained on {data} by `examples/lora_guard/train.py`. The licences of
+the base model and the data apply."""
+CARD_USAGE = """import json, torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("best", num_labels={labels}{depth})
+tokenizer = AutoTokenizer.from_pretrained("best")
+bias = json.load(open("best/guard.json"))["head_bias"] or 0.0  # a stock head has no bias
+inputs = tokenizer("user: <question>\\n\\nagent: <answer>", return_tensors="pt")
+print((model(**inputs).logits + torch.tensor(bias)).sigmoid())"""
+
+
+if __name__ == "__main__":
+    run_cli(main)
