@@ -35,4 +35,4 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 
 bench: setup
-	cd bench && $(BIN)/python moderation.py
+	cd bench && $(BIN)/python moderation.py && $(BIN)/python lora_guard.py

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation import UserError, pair
@@ -299,3 +300,52 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@slow
+def test_evaluation_of_several_guards(trained, tmp_path):
+    """Figures can be computed again from predictions.jsonl, and reading all of a reply is reading the pair."""
+    guards = [trained / "epoch-0", trained / "epoch-1"]
+    flags = ["--eval_data", "beavertails-sample:validation", "--output_dir", tmp_path, "--prefix_tokens", 4, 16]
+    launch("evaluate.py", "--guards", *guards, *flags)
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert list(results["flagged"]) == ["epoch-0", "epoch-1"] and len(rows) == 158
+    for name, scores in results["flagged"].items():
+        truth = [row["true_response_unsafe"] for row in rows]
+        assert average_precision_score(truth, [row[name]["score"] for row in rows]) == pytest.approx(scores["auprc"])
+        assert scores["threshold"] == load_guard(str(trained / name)).thresholds["flagged"]["value"]
+    few, some, everything = results["prefixes"]
+    assert (few["tokens"], some["tokens"], everything["tokens"]) == (4, 16, None)
+    for metric in ("recall", "fpr", "auprc"):
+        assert everything[metric] == pytest.approx(results["flagged"]["epoch-0"][metric], abs=1e-6)
+    assert few["auprc"] != everything["auprc"]
+    assert results["overhead"]["epoch-0"]["added_parameters"] == 2 * 2 * 2 * 4 * 32 + 15 * 32 + 15
+    assert set(results["categories"]) == set(CATEGORIES) and (tmp_path / "precision-recall.png").is_file()
+
+
+@slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guards", "no/such/guard"], "no/such/guard"),
+        (["--judge", "reply"], "--judge reply"),
+        (["--judge", "prompt"], "field prompt_unsafe"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, flags, message):
+    command = ["evaluate.py", "--guards", trained / "best", "--eval_data", "beavertails-sample:test"]
+    done = launch(*command, "--output_dir", tmp_path / "out", *flags, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+    assert not (tmp_path / "out").exists()
+
+
+@slow
+def test_quickstart_learns(tmp_path):
+    """What `torchrun train.py` without arguments runs, into another folder."""
+    launcher = [BIN / "torchrun", "--standalone", "--nproc_per_node=1"]
+    launch("train.py", "--config", "configs/quickstart.yaml", "--output-folder", tmp_path / "run", launcher=launcher)
+    (row,) = csv.DictReader((tmp_path / "run/metrics.csv").open())
+    assert float(row["test/binarized_auprc"]) >= 0.91  # 0.93 where it was measured; the base rate is 0.48
+    assert json.loads((tmp_path / "run/run.json").read_text())["peak_memory_gib"]["host"] <= 6

@@ -12,6 +12,8 @@ A row has one of three formats, told by its columns:
     plain         {"prompt", "response"?, "prompt_label"?, "response_label"?, "refusal_label"?, "categories"?, "id"?}
     messages      {"messages": [{"role", "content"}, …], and the same labels}
 
+and the columns of ToxicChat and of OpenAI's moderation set are known (`columns` in sources.yaml).
+
 Labels are read by key, never by position. Every row is checked once, here; what is wrong is said in one line that names
 the file, the row and the field.
 """
@@ -21,17 +23,16 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 from datasets import Dataset
 from sklearn.model_selection import GroupShuffleSplit
 from tqdm.auto import tqdm
 
 from common.conversation import FEATURES, LABELS, UserError, check_label, check_messages, check_text, last_turns, pair
+from common.data.tables import plain_row, sources, taxonomy
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,17 +43,6 @@ LABEL_COLUMNS = {  # ours: as users write it
     "response_unsafe": ("response_unsafe", "response_label"),
     "response_refusal": ("response_refusal", "refusal_label"),
 }
-
-
-@cache
-def sources() -> dict[str, dict]:
-    """The content of sources.yaml: `taxonomies` and `sources`."""
-    return yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8"))
-
-
-def taxonomy(name: str) -> list[str]:
-    """The category names of a taxonomy, in the order that fixes label indices."""
-    return list(sources()["taxonomies"][name])
 
 
 def load_conversations(
@@ -88,6 +78,7 @@ def load_conversations(
     out, skipped = [], []
     for where, row in rows:
         if isinstance(row, Mapping):
+            row = plain_row(row)
             _check_columns(row, where)
         try:
             out.append(_conversation(row, where, categories, require) | {"source": name})

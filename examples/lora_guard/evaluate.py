@@ -134,7 +134,10 @@ def overhead(guard: Guard, folder: str) -> dict[str, Any] | None:
     if not isinstance(guard, LoraGuard):
         return None
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        added = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (no mapping)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    # `--head-only` keeps adapters at zero for the sake of the format; they add nothing.
+    idle = {key.split(".lora_")[0] for key, tensor in tensors.items() if ".lora_B" in key and not tensor.any()}
+    added = sum(t.numel() for key, t in tensors.items() if ".lora_" not in key or key.split(".lora_")[0] not in idle)
     card = json.loads((Path(folder) / "guard.json").read_text(encoding="utf-8"))
     added += len(card.get("head_bias") or [])
     base = guard.model.get_base_model() if hasattr(guard.model, "get_base_model") else guard.model

@@ -1,0 +1,38 @@
+"""sources.yaml: taxonomies, data sets by name, and the columns of other data sets."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@cache
+def sources() -> dict[str, dict]:
+    """The content of sources.yaml: `taxonomies`, `sources` and `columns`."""
+    return yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8"))
+
+
+def taxonomy(name: str) -> list[str]:
+    """The category names of a taxonomy, in the order that fixes label indices."""
+    return list(sources()["taxonomies"][name])
+
+
+def plain_row(row: Mapping) -> Mapping[str, Any]:
+    """A row of a data set with columns of its own (ToxicChat, OpenAI's moderation set) in the plain format.
+
+    The prompt is unsafe if any of the named flags is 1. A flag that is absent or null is unknown; so is the label where
+    all of them are. Rows of no known kind come back as they are.
+    """
+    for columns in sources()["columns"].values():
+        known = {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}
+        named = [name for name in columns["unsafe_if_any"] if name in row]
+        if columns["prompt"] in row and named and set(row) <= known:
+            flags = [row[name] for name in named if row[name] not in (None, "") and row[name] == row[name]]
+            raised = [flag for flag in flags if str(flag) not in ("0", "0.0", "False")]
+            label = next(iter(raised + flags), None)
+            # Any flag but 0 is handed on, so that one that is neither 0 nor 1 is refused as every label is.
+            found = {"prompt": row[columns["prompt"]], "prompt_label": label}
+            return found | ({"id": row[columns["id"]]} if columns.get("id") in row else {})
+    return row
