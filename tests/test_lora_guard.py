@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,11 @@ def test_every_epoch_is_kept_and_the_best_is_marked(trained):
     best = trained / f"epoch-{config['best_epoch']}"
     for name in ("guard.json", "adapter_model.safetensors", "adapter_config.json"):
         assert (trained / "best" / name).read_bytes() == (best / name).read_bytes()
+    test = load_conversations("beavertails-sample:test")
+    scores = [v.score() for v in load_guard(str(trained / "best")).judge(test["messages"])]
+    auprc = average_precision_score(test["response_unsafe"], scores)
+    assert float(rows[config["best_epoch"]]["test/binarized_auprc"]) == pytest.approx(auprc, abs=1e-4)
+    assert "test/threshold" not in rows[0]
     assert len(list(csv.DictReader((trained / "train_losses.csv").open()))) == 16
     counts = json.loads((trained / "parameter_counts.json").read_text())
     assert counts["n_trainable_parameters"] == 2 * 2 * 2 * 4 * 32 + 15 * 32 + 15  # layers, q and v, A and B; head
@@ -157,6 +163,7 @@ def test_batches_of_one_step_give_one_gradient(trained, tiny_base, tmp_path, mor
 
 @slow
 def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
+    """Also when the kill came between the checkpoint and its adapter folder."""
     command = arguments(tiny_base, tmp_path / "run", "--test-data", "beavertails-sample:test")
     environment, quiet = os.environ | {"OMP_NUM_THREADS": "2"}, subprocess.DEVNULL
     process = subprocess.Popen(
@@ -170,7 +177,9 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     process.wait()
     assert not (tmp_path / "run/best").exists()
     assert "--resume_from_checkpoint latest" in launch(*command, check=False).stderr
+    shutil.rmtree(tmp_path / "run/epoch-0", ignore_errors=True)
     launch(*command, "--resume-from-checkpoint", "latest")
+    assert (tmp_path / "run/epoch-0/guard.json").is_file()
     assert history(tmp_path / "run", "loss") == pytest.approx(history(trained, "loss"), abs=1e-6)
     first, second = (list(csv.DictReader((f / "metrics.csv").open())) for f in (tmp_path / "run", trained))
     assert [row["val/binarized_auprc"] for row in first] == [row["val/binarized_auprc"] for row in second]
@@ -292,6 +301,9 @@ def test_the_loss_is_the_papers(module):
         (["--guard-inputs", "pair", "answer"], "--guard-inputs pair answer"),
         (["--guard-inputs", "prompt"], "no prompt that is labelled unsafe"),
         (["--target-modules", "nothing"], "--target-modules"),
+        (["--guard-layers", 5], "--guard-layers 5: the base has 2"),
+        (["--lr-scheduler-type", "foo"], "foo"),
+        (["--eval-split-ratio", 0.1], "give one of them"),
         (["--train-data", "PKU-Alignment/BeaverTails:train"], "330k_train"),
     ],
 )
@@ -349,3 +361,29 @@ def test_quickstart_learns(tmp_path):
     (row,) = csv.DictReader((tmp_path / "run/metrics.csv").open())
     assert float(row["test/binarized_auprc"]) >= 0.91  # 0.93 where it was measured; the base rate is 0.48
     assert json.loads((tmp_path / "run/run.json").read_text())["peak_memory_gib"]["host"] <= 6
+
+
+@slow
+@pytest.mark.parametrize("spec", [None, "test.jsonl"], ids=["no validation", "a test split as validation"])
+def test_nothing_is_chosen_without_validation(tiny_base, tmp_path, spec):
+    """The last epoch is kept, no threshold is fitted, and a finished run is not overwritten unasked."""
+    shutil.copy(ROOT / "data/sample/beavertails/test.jsonl", tmp_path / "test.jsonl")
+    command = arguments(tiny_base, tmp_path / "run", "--test-data", tmp_path / "test.jsonl")
+    at = command.index("--eval-data")
+    command[at : at + 2] = [] if spec is None else ["--eval-data", tmp_path / spec]
+    launch(*command)
+    assert json.loads((tmp_path / "run/config.json").read_text())["best_epoch"] == 1
+    assert json.loads((tmp_path / "run/best/guard.json").read_text())["thresholds"]["flagged"]["how"] == "default"
+    assert (tmp_path / "run/best/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "run/epoch-1/adapter_model.safetensors"
+    ).read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoint-16")
+    again = launch(*command, check=False)
+    assert again.returncode == 2 and "--overwrite-output-dir" in again.stderr
+
+
+@slow
+def test_a_diverged_run_saves_no_guard(tiny_base, tmp_path):
+    done = launch(*arguments(tiny_base, tmp_path / "run", "--learning-rate", 1e30), check=False)
+    assert done.returncode == 2 and "diverged" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run/best").exists()

@@ -25,7 +25,16 @@ def test_toxicchat(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [({"S": 0, "H": 0}, False), ({"S": 0, "V2": 1}, True), ({"SH": 1}, True), ({"S": None}, None), ({"HR": 0}, False)],
+    [
+        ({"S": 0, "H": 0}, False),
+        ({"S": 0, "V2": 1}, True),
+        ({"SH": 1}, True),
+        ({"S": None}, None),
+        ({"HR": 0}, False),
+        ({"S": False, "H": True}, True),
+        ({"S": "0.0", "H": "1.0"}, True),
+        ({"S": "false", "H": "TRUE"}, True),
+    ],
 )
 def test_openai_moderation(tmp_path, flags, expected):
     """Unsafe if any present key is 1; an absent or null key is unknown."""
@@ -33,7 +42,7 @@ def test_openai_moderation(tmp_path, flags, expected):
 
 
 def test_a_flag_that_is_no_flag_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"rows.jsonl, line 1, field prompt_label: unknown label 7"):
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1, field H: unknown label 7"):
         load(tmp_path, [{"prompt": "Some text.", "S": 0, "H": 7}])
 
 

@@ -78,7 +78,7 @@ def load_conversations(
     out, skipped = [], []
     for where, row in rows:
         if isinstance(row, Mapping):
-            row = plain_row(row)
+            row = plain_row(row, where)
             _check_columns(row, where)
         try:
             out.append(_conversation(row, where, categories, require) | {"source": name})

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from common.conversation import check_label
+
 
 @cache
 def sources() -> dict[str, dict]:
@@ -19,7 +21,7 @@ def taxonomy(name: str) -> list[str]:
     return list(sources()["taxonomies"][name])
 
 
-def plain_row(row: Mapping) -> Mapping[str, Any]:
+def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
     """A row of a data set with columns of its own (ToxicChat, OpenAI's moderation set) in the plain format.
 
     The prompt is unsafe if any of the named flags is 1. A flag that is absent or null is unknown; so is the label where
@@ -29,10 +31,13 @@ def plain_row(row: Mapping) -> Mapping[str, Any]:
         known = {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}
         named = [name for name in columns["unsafe_if_any"] if name in row]
         if columns["prompt"] in row and named and set(row) <= known:
-            flags = [row[name] for name in named if row[name] not in (None, "") and row[name] == row[name]]
-            raised = [flag for flag in flags if str(flag) not in ("0", "0.0", "False")]
-            label = next(iter(raised + flags), None)
-            # Any flag but 0 is handed on, so that one that is neither 0 nor 1 is refused as every label is.
+            flags = [check_label(_number(row[name]), name, where) for name in named]
+            label = True if True in flags else False if False in flags else None
             found = {"prompt": row[columns["prompt"]], "prompt_label": label}
             return found | ({"id": row[columns["id"]]} if columns.get("id") in row else {})
     return row
+
+
+def _number(flag: Any) -> Any:
+    """A cell such as "1.0", which spreadsheets write for 1, as a number."""
+    return float(flag) if isinstance(flag, str) and flag.strip() in ("0.0", "1.0") else flag

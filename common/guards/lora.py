@@ -40,14 +40,17 @@ class LoraGuard(ClassifierGuard):
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it would report the head as missing that PEFT brings a line later
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-            base = AutoModelForSequenceClassification.from_pretrained(
+            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+            base, loading = AutoModelForSequenceClassification.from_pretrained(
                 resolve_model(card["base_model"]),
                 num_labels=len(self.labels),
                 dtype=inference_dtype(),
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
                 **depth,
             )
+            if lacking := [key for key in loading["missing_keys"] if not key.startswith("score.")]:
+                raise ValueError(f"the base lacks {', '.join(sorted(lacking))}")
             if len(self.tokenizer) > base.get_input_embeddings().num_embeddings:
                 base.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)  # a pad token
             self.model = PeftModel.from_pretrained(base, model)

@@ -1,7 +1,6 @@
 """The adapter folder: the head while it trains, writing it, and reading the paper's own `.pt` files."""
 
 import csv
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,7 +108,7 @@ def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path) -> None
     peft.modules_to_save = ["classifier", "score"]
     peft.save_pretrained(folder)
     save_file({**lora, WEIGHT: weight.float().contiguous()}, folder / WEIGHTS, {"format": "pt"})
-    AutoTokenizer.from_pretrained(resolve_model(base)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve_model(base), trust_remote_code=False).save_pretrained(folder)
     bias = tensors.get("clf_head.bias")
     card = guard_card(base, unsafe_head=len(weight) > len(CATEGORIES), inputs=["pair"], max_length=512)
     write_json(folder / "guard.json", card | {"head_bias": None if bias is None else bias.float().tolist()})
@@ -131,12 +130,8 @@ def guard_card(base: str, *, unsafe_head: bool, inputs: Sequence[str], max_lengt
     }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.json."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no config.json of a run ({error!s:.100})") from None
-    if not isinstance(config, dict) or "hf_model_id" not in config:
-        raise UserError(f"{path}, field hf_model_id: missing; give the config.json that train.py wrote")
-    return config
+def with_threshold(card: dict, scores: dict[str, float], eval_name: str) -> dict:
+    """The card with the threshold that an epoch's validation rows gave, if they did."""
+    if (value := scores.get("val/threshold")) is None:
+        return card
+    return card | {"thresholds": {"flagged": {"value": value, "how": "max F1", "on": eval_name}}}

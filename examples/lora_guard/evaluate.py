@@ -66,7 +66,10 @@ def main() -> None:
 
     flagged, scores, categories, verdicts = {}, {}, {}, {}
     for name, guard in guards.items():
-        verdicts[name] = guard.judge(conversations)
+        alone = isinstance(guard, LoraGuard) and args.judge == "response" and "pair" not in guard.inputs
+        verdicts[name] = guard.judge([pair(None, last_turns(m)[1]) for m in conversations] if alone else conversations)
+        if all(verdict.error for verdict in verdicts[name]):
+            raise UserError(f"{names[name]}: not one row could be judged: {verdicts[name][0].error}")
         scores[name] = np.array([v.score(label) for v in verdicts[name]])
         threshold = guard.thresholds.get("flagged", {"value": 0.5})["value"]
         flagged[name] = metrics.binary(truth, scores[name], threshold)
@@ -79,7 +82,7 @@ def main() -> None:
         )
     first = next(iter(guards))
     if args.judge == "response" and set(data.taxonomy("beavertails")) <= set(guards[first].labels):
-        categories = by_category(rows, verdicts[first], flagged[first]["threshold"])
+        categories = by_category(rows, verdicts[first], guards[first].labels, flagged[first]["threshold"])
     results = {
         "dataset": args.eval_data,
         "judged": args.judge,
@@ -115,8 +118,12 @@ def guard_names(specs: list[str]) -> dict[str, str]:
     return dict(zip(names, specs, strict=True))
 
 
-def by_category(rows: Dataset, verdicts: list, threshold: float) -> dict[str, dict]:
-    """Scores of each category over the rows whose categories are known; a failed verdict counts as unsafe."""
+def by_category(rows: Dataset, verdicts: list, labels: list[str], threshold: float) -> dict[str, dict]:
+    """Scores of each category over the rows whose categories are known; a failed verdict counts as unsafe.
+
+    A head of their own has the paper's 0.5; without an unsafe head the categories share the threshold of their maximum.
+    """
+    threshold = 0.5 if "unsafe" in labels else threshold
     known = [i for i, named in enumerate(rows["categories"]) if named is not None]
     if not known or {n for i in known for n in rows[i]["categories"]} - set(data.taxonomy("beavertails")):
         return {}
@@ -222,7 +229,8 @@ def results_markdown(results: dict[str, Any]) -> str:
             report.table(rows, ["reply tokens seen", "recall ↑", "FPR ↓", "AUPRC ↑"]),
         ]
     if results["categories"]:
-        lines += ["## Categories", "", report.metric_table(results["categories"])]
+        at = next(iter(results["categories"].values()))["threshold"]
+        lines += [f"## Categories (above {at:.3f})", "", report.metric_table(results["categories"])]
     return "\n".join(lines)
 
 

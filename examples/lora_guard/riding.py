@@ -65,10 +65,12 @@ class GuardedChat:
         name = base_model or self.card["base_model"]
         try:
             source = resolve_model(name)
-            self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or inference_dtype()).eval()
+            fit = torch.float32 if self.device.type == "cpu" else inference_dtype()  # a CPU emulates bf16
+            options = {"dtype": dtype or fit, "trust_remote_code": False}
+            self.model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
             own = any((self.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder if own else source)
-            self.chat_template = self.tokenizer.chat_template or AutoTokenizer.from_pretrained(source).chat_template
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder if own else source, trust_remote_code=False)
+            self.chat_template = self.tokenizer.chat_template or _chat_template(source)
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -302,6 +304,10 @@ class GuardedChat:
         raw = first in self.control or "\ufffd" in text
         parts = render("lora_guard", pair(prompt, "" if raw else text), self.tokenizer)
         return encode(self.tokenizer, [parts])[0] + [first] * raw
+
+
+def _chat_template(source: str) -> str | None:
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False).chat_template
 
 
 def read_card(folder: Path) -> dict[str, Any]:

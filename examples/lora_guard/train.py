@@ -22,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapter import CATEGORIES, guard_card, replace_head, save_adapter, write_csv
+from adapter import CATEGORIES, guard_card, replace_head, save_adapter, with_threshold, write_csv
 from datasets import Dataset
+from inputs import encode_rows
 from objective import PAPER_METRICS, columns, epoch_metrics, guard_loss, paper_metrics
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -37,7 +39,7 @@ from transformers import (
 )
 
 from common import data, metrics, report, templates
-from common.conversation import UserError, last_turns, pair
+from common.conversation import UserError
 from common.guards.lora import INPUTS
 from common.head_start import fit_head
 from common.quickstart import resolve_model
@@ -112,14 +114,19 @@ def main() -> None:
         raise UserError(f"--guard-inputs {' '.join(args.guard_inputs)}: expected some of {', '.join(INPUTS)}")
     training = training_arguments(args)
     checkpoint = checkpoint_to_resume(training)
+    refuse_to_overwrite(args, checkpoint)
     set_seed(args.seed)
 
     train_rows, eval_rows = load_rows(args)
     model, tokenizer = load_model(args)
-    train_set, facts = encode_rows(train_rows, tokenizer, args, args.train_data)
     eval_name = args.eval_data or f"{args.eval_split_ratio} of {args.train_data}"
-    eval_set = encode_rows(eval_rows, tokenizer, args, eval_name)[0] if eval_rows else None
-    test_set = encode_rows(load(args, args.test_data), tokenizer, args, args.test_data)[0] if args.test_data else None
+
+    def encoded(rows: Dataset, spec: str) -> tuple[Dataset, dict]:
+        return encode_rows(rows, tokenizer, args.guard_inputs, args.max_length, spec)
+
+    train_set, facts = encoded(train_rows, args.train_data)
+    eval_set = encoded(eval_rows, eval_name)[0] if eval_rows else None
+    test_set = encoded(load(args, args.test_data), args.test_data)[0] if args.test_data else None
     lengths = [len(ids) for ids in train_set["input_ids"]]
     facts["useful_token_share"] = round(useful_token_share(lengths, args.per_device_batch_size, args.seed), 3)
     logger.info("Data: %s", json.dumps(facts))
@@ -146,23 +153,27 @@ def main() -> None:
         processing_class=tokenizer,
         compute_loss_func=loss,
         compute_metrics=lambda prediction: paper_metrics(prediction, not args.no_unsafe_head, eval_name),
-        callbacks=[EveryEpoch(args, card, tokenizer, eval_name)],
+        callbacks=[EveryEpoch(card, tokenizer, eval_name)],
     )
     if checkpoint is None:
         start_over(training)
-        describe_run(args, model, training)
+    describe_run(args, model, training, afresh=checkpoint is None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    if not np.isfinite(result.training_loss):
-        raise UserError("The training diverged (its loss is not a number): lower the rate")
-    finish(trainer, args, eval_set, test_set, eval_name, result.metrics)
+    finish(trainer, args, card, test_set, eval_name, result.metrics)
 
 
 def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
     """The Trainer's arguments. `accelerate launch --mixed-precision` is heard where there is a GPU."""
+    if args.eval_data is not None and args.eval_split_ratio is not None:
+        raise UserError("--eval-data and --eval-split-ratio: give one of them")
+    if args.epochs < 1 or not 0 <= args.lora_dropout < 1:
+        raise UserError("expected --epochs of at least 1 and --lora-dropout in [0, 1)")
     validated = args.eval_data is not None or args.eval_split_ratio is not None
+    selects = validated and not metrics.is_test(args.eval_data or "")
+    warm = args.warmup_steps and args.lr_scheduler_type == "constant"
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # on a CPU bf16 is emulated
-    return RecipeTrainingArguments(
+    values = dict(
         output_dir=args.output_folder,
         overwrite_output_dir=args.overwrite_output_dir,
         resume_from_checkpoint=args.resume_from_checkpoint,
@@ -172,20 +183,37 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,
         weight_decay=0.01,  # torch's AdamW default, which the reference keeps
-        lr_scheduler_type=args.lr_scheduler_type,
+        lr_scheduler_type="constant_with_warmup" if warm else args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         max_grad_norm=args.max_grad_norm,
         bf16=inference_dtype() == torch.bfloat16,
         eval_strategy="epoch" if validated else "no",
         save_strategy="epoch",
         save_total_limit=1,
-        load_best_model_at_end=validated and not metrics.is_test(args.eval_data or ""),
-        metric_for_best_model="binarized_auprc",
-        greater_is_better=True,
+        load_best_model_at_end=selects,
+        metric_for_best_model="binarized_auprc" if selects else None,
+        greater_is_better=True if selects else None,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         ddp_find_unused_parameters=False,
         logging_steps=args.logging_steps,
         seed=args.seed,
     )
+    try:
+        training = RecipeTrainingArguments(**values)
+    except (ValueError, TypeError) as error:  # such as an unknown schedule
+        raise UserError(str(error)) from None
+    if training.n_gpu > 1:
+        raise UserError("one process would share its GPUs by DataParallel: launch with accelerate or torchrun")
+    return training
+
+
+def refuse_to_overwrite(args: GuardArguments, checkpoint: str | None) -> None:
+    """A finished run is replaced only when that is asked for, also where its checkpoints were removed."""
+    folder = Path(args.output_folder)
+    if checkpoint is None and not args.overwrite_output_dir:
+        for name in ("best", "config.json", "epoch-0"):
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {name} of an earlier run; pass --overwrite-output-dir or another name")
 
 
 def load(args: GuardArguments, spec: str, max_rows: int | None = None) -> Dataset:
@@ -221,6 +249,9 @@ def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     depth = {} if args.guard_layers is None else {"num_hidden_layers": args.guard_layers}
     names = ["unsafe"] * (not args.no_unsafe_head) + CATEGORIES
     try:
+        layers = AutoConfig.from_pretrained(**source).get_text_config().num_hidden_layers
+        if not 1 <= (args.guard_layers or layers) <= layers:
+            raise UserError(f"--guard-layers {args.guard_layers}: the base has {layers}")
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForSequenceClassification.from_pretrained(
             **source,
@@ -231,7 +262,9 @@ def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
             dtype=inference_dtype(),
             **depth,
         )
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"hf_model_id {args.hf_model_id}: {str(error).strip().splitlines()[0]}") from None
     templates.prepare_padding(tokenizer, model)
     replace_head(model, len(names), bias=not args.no_clf_head_bias)
@@ -261,77 +294,38 @@ def add_adapters(model: PreTrainedModel, args: GuardArguments) -> PeftModel:
     return model
 
 
-def encode_rows(rows: Dataset, tokenizer, args: GuardArguments, spec: str) -> tuple[Dataset, dict]:
-    """Token ids and labels [unsafe, 14 categories] (NaN: unknown), one row for each trained input of a conversation.
-
-    Returns:
-        The rows, sorted by length, and their counts.
-    """
-    control = templates.control_ids(tokenizer)
-    kinds: dict[str, list] = {kind: [] for kind in args.guard_inputs}
-    for row in rows:
-        prompt, response = last_turns(row["messages"])
-        named = row["categories"]
-        categories = [np.nan] * len(CATEGORIES) if named is None else [float(c in named) for c in CATEGORIES]
-        if response is not None and row["response_unsafe"] is not None:
-            label = [float(row["response_unsafe"]), *categories]
-            if "pair" in kinds and prompt is not None:
-                kinds["pair"].append((pair(prompt, response), label))
-            if "response" in kinds:
-                kinds["response"].append((pair(None, response), label))
-        if "prompt" in kinds and prompt is not None and row["prompt_unsafe"] is not None:
-            known = response is None  # else the categories speak of the answer as well
-            kinds["prompt"].append(
-                (pair(prompt), [float(row["prompt_unsafe"]), *(categories if known else [np.nan] * len(CATEGORIES))])
-            )
-    for kind, found in kinds.items():
-        if not any(label[0] for _, label in found):
-            raise UserError(f"{spec}: no {kind} that is labelled unsafe; choose other --guard-inputs or other data")
-    inputs = [item for found in kinds.values() for item in found]
-    ids = templates.encode(tokenizer, [templates.render("lora_guard", m, tokenizer) for m, _ in inputs])
-    truncated = sum(len(sequence) > args.max_length for sequence in ids)
-    if truncated:
-        logger.warning("Cut %d of %d inputs to %d tokens (the end).", truncated, len(ids), args.max_length)
-    encoded = Dataset.from_dict(
-        {
-            "input_ids": [templates.cut(sequence, args.max_length, control) for sequence in ids],
-            "labels": [label for _, label in inputs],
-        }
-    )
-    order = np.argsort([len(sequence) for sequence in encoded["input_ids"]], kind="stable")
-    counts = {kind: {"rows": len(found), "unsafe": int(sum(y[0] for _, y in found))} for kind, found in kinds.items()}
-    return encoded.select(order), {**counts, "truncated": truncated}
-
-
 class EveryEpoch(TrainerCallback):
     """After each epoch: its adapter folder, metrics.csv and train_losses.csv, from the history that a resume keeps."""
 
-    def __init__(self, args: GuardArguments, card: dict, tokenizer, eval_name: str):
-        self.args, self.card, self.tokenizer, self.eval_name = args, card, tokenizer, eval_name
+    def __init__(self, card: dict, tokenizer: PreTrainedTokenizerBase, eval_name: str):
+        self.card, self.tokenizer, self.eval_name = card, tokenizer, eval_name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A run that was killed between a checkpoint and its adapter folder gets that folder when it is resumed."""
+        if state.global_step and not (Path(args.output_dir) / f"epoch-{round(state.epoch) - 1}").exists():
+            self.on_save(args, state, control, **kwargs)
 
     def on_save(self, args, state, control, model=None, **kwargs):
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            raise UserError("The training diverged (its weights are not numbers): lower the rate")
         if not is_main_process():
             return
         epoch, rows = round(state.epoch) - 1, epoch_metrics(state)
-        threshold = rows[-1].get("val/threshold") if rows else None
-        card = dict(self.card)
-        if threshold is not None:
-            how = {"value": threshold, "how": "max F1", "on": self.eval_name}
-            card["thresholds"] = {"flagged": how}
+        card = with_threshold(self.card, rows[-1] if rows else {}, self.eval_name)
         save_adapter(model, self.tokenizer, Path(args.output_dir) / f"epoch-{epoch}", card)
         write_csv(Path(args.output_dir) / "metrics.csv", rows, "epoch")
         losses = [{"global_step": e["step"], "train/loss": e["loss"]} for e in state.log_history if "loss" in e]
         write_csv(Path(args.output_dir) / "train_losses.csv", losses, "global_step")
 
 
-def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainingArguments) -> None:
-    """config.json and parameter_counts.json, as the reference writes them (numbers as numbers)."""
-    if not is_main_process():
-        return
+def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainingArguments, afresh: bool) -> None:
+    """config.json and parameter_counts.json, as the reference writes them (numbers as numbers); old ones go first."""
     folder = Path(args.output_folder)
-    for old in [*folder.glob("epoch-*"), folder / "best"]:
+    if not is_main_process() or (not afresh and (folder / "config.json").is_file()):
+        return
+    for old in [*folder.glob("epoch-*"), folder / "best"] if afresh else []:
         shutil.rmtree(old, ignore_errors=True)
-    for name in ("metrics.csv", "train_losses.csv", "run.json", "README.md"):
+    for name in ("metrics.csv", "train_losses.csv", "run.json") if afresh else ():
         (folder / name).unlink(missing_ok=True)
     effective = args.per_device_batch_size * args.gradient_accumulation_steps * training.world_size
     write_json(
@@ -342,24 +336,26 @@ def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainin
     write_json(folder / "parameter_counts.json", {"n_total_parameters": total, "n_trainable_parameters": trainable})
 
 
-def finish(trainer, args: GuardArguments, eval_set, test_set, eval_name: str, train_metrics: dict) -> None:
-    """Mark the best epoch, judge the test rows with it, write run.json and the card of `best`."""
+def finish(trainer, args: GuardArguments, card: dict, test_set, eval_name: str, train_metrics: dict) -> None:
+    """Write the best epoch's guard to `best`, judge the test rows with it, write run.json and the model card."""
     folder, rows = Path(args.output_folder), epoch_metrics(trainer.state)
     test = trainer.predict(test_set, metric_key_prefix="test").metrics if test_set else {}
+    test.pop("test_threshold", None)  # thresholds come from validation
     if not is_main_process():
         return
-    kept = trainer.state.best_model_checkpoint
+    kept = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     steps = max(1, trainer.state.max_steps // args.epochs)
     best = round(int(kept.rpartition("-")[2]) / steps) - 1 if kept else args.epochs - 1
-    shutil.rmtree(folder / "best", ignore_errors=True)
-    shutil.copytree(folder / f"epoch-{best}", folder / "best")
+    scores = next((row for row in rows if row["epoch"] == best), {})
+    model = trainer.accelerator.unwrap_model(trainer.model)  # the best epoch's weights, or the last's
+    save_adapter(model, trainer.processing_class, folder / "best", with_threshold(card, scores, eval_name))
     found = columns(test, "test", "test")
     write_csv(folder / "metrics.csv", [row | (found if row["epoch"] == best else {}) for row in rows], "epoch")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", config | {"best_epoch": best})
     run = manifest([args, trainer.args], seed=args.seed, train=train_metrics, best_epoch=best, test=test)
     write_json(folder / "run.json", run | {"log": trainer.state.log_history})
-    shown = {"validation " + eval_name: rows[best] if best < len(rows) else {}, f"test {args.test_data}": found}
+    shown = {f"validation {eval_name}": scores, f"test {args.test_data}": found}
     lines = [
         [name, *(values.get(f"{split}/binarized_{m}") for m in PAPER_METRICS)]
         for (name, values), split in zip(shown.items(), ("val", "test"), strict=True)
