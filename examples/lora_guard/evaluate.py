@@ -172,9 +172,8 @@ def detection_by_prefix(
         # Where the two differ the reply begins; the space before it belongs to its first token.
         starts.append(next((k for k, (a, b) in enumerate(zip(full, empty, strict=False)) if a != b), len(empty)))
     lengths, seen = [*args.prefix_tokens, guard.max_length], []
-    hook = guard.head.register_forward_hook(
-        lambda _, __, logits: seen.append(logits)
-    )  # the stock model pools afterwards
+    # The stock model scores every token and pools afterwards.
+    hook = guard.head.register_forward_hook(lambda _, __, logits: seen.append(logits))
     scores, order = np.zeros((len(rows), len(lengths))), sorted(range(len(rows)), key=lambda i: -len(ids[i]))
     with tqdm(total=len(order), desc="prefixes", unit="pair") as bar:
         while order:
