@@ -4,7 +4,8 @@
 
 Training steps (forward, backward, AdamW on adapters and head) on pairs of real lengths. Ours: batches of like length,
 each padded to its longest row. Reference: batches in random order, every row padded to the longest of all.
-Moderating while 64 tokens are generated, at batch 1 and 8. Ours: `GuardedChat.reply`, the guard at every k tokens.
+Moderating while 64 tokens are generated, at batch 1 and 8. Ours: `GuardedChat.reply`, the guard at every k tokens
+(k = 64: once, at the end).
 Reference: one prompt at a time, `generate`, then a guard pass over the prompt and one over the reply. Beside them the
 generation alone (`generate`, batched), which is the unit of the ratios, and the floor: generation alone and one batched
 guard pass over the finished texts, a guard that reads each token once and at the speed of a block.
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="training texts; the reference pads to their longest")
     parser.add_argument("--steps", type=int, default=3, help=f"training steps a round, of {BATCH} rows")
     parser.add_argument("--rounds", type=int, default=3, help="how often the ways take turns, at least 2")
-    parser.add_argument("--every", type=int, nargs="+", default=[1, 8, 16], help="the k of 'guard at every k tokens'")
+    parser.add_argument(
+        "--every", type=int, nargs="+", default=[1, 8, 16, 64], help="the k of 'guard at every k tokens'"
+    )
     parser.add_argument("--skip_training", action="store_true", help="moderating alone")
     parser.add_argument("--output", type=Path, default=ROOT / "output/bench/lora_guard.json")
     args = parser.parse_args()

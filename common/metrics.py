@@ -1,17 +1,13 @@
 """Scores of guards, on scikit-learn. What is undefined is None, never 0.
 
-Scores are probabilities of the unsafe class; truths are booleans. The file is also a Hugging Face metric, offline:
-
-    from common.metrics import GuardMetrics          # or evaluate.load("<repository>/common/metrics.py")
-    GuardMetrics().compute(predictions=[0.9, 0.2], references=[1, 0])
+Scores are probabilities of the unsafe class; truths are booleans. common/guard_metrics.py is `binary` as a Hugging Face
+metric.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import datasets
-import evaluate
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -210,20 +206,3 @@ def _checked(truth: Sequence[bool], score: Sequence[float]) -> tuple[np.ndarray,
 
 def _ratio(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
-
-
-class GuardMetrics(evaluate.Metric):
-    """`binary` as a Hugging Face metric: predictions are probabilities, references 0 or 1."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="Scores of a guard: probabilities of the unsafe class against 0/1 truths.",
-            citation="",
-            inputs_description="predictions: probabilities in [0, 1]; references: 1 unsafe, 0 safe; threshold: 0.5",
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("int32")}
-            ),
-        )
-
-    def _compute(self, predictions, references, threshold=0.5):
-        return binary(references, predictions, threshold)

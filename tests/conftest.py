@@ -9,14 +9,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from common.data import taxonomy
@@ -142,3 +146,61 @@ def tiny_base(tmp_path_factory) -> Path:
     LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def bases(make_tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Tiny random chat models of two families that share a tokenizer with a chat template."""
+    tokenizer: PreTrainedTokenizerFast = make_tokenizer("bpe")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    roles = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape |= roles | {"vocab_size": len(tokenizer), "initializer_range": 0.3, "num_key_value_heads": 2}
+    kinds = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+    folders = {}
+    for name, (model, config) in kinds.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        torch.manual_seed(1)
+        model(config(**shape)).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def make_guard(bases, tmp_path_factory):
+    """`make_guard(base, layers=None, bias=True, unsafe=True, inputs=…)`: an adapter folder as training leaves it."""
+
+    def make(base="llama", layers=None, bias=True, unsafe=True, inputs=("pair", "prompt", "response")) -> Path:
+        folder, labels = tmp_path_factory.mktemp("guard"), ["unsafe"] * unsafe + taxonomy("beavertails")
+        depth = {"num_hidden_layers": layers} if layers else {}
+        torch.manual_seed(2)
+        model = AutoModelForSequenceClassification.from_pretrained(bases[base], num_labels=len(labels), **depth)
+        config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+            elif "score" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(folder)
+        card = {
+            "kind": "lora_guard", "template": "lora_guard", "labels": labels, "inputs": list(inputs),
+            "head_bias": torch.linspace(-0.5, 0.5, len(labels)).tolist() if bias else None, "max_length": 512,
+            "num_hidden_layers": layers, "thresholds": {"flagged": {"value": 0.4}}, "base_model": str(bases[base]),
+        }  # fmt: skip
+        (folder / "guard.json").write_text(json.dumps(card))
+        PreTrainedTokenizerFast.from_pretrained(bases[base]).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def guard(make_guard) -> Path:
+    return make_guard()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recipes import module
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,21 +62,6 @@ def trained(tiny_base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora") / "run"
     launch(*arguments(tiny_base, folder, "--test-data", "beavertails-sample:test"))
     return folder
-
-
-@pytest.fixture(scope="module")
-def module():
-    """The recipe's modules, imported from its folder under their own names and taken away again."""
-    names = ("adapter", "objective")
-    sys.path.insert(0, str(RECIPE))
-    try:
-        import adapter
-        import objective
-    finally:
-        sys.path.remove(str(RECIPE))
-    yield {"adapter": adapter, "objective": objective}
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 @slow
@@ -223,7 +209,7 @@ def test_inputs_are_served_as_they_were_trained(tiny_base, tmp_path):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_papers_own_adaptor_file(module, tiny_base, tmp_path, version):
+def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
     """Probabilities equal a merge by hand of a file made as the reference code names its tensors."""
     torch.manual_seed(3)
     chat = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
@@ -241,7 +227,7 @@ def test_the_papers_own_adaptor_file(module, tiny_base, tmp_path, version):
     }
     torch.save(tensors, tmp_path / "adaptor.pt")
     config = {"hf_model_id": str(tiny_base), "lora_r": 4, "lora_alpha": 8, "no_unsafe_head": version == 1}
-    module["adapter"].convert_reference(tmp_path / "adaptor.pt", config, tmp_path / "guard")
+    module("lora_guard", "adapter").convert_reference(tmp_path / "adaptor.pt", config, tmp_path / "guard")
     verdict = load_guard(str(tmp_path / "guard")).judge([pair(*TEXT)])[0]
     ids = AutoTokenizer.from_pretrained(tiny_base)(f"user: {TEXT[0]}\n\nagent: {TEXT[1]}", return_tensors="pt")
     with torch.inference_mode():
@@ -262,22 +248,24 @@ def test_the_papers_own_adaptor_file(module, tiny_base, tmp_path, version):
     ],
     ids=["text", "no adapters", "outputs", "code"],
 )
-def test_a_bad_adaptor_file_is_one_line(module, tmp_path, content, words):
+def test_a_bad_adaptor_file_is_one_line(tmp_path, content, words):
     if isinstance(content, bytes):
         (tmp_path / "adaptor.pt").write_bytes(content)
     else:
         torch.save(content, tmp_path / "adaptor.pt")
     with pytest.raises(UserError, match=words):
-        module["adapter"].convert_reference(tmp_path / "adaptor.pt", {"hf_model_id": "x"}, tmp_path / "guard")
+        module("lora_guard", "adapter").convert_reference(
+            tmp_path / "adaptor.pt", {"hf_model_id": "x"}, tmp_path / "guard"
+        )
     assert not (tmp_path / "guard").exists()
 
 
-def test_the_loss_is_the_papers(module):
+def test_the_loss_is_the_papers():
     """Against its formula written out: 0.5 unsafe + 0.5 / 14 of each category, positives weighted by n_neg / n_pos."""
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(20, 15, generator=generator) < 0.3).double()
     labels[:, 3] = 0  # an empty class: the reference's loss would be NaN
-    loss = module["objective"].guard_loss(labels.numpy(), unsafe_head=True)
+    loss = module("lora_guard", "objective").guard_loss(labels.numpy(), unsafe_head=True)
     logits = torch.randn(20, 15, generator=generator)
     weight = (labels == 0).sum(0) / labels.sum(0)
     weight[3] = 1
@@ -351,16 +339,6 @@ def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, flags, messag
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
     assert not (tmp_path / "out").exists()
-
-
-@slow
-def test_quickstart_learns(tmp_path):
-    """What `torchrun train.py` without arguments runs, into another folder."""
-    launcher = [BIN / "torchrun", "--standalone", "--nproc_per_node=1"]
-    launch("train.py", "--config", "configs/quickstart.yaml", "--output-folder", tmp_path / "run", launcher=launcher)
-    (row,) = csv.DictReader((tmp_path / "run/metrics.csv").open())
-    assert float(row["test/binarized_auprc"]) >= 0.91  # 0.93 where it was measured; the base rate is 0.48
-    assert json.loads((tmp_path / "run/run.json").read_text())["peak_memory_gib"]["host"] <= 6
 
 
 @slow

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from common import metrics
+from common import guard_metrics, metrics
 
 
 def given(*strategies):
@@ -272,14 +272,14 @@ def test_agreement_intervals():
 
 def test_hugging_face_metric_equals_binary():
     truth, score = [1, 0, 1, 0], [0.9, 0.2, 0.4, 0.6]
-    found = metrics.GuardMetrics().compute(predictions=score, references=truth, threshold=0.3)
+    found = guard_metrics.GuardMetrics().compute(predictions=score, references=truth, threshold=0.3)
     assert found == metrics.binary(truth, score, 0.3)
 
 
 @pytest.mark.slow
 def test_hugging_face_metric_loads_from_its_file(tmp_path):
     code = (
-        f"import evaluate; metric = evaluate.load({str(Path(metrics.__file__))!r})\n"
+        f"import evaluate; metric = evaluate.load({str(Path(guard_metrics.__file__))!r})\n"
         "print(metric.compute(predictions=[0.9, 0.2], references=[1, 0])['f1'])"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}

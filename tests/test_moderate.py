@@ -1,6 +1,5 @@
 """examples/lora_guard/moderate.py on tiny guards: as a command, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,18 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import EXAMPLES, module
 from safetensors.torch import load_file
 
-from common.conversation import UserError
+from common.conversation import UserError, pair
 
-# The tiny chat models and guards are those of the tests of riding.py.
-spec = importlib.util.spec_from_file_location("riding_tests", Path(__file__).with_name("test_riding.py"))
-riding_tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(riding_tests)
-bases, make_guard, guard = riding_tests.bases, riding_tests.make_guard, riding_tests.guard
-RECIPE, PROMPTS, CONVERSATIONS = riding_tests.RECIPE, riding_tests.PROMPTS, riding_tests.CONVERSATIONS
-GuardedChat = riding_tests.GuardedChat
-adapter, moderate = riding_tests.module("adapter"), riding_tests.module("moderate")
+GuardedChat = module("lora_guard", "riding").GuardedChat
+adapter, moderate = module("lora_guard", "adapter"), module("lora_guard", "moderate")
+PROMPTS = ["How do I cook rice?", "Why do people tell lies? Often they are afraid of the neighbour.", "Paris!"]
+CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
+RECIPE = EXAMPLES / "lora_guard"
 
 
 def reference_adaptor(guard: Path, folder: Path) -> tuple[Path, Path]:

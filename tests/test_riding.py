@@ -1,102 +1,30 @@
 """examples/lora_guard/riding.py: a guard that reads along and leaves the chat model bit for bit as it was."""
 
-import importlib.util
 import json
 import shutil
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from recipes import module
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from common.conversation import UserError, pair
 from common.data import taxonomy
 from common.templates import control_ids, encode, render
 
-RECIPE = Path(__file__).resolve().parents[1] / "examples/lora_guard"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PROMPTS = ["How do I cook rice?", "Why do people tell lies? Often they are afraid of the neighbour.", "Paris!"]
 CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
 CATEGORIES = taxonomy("beavertails")
 NEW, LAYERS = 21, 3
-
-
-def module(name: str):
-    """A file of the recipe under its own name: its folder, which holds an evaluate.py, stays off sys.path."""
-    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
-    loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-decoding, riding = module("decoding"), module("riding")
+decoding, riding = module("lora_guard", "decoding"), module("lora_guard", "riding")
 GuardedChat = riding.GuardedChat
-
-
-@pytest.fixture(scope="module")
-def bases(make_tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """Tiny random chat models of two families that share a tokenizer with a chat template."""
-    tokenizer: PreTrainedTokenizerFast = make_tokenizer("bpe")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    roles = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    shape |= roles | {"vocab_size": len(tokenizer), "initializer_range": 0.3, "num_key_value_heads": 2}
-    kinds = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
-    folders = {}
-    for name, (model, config) in kinds.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        torch.manual_seed(1)
-        model(config(**shape)).save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
-    return folders
-
-
-@pytest.fixture(scope="module")
-def make_guard(bases, tmp_path_factory):
-    """`make_guard(base, layers=None, bias=True, unsafe=True, inputs=…)`: an adapter folder as training leaves it."""
-
-    def make(base="llama", layers=None, bias=True, unsafe=True, inputs=("pair", "prompt", "response")) -> Path:
-        folder, labels = tmp_path_factory.mktemp("guard"), ["unsafe"] * unsafe + CATEGORIES
-        depth = {"num_hidden_layers": layers} if layers else {}
-        torch.manual_seed(2)
-        model = AutoModelForSequenceClassification.from_pretrained(bases[base], num_labels=len(labels), **depth)
-        config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-        model = get_peft_model(model, config)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-            elif "score" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(folder)
-        card = {
-            "kind": "lora_guard", "template": "lora_guard", "labels": labels, "inputs": list(inputs),
-            "head_bias": torch.linspace(-0.5, 0.5, len(labels)).tolist() if bias else None, "max_length": 512,
-            "num_hidden_layers": layers, "thresholds": {"flagged": {"value": 0.4}}, "base_model": str(bases[base]),
-        }  # fmt: skip
-        (folder / "guard.json").write_text(json.dumps(card))
-        PreTrainedTokenizerFast.from_pretrained(bases[base]).save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def guard(make_guard) -> Path:
-    return make_guard()
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +156,18 @@ def test_stop_ends_at_the_first_judged_token_above(make_guard, every):
     free = chat.reply(CONVERSATIONS, **options)
     probabilities = sorted(p for reply in free for _, p in reply.trace)
     stop_at = (probabilities[len(probabilities) // 2] + probabilities[len(probabilities) // 2 - 1]) / 2
-    checks = []
-    stopped = chat.reply(CONVERSATIONS, stop_at=stop_at, on_check=lambda *check: checks.append(check), **options)
+    shown = [set() for _ in CONVERSATIONS]
+    for stopped in chat.stream(CONVERSATIONS, stop_at=stop_at, **options):
+        for lengths, reply in zip(shown, stopped, strict=True):
+            lengths.add(len(reply.token_ids))
+            assert reply.text == chat.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
     assert any(reply.stopped_after for reply in stopped)
     for i, (before, after) in enumerate(zip(free, stopped, strict=True)):
         first = next((n for n, p in before.trace if p > stop_at), None)
         assert after.stopped_after == first
         assert after.finish_reason == ("stopped" if first else before.finish_reason)
         assert after.token_ids == before.token_ids[:first]
-        assert after.text == chat.tokenizer.decode(after.token_ids, skip_special_tokens=True)
-        assert [n for row, n, _ in checks if row == i] == [n for n, _ in after.trace]
+        assert shown[i] == {0, *(n for n, _ in after.trace)}  # nothing that was not judged
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -271,12 +201,30 @@ def test_adapters_are_off_after_use_and_after_an_exception(bases, guard):
 
     for every in (1, 4):
         with pytest.raises(RuntimeError, match="on purpose"):
-            chat.reply(CONVERSATIONS, max_new_tokens=5, guard_every=every, on_check=fail, progress=False)
+            for _ in chat.stream(CONVERSATIONS, max_new_tokens=5, guard_every=every, progress=False):
+                assert torch.equal(plain_logits(chat.model), base)  # between two checks, too
+                fail()
+        left = chat.stream(CONVERSATIONS, max_new_tokens=5, guard_every=every, progress=False)
+        next(left)
+        left.close()
+        assert not torch.is_inference_mode_enabled() and torch.equal(plain_logits(chat.model), base)
         hook = chat.backbone.layers[1].register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="on purpose"):
             chat.reply(CONVERSATIONS, max_new_tokens=5, guard_every=every, progress=False)
         hook.remove()
         assert torch.equal(plain_logits(chat.model), base)
+
+
+def test_two_threads_do_not_switch_each_others_adapters(bases, guard):
+    """A page that is closed while its reply is written leaves a step behind that runs beside the next visitor's."""
+    chat, options = GuardedChat(guard, device="cpu"), {"max_new_tokens": NEW, "progress": False}
+    everies = [1, 2, 3, 4] * 3
+    expected = [chat.reply(CONVERSATIONS, guard_every=every, **options) for every in everies]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda every: chat.reply(CONVERSATIONS, guard_every=every, **options), everies))
+    for one, other in zip(expected, found, strict=True):
+        assert [r.token_ids for r in one] == [r.token_ids for r in other]
+        assert [p for r in one for _, p in r.trace] == pytest.approx([p for r in other for _, p in r.trace], abs=1e-5)
 
 
 def test_unknown_adapter_names_raise(chat):

@@ -1,6 +1,6 @@
 """One batch of replies with a guard reading along: the key/value caches, the decode loop, the sampling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -94,18 +94,21 @@ class Ride:
         rows: Sequence[Row],
         every: int,
         stop_at: float | None,
-        on_check: Callable[[int, int, float], None] | None,
     ):
-        self.chat, self.rows, self.every, self.stop_at, self.on_check = chat, rows, every, stop_at, on_check
+        self.chat, self.rows, self.every, self.stop_at = chat, rows, every, stop_at
         self.rides = "pair" in chat.inputs
         self.mixed = self.rides and every == 1
         self.chat_lanes = Lanes(chat.model.config, chat.device)
         self.guard_lanes = self.chat_lanes if self.mixed else Lanes(chat.trunk.config, chat.device)
 
-    def run(self, max_new_tokens: int, draw: Callable[[list[int], torch.Tensor], list[int]], bar: tqdm) -> None:
-        """Fill in the replies of all rows; ends as soon as every row has ended."""
+    @torch.inference_mode()
+    def run(
+        self, max_new_tokens: int, draw: Callable[[list[int], torch.Tensor], list[int]], bar: tqdm
+    ) -> Iterator[None]:
+        """Fill in the replies of all rows; ends as soon as every row has ended. Yields after every check."""
         judged = self.mixed or "prompt" in self.chat.inputs
         writing, logits = self.turn(list(self.rows), list(self.rows) if judged else [])
+        yield
         waiting: list[Row] = []  # written to their end, which the next check judges
         for n in range(1, max_new_tokens + 1):
             if not writing:
@@ -120,9 +123,12 @@ class Ride:
             bar.update()
             waiting += [row for row in writing if row.reply.finish_reason and len(row.reply.token_ids) > row.seen]
             writing = [row for row in writing if not row.reply.finish_reason]
-            due = [*writing, *waiting] if self.rides and (n % self.every == 0 or not writing) else []
+            check = n % self.every == 0 or not writing
+            due = [*writing, *waiting] if self.rides and check else []
             waiting = [] if due else waiting
             writing, logits = self.turn(writing, due)
+            if check:
+                yield
 
     def turn(self, writing: list[Row], due: list[Row]) -> tuple[list[Row], torch.Tensor | None]:
         """The guard reads the rows that are due; the chat moves those on that still write.
@@ -159,8 +165,6 @@ class Ride:
                 reply.response_unsafe = unsafe
             else:
                 reply.prompt_unsafe = unsafe
-            if self.on_check:
-                self.on_check(row.index, seen, unsafe)
             if self.stop_at is not None and unsafe > self.stop_at:
                 reply.stopped_after, reply.finish_reason = seen, "stopped"
 

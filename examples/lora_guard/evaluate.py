@@ -47,6 +47,7 @@ class EvaluationArguments:
     )
     long_inputs: str = field(default="windows", metadata={"help": "windows | error | truncate"})
     bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     seed: int = 42
 
 
@@ -62,7 +63,8 @@ def main() -> None:
     if args.judge == "prompt":
         conversations = [pair(last_turns(messages)[0]) for messages in conversations]
     truth, names = np.array(rows[label]), guard_names(args.guards)
-    guards = {name: load_guard(spec, long_inputs=args.long_inputs) for name, spec in names.items()}  # before long runs
+    options = {"long_inputs": args.long_inputs, "trust_remote_code": args.trust_remote_code}
+    guards = {name: load_guard(spec, **options) for name, spec in names.items()}  # before long runs
 
     flagged, scores, categories, verdicts = {}, {}, {}, {}
     for name, guard in guards.items():

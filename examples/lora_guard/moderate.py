@@ -36,18 +36,25 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def model_parser(description: str, paths: str) -> Parser:
+    """What moderate.py and demo.py ask alike; `paths` is argparse's nargs."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        "paths", nargs="+", metavar="[config] adapter", help='config.json of the run ("-": none), adapter'
+        "paths", nargs=paths, metavar="[config] adapter", help='config.json of the run ("-": none), adapter'
     )
     parser.add_argument("--device-id", type=int, help="number of the accelerator; -1: CPU; default: what there is")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt or messages")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="length of a reply (200, as in the paper)")
     parser.add_argument("--guard-every", type=int, default=16, help="judge at every so many tokens (16)")
     parser.add_argument("--stop-at", type=float, help="stop a reply whose unsafe probability is above this")
     parser.add_argument("--threshold", type=float, help="unsafe above this; default: guard.json's, else 0.5")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    parser = model_parser(__doc__, "+")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt or messages")
     parser.add_argument(
         "--on-unsafe", choices=("block", "flag"), default="block", help="withhold an unsafe reply, or say so"
     )
@@ -56,24 +63,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if len(args.paths) > 2:
-        raise UserError(f"{args.paths[2]}: expected [config] adapter; prompts go behind --prompt")
     if args.prompt and args.prompts:
         raise UserError("--prompt, --prompts: give one of them")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be 1 or more")
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold}: must be from 0 to 1")
     return args
 
 
 def main() -> None:
     args = parse()
     conversations = read_prompts(args)  # before the model: a bad file should say so at once
-    chat = load(args)
-    threshold = args.threshold
-    if threshold is None:
-        threshold = chat.card["thresholds"].get("flagged", {}).get("value", 0.5)
+    chat, threshold = load(args)
     rows: list[dict[str, Any]] = []
     batches = [conversations[i : i + args.batch_size] for i in range(0, len(conversations or []), args.batch_size)]
     for batch in batches if conversations is not None else asked():
@@ -92,8 +92,12 @@ def main() -> None:
             write_text(args.output, json_lines(rows))  # whole batches, whenever it is killed
 
 
-def load(args: argparse.Namespace) -> GuardedChat:
-    """The chat model with the adapter; a `.pt` of the paper's code is converted on the way."""
+def load(args: argparse.Namespace) -> tuple[GuardedChat, float]:
+    """The chat model with its adapter, and the threshold; a `.pt` of the paper's code is converted on the way."""
+    if len(args.paths) > 2:
+        raise UserError(f"{args.paths[2]}: expected [config] adapter; prompts go behind --prompt")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: must be from 0 to 1")
     adapter, config = Path(args.paths[-1]), {}
     if len(args.paths) == 2 and args.paths[0] != "-":
         try:
@@ -109,17 +113,21 @@ def load(args: argparse.Namespace) -> GuardedChat:
             raise UserError(f"--device-id {args.device_id}: there are {count} accelerators; -1 is the CPU")
         kind = torch.accelerator.current_accelerator().type if count else "cpu"
         device = "cpu" if args.device_id == -1 else f"{kind}:{args.device_id}"
+    options = {"base_model": base, "device": device, "trust_remote_code": args.trust_remote_code}
     if adapter.suffix != ".pt":
         if adapter.is_file():
             raise UserError(f"{adapter}: expected an adapter folder, or a .pt of the paper's code")
-        return GuardedChat(adapter, base_model=base, device=device)
-    if not adapter.is_file():
+        chat = GuardedChat(adapter, **options)
+    elif not adapter.is_file():
         raise UserError(f"{adapter}: no such file")
-    if not config:
+    elif not config:
         raise UserError(f"{adapter}: a .pt needs the config.json of its run before it")
-    with tempfile.TemporaryDirectory() as folder:
-        convert_reference(adapter, config, Path(folder))
-        return GuardedChat(folder, base_model=base, device=device)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            convert_reference(adapter, config, Path(folder))
+            chat = GuardedChat(folder, **options)
+    fitted = chat.card["thresholds"].get("flagged", {}).get("value", 0.5)
+    return chat, fitted if args.threshold is None else args.threshold
 
 
 def read_prompts(args: argparse.Namespace) -> list[list[Message]] | None:

@@ -9,7 +9,8 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class GuardedChat:
         base_model: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
     ):
         """Load the base model once and put the adapters into it.
 
@@ -56,21 +58,24 @@ class GuardedChat:
             adapter: a folder with adapter_config.json, adapter_model.safetensors and guard.json.
             base_model: instead of the one that guard.json names.
             device, dtype: None takes the accelerator, if there is one, and bf16 where it has that.
+            trust_remote_code: run code that comes with the base model.
 
         Raises:
             UserError: a file is missing or does not fit the others.
         """
         self.folder, self.card = Path(adapter), read_card(Path(adapter))
         self.device = torch.device(device) if device is not None else default_device()
+        self.trust, self.lock = {"trust_remote_code": trust_remote_code}, threading.RLock()
         name = base_model or self.card["base_model"]
         try:
             source = resolve_model(name)
             fit = torch.float32 if self.device.type == "cpu" else inference_dtype()  # a CPU emulates bf16
-            options = {"dtype": dtype or fit, "trust_remote_code": False}
-            self.model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+            self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or fit, **self.trust).eval()
             own = any((self.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder if own else source, trust_remote_code=False)
-            self.chat_template = self.tokenizer.chat_template or _chat_template(source)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder if own else source, **self.trust)
+            self.chat_template = self.tokenizer.chat_template or (
+                AutoTokenizer.from_pretrained(source, **self.trust).chat_template
+            )
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -132,16 +137,17 @@ class GuardedChat:
 
     @contextmanager
     def adapters(self, name: str = ADAPTER) -> Iterator[None]:
-        """Adapters on within the block; off after it, however it ends."""
+        """Adapters on within the block, for its thread alone; off after it, however it ends."""
         if name not in self.peft.peft_config:
             raise UserError(f"adapter {name!r}: unknown; known: {', '.join(self.peft.peft_config)}")
-        try:
-            for layer in self.lora:
-                layer.enable_adapters(True)
-            yield
-        finally:
-            for layer in self.lora:
-                layer.enable_adapters(False)
+        with self.lock:
+            try:
+                for layer in self.lora:
+                    layer.enable_adapters(True)
+                yield
+            finally:
+                for layer in self.lora:
+                    layer.enable_adapters(False)
 
     @contextmanager
     def _rows_of(self, names: Sequence[str]) -> Iterator[None]:
@@ -159,7 +165,8 @@ class GuardedChat:
 
     def chat_pass(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Next-token logits [rows, vocabulary], adapters off: the base model's own, bit for bit."""
-        return self.model(**inputs, logits_to_keep=1).logits[:, -1]
+        with self.lock:
+            return self.model(**inputs, logits_to_keep=1).logits[:, -1]
 
     def guard_pass(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Guard probabilities [rows, labels] at the last token, adapters on; no lm_head, no layer past the guard's."""
@@ -176,12 +183,13 @@ class GuardedChat:
             raise UserError(f"adapter {sorted(unknown)[0]!r}: unknown; known: {', '.join(self.peft.peft_config)}")
         features: list[torch.Tensor] = []
         where = self.backbone if self.tap is None else self.tap[0]
-        hook = where.register_forward_hook(lambda _module, _inputs, out: features.append(_first(out)[:, -1]))
-        try:
-            with self.adapters(), self._rows_of(names):
-                logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
-        finally:
-            hook.remove()
+        with self.lock:
+            hook = where.register_forward_hook(lambda _module, _inputs, out: features.append(_first(out)[:, -1]))
+            try:
+                with self.adapters(), self._rows_of(names):
+                    logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
+            finally:
+                hook.remove()
         return logits, self._probabilities(features[0] if self.tap is None else self.tap[1](features[0]))
 
     def _probabilities(self, features: torch.Tensor) -> torch.Tensor:
@@ -235,7 +243,12 @@ class GuardedChat:
                 break
         return encode(self.tokenizer, [parts], add_special_tokens=False)[0]
 
-    def reply(
+    def reply(self, conversations: Sequence[Messages], **options: Any) -> list[GuardedReply]:
+        """The finished replies of `stream`, which has the options."""
+        *_, replies = self.stream(conversations, **options)
+        return replies
+
+    def stream(
         self,
         conversations: Sequence[Messages],
         *,
@@ -245,10 +258,12 @@ class GuardedChat:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        on_check: Callable[[int, int, float], None] | None = None,
         progress: bool = True,
-    ) -> list[GuardedReply]:
+    ) -> Iterator[list[GuardedReply]]:
         """Reply to conversations, one batch, the guard reading along.
+
+        Yields the same replies after every check, so that what is shown of them has been judged (where the guard was
+        trained on pairs), and once when all are finished. Between two steps nothing of the model is switched.
 
         Args:
             guard_every: judge at every so many tokens, and at the last one.
@@ -256,7 +271,6 @@ class GuardedChat:
                 trained on prompts, a prompt above it gets no reply.
             temperature: 0 is greedy. Of generation_config.json only the EOS ids are used.
             seed: row i draws with seed + i, whatever the other rows do.
-            on_check: called with row, tokens seen (0: the prompt) and unsafe probability.
 
         Raises:
             UserError: an option out of range, a conversation that does not end with a user turn or is too long.
@@ -272,18 +286,19 @@ class GuardedChat:
         longest = max((max(len(row.chat_ids), len(row.start)) for row in rows), default=0) + max_new_tokens
         if longest > limit:
             raise UserError(f"prompt and --max-new-tokens need {longest} tokens, the model has {limit}")
-        ride = Ride(self, rows, guard_every, stop_at, on_check)
+        ride = Ride(self, rows, guard_every, stop_at)
         seed = torch.seed() % 2**62 if seed is None else seed
         draw = greedy if temperature == 0 else sampler(temperature, top_p, seed, len(rows), self.device)
         quiet = not (progress and is_main_process())
-        with torch.inference_mode(), tqdm(total=max_new_tokens, unit="token", disable=quiet) as bar:
-            ride.run(max_new_tokens, draw, bar)
+        replies = [row.reply for row in rows]
+        with tqdm(total=max_new_tokens, unit="token", disable=quiet) as bar:
+            for _ in ride.run(max_new_tokens, draw, bar):
+                for reply in replies:
+                    reply.text = self.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
+                yield replies
         trained = self.card["max_length"]
         if any(row.seen and len(row.guard_ids()) > trained for row in rows):
             logger.warning("The guard judged texts longer than the %d tokens that it was trained on.", trained)
-        for row in rows:
-            row.reply.text = self.tokenizer.decode(row.reply.token_ids, skip_special_tokens=True)
-        return [row.reply for row in rows]
 
     def _row(self, index: int, messages: Messages) -> Row:
         prompt = last_turns(messages)[0] or ""
@@ -304,10 +319,6 @@ class GuardedChat:
         raw = first in self.control or "\ufffd" in text
         parts = render("lora_guard", pair(prompt, "" if raw else text), self.tokenizer)
         return encode(self.tokenizer, [parts])[0] + [first] * raw
-
-
-def _chat_template(source: str) -> str | None:
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False).chat_template
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class EvaluationArguments:
         metadata={"help": "Data spec to fit TF-IDF + logistic regression on; also judges with an untrained head."},
     )
     bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     seed: int = 42
 
 
@@ -65,16 +66,22 @@ def main() -> None:
         return report_metrics(args)
     if (Path(args.output_dir) / "evaluation.json").resolve() == Path(args.eval_dataset).resolve():
         raise UserError(f"--output_dir {args.output_dir}: its evaluation.json is the input; name another folder")
-    guard = load_guard(args.model_path, max_length=args.max_length, long_inputs=args.long_inputs)
+    guard = load_guard(args.model_path, **options(args))
     threshold = 0.5 if args.threshold is None else args.threshold  # the paper's evaluate.py passes 0.5
     report_flagged_proportion(answers, guard, threshold, Path(args.output_dir), {"run": manifest([args])})
+
+
+def options(args: EvaluationArguments) -> dict[str, Any]:
+    """Options of `load_guard`."""
+    own = {"max_length": args.max_length, "long_inputs": args.long_inputs}
+    return own | {"trust_remote_code": args.trust_remote_code}
 
 
 def report_metrics(args: EvaluationArguments) -> None:
     """Judge labelled rows and write every metric, beside the baselines."""
     rows = data.load_conversations(args.eval_dataset, require=("response_unsafe",), bad_rows=args.bad_rows)
     fit_rows = data.load_conversations(args.baselines, require=("response_unsafe",)) if args.baselines else None
-    guard = load_guard(args.model_path, max_length=args.max_length, long_inputs=args.long_inputs)
+    guard = load_guard(args.model_path, **options(args))
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
     if args.threshold is not None:
         threshold = {"value": args.threshold, "how": "--threshold"}
@@ -170,7 +177,7 @@ def baseline_scores(guard: Guard, args: EvaluationArguments, fit_rows, conversat
                 resolve_model(name),
                 num_labels=len(guard.labels),
                 dtype=inference_dtype(),
-                trust_remote_code=False,
+                trust_remote_code=args.trust_remote_code,
                 **depth,
             )
         except (OSError, ValueError) as error:

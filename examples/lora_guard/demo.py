@@ -1,0 +1,133 @@
+"""A chat page with the guard riding along: a live harm meter under every reply, harm categories beside.
+
+# after `torchrun train.py`: the quickstart's guard, on http://127.0.0.1:7860
+python demo.py
+
+# another run's guard, on the second accelerator
+python demo.py output/llama-3.2-1b/config.json output/llama-3.2-1b/best --device-id 1 --port 7861 --stop-at 0.9
+
+A reply appears --guard-every tokens at a time, each piece after the guard has read it.
+"""
+
+import argparse
+import html
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moderate import load, model_parser
+from riding import GuardedChat, GuardedReply
+
+from common.conversation import Message, UserError, check_text, pair
+from common.runtime import run_cli
+
+try:
+    import gradio as gr
+except ImportError:
+    gr = None
+
+QUICKSTART = Path(__file__).parent / "output/quickstart/best"
+CSS = ".harm meter { width: 12em; vertical-align: middle }"
+
+
+def parse() -> argparse.Namespace:
+    parser = model_parser(__doc__, "*")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows the page to the whole network")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.set_defaults(guard_every=8)
+    args = parser.parse_args()
+    if not args.paths:
+        if not QUICKSTART.is_dir():
+            raise UserError("no guard yet: run `torchrun train.py` first, or name an adapter folder")
+        args.paths = [str(QUICKSTART)]
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if gr is None:
+        raise UserError("gradio is missing: pip install -e '.[demo]' in the repository's root")
+    chat, threshold = load(args)
+    if "pair" not in chat.inputs:
+        raise UserError(f"{args.paths[-1]}: trained on {', '.join(chat.inputs)}; a live meter needs a guard of pairs")
+    try:
+        address = {"server_name": args.host, "server_port": args.port}
+        # Nothing that was typed is kept on the server, or sent to another.
+        page(chat, threshold, args).launch(**address, css=CSS, theme=theme(), run_history=False, footer_links=[])
+    except OSError as error:
+        raise UserError(f"--port {args.port}: {error!s:.120}") from None
+
+
+def theme() -> "gr.themes.Base":
+    """Gradio's default without the fonts that it would fetch from another server."""
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+
+
+def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.Blocks":
+    """The page. Its state is a list of (prompt, reply), one a turn."""
+
+    def answer(
+        prompt: str, turns: list[tuple[str, GuardedReply]], every: int, stop_at: float
+    ) -> Iterator[tuple[list[dict[str, Any]], dict[str, float], list, str]]:
+        try:
+            check_text(prompt, "prompt", "input")
+            said: list[Message] = [message for asked, reply in turns for message in pair(asked, reply.text)]
+            options = {"max_new_tokens": args.max_new_tokens, "guard_every": every, "stop_at": stop_at}
+            for (reply,) in chat.stream([[*said, *pair(prompt)]], progress=False, **options):
+                yield shown([*turns, (prompt, reply)], threshold), named(reply), turns, ""
+        except UserError as error:
+            raise gr.Error(f"{error}") from None
+        yield shown([*turns, (prompt, reply)], threshold), named(reply), [*turns, (prompt, reply)], ""
+
+    with gr.Blocks(title="LoRA-Guard", analytics_enabled=False) as blocks:
+        gr.Markdown(f"### {chat.card['base_model']} with its LoRA guard\nUnsafe above {threshold:.2f}.")
+        turns = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=3):
+                talk = gr.Chatbot(
+                    height=520, show_label=False, render_markdown=False, buttons=[], feedback_options=None
+                )
+                prompt = gr.Textbox(placeholder="Ask something", show_label=False, autofocus=True)
+            with gr.Column(scale=2):
+                bars = gr.Label(label="Harm categories of the last reply", num_top_classes=6, show_heading=False)
+                every = gr.Slider(1, 64, args.guard_every, step=1, label="Judge at every so many tokens")
+                stop_at = gr.Slider(0, 1, 1 if args.stop_at is None else args.stop_at, label="Stop a reply above")
+                gr.ClearButton([talk, prompt, bars, turns], value="New conversation")
+        talk.clear(lambda: ([], {}), outputs=[turns, bars])
+        prompt.submit(answer, [prompt, turns, every, stop_at], [talk, bars, turns, prompt])
+    return blocks
+
+
+def shown(turns: list[tuple[str, GuardedReply]], threshold: float) -> list[dict[str, Any]]:
+    """Chat messages: the prompt, the reply and its meter, for each turn. Texts are shown as they are, not as markup."""
+    messages = []
+    for prompt, reply in turns:
+        messages.append({"role": "user", "content": html.escape(prompt)})
+        messages.append({"role": "assistant", "content": html.escape(reply.text) or "…"})
+        messages.append({"role": "assistant", "content": gr.HTML(meter(reply, threshold))})
+    return messages
+
+
+def named(reply: GuardedReply) -> dict[str, float]:
+    """Categories with names that a narrow column can break."""
+    return {name.replace("_", " ").replace(",", ", "): p for name, p in reply.categories.items()}
+
+
+def meter(reply: GuardedReply, threshold: float) -> str:
+    """The harm meter of a reply, as HTML; it holds nothing that the user or the model wrote."""
+    score = reply.prompt_unsafe if reply.response_unsafe is None else reply.response_unsafe
+    if score is None:
+        return '<div class="harm">not judged yet</div>'
+    said = f"{len(reply.token_ids)} tokens …"
+    if reply.stopped_after is not None:
+        said = f"unsafe, stopped after {reply.stopped_after} tokens"
+    elif reply.finish_reason:
+        said = "unsafe" if score > threshold else "safe"
+    bounds = f'min="0" low="{threshold / 2}" high="{threshold}" optimum="0" max="1"'
+    highest = max([score, *(p for _, p in reply.trace)])
+    numbers = f"harm {score:.2f}, highest {highest:.2f} ({said})"
+    return f'<div class="harm"><meter {bounds} value="{score:.4f}"></meter> {numbers}</div>'
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,23 @@
+"""Loads files of a recipe in tests."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+_LOADED: dict[str, dict[str, ModuleType]] = {}
+
+
+def module(recipe: str, name: str) -> ModuleType:
+    """A file of a recipe as the recipe's own scripts import it; other tests do not find its names afterwards."""
+    folder, own = EXAMPLES / recipe, _LOADED.setdefault(recipe, {})
+    sys.path.insert(0, str(folder))
+    sys.modules.update(own)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+        for key, loaded in list(sys.modules.items()):
+            if (getattr(loaded, "__file__", None) or "").startswith(f"{folder}/"):
+                own[key] = sys.modules.pop(key)
