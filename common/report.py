@@ -87,12 +87,19 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def model_card(
-    folder: Path, *, title: str, base_model: str, intro: str, usage: str, sections: Mapping[str, str]
+    folder: Path,
+    *,
+    title: str,
+    base_model: str,
+    intro: str,
+    usage: str,
+    sections: Mapping[str, str],
+    task: str = "text-classification",
 ) -> None:
     """README.md of a checkpoint: a hub model card (front matter, what it is, how to use it, measured numbers)."""
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-classification",
+        "pipeline_tag": task,
         "base_model": base_model,
         "tags": ["guard", "moderation"],
     }

@@ -12,10 +12,15 @@ _LOADED: dict[str, dict[str, ModuleType]] = {}
 def module(recipe: str, name: str) -> ModuleType:
     """A file of a recipe as the recipe's own scripts import it; other tests do not find its names afterwards."""
     folder, own = EXAMPLES / recipe, _LOADED.setdefault(recipe, {})
+    for key, loaded in list(sys.modules.items()):  # another recipe's file of the same name
+        if (getattr(loaded, "__file__", None) or "").startswith(f"{EXAMPLES}/"):
+            del sys.modules[key]
     sys.path.insert(0, str(folder))
     sys.modules.update(own)
     try:
-        return importlib.import_module(name)
+        loaded = importlib.import_module(name)
+        assert Path(loaded.__file__).parent == folder, f"{name} is taken by a library"
+        return loaded
     finally:
         sys.path.remove(str(folder))
         for key, loaded in list(sys.modules.items()):

@@ -50,6 +50,33 @@ def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase
     return [Part(content[piece] if i % 2 else piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
 
 
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, chat_template: str | None = None) -> list[Part]:
+    """The prompt of a chat model in pieces: its chat template with the generation prompt.
+
+    The template writes the special tokens itself: encode the parts with `add_special_tokens=False`.
+
+    Args:
+        chat_template: instead of the tokenizer's own.
+
+    Raises:
+        UserError: there is no template, or it refuses the conversation.
+    """
+    contents = [message["content"] for message in messages]
+    marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
+    options = {"tokenize": False, "add_generation_prompt": True, "chat_template": chat_template}
+    try:
+        text, plain = (tokenizer.apply_chat_template(m, **options) for m in (marked, list(messages)))
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise UserError(f"the chat template refuses the conversation: {error}") from None
+    pieces = re.split("\ue000([0-9]+)\ue001", text)
+    stripped = [content.strip() for content in contents]  # many templates trim
+    for texts in (stripped, contents):
+        parts = [Part(texts[int(p)] if i % 2 else p, bool(i % 2)) for i, p in enumerate(pieces)]
+        if "".join(part.text for part in parts) == plain:
+            break
+    return parts
+
+
 @cache
 def _template(name: str) -> jinja2.Template:
     folder = Path(__file__).parent
@@ -182,7 +209,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, template: str, messages: Message
     room = max_length - len(encode(tokenizer, [render(template, pair(prompt and "", response and ""), tokenizer)])[0])
     while room >= 16:
         asked = [None] if prompt is None else _pieces(tokenizer, prompt, room if response is None else room // 2)
-        left = max(1, room - max(len(_offsets(tokenizer, piece or "")) for piece in asked))
+        left = max(1, room - max(len(token_offsets(tokenizer, piece or "")) for piece in asked))
         answered = [None] if response is None else _pieces(tokenizer, response, left)
         pairs = [
             pair(asked[i % len(asked)], answered[i % len(answered)]) for i in range(max(len(asked), len(answered)))
@@ -196,7 +223,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, template: str, messages: Message
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[str]:
     """`text` in overlapping pieces of at most `size` tokens."""
-    offsets = _offsets(tokenizer, text)
+    offsets = token_offsets(tokenizer, text)
     if len(offsets) <= size:
         return [text]
     step = max(1, size * 3 // 4)
@@ -204,7 +231,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[st
     return [text[offsets[i][0] : offsets[min(i + size, len(offsets)) - 1][1]] for i in starts]
 
 
-def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
     """The characters that each token of `text` covers when control strings are read as text, as `encode` does."""
     options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
     return tokenizer(text, **options)["offset_mapping"]

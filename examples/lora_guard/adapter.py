@@ -68,7 +68,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None
         writer.writerows(rows)
 
 
-def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path) -> None:
+def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path, trust_remote_code: bool = False) -> None:
     """A `.pt` adaptor of the paper's code as an adapter folder.
 
     Both versions are read: v2 with 15 outputs (unsafe first), v1 with 14, told by the shape of the head and not by what
@@ -108,7 +108,11 @@ def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path) -> None
     peft.modules_to_save = ["classifier", "score"]
     peft.save_pretrained(folder)
     save_file({**lora, WEIGHT: weight.float().contiguous()}, folder / WEIGHTS, {"format": "pt"})
-    AutoTokenizer.from_pretrained(resolve_model(base), trust_remote_code=False).save_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(base), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"hf_model_id {base}: {str(error).strip().splitlines()[0]:.200}") from None
+    tokenizer.save_pretrained(folder)
     bias = tensors.get("clf_head.bias")
     card = guard_card(base, unsafe_head=len(weight) > len(CATEGORIES), inputs=["pair"], max_length=512)
     write_json(folder / "guard.json", card | {"head_bias": None if bias is None else bias.float().tolist()})

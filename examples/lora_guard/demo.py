@@ -36,6 +36,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860)
     parser.set_defaults(guard_every=8)
     args = parser.parse_args()
+    if not 0 < args.port < 65536:
+        raise UserError(f"--port {args.port}: expected 1 to 65535")
     if not args.paths:
         if not QUICKSTART.is_dir():
             raise UserError("no guard yet: run `torchrun train.py` first, or name an adapter folder")
@@ -52,10 +54,10 @@ def main() -> None:
         raise UserError(f"{args.paths[-1]}: trained on {', '.join(chat.inputs)}; a live meter needs a guard of pairs")
     try:
         address = {"server_name": args.host, "server_port": args.port}
-        # Nothing that was typed is kept on the server, or sent to another.
+        # Nothing that was typed is written to disk, or sent to another server.
         page(chat, threshold, args).launch(**address, css=CSS, theme=theme(), run_history=False, footer_links=[])
     except OSError as error:
-        raise UserError(f"--port {args.port}: {error!s:.120}") from None
+        raise UserError(f"--host {args.host} --port {args.port}: cannot listen there ({error!s:.60})") from None
 
 
 def theme() -> "gr.themes.Base":
@@ -69,14 +71,18 @@ def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.B
     def answer(
         prompt: str, turns: list[tuple[str, GuardedReply]], every: int, stop_at: float
     ) -> Iterator[tuple[list[dict[str, Any]], dict[str, float], list, str]]:
+        if not prompt.strip():
+            raise gr.Error("Type something first.", print_exception=False)
         try:
             check_text(prompt, "prompt", "input")
-            said: list[Message] = [message for asked, reply in turns for message in pair(asked, reply.text)]
+            # The guard reads the last turn alone: what it stopped must not come back as the context of the next.
+            kept = [(asked, reply) for asked, reply in turns if reply.stopped_after is None]
+            said: list[Message] = [message for asked, reply in kept for message in pair(asked, reply.text)]
             options = {"max_new_tokens": args.max_new_tokens, "guard_every": every, "stop_at": stop_at}
             for (reply,) in chat.stream([[*said, *pair(prompt)]], progress=False, **options):
                 yield shown([*turns, (prompt, reply)], threshold), named(reply), turns, ""
         except UserError as error:
-            raise gr.Error(f"{error}") from None
+            raise gr.Error(f"{error}", print_exception=False) from None
         yield shown([*turns, (prompt, reply)], threshold), named(reply), [*turns, (prompt, reply)], ""
 
     with gr.Blocks(title="LoRA-Guard", analytics_enabled=False) as blocks:
@@ -90,16 +96,18 @@ def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.B
                 prompt = gr.Textbox(placeholder="Ask something", show_label=False, autofocus=True)
             with gr.Column(scale=2):
                 bars = gr.Label(label="Harm categories of the last reply", num_top_classes=6, show_heading=False)
-                every = gr.Slider(1, 64, args.guard_every, step=1, label="Judge at every so many tokens")
-                stop_at = gr.Slider(0, 1, 1 if args.stop_at is None else args.stop_at, label="Stop a reply above")
-                gr.ClearButton([talk, prompt, bars, turns], value="New conversation")
-        talk.clear(lambda: ([], {}), outputs=[turns, bars])
-        prompt.submit(answer, [prompt, turns, every, stop_at], [talk, bars, turns, prompt])
+                label = "Judge at every so many tokens"
+                every = gr.Slider(1, max(64, args.guard_every), args.guard_every, step=1, precision=0, label=label)
+                limit = 1 if args.stop_at is None else args.stop_at  # a visitor may only be stricter than --stop-at
+                stop_at = gr.Slider(0, limit, limit, label="Stop a reply above")
+                afresh = gr.Button("New conversation")
+        running = prompt.submit(answer, [prompt, turns, every, stop_at], [talk, bars, turns, prompt])
+        gr.on([afresh.click, talk.clear], lambda: ([], {}, [], ""), None, [talk, bars, turns, prompt], cancels=running)
     return blocks
 
 
 def shown(turns: list[tuple[str, GuardedReply]], threshold: float) -> list[dict[str, Any]]:
-    """Chat messages: the prompt, the reply and its meter, for each turn. Texts are shown as they are, not as markup."""
+    """Chat messages: the prompt, the reply and its meter, for each turn. Texts are shown as text, not as markup."""
     messages = []
     for prompt, reply in turns:
         messages.append({"role": "user", "content": html.escape(prompt)})
@@ -115,16 +123,17 @@ def named(reply: GuardedReply) -> dict[str, float]:
 
 def meter(reply: GuardedReply, threshold: float) -> str:
     """The harm meter of a reply, as HTML; it holds nothing that the user or the model wrote."""
-    score = reply.prompt_unsafe if reply.response_unsafe is None else reply.response_unsafe
-    if score is None:
-        return '<div class="harm">not judged yet</div>'
+    scores = [p for p in (reply.prompt_unsafe, reply.response_unsafe) if p is not None]
+    if not scores:
+        return f'<div class="harm">{"nothing to judge" if reply.finish_reason else "not judged yet"}</div>'
+    score = scores[-1]
     said = f"{len(reply.token_ids)} tokens …"
     if reply.stopped_after is not None:
         said = f"unsafe, stopped after {reply.stopped_after} tokens"
     elif reply.finish_reason:
-        said = "unsafe" if score > threshold else "safe"
+        said = "unsafe" if max(scores) > threshold else "safe"
     bounds = f'min="0" low="{threshold / 2}" high="{threshold}" optimum="0" max="1"'
-    highest = max([score, *(p for _, p in reply.trace)])
+    highest = max(scores + [p for _, p in reply.trace])
     numbers = f"harm {score:.2f}, highest {highest:.2f} ({said})"
     return f'<div class="harm"><meter {bounds} value="{score:.4f}"></meter> {numbers}</div>'
 

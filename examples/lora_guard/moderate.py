@@ -43,9 +43,9 @@ def model_parser(description: str, paths: str) -> Parser:
         "paths", nargs=paths, metavar="[config] adapter", help='config.json of the run ("-": none), adapter'
     )
     parser.add_argument("--device-id", type=int, help="number of the accelerator; -1: CPU; default: what there is")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="length of a reply (200, as in the paper)")
-    parser.add_argument("--guard-every", type=int, default=16, help="judge at every so many tokens (16)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="of a reply (%(default)s; the paper: 200)")
+    parser.add_argument("--guard-every", type=int, default=16, help="judge at every so many tokens (%(default)s)")
     parser.add_argument("--stop-at", type=float, help="stop a reply whose unsafe probability is above this")
     parser.add_argument("--threshold", type=float, help="unsafe above this; default: guard.json's, else 0.5")
     return parser
@@ -95,7 +95,9 @@ def main() -> None:
 def load(args: argparse.Namespace) -> tuple[GuardedChat, float]:
     """The chat model with its adapter, and the threshold; a `.pt` of the paper's code is converted on the way."""
     if len(args.paths) > 2:
-        raise UserError(f"{args.paths[2]}: expected [config] adapter; prompts go behind --prompt")
+        raise UserError(f"{args.paths[2]}: expected [config] adapter and flags")
+    if min(args.max_new_tokens, args.guard_every) < 1 or not 0 <= (args.stop_at or 0) <= 1:
+        raise UserError("expected --max-new-tokens and --guard-every of 1 or more, --stop-at from 0 to 1")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: must be from 0 to 1")
     adapter, config = Path(args.paths[-1]), {}
@@ -124,7 +126,7 @@ def load(args: argparse.Namespace) -> tuple[GuardedChat, float]:
         raise UserError(f"{adapter}: a .pt needs the config.json of its run before it")
     else:
         with tempfile.TemporaryDirectory() as folder:
-            convert_reference(adapter, config, Path(folder))
+            convert_reference(adapter, config, Path(folder), args.trust_remote_code)
             chat = GuardedChat(folder, **options)
     fitted = chat.card["thresholds"].get("flagged", {}).get("value", 0.5)
     return chat, fitted if args.threshold is None else args.threshold

@@ -8,14 +8,12 @@ the chat's rows and the guard's rows are one mixed-adapter batch, so that the we
 import copy
 import json
 import logging
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from decoding import ADAPTER, BASE, GuardedReply, Lanes, Ride, Row, greedy, sampler
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -30,7 +28,7 @@ from common.conversation import Messages, UserError, last_turns, pair
 from common.quickstart import resolve_model
 from common.runtime import device as default_device
 from common.runtime import inference_dtype, is_main_process
-from common.templates import Part, control_ids, encode, render
+from common.templates import Part, control_ids, encode, render, render_chat
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
@@ -137,7 +135,7 @@ class GuardedChat:
 
     @contextmanager
     def adapters(self, name: str = ADAPTER) -> Iterator[None]:
-        """Adapters on within the block, for its thread alone; off after it, however it ends."""
+        """Adapters on within the block, where other threads' passes wait; off after it, however it ends."""
         if name not in self.peft.peft_config:
             raise UserError(f"adapter {name!r}: unknown; known: {', '.join(self.peft.peft_config)}")
         with self.lock:
@@ -226,21 +224,9 @@ class GuardedChat:
         """Token ids of the chat template with its generation prompt; BOS once, content never a control token."""
         if not messages or messages[-1]["role"] != "user":
             raise UserError("a conversation to reply to must end with a user turn")
-        contents = [message["content"] for message in messages]
-        marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
-        options = {"tokenize": False, "add_generation_prompt": True, "chat_template": self.chat_template}
         if not self.chat_template:
             raise UserError(f"{self.folder}: neither the adapter's tokenizer nor the base's has a chat template")
-        try:
-            text, plain = (self.tokenizer.apply_chat_template(m, **options) for m in (marked, list(messages)))
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise UserError(f"the chat template refuses the conversation: {error}") from None
-        pieces = re.split("\ue000([0-9]+)\ue001", text)
-        stripped = [content.strip() for content in contents]  # many templates trim
-        for texts in (stripped, contents):
-            parts = [Part(texts[int(p)] if i % 2 else p, bool(i % 2)) for i, p in enumerate(pieces)]
-            if "".join(part.text for part in parts) == plain:
-                break
+        parts = render_chat(self.tokenizer, messages, self.chat_template)
         return encode(self.tokenizer, [parts], add_special_tokens=False)[0]
 
     def reply(self, conversations: Sequence[Messages], **options: Any) -> list[GuardedReply]:
@@ -263,7 +249,7 @@ class GuardedChat:
         """Reply to conversations, one batch, the guard reading along.
 
         Yields the same replies after every check, so that what is shown of them has been judged (where the guard was
-        trained on pairs), and once when all are finished. Between two steps nothing of the model is switched.
+        trained on pairs); the last check has them all finished. Between two steps the adapters are off.
 
         Args:
             guard_every: judge at every so many tokens, and at the last one.

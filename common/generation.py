@@ -1,0 +1,244 @@
+"""Answers to many prompts: batched, in order, resumable after a kill, by transformers, vLLM or a server.
+
+Prompts are token ids, so that every engine sees the same prompt, and no text can become a control token on the way.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.conversation import UserError
+from common.quickstart import resolve_model
+from common.runtime import device, inference_dtype
+
+logger = logging.getLogger(__name__)
+Engine = Callable[[Sequence[list[int]]], Iterator[tuple[int, str]]]  # yields (index of the prompt, answer) as they come
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded. Temperature 0 is deterministic: greedy, or beam search with num_beams above 1."""
+
+    max_new_tokens: int = 256
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.max_new_tokens, self.num_beams) < 1 or min(self.temperature, self.top_k) < 0:
+            raise UserError(
+                "expected --max_new_tokens and --num_beams of 1 or more, --temperature and --top_k of 0 or more"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: expected above 0, at most 1")
+
+
+def generate(engine: Engine, prompts: Sequence[list[int]], partial: Path, salt: Any = None) -> list[str]:
+    """The answers to `prompts`, in their order. What `partial` holds of an interrupted call is not done again.
+
+    Args:
+        partial: JSON lines, one answer each, appended as they come. A line is taken for its prompt and `salt` alone.
+        salt: whatever else an answer depends on (model, decoding), JSON-like.
+    """
+    keys = [hashlib.sha256(json.dumps([salt, ids]).encode()).hexdigest()[:32] for ids in prompts]
+    answers = _answered(partial)
+    missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in answers}.values())[::-1]
+    if len(missing) < len(prompts):
+        logger.info("%d of %d answers are there already.", len(prompts) - len(missing), len(prompts))
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a", encoding="utf-8") as file, tqdm(total=len(missing), unit="answer") as bar:
+        for i, text in engine([prompts[i] for i in missing]) if missing else ():
+            answers[keys[missing[i]]] = text
+            file.write(json.dumps({"key": keys[missing[i]], "answer": text}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update()
+    return [answers[key] for key in keys]
+
+
+def _answered(partial: Path) -> dict[str, str]:
+    """Answers by key; a last line that a kill cut off is taken away, so that the next does not stick to it."""
+    if not partial.is_file():
+        return {}
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with partial.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        return {row["key"]: row["answer"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{partial}: not the answers of an interrupted run ({error!r:.80}); remove it") from None
+
+
+def transformers_engine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, batch_size: int | None = None
+) -> Engine:
+    """Left-padded batches of prompts of similar length; new tokens alone are decoded.
+
+    Args:
+        batch_size: prompts at a time; None takes what a CPU decodes fastest (24), or what a GPU has room for (64).
+    """
+    size = max(1, (batch_size or (24 if device().type == "cpu" else 64)) // (1 if batch_size else decoding.num_beams))
+    options = {"max_new_tokens": decoding.max_new_tokens, "num_beams": decoding.num_beams, "do_sample": False}
+    if decoding.temperature:
+        options |= {"do_sample": True, "temperature": decoding.temperature}
+        options |= {"top_k": decoding.top_k, "top_p": decoding.top_p}
+    else:  # a model's own generation_config.json may set them
+        options |= {"temperature": None, "top_k": None, "top_p": None}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+    def run(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:
+        refuse_long(prompts, window - decoding.max_new_tokens)
+        torch.manual_seed(decoding.seed)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for batch in (order[i : i + size] for i in range(0, len(order), size)):
+            width = len(prompts[batch[0]])
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            with torch.inference_mode():
+                out = model.generate(ids, attention_mask=mask.to(model.device), pad_token_id=pad, **options)
+            yield from zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True)
+
+    return run
+
+
+def load_causal_lm(name: str, adapter: str | None = None, *, load_in_8bit: bool = False, trust_remote_code=False):
+    """A causal LM on the accelerator, its LoRA adapter merged (so that it costs nothing), ready to generate.
+
+    Raises:
+        UserError: model or adapter cannot be loaded, or do not fit each other.
+    """
+    from peft import PeftModel
+
+    options: dict[str, Any] = {"dtype": inference_dtype(), "trust_remote_code": trust_remote_code}
+    if load_in_8bit:
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device()}}
+    what = name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
+        if adapter:
+            what = adapter
+            model = PeftModel.from_pretrained(model, adapter)
+            model = model if load_in_8bit else model.merge_and_unload()
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise UserError(f"{what}: cannot be loaded: {str(error).strip().splitlines()[0]:.200}") from None
+    return model.eval() if load_in_8bit else model.to(device()).eval()
+
+
+def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust_remote_code: bool = False) -> Engine:
+    """vLLM in this process, the adapter through vLLM's own LoRA support; chunks, so that a kill loses little.
+
+    Raises:
+        UserError: vLLM is not installed, or beams are asked for.
+    """
+    if decoding.num_beams > 1:
+        raise UserError("--num_beams: beam search needs --engine transformers")
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        raise UserError(f"--engine vllm: vLLM is missing ({error}); see the extra [vllm] in pyproject.toml") from None
+    lora = {"enable_lora": True, "max_lora_rank": _rank(Path(adapter))} if adapter else {}
+    if device().type == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+    dtype = str(inference_dtype()).removeprefix("torch.")
+    llm = LLM(resolve_model(name), dtype=dtype, seed=decoding.seed, trust_remote_code=trust_remote_code, **lora)
+    request = LoRARequest("adapter", 1, str(Path(adapter).resolve())) if adapter else None
+    params = SamplingParams(
+        temperature=decoding.temperature,
+        top_p=decoding.top_p if decoding.temperature else 1.0,
+        top_k=decoding.top_k if decoding.temperature else 0,
+        max_tokens=decoding.max_new_tokens,
+        seed=decoding.seed if decoding.temperature else None,
+    )
+    window = llm.llm_engine.model_config.max_model_len
+
+    def run(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:
+        refuse_long(prompts, window - decoding.max_new_tokens)
+        for start in range(0, len(prompts), 512):
+            chunk = [{"prompt_token_ids": ids} for ids in prompts[start : start + 512]]
+            for i, output in enumerate(llm.generate(chunk, params, lora_request=request)):
+                yield start + i, output.outputs[0].text
+
+    return run
+
+
+def _rank(adapter: Path) -> int:
+    """The smallest rank that vLLM knows and that holds the adapter's."""
+    try:
+        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        raise UserError(f"{adapter}: no LoRA adapter that vLLM can serve ({error!r:.80})") from None
+
+
+def server_engine(url: str, model: str, decoding: Decoding, concurrency: int = 16) -> Engine:
+    """An OpenAI-compatible server that takes token ids for prompts, such as `vllm serve`.
+
+    The key, where one is needed, comes from OPENAI_API_KEY. The client tries again on 429, 5xx and broken connections.
+
+    Args:
+        url: such as http://127.0.0.1:8000/v1.
+        model: the name that the server knows it by.
+    """
+    if decoding.num_beams > 1:
+        raise UserError("--num_beams: beam search needs --engine transformers")
+    try:
+        import openai
+    except ImportError:
+        raise UserError("--engine server: pip install openai") from None
+    client = openai.OpenAI(
+        base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=5, timeout=600.0
+    )
+    more = {"top_k": decoding.top_k} if decoding.temperature and decoding.top_k else {}
+
+    def ask(ids: list[int]) -> str:
+        options = {"temperature": decoding.temperature, "max_tokens": decoding.max_new_tokens, "seed": decoding.seed}
+        top_p = decoding.top_p if decoding.temperature else 1.0
+        return (
+            client.completions.create(model=model, prompt=ids, top_p=top_p, extra_body=more, **options).choices[0].text
+        )
+
+    def run(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:
+        failed: list[str] = []
+        with ThreadPoolExecutor(concurrency) as pool:
+            asked = {pool.submit(ask, ids): i for i, ids in enumerate(prompts)}
+            for answer in as_completed(asked):
+                if (error := answer.exception()) is None:
+                    yield asked[answer], answer.result()
+                elif isinstance(error, openai.OpenAIError):
+                    failed.append(str(error))
+                else:
+                    raise error
+        if failed:
+            raise UserError(f"{url}: {len(failed)} of {len(prompts)} failed ({failed[0]:.150}); run it again for these")
+
+    return run
+
+
+def refuse_long(prompts: Sequence[list[int]], room: float) -> None:
+    """A prompt that does not fit with its answer is refused: cut off, it would lose the task, which stands last."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) > room:
+        raise UserError(f"prompt {longest + 1} has {len(prompts[longest])} tokens; the model has room for {room:.0f}")
+
+
+def settings(decoding: Decoding) -> dict[str, Any]:
+    """The decoding as a file records it."""
+    return asdict(decoding)

@@ -1,0 +1,211 @@
+"""Answers of a model, with or without an adapter, to the prompts of evaluation files.
+
+# after the quickstart: all fifteen evaluation files with one loaded model
+python generate_answers.py --base_model smollm2-135m-instruct --lora_weights output/quickstart \
+    --prompt_template_path chat --input_path ../../data/sample/cross_task_defense/evaluation_stripped \
+    --output_path output/answers --num_beams 1 --max_new_tokens 48
+
+# the paper's command
+python generate_answers.py --prompt_template_path configs/llama2.json --input_path data/evaluation/test_summarize.json \
+    --output_path output/answers --lora_weights output/llama2-summarize-10 --load_8bit
+
+# vLLM in this process; a server (`vllm serve … --enable-lora --lora-modules defence=output/quickstart`)
+python generate_answers.py … --engine vllm --num_beams 1
+python generate_answers.py … --engine server --server_url http://127.0.0.1:8000/v1 --server_model defence --num_beams 1
+
+Writes <output_path>/<lora_weights>/<name of the input file>. What was interrupted goes on where it stopped.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from flags import run
+from prompts import encode_prompts, load_template
+from transformers import AutoTokenizer
+
+from common.conversation import UserError
+from common.generation import (
+    Decoding,
+    Engine,
+    generate,
+    load_causal_lm,
+    server_engine,
+    settings,
+    transformers_engine,
+    vllm_engine,
+)
+from common.quickstart import resolve_model
+from common.runtime import manifest, write_json
+
+logger = logging.getLogger("cross_task_defense")
+
+
+def generate_answers(
+    *,
+    input_path: str,
+    output_path: str,
+    base_model: str | None = None,
+    lora_weights: str | None = None,
+    prompt_template_path: str = "alpaca",
+    load_8bit: bool = False,
+    max_new_tokens: int = 256,
+    num_beams: int = 4,
+    temperature: float = 0.0,
+    top_k: int = 40,
+    top_p: float = 0.75,
+    engine: str = "transformers",
+    server_url: str = "http://127.0.0.1:8000/v1",
+    server_model: str | None = None,
+    batch_size: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    seed: int = 42,
+) -> None:
+    """Answer every prompt of the input files.
+
+    Args:
+        input_path: files {"instructions": […], "inputs": […]}, comma-separated, or a folder of them.
+        base_model: hub id, folder, or smollm2-135m-instruct; default: what the adapter names.
+        lora_weights: an adapter folder; without it the base model answers.
+        prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's own).
+        load_8bit: base in 8 bits (bitsandbytes).
+        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they are.
+        engine: transformers, vllm or server.
+        server_model: the name that the server knows the model or its adapter by; default: base_model.
+        batch_size: prompts at a time (transformers).
+        overwrite: answer again although the output is there with other settings.
+    """
+    if engine not in ("transformers", "vllm", "server"):
+        raise UserError(f"--engine {engine}: expected transformers, vllm or server")
+    if engine != "transformers" and load_8bit:
+        raise UserError(f"--load_8bit: not with --engine {engine}")
+    decoding = Decoding(max_new_tokens, num_beams, temperature, top_k, top_p, seed)
+    base_model = base_model or adapter_base(lora_weights)
+    template = load_template(prompt_template_path)
+    files = [(path, *read_prompts(path)) for path in input_files(input_path)]
+    parameters = {
+        "model": base_model,
+        "prompt_template": prompt_template_path,
+        "lora_weights": lora_weights,
+        "load_8bit": load_8bit,
+        "engine": engine,
+        "decoding": settings(decoding),
+        "adapter_sha256": lora_weights and weights_digest(Path(lora_weights)),
+    }
+    parts = [part for part in Path(lora_weights or base_model).parts if part not in ("/", ".", "..")]
+    folder = Path(output_path).joinpath(*parts)
+    files = [file for file in files if not finished(folder / file[0].name, parameters, file[1:], overwrite)]
+    if not files:
+        logger.info("All answers are there already.")
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(base_model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
+    prompts = [encode_prompts(template, tokenizer, rows(*content)) for _, *content in files]
+
+    def loaded() -> Engine:
+        if engine == "server":
+            return server_engine(server_url, server_model or base_model, decoding)
+        if engine == "vllm":
+            return vllm_engine(base_model, decoding, lora_weights, trust_remote_code)
+        code = {"load_in_8bit": load_8bit, "trust_remote_code": trust_remote_code}
+        return transformers_engine(load_causal_lm(base_model, lora_weights, **code), tokenizer, decoding, batch_size)
+
+    # All files are one list: short ones fill the batches of each other.
+    partial = folder / "answers.partial.jsonl"
+    answers = iter(generate(loaded(), [ids for file in prompts for ids in file], partial, parameters))
+    run = manifest([parameters])
+    for path, instructions, inputs in files:
+        content = {
+            "parameters": parameters,
+            "inputs": inputs or [None] * len(instructions),
+            "instructions": instructions,
+            "outputs": [next(answers).strip() for _ in instructions],
+            "run": {key: run[key] for key in ("versions", "git", "hardware")},
+        }
+        write_json(folder / path.name, content)
+    partial.unlink()
+    logger.info("Wrote %d files to %s", len(files), folder)
+
+
+def adapter_base(lora_weights: str | None) -> str:
+    """The base model that an adapter names."""
+    if lora_weights is None:
+        raise UserError("--base_model: is needed without --lora_weights")
+    try:
+        config = json.loads((Path(lora_weights) / "adapter_config.json").read_text(encoding="utf-8"))
+        return config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--lora_weights {lora_weights}: no adapter folder ({error!r:.100})") from None
+
+
+def weights_digest(adapter: Path) -> str:
+    """Fingerprint of the adapter's weights: the same folder may hold another training tomorrow."""
+    try:
+        return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"--lora_weights {adapter}: no adapter folder ({error!r:.100})") from None
+
+
+def input_files(spec: str) -> list[Path]:
+    """Existing files; of a folder those that end with .json."""
+    files: list[Path] = []
+    for name in (word.strip() for word in spec.split(",")):
+        path = Path(name)
+        found = sorted(path.glob("*.json")) if path.is_dir() else [path] * path.is_file()
+        if not found:
+            raise UserError(f"--input_path {name}: no such file, or a folder without .json files")
+        files += found
+    if len({path.name for path in files}) < len(files):
+        raise UserError("--input_path: two files of one name would overwrite each other's answers")
+    return files
+
+
+def read_prompts(path: Path) -> tuple[list[str], list[str | None]]:
+    """instructions and inputs of an evaluation file; inputs may be empty."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        instructions, inputs = content["instructions"], content.get("inputs") or []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path}: expected {{"instructions": […], "inputs": […]}} ({error!r:.80})') from None
+    if not isinstance(instructions, list) or not instructions or not isinstance(inputs, list):
+        raise UserError(f"{path}, field instructions: expected a list of texts, found {instructions!r:.60}")
+    if inputs and len(inputs) != len(instructions):
+        raise UserError(
+            f"{path}, field inputs: {len(inputs)} for {len(instructions)} instructions; expected 0 or as many"
+        )
+    for name, values, kinds in (("instructions", instructions, str), ("inputs", inputs, str | None)):
+        for number, value in enumerate(values, 1):
+            if not isinstance(value, kinds) or (kinds is str and not value.strip()):
+                raise UserError(f"{path}, field {name}, item {number}: expected text, found {value!r:.60}")
+    return instructions, inputs
+
+
+def rows(instructions: list[str], inputs: list[str | None]) -> list[tuple[str, str | None]]:
+    return list(zip(instructions, inputs or [None] * len(instructions), strict=True))
+
+
+def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: bool) -> bool:
+    """Whether the answers are there, to these prompts with these parameters.
+
+    Raises:
+        UserError: others are there, and may not be overwritten.
+    """
+    if not path.is_file() or overwrite:
+        return False
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        same = there["parameters"] == parameters and there["instructions"] == prompts[0]
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{path}: holds answers to other prompts or with other parameters; pass --overwrite")
+    return True
+
+
+if __name__ == "__main__":
+    run(generate_answers)

@@ -1,0 +1,117 @@
+"""The five tasks' wording, rows of instruction files, and the one prompt builder of training and generation."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from common.conversation import UserError, pair
+from common.templates import Part, encode, render_chat
+
+# The document comes first and the instruction follows it; wording and white space as in the paper's evaluation files.
+TASKS = {
+    "summarize": "Summarize the above article briefly in 3 sentences.",
+    "translate": "Translate the above article from English to Chinese: ",
+    "sentiment": "\nHow would you describe the sentiment of this document?",
+    "case": "\nWrite the above sentence using proper case.",
+    "cloze": "\n\nWrite the next sentence.",
+}
+SLIP = "Summarize the above article briefly in 3 sentence."  # stands in the paper's malicious files alone
+# A first line such as "Sure, here's a guide to …:", which opens 88 of the paper's 100 malicious documents.
+OPENER = re.compile(r"\s*(?:(?:sure|certainly|absolutely|of course|here)\b[^\n]{0,200}[:!.]\s*\n)?\s*", re.IGNORECASE)
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def without_cues(document: str) -> str:
+    """The document without what tells malicious files from others at a glance: leading white space, its opener."""
+    return document[OPENER.match(document).end() :] or document.strip()
+
+
+def task_instruction(task: str, document: str, slip: bool = False) -> str:
+    """Document and task as one instruction; `slip` takes the wording of the paper's malicious files."""
+    return document + (SLIP if slip and task == "summarize" else TASKS[task])
+
+
+def split_document(instruction: str) -> tuple[str, str]:
+    """(document, task instruction) of such an instruction; ("", instruction) where it ends with no known task."""
+    for suffix in (SLIP, *TASKS.values()):
+        if instruction.endswith(suffix) or instruction.endswith(suffix.rstrip()):
+            at = instruction.rindex(suffix.rstrip())
+            return instruction[:at], instruction[at:]
+    return "", instruction
+
+
+def load_template(name_or_path: str) -> dict[str, str] | None:
+    """A template in the paper's JSON format: a name in configs/, or a path; None for "chat", the tokenizer's own.
+
+    Raises:
+        UserError: no such template, or it lacks prompt_input or prompt_no_input.
+    """
+    if name_or_path == "chat":
+        return None
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = CONFIGS / f"{path.name.removesuffix('.json')}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
+        raise UserError(f"template {name_or_path!r}: no such file, and none of {known}, chat")
+    try:
+        template = json.loads(path.read_text(encoding="utf-8"))
+        holes = [set(re.findall(r"\{(instruction|input)\}", template[f"prompt_{n}"])) for n in ("input", "no_input")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no template with prompt_input and prompt_no_input ({error!r:.100})") from None
+    if holes != [{"instruction", "input"}, {"instruction"}]:
+        raise UserError(f"{path}: expected {{instruction}} and {{input}} in prompt_input, {{instruction}} in the other")
+    return template
+
+
+def prompt_parts(
+    template: Mapping[str, str] | None, tokenizer: PreTrainedTokenizerBase, instruction: str, given: str | None
+) -> list[Part]:
+    """The prompt of a row in pieces. `given` is the row's `input`; the chat template gets it behind the instruction."""
+    if template is None:
+        return render_chat(tokenizer, pair(f"{instruction}\n\n{given}" if given else instruction))
+    content = {"instruction": instruction, "input": given}
+    pieces = re.split(r"\{(instruction|input)\}", template["prompt_input" if given else "prompt_no_input"])
+    return [Part(content[piece] if i % 2 else piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
+
+
+def encode_prompts(
+    template: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[str, str | None]],
+) -> list[list[int]]:
+    """Token ids of the prompts of (instruction, input) rows; text never becomes a control token."""
+    if template is None and not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path}: has no chat template; choose alpaca or llama2")
+    parts = [prompt_parts(template, tokenizer, *row) for row in rows]
+    return encode(tokenizer, parts, add_special_tokens=template is not None)
+
+
+def read_rows(path: Path, *, completions: bool = True) -> list[dict[str, Any]]:
+    """Rows {"instruction", "input", "output", …} of an Alpaca-format file (a JSON list, or JSON lines).
+
+    Raises:
+        UserError: names file, row and field.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if _is_lines(path) else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error!s:.120})") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: expected a list of rows with instruction, input and output, found {rows!r:.60}")
+    for number, row in enumerate(rows, 1):
+        fields = {"instruction": True, "output": completions, "input": False}
+        for name, needed in fields.items():
+            value = row.get(name) if isinstance(row, dict) else None
+            if (needed and not (isinstance(value, str) and value.strip())) or not isinstance(value, str | None):
+                raise UserError(f"{path}, row {number}, field {name}: expected text, found {value!r:.60}")
+    return rows
+
+
+def _is_lines(path: Path) -> bool:
+    return str(path).endswith((".jsonl", ".ndjson"))
