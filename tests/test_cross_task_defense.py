@@ -1,0 +1,283 @@
+"""examples/cross_task_defense: training and generation, run as its README says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from recipes import EXAMPLES, module
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.conversation import UserError
+
+ROOT = EXAMPLES.parent
+RECIPE = EXAMPLES / "cross_task_defense"
+SAMPLE = ROOT / "data/sample/cross_task_defense"
+BIN = Path(sys.executable).parent
+prompts, train, answers = (module("cross_task_defense", name) for name in ("prompts", "train", "generate_answers"))
+slow = pytest.mark.slow
+
+
+def launch(*argv, launcher=(sys.executable,), threads: int = 2, check: bool = True) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    command = [*map(str, launcher), *map(str, argv)]
+    done = subprocess.run(command, cwd=RECIPE, env=environment, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def read(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def rows_of(count: int, task: str = "summarize") -> list[dict]:
+    documents = [json.loads(line) for line in (SAMPLE / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    harmful = [d for d in documents if d["kind"] == "malicious" and d["split"] == "train"][:count]
+    return [{"instruction": prompts.task_instruction(task, d["text"]), "output": d["refusals"][0]} for d in harmful]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "llama2"])
+def test_the_document_is_shortened_and_nothing_else(tiny_base, template):
+    tokenizer, template = AutoTokenizer.from_pretrained(tiny_base), prompts.load_template(template)
+    rows = rows_of(4)
+    whole, facts = train.encode_rows(rows, template, tokenizer, 10_000, False, True)
+    assert facts["documents_shortened"] == facts["answers_cut"] == 0
+    longest = max(map(len, whole["input_ids"]))
+    short, facts = train.encode_rows(rows, template, tokenizer, longest - 100, False, True)
+    assert facts["documents_shortened"] >= 1 and facts["answers_cut"] == 0
+    for row, ids, labels in zip(rows, short["input_ids"], short["labels"], strict=True):
+        text = tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label == -100])
+        answer = tokenizer.decode([label for label in labels if label != -100])
+        assert len(ids) <= longest - 100 and answer == row["output"] + tokenizer.eos_token
+        assert prompts.TASKS["summarize"] in text and row["instruction"][:20] in text
+    given = [{"instruction": "Summarize.", "input": rows[0]["instruction"], "output": "No."}]
+    (ids,) = train.encode_rows(given, template, tokenizer, 200, False, True)[0]["input_ids"]
+    assert len(ids) <= 200 and "Summarize." in tokenizer.decode(ids)
+    plain = [{"instruction": "Say it.", "output": "word " * 200}]
+    encoded, facts = train.encode_rows(plain, template, tokenizer, 150, False, True)
+    assert facts["answers_cut"] == 1 and len(encoded["input_ids"][0]) == 150
+    with pytest.raises(UserError, match="row 1 has an instruction of"):
+        train.encode_rows([{"instruction": "word " * 200, "output": "x"}], template, tokenizer, 150, False, True)
+
+
+def test_loss_on_the_answer_or_on_everything(tiny_base):
+    tokenizer, template = AutoTokenizer.from_pretrained(tiny_base), prompts.load_template("alpaca")
+    (ids,) = prompts.encode_prompts(template, tokenizer, [("Say yes.", None)])
+    row = [{"instruction": "Say yes.", "output": "Yes."}]
+    answer, everything = (train.encode_rows(row, template, tokenizer, 512, flag, True)[0][0] for flag in (False, True))
+    assert answer["input_ids"] == everything["input_ids"] == everything["labels"]
+    assert answer["labels"][: len(ids)] == [-100] * len(ids)
+    assert answer["labels"][len(ids) :] == answer["input_ids"][len(ids) :]
+
+
+def command(model: Path, output: Path, *more) -> list:
+    """The paper's command with local values: 32 rows, two epochs of 4 steps."""
+    return [
+        "train.py", "--base_model", model, "--data_path", SAMPLE / "safety.json", "--output_dir", output,
+        "--num_epochs", 2, "--batch_size", 30, "--micro_batch_size", 15, "--learning_rate", 3e-3, "--cutoff_len", 256,
+        "--val_set_size", 0, "--lora_r", 4, "--lora_alpha", 8, "--lora_dropout", 0, "--warmup_steps", 0,
+        "--lora_target_modules", "[q_proj,v_proj]", "--prompt_template_name", "alpaca", "--save_steps", 2, *more,
+    ]  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_close(one: Path, other: Path, tolerance: float) -> None:
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    launch(*command(tiny_base, folder))
+    return folder
+
+
+@slow
+def test_stock_peft_loads_what_was_trained(trained, tiny_base):
+    model = AutoPeftModelForCausalLM.from_pretrained(trained).eval()
+    untrained = AutoPeftModelForCausalLM.from_pretrained(trained / "checkpoint-0").eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    ids = torch.arange(40, 70)[None]
+    with torch.inference_mode():
+        learned, at_zero, plain = (m(ids).logits for m in (model, untrained, base))
+    assert torch.allclose(at_zero, plain, atol=1e-5) and not torch.allclose(learned, plain, atol=1e-2)
+    losses = [entry["loss"] for entry in read(trained / "run.json")["log"] if "loss" in entry]
+    assert read(trained / "run.json")["data"]["rows"] == 120 and (trained / "README.md").is_file(), losses
+    assert {p.dtype for p in weights(trained).values()} == {torch.float32}
+
+
+@slow
+def test_two_processes_and_other_accumulation_train_the_same(trained, tiny_base, tmp_path):
+    torchrun = [BIN / "torchrun", "--standalone", "--nproc_per_node=2"]
+    launch(*command(tiny_base, tmp_path / "two"), launcher=torchrun, threads=1)
+    assert_close(trained, tmp_path / "two", 2e-5)
+    launch(*command(tiny_base, tmp_path / "small", "--micro_batch_size", 5))
+    assert_close(trained, tmp_path / "small", 2e-5)
+
+
+@slow
+def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
+    folder, environment = tmp_path / "adapter", os.environ | {"OMP_NUM_THREADS": "2"}
+    words = [sys.executable, *map(str, command(tiny_base, folder))]
+    process = subprocess.Popen(words, cwd=RECIPE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob("checkpoint-2/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (folder / "adapter_config.json").exists():
+        pytest.fail("the run ended before it was killed")
+    done = launch(*command(tiny_base, folder), check=False)
+    assert done.returncode == 2 and "--resume_from_checkpoint latest" in done.stderr
+    launch(*command(tiny_base, folder, "--resume_from_checkpoint", "latest"))
+    assert_close(trained, folder, 1e-6)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch_size", 31], "--batch_size 31: no multiple"),
+        (["--val_set_size", 500], "--val_set_size 500"),
+        (["--lora_target_modules", "nothing"], "--lora_target_modules"),
+        (["--prompt_template_name", "chat"], "has no chat template"),
+        (["--data_path", "no.json"], "no.json"),
+        (["--num_epoch", 2], "num_epoch"),
+        (["--learning_rate", 1e30], "diverged"),
+    ],
+)
+def test_a_mistake_in_training_is_one_line(tiny_base, tmp_path, more, message):
+    done = launch(*command(tiny_base, tmp_path / "out", *more), check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+    assert not (tmp_path / "out/adapter_config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    instructions = ["Say it.", "Why do people tell lies? " * 6, "Paris!", "Say it.", "What is in the box? " * 3]
+    inputs = [None, "a, b", "", None, "c"]
+    (folder / "one.json").write_text(json.dumps({"instructions": instructions, "inputs": inputs}))
+    (folder / "two.json").write_text(json.dumps({"instructions": instructions[::-1], "inputs": []}))
+    return folder
+
+
+def generate(questions: Path, output: Path, *more, check: bool = True) -> subprocess.CompletedProcess:
+    argv = ["generate_answers.py", "--input_path", questions, "--output_path", output, "--max_new_tokens", 12, *more]
+    return launch(*argv, check=check)
+
+
+def one_by_one(base: Path, adapter: Path, questions: Path, name: str, **options) -> list[str]:
+    """The original's loop: one prompt at a time, the adapter not merged."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    content, out = read(questions / f"{name}.json"), []
+    for row in answers.rows(content["instructions"], content["inputs"]):
+        (ids,) = prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, [row])
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | options
+        with torch.inference_mode():
+            made = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+        out.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip())
+    return out
+
+
+@slow
+@pytest.mark.parametrize("beams", [1, 4])
+def test_answers_equal_those_of_one_prompt_at_a_time(trained, tiny_base, questions, tmp_path, beams):
+    generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", beams, "--batch_size", 3)
+    (folder,) = {path.parent for path in tmp_path.rglob("one.json")}
+    for name in ("one", "two"):
+        content = read(folder / f"{name}.json")
+        assert content["outputs"] == one_by_one(tiny_base, trained, questions, name, num_beams=beams)
+        assert content["instructions"] == read(questions / f"{name}.json")["instructions"]
+    assert content["inputs"] == [None] * 5 and content["parameters"]["decoding"]["num_beams"] == beams
+    assert not list(folder.glob("*.partial.jsonl"))
+    assert "already" in generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", beams).stderr
+    other = generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", 2, check=False)
+    assert other.returncode == 2 and "--overwrite" in other.stderr
+
+
+@slow
+def test_killed_generation_goes_on_without_repeating_or_losing(trained, questions, tmp_path):
+    generate(questions, tmp_path / "whole", "--lora_weights", trained, "--num_beams", 1)
+    (whole,) = (tmp_path / "whole").rglob("one.json")
+    many = {"instructions": [f"{i}. Say it." for i in range(400)], "inputs": []}
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many/many.json").write_text(json.dumps(many))
+    argv = ["generate_answers.py", "--input_path", tmp_path / "many", "--output_path", tmp_path / "out"]
+    argv += ["--lora_weights", trained, "--num_beams", 1, "--max_new_tokens", 12, "--batch_size", 4]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv)], cwd=RECIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (partial := list((tmp_path / "out").rglob("*.partial.jsonl"))) or len(partial[0].read_bytes()) < 3000:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with partial[0].open("ab") as file:
+        file.write(b'{"key": "half of a li')  # as a kill may leave it
+    before = partial[0].read_bytes().count(b"\n")
+    assert 0 < before < 400
+    done = launch(*argv)
+    assert f"{before} of 400 answers are there already" in done.stderr
+    (found,) = (tmp_path / "out").rglob("many.json")
+    assert len(read(found)["outputs"]) == 400 and not list((tmp_path / "out").rglob("*.partial.jsonl"))
+    shutil.rmtree(tmp_path / "out")
+    launch(*argv)
+    assert read(found)["outputs"] == read(*(tmp_path / "out").rglob("many.json"))["outputs"]
+    assert whole.is_file()
+
+
+@slow
+def test_every_flag_is_used(trained, questions, tmp_path):
+    """The original drops five of them."""
+    base = ["--lora_weights", trained, "--num_beams", 1]
+    hot = ["--temperature", 2]
+    runs = {"greedy": [], "sampled": hot, "seeded": [*hot, "--seed", 7], "one": [*hot, "--top_k", 1]}
+    runs |= {"short": ["--max_new_tokens", 3], "llama2": ["--prompt_template_path", "llama2"]}
+    found = {}
+    for name, more in runs.items():
+        generate(questions / "one.json", tmp_path / name, *base, *more)
+        (path,) = (tmp_path / name).rglob("one.json")
+        found[name] = read(path)["outputs"]
+    assert found["one"] == found["greedy"]  # the best token alone is left to draw from
+    assert len({json.dumps(outputs) for outputs in found.values()}) == len(found) - 1
+    assert all(long.startswith(short) for long, short in zip(found["greedy"], found["short"], strict=True))
+
+
+@slow
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--engine", "tpu"], "--engine tpu"),
+        (["--num_beams", 0], "--num_beams"),
+        (["--lora_weights", "no/adapter"], "no/adapter"),
+        (["--base_model", "no/model"], "no/model"),
+        (["--max_new_tokens", 100_000], "the model has room for"),
+        (["--engine", "server", "--server_url", "http://127.0.0.1:9/v1", "--num_beams", 4], "beam search needs"),
+    ],
+)
+def test_a_mistake_in_generation_is_one_line(tiny_base, questions, tmp_path, more, message):
+    done = generate(questions, tmp_path / "out", "--base_model", tiny_base, *more, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+    assert not list((tmp_path / "out").rglob("*.json"))
