@@ -45,6 +45,21 @@ def imported(path: Path) -> set[str]:
     return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
+def fire_function(script: Path) -> ast.FunctionDef | None:
+    """The function that a fire script gives to `run`."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run"]
+    names = {call.args[0].id for call in calls if call.args and isinstance(call.args[0], ast.Name)}
+    return next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names), None)
+
+
+def arguments(script: Path) -> set[str]:
+    """The names of a script's arguments."""
+    if function := fire_function(script):
+        return {argument.arg for argument in function.args.kwonlyargs}
+    return {f.name for kind in argument_types(script) for f in fields(kind) if f.init}
+
+
 @cache
 def argument_types(script: Path) -> list[type]:
     """The dataclasses that a script gives to `parse_args`."""
@@ -101,8 +116,7 @@ def test_imports_run_one_way():
 @pytest.mark.slow
 def test_script_prints_its_help(script):
     text = run([sys.executable, script.name, "--help"], script.parent)
-    for kind in argument_types(script):
-        assert all(f"--{f.name}" in text for f in fields(kind) if f.init)
+    assert all(f"--{name}" in text for name in arguments(script))
 
 
 @each_example
@@ -124,8 +138,17 @@ def test_evaluate_is_the_library(folder, tmp_path):
 
 @each_script
 def test_no_flag_is_dead(script):
-    """Each argument that a script defines is read in it, as an attribute."""
-    nodes = ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+    """Each argument that a script defines is read in it, as an attribute; a fire script's by its name."""
+    nodes = list(ast.walk(ast.parse(script.read_text(encoding="utf-8"))))
+    if function := fire_function(script):
+        names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        keys = {
+            node.slice.value
+            for node in nodes
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+        }
+        assert not arguments(script) - names - keys
+        return
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     own = [kind for kind in argument_types(script) if kind.__module__.endswith("_probe")]
     assert own
@@ -136,10 +159,9 @@ def test_no_flag_is_dead(script):
 def test_every_key_of_a_config_is_known(config):
     """`<name>_<script>.yaml` belongs to that script, every other to train.py."""
     script = config.parents[1] / f"{config.stem.rpartition('_')[2]}.py"
-    types = argument_types(script if script.is_file() else script.with_name("train.py"))
     values = yaml.safe_load(config.read_text(encoding="utf-8"))
     assert values
-    assert not set(values) - {f.name for kind in types for f in fields(kind) if f.init}
+    assert not set(values) - arguments(script if script.is_file() else script.with_name("train.py"))
 
 
 def test_no_file_names_a_machine():

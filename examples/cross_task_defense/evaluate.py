@@ -205,7 +205,11 @@ def results_markdown(results: dict[str, Any]) -> str:
     for name, values in results["summary"].items():
         about = results["models"][name]
         rows.append([name, about["train_task"], about["n_defence"], *values.values()])
-    lines += [report.table(rows, [*header, "degenerate ↓"]), "Means over the tasks; transfer: over the tasks that were not trained.", ""]
+    lines += [
+        report.table(rows, [*header, "degenerate ↓"]),
+        "Means over the tasks; transfer: over the tasks that were not trained.",
+        "",
+    ]
     extra = ["words", "chinese", "copied", "degenerate", "guard_unsafe"]
     header = [
         "model",

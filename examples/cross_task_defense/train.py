@@ -176,8 +176,12 @@ def train(
 def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConfig:
     """TRL's arguments. Rows laid end to end pay off where attention knows their bounds, which is flash attention."""
     if values["wandb_project"]:
-        names = {"WANDB_PROJECT": "wandb_project", "WANDB_WATCH": "wandb_watch", "WANDB_LOG_MODEL": "wandb_log_model"}
-        os.environ.update({name: values[key] for name, key in names.items() if values[key]})
+        names = {
+            "WANDB_PROJECT": values["wandb_project"],
+            "WANDB_WATCH": values["wandb_watch"],
+            "WANDB_LOG_MODEL": values["wandb_log_model"],
+        }
+        os.environ.update({name: value for name, value in names.items() if value})
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # on a CPU bf16 is emulated
     validated = bool(values["val_set_size"])
