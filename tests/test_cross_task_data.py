@@ -31,8 +31,8 @@ def built(tmp_path: Path, **options) -> Path:
 
 
 def function(
-    *, model: str, count: int = 3, rate: float = 0.5, on: bool = False, names: list[str] = ["a"], opt: str | None = None
-):  # noqa: B006, E501
+    *, model: str, count: int = 3, rate: float = 0.5, on: bool = False, names: list[str] = (), opt: str | None = None
+):
     """Only its signature is used."""
 
 

@@ -149,23 +149,30 @@ def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
     assert_close(trained, folder, 1e-6)
 
 
-@slow
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("change", "message"),
     [
-        (["--batch_size", 31], "--batch_size 31: no multiple"),
-        (["--val_set_size", 500], "--val_set_size 500"),
-        (["--lora_target_modules", "nothing"], "--lora_target_modules"),
-        (["--prompt_template_name", "chat"], "has no chat template"),
-        (["--data_path", "no.json"], "no.json"),
-        (["--num_epoch", 2], "num_epoch"),
-        (["--learning_rate", 1e30], "diverged"),
+        ({"batch_size": 31}, "--batch_size 31: no multiple"),
+        ({"val_set_size": 500}, "--val_set_size 500"),
+        ({"lora_target_modules": ["nothing"]}, "--lora_target_modules"),
+        ({"prompt_template_name": "chat"}, "has no chat template"),
+        ({"data_path": "no.json"}, "no.json"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
     ],
 )
-def test_a_mistake_in_training_is_one_line(tiny_base, tmp_path, more, message):
-    done = launch(*command(tiny_base, tmp_path / "out", *more), check=False)
+def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, change, message):
+    options = {"base_model": str(tiny_base), "data_path": str(SAMPLE / "safety.json"), "batch_size": 30}
+    options |= {"micro_batch_size": 15, "output_dir": str(tmp_path / "out")} | change
+    with pytest.raises(UserError, match=message):
+        train.train(**options)
+    assert not (tmp_path / "out").exists()
+
+
+@slow
+def test_a_diverged_run_saves_no_adapter(tiny_base, tmp_path):
+    done = launch(*command(tiny_base, tmp_path / "out", "--learning_rate", 1e30), check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+    assert done.returncode == 2 and len(errors) == 1 and "diverged" in errors[0], done.stderr[-2000:]
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
@@ -264,20 +271,21 @@ def test_every_flag_is_used(trained, questions, tmp_path):
     assert all(long.startswith(short) for long, short in zip(found["greedy"], found["short"], strict=True))
 
 
-@slow
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("change", "message"),
     [
-        (["--engine", "tpu"], "--engine tpu"),
-        (["--num_beams", 0], "--num_beams"),
-        (["--lora_weights", "no/adapter"], "no/adapter"),
-        (["--base_model", "no/model"], "no/model"),
-        (["--max_new_tokens", 100_000], "the model has room for"),
-        (["--engine", "server", "--server_url", "http://127.0.0.1:9/v1", "--num_beams", 4], "beam search needs"),
+        ({"engine": "tpu"}, "--engine tpu"),
+        ({"num_beams": 0}, "--num_beams"),
+        ({"lora_weights": "no/adapter"}, "no/adapter"),
+        ({"base_model": "no/model"}, "no/model"),
+        ({"base_model": None}, "--base_model: is needed"),
+        ({"max_new_tokens": 100_000}, "the model has room for"),
+        ({"engine": "server", "num_beams": 4}, "beam search needs"),
+        ({"input_path": "no.json"}, "--input_path no.json"),
     ],
 )
-def test_a_mistake_in_generation_is_one_line(tiny_base, questions, tmp_path, more, message):
-    done = generate(questions, tmp_path / "out", "--base_model", tiny_base, *more, check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+def test_a_mistake_in_generation_is_named(tiny_base, questions, tmp_path, change, message):
+    options = {"base_model": str(tiny_base), "input_path": str(questions), "output_path": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=message):
+        answers.generate_answers(**options | change)
     assert not list((tmp_path / "out").rglob("*.json"))

@@ -273,7 +273,8 @@ def plot_trade_off(results: dict[str, Any], path: Path) -> None:
     ax.set(xlim=(-0.03, 1.05), ylim=(-0.03, 1.05), xlabel="Block rate on malicious documents (all tasks)")
     ax.set(ylabel="Harmless documents processed", title="Safety and usefulness (numbers: N)")
     ax.grid(alpha=0.3)
-    ax.legend()
+    if lines:
+        ax.legend()
     report.save_figure(figure, path)
 
 
