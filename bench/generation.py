@@ -1,0 +1,121 @@
+"""Speed of the Cross-Task Defense recipe against the original's loops: same model, adapter, prompts and decoding.
+
+    cd bench && python generation.py        # about 15 minutes on two CPU cores
+
+Generation: 24 prompts, 64 new tokens, greedy and 4 beams. Ours: `transformers_engine`, adapter merged, left-padded
+batches of like length. Original: one prompt at a time, adapter not merged. The exit code is 1 if a text differs.
+"""
+
+import argparse
+import importlib
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from side_by_side import ROOT, SEED
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from common import report
+from common.generation import Decoding, load_causal_lm, transformers_engine
+from common.quickstart import resolve_model
+from common.runtime import device, inference_dtype, manifest, run_cli, write_json
+
+RECIPE = ROOT / "examples/cross_task_defense"
+TARGETS = {1: 9.0, 4: 4.5}  # by the number of beams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=1, help="how often the ways take turns")
+    parser.add_argument("--output", type=Path, default=ROOT / "output/bench/generation.json")
+    args = parser.parse_args()
+    set_seed(SEED)
+    (prompts,) = recipe_modules("prompts")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.model))
+    rows = json.loads((ROOT / "data/sample/cross_task_defense/safety.json").read_text(encoding="utf-8"))
+    rows += json.loads((ROOT / "data/sample/cross_task_defense/instructions.json").read_text(encoding="utf-8"))
+    rows = random.Random(SEED).sample(rows, args.prompts)
+    asked = [(row["instruction"], None) for row in rows]
+    ids = prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, asked)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as adapter:
+        save_adapter(args.model, adapter)
+        for beams in args.beams:
+            results[f"{beams} beams"] = found = generation(args, adapter, tokenizer, ids, beams)
+            lines = [[name, *values] for name, values in found["ways"].items()]
+            print(report.table(lines, [f"{beams} beams", "s, best", "s, median", "ratio"]))
+            target = TARGETS.get(beams)
+            print(f"{beams} beams: {found['ratio']:.1f}x (target {target}x), equal {found['equal']} of {len(ids)}\n")
+    write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
+    sys.exit(0 if all(result["equal"] == len(ids) for result in results.values()) else 1)
+
+
+def recipe_modules(*names: str) -> list[ModuleType]:
+    """Modules of the recipe. Its folder holds an evaluate.py and stays on sys.path only for their import."""
+    sys.path.insert(0, str(RECIPE))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(RECIPE))
+
+
+def save_adapter(name: str, folder: str) -> None:
+    """An adapter as training leaves it: LoRA on q and v that changes what is said."""
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
+
+
+def generation(args, adapter: str, tokenizer, ids: list[list[int]], beams: int) -> dict[str, Any]:
+    """Seconds of both ways for all prompts, and how many texts are equal."""
+    merged = load_causal_lm(args.model, adapter)
+    base = AutoModelForCausalLM.from_pretrained(resolve_model(args.model), dtype=inference_dtype()).to(device())
+    apart = PeftModel.from_pretrained(base, adapter).eval()
+    engine = transformers_engine(merged, tokenizer, Decoding(args.new_tokens, beams), batch_size=len(ids))
+
+    def ours() -> list[str]:
+        answers = dict(engine(ids))
+        return [answers[i] for i in range(len(ids))]
+
+    def original() -> list[str]:
+        texts = []
+        options = {"max_new_tokens": args.new_tokens, "num_beams": beams, "do_sample": False}
+        for row in ids:
+            prompt = torch.tensor([row], device=device())
+            with torch.inference_mode():
+                out = apart.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+            texts.append(tokenizer.decode(out[0, len(row) :], skip_special_tokens=True))
+        return texts
+
+    ways, seconds, texts = {"ours": ours, "original": original}, {"ours": [], "original": []}, {}
+    for turn in range(args.rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            texts[name] = way()
+            seconds[name].append(time.perf_counter() - start)
+            print(f"{beams} beams, round {turn + 1}, {name}: {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    return {
+        "ways": {name: (min(s), median[name], median["original"] / median[name]) for name, s in seconds.items()},
+        "ratio": median["original"] / median["ours"],
+        "equal": sum(a == b for a, b in zip(texts["ours"], texts["original"], strict=True)),
+    }
+
+
+if __name__ == "__main__":
+    run_cli(main)
