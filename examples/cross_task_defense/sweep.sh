@@ -14,7 +14,7 @@ read -ra ns <<<"${NS:-0 10 60}"
 if [[ -z ${DATA:-} ]]; then
     DATA=$out/data
     python build_data.py --output_dir "$DATA" --tasks "$(IFS=,; echo "${tasks[*]}")" --n_defence "$(IFS=,; echo "${ns[*]}")" \
-        --n_base 100 --counter_examples 60 --strip_cues
+        --n_base 40 --n_safety 40 --counter_examples 120 --strip_cues
     set -- --config configs/quickstart.yaml "$@"
 fi
 evaluation=$(ls -d "$DATA"/evaluation* | head -n 1)
