@@ -7,7 +7,6 @@ batches of like length. Original: one prompt at a time, adapter not merged. The 
 """
 
 import argparse
-import importlib
 import json
 import random
 import statistics
@@ -15,12 +14,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from side_by_side import ROOT, SEED
+from side_by_side import ROOT, SEED, recipe_modules
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from common import report
@@ -28,7 +26,6 @@ from common.generation import Decoding, load_causal_lm, transformers_engine
 from common.quickstart import resolve_model
 from common.runtime import device, inference_dtype, manifest, run_cli, write_json
 
-RECIPE = ROOT / "examples/cross_task_defense"
 TARGETS = {1: 9.0, 4: 4.5}  # by the number of beams
 
 
@@ -42,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "output/bench/generation.json")
     args = parser.parse_args()
     set_seed(SEED)
-    (prompts,) = recipe_modules("prompts")
+    (prompts,) = recipe_modules("cross_task_defense", "prompts")
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.model))
     rows = json.loads((ROOT / "data/sample/cross_task_defense/safety.json").read_text(encoding="utf-8"))
     rows += json.loads((ROOT / "data/sample/cross_task_defense/instructions.json").read_text(encoding="utf-8"))
@@ -60,15 +57,6 @@ def main() -> None:
             print(f"{beams} beams: {found['ratio']:.1f}x (target {target}x), equal {found['equal']} of {len(ids)}\n")
     write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
     sys.exit(0 if all(result["equal"] == len(ids) for result in results.values()) else 1)
-
-
-def recipe_modules(*names: str) -> list[ModuleType]:
-    """Modules of the recipe. Its folder holds an evaluate.py and stays on sys.path only for their import."""
-    sys.path.insert(0, str(RECIPE))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(RECIPE))
 
 
 def save_adapter(name: str, folder: str) -> None:

@@ -13,7 +13,6 @@ Outputs are compared, and the exit code is 1 if they differ.
 """
 
 import argparse
-import importlib
 import random
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from side_by_side import ROOT, SEED, TOLERANCE, compare, equality, real_length_pairs
+from side_by_side import ROOT, SEED, TOLERANCE, compare, equality, real_length_pairs, recipe_modules
 from transformers import DataCollatorWithPadding, set_seed
 
 from common import data, report, templates
@@ -56,7 +55,7 @@ def main() -> None:
     if args.rounds < 2 or args.rows < BATCH * args.steps or args.steps < 1:
         parser.error(f"expected --rounds of at least 2, --steps of at least 1, --rows of at least {BATCH} x steps")
     set_seed(SEED)
-    train, adapter, riding = recipe_modules("train", "adapter", "riding")
+    train, adapter, riding = recipe_modules("lora_guard", "train", "adapter", "riding")
     recipe = train.GuardArguments(args.model, "unused", guard_layers=args.guard_layers, lora_dropout=0.0)
     model, tokenizer = train.load_model(recipe)
     model = train.add_adapters(model, recipe)
@@ -94,16 +93,6 @@ def main() -> None:
 
 def said(result: dict[str, Any]) -> str:
     return f"{'equal' if result['equal'] else 'DIFFERENT'} (by {result['difference']:.1e})"
-
-
-def recipe_modules(*names: str) -> list[ModuleType]:
-    """Modules of the recipe. Its folder holds an evaluate.py and stays on sys.path only for their import."""
-    folder = str(ROOT / "examples/lora_guard")
-    sys.path.insert(0, folder)
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(folder)
 
 
 def training(model, tokenizer, sample: Dataset, train: ModuleType, args) -> dict[str, Any]:

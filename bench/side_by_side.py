@@ -1,6 +1,7 @@
 """What the benches share: ways that take turns on the same rows, and texts of real lengths."""
 
 import csv
+import importlib
 import math
 import random
 import statistics
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,6 +40,16 @@ def compare(model, ways: dict[str, Callable], rows: int, rounds: int) -> tuple[d
         median = statistics.median(s)
         seconds[name] = dict(zip(keys, (rows / min(s), rows / median, share[name], paper / median, s), strict=True))
     return {"ways": seconds, "ratio": seconds[next(iter(ways))]["ratio"]}, list(returned.values())
+
+
+def recipe_modules(recipe: str, *names: str) -> list[ModuleType]:
+    """Modules of a recipe. Its folder holds an evaluate.py and stays on sys.path only for their import."""
+    folder = str(ROOT / "examples" / recipe)
+    sys.path.insert(0, folder)
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(folder)
 
 
 def equality(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:

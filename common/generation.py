@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +237,3 @@ def refuse_long(prompts: Sequence[list[int]], room: float) -> None:
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) > room:
         raise UserError(f"prompt {longest + 1} has {len(prompts[longest])} tokens; the model has room for {room:.0f}")
-
-
-def settings(decoding: Decoding) -> dict[str, Any]:
-    """The decoding as a file records it."""
-    return asdict(decoding)

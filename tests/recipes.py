@@ -1,6 +1,8 @@
 """Loads files of a recipe in tests."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -29,3 +31,15 @@ def module(recipe: str, name: str) -> ModuleType:
         for key, loaded in list(sys.modules.items()):
             if (getattr(loaded, "__file__", None) or "").startswith(f"{folder}/"):
                 own[key] = sys.modules.pop(key)
+
+
+def launch(
+    recipe: str, *argv, launcher=(sys.executable,), threads: int = 2, check: bool = True
+) -> subprocess.CompletedProcess:
+    """A script of a recipe as a command, in its folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    command = [*map(str, launcher), *map(str, argv)]
+    done = subprocess.run(command, cwd=EXAMPLES / recipe, env=environment, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import recipes
 import torch
 from peft import AutoPeftModelForCausalLM
 from recipes import EXAMPLES, module
@@ -26,13 +28,7 @@ prompts, train, answers = (module("cross_task_defense", name) for name in ("prom
 slow = pytest.mark.slow
 
 
-def launch(*argv, launcher=(sys.executable,), threads: int = 2, check: bool = True) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [*map(str, launcher), *map(str, argv)]
-    done = subprocess.run(command, cwd=RECIPE, env=environment, capture_output=True, text=True)
-    if check:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done
+launch = partial(recipes.launch, "cross_task_defense")
 
 
 def read(path: Path):

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import recipes
 import torch
 from recipes import module
 from safetensors.torch import load_file
@@ -30,13 +32,7 @@ TEXT = ("How do I reset a router?", "Hold the button for ten seconds.")
 slow = pytest.mark.slow
 
 
-def launch(*argv, launcher=(sys.executable,), threads: int = 2, check: bool = True) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [*map(str, launcher), *map(str, argv)]
-    done = subprocess.run(command, cwd=RECIPE, env=environment, capture_output=True, text=True)
-    if check:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done
+launch = partial(recipes.launch, "lora_guard")
 
 
 def arguments(model: Path, output: Path, *more) -> list:

@@ -19,6 +19,7 @@ Writes <output_path>/<lora_weights>/<name of the input file>. What was interrupt
 import hashlib
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from common.generation import (
     generate,
     load_causal_lm,
     server_engine,
-    settings,
     transformers_engine,
     vllm_engine,
 )
@@ -92,7 +92,7 @@ def generate_answers(
         "lora_weights": lora_weights,
         "load_8bit": load_8bit,
         "engine": engine,
-        "decoding": settings(decoding),
+        "decoding": asdict(decoding),
         "adapter_sha256": lora_weights and weights_digest(Path(lora_weights)),
     }
     parts = [part for part in Path(lora_weights or base_model).parts if part not in ("/", ".", "..")]
