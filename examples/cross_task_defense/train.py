@@ -166,6 +166,8 @@ def train(
         processing_class=tokenizer,
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    useful = trainer.state.epoch * sum(map(len, split["train"]["input_ids"]))
+    facts["useful_token_share"] = round(useful / trainer.state.num_input_tokens_seen, 3)  # the rest is padding
     if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
         raise UserError("The training diverged (its weights are not numbers): lower the rate")
     trainer.save_model(output_dir)
@@ -209,6 +211,7 @@ def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConf
             save_steps=values["save_steps"],
             load_best_model_at_end=validated,
             logging_steps=10,
+            include_num_input_tokens_seen="all",
             report_to="wandb" if values["wandb_project"] else "none",
             run_name=values["wandb_run_name"],
             ddp_find_unused_parameters=False,

@@ -1,0 +1,194 @@
+"""common/generation.py against real peers: vLLM in process, `vllm serve`, and a server that fails now and then."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import recipes
+import torch
+from conftest import CHAT_TEMPLATE, bpe_tokenizer, tiny_config
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from common.conversation import UserError
+from common.generation import Decoding, generate, server_engine
+
+slow = pytest.mark.slow
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (extra [vllm])")
+launch = partial(recipes.launch, "cross_task_defense")
+QUESTIONS = ["Say it.", "Why do people tell lies? " * 6, "Paris!", "What is in the box? " * 3, "Use two locks."]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny model whose heads are as wide as vLLM's kernels want them."""
+    folder, tokenizer = tmp_path_factory.mktemp("vllm-base"), bpe_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "max_position_embeddings": 512}
+    LlamaForCausalLM(tiny_config(tokenizer, **shape, tie_word_embeddings=False)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    """A LoRA adapter that changes what the model says."""
+    folder = tmp_path_factory.mktemp("vllm-adapter")
+    torch.manual_seed(1)
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(base, adapter, tmp_path_factory):
+    """`answers("name", *flags)`: outputs of generate_answers.py, greedy."""
+    folder = tmp_path_factory.mktemp("answers")
+    (folder / "questions.json").write_text(json.dumps({"instructions": QUESTIONS, "inputs": []}))
+
+    def run(name: str, *flags) -> list[str]:
+        argv = ["--base_model", base, "--input_path", folder / "questions.json", "--output_path", folder / name]
+        argv += ["--num_beams", 1, "--max_new_tokens", 16, "--prompt_template_path", "chat"]
+        launch("generate_answers.py", *argv, *flags)
+        (path,) = (folder / name).rglob("questions.json")
+        return json.loads(path.read_text(encoding="utf-8"))["outputs"]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(answers, adapter) -> dict[str, list[str]]:
+    found = {"base": answers("base"), "adapter": answers("adapter", "--lora_weights", adapter)}
+    assert found["base"] != found["adapter"]
+    return found
+
+
+@slow
+@needs_vllm
+def test_vllm_in_process_says_what_transformers_says(answers, expected, adapter):
+    assert answers("vllm-base", "--engine", "vllm") == expected["base"]
+    assert answers("vllm-adapter", "--engine", "vllm", "--lora_weights", adapter) == expected["adapter"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@slow
+@needs_vllm
+def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter, tmp_path):
+    port = free_port()
+    command = [Path(sys.executable).with_name("vllm"), "serve", base, "--host", "127.0.0.1", "--port", port]
+    command += ["--dtype", "float32", "--served-model-name", "base", "--enable-lora", "--max-lora-rank", "8"]
+    command += ["--lora-modules", f"defence={adapter}"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    log = (tmp_path / "serve.log").open("w")
+    server = subprocess.Popen(
+        [*map(str, command)], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "serve.log").read_text()[
+                    -3000:
+                ]
+                time.sleep(0.5)
+        there = ["--engine", "server", "--server_url", f"http://127.0.0.1:{port}/v1", "--server_model"]
+        assert answers("served-base", *there, "base") == expected["base"]
+        assert answers("served-adapter", *there, "defence", "--lora_weights", adapter) == expected["adapter"]
+        with pytest.raises(AssertionError, match=r"error: .*absent"):
+            answers("absent", *there, "absent")
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+class Moody(BaseHTTPRequestHandler):
+    """OpenAI's completions protocol; each prompt fails once first: 429, 500, a dropped line, or half an answer."""
+
+    asked: dict[str, int] = {}  # noqa: RUF012 (emptied by the fixture)
+    keys: list[str] = []  # noqa: RUF012
+    broken = False
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.keys.append(self.headers["Authorization"])
+        prompt, key = body["prompt"], json.dumps(body["prompt"])
+        self.asked[key] = self.asked.get(key, 0) + 1
+        if self.broken or self.asked[key] == 1:
+            trouble = prompt[0] % 3
+            if trouble == 2 and not self.broken:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            self.reply({"error": {"message": "later"}}, (429, 500)[trouble % 2])
+        else:
+            self.reply({"choices": [{"index": 0, "text": f"answer {prompt[0]}", "finish_reason": "stop"}]}, 200)
+
+    def reply(self, content: dict, status: int) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 429:
+            self.send_header("Retry-After", "1")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def moody():
+    Moody.asked, Moody.keys, Moody.broken = {}, [], False
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+
+
+def test_a_server_that_fails_now_and_then_loses_nothing(moody, tmp_path, monkeypatch):
+    pytest.importorskip("openai", reason="the openai client is not installed (extra [api])")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    prompts = [[i, 7] for i in range(12)]
+    found = generate(server_engine(moody, "m", Decoding(8)), prompts, tmp_path / "partial.jsonl")
+    assert found == [f"answer {i}" for i in range(12)]
+    assert set(Moody.asked.values()) == {2} and set(Moody.keys) == {"Bearer sk-secret"}
+    assert "sk-secret" not in (tmp_path / "partial.jsonl").read_text()
+
+
+def test_what_a_broken_server_did_not_answer_is_asked_again(moody, tmp_path, monkeypatch):
+    openai = pytest.importorskip("openai", reason="the openai client is not installed (extra [api])")
+    monkeypatch.setattr(openai._constants, "MAX_RETRY_DELAY", 0.1)
+    prompts, partial_file = [[i, 7] for i in range(4)], tmp_path / "partial.jsonl"
+    generate(server_engine(moody, "m", Decoding(8)), prompts[:2], partial_file)
+    Moody.broken = True
+    with pytest.raises(UserError, match="2 of 2 failed"):
+        generate(server_engine(moody, "m", Decoding(8)), prompts, partial_file)
+    Moody.broken = False
+    assert generate(server_engine(moody, "m", Decoding(8)), prompts, partial_file) == [f"answer {i}" for i in range(4)]
