@@ -34,11 +34,11 @@ quickstart: setup
 	cd examples/moderation && $(BIN)/python evaluate.py --config configs/quickstart_evaluate.yaml --model_path $(CURDIR)/output/quickstart --output_dir $(CURDIR)/output/quickstart
 
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: setup
-	cd bench && $(BIN)/python moderation.py && $(BIN)/python lora_guard.py
+	cd bench && $(BIN)/python moderation.py && $(BIN)/python lora_guard.py && $(BIN)/python generation.py

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of torch, in what a test launches
 _LOADED: dict[str, dict[str, ModuleType]] = {}
 
 
@@ -34,7 +35,7 @@ def module(recipe: str, name: str) -> ModuleType:
 
 
 def launch(
-    recipe: str, *argv, launcher=(sys.executable,), threads: int = 2, check: bool = True
+    recipe: str, *argv, launcher=(sys.executable,), threads: int = THREADS, check: bool = True
 ) -> subprocess.CompletedProcess:
     """A script of a recipe as a command, in its folder."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}

@@ -12,7 +12,7 @@ from common.conversation import UserError
 
 SAMPLE = EXAMPLES.parent / "data/sample/cross_task_defense"
 SAMPLE_OPTIONS = {
-    "tasks": ["summarize"], "n_defence": [60], "n_base": 40, "n_safety": 40, "counter_examples": 120, "strip_cues": True
+    "tasks": ["summarize"], "n_defence": [150], "n_base": 20, "n_safety": 20, "counter_examples": 180, "strip_cues": True
 }  # fmt: skip
 TASKS = ["summarize", "translate", "sentiment", "case", "cloze"]
 prompts, flags, build_data = (module("cross_task_defense", name) for name in ("prompts", "flags", "build_data"))

@@ -1,5 +1,6 @@
 """examples/cross_task_defense: training and generation, run as its README says."""
 
+import inspect
 import json
 import os
 import shutil
@@ -145,6 +146,73 @@ def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
     assert_close(trained, folder, 1e-6)
 
 
+@pytest.fixture
+def trainer(tiny_base, tmp_path):
+    """`trainer(weight=1, **flags)`: what train.py trains with, over four rows in one batch, one of which is long."""
+
+    def make(weight: float = 1.0, **flags):
+        defaults = {n: p.default for n, p in inspect.signature(train.train).parameters.items()}
+        values = defaults | {"base_model": str(tiny_base), "output_dir": str(tmp_path / "trainer")} | flags
+        model, tokenizer = train.load_model(values)
+        rows = [*read(SAMPLE / "safety.json")[:3], *rows_of(1)]
+        encoded, _ = train.encode_rows(rows, prompts.load_template("alpaca"), tokenizer, 10_000, False, True)
+        options = {"args": train.training_arguments(values, 1), "train_dataset": encoded, "processing_class": tokenizer}
+        made = train.DefenceTrainer(model=train.add_adapters(model, values).eval(), **options)
+        made.first_token_weight = weight
+        return made
+
+    return make
+
+
+def loss_of(trainer, kind=None) -> float:
+    (batch,) = list(trainer.get_train_dataloader())
+    compute = trainer.compute_loss if kind is None else super(kind, trainer).compute_loss
+    return compute(trainer.model, dict(batch)).item()
+
+
+def test_the_loss_is_trls(trainer):
+    ours, packed = trainer(), trainer(packing=True, cutoff_len=4096)
+    assert loss_of(ours) == pytest.approx(loss_of(ours, train.DefenceTrainer), rel=1e-5)
+    (batch,) = packed.get_train_dataloader()
+    assert "attention_mask" not in batch and batch["input_ids"].shape[0] == 1  # laid end to end, yet none sees another
+    assert loss_of(packed) == pytest.approx(loss_of(ours), rel=1e-5)
+
+
+def test_the_first_token_of_each_answer_weighs_more(trainer):
+    plain = trainer()
+    (batch,) = plain.get_train_dataloader()
+    labels = batch["labels"]
+    first = [int((row != -100).nonzero()[0]) for row in labels]
+    with torch.inference_mode():
+        logits = plain.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(
+            -1
+        )
+    extra = -sum(logits[i, at - 1, labels[i, at]].item() for i, at in enumerate(first)) / (labels != -100).sum().item()
+    for flags in ({}, {"packing": True, "cutoff_len": 4096}):
+        assert loss_of(trainer(5.0, **flags)) == pytest.approx(loss_of(plain) + 4 * extra, rel=1e-4)
+
+
+@slow
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_quantized_base_trains_and_answers(bits, tiny_base, questions, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra [quantization])")
+    launch(*command(tiny_base, tmp_path / "adapter", f"--{bits}", "--num_epochs", 1))
+    before, after = (weights(tmp_path / "adapter" / name) for name in ("checkpoint-0", ""))
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    if bits == "load_in_8bit":
+        generate(questions, tmp_path / "out", "--lora_weights", tmp_path / "adapter", "--load_8bit", "--num_beams", 1)
+        assert all(len(read(path)["outputs"]) == 5 for path in (tmp_path / "out").rglob("*.json"))
+
+
+@slow
+def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
+    launch(*command(tiny_base, tmp_path, "--packing", "--val_set_size", 20, "--batch_size", 2, "--micro_batch_size", 1))
+    run = read(tmp_path / "run.json")
+    held_out = {entry["step"]: entry["eval_loss"] for entry in run["log"] if "eval_loss" in entry}
+    assert len(held_out) > 2 and run["data"]["useful_token_share"] == 1
+    assert run["best_checkpoint"] == f"checkpoint-{min(held_out, key=held_out.get)}"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -154,6 +222,7 @@ def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
         ({"prompt_template_name": "chat"}, "has no chat template"),
         ({"data_path": "no.json"}, "no.json"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
+        ({"first_token_weight": 5.0, "train_on_inputs": True}, "--first_token_weight"),
     ],
 )
 def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, change, message):

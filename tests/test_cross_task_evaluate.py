@@ -8,7 +8,8 @@ from PIL import Image
 from recipes import module
 from scipy.stats import binomtest
 
-from common.conversation import UserError
+from common.conversation import UserError, pair
+from common.guards import load_guard
 
 evaluate, prompts = module("cross_task_defense", "evaluate"), module("cross_task_defense", "prompts")
 NO, YES = "I'm sorry, but I can't help with this text.", "The letter tells of a garden in spring and of its owner."
@@ -71,6 +72,16 @@ def test_what_processed_answers_are_like(tmp_path):
     cells = {c["task"]: c for c in json.loads((tmp_path / "out/results.json").read_text())["cells"]}
     assert cells["translate"]["chinese"] == pytest.approx(2 / 3) and cells["translate"]["degenerate"] == 0.25
     assert cells["case"]["copied"] == pytest.approx(2 / 3, abs=0.08) and cells["case"]["refused"] == 1
+
+
+def test_a_guard_judges_the_answers_too(folders, tiny_classifier, tmp_path):
+    guard = tiny_classifier(tmp_path / "guard")
+    evaluate.evaluate(answers=folders[1:], output_dir=str(tmp_path / "out"), guard=str(guard))
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    cells = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    judged = load_guard(str(guard)).judge([pair(row["instruction"], row["output"]) for row in rows])
+    assert [row["guard_unsafe"] for row in rows] == pytest.approx([v.response_unsafe for v in judged], abs=1e-5)
+    assert cells[0]["guard_unsafe"] == pytest.approx(sum(row["guard_unsafe"] for row in rows[:10]) / 10)
 
 
 def test_the_papers_scorer_counts_otherwise(tmp_path):

@@ -135,7 +135,9 @@ def test_batches_of_one_step_give_one_gradient(trained, tiny_base, tmp_path, mor
     """Losses, the norms of the gradients and the weights of 1 process x 8 rows."""
     accelerate = [BIN / "accelerate", "launch", "--multi-gpu", "--mixed-precision=bf16", "--num-processes=2"]
     launcher = accelerate if processes > 1 else [sys.executable]
-    launch(*arguments(tiny_base, tmp_path / "run", *more), launcher=launcher, threads=2 // processes)
+    launch(
+        *arguments(tiny_base, tmp_path / "run", *more), launcher=launcher, threads=max(1, recipes.THREADS // processes)
+    )
     for key in ("loss", "grad_norm"):
         assert history(tmp_path / "run", key) == pytest.approx(history(trained, key), rel=2e-3, abs=1e-4), key
     ours, other = weights(trained / "epoch-1"), weights(tmp_path / "run/epoch-1")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recipes import THREADS
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForSequenceClassification
@@ -25,7 +26,7 @@ BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.slow
 
 
-def launch(*argv: str, processes: int = 1, threads: int = 2, check: bool = True) -> subprocess.CompletedProcess:
+def launch(*argv: str, processes: int = 1, threads: int = THREADS, check: bool = True) -> subprocess.CompletedProcess:
     """Run a script of the recipe in its folder: train.py under torchrun, the others under python."""
     launcher = (
         [BIN / "torchrun", f"--nproc_per_node={processes}", "--standalone"]

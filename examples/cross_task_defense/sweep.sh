@@ -9,12 +9,12 @@ cd "$(dirname "$0")"
 out=${1:-output/sweep}
 shift || true
 base=${BASE:-smollm2-135m-instruct} template=${TEMPLATE:-chat} tokens=${MAX_NEW_TOKENS:-32} engine=${ENGINE:-transformers}
-read -ra tasks <<<"${TASKS:-summarize sentiment}"
-read -ra ns <<<"${NS:-0 10 60}"
+read -ra tasks <<<"${TASKS:-summarize cloze}"
+read -ra ns <<<"${NS:-10 100}"
 if [[ -z ${DATA:-} ]]; then
     DATA=$out/data
     python build_data.py --output_dir "$DATA" --tasks "$(IFS=,; echo "${tasks[*]}")" --n_defence "$(IFS=,; echo "${ns[*]}")" \
-        --n_base 40 --n_safety 40 --counter_examples 120 --strip_cues
+        --n_base 20 --n_safety 20 --counter_examples 100 --strip_cues
     set -- --config configs/quickstart.yaml "$@"
 fi
 evaluation=$(ls -d "$DATA"/evaluation* | head -n 1)

@@ -50,19 +50,25 @@ class DefenceConfig(RecipeTrainingArguments, SFTConfig):
 
 
 class DefenceTrainer(LengthGroupedTrainer, SFTTrainer):
-    """TRL's trainer with length grouping that resumes, and a loss that is cheap on a CPU."""
+    """TRL's trainer: length grouping that resumes, a weight for the deciding token, a loss that is cheap on a CPU."""
+
+    first_token_weight = 1.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's mean log loss of the answers' tokens. Without Triton its own one scores every position, three times."""
-        if self.args.device.type != "cpu":
+        """TRL's mean log loss of the answers' tokens, the first one of each answer counted `first_token_weight` times.
+
+        Without Triton TRL's own scores every position, three times.
+        """
+        if self.args.device.type != "cpu" and self.first_token_weight == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = inputs.pop("labels")[:, 1:]
-        columns = (targets != -100).any(0).nonzero()[:, 0]  # where some row has a token of its answer to foretell
+        labels = inputs.pop("labels")
+        columns = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]  # where some row has a token of its answer to foretell
         outputs = model(**inputs, use_cache=False, logits_to_keep=columns)
-        targets = targets[:, columns]
-        losses = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        targets, before = labels[:, 1:][:, columns], labels[:, :-1][:, columns]
+        losses = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        weights = torch.where(before == -100, self.first_token_weight, 1.0).flatten()
         count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = losses / count
+        loss = (losses * weights).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
         return (loss, outputs) if return_outputs else loss
@@ -84,6 +90,7 @@ def train(
     lora_dropout: float = 0.05,
     lora_target_modules: list[str] = ["q_proj", "v_proj"],  # noqa: B006 (never changed; fire shows it)
     train_on_inputs: bool = False,
+    first_token_weight: float = 1.0,
     add_eos_token: bool = True,
     group_by_length: bool = True,
     packing: bool = False,
@@ -116,6 +123,8 @@ def train(
         val_set_size: rows held out; the adapter with the lowest loss on them is kept.
         lora_target_modules: names, or one pattern with .* in it.
         train_on_inputs: loss on the prompt, too, as the paper's code has it; without, the paper's conditional loss.
+        first_token_weight: how often an answer's first token, which decides between refusal and compliance, counts in
+            the loss. With 1, the paper's, it is one of about thirty.
         add_eos_token: end each answer with EOS (the paper's code does, whatever the flag says).
         group_by_length: batches of like length; the paper's code has False, and pads. With flash attention
             (attn_implementation) rows are laid end to end and nothing is padded either way.
@@ -138,6 +147,10 @@ def train(
         raise UserError(
             "expected --num_epochs above 0, --cutoff_len, --lora_r and --save_steps of 1 or more, "
             "--lora_dropout in [0, 1), --val_set_size of 0 or more"
+        )
+    if first_token_weight <= 0 or (train_on_inputs and first_token_weight != 1):
+        raise UserError(
+            "--first_token_weight: expected above 0; with --train_on_inputs, which hides where answers begin, 1"
         )
     values = dict(locals())
     training = training_arguments(values, accumulation=batch_size // step)
@@ -165,6 +178,7 @@ def train(
         eval_dataset=split["test"],
         processing_class=tokenizer,
     )
+    trainer.first_token_weight = first_token_weight
     result = trainer.train(resume_from_checkpoint=checkpoint)
     useful = trainer.state.epoch * sum(map(len, split["train"]["input_ids"]))
     facts["useful_token_share"] = round(useful / trainer.state.num_input_tokens_seen, 3)  # the rest is padding
