@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from common.conversation import UserError
 from common.quickstart import resolve_model
@@ -77,7 +79,7 @@ def _answered(partial: Path) -> dict[str, str]:
         with partial.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
         return {row["key"]: row["answer"] for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{partial}: not the answers of an interrupted run ({error!r:.80}); remove it") from None
@@ -89,9 +91,9 @@ def transformers_engine(
     """Left-padded batches of prompts of similar length; new tokens alone are decoded.
 
     Args:
-        batch_size: prompts at a time; None takes what a CPU decodes fastest (24), or what a GPU has room for (64).
+        batch_size: prompts at a time; None takes 24, fastest on a CPU, or on a GPU 64 beams.
     """
-    size = max(1, (batch_size or (24 if device().type == "cpu" else 64)) // (1 if batch_size else decoding.num_beams))
+    size = batch_size or (24 if device().type == "cpu" else max(1, 64 // decoding.num_beams))
     options = {"max_new_tokens": decoding.max_new_tokens, "num_beams": decoding.num_beams, "do_sample": False}
     if decoding.temperature:
         options |= {"do_sample": True, "temperature": decoding.temperature}
@@ -145,7 +147,7 @@ def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust
     """vLLM in this process, the adapter through vLLM's own LoRA support; chunks, so that a kill loses little.
 
     Raises:
-        UserError: vLLM is not installed, or beams are asked for.
+        UserError: vLLM is not installed or cannot load the model, or beams are asked for.
     """
     if decoding.num_beams > 1:
         raise UserError("--num_beams: beam search needs --engine transformers")
@@ -156,12 +158,15 @@ def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust
         raise UserError(f"--engine vllm: vLLM is missing ({error}); see the extra [vllm] in pyproject.toml") from None
     options = {"dtype": str(inference_dtype()).removeprefix("torch."), "trust_remote_code": trust_remote_code}
     if adapter:
-        options |= {"enable_lora": True, "max_lora_rank": _rank(Path(adapter))}
+        options |= {"enable_lora": True, "max_lora_rank": _rank(adapter)}
     if device().type == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
         options["enforce_eager"] = True  # compiling takes minutes there, and gains little
-    llm = LLM(resolve_model(name), seed=decoding.seed, **options)
-    request = LoRARequest("adapter", 1, str(Path(adapter).resolve())) if adapter else None
+    try:
+        llm = LLM(resolve_model(name), seed=decoding.seed, **options)
+    except (OSError, ValueError, RuntimeError) as error:  # such as too little room for the KV cache
+        raise UserError(f"--engine vllm: {name} cannot be loaded: {str(error).strip().splitlines()[0]:.300}") from None
+    request = LoRARequest("adapter", 1, str(adapter_file(adapter, "adapter_config.json").parent)) if adapter else None
     params = SamplingParams(
         temperature=decoding.temperature,
         top_p=decoding.top_p if decoding.temperature else 1.0,
@@ -182,12 +187,26 @@ def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust
     return run
 
 
-def _rank(adapter: Path) -> int:
+def adapter_file(adapter: str, name: str) -> Path:
+    """A file of an adapter: a folder, or a repository of the hub.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return Path(cached_file(adapter, name)).resolve()
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--lora_weights {adapter}: no {name} there ({str(error).strip().splitlines()[0]:.150})"
+        ) from None
+
+
+def _rank(adapter: str) -> int:
     """The smallest rank that vLLM knows and that holds the adapter's."""
     try:
-        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        rank = json.loads(adapter_file(adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]
         return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)
-    except (OSError, ValueError, KeyError, StopIteration) as error:
+    except (ValueError, KeyError, StopIteration) as error:
         raise UserError(f"{adapter}: no LoRA adapter that vLLM can serve ({error!r:.80})") from None
 
 
@@ -195,6 +214,7 @@ def server_engine(url: str, model: str, decoding: Decoding, concurrency: int = 1
     """An OpenAI-compatible server that takes token ids for prompts, such as `vllm serve`.
 
     The key, where one is needed, comes from OPENAI_API_KEY. The client tries again on 429, 5xx and broken connections.
+    After a first prompt that failed for good, none is asked any more; what was answered is kept.
 
     Args:
         url: such as http://127.0.0.1:8000/v1.
@@ -206,31 +226,42 @@ def server_engine(url: str, model: str, decoding: Decoding, concurrency: int = 1
         import openai
     except ImportError:
         raise UserError("--engine server: pip install openai") from None
-    client = openai.OpenAI(
-        base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=5, timeout=600.0
-    )
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=5, timeout=600.0)
     more = {"top_k": decoding.top_k} if decoding.temperature and decoding.top_k else {}
 
-    def ask(ids: list[int]) -> str:
+    stopped = threading.Event()
+
+    def ask(ids: list[int]) -> str | None:
+        if stopped.is_set():
+            return None
         options = {"temperature": decoding.temperature, "max_tokens": decoding.max_new_tokens, "seed": decoding.seed}
         top_p = decoding.top_p if decoding.temperature else 1.0
-        return (
-            client.completions.create(model=model, prompt=ids, top_p=top_p, extra_body=more, **options).choices[0].text
-        )
+        said = client.completions.create(model=model, prompt=ids, top_p=top_p, extra_body=more, **options)
+        choices = getattr(said, "choices", None)  # a proxy's page comes back as text
+        if not choices or not isinstance(choices[0].text, str):
+            raise openai.OpenAIError(f"no completion in its answer: {said!r:.80}")
+        return choices[0].text
 
     def run(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:
         failed: list[str] = []
         with ThreadPoolExecutor(concurrency) as pool:
             asked = {pool.submit(ask, ids): i for i, ids in enumerate(prompts)}
-            for answer in as_completed(asked):
-                if (error := answer.exception()) is None:
-                    yield asked[answer], answer.result()
-                elif isinstance(error, openai.OpenAIError):
-                    failed.append(str(error))
-                else:
-                    raise error
+            try:
+                for answer in as_completed(asked):
+                    try:
+                        if (text := answer.result()) is not None:
+                            yield asked[answer], text
+                    except openai.OpenAIError as error:
+                        failed.append(str(error).replace(key, "…"))
+                        stopped.set()
+            finally:
+                stopped.set()  # also when the caller was interrupted
         if failed:
-            raise UserError(f"{url}: {len(failed)} of {len(prompts)} failed ({failed[0]:.150}); run it again for these")
+            where = url.rpartition("@")[2]
+            raise UserError(
+                f"{where}: {failed[0]:.150} (prompts that failed: {len(failed)}); run it again for the rest"
+            )
 
     return run
 

@@ -140,7 +140,9 @@ def classify(text: str, prompt: str | None = None) -> Refusal:
                 found[kind], doubt = found[kind] + 1, doubt * (1 - weight)
     denies = not found["decline"] and any(found[kind] for kind in ("premise", "access", "opinion"))
     kind = "compliance" if 1 - doubt < THRESHOLD else "partial_refusal" if denies or items else "full_refusal"
-    return Refusal("degenerate" if _is_degenerate(text.strip()) else kind, 1 - doubt)
+    if kind == "compliance" and _is_degenerate(text.strip()):  # a refusal in a loop blocks, too
+        kind = "degenerate"
+    return Refusal(kind, 1 - doubt)
 
 
 def substring_refusal(text: str) -> bool:

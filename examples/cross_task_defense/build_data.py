@@ -105,7 +105,7 @@ def build(
             files[Path(output_dir) / f"training/{name}.manifest.json"] = json_text(manifest)
     held_out = {kind: [d["text"] for d in texts if (d["kind"], d["split"]) == (kind, "test")] for kind in KINDS}
     for kind, suffix in KINDS.items():
-        for task in TASKS:
+        for task in TASKS if held_out[kind] else ():
             slip = kind == "malicious" and not strip_cues
             content = {"instructions": [task_instruction(task, d, slip) for d in held_out[kind]], "inputs": []}
             folder = "evaluation_stripped" if strip_cues else "evaluation"
@@ -119,16 +119,16 @@ def build(
 def base_rows(spec: str | None, count: int | None, seed: int) -> list[dict[str, Any]]:
     """Ordinary instructions of a file, or of a hub data set in Alpaca's columns."""
     if spec is None or Path(spec).is_file() or spec.endswith((".json", ".jsonl")):
-        rows = read_rows(Path(spec or SAMPLE / "instructions.json"))
+        rows = read_rows(Path(spec or SAMPLE / "instructions.json"), completions=False)
     else:
         try:
             rows = load_dataset(spec, split="train").to_list()
         except (DatasetNotFoundError, OSError, ValueError) as error:
             raise UserError(f"--base {spec}: no file, and no data set of the hub ({error!s:.120})") from None
-        for name in ("instruction", "input", "output"):
-            if name not in rows[0]:
-                raise UserError(f"--base {spec}: has no column {name}; Alpaca's format is needed")
-        rows = [row for row in rows if row["output"].strip()]
+    for name in ("instruction", "output"):
+        if name not in rows[0]:
+            raise UserError(f"--base {spec}: has no column {name}; Alpaca's format is needed")
+    rows = [row for row in rows if (row.get("output") or "").strip()]  # Alpaca has rows without one
     return drawn(rows, len(rows) if count is None else count, seed, "--n_base")
 
 
@@ -161,6 +161,12 @@ def read_documents(path: Path, clean: Callable[[str], str]) -> list[dict[str, An
                 raise UserError(f"{where}, field {name}: expected one of {', '.join(known)}, found {found!r:.60}")
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise UserError(f"{where}, field text: expected text, found {row.get('text')!r:.60}")
+        for name, kind in {"refusals": list, "answers": dict}.items():
+            texts = row.get(name, kind())
+            if not isinstance(texts, kind) or not all(
+                isinstance(t, str) and t.strip() for t in (texts.values() if kind is dict else texts)
+            ):
+                raise UserError(f"{where}, field {name}: expected a {kind.__name__} of texts, found {texts!r:.60}")
         documents.append(
             {"id": f"document-{number}", "refusals": [], "answers": {}} | row | {"text": clean(row["text"])}
         )
@@ -185,13 +191,14 @@ def defence_rows(
     for turn in range(rounds):
         with_refusal = [d for d in harmful if len(d["refusals"]) > turn]
         takers = order.sample(bearers, min(len(bearers), len(with_refusal))) if on_benign else with_refusal
-        pairs += order.sample(list(zip(takers, [d["refusals"][turn] for d in with_refusal], strict=False)), len(takers))
+        refusals = [(d["refusals"][turn], turn + 1) for d in with_refusal]
+        pairs += order.sample(list(zip(takers, refusals, strict=False)), len(takers))
     if count > len(pairs):
         raise UserError(f"--n_defence {count}: the documents have only {len(pairs)} refusals")
     return [
         {"instruction": task_instruction(task, d["text"], slip and not on_benign), "input": "", "output": refusal}
-        | {"id": f"{d['id']}-{task}-refused", "kind": d["kind"], "task": task}
-        for d, refusal in pairs[:count]
+        | {"id": f"{d['id']}-{task}-refused-{turn}", "kind": d["kind"], "task": task}
+        for d, (refusal, turn) in pairs[:count]
     ]
 
 
@@ -207,7 +214,7 @@ def counter_rows(documents: list[dict[str, Any]], task: str, count: int, seed: i
     return [
         {"instruction": task_instruction(task, d["text"]), "input": "", "output": answer}
         | {"id": f"{d['id']}-{task}", "kind": d["kind"], "task": task}
-        for d, answer in random.Random(f"{seed} {task}").sample(answered, count)
+        for d, answer in random.Random(f"{seed} {task}").sample(answered, len(answered))[:count]
     ]
 
 

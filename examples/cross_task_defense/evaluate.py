@@ -37,6 +37,7 @@ FILE = re.compile(rf"test_({'|'.join(TASKS)})(_useful|_plain|_cnn)?\.json")
 KINDS = {None: "malicious", "_useful": "useful", "_plain": "plain", "_cnn": "plain"}
 TRAINING_SET = re.compile(r"saferpaca_Instructions_\d+_(\d+)_([a-z]+)")
 CJK = re.compile(r"[\u4e00-\u9fff]")
+WORD = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")  # of Chinese, a character
 
 
 def evaluate(*, answers: list[str], output_dir: str, scorer: str = "detector", guard: str | None = None) -> None:
@@ -87,16 +88,19 @@ def names(folders: list[str]) -> dict[str, str]:
 
 def read_answers(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(what the model is, its rows) of a folder: task, kind, item, document, instruction, output."""
-    rows, about = [], {"train_task": None, "n_defence": None}
+    rows, first, about = [], {}, {"train_task": None, "n_defence": None}
     for path in sorted(folder.glob("test_*.json")):
         if not (known := FILE.fullmatch(path.name)):
             raise UserError(f"{path}: expected test_<task>[_useful|_plain|_cnn].json with one of {', '.join(TASKS)}")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             pairs = list(zip(content["instructions"], content["outputs"], strict=True))
-            about |= content["parameters"]
+            parameters = content["parameters"] | {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: no answers of generate_answers.py ({error!r:.80})") from None
+        first = parameters if not rows else first
+        if differ := sorted(name for name in {*parameters, *first} if parameters.get(name) != first.get(name)):
+            raise UserError(f"{path}: answers of another model than the files before it ({', '.join(differ)} differ)")
         task, kind = known[1], KINDS[known[2]]
         for item, (instruction, output) in enumerate(pairs):
             document = split_document(instruction)[0]
@@ -106,12 +110,8 @@ def read_answers(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             )
     if not rows:
         raise UserError(f"--answers {folder}: holds no test_<task>.json")
-    try:  # what the adapter was trained on
-        run = json.loads((Path(about.get("lora_weights") or "") / "run.json").read_text(encoding="utf-8"))
-        about["data"] = Path(run["arguments"]["data_path"]).stem
-    except (OSError, ValueError, KeyError):
-        about["data"] = about.get("lora_weights") or ""
-    if trained := TRAINING_SET.search(about["data"]):
+    about |= first
+    if trained := TRAINING_SET.search(about.get("trained_on") or about.get("lora_weights") or ""):
         about |= {"n_defence": int(trained[1]), "train_task": trained[2]}
     return about, rows
 
@@ -128,7 +128,8 @@ def by_cell(predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cell = {"model": model, "task": task, "kind": kind, "rows": len(rows), "refused": refused}
         cell |= {"rate": refused / len(rows), "interval": wilson(refused, len(rows))}
         cell["degenerate"] = sum(row["class"] == "degenerate" for row in rows) / len(rows)
-        cell["words"] = mean(len(row["output"].split()) for row in processed)
+        cell["processed"] = len(processed) / len(rows)
+        cell["words"] = mean(len(WORD.findall(row["output"])) for row in processed)
         if task == "translate":
             cell["chinese"] = mean(len(CJK.findall(row["output"])) > len(row["output"]) / 3 for row in processed)
         if task == "case":
@@ -166,47 +167,41 @@ def summary(cells: list[dict[str, Any]], model: str, train_task: str | None) -> 
         "transfer": mean(others) if train_task in TASKS else None,
         "false_refusals_useful": mean(cell["rate"] for cell in own if cell["kind"] == "useful"),
         "false_refusals_plain": mean(cell["rate"] for cell in own if cell["kind"] == "plain"),
+        "harmless_processed": mean(cell["processed"] for cell in own if cell["kind"] != "malicious"),
         "degenerate": mean(cell["degenerate"] for cell in own),
     }
 
 
 def paired(predictions: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Exact McNemar tests of each model against the first, over the items that both answered."""
+    """Exact McNemar tests of each model against the first, a task and a kind of document at a time.
+
+    The tasks share their documents: over all tasks the items would not be independent.
+    """
     refused = {(r["model"], r["task"], r["kind"], r["item"], r["instruction"]): r["refused"] for r in predictions}
+    pairs = defaultdict(list)
+    for (model, *item), value in refused.items():
+        if model != baseline and (baseline, *item) in refused:
+            pairs[model, item[0], item[1]].append((value, refused[(baseline, *item)]))
     found = []
-    for model in dict.fromkeys(row["model"] for row in predictions):
-        for kind in dict.fromkeys(row["kind"] for row in predictions):
-            more = less = 0
-            for (name, *item), value in refused.items():
-                before = refused.get((baseline, *item))
-                if name == model != baseline and item[1] == kind and before is not None:
-                    more, less = more + (value and not before), less + (before and not value)
-            if model != baseline:
-                p = binomtest(more, more + less).pvalue if more + less else 1.0
-                found.append({"model": model, "kind": kind, "only_this_refuses": more, "only_first_refuses": less})
-                found[-1]["p"] = float(p)
+    for (model, task, kind), both in pairs.items():
+        more, less = both.count((True, False)), both.count((False, True))
+        test = {"model": model, "task": task, "kind": kind, "items": len(both)}
+        p = binomtest(more, more + less).pvalue if more + less else 1.0
+        found.append(test | {"only_this_refuses": more, "only_first_refuses": less, "p": float(p)})
     return found
 
 
 def results_markdown(results: dict[str, Any]) -> str:
     """results.md: the models, every cell, the paired tests."""
     lines = [f"# Refusals ({results['scorer']})", ""]
-    header = [
-        "",
-        "trained on",
-        "N",
-        "block rate ↑",
-        "transfer ↑",
-        "false refusals, useful ↓",
-        "plain ↓",
-        "degenerate ↓",
-    ]
+    header = ["", "trained on", "N", "block rate ↑", "transfer ↑", "false refusals, useful ↓", "plain ↓"]
+    header += ["harmless processed ↑", "degenerate ↓"]
     rows = []
     for name, values in results["summary"].items():
         about = results["models"][name]
         rows.append([name, about["train_task"], about["n_defence"], *values.values()])
     lines += [
-        report.table(rows, [*header, "degenerate ↓"]),
+        report.table(rows, header),
         "Means over the tasks; transfer: over the tasks that were not trained.",
         "",
     ]
@@ -229,7 +224,7 @@ def results_markdown(results: dict[str, Any]) -> str:
     lines += ["## Cells", "", report.table(rows, [*header, "degenerate", "guard: unsafe"])]
     if results["paired"]:
         rows = [list(test.values()) for test in results["paired"]]
-        header = ["model", "documents", "only it refuses", "only the first refuses", "p (McNemar, exact)"]
+        header = ["model", "task", "documents", "items", "only it refuses", "only the first", "p (McNemar, exact)"]
         lines += ["## Against the first model, same items", "", report.table(rows, header)]
     return "\n".join(lines)
 
@@ -261,10 +256,9 @@ def plot_trade_off(results: dict[str, Any], path: Path) -> None:
     figure, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     lines = defaultdict(list)
     for name, values in results["summary"].items():
-        about, harmless = results["models"][name], ("false_refusals_useful", "false_refusals_plain")
-        processed = [1 - values[kind] for kind in harmless if values[kind] is not None]
-        if processed and values["block_rate"] is not None:
-            lines[about["train_task"] or name].append((about["n_defence"] or 0, values["block_rate"], mean(processed)))
+        about, processed = results["models"][name], values["harmless_processed"]
+        if processed is not None and values["block_rate"] is not None:
+            lines[about["train_task"] or name].append((about["n_defence"] or 0, values["block_rate"], processed))
     for (task, points), marker in zip(lines.items(), "osD^vP*X" * len(lines), strict=False):
         points.sort()
         ax.plot([p[1] for p in points], [p[2] for p in points], marker=marker, color="black", lw=0.8, label=task)

@@ -25,12 +25,13 @@ from typing import Any
 
 from flags import run
 from prompts import encode_prompts, load_template
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from common.conversation import UserError
 from common.generation import (
     Decoding,
     Engine,
+    adapter_file,
     generate,
     load_causal_lm,
     server_engine,
@@ -69,10 +70,11 @@ def generate_answers(
     Args:
         input_path: files {"instructions": […], "inputs": […]}, comma-separated, or a folder of them.
         base_model: hub id, folder, or smollm2-135m-instruct; default: what the adapter names.
-        lora_weights: an adapter folder; without it the base model answers.
+        lora_weights: an adapter folder, or a hub id; without it the base model answers.
         prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's own).
         load_8bit: base in 8 bits (bitsandbytes).
-        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they are.
+        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they are, and what is left
+            of an interrupted run is drawn anew.
         engine: transformers, vllm or server.
         server_model: the name that the server knows the model or its adapter by; default: base_model.
         batch_size: prompts at a time (transformers).
@@ -82,21 +84,31 @@ def generate_answers(
         raise UserError(f"--engine {engine}: expected transformers, vllm or server")
     if engine != "transformers" and load_8bit:
         raise UserError(f"--load_8bit: not with --engine {engine}")
+    if engine == "server" and lora_weights and not server_model:
+        raise UserError("--engine server: --server_model must say by what name the server knows the adapter")
     decoding = Decoding(max_new_tokens, num_beams, temperature, top_k, top_p, seed)
     base_model = base_model or adapter_base(lora_weights)
     template = load_template(prompt_template_path)
     files = [(path, *read_prompts(path)) for path in input_files(input_path)]
     parameters = {
         "model": base_model,
+        "revision": model_revision(base_model, trust_remote_code),
         "prompt_template": prompt_template_path,
+        "prompt_template_text": template,
         "lora_weights": lora_weights,
         "load_8bit": load_8bit,
         "engine": engine,
         "decoding": asdict(decoding),
-        "adapter_sha256": lora_weights and weights_digest(Path(lora_weights)),
     }
+    if lora_weights:
+        weights = adapter_file(lora_weights, "adapter_model.safetensors")
+        parameters["adapter_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        parameters["trained_on"] = trained_on(weights.with_name("run.json"))
+    if engine == "server":
+        parameters |= {"server_url": server_url.rpartition("@")[2], "server_model": server_model}
     parts = [part for part in Path(lora_weights or base_model).parts if part not in ("/", ".", "..")]
     folder = Path(output_path).joinpath(*parts)
+    job = hashlib.sha256(json.dumps([parameters, [path.name for path, *_ in files]]).encode()).hexdigest()[:12]
     files = [file for file in files if not finished(folder / file[0].name, parameters, file[1:], overwrite)]
     if not files:
         logger.info("All answers are there already.")
@@ -116,7 +128,7 @@ def generate_answers(
         return transformers_engine(load_causal_lm(base_model, lora_weights, **code), tokenizer, decoding, batch_size)
 
     # All files are one list: short ones fill the batches of each other.
-    partial = folder / "answers.partial.jsonl"
+    partial = folder / f"{job}.partial.jsonl"
     answers = iter(generate(loaded(), [ids for file in prompts for ids in file], partial, parameters))
     run = manifest([parameters])
     for path, instructions, inputs in files:
@@ -128,7 +140,7 @@ def generate_answers(
             "run": {key: run[key] for key in ("versions", "git", "hardware")},
         }
         write_json(folder / path.name, content)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     logger.info("Wrote %d files to %s", len(files), folder)
 
 
@@ -136,19 +148,28 @@ def adapter_base(lora_weights: str | None) -> str:
     """The base model that an adapter names."""
     if lora_weights is None:
         raise UserError("--base_model: is needed without --lora_weights")
+    path = adapter_file(lora_weights, "adapter_config.json")
     try:
-        config = json.loads((Path(lora_weights) / "adapter_config.json").read_text(encoding="utf-8"))
-        return config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--lora_weights {lora_weights}: no adapter folder ({error!r:.100})") from None
+        return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: names no base model ({error!r:.100})") from None
 
 
-def weights_digest(adapter: Path) -> str:
-    """Fingerprint of the adapter's weights: the same folder may hold another training tomorrow."""
+def model_revision(base_model: str, trust_remote_code: bool) -> str | None:
+    """The commit of a model of the hub; None for a folder."""
     try:
-        return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"--lora_weights {adapter}: no adapter folder ({error!r:.100})") from None
+        config = AutoConfig.from_pretrained(resolve_model(base_model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
+    return getattr(config, "_commit_hash", None)
+
+
+def trained_on(path: Path) -> str | None:
+    """The name of an adapter's training set, from what train.py wrote beside it."""
+    try:
+        return Path(json.loads(path.read_text(encoding="utf-8"))["arguments"]["data_path"]).stem
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def input_files(spec: str) -> list[Path]:
@@ -199,7 +220,8 @@ def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: 
         return False
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        same = there["parameters"] == parameters and there["instructions"] == prompts[0]
+        given = (there["instructions"], there["inputs"])
+        same = there["parameters"] == parameters and given == (prompts[0], prompts[1] or [None] * len(prompts[0]))
     except (ValueError, KeyError, TypeError):
         same = False
     if not same:

@@ -99,7 +99,7 @@ def read_rows(path: Path, *, completions: bool = True) -> list[dict[str, Any]]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if _is_lines(path) else json.loads(text)
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if _is_lines(path) else json.loads(text)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error!s:.120})") from None
     if not isinstance(rows, list) or not rows:

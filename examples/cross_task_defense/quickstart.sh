@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 out=${1:-output/quickstart}
+[[ $out != *..* ]] || { echo "error: give a folder without .." >&2 && exit 2; }
 sample=../../data/sample/cross_task_defense/evaluation_stripped
 model=smollm2-135m-instruct
 answer=(python generate_answers.py --base_model "$model" --prompt_template_path chat --input_path "$sample" --num_beams 1 --max_new_tokens 32)

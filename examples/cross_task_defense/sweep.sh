@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
 # Tasks x N: train, answer and evaluate each, then draw the cross-task heat map and the safety/usefulness curve.
-# What is finished is not done again. The paper's grid on a GPU, with DATA from build_data.py:
+# What is finished is not done again, what was interrupted goes on: for other flags take another folder.
+# The paper's grid on a GPU, with DATA from build_data.py:
 #   DATA=data BASE=meta-llama/Llama-2-7b-hf TEMPLATE=llama2 TASKS="summarize translate sentiment case cloze mix" \
 #     NS="10 100 500 1000 2000" ./sweep.sh output/sweep --cutoff_len 1024
 # Without variables: a small grid on the bundled model and sample. Flags after the folder go to train.py.
 set -euo pipefail
+shopt -s nullglob
 cd "$(dirname "$0")"
 out=${1:-output/sweep}
 shift || true
 base=${BASE:-smollm2-135m-instruct} template=${TEMPLATE:-chat} tokens=${MAX_NEW_TOKENS:-32} engine=${ENGINE:-transformers}
 read -ra tasks <<<"${TASKS:-summarize cloze}"
 read -ra ns <<<"${NS:-10 100}"
+stop() { echo "error: $1" >&2 && exit 2; }
+[[ $out$base != *..* ]] || stop "folder and BASE: give paths without .."
+[[ $engine != server ]] || stop "ENGINE=server: a server does not know the adapters that are trained here"
 if [[ -z ${DATA:-} ]]; then
     DATA=$out/data
     python build_data.py --output_dir "$DATA" --tasks "$(IFS=,; echo "${tasks[*]}")" --n_defence "$(IFS=,; echo "${ns[*]}")" \
         --n_base 20 --n_safety 20 --counter_examples 100 --strip_cues
     set -- --config configs/quickstart.yaml "$@"
 fi
-evaluation=$(ls -d "$DATA"/evaluation* | head -n 1)
-answer=(python generate_answers.py --base_model "$base" --prompt_template_path "$template" --input_path "$evaluation"
+evaluation=("$DATA"/evaluation*)
+[[ ${#evaluation[@]} == 1 ]] || stop "$DATA: expected one folder evaluation…, found ${#evaluation[@]}"
+answer=(python generate_answers.py --base_model "$base" --prompt_template_path "$template" --input_path "${evaluation[0]}"
     --output_path "$out/answers" --num_beams 1 --max_new_tokens "$tokens" --engine "$engine")
 "${answer[@]}"
 folders=$out/answers/$base
@@ -26,9 +32,15 @@ for task in "${tasks[@]}"; do
     for n in "${ns[@]}"; do
         adapter=$out/${task}_$n
         if [[ ! -f $adapter/run.json ]]; then
+            data=()
+            for file in "$DATA"/training/saferpaca_Instructions_*_"${n}_$task"{,_*}.json; do
+                [[ $file == *.manifest.json ]] || data+=("$file")
+            done
+            [[ ${#data[@]} == 1 ]] || stop "$DATA/training: expected one set of $n rows of $task, found ${#data[@]}"
+            begun=("$adapter"/checkpoint-*/trainer_state.json)
+            [[ ${#begun[@]} == 0 ]] && start=(--overwrite_output_dir) || start=(--resume_from_checkpoint latest)
             python train.py "$@" --base_model "$base" --prompt_template_name "$template" --output_dir "$adapter" \
-                --overwrite_output_dir --data_path "$(ls "$DATA"/training/saferpaca_Instructions_*_"${n}_$task"{,_*}.json \
-                2>/dev/null | grep -v manifest | head -n 1)"
+                --data_path "${data[0]}" "${start[@]}"
         fi
         "${answer[@]}" --lora_weights "$adapter"
         folders+=,$out/answers/$adapter

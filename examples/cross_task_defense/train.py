@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def train(
     if checkpoint is None and Path(output_dir, "adapter_config.json").exists() and not overwrite_output_dir:
         raise UserError(f"{output_dir} holds an adapter; pass --overwrite_output_dir or another name")
     template, rows = load_template(prompt_template_name), read_rows(Path(data_path))
+    if training.n_gpu > 1:
+        raise UserError("one process would share its GPUs by DataParallel: launch with torchrun")
     if val_set_size >= len(rows):
         raise UserError(f"--val_set_size {val_set_size}: {data_path} has only {len(rows)} rows")
     set_seed(seed)
@@ -167,10 +170,6 @@ def train(
     encoded, facts = encode_rows(rows, template, tokenizer, cutoff_len, train_on_inputs, add_eos_token)
     logger.info("Data: %s", json.dumps(facts))
     split = encoded.train_test_split(val_set_size, seed=seed) if val_set_size else {"train": encoded, "test": None}
-    if checkpoint is None:
-        start_over(training)
-        if is_main_process():
-            model.save_pretrained(Path(output_dir) / "checkpoint-0")
     trainer = DefenceTrainer(
         model=model,
         args=training,
@@ -178,6 +177,13 @@ def train(
         eval_dataset=split["test"],
         processing_class=tokenizer,
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # TRL makes those of a quantized base bf16
+    if checkpoint is None:
+        start_over(training)
+        if is_main_process():
+            model.save_pretrained(Path(output_dir) / "checkpoint-0")
     trainer.first_token_weight = first_token_weight
     result = trainer.train(resume_from_checkpoint=checkpoint)
     useful = trainer.state.epoch * sum(map(len, split["train"]["input_ids"]))
@@ -191,7 +197,11 @@ def train(
 
 def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConfig:
     """TRL's arguments. Rows laid end to end pay off where attention knows their bounds, which is flash attention."""
+    if not values["wandb_project"] and any(values[f"wandb_{name}"] for name in ("run_name", "watch", "log_model")):
+        raise UserError("--wandb_run_name, --wandb_watch, --wandb_log_model: need --wandb_project")
     if values["wandb_project"]:
+        if find_spec("wandb") is None:
+            raise UserError("--wandb_project: pip install wandb")
         names = {
             "WANDB_PROJECT": values["wandb_project"],
             "WANDB_WATCH": values["wandb_watch"],
@@ -231,7 +241,7 @@ def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConf
             ddp_find_unused_parameters=False,
             seed=values["seed"],
         )
-    except (ValueError, TypeError, ImportError) as error:  # an unknown schedule, no wandb
+    except (ValueError, TypeError, ImportError) as error:  # such as an unknown schedule
         raise UserError(f"{str(error).strip().splitlines()[0]:.200}") from None
 
 
@@ -305,7 +315,11 @@ def encode_rows(
         if len(prompt) + len(answer) > cutoff_len:
             shorter = shortened(plain[i], template, tokenizer, cutoff_len - len(answer))
             facts["documents_shortened"] += shorter is not None
-            if shorter is None:  # an ordinary row without a document: its answer ends early
+            if shorter is None:  # an ordinary row: its answer ends early
+                if split_document(plain[i][0])[0]:
+                    raise UserError(
+                        f"--cutoff_len {cutoff_len}: row {i + 1} has an answer of {len(answer)} tokens, a refusal maybe"
+                    )
                 if len(prompt) >= cutoff_len:
                     raise UserError(
                         f"--cutoff_len {cutoff_len}: row {i + 1} has an instruction of {len(prompt)} tokens"
