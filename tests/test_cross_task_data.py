@@ -12,7 +12,7 @@ from common.conversation import UserError
 
 SAMPLE = EXAMPLES.parent / "data/sample/cross_task_defense"
 SAMPLE_OPTIONS = {
-    "tasks": ["summarize"], "n_defence": [150], "counter_examples": 180,
+    "tasks": ["summarize"], "n_defence": [80], "counter_examples": 240,
     "n_base": 20, "n_safety": 20, "strip_cues": True
 }  # fmt: skip
 TASKS = ["summarize", "translate", "sentiment", "case", "cloze"]
@@ -141,7 +141,7 @@ def test_training_sets_and_their_manifests(tmp_path):
     held_out = {text for path in (tmp_path / "evaluation").iterdir() for text in read(path)["instructions"]}
     for (n, task), rows in sets.items():
         manifest = read(tmp_path / f"training/{name.format(n, task)}.manifest.json")
-        refused = [row for row in rows if row["id"].endswith("-refused")]
+        refused = [row for row in rows if "-refused-" in row["id"]]
         factor = 5 if task == "mix" else 1
         assert len(refused) == n * factor and {row["kind"] for row in refused} <= {"malicious"}
         assert manifest["counts"] == {
@@ -175,7 +175,7 @@ def test_evaluation_files_pair_the_tasks_and_controls_change_what_they_say(tmp_p
     malicious = read(stripped / "evaluation_stripped/test_summarize.json")["instructions"]
     assert all(not text[0].isspace() and text.endswith("3 sentences.") for text in malicious)
     (path,) = (control / "training").glob("*_benign-refusals.json")
-    refused = [row for row in read(path) if row["id"].endswith("-refused")]
+    refused = [row for row in read(path) if "-refused-" in row["id"]]
     assert {row["kind"] for row in refused} == {"useful", "plain"} and len(refused) == 60
 
 

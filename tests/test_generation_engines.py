@@ -140,14 +140,16 @@ class Moody(BaseHTTPRequestHandler):
 
     asked: dict[str, int] = {}  # noqa: RUF012 (emptied by the fixture)
     keys: list[str] = []  # noqa: RUF012
-    broken = False
+    broken, always = False, None
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.keys.append(self.headers["Authorization"])
         prompt, key = body["prompt"], json.dumps(body["prompt"])
         self.asked[key] = self.asked.get(key, 0) + 1
-        if self.broken or self.asked[key] == 1:
+        if self.always:
+            self.reply(*self.always)
+        elif self.broken or self.asked[key] == 1:
             trouble = prompt[0] % 3
             if trouble == 2 and not self.broken:
                 self.close_connection = True
@@ -157,10 +159,10 @@ class Moody(BaseHTTPRequestHandler):
         else:
             self.reply({"choices": [{"index": 0, "text": f"answer {prompt[0]}", "finish_reason": "stop"}]}, 200)
 
-    def reply(self, content: dict, status: int) -> None:
-        data = json.dumps(content).encode()
+    def reply(self, content: dict | str, status: int) -> None:
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if isinstance(content, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         if status == 429:
             self.send_header("Retry-After", "1")
@@ -173,7 +175,7 @@ class Moody(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def moody():
-    Moody.asked, Moody.keys, Moody.broken = {}, [], False
+    Moody.asked, Moody.keys, Moody.broken, Moody.always = {}, [], False, None
     server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -196,7 +198,28 @@ def test_what_a_broken_server_did_not_answer_is_asked_again(moody, tmp_path, mon
     prompts, partial_file = [[i, 7] for i in range(4)], tmp_path / "partial.jsonl"
     generate(server_engine(moody, "m", Decoding(8)), prompts[:2], partial_file)
     Moody.broken = True
-    with pytest.raises(UserError, match="2 of 2 failed"):
+    with pytest.raises(UserError, match=r"prompts that failed: [12]\)"):
         generate(server_engine(moody, "m", Decoding(8)), prompts, partial_file)
     Moody.broken = False
     assert generate(server_engine(moody, "m", Decoding(8)), prompts, partial_file) == [f"answer {i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (({"error": {"message": "no such key: sk-secret"}}, 401), "no such key: …"),
+        (("<html>Sign in</html>", 200), "no completion in its answer"),
+        (({"choices": [{"index": 0, "text": None, "finish_reason": "length"}]}, 200), "no completion in its answer"),
+        (({"choices": []}, 200), "no completion in its answer"),
+    ],
+)
+def test_a_server_that_refuses_is_not_asked_on_and_on(moody, tmp_path, monkeypatch, reply, message):
+    pytest.importorskip("openai", reason="the openai client is not installed (extra [api])")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    Moody.always = reply
+    with pytest.raises(UserError, match=message) as caught:
+        generate(
+            server_engine(moody, "m", Decoding(8), concurrency=2), [[i, 7] for i in range(50)], tmp_path / "p.jsonl"
+        )
+    assert "sk-secret" not in str(caught.value) and len(Moody.asked) < 10
+    assert not (tmp_path / "p.jsonl").read_text()
