@@ -9,7 +9,8 @@ python generate_answers.py --base_model smollm2-135m-instruct --lora_weights out
 python generate_answers.py --prompt_template_path configs/llama2.json --input_path data/evaluation/test_summarize.json \
     --output_path output/answers --lora_weights output/llama2-summarize-10 --load_8bit
 
-# vLLM in this process; a server (`vllm serve … --enable-lora --lora-modules defence=output/quickstart`)
+# vLLM in this process; a server, which must not add decoding defaults of the model's own
+#   vllm serve … --generation-config vllm --enable-lora --lora-modules defence=output/quickstart
 python generate_answers.py … --engine vllm --num_beams 1
 python generate_answers.py … --engine server --server_url http://127.0.0.1:8000/v1 --server_model defence --num_beams 1
 
