@@ -137,6 +137,8 @@ class LengthGroupedTrainer(Trainer):
     one. Grouping by the GLOBAL batch gives any number of processes and accumulation steps the same batches.
     """
 
+    shuffle_batches = False  # long batches first, as in transformers; where length says something of the label, True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
@@ -149,15 +151,15 @@ class LengthGroupedTrainer(Trainer):
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochLengthGroupedSampler(batch, [len(ids) for ids in dataset["input_ids"]], seed)
+        return EpochLengthGroupedSampler(batch, [len(ids) for ids in dataset["input_ids"]], seed, self.shuffle_batches)
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
     """transformers' LengthGroupedSampler with an order that is a function of seed and epoch (set by accelerate)."""
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, shuffle_batches: bool = False):
         super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
+        self.seed, self.shuffle_batches = seed, shuffle_batches
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -166,7 +168,13 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     def __iter__(self):
         self.set_epoch(self.epoch)
-        return super().__iter__()
+        order = list(super().__iter__())
+        if self.shuffle_batches:
+            batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            turn = torch.randperm(len(batches), generator=self.generator).tolist()
+            turn.append(turn.pop(turn.index(len(batches) - 1)))  # the last may be short: it stays the last
+            order = [row for i in turn for row in batches[i]]
+        return iter(order)
 
 
 def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> float:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation import UserError
+from common.training import EpochLengthGroupedSampler
 
 ROOT = EXAMPLES.parent
 RECIPE = EXAMPLES / "cross_task_defense"
@@ -190,6 +191,16 @@ def test_the_first_token_of_each_answer_weighs_more(trainer):
     extra = -sum(logits[i, at - 1, labels[i, at]].item() for i, at in enumerate(first)) / (labels != -100).sum().item()
     for flags in ({}, {"packing": True, "cutoff_len": 4096}):
         assert loss_of(trainer(5.0, **flags)) == pytest.approx(loss_of(plain) + 4 * extra, rel=1e-4)
+
+
+def test_shuffled_batches_are_the_same_batches():
+    lengths = [5 + 7 * i % 101 for i in range(90)]
+    grouped, shuffled = (EpochLengthGroupedSampler(4, lengths, 1, shuffle) for shuffle in (False, True))
+    batches = [[tuple(order[i : i + 4]) for i in range(0, 90, 4)] for order in (list(grouped), list(shuffled))]
+    assert batches[0] != batches[1] and sorted(batches[0]) == sorted(batches[1]) and batches[0][-1] == batches[1][-1]
+    assert list(shuffled) == list(EpochLengthGroupedSampler(4, lengths, 1, True))
+    shuffled.set_epoch(1)
+    assert list(shuffled) != [row for batch in batches[1] for row in batch]
 
 
 @slow

@@ -54,6 +54,7 @@ class DefenceTrainer(LengthGroupedTrainer, SFTTrainer):
     """TRL's trainer: length grouping that resumes, a weight for the deciding token, a loss that is cheap on a CPU."""
 
     first_token_weight = 1.0
+    shuffle_batches = True  # the short rows, refusals among them, would all come at the end
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's mean log loss of the answers' tokens, the first one of each answer counted `first_token_weight` times.
