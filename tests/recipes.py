@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of torch, in what a test launches
+THREADS = 2  # of torch, in what a test launches
 _LOADED: dict[str, dict[str, ModuleType]] = {}
 
 

