@@ -128,8 +128,10 @@ def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter
                 ]
                 time.sleep(0.5)
         there = ["--engine", "server", "--server_url", f"http://127.0.0.1:{port}/v1", "--server_model"]
-        assert answers("served-base", *there, "base") == expected["base"]
-        assert answers("served-adapter", *there, "defence", "--lora_weights", adapter) == expected["adapter"]
+        served = {"base": answers("served-base", *there, "base")}
+        served["adapter"] = answers("served-adapter", *there, "defence", "--lora_weights", adapter)
+        for name, texts in served.items():  # the server leaves out what remains of a character at the end
+            assert texts == [text.rstrip("\ufffd") for text in expected[name]]
         with pytest.raises(AssertionError, match=r"error: .*absent"):
             answers("absent", *there, "absent")
     finally:
