@@ -1,6 +1,6 @@
 """Speed of the Cross-Task Defense recipe against the original's loops: same model, adapter, prompts and decoding.
 
-    cd bench && python generation.py        # about 20 minutes on two CPU cores
+    cd bench && python generation.py
     python generation.py --beams --rows 64  # training alone
 
 Generation: 24 prompts, 64 new tokens, greedy and 4 beams. Ours: `transformers_engine`, adapter merged, left-padded
