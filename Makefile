@@ -41,4 +41,4 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 
 bench: setup
-	cd bench && $(BIN)/python moderation.py && $(BIN)/python lora_guard.py && $(BIN)/python generation.py && $(BIN)/python guards.py
+	cd bench && $(BIN)/python moderation.py && $(BIN)/python lora_guard.py && $(BIN)/python generation.py && $(BIN)/python guards.py && $(BIN)/python expguard.py

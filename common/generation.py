@@ -16,7 +16,17 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 from transformers.utils import cached_file
 
 from common.conversation import UserError
@@ -116,14 +126,78 @@ def transformers_engine(
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
             with torch.inference_mode():
-                out = model.generate(ids, attention_mask=mask.to(model.device), pad_token_id=pad, **options)
+                cache = {"past_key_values": _roomy_cache(model)} if model._supports_default_dynamic_cache() else {}
+                out = model.generate(ids, attention_mask=mask.to(model.device), pad_token_id=pad, **cache, **options)
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=skip_special_tokens)
             yield from zip(batch, texts, strict=True)
 
     return run
 
 
-def load_causal_lm(name: str, adapter: str | None = None, *, load_in_8bit: bool = False, trust_remote_code=False):
+def _grouped_attention(module, query, key, value, attention_mask, **options):
+    """sdpa that never copies grouped keys and values: with a mask, the stock one repeats the whole cache every token.
+
+    Query heads of one group stand where query positions stand, which a single new token leaves free.
+    """
+    groups, (batch, heads, length, size) = getattr(module, "num_key_value_groups", 1), query.shape
+    plain = all(options.get(name) is None for name in ("position_bias", "cache", "s_aux"))
+    if length > 1 or groups == 1 or not plain or attention_mask is None or attention_mask.shape[1] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query = query.reshape(batch, heads // groups, groups, size)
+    mask = attention_mask.expand(-1, -1, groups, -1)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=options.get("scaling"))
+    return out.reshape(batch, 1, heads, size), None
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room ahead, so that a new token is written in place; the stock one copies all before it."""
+
+    room = (torch.empty(0),) * 2
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        start = self.get_seq_length()
+        if not self._in_room() or start + key_states.shape[2] > self.room[0].shape[2]:
+            self.keys, self.values = super().update(key_states, value_states, *args, **kwargs)
+            ahead = max(32, self.keys.shape[2] // 4)
+            self.room = tuple(torch.nn.functional.pad(states, (0, 0, 0, ahead)) for states in (self.keys, self.values))
+        else:
+            for room, states in zip(self.room, (key_states, value_states), strict=True):
+                room[:, :, start : start + states.shape[2]] = states
+        return self._show(start + key_states.shape[2])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if not self._in_room():
+            return super().reorder_cache(beam_idx)
+        self.room = tuple(room.index_select(0, beam_idx.to(room.device)) for room in self.room)
+        self._show(self.get_seq_length())
+
+    def _in_room(self) -> bool:
+        """Whether keys are still a view of the room: other methods replace them."""
+        return self.get_seq_length() > 0 and self.keys.data_ptr() == self.room[0].data_ptr()
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+
+def _roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+AttentionInterface.register("sdpa_grouped", _grouped_attention)
+AttentionMaskInterface.register("sdpa_grouped", sdpa_mask)
+
+
+def load_causal_lm(
+    name: str,
+    adapter: str | None = None,
+    *,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    trust_remote_code=False,
+):
     """A causal LM on the accelerator, its LoRA adapter merged (so that it costs nothing), ready to generate.
 
     Raises:
@@ -132,20 +206,27 @@ def load_causal_lm(name: str, adapter: str | None = None, *, load_in_8bit: bool 
     from peft import PeftModel
 
     options: dict[str, Any] = {"dtype": inference_dtype(), "trust_remote_code": trust_remote_code}
-    if load_in_8bit:
-        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device()}}
+    quantized = load_in_8bit or load_in_4bit
+    if quantized:
+        kind = {"load_in_8bit": True}
+        if load_in_4bit:
+            kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                    "bnb_4bit_compute_dtype": inference_dtype()}  # fmt: skip
+        options |= {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": device()}}
     what = name
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
         if adapter:
             what = adapter
             model = PeftModel.from_pretrained(model, adapter)
-            model = model if load_in_8bit else model.merge_and_unload()
+            model = model if quantized else model.merge_and_unload()
     except UserError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise UserError(f"{what}: cannot be loaded: {str(error).strip().splitlines()[0]:.200}") from None
-    return model.eval() if load_in_8bit else model.to(device()).eval()
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("sdpa_grouped")
+    return model.eval() if quantized else model.to(device()).eval()
 
 
 def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust_remote_code: bool = False) -> Engine:

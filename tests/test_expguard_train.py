@@ -16,15 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from common import prefix
 from common.conversation import UserError, pair
 from common.guards import load_guard
 from common.runtime import parse_args
 from common.templates import encode, template_text
 
 RECIPE = EXAMPLES / "expguard"
-arguments, rows_, prefix, model_, train = (
-    module("expguard", name) for name in ("arguments", "rows", "prefix", "model", "train")
-)
+arguments, rows_, model_, train = (module("expguard", name) for name in ("arguments", "rows", "model", "train"))
 slow = pytest.mark.slow
 
 

@@ -19,15 +19,16 @@ import recipes
 import torch
 from conftest import CHAT_TEMPLATE, bpe_tokenizer, tiny_config
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from common.conversation import UserError
-from common.generation import Decoding, generate, server_engine
+from common.generation import Decoding, generate, load_causal_lm, server_engine, transformers_engine
 from common.guards.next_token import LocalModel, ServerModel
 
 slow = pytest.mark.slow
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (extra [vllm])")
 launch = partial(recipes.launch, "cross_task_defense")
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 QUESTIONS = ["Say it.", "Why do people tell lies? " * 6, "Paris!", "What is in the box? " * 3, "Use two locks."]
 
 
@@ -144,6 +145,30 @@ def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", [LlamaForCausalLM, Gemma2ForCausalLM])
+def test_grouped_attention_and_the_roomy_cache_change_nothing(family, beams, tmp_path):
+    """Left-padded rows, groups of query heads, far more tokens than the cache has room for at first."""
+    tokenizer = bpe_tokenizer()
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = tiny_config(tokenizer, **shape, eos_token_id=None)
+    if family is Gemma2ForCausalLM:  # eager by default, every second layer sees a window of 24
+        config = Gemma2Config(
+            **{k: v for k, v in config.to_dict().items() if k in SHAPE}, head_dim=8, sliding_window=24
+        )
+    torch.manual_seed(3)
+    family(config).save_pretrained(tmp_path)
+    prompts = [tokenizer(text)["input_ids"] for text in QUESTIONS]
+    stock = family.from_pretrained(tmp_path, attn_implementation="sdpa" if family is LlamaForCausalLM else None).eval()
+    ours = load_causal_lm(str(tmp_path))
+    if family is LlamaForCausalLM:
+        assert ours.config._attn_implementation == "sdpa_grouped"
+    answers = dict(transformers_engine(ours, tokenizer, Decoding(90, beams), skip_special_tokens=False)(prompts))
+    for i, ids in enumerate(prompts):
+        out = stock.generate(torch.tensor([ids]), max_new_tokens=90, num_beams=beams, do_sample=False, pad_token_id=0)
+        assert answers[i] == tokenizer.decode(out[0, len(ids) :])
 
 
 class Moody(BaseHTTPRequestHandler):

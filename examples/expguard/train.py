@@ -20,7 +20,6 @@ import torch
 from arguments import DataArguments, ExpGuardConfig, ModelArguments, check
 from model import add_adapters, load_model, load_tokenizer
 from peft import PeftModel
-from prefix import shared_prefix_collator
 from rows import Encoder, Validation, describe, evaluation_rows, folder_of, read_rows, stratified_split
 from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
@@ -32,6 +31,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from common import metrics, report
 from common.conversation import UserError
 from common.data import overlap
+from common.prefix import shared_prefix_collator
 from common.runtime import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
     LengthGroupedTrainer,
