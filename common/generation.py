@@ -123,11 +123,19 @@ def transformers_engine(
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for batch in (order[i : i + size] for i in range(0, len(order), size)):
             width = len(prompts[batch[0]])
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            texts = [prompts[i] for i in batch]
             with torch.inference_mode():
-                cache = {"past_key_values": _roomy_cache(model)} if model._supports_default_dynamic_cache() else {}
-                out = model.generate(ids, attention_mask=mask.to(model.device), pad_token_id=pad, **cache, **options)
+                cache, shared = _prefilled(model, texts) if decoding.num_beams == 1 else (_cache(model), 0)
+                # Padding stands behind what is shared.
+                ids = [row[:shared] + [pad] * (width - len(row)) + row[shared:] for row in texts]
+                mask = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in texts]
+                out = model.generate(
+                    torch.tensor(ids, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    past_key_values=cache,
+                    pad_token_id=pad,
+                    **options,
+                )
             texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=skip_special_tokens)
             yield from zip(batch, texts, strict=True)
 
@@ -180,10 +188,33 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _roomy_cache(model: PreTrainedModel) -> DynamicCache:
+def _cache(model: PreTrainedModel) -> DynamicCache | None:
+    if not model._supports_default_dynamic_cache():
+        return None
     cache = DynamicCache(config=model.config)
     cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[DynamicCache | None, int]:
+    """A cache of what all prompts begin with, a policy for example, run once; and how many tokens that are."""
+    cache, shared = _cache(model), shared_prefix(prompts, 64)
+    # Behind a sliding window padding would count as distance.
+    if not shared or cache is None or any(type(layer) is not _RoomyLayer for layer in cache.layers):
+        return cache, 0
+    model(input_ids=torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=cache, logits_to_keep=1)
+    cache.batch_repeat_interleave(len(prompts))
+    return cache, shared
+
+
+def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
+    """How many tokens all prompts begin with, leaving at least one of each; 0 where it is not worth a pass."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # the two that differ first
+    limit = min(len(first), len(last), *map(len, prompts)) - 1
+    length = next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
+    return length if length >= worth else 0
 
 
 AttentionInterface.register("sdpa_grouped", _grouped_attention)

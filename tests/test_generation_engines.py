@@ -149,7 +149,8 @@ def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", [LlamaForCausalLM, Gemma2ForCausalLM])
-def test_grouped_attention_and_the_roomy_cache_change_nothing(family, beams, tmp_path):
+@pytest.mark.parametrize("shared", [0, 5])
+def test_grouped_attention_the_roomy_cache_and_a_shared_policy_change_nothing(family, beams, shared, tmp_path):
     """Left-padded rows, groups of query heads, far more tokens than the cache has room for at first."""
     tokenizer = bpe_tokenizer()
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -160,7 +161,8 @@ def test_grouped_attention_and_the_roomy_cache_change_nothing(family, beams, tmp
         )
     torch.manual_seed(3)
     family(config).save_pretrained(tmp_path)
-    prompts = [tokenizer(text)["input_ids"] for text in QUESTIONS]
+    policy = "Take the letters from his box, and read them! " * shared
+    prompts = [tokenizer(policy + text)["input_ids"] for text in QUESTIONS]
     stock = family.from_pretrained(tmp_path, attn_implementation="sdpa" if family is LlamaForCausalLM else None).eval()
     ours = load_causal_lm(str(tmp_path))
     if family is LlamaForCausalLM:

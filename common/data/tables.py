@@ -25,7 +25,7 @@ def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
     """A row of a data set with columns of its own (ToxicChat, OpenAI's moderation set) in the plain format.
 
     The prompt is unsafe if any of the named flags is 1. A flag that is absent or null is unknown; so is the label where
-    all of them are. Rows of no known kind come back as they are.
+    all of them are. A response is taken along where the row labels it. Rows of no known kind come back as they are.
     """
     for columns in sources()["columns"].values():
         known = {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}
@@ -34,6 +34,8 @@ def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
             flags = [check_label(_number(row[name]), name, where) for name in named]
             label = True if True in flags else False if False in flags else None
             found = {"prompt": row[columns["prompt"]], "prompt_label": label}
+            if row.get(columns.get("response_unsafe")) is not None:
+                found |= {"response": row.get(columns["response"]), "response_label": row[columns["response_unsafe"]]}
             return found | ({"id": row[columns["id"]]} if columns.get("id") in row else {})
     return row
 

@@ -216,6 +216,30 @@ class GenerativeGuard(Guard):
 
     # --- the prompt ---------------------------------------------------------------------------------------------------
 
+    def prompt_ids(self, conversations: Sequence[Messages]) -> list[list[int]]:
+        """Token ids of all that stands before the verdict on each, uncut: what a training row has to begin with.
+
+        Raises:
+            UserError: the guard asks several questions, or several times, or writes something first.
+        """
+        if len(self.questions) > 1 or len(self.entry.get("variants", [""])) > 1 or "anchor" in self.questions[0]:
+            raise UserError(f"{self.name}: its verdict is not one word after one prompt; it cannot be trained here")
+        return self._ids([self.prompt_parts(messages) for messages in conversations])
+
+    def prompt_parts(self, messages: Messages) -> list[Part]:
+        """`prompt_ids` before encoding: text that this class writes, and content."""
+        variant = next(iter(self.entry.get("variants", [""])))
+        return [*self._parts(messages, variant), Part(self.questions[0].get("prefix", ""), False)]
+
+    def verdict_tokens(self, kind: str) -> dict[bool, list[int]]:
+        """The first tokens of the words for unsafe (True) and safe (False), after a prompt or after a response."""
+        question = self.questions[0]
+        tokens: dict[bool, list[int]] = {True: [], False: []}
+        for word, ids in self._word_tokens(0, kind, question.get("prefix", "")).items():
+            if question["words"][word] is not None:
+                tokens[self._means(question, word)] += ids
+        return tokens
+
     def _cases(self, owner: int, messages: Messages) -> list[_Case]:
         """The texts to be judged of one conversation."""
         kind = "prompt" if last_turns(messages)[1] is None else "response"

@@ -11,7 +11,14 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from common.conversation import UserError
-from common.generation import Decoding, load_causal_lm, server_client, start_vllm, transformers_engine
+from common.generation import (
+    Decoding,
+    load_causal_lm,
+    server_client,
+    shared_prefix,
+    start_vllm,
+    transformers_engine,
+)
 from common.runtime import device, is_main_process
 
 NextToken = tuple[list[float], int | str]  # log-probabilities of the candidates; the most likely token, or an error
@@ -58,6 +65,7 @@ class LocalModel(Model):
         adapter: str | None = None,
         batch_tokens: int | None = None,
         share_prefix: bool = True,
+        load_in_4bit: bool = False,
         name: str = "",
         progress: bool = True,
         trust_remote_code: bool = False,
@@ -67,8 +75,9 @@ class LocalModel(Model):
         Args:
             batch_tokens: tokens of a row; None chooses for the device.
             share_prefix: False runs the shared beginning anew for every prompt.
+            load_in_4bit: NF4 with double quantization (bitsandbytes).
         """
-        self.model = load_causal_lm(model, adapter, trust_remote_code=trust_remote_code)
+        self.model = load_causal_lm(model, adapter, load_in_4bit=load_in_4bit, trust_remote_code=trust_remote_code)
         self.tokenizer, self.share_prefix = tokenizer, share_prefix
         self.batch_tokens = batch_tokens or (1024 if device().type == "cpu" else 8192)
         self.bar = {"desc": f"judging with {name}", "unit": "text", "disable": not (progress and is_main_process())}
@@ -149,16 +158,6 @@ class LocalModel(Model):
         engine = transformers_engine(self.model, self.tokenizer, Decoding(max_new_tokens), skip_special_tokens=False)
         answers = dict(engine(prompts)) if prompts else {}
         return [answers[i] for i in range(len(prompts))]
-
-
-def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
-    """How many tokens all prompts begin with, leaving at least one of each; 0 where it is not worth a pass."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)  # the two that differ first
-    limit = min(len(first), len(last), *map(len, prompts)) - 1
-    length = next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
-    return length if length >= worth else 0
 
 
 class VllmModel(Model):
