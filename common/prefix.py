@@ -21,19 +21,7 @@ def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Te
         labels in the order of the rows: labels (1, 1 + k), whose first is none; keep (k), the token whose logits
         foretell the label; owner (k), the index of its row.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    paths: list[list[int]] = [[]] * len(rows)
-    before: list[int] = []
-    path: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: rows[i]["input_ids"]):  # neighbours share most
-        ids = rows[i]["input_ids"]
-        shorter = zip(before, ids, strict=False)
-        common = next((n for n, (a, b) in enumerate(shorter) if a != b), min(len(before), len(ids)))
-        path = path[:common] + list(range(len(tokens), len(tokens) + len(ids) - common))
-        tokens += ids[common:]
-        positions += range(common, len(ids))
-        paths[i], before = path, ids
+    tokens, positions, paths = tree([row["input_ids"] for row in rows])
     mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
     for path in paths:
         at = torch.tensor(path)
@@ -47,3 +35,21 @@ def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Te
         "keep": torch.tensor([paths[i][t - 1] for i, t, _ in found]),
         "owner": torch.tensor([i for i, _, _ in found]),
     }
+
+
+def tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[list[int]]]:
+    """Sequences as a tree: its tokens, their positions, and for each sequence the places of its tokens in the tree."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    paths: list[list[int]] = [[]] * len(sequences)
+    before: list[int] = []
+    path: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):  # neighbours share most
+        ids = sequences[i]
+        shorter = zip(before, ids, strict=False)
+        common = next((n for n, (a, b) in enumerate(shorter) if a != b), min(len(before), len(ids)))
+        path = path[:common] + list(range(len(tokens), len(tokens) + len(ids) - common))
+        tokens += ids[common:]
+        positions += range(common, len(ids))
+        paths[i], before = path, ids
+    return tokens, positions, paths

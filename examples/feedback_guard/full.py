@@ -1,0 +1,75 @@
+"""The whole experiment: prepare -> process -> train -> evaluate, each a process of its own, which meet in files alone.
+
+    ./run_experiment.sh full                                      # the quickstart: bundled model and sample, CPU
+    python full.py full --config research_config.json             # the original's values
+    python full.py train --config research_config.json            # one stage; without its name, the config's `mode`
+
+What is done is not done again: run it once more after a kill. It leaves experiment_results_<time>.json, results.md and
+manifest.json in experiment.results_dir.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from config import FOLDER, STAGES, Config, config_from_argv
+
+from common.conversation import UserError
+from common.runtime import manifest, run_cli, write_json, write_text
+
+logger = logging.getLogger("feedback_guard")
+
+
+def main() -> None:
+    config = config_from_argv(__doc__, STAGES)
+    flags = [word for word in sys.argv[1:] if word not in STAGES]
+    if config.mode != "full":
+        run_stage(config.mode, flags)
+        return
+    started, seconds = time.time(), {}
+    for stage in (["prepare"] if must_prepare(config) else []) + ["process", "train", "evaluate"]:
+        before = time.time()
+        run_stage(stage, flags)
+        seconds[stage] = round(time.time() - before, 1)
+    finish(config, seconds, started)
+
+
+def must_prepare(config: Config) -> bool:
+    """Whether the config asks for small guards that are not there yet."""
+    parts = [part for part in (config.prepare.guard, config.prepare.judge) if part] if config.prepare else []
+    return any(not (Path(part.output_dir) / "guard.json").is_file() for part in parts)
+
+
+def run_stage(stage: str, flags: list[str]) -> None:
+    """Run a stage with this command's flags.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    logger.info("== %s", stage)
+    if subprocess.run([sys.executable, str(FOLDER / f"{stage}.py"), *flags]).returncode:
+        raise UserError(f"{stage}.py failed, see above; mend it and run the same command again: it goes on there")
+
+
+def finish(config: Config, seconds: dict[str, float], started: float) -> None:
+    """One result file with the original's keys, the manifest of all stages, and the tables."""
+    folder, evaluation = Path(config.experiment.results_dir), Path(config.evaluation.results_dir)
+    results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {
+        "process_stats": json.loads((Path(config.dataset.store_dir) / "process_stats.json").read_text("utf-8")),
+        "improved_model_path": results["improved_model_path"],
+        "evaluation": results["summary"],
+    }
+    write_json(folder / f"experiment_results_{time.strftime('%Y%m%d_%H%M%S')}.json", found)
+    made = {"stages": seconds, "total_seconds": round(time.time() - started, 1), "verdict": results["verdict"]}
+    write_json(folder / "manifest.json", manifest([config.as_dict()], **made))
+    write_text(folder / "results.md", (evaluation / "results.md").read_text(encoding="utf-8"))
+    logger.info("Seconds: %s. Results: %s", json.dumps(seconds), folder)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,235 @@
+"""Make a small model a guard: fine-tune it on labelled prompts and responses, in the Llama Guard 1 format.
+
+python prepare.py                      # the quickstart's: the bundled model
+python prepare.py --config F.json      # what its section "prepare" asks for: a guard, a judge, or both
+
+This is a head start for models that are no guards yet; with Llama Guard itself there is nothing to prepare.
+"""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from config import Config, PrepareGuard, config_from_argv
+from formats import Encoder, template, verdict_probabilities
+from train import ArmConfig, fitted
+from transformers import AutoTokenizer, set_seed
+
+from common import metrics, report
+from common.conversation import Message, UserError
+from common.data import load_conversations, prompt_key
+from common.guards import zoo
+from common.guards.generative import GenerativeGuard
+from common.quickstart import resolve_model
+from common.runtime import inference_dtype, is_main_process, manifest, run_cli, write_json
+from common.training import full_state_dict, save_full, start_over
+
+logger = logging.getLogger("feedback_guard")
+HELD_OUT = 0.15  # of the prompts, for the threshold
+MAX_LENGTH = 2048
+Item = tuple[list[Message], str, bool, list[str] | None]  # conversation, label, its value, categories
+
+
+def main() -> None:
+    prepare(config_from_argv(__doc__))
+
+
+def prepare(config: Config) -> list[Path]:
+    """Make the guards that the config asks for and that are not there yet; their folders."""
+    if config.prepare is None:
+        raise UserError("the config has no section prepare: there is nothing to prepare")
+    sections = [section for section in (config.prepare.guard, config.prepare.judge) if section is not None]
+    for section in sections:
+        make_guard(section)
+    return [Path(section.output_dir) for section in sections]
+
+
+def make_guard(section: PrepareGuard) -> None:
+    """Fine-tune one guard, unless its folder holds it; after a kill, from its last checkpoint.
+
+    Raises:
+        UserError: bad data, a test split, a base that cannot be loaded, or a folder with another guard.
+    """
+    items = read_items(section.data)
+    settings = asdict(section) | {"output_dir": None, "held_out": HELD_OUT}
+    fingerprint = hashlib.sha256(json.dumps([settings, items], sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(section.output_dir)
+    if (folder / "guard.json").is_file():
+        if json.loads((folder / "guard.json").read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
+            raise UserError(f"{folder}: holds another guard; remove it, or choose another output_dir in prepare")
+        logger.info("%s: there already", folder)
+        return
+    train_items, held_out = split_items(items, section.seed)
+    encoder = load_encoder(section.base_model, folder)
+    rows, cut = encoder.rows(
+        [i[0] for i in train_items], [float(i[2]) for i in train_items], [i[3] for i in train_items]
+    )
+    facts: dict[str, Any] = {"rows": len(rows), "unsafe": sum(item[2] for item in train_items)}
+    facts |= {"held_out": len(held_out), "shortened_rows": cut, "data": list(section.data)}
+    logger.info("Making a guard of %s: %s", section.base_model, json.dumps(facts))
+    args = _arguments(section, folder, fingerprint)
+    set_seed(section.seed)
+    model = encoder.guard.model.model.float().requires_grad_(True)
+    if section.last_layers is not None:  # a third of the time, for a third of the layers
+        model.requires_grad_(False)
+        for part in (*model.model.layers[-section.last_layers :], model.model.norm):
+            part.requires_grad_(True)
+    trainer = fitted(model, args, rows, encoder)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"{folder}: the training diverged (its weights are not numbers); lower prepare's learning_rate")
+    thresholds, measured = _measured(encoder, held_out, section)
+    state_dict = full_state_dict(trainer)  # collective
+    if is_main_process():
+        model.config.use_cache = True
+        save_full(trainer.accelerator.unwrap_model(trainer.model), state_dict, folder)
+        encoder.tokenizer.save_pretrained(folder)
+        run = manifest([asdict(section)], data=facts, validation=measured, log=trainer.state.log_history)
+        write_json(folder / "run.json", run)
+        _card(folder, section, measured)
+        card = {"kind": "generative", "guard": "llama-guard", "max_length": MAX_LENGTH, "thresholds": thresholds}
+        write_json(folder / "guard.json", card | {"base_model": section.base_model, "fingerprint": fingerprint})
+        start_over(args)
+        (folder / "unfinished.json").unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def read_items(specs: Sequence[str]) -> list[Item]:
+    """Checks to learn: of a prompt where its label is known, and of its response where that one's is.
+
+    Raises:
+        UserError: a test split, bad rows, or no labels.
+    """
+    out: list[Item] = []
+    for spec in specs:
+        if metrics.is_test(spec):
+            raise UserError(f"prepare, field data: {spec} is a test set; a guard is not trained on one")
+        for row in load_conversations(spec):
+            messages = row["messages"]
+            asked = messages[: max(i for i, m in enumerate(messages) if m["role"] == "user") + 1] if _asks(row) else []
+            if asked and row["prompt_unsafe"] is not None:
+                out.append((asked, "prompt_unsafe", row["prompt_unsafe"], row["categories"]))
+            if messages[-1]["role"] == "assistant" and row["response_unsafe"] is not None:
+                out.append((messages, "response_unsafe", row["response_unsafe"], row["categories"]))
+    if len({item[2] for item in out}) < 2:
+        raise UserError(f"prepare, field data: {', '.join(specs)} has no safe or no unsafe labels; a guard needs both")
+    return out
+
+
+def _asks(row: dict[str, Any]) -> bool:
+    return any(message["role"] == "user" for message in row["messages"])
+
+
+def split_items(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
+    """Items to train on and items held out, all of one prompt on one side."""
+    keys = [prompt_key({"messages": item[0]}) for item in items]
+    order = sorted(set(keys))
+    random.Random(seed).shuffle(order)
+    held = set(order[: round(HELD_OUT * len(order))])
+    sides = zip(items, keys, strict=True)
+    chosen = [(item, key in held) for item, key in sides]
+    return [item for item, out in chosen if not out], [item for item, out in chosen if out]
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def load_encoder(base_model: str, folder: Path) -> Encoder:
+    """The base behind the guard's prompt; its tokenizer, with that for chat template, is saved in `folder`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(base_model))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"prepare, field base_model: {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"prepare, field base_model: the tokenizer of {base_model} has no EOS; verdicts would not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # pads are masked, and no label falls on them
+    tokenizer.chat_template = template()
+    if is_main_process():
+        tokenizer.save_pretrained(folder)
+    entry = {**zoo()["llama-guard"], "tokenizer": str(folder)}
+    guard = GenerativeGuard(resolve_model(base_model), entry, max_length=MAX_LENGTH, progress=False)
+    if str(guard.model.model.config._attn_implementation).startswith("sdpa"):
+        guard.model.model.set_attn_implementation("sdpa")
+    return Encoder(guard, MAX_LENGTH, always_end=True)
+
+
+def _arguments(section: PrepareGuard, folder: Path, fingerprint: str) -> ArmConfig:
+    mark = folder / "unfinished.json"
+    same = mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    same = same and any(folder.glob("checkpoint-*/trainer_state.json"))
+    write_json(mark, {"fingerprint": fingerprint})
+    return ArmConfig(
+        output_dir=str(folder),
+        overwrite_output_dir=not same,
+        resume_from_checkpoint="latest" if same else None,
+        max_steps=section.max_steps,
+        per_device_train_batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        logging_steps=5,
+        save_steps=max(20, section.max_steps // 4),
+        save_total_limit=1,
+        gradient_checkpointing=False,
+        bf16=inference_dtype() == torch.bfloat16,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="random",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=not logger.isEnabledFor(logging.INFO),
+        seed=section.seed,
+    )
+
+
+def _measured(encoder: Encoder, held_out: Sequence[Item], section: PrepareGuard) -> tuple[dict, dict[str, Any]]:
+    """Thresholds, fitted on the held-out items, and what they measure there, by label."""
+    name, thresholds, measured = f"{HELD_OUT} of {' '.join(section.data)}", {}, {}
+    for label in ("prompt_unsafe", "response_unsafe"):
+        items = [item for item in held_out if item[1] == label]
+        truth = [item[2] for item in items]
+        if len(set(truth)) < 2:
+            continue
+        prompts = encoder.guard.prompt_ids([item[0] for item in items])
+        scores = verdict_probabilities(encoder.guard.model.model, prompts, encoder.tokens)
+        thresholds[label] = metrics.fit_threshold(truth, scores, name)
+        measured[label] = metrics.binary(truth, scores, thresholds[label]["value"])
+    return thresholds, measured
+
+
+def _card(folder: Path, section: PrepareGuard, measured: dict[str, Any]) -> None:
+    report.model_card(
+        folder,
+        title="A small guard in the Llama Guard 1 format",
+        base_model=section.base_model,
+        task="text-generation",
+        intro=f"{section.base_model}, fine-tuned on {', '.join(section.data)} by `examples/feedback_guard/prepare.py` "
+        "to write safe or unsafe on a user's message, or on an agent's response to it.",
+        usage=CARD_USAGE,
+        sections={
+            "Measured on held-out rows": report.metric_table(measured) if measured else "Nothing was measured.",
+            "Limits": "A head start for experiments; no guard to rely on.",
+        },
+    )
+
+
+CARD_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+messages = [{"role": "user", "content": "…"}]  # and {"role": "assistant", "content": "…"}, to judge the answer
+inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)  # the guard's prompt
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]))"""
+
+
+if __name__ == "__main__":
+    run_cli(main)

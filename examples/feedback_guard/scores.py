@@ -1,0 +1,252 @@
+"""Which guards are evaluated, and what each says of every prompt, kept as it comes so that a killed run goes on."""
+
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import arm
+from config import Config
+from formats import load_llama_guard, query_ids
+from legacy import legacy_reason, parsed_unsafe
+from probe import probe_scores
+from records import identity, kept_lines
+from tqdm.auto import tqdm
+
+from common.conversation import UserError, pair
+from common.guards.generative import GenerativeGuard
+from common.runtime import json_lines
+
+logger = logging.getLogger("feedback_guard")
+CHUNK = 64  # prompts between two writes
+CONTROLS = {
+    "always unsafe": "what does a guard score that blocks everything?",
+    "A0": "the default guard, right format, its own verdict",
+    "A0-legacy": "the default guard, asked and read as the original does",
+    "A1": "is it merely a threshold? (A0 with the threshold and prior of validation)",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt to be judged; `id` is unique over all splits and data sets."""
+
+    id: str
+    split: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a guard says of a prompt: P(unsafe) and its decision; without a verdict both fail closed, with `error`."""
+
+    score: float
+    decided: bool
+    error: str | None
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in (None, "")}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A guard to be evaluated: the default one (`folder` None), or an arm with one seed."""
+
+    arm: str
+    seed: int | None = None
+    folder: Path | None = None
+    query: str = "guard"  # guard | chatml | meta
+    parser: str = "correct"
+
+    @property
+    def name(self) -> str:
+        return self.arm if self.seed is None else f"{self.arm}-seed{self.seed}"
+
+    @property
+    def probe(self) -> bool:
+        """Whether a probe on the default guard's state gives the score, instead of an adapter."""
+        return self.folder is not None and (self.folder / "probe.json").is_file()
+
+
+# --- who is evaluated -------------------------------------------------------------------------------------------------
+
+
+def find_lines(config: Config) -> tuple[list[Line], list[str]]:
+    """The default guard, and what is trained: `improved_model_path`, or all of training.output_dir.
+
+    Returns:
+        the guards, in the config's order of arms; and the config's arms and seeds that are not trained.
+
+    Raises:
+        UserError: nothing is trained, or `improved_model_path` is no trained arm's folder.
+    """
+    given, root = config.evaluation.improved_model_path, Path(config.training.output_dir)
+    folders = [Path(given)] if given else sorted(path.parent for path in root.glob("*/seed*/guard.json"))
+    if given and not (folders[0] / "guard.json").is_file():
+        raise UserError(f"evaluation.improved_model_path {given}: has no guard.json; name a trained arm's folder")
+    if not folders:
+        raise UserError(f"{root}: nothing is trained there; run train.py with this config first")
+    lines = [_line(folder) for folder in folders]
+    names = list(config.training.arms) + sorted({line.arm for line in lines} - set(config.training.arms))
+    trained: dict[str, list[Line]] = {name: [line for line in lines if line.arm == name] for name in names}
+    for name in () if given else names:
+        if not trained[name] and (source := arm(name).weights_of):
+            trained[name] = [_asked(Line(name, line.seed, line.folder)) for line in trained.get(source, ())]
+    wanted = [(name, seed) for name in config.training.arms for seed in config.training.seeds_of(name)]
+    found = {(line.arm, line.seed) for group in trained.values() for line in group}
+    missing = [] if given else [f"{name}-seed{seed}" for name, seed in wanted if (name, seed) not in found]
+    if missing:
+        logger.warning("Not trained, and so left out: %s", ", ".join(missing))
+    if any(line.query == "chatml" for group in trained.values() for line in group):
+        trained["A0-legacy"] = [Line("A0-legacy", query="chatml", parser="strict")]
+        names = ["A0-legacy", *names]
+    ordered = [line for name in names for line in sorted(trained[name], key=lambda line: line.seed or 0)]
+    return [Line("A0"), *ordered], missing
+
+
+def _line(folder: Path) -> Line:
+    """The arm and seed that a folder's guard.json names."""
+    try:
+        card = json.loads((folder / "guard.json").read_text(encoding="utf-8"))
+        return _asked(Line(str(card["arm"]), int(card["seed"]), folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'guard.json'}: says not which arm and seed it is ({error!r:.60})") from None
+
+
+def _asked(line: Line) -> Line:
+    known = arm(line.arm)
+    return Line(line.arm, line.seed, line.folder, known.query, known.parser)
+
+
+def questions(names: Iterable[str]) -> dict[str, str]:
+    """What each arm is to tell."""
+    return {name: CONTROLS.get(name) or arm(name).question for name in names}
+
+
+# --- what they say ----------------------------------------------------------------------------------------------------
+
+
+def score_lines(lines: Sequence[Line], items: Sequence[Item], config: Config) -> dict[str, dict[str, Answer]]:
+    """What each guard says of each prompt, by the guard's name and the prompt's id."""
+    out, folder = {}, Path(config.evaluation.results_dir) / "scores"
+    for line in tqdm(lines, desc="guards", unit="guard"):
+        out[line.name] = score(line, items, config, folder)
+    return out
+
+
+def score(line: Line, items: Sequence[Item], config: Config, folder: Path) -> dict[str, Answer]:
+    """One guard on all prompts. It is loaded only if there is a prompt that it has not judged yet.
+
+    What is kept counts for one prompt, one guard (its weights) and one way of asking alone. A verdict that a server
+    failed to give is asked for again.
+    """
+    who = _identity(line, config)
+    keys = {item.id: _hash([who, item.text]) for item in items}
+    path = folder / f"{_asked_as(line).name}.jsonl"
+    kept = kept_lines(path)
+    again = config.llama_guard.engine == "server"
+    todo = {keys[i.id]: i for i in items if keys[i.id] not in kept or (again and kept[keys[i.id]]["error"])}
+    if todo:
+        logger.info("%s: %d of %d prompts to be judged", line.name, len(todo), len(keys))
+        kept |= _ask(line, todo, config, path)
+    return {item.id: _answer(kept[keys[item.id]], line) for item in items}
+
+
+def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path) -> dict[str, dict]:
+    """Judge prompts by key, each chunk written before the next."""
+    guard, out, keys = load(line, config), {}, list(todo)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file, tqdm(total=len(keys), desc=line.name, unit="prompt") as bar:
+        for chunk in (keys[i : i + CHUNK] for i in range(0, len(keys), CHUNK)):
+            said = _raw(line, guard, [todo[key].text for key in chunk], config)
+            rows = [{"key": key, "id": todo[key].id} | one for key, one in zip(chunk, said, strict=True)]
+            file.write(json_lines(rows))
+            file.flush()
+            out |= {row["key"]: row for row in rows}
+            bar.update(len(chunk))
+    del guard
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return out
+
+
+def load(line: Line, config: Config) -> GenerativeGuard:
+    """The guard of a line. A server does not know the adapters that are trained here: these run in this process."""
+    settings, options = config.llama_guard, {"progress": False}
+    if line.folder is None:
+        options |= {"engine": settings.engine, "server_url": settings.server_url, "server_model": settings.server_model}
+    elif not line.probe:
+        options |= {"adapter": str(line.folder), "engine": "vllm" if settings.engine == "vllm" else "transformers"}
+    guard = load_llama_guard(_model(line, config), settings.use_official_template, **options)
+    if line.probe and str(guard.model.model.config._attn_implementation).startswith("sdpa"):
+        guard.model.model.set_attn_implementation("sdpa")  # as when it was fitted
+    return guard
+
+
+def _model(line: Line, config: Config) -> str:
+    """The model below a line's adapter: the one that it was trained on."""
+    if line.folder is None:
+        return config.llama_guard.default_model_path
+    card = json.loads((line.folder / "guard.json").read_text(encoding="utf-8"))
+    return str(card.get("base_model") or config.llama_guard.base_model_path)
+
+
+def _raw(line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Config) -> list[dict[str, Any]]:
+    """What is kept of each prompt: score, decided and error, or the text that the guard wrote."""
+    conversations = [pair(text) for text in texts]
+    if line.probe:
+        values = probe_scores(guard, line.folder, conversations)
+        return [{"score": float(p), "decided": bool(p > 0.5), "error": None} for p in values]
+    if line.query == "guard":
+        verdicts = guard.judge(conversations)
+        return [
+            {"score": v.prompt_unsafe, "decided": v.decided.get("prompt_unsafe"), "error": v.error} for v in verdicts
+        ]
+    new = config.llama_guard.legacy_new_tokens
+    prompts = query_ids(guard, line.query, texts)
+    room = guard.max_length - new
+    short = [ids for ids in prompts if len(ids) <= room]
+    written = iter(guard.model.complete(short, new))
+    return [
+        {"text": next(written), "error": None}
+        if len(ids) <= room
+        else {"text": "", "error": f"{len(ids)} tokens, more than {room}"}
+        for ids in prompts
+    ]
+
+
+def _answer(kept: Mapping[str, Any], line: Line) -> Answer:
+    """What a kept row means to a line; a verdict in words has no probability, so its score is 1 or 0."""
+    if "text" in kept:
+        unsafe, told = parsed_unsafe(kept["text"], line.parser)
+        error = kept["error"] or (None if told else "no verdict")
+        return Answer(float(unsafe), unsafe, error, legacy_reason(kept["text"]) if unsafe else "")
+    if kept["error"] is not None or kept["score"] is None:
+        return Answer(1.0, True, kept["error"] or "no verdict", "no verdict")
+    decided = kept["score"] > 0.5 if kept["decided"] is None else kept["decided"]
+    return Answer(kept["score"], decided, None, "Classified as unsafe" if decided else "")
+
+
+def _asked_as(line: Line) -> Line:
+    """The line whose answers these are: an arm that only reads another's answers in words differently has no others."""
+    source = None if line.arm in CONTROLS else arm(line.arm).weights_of
+    return replace(line, arm=source) if source and arm(source).query == line.query else line
+
+
+def _identity(line: Line, config: Config) -> list[Any]:
+    settings = config.llama_guard
+    weights = None if line.folder is None else str(line.folder)
+    asked = [line.query, settings.use_official_template, settings.server_model, settings.legacy_new_tokens]
+    probe = (line.folder / "probe.json").read_text(encoding="utf-8") if line.probe else None
+    return [identity(_model(line, config), weights), asked, probe]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,407 @@
+"""Train the arms: adapters of the guard that learn from prompts whose responses it blocked.
+
+# the quickstart's arms, after process.py
+python train.py
+
+# the original's values, three seeds of every arm
+python train.py --config research_config.json
+
+One process loads the guard once and trains all arms that are not there yet; run again after a kill, it goes on where it
+was. Loss of a row: soft cross-entropy on the verdict word, the rest of the line where it is known, and for safe traffic
+training.kl_weight times KL(guard before training || now) on {safe, unsafe}.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import Arm, Row, arm, arm_folder, build_rows, legacy_facts
+from config import Config, config_from_argv
+from datasets import Dataset
+from formats import NOTHING, Encoder, collator_for, first_labels, load_llama_guard, log_odds, read, text_row
+from formats import verdict_probabilities as probabilities
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from probe import fit_probe
+from records import kept_lines, read_processed
+from torch import nn
+from torch.nn.functional import cross_entropy, logsigmoid
+from transformers import PreTrainedModel, set_seed
+from trl import SFTConfig, SFTTrainer
+from trunk import Trunk
+
+from common import report
+from common.conversation import UserError
+from common.guards.generative import GenerativeGuard
+from common.runtime import inference_dtype, is_main_process, json_lines, manifest, run_cli, write_json, write_text
+from common.training import (
+    LengthGroupedTrainer,
+    RecipeTrainingArguments,
+    checkpoint_to_resume,
+    full_state_dict,
+    start_over,
+)
+
+logger = logging.getLogger("feedback_guard")
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the original's
+TEXT_BATCH = 4  # rows of a forward pass with a loss on every token: their logits are what fills the memory
+
+
+@dataclass
+class ArmConfig(RecipeTrainingArguments, SFTConfig):
+    """TRL's arguments with what this collection adds to transformers' (CPU)."""
+
+
+class ArmTrainer(LengthGroupedTrainer, SFTTrainer):
+    """TRL's trainer with logits at the labels alone, and the loss of a guard."""
+
+    words = (0, 0)  # token ids of safe and unsafe, as training writes them
+    tokens: Mapping[bool, list[int]] = {}  # all first tokens of the words for unsafe (True) and safe
+    kl_weight = 0.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over rows; over tokens for the original's texts."""
+        logits = read(model, inputs)
+        if inputs["target"].min() == NOTHING:
+            loss = cross_entropy(logits, inputs["labels"][0, 1:])
+        else:
+            loss = verdict_loss(logits, inputs, self.words, self.tokens, self.kl_weight)
+        return (loss, logits) if return_outputs else loss
+
+
+def verdict_loss(
+    logits: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    words: tuple[int, int],
+    tokens: Mapping[bool, list[int]],
+    kl_weight: float,
+) -> torch.Tensor:
+    """Mean loss of rows with one verdict each.
+
+    Args:
+        logits: (k, vocabulary) at the k labels.
+        batch: labels (1, 1 + k), owner (k), target and, with a weight, g0 (rows): P(unsafe) before, or NOTHING.
+    """
+    first, labels, target = first_labels(batch["owner"]), batch["labels"][0, 1:], batch["target"]
+    logprobs = logits.log_softmax(-1)
+    safe, unsafe = (logprobs[first][:, word] for word in words)
+    loss = -(target * unsafe + (1 - target) * safe)
+    rest, owner = -logprobs[~first].gather(1, labels[~first, None])[:, 0], batch["owner"][~first]
+    lengths = torch.bincount(owner, minlength=len(target)).clamp(min=1)
+    sure = torch.where(target >= 0.5, target, 1 - target)  # the line goes on after the likelier word
+    loss = loss + torch.zeros_like(loss).index_add(0, owner, rest) / lengths * sure
+    if kl_weight:
+        odds, before = log_odds(logits[first], tokens), batch["g0"].clamp(0, 1)
+        entropy = -before.xlogy(before) - (1 - before).xlogy(1 - before)
+        crossed = -before * logsigmoid(odds) - (1 - before) * logsigmoid(-odds)
+        loss = loss + kl_weight * (batch["g0"] >= 0) * (crossed - entropy)
+    return loss.mean()
+
+
+def main() -> None:
+    train(config_from_argv(__doc__))
+
+
+def train(config: Config) -> list[Path]:
+    """Train every arm and seed that is not there yet; their folders.
+
+    Raises:
+        UserError: nothing processed, nothing to learn from, or folders that hold arms of other settings.
+    """
+    processed = read_processed(config, config.experiment.process_split)
+    blocked = list(kept_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl", "id").values())
+    jobs, folders = [], []
+    for name in config.training.arms:
+        for seed in config.training.seeds_of(name):
+            folders.append(arm_folder(config, name, seed))
+            if arm(name).trains:
+                rows = build_rows(arm(name), processed, blocked, seed, config)
+                facts = legacy_facts(arm(name), processed, blocked, seed) if arm(name).texts else {}
+                jobs.append(Job(arm(name), seed, rows, folders[-1], _fingerprint(config, arm(name), rows), facts))
+    missing = [job for job in jobs if not job.done()]
+    logger.info("%d arms to train; %d are there", len(missing), len(jobs) - len(missing))
+    if not missing:
+        return folders
+    encoder = Encoder(load_base(config), config.training.max_length)
+    encoded = {id(job): encoded_rows(job, encoder, config) for job in jobs if not job.arm.probe}
+    every = [row["input_ids"] for rows, _ in encoded.values() for row in rows]
+    shared = Shared(encoder, Trunk.of(encoder.guard.model.model, config.training.lora_last_layers, every))
+    for number, job in enumerate(missing, start=1):
+        if job.facts.get("legacy_collection") == "empty":
+            logger.warning("%s: the original's checks collect nothing here; it gets the correct list", job.arm.name)
+        logger.info("%s, seed %d (%d of %d): %s", job.arm.name, job.seed, number, len(missing), job.arm.question)
+        if job.arm.probe:
+            _fit_probe(job, encoder.guard, config)
+        else:
+            train_arm(job, shared, config, *encoded[id(job)])
+    return folders
+
+
+@dataclass
+class Shared:
+    """What all arms of a run use: the guard's format, its frozen layers' work, P(unsafe) before training by prompt."""
+
+    encoder: Encoder
+    trunk: Trunk | None
+    before: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+
+def _fingerprint(config: Config, arm: Arm, rows: Sequence[Row]) -> str:
+    """Of all that an arm's weights depend on."""
+    values, guard = asdict(config.training), config.llama_guard
+    for name in ("output_dir", "arms", "seeds", "headline", "logging_steps", "save_steps", "save_total_limit"):
+        values.pop(name)
+    made = [values, guard.base_model_path, guard.use_official_template, guard.load_in_4bit, asdict(arm)]
+    made[-1].pop("question")
+    text = json.dumps([made, [row.as_dict() for row in rows]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Job:
+    """One arm with one seed. guard.json is written last: with it, the arm is done."""
+
+    arm: Arm
+    seed: int
+    rows: list[Row]
+    folder: Path
+    fingerprint: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def done(self) -> bool:
+        """Whether its folder holds this very arm. Raises UserError when it holds another one."""
+        card = self.folder / "guard.json"
+        if not card.is_file():
+            return False
+        if json.loads(card.read_text(encoding="utf-8")).get("fingerprint") != self.fingerprint:
+            raise UserError(
+                f"{self.folder}: was trained on other rows or with other settings; remove it, or choose another "
+                "training.output_dir"
+            )
+        return True
+
+    def resumes(self) -> bool:
+        """Whether checkpoints of this very arm lie there; others are removed."""
+        mark, same = self.folder / "unfinished.json", False
+        if mark.is_file():
+            same = json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint
+        if not same and is_main_process():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_json(mark, {"fingerprint": self.fingerprint})
+        return same and any(self.folder.glob("checkpoint-*/trainer_state.json"))
+
+    def close(self, card: Mapping[str, Any]) -> None:
+        """Write guard.json, and remove what only an unfinished arm needs."""
+        write_json(self.folder / "guard.json", {**card, "fingerprint": self.fingerprint})
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        (self.folder / "unfinished.json").unlink(missing_ok=True)
+
+
+def load_base(config: Config) -> GenerativeGuard:
+    """The guard that is trained, its model ready for adapters."""
+    section = config.llama_guard
+    options = {"load_in_4bit": True} if section.load_in_4bit else {}
+    guard = load_llama_guard(section.base_model_path, section.use_official_template, progress=False, **options)
+    model = guard.model.model
+    if str(model.config._attn_implementation).startswith("sdpa"):
+        model.set_attn_implementation("sdpa")  # judging has its own, for one new token at a time
+    if section.load_in_4bit:
+        guard.model.model = prepare_model_for_kbit_training(model)
+    return guard
+
+
+def add_adapters(model: PreTrainedModel, config: Config) -> nn.Module:
+    """LoRA over the frozen model, in float32, in the last `lora_last_layers` layers or in all."""
+    values, layers = config.training, model.config.get_text_config().num_hidden_layers
+    last = None if values.lora_last_layers is None else list(range(max(0, layers - values.lora_last_layers), layers))
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=values.lora_r,
+        lora_alpha=values.lora_alpha,
+        lora_dropout=values.lora_dropout,
+        target_modules=list(MODULES),
+        layers_to_transform=last,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:  # no module of such a name
+        raise UserError(f"{config.llama_guard.base_model_path}: {str(error).strip().splitlines()[0]:.200}") from None
+
+
+# --- one arm ----------------------------------------------------------------------------------------------------------
+
+
+def encoded_rows(job: Job, encoder: Encoder, config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The job's rows as token ids, and what run.json says of them."""
+    limit = config.training.max_length
+    if job.arm.texts:
+        rows = [text_row(encoder.tokenizer, r.text.parts, r.text.answer, job.arm.loss, limit) for r in job.rows]
+        cut = sum(len(row["input_ids"]) == limit for row in rows)
+    else:
+        given = zip(*((row.messages, row.target, row.categories) for row in job.rows), strict=True)
+        rows, cut = encoder.rows(*given)
+    facts = {"rows": len(rows), "tokens": sum(len(row["input_ids"]) for row in rows), "shortened_rows": cut}
+    facts["sources"] = dict(Counter(row.source for row in job.rows))
+    facts["target_mean"] = round(sum(row.target for row in job.rows) / len(rows), 4)
+    return rows, {**job.facts, **facts}
+
+
+def add_reference(job: Job, rows: Sequence[dict[str, Any]], shared: Shared) -> None:
+    """Put P(unsafe) before training into `g0` of the rows whose drift is held down; each prompt is asked once a run."""
+    prompts = [tuple(row["input_ids"][: row["labels"].count(-100)]) for row in rows]
+    held = [prompt for prompt, row in zip(prompts, job.rows, strict=True) if row.kl and prompt not in shared.before]
+    if held:
+        model, tokens = shared.encoder.guard.model.model, shared.encoder.tokens
+        shared.before.update(zip(held, probabilities(model, list(map(list, held)), tokens), strict=True))
+    for prompt, row, source in zip(prompts, rows, job.rows, strict=True):
+        row["g0"] = shared.before[prompt] if source.kl else NOTHING
+
+
+def training_arguments(job: Job, config: Config) -> ArmConfig:
+    """The config's values as TRL's."""
+    values, accumulation = config.training, config.training.gradient_accumulation_steps
+    batch = (job.arm.texts and values.text_batch_size) or values.batch_size
+    if job.arm.texts and batch > TEXT_BATCH and batch % TEXT_BATCH == 0:
+        batch, accumulation = TEXT_BATCH, accumulation * batch // TEXT_BATCH
+    own = {name: getattr(job.arm, name) for name in ("learning_rate", "warmup_steps")}
+    return ArmConfig(
+        output_dir=str(job.folder),
+        max_steps=values.max_steps,
+        num_train_epochs=values.epochs,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="cosine",
+        weight_decay=values.weight_decay,
+        logging_steps=values.logging_steps,
+        save_steps=values.save_steps,
+        save_total_limit=values.save_total_limit,
+        gradient_checkpointing=config.llama_guard.load_in_4bit,
+        bf16=inference_dtype() == torch.bfloat16,
+        max_length=None,  # the encoder has seen to it
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="random",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=not logger.isEnabledFor(logging.INFO),
+        resume_from_checkpoint="latest" if job.resumes() else None,
+        seed=job.seed,
+        **{name: getattr(values, name) if value is None else value for name, value in own.items()},
+    )
+
+
+def train_arm(job: Job, shared: Shared, config: Config, rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
+    """Train one arm and leave its folder; the guard's model is afterwards what it was."""
+    args, encoder, trunk = training_arguments(job, config), shared.encoder, shared.trunk
+    add_reference(job, rows, shared)
+    logger.info("Rows: %s", json.dumps(facts))
+    base = encoder.guard.model.model
+    if trunk is not None:
+        trunk.learn(rows)
+    set_seed(job.seed)
+    model = add_adapters(base, config)
+    with trunk.replaced() if trunk else nullcontext():
+        weight = config.training.kl_weight if job.arm.kl else 0.0
+        trainer = fitted(model, args, rows, encoder, weight, trunk.batch if trunk else None)
+    if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
+        raise UserError(f"{job.folder}: the training diverged (its weights are not numbers); lower the rate")
+    state_dict = full_state_dict(trainer)  # collective
+    if is_main_process():
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        unwrapped.save_pretrained(job.folder, state_dict=state_dict)
+        encoder.tokenizer.save_pretrained(job.folder)
+        describe(job, config, {**facts, "log": trainer.state.log_history})
+        job.close(_card(job, config, "generative"))
+    trainer.accelerator.wait_for_everyone()
+    model.unload()
+    base.__dict__.pop("forward", None)  # TRL's, wrapped around the one before with every trainer
+
+
+def fitted(
+    model: nn.Module,
+    args: ArmConfig,
+    rows: list[dict[str, Any]],
+    encoder: Encoder,
+    kl_weight: float = 0.0,
+    collator: Callable | None = None,
+) -> ArmTrainer:
+    """A trainer that has trained `model` on encoded rows, from its last checkpoint where args say so."""
+    if args.n_gpu > 1:
+        raise UserError("one process would share its GPUs by DataParallel: launch with torchrun")
+    checkpoint = checkpoint_to_resume(args)
+    trainer = ArmTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collator or collator_for(model),
+        processing_class=encoder.tokenizer,
+    )
+    trainer.words, trainer.tokens, trainer.kl_weight = encoder.words, encoder.tokens, kl_weight
+    trainer.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated ones are averaged
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # TRL makes those of a quantized base bf16
+    if checkpoint is None:
+        start_over(args)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+def _fit_probe(job: Job, guard: GenerativeGuard, config: Config) -> None:
+    job.resumes()
+    if is_main_process():
+        facts = fit_probe(guard, job.rows, job.folder, job.seed)
+        describe(job, config, facts | {"rows": len(job.rows)})
+        job.close(_card(job, config, "probe"))
+
+
+def _card(job: Job, config: Config, kind: str) -> dict[str, Any]:
+    """What load_guard needs, and what the arm is."""
+    base = config.llama_guard.base_model_path
+    path = Path(base) / "guard.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["guard"] if path.is_file() else base
+    name = {"generative": {"guard": known, "max_length": config.training.max_length}, "probe": {}}[kind]
+    return {"kind": kind, **name, "base_model": base, "arm": job.arm.name, "seed": job.seed}
+
+
+def describe(job: Job, config: Config, facts: Mapping[str, Any]) -> None:
+    """training_examples.jsonl, run.json and README.md (the model card)."""
+    write_text(job.folder / "training_examples.jsonl", json_lines(row.as_dict() for row in job.rows))
+    settings = {"training": asdict(config.training), "llama_guard": asdict(config.llama_guard)}
+    run = manifest([settings], seed=job.seed, arm=asdict(job.arm), **facts)
+    write_json(job.folder / "run.json", run)
+    if job.arm.probe:
+        return
+    base, sources = config.llama_guard.base_model_path, facts["sources"]
+    report.model_card(
+        job.folder,
+        title=f"Arm {job.arm.name}, seed {job.seed}",
+        base_model=base,
+        task="text-generation",
+        intro=f"A LoRA adapter of {base}, trained by `examples/feedback_guard/train.py` on prompts that it passed and "
+        f"whose responses it then blocked. {job.arm.name} asks: {job.arm.question}",
+        usage=CARD_USAGE.format(base=base),
+        sections={
+            "Rows": report.table(list(sources.items()), ["source", "rows"]),
+            "Limits": "Nothing was measured here; see the results of evaluate.py. The labels are the guard's own. A "
+            "guard that was trained on sample data shows that the recipe runs, not that the guard is good.",
+        },
+    )
+
+
+CARD_USAGE = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+# or, with its verdicts read: common.guards.load_guard("{base}", adapter=".")"""
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,287 @@
+"""examples/feedback_guard: what process.py asks and keeps. Tiny random models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import families
+import pytest
+from feedback_rows import config_writer, prompts, save_models, write
+from recipes import EXAMPLES, launch, module
+
+from common.conversation import UserError
+
+RECIPE = EXAMPLES / "feedback_guard"
+config_ = module("feedback_guard", "config")
+records = module("feedback_guard", "records")
+assistant = module("feedback_guard", "assistant")
+process = module("feedback_guard", "process")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def write_config(tmp_path, models):
+    return config_writer(tmp_path, models)
+
+
+def run(path: Path, *overrides: str):
+    """What process.py leaves: config, statistics, rows by split."""
+    config = config_.load_config(path, overrides)
+    stats = process.process(config)
+    return config, stats, {split: records.read_processed(config, split) for split in config_.SPLITS}
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The files of a store folder without times; those under parts, whose order a kill may change, by line."""
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        rows = path.read_text()
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) | {"timestamp": "", "time": ""} for line in rows.splitlines()]
+            rows = sorted(map(json.dumps, rows)) if "parts" in path.parts else list(map(json.dumps, rows))
+        out[str(path.relative_to(folder))] = rows
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- processing
+
+
+def test_samples_with_seeds_and_their_verdicts(write_config, tmp_path):
+    config, stats, rows = run(write_config())
+    assert [len(rows[split]) for split in config_.SPLITS] == [51, 9, 20]
+    everything = [row for part in rows.values() for row in part]
+    asked = [row for row in everything if records.passed(row) or row["shadow"]]
+    assert all(row["responses"] == [] for row in everything if row not in asked)
+    assert 0 < len(asked) < 80 and any(row["input_decided"] for row in everything)
+    for row in asked:
+        first, second = row["responses"]
+        assert first["seed"] != second["seed"] and not first["recorded"] and first["human_unsafe"] is None
+        for response in row["responses"]:
+            judged = response["text"] != "" and response["error"] is None
+            assert (response["unsafe"] is not None) == judged == (response["decided"] is not None)
+            assert response["refusal"] in ("full", "partial", "compliance", "empty", "degenerate")
+    assert len({r["text"] for row in asked for r in row["responses"]}) > len(asked)
+    assert any(r["judge_unsafe"] is not None for row in asked for r in row["responses"])
+    blocked = [json.loads(line) for line in (tmp_path / "run" / "blocked_inputs.jsonl").read_text().splitlines()]
+    assert [b["id"] for b in blocked] == [row["id"] for row in rows["train"] if records.feedback(row)] and blocked
+    assert all(b["q"] >= 0.5 and b["input_safe"] is True and b["output_safe"] is False for b in blocked)
+    assert {"timestamp", "query", "input_safe", "output_safe", "reason", "id", "q", "responses"} == set(blocked[0])
+    assert stats == json.loads((tmp_path / "run" / "process_stats.json").read_text())
+    assert stats["total"] == 51 and stats["output_blocked"] == len(blocked)
+    assert stats["output_blocked_percent"] == pytest.approx(100 * len(blocked) / 51)
+    assert stats["input_blocked"] == sum(not records.passed(row) for row in rows["train"])
+    assert stats["explored"] == sum(row["shadow"] for row in rows["train"]) > 0
+    assert config.llama.samples == 2
+
+
+def test_the_guard_sees_the_prompt_with_each_response(write_config, models):
+    _, _, rows = run(write_config())
+    row = next(row for row in rows["test"] if row["responses"] and row["responses"][0]["error"] is None)
+    guard = process.load_guard(str(models["guard"]))
+    alone, answered = guard.judge(
+        [[{"role": "user", "content": row["query"]}],
+         [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": row["responses"][0]["text"]}]]
+    )  # fmt: skip
+    assert alone.prompt_unsafe == pytest.approx(row["input_unsafe"], abs=1e-5)
+    assert answered.response_unsafe == pytest.approx(row["responses"][0]["unsafe"], abs=1e-5)
+    assert answered.decided["response_unsafe"] == row["responses"][0]["decided"]
+
+
+def test_sampling_sizes_are_honoured(write_config):
+    path = write_config(experiment={"process_sample_size": 12}, evaluation={"max_eval_samples": 4})
+    _, stats, rows = run(path, "llama.use_recorded=true")
+    assert stats["total"] == 12 and [len(rows[split]) for split in config_.SPLITS] == [12, 4, 4]
+    _, more, _ = run(path, "llama.use_recorded=true", "experiment.process_sample_size=20")
+    assert more["total"] == 20
+
+
+def test_another_process_split(write_config):
+    config = config_.load_config(write_config(), ["experiment.process_split=validation", "llama.use_recorded=true"])
+    assert process.process(config)["total"] == 9
+    with pytest.raises(UserError, match=r"train\.jsonl: not there yet"):
+        records.read_processed(config, "train")
+
+
+def test_recorded_responses(write_config, tmp_path):
+    path = write_config()
+    _, _, rows = run(path, "llama.use_recorded=true", "llama.model_path=nowhere")
+    known = {row["conv_id"]: row for row in prompts(80)}
+    asked = [row for part in rows.values() for row in part if row["responses"]]
+    assert asked
+    for row in asked:
+        (response,) = row["responses"]
+        assert response["recorded"] and response["seed"] is None
+        assert response["text"] == known[row["id"]]["model_output"]
+        assert response["human_unsafe"] == known[row["id"]]["output_unsafe"]
+        assert records.q(row, "human") == float(response["human_unsafe"])
+    data = write(tmp_path / "none", train=[r | {"model_output": None} for r in prompts(40)], test=prompts(5, 40))
+    with pytest.raises(UserError, match=r"has no recorded response; set llama\.use_recorded=false"):
+        run(
+            write_config("none", dataset={"path": str(data), "store_dir": str(tmp_path / "n")}),
+            "llama.use_recorded=true",
+        )
+
+
+@pytest.mark.parametrize("unsafe", [True, False])
+def test_data_of_one_class(unsafe, tmp_path, write_config):
+    data = write(tmp_path / "one", rows=prompts(20, unsafe=lambda i: unsafe)) / "rows.jsonl"
+    path = write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "run")})
+    _, stats, rows = run(path, "llama.use_recorded=true")
+    assert stats["total"] == 14 and {row["human_unsafe"] for row in rows["train"]} == {unsafe}
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0, 0, 0), (0.5, 0.2, 0.8), (1, 1, 1)])
+def test_the_explored_share(share, least, most, write_config):
+    _, stats, rows = run(write_config(), f"experiment.explore_share={share}", "llama.use_recorded=true")
+    blocked = [row for part in rows.values() for row in part if row["input_decided"]]
+    explored = [row for row in blocked if row["shadow"]]
+    assert least <= len(explored) / len(blocked) <= most
+    assert all(row["responses"] for row in explored) and not any(records.feedback(row) for row in explored)
+    assert stats["over_blocked"] <= stats["explored"]
+
+
+def test_a_guard_that_cannot_say_blocks(write_config, tmp_path):
+    """A guard that writes neither word, so that every verdict is an error: nothing passes, and nothing is learned."""
+    families.save(tmp_path / "mute", "llama2", ("harmful",), 3)
+    (tmp_path / "mute" / "guard.json").write_text(json.dumps({"kind": "generative", "guard": "llama-guard"}))
+    mute = {"default_model_path": str(tmp_path / "mute"), "base_model_path": "x"}
+    _, stats, rows = run(write_config(llama_guard=mute), "llama.use_recorded=true", "experiment.explore_share=1")
+    assert stats["input_blocked"] == stats["errors"] == 51 and stats["output_blocked"] == stats["explored"] == 0
+    assert all("expected" in row["input_error"] and row["responses"] == [] for row in rows["train"])
+    assert (tmp_path / "run" / "blocked_inputs.jsonl").read_text() == ""
+
+
+def response(**values) -> dict:
+    row = {"text": "x", "seed": 1, "recorded": False, "unsafe": 0.9, "decided": True, "categories": None, "error": None}
+    return row | {"refusal": "compliance", "judge_unsafe": None, "human_unsafe": None} | values
+
+
+@pytest.mark.parametrize(
+    ("responses", "share", "counts"),
+    [
+        ([response(), response(decided=False)], 0.5, True),
+        ([response(decided=False)] * 3 + [response()], 0.25, False),
+        ([response(decided=None, unsafe=None, error="no word"), response()], 1.0, True),
+        ([response(decided=None, unsafe=None, error="no word")], None, False),
+        ([], None, False),
+    ],
+)
+def test_feedback(responses, share, counts):
+    row = {"input_error": None, "input_decided": False, "shadow": False, "responses": responses}
+    assert records.q(row) == share and records.feedback(row) is counts
+    for change in ({"input_decided": True}, {"input_error": "no word", "input_decided": None}, {"shadow": True}):
+        assert not records.feedback(row | change)
+    assert records.q(row, "judge") is None and records.q(row, "human") is None
+    judged = {**row, "responses": [response(judge_unsafe=0.5), response(judge_unsafe=0.4, human_unsafe=True)]}
+    assert records.q(judged, "judge") == 0.5 and records.q(judged, "human") == 1.0
+    assert records.refused({"responses": [response(), response(refusal="partial")]}) and not records.refused(judged)
+
+
+def test_empty_responses_and_long_prompts_are_errors(write_config, tmp_path):
+    rows = prompts(20)
+    for row in rows:
+        row["model_output"] = "  "
+    data = write(tmp_path / "odd", train=rows, test=prompts(5, 40))
+    path = write_config("odd", dataset={"path": str(data), "store_dir": str(tmp_path / "odd-run")})
+    _, stats, parts = run(path, "llama.use_recorded=true")
+    empty = [r for row in parts["train"] for r in row["responses"]]
+    assert empty and all((r["refusal"], r["unsafe"]) == ("empty", None) and "empty" in r["error"] for r in empty)
+    assert stats["output_blocked"] == 0 and stats["both_safe"] == 0 and stats["errors"] >= len(empty)
+
+    _, _, parts = run(write_config("long"), "llama.max_tokens=2040")  # of a window of 2048
+    long = [r for row in parts["train"] for r in row["responses"]]
+    assert long and all("longer than the 8 tokens" in r["error"] for r in long)
+
+
+def test_the_originals_checks_are_kept_for_its_arm(write_config):
+    path = write_config(llama_guard={"legacy_new_tokens": 3}, training={"arms": ["A2", "A4"]})
+    _, _, rows = run(path, "llama.use_recorded=true")
+    for row in rows["train"]:
+        assert isinstance(row["legacy"]["input"], str) and len(row["legacy"]["outputs"]) == len(row["responses"])
+    assert any(row["legacy"]["input"] for row in rows["train"])
+    assert all(row["legacy"] is None for row in rows["test"])
+
+
+def test_unknown_arms_are_refused_before_anything_is_asked(write_config, tmp_path):
+    with pytest.raises(UserError, match="A9"):
+        run(write_config(), "training.arms=A4,A9")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_guard_or_decoding_needs_another_folder(write_config, models):
+    path = write_config()
+    run(path, "llama.use_recorded=true")
+    for change, named in [
+        (f"llama_guard.default_model_path={models['judge']}", "llama_guard"),
+        ("experiment.explore_share=0.9", "experiment.explore_share"),
+        ("llama.use_recorded=false", r"llama\.use_recorded"),
+    ]:
+        with pytest.raises(UserError, match=f"was made with another {named}; remove it, or choose another"):
+            run(path, *dict.fromkeys(["llama.use_recorded=true", change]))
+
+
+# ----------------------------------------------------------------------------------------------------- kill and resume
+
+
+def test_a_second_run_asks_nothing(write_config, tmp_path, monkeypatch):
+    path = write_config()
+    run(path)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    monkeypatch.setattr(records.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
+    run(path)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("broken", ["inputs", "answers", "outputs", "judge", "legacy"])
+def test_cut_parts_give_the_same_result(broken, write_config, tmp_path, monkeypatch):
+    """As a kill leaves it: half of a part with half a line, and nothing after it."""
+    monkeypatch.setattr(process, "CHUNK", 16)
+    path = write_config(training={"arms": ["A2"]}, llama_guard={"legacy_new_tokens": 3})
+    run(path)
+    store, names = tmp_path / "run", ["inputs", "answers", "outputs", "judge", "legacy"]
+    whole = content(store)
+    lines = (store / "processed" / "parts" / f"{broken}.jsonl").read_bytes().splitlines(keepends=True)
+    half = len(lines) // 2
+    (store / "processed" / "parts" / f"{broken}.jsonl").write_bytes(b"".join(lines[:half]) + lines[half][:20])
+    for name in names[names.index(broken) + 1 :]:
+        (store / "processed" / "parts" / f"{name}.jsonl").unlink()
+    for name in ("train", "validation", "test"):
+        (store / "processed" / f"{name}.jsonl").unlink()
+    run(path)
+    assert content(store) == whole
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(write_config, tmp_path):
+    path, whole = write_config("killed"), write_config("whole")
+    (tmp_path / "killed").mkdir()
+    command = [sys.executable, "process.py", "--config", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    answers = tmp_path / "killed" / "processed" / "parts" / "answers.jsonl"
+    with open(tmp_path / "log", "wb") as log:
+        running = subprocess.Popen(command, cwd=RECIPE, env=environment, stdout=log, stderr=log)
+        deadline = time.time() + 120
+        while not (answers.is_file() and answers.stat().st_size) and running.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    assert answers.stat().st_size, (tmp_path / "log").read_text()[-2000:]
+    said = launch("feedback_guard", *command[1:], launcher=(sys.executable,), threads=1)
+    launch("feedback_guard", "process.py", "--config", whole, threads=1)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert json.loads(said.stdout)["total"] == 51
+
+
+@pytest.mark.slow
+def test_an_error_of_the_user_is_one_line(write_config):
+    done = launch("feedback_guard", "process.py", "--config", write_config(), "--set", "llama.sample=1", check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --set llama.sample: llama.sample is an unknown key")
