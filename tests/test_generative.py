@@ -7,9 +7,9 @@ from families import GUARDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation import UserError, pair
+from common.fast_decoding import shared_prefix
 from common.guards import load_guard, zoo
 from common.guards.generative import GenerativeGuard
-from common.guards.next_token import shared_prefix
 from common.templates import control_ids
 
 WORDS = {" safe": False, " unsafe": True}

@@ -37,10 +37,6 @@ FEW = ["expguardtest_prompt", "beavertails", "wildguardtest_refusal", "convabuse
 SAMPLE = [pair(i.prompt, answer) for i in ITEMS for answer in (None, i.answer)]
 
 
-def words_of(name: str) -> list[str]:
-    return [word for question in zoo()[name]["questions"] for word in question["words"]]
-
-
 def tiny(folder: Path, name: str) -> Path:
     """A random model of a guard's family that mostly gives verdicts, which depend on the text, and sometimes none."""
     families.save(folder, FAMILIES[name], seed=3, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -49,28 +45,33 @@ def tiny(folder: Path, name: str) -> Path:
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings().weight.data
     words = torch.randn(len(head.weight), head.weight.shape[1], generator=torch.Generator().manual_seed(5))
     head.weight.data.zero_()
-    known = sorted({i for of in guard._words.values() for ids in of.values() for i in ids})
     if name in WRITES:
-        embedding *= 60  # what is written next hangs on the last token, far more than on the text
+        # What is written next hangs on the last token more than on the text; "Safety:" and "Refusal:" must differ.
+        embedding *= 15 if name.startswith("qwen") else 60
         ids = tokenizer(WRITES[name], add_special_tokens=False)["input_ids"]
-        known = [i for word in words_of(name) for i in tokenizer(word, add_special_tokens=False)["input_ids"][:1]]
-        for before, after in [*pairwise(ids), *((word, ids[-1]) for word in known)]:
-            head.weight.data[after] += 6 * embedding[before] / embedding[before].norm()
-    seen, next_token = [], guard.model.next_token
+        verdicts = [word for question in zoo()[name]["questions"] for word in question["words"]]
+        firsts = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in verdicts]
+        for before, after in [*pairwise(ids), *((word, ids[-1]) for word in firsts)]:
+            head.weight.data[after] += 5 * embedding[before] / embedding[before].norm()
+    seen, asked, next_token = [], [], guard.model.next_token
 
-    def look(*args):
+    def look(prompts, candidates):
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
-        out = next_token(*args)
+        out = next_token(prompts, candidates)
         hook.remove()
+        asked.extend(torch.zeros(len(words)).index_fill(0, torch.tensor(candidates), 1) for _ in seen[len(asked) :])
         return out
 
     guard.model.next_token, guard.model.batch_tokens = look, 10**5  # one call a question
-    guard.judge(SAMPLE)
-    means = torch.stack([rows.mean(0) for rows in seen])
-    inverse = torch.linalg.pinv(means, rtol=1e-3)  # no word is likelier by itself; all are likelier than any other
-    head.weight.data @= torch.eye(len(inverse)) - inverse @ means
-    words = words @ (torch.eye(len(inverse)) - inverse @ means) + inverse.sum(1) * (8 if name in WRITES else 1)
-    head.weight.data[known] += words[known]
+    base = head.weight.data
+    for _ in guard.questions:  # the next one is asked only after an answer
+        seen.clear(), asked.clear()
+        guard.judge(SAMPLE)
+        means, these = torch.stack([rows.mean(0) for rows in seen]), torch.stack(asked)
+        inverse = torch.linalg.pinv(means, rtol=1e-3)
+        # Where it is asked, no word is likelier by itself, and all are likelier than others.
+        own = (base + words * these.any(0)[:, None]) @ (torch.eye(len(inverse)) - inverse @ means)
+        head.weight.data = own + (12 if name in WRITES else 2) * (inverse @ these).T
     lm.save_pretrained(folder)
     return folder
 

@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from common.conversation import UserError
+from common.fast_decoding import shared_prefix
 from common.generation import (
     Decoding,
     load_causal_lm,
     server_client,
-    shared_prefix,
     start_vllm,
     transformers_engine,
 )

@@ -103,7 +103,7 @@ class TrainingConfig:
     kl_weight: float = 0.3
     safe_ratio: float = 1.0  # safe rows for each feedback row
     max_length: int = 2048
-    text_batch_size: int | None = None  # rows a step of the original's texts (A2 …), ten times as long; null: batch_size
+    text_batch_size: int | None = None  # of the original's texts (A2 …), ten times as long; null: batch_size
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm is trained with."""

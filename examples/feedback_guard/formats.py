@@ -5,12 +5,13 @@ Labels are on the verdict alone. `read` computes logits there and nowhere else, 
 (the policy, two thirds of a row) once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from legacy import query_parts
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.conversation import Message, Messages, UserError, pair
@@ -224,6 +225,35 @@ def first_labels(owner: torch.Tensor) -> torch.Tensor:
 def log_odds(logits: torch.Tensor, tokens: dict[bool, list[int]]) -> torch.Tensor:
     """log P(unsafe) - log P(safe), over all first tokens of the words, of shape logits.shape[:-1]."""
     return logits[..., tokens[True]].logsumexp(-1) - logits[..., tokens[False]].logsumexp(-1)
+
+
+def verdict_loss(
+    logits: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    words: tuple[int, int],
+    tokens: Mapping[bool, list[int]],
+    kl_weight: float,
+) -> torch.Tensor:
+    """Mean loss of rows with one verdict each.
+
+    Args:
+        logits: (k, vocabulary) at the k labels.
+        batch: labels (1, 1 + k), owner (k), target and, with a weight, g0 (rows): P(unsafe) before, or NOTHING.
+    """
+    first, labels, target = first_labels(batch["owner"]), batch["labels"][0, 1:], batch["target"]
+    logprobs = logits.log_softmax(-1)
+    safe, unsafe = (logprobs[first][:, word] for word in words)
+    loss = -(target * unsafe + (1 - target) * safe)
+    rest, owner = -logprobs[~first].gather(1, labels[~first, None])[:, 0], batch["owner"][~first]
+    lengths = torch.bincount(owner, minlength=len(target)).clamp(min=1)
+    sure = torch.where(target >= 0.5, target, 1 - target)  # the line goes on after the likelier word
+    loss = loss + torch.zeros_like(loss).index_add(0, owner, rest) / lengths * sure
+    if kl_weight:
+        odds, before = log_odds(logits[first], tokens), batch["g0"].clamp(0, 1)
+        entropy = -before.xlogy(before) - (1 - before).xlogy(1 - before)
+        crossed = -before * logsigmoid(odds) - (1 - before) * logsigmoid(-odds)
+        loss = loss + kl_weight * (batch["g0"] >= 0) * (crossed - entropy)
+    return loss.mean()
 
 
 @torch.no_grad()

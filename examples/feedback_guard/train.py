@@ -26,13 +26,13 @@ import torch
 from arms import Arm, Row, arm, arm_folder, build_rows, legacy_facts
 from config import Config, config_from_argv
 from datasets import Dataset
-from formats import NOTHING, Encoder, collator_for, first_labels, load_llama_guard, log_odds, read, text_row
+from formats import NOTHING, Encoder, collator_for, load_llama_guard, read, text_row, verdict_loss
 from formats import verdict_probabilities as probabilities
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from probe import fit_probe
 from records import kept_lines, read_processed
 from torch import nn
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 from trunk import Trunk
@@ -74,35 +74,6 @@ class ArmTrainer(LengthGroupedTrainer, SFTTrainer):
         else:
             loss = verdict_loss(logits, inputs, self.words, self.tokens, self.kl_weight)
         return (loss, logits) if return_outputs else loss
-
-
-def verdict_loss(
-    logits: torch.Tensor,
-    batch: Mapping[str, torch.Tensor],
-    words: tuple[int, int],
-    tokens: Mapping[bool, list[int]],
-    kl_weight: float,
-) -> torch.Tensor:
-    """Mean loss of rows with one verdict each.
-
-    Args:
-        logits: (k, vocabulary) at the k labels.
-        batch: labels (1, 1 + k), owner (k), target and, with a weight, g0 (rows): P(unsafe) before, or NOTHING.
-    """
-    first, labels, target = first_labels(batch["owner"]), batch["labels"][0, 1:], batch["target"]
-    logprobs = logits.log_softmax(-1)
-    safe, unsafe = (logprobs[first][:, word] for word in words)
-    loss = -(target * unsafe + (1 - target) * safe)
-    rest, owner = -logprobs[~first].gather(1, labels[~first, None])[:, 0], batch["owner"][~first]
-    lengths = torch.bincount(owner, minlength=len(target)).clamp(min=1)
-    sure = torch.where(target >= 0.5, target, 1 - target)  # the line goes on after the likelier word
-    loss = loss + torch.zeros_like(loss).index_add(0, owner, rest) / lengths * sure
-    if kl_weight:
-        odds, before = log_odds(logits[first], tokens), batch["g0"].clamp(0, 1)
-        entropy = -before.xlogy(before) - (1 - before).xlogy(1 - before)
-        crossed = -before * logsigmoid(odds) - (1 - before) * logsigmoid(-odds)
-        loss = loss + kl_weight * (batch["g0"] >= 0) * (crossed - entropy)
-    return loss.mean()
 
 
 def main() -> None:
@@ -269,6 +240,8 @@ def training_arguments(job: Job, config: Config) -> ArmConfig:
     """The config's values as TRL's."""
     values, accumulation = config.training, config.training.gradient_accumulation_steps
     batch = (job.arm.texts and values.text_batch_size) or values.batch_size
+    if job.arm.texts:
+        batch = values.text_batch_size or batch
     if job.arm.texts and batch > TEXT_BATCH and batch % TEXT_BATCH == 0:
         batch, accumulation = TEXT_BATCH, accumulation * batch // TEXT_BATCH
     own = {name: getattr(job.arm, name) for name in ("learning_rate", "warmup_steps")}
