@@ -84,13 +84,13 @@ def test_the_originals_own_file_is_a_config(tmp_path):
     assert config_.load_config(path) == config_.Config()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "study"])
+@pytest.mark.parametrize("name", ["quickstart", "study", "study_assistant"])
 def test_shipped_configs_load(name):
     config = config_.load_config(RECIPE / "configs" / f"{name}.json")
     where = [config.dataset.store_dir, config.training.output_dir, config.evaluation.results_dir]
     assert all(path.startswith(f"output/{name}/") for path in [*where, config.experiment.results_dir])
     assert config.llama_guard.default_model_path == config.prepare.guard.output_dir
-    assert len(config.training.seeds_of("A8")) == {"quickstart": 1, "study": 3}[name]
+    assert len(config.training.seeds_of("A8")) == (1 if name == "quickstart" else 3)
     assert config.training.seeds_of("A4") == (0,)
 
 

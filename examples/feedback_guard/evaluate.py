@@ -37,6 +37,7 @@ from scores import Answer, Item, Line, find_lines, questions, score_lines
 
 from common import data, metrics, report
 from common.conversation import UserError, pair
+from common.data.benchmarks import benchmark_names, load_benchmark
 from common.runtime import manifest, run_cli, write_json
 
 logger = logging.getLogger("feedback_guard")
@@ -161,8 +162,14 @@ def part(split: str, rows: Sequence[tuple[Mapping, bool]]) -> Part:
 
 
 def foreign(spec: str, harmless: bool = False) -> tuple[list[Item], Part]:
-    """The prompts of a data spec. `harmless`: all are taken for safe, but for rows that are labelled otherwise."""
-    rows = [row for row in data.load_conversations(spec) if harmless or row["prompt_unsafe"] is not None]
+    """The prompts of a data spec or of a benchmark (`name@file`).
+
+    `harmless`: all are taken for safe, but for rows that are labelled otherwise.
+    """
+    if spec.partition("@")[0] in benchmark_names("prompt_unsafe"):
+        rows = [row | {"prompt_unsafe": row["label"]} for row in load_benchmark(spec).rows]
+    else:
+        rows = [row for row in data.load_conversations(spec) if harmless or row["prompt_unsafe"] is not None]
     rows = [row for row in rows if not (harmless and row["prompt_unsafe"])]
     if not rows:
         raise UserError(f"{spec}: no row {'is harmless' if harmless else 'has a prompt label'}; take it out")
