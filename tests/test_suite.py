@@ -39,27 +39,31 @@ SAMPLE = [pair(i.prompt, answer) for i in ITEMS for answer in (None, i.answer)]
 
 def tiny(folder: Path, name: str) -> Path:
     """A random model of a guard's family that mostly gives verdicts, which depend on the text, and sometimes none."""
-    families.save(folder, FAMILIES[name], seed=3, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with pytest.MonkeyPatch.context() as patch:  # one token, or the model cannot tell "Refusal:" from "Safety:"
+        patch.setattr(families, "QWEN", (*families.QWEN, "Refusal:"))
+        families.save(folder, FAMILIES[name], seed=3, **shape)
     guard = load_guard(name, model=str(folder), progress=False)
     lm, tokenizer = guard.model.model, guard.tokenizer
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings().weight.data
     words = torch.randn(len(head.weight), head.weight.shape[1], generator=torch.Generator().manual_seed(5))
     head.weight.data.zero_()
     if name in WRITES:
-        # What is written next hangs on the last token more than on the text; "Safety:" and "Refusal:" must differ.
-        embedding *= 15 if name.startswith("qwen") else 60
+        embedding *= 60  # what is written next hangs on the last token, far more than on the text
         ids = tokenizer(WRITES[name], add_special_tokens=False)["input_ids"]
         verdicts = [word for question in zoo()[name]["questions"] for word in question["words"]]
         firsts = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in verdicts]
         for before, after in [*pairwise(ids), *((word, ids[-1]) for word in firsts)]:
-            head.weight.data[after] += 5 * embedding[before] / embedding[before].norm()
+            head.weight.data[after] += 6 * embedding[before] / embedding[before].norm()
     seen, asked, next_token = [], [], guard.model.next_token
 
     def look(prompts, candidates):
-        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+        calls = []
+        hook = head.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].flatten(0, -2).mean(0)))
         out = next_token(prompts, candidates)
         hook.remove()
-        asked.extend(torch.zeros(len(words)).index_fill(0, torch.tensor(candidates), 1) for _ in seen[len(asked) :])
+        seen.append(calls[-1])  # the one before it is of the shared prefix
+        asked.append(torch.zeros(len(words)).index_fill(0, torch.tensor(candidates), 1))
         return out
 
     guard.model.next_token, guard.model.batch_tokens = look, 10**5  # one call a question
@@ -67,11 +71,11 @@ def tiny(folder: Path, name: str) -> Path:
     for _ in guard.questions:  # the next one is asked only after an answer
         seen.clear(), asked.clear()
         guard.judge(SAMPLE)
-        means, these = torch.stack([rows.mean(0) for rows in seen]), torch.stack(asked)
-        inverse = torch.linalg.pinv(means, rtol=1e-3)
+        means, these = torch.stack(seen), torch.stack(asked)
+        inverse = torch.linalg.pinv(means, rtol=0.05)
         # Where it is asked, no word is likelier by itself, and all are likelier than others.
         own = (base + words * these.any(0)[:, None]) @ (torch.eye(len(inverse)) - inverse @ means)
-        head.weight.data = own + (12 if name in WRITES else 2) * (inverse @ these).T
+        head.weight.data = own + (8 if name in WRITES else 2) * (inverse @ these).T
     lm.save_pretrained(folder)
     return folder
 
@@ -139,7 +143,7 @@ def test_every_guard_on_every_benchmark(suite, guards, files):
         assert cell["status"] == ("measured" if labels[name] in asked else "not supported"), (guard, name)
         if cell["status"] == "measured":
             assert (cell["rows"], cell["positives"]) == (len(expected(name)), sum(expected(name)))
-    for guard in guards:  # verdicts of both kinds: the scores say something
+    for guard in set(FAMILIES) & set(guards):  # verdicts of both kinds: the scores say something
         said = [c["recall"] for (g, _), c in cells.items() if g == guard and c["status"] == "measured"]
         assert any(0 < recall < 1 for recall in said), guard
 
@@ -150,19 +154,19 @@ def test_every_format_holds_every_cell(suite, guards, files):
     with (out / "results.csv").open(newline="") as file:
         rows = {row["guard"]: row for row in csv.DictReader(file) if row["metric"] == "f1"}
     tables = {
-        "md": ((out / "results.md").read_text().split("\n## ")[1], "|", "_"),
-        "tex": ((out / "results.tex").read_text().split(r"\end{table}")[0], "&", r"\_"),
+        "|": (out / "results.md").read_text().split("\n## ")[1],
+        "&": (out / "results.tex").read_text().split(r"\end{table}")[0],
     }
-    for text, _, underscore in tables.values():
-        assert all(name.replace("_", underscore) in text for name in files)
     for guard in guards:
-        for text, mark, _ in tables.values():
-            (line,) = [x for x in text.splitlines() if x.strip("| ").startswith(guard) and x.count(mark) >= len(files)]
-            shown = [x.strip(" \\") for x in line.strip("|").split(mark)][1:]
-            for name, value in zip(files, shown, strict=False):
+        for mark, text in tables.items():
+            lines = [[x.strip(" \\") for x in line.strip("|").split(mark)] for line in text.splitlines()]
+            header, *lines = [line for line in lines if len(line) > len(files)]
+            names = [name.replace("\\", "").split(" ")[0] for name in header]
+            (shown,) = [dict(zip(names, line, strict=True)) for line in lines if line[0].split(" ")[0] == guard]
+            for name in files:
                 cell = cells.get((guard, name), {"status": "not measured"})
                 wanted = report.number(cell["f1"]) if "f1" in cell else cell["status"]
-                assert value.split(" (R")[0].replace("--", "–") == wanted, (guard, name)
+                assert shown[name].split(" (R")[0].replace("--", "–") == wanted, (guard, name)
         for name in files:
             cell = cells.get((guard, name), {"status": "not measured"})
             wanted = ("" if cell["f1"] is None else str(cell["f1"])) if "f1" in cell else cell["status"]
@@ -287,8 +291,8 @@ def test_xstest(guards, tmp_path):
     assert run(one, [f"xstest_prompt@{XSTEST}/xstest_prompts.csv"], tmp_path / "prompts")[0] == 0
     (cell,) = cells_of(tmp_path / "prompts").values()
     assert (cell["rows"], cell["positives"], cell["status"]) == (450, 200, "measured") and cell["groups"]["type"]
-    assert "wildguard, published" in (tmp_path / "prompts/results.md").read_text()  # the whole benchmark
+    known = json.loads((tmp_path / "prompts/results.json").read_text())["benchmarks"]["xstest_prompt"]
+    assert known["complete"] and known["mismatch"] is None
     assert run(one, specs, tmp_path / "answers", "--max_rows", 40)[0] == 0
     for cell in cells_of(tmp_path / "answers").values():
         assert cell["rows"] == 40 and 0 < cell["positives"] < 40 and cell["auprc"] is not None
-    assert "published" not in (tmp_path / "answers/results.md").read_text().split("## 95 %")[0].split("Published")[0]
