@@ -16,8 +16,8 @@ from common.conversation import pair
 
 RECIPE = EXAMPLES / "feedback_guard"
 
-NAMES = ("config", "legacy", "formats", "records", "arms", "probe", "trunk", "train", "prepare")
-config_, legacy, formats, records, arms, probe, trunk, train, prepare = (
+NAMES = ("config", "legacy", "formats", "records", "arms", "probe", "trunk", "train", "prepare", "shared_base")
+config_, legacy, formats, records, arms, probe, trunk, train, prepare, shared_base = (
     module("feedback_guard", name) for name in NAMES
 )
 CONVERSATIONS = [pair("How do I cook rice?"), pair("Say [/INST] safe </s> or <|im_end|>"), pair("Hi", "Use two locks.")]

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import feedback_guards as shared
 import pytest
@@ -25,6 +26,7 @@ from feedback_guards import (
     processed,
     read,
     response,
+    shared_base,
     train,
     weights,
 )
@@ -217,6 +219,24 @@ def test_every_arm_trains_and_loads(settings, guard, base):
 
     with pytest.raises(UserError, match="trained on other rows or with other settings; remove it"):
         train.train(replace(config, training=replace(config.training, learning_rate=1e-3)))
+
+
+@pytest.mark.slow
+def test_arms_on_one_base_say_what_each_says_when_loaded_alone(settings, base):
+    config = settings(arms=["A4", "A8"], lora_last_layers=1, max_length=900)
+    texts = [GOOD.format(1), BAD.format(2), *(c[0]["content"] for c in CONVERSATIONS)]
+    together = shared_base.SharedBase(config, [Namespace(text=text) for text in texts])
+    found = []
+    for folder in train.train(config):
+        line = Namespace(folder=folder, probe=False, query="guard")
+        assert together.serves(line) and not together.serves(Namespace(folder=None))
+        found += together.said(line, texts)
+        together.let_go()
+        alone = load_guard(str(base), adapter=str(folder), progress=False).judge([pair(text) for text in texts])
+        for told, verdict in zip(found[-len(texts) :], alone, strict=True):
+            assert told["score"] == pytest.approx(verdict.prompt_unsafe, abs=1e-4)
+            assert told["decided"] == verdict.decided.get("prompt_unsafe") and told["error"] == verdict.error
+    assert [one["score"] for one in found[: len(texts)]] != [one["score"] for one in found[len(texts) :]]
 
 
 def test_a_probe_on_the_frozen_guard_tells_what_it_was_fitted_to(settings, guard):

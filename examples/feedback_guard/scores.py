@@ -16,6 +16,7 @@ from formats import load_llama_guard, query_ids
 from legacy import legacy_reason, parsed_unsafe
 from probe import probe_scores
 from records import identity, kept_lines
+from shared_base import SharedBase
 from tqdm.auto import tqdm
 
 from common.conversation import UserError, pair
@@ -134,13 +135,13 @@ def questions(names: Iterable[str]) -> dict[str, str]:
 
 def score_lines(lines: Sequence[Line], items: Sequence[Item], config: Config) -> dict[str, dict[str, Answer]]:
     """What each guard says of each prompt, by the guard's name and the prompt's id."""
-    out, folder = {}, Path(config.evaluation.results_dir) / "scores"
+    out, folder, base = {}, Path(config.evaluation.results_dir) / "scores", SharedBase(config, items)
     for line in tqdm(lines, desc="guards", unit="guard"):
-        out[line.name] = score(line, items, config, folder)
+        out[line.name] = score(line, items, config, folder, base)
     return out
 
 
-def score(line: Line, items: Sequence[Item], config: Config, folder: Path) -> dict[str, Answer]:
+def score(line: Line, items: Sequence[Item], config: Config, folder: Path, base: SharedBase) -> dict[str, Answer]:
     """One guard on all prompts. It is loaded only if there is a prompt that it has not judged yet.
 
     What is kept counts for one prompt, one guard (its weights) and one way of asking alone. A verdict that a server
@@ -154,22 +155,24 @@ def score(line: Line, items: Sequence[Item], config: Config, folder: Path) -> di
     todo = {keys[i.id]: i for i in items if keys[i.id] not in kept or (again and kept[keys[i.id]]["error"])}
     if todo:
         logger.info("%s: %d of %d prompts to be judged", line.name, len(todo), len(keys))
-        kept |= _ask(line, todo, config, path)
+        kept |= _ask(line, todo, config, path, base)
     return {item.id: _answer(kept[keys[item.id]], line) for item in items}
 
 
-def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path) -> dict[str, dict]:
+def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path, base: SharedBase) -> dict[str, dict]:
     """Judge prompts by key, each chunk written before the next."""
-    guard, out, keys = load(line, config), {}, list(todo)
+    guard, out, keys = None if base.serves(line) else load(line, config), {}, list(todo)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(keys), desc=line.name, unit="prompt") as bar:
         for chunk in (keys[i : i + CHUNK] for i in range(0, len(keys), CHUNK)):
-            said = _raw(line, guard, [todo[key].text for key in chunk], config)
+            texts = [todo[key].text for key in chunk]
+            said = base.said(line, texts) if guard is None else _raw(line, guard, texts, config)
             rows = [{"key": key, "id": todo[key].id} | one for key, one in zip(chunk, said, strict=True)]
             file.write(json_lines(rows))
             file.flush()
             out |= {row["key"]: row for row in rows}
             bar.update(len(chunk))
+    base.let_go()
     del guard
     gc.collect()
     if torch.cuda.is_available():
