@@ -141,7 +141,9 @@ def score_lines(lines: Sequence[Line], items: Sequence[Item], config: Config) ->
     return out
 
 
-def score(line: Line, items: Sequence[Item], config: Config, folder: Path, base: SharedBase) -> dict[str, Answer]:
+def score(
+    line: Line, items: Sequence[Item], config: Config, folder: Path, base: SharedBase | None = None
+) -> dict[str, Answer]:
     """One guard on all prompts. It is loaded only if there is a prompt that it has not judged yet.
 
     What is kept counts for one prompt, one guard (its weights) and one way of asking alone. A verdict that a server
@@ -159,9 +161,9 @@ def score(line: Line, items: Sequence[Item], config: Config, folder: Path, base:
     return {item.id: _answer(kept[keys[item.id]], line) for item in items}
 
 
-def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path, base: SharedBase) -> dict[str, dict]:
+def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path, base: SharedBase | None) -> dict[str, dict]:
     """Judge prompts by key, each chunk written before the next."""
-    guard, out, keys = None if base.serves(line) else load(line, config), {}, list(todo)
+    guard, out, keys = None if base and base.serves(line) else load(line, config), {}, list(todo)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(keys), desc=line.name, unit="prompt") as bar:
         for chunk in (keys[i : i + CHUNK] for i in range(0, len(keys), CHUNK)):
@@ -172,7 +174,8 @@ def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path, base:
             file.flush()
             out |= {row["key"]: row for row in rows}
             bar.update(len(chunk))
-    base.let_go()
+    if base:
+        base.let_go()
     del guard
     gc.collect()
     if torch.cuda.is_available():
