@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from common.conversation import UserError
-from common.fast_decoding import cache_for, prefilled
+from common.fast_decoding import cache_for, pack_linear, prefilled
 from common.quickstart import resolve_model
 from common.runtime import device, inference_dtype
 
@@ -174,7 +174,9 @@ def load_causal_lm(
         raise UserError(f"{what}: cannot be loaded: {str(error).strip().splitlines()[0]:.200}") from None
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("sdpa_grouped")
-    return model.eval() if quantized else model.to(device()).eval()
+    if not quantized:
+        pack_linear(model.to(device()))
+    return model.eval()
 
 
 def vllm_engine(name: str, decoding: Decoding, adapter: str | None = None, trust_remote_code: bool = False) -> Engine:

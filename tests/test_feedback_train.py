@@ -25,6 +25,7 @@ from feedback_guards import (
     probe,
     processed,
     read,
+    records,
     response,
     shared_base,
     train,
@@ -94,7 +95,22 @@ def test_arms_differ_in_what_they_say(rows_of):
     for name in ("C1", "C2", "C3"):
         bad = {r.id for r in made[name] if r.source in ("feedback", "human")}
         assert len(bad) == 12 and (bad == truth) is (name == "C3"), name
+    assert not any(r.source == "explored" for name in ("C1", "C2") for r in made[name])
     assert rows_of("A8") == made["A8"] != rows_of("A8", 1)
+
+
+def test_controls_never_see_what_their_labels_hide(rows_of):
+    """C2 is the same whatever the responses say, as long as their number is; C1 replays what its labels allow."""
+    lines = processed()
+    unsafe = [line["id"] for line in lines if records.feedback(line)]
+    others = [line for line in lines if records.passed(line) and not records.feedback(line)]
+    made = [(row.id, row.target) for row in rows_of("C2", 0, lines)]
+    for line, other in zip([line for line in lines if line["id"] in unsafe], others, strict=False):
+        line["responses"], other["responses"] = other["responses"], line["responses"]
+    assert unsafe != [line["id"] for line in lines if records.feedback(line)]
+    assert [(row.id, row.target) for row in rows_of("C2", 0, lines)] == made
+    replayed = {row.id for seed in range(9) for row in rows_of("C1", seed) if row.source == "replay"}
+    assert replayed & set(unsafe)
 
 
 def test_refused_prompts_are_no_safe_examples(rows_of):
@@ -122,7 +138,7 @@ def test_the_originals_collection(rows_of):
     assert facts["also_in_correct_collection"] == 0 and facts["texts"] == 30 and facts["unsafe_texts"] == 12
     rows = rows_of("A2", 0, lines)
     assert {row.id for row in rows if row.target == 1} == {line["id"] for line in lines[7::10]}
-    assert len(rows_of("A2-rate", 0, lines)) == 12 and len(rows_of("A2-labels", 0, lines)) == 24
+    assert len(rows_of("A2-augmentation", 0, lines)) == 12 and len(rows_of("A2-labels", 0, lines)) == 24
 
 
 # ------------------------------------------------------------------------------------------------ training

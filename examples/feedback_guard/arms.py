@@ -213,9 +213,7 @@ def _rows(arm: Arm, processed: Sequence[Mapping], seed: int, config: Config) -> 
         some = islice((one for one in _shuffled(pool, seed, "safe") if free(one.query)), wanted)
         rows += [_row(one, one.q if arm.soft else 0.0, "safe", arm.kl) for one in some]
     if arm.replay:
-        rows += _replayed(
-            arm, processed, round(arm.replay * count), {text_key(m) for m in _prompts(rows)}, seed, config
-        )
+        rows += _replayed(arm, processed, seen, round(arm.replay * count), {text_key(m) for m in _prompts(rows)}, seed)
     return rows
 
 
@@ -269,16 +267,18 @@ def _permuted(seen: Sequence[Seen], seed: int) -> list[Seen]:
 
 
 def _replayed(
-    arm: Arm, processed: Sequence[Mapping], count: int, taken: set[str], seed: int, config: Config
+    arm: Arm, processed: Sequence[Mapping], seen: Sequence[Seen], count: int, taken: set[str], seed: int
 ) -> list[Row]:
     """The guard's own decisions on other prompts, in the proportion that traffic has, and at least one of each class.
 
-    A prompt that passed and whose responses refuse, or are unsafe, is none of them: the decision may be wrong.
+    A prompt that passed and whose responses refuse, or are unsafe, is none of them: the decision may be wrong. What
+    they say is what the arm was told (`seen`): a control must not learn here what its labels hide.
     """
     decided: dict[bool, list[Mapping]] = defaultdict(list)
+    doubted = {one.id for one in seen if one.q > 0 or one.refused}
     for row in _shuffled(processed, seed, "replay"):
-        doubtful = passed(row) and ((q(row) or 0.0) > 0 or _refused(row, config))
-        wrong = row["shadow"] and q(row) == 0
+        doubtful = row["id"] in doubted
+        wrong = arm.feedback == "outputs" and row["shadow"] and q(row) == 0
         if row["input_error"] is None and not doubtful and not wrong and text_key(row["query"]) not in taken:
             decided[row["input_decided"]].append(row)
     share = Counter(bool(row["input_decided"]) for row in processed)[True] / len(processed)

@@ -23,7 +23,7 @@ STAGES = ("process", "train", "evaluate", "full")
 SPLITS = ("train", "validation", "test")
 ENGINES = ("transformers", "vllm", "server")
 ALL_ARMS = (  # of arms.yaml; A0 and A1, which train nothing, always stand beside them
-    *("A2", "A2-parser", "A2-format", "A2-mask", "A2-augmentation", "A2-rate", "A2-labels"),
+    *("A2", "A2-parser", "A2-format", "A2-rate", "A2-mask", "A2-augmentation", "A2-labels"),
     *("A3", "A4", "A5", "A6", "A7", "A8", "C1", "C2", "C3", "C4"),
 )
 
@@ -92,6 +92,8 @@ class TrainingConfig:
     save_total_limit: int = 3
     weight_decay: float = 0.01
     warmup_steps: int = 100
+    arms_learning_rate: float | None = None  # of arms that arms.yaml gives none of their own; null: learning_rate
+    arms_warmup_steps: int | None = None  # the same; null: warmup_steps
     max_steps: int = -1  # the same for all arms; -1: by epochs
     arms: tuple[str, ...] = ALL_ARMS
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -317,7 +319,16 @@ def check(config: Config, where: str) -> None:
     _check_together(config, where)
 
 
-ZERO_ALLOWED = ("temperature", "weight_decay", "warmup_steps", "kl_weight", "lora_dropout", "explore_share", "draws")
+ZERO_ALLOWED = (
+    "temperature",
+    "weight_decay",
+    "warmup_steps",
+    "arms_warmup_steps",
+    "kl_weight",
+    "lora_dropout",
+    "explore_share",
+    "draws",
+)
 
 
 def _prepared(config: Config) -> tuple[PrepareGuard | None, PrepareGuard | None]:

@@ -30,7 +30,7 @@ from formats import NOTHING, Encoder, collator_for, load_llama_guard, read, text
 from formats import verdict_probabilities as probabilities
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from probe import fit_probe
-from records import kept_lines, read_processed
+from records import identity, kept_lines, read_processed
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, set_seed
@@ -51,6 +51,7 @@ from common.training import (
 
 logger = logging.getLogger("feedback_guard")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the original's
+RATE = ("learning_rate", "warmup_steps")
 TEXT_BATCH = 4  # rows of a forward pass with a loss on every token: their logits are what fills the memory
 
 
@@ -129,7 +130,7 @@ def _fingerprint(config: Config, arm: Arm, rows: Sequence[Row]) -> str:
     values, guard = asdict(config.training), config.llama_guard
     for name in ("output_dir", "arms", "seeds", "headline", "logging_steps", "save_steps", "save_total_limit"):
         values.pop(name)
-    made = [values, guard.base_model_path, guard.use_official_template, guard.load_in_4bit, asdict(arm)]
+    made = [values, identity(guard.base_model_path), guard.use_official_template, guard.load_in_4bit, asdict(arm)]
     made[-1].pop("question")
     text = json.dumps([made, [row.as_dict() for row in rows]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -240,11 +241,9 @@ def training_arguments(job: Job, config: Config) -> ArmConfig:
     """The config's values as TRL's."""
     values, accumulation = config.training, config.training.gradient_accumulation_steps
     batch = (job.arm.texts and values.text_batch_size) or values.batch_size
-    if job.arm.texts:
-        batch = values.text_batch_size or batch
     if job.arm.texts and batch > TEXT_BATCH and batch % TEXT_BATCH == 0:
         batch, accumulation = TEXT_BATCH, accumulation * batch // TEXT_BATCH
-    own = {name: getattr(job.arm, name) for name in ("learning_rate", "warmup_steps")}
+    own = {name: (getattr(job.arm, name), getattr(values, f"arms_{name}"), getattr(values, name)) for name in RATE}
     return ArmConfig(
         output_dir=str(job.folder),
         max_steps=values.max_steps,
@@ -266,7 +265,7 @@ def training_arguments(job: Job, config: Config) -> ArmConfig:
         disable_tqdm=not logger.isEnabledFor(logging.INFO),
         resume_from_checkpoint="latest" if job.resumes() else None,
         seed=job.seed,
-        **{name: getattr(values, name) if value is None else value for name, value in own.items()},
+        **{name: next(v for v in first if v is not None) for name, first in own.items()},
     )
 
 
