@@ -1,12 +1,16 @@
-"""examples/feedback_guard: configs and splits."""
+"""examples/feedback_guard: configs, what is looked at before any work, and splits."""
 
 import json
 import sys
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
+import families
 import pytest
-from feedback_rows import config_writer, prompts, write
+from feedback_rows import config_writer, prompts, save_models, write
 from recipes import EXAMPLES, module
 
 from common.conversation import UserError
@@ -14,6 +18,7 @@ from common.conversation import UserError
 RECIPE = EXAMPLES / "feedback_guard"
 config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
+process, full = module("feedback_guard", "process"), module("feedback_guard", "full")
 ORIGINAL = {  # of the original's research_config.json
     "seed": 42,
     "mode": "process",
@@ -125,7 +130,12 @@ def test_values_can_be_set_from_the_command_line():
         ("llama.top_p=0", "llama.top_p: expected above 0 to 1"),
         ("llama.temperature=0", "temperature 0 gives one response; set samples to 1"),
         ("dataset.split_ratios.train=0.9", "split_ratios: train, test and validation must add up to 1"),
-        ("experiment.process_split=dev", "process_split: 'dev' is none of train, validation, test"),
+        ("experiment.process_split=dev", "process_split: expected train, found 'dev'"),
+        ("experiment.process_split=test", "expected train, found 'test'; thresholds come from validation and results"),
+        ("experiment.process_split=validation", "process_split: expected train, found 'validation'"),
+        ("training.seeds=-1", "training.seeds: expected 0 or more, found -1"),
+        ("training.headline.seeds=0,-2", "training.headline.seeds: expected 0 or more, found -2"),
+        ("training.lora_dropout=1", "training.lora_dropout: expected below 1, found 1.0"),
         ("experiment.explore_share=2", "explore_share: expected 0 to 1"),
         ("evaluation.t2_label=judge", "evaluation.judge: t2_label judge needs a guard that judges"),
         ("evaluation.t2_label=human", "human labels are of recorded responses; set llama.use_recorded=true"),
@@ -177,6 +187,110 @@ def test_the_command_line(monkeypatch, caplog):
         config_.config_from_argv()
 
 
+# ---------------------------------------------------------------------------------------------------- before any work
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def whole_config(tmp_path, models):
+    return config_writer(tmp_path, models)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("llama_guard.default_model_path=nowhere/guard", r"llama_guard\.default_model_path: nowhere/guard is neither"),
+        ("llama_guard.base_model_path={assistant}", r"llama_guard\.base_model_path: .* nor a guard of"),
+        ("llama_guard.base_model_path=llama-guard-3-1b", r"meta-llama/Llama-Guard-3-1B: .*hf auth login"),
+        ("evaluation.judge=nowhere/judge", r"evaluation\.judge: nowhere/judge: "),
+        ("llama.model_path=nowhere/chat", r"llama\.model_path nowhere/chat: "),
+        ("llama.model_path={guard}", "has no chat template"),
+        ("evaluation.hard_benign=nowhere.jsonl", r"evaluation\.hard_benign: nowhere\.jsonl: no such file"),
+        ("evaluation.extra=harmbench", r"evaluation\.extra: harmbench"),
+        (
+            'prepare={"judge": {"base_model": "nowhere/x", "data": [], "output_dir": "j"}}',
+            r"prepare\.judge\.base_model",
+        ),
+        ("training.arms=A4,A9", "A9"),
+    ],
+)
+def test_a_config_that_would_stop_later_stops_before_anything(change, said, whole_config, models, tmp_path):
+    for name, folder in models.items():
+        change = change.replace(f"{{{name}}}", str(folder))
+    with pytest.raises(UserError, match=said) as error:
+        process.process(config_.load_config(whole_config(), [change]))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_what_is_not_needed_here_need_not_be_here(whole_config, tmp_path):
+    """A guard that prepare will make, one that a server has, an assistant whose responses are recorded."""
+    small = {"base_model": str(tmp_path / "small"), "data": [str(tmp_path / "rows" / "train.jsonl")]}
+    asked = "prepare=" + json.dumps({"guard": small | {"output_dir": "made"}})
+    path = whole_config(llama_guard={"default_model_path": "made", "base_model_path": "made"}, evaluation={"judge": ""})
+    served = ["llama_guard.engine=server", "llama_guard.server_url=http://x/v1", "llama.use_recorded=true"]
+    with pytest.raises(UserError, match=r"prepare\.guard\.base_model"):
+        process.preflight(config_.load_config(path, [asked]))
+    families.save(tmp_path / "small", "llama2", ("safe", "unsafe"), 3)
+    process.preflight(config_.load_config(path, [asked]))
+    path = whole_config(llama_guard={"default_model_path": "llama-guard"}, llama={"model_path": "nowhere"})
+    process.preflight(config_.load_config(path, served))
+    with pytest.raises(UserError, match=r"field llama_guard\.default_model_path"):
+        process.preflight(config_.load_config(path, served[2:]))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ({"toxicity": 0}, {}, "all 51 prompts of train are safe, nothing can be learned or measured; name data with"),
+        ({}, {"toxicity": 1}, "all 20 prompts of test are unsafe"),
+        ({"model_output": None}, {}, r"no prompt of train has a recorded response; set llama\.use_recorded=false"),
+        ({}, {"output_unsafe": None}, r"no prompt of test has a human label of its response; set evaluation\.t2_label"),
+    ],
+)
+def test_data_that_cannot_tell_stop_before_anything(train, test, said, whole_config, tmp_path):
+    rows = {"train": [row | train for row in prompts(60)], "test": [row | test for row in prompts(20, 60)]}
+    path = whole_config(dataset={"path": str(write(tmp_path / "odd", **rows)), "store_dir": str(tmp_path / "run")})
+    with pytest.raises(UserError, match=said):
+        process.process(config_.load_config(path, ["llama.use_recorded=true", "evaluation.t2_label=human"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepare_is_asked_whenever_the_config_has_it(whole_config, monkeypatch, tmp_path):
+    """It alone knows whether what is there is what the config asks for; a typo stops before it."""
+    small = {"base_model": "nowhere/x", "data": [], "output_dir": str(tmp_path / "small")}
+    path, called = whole_config(prepare={"guard": small}), []
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "guard.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["process.py", "--config", str(path)])
+    monkeypatch.setattr(process.subprocess, "run", lambda command: called.append(command) or Namespace(returncode=2))
+    with pytest.raises(UserError, match=r"prepare\.guard\.base_model: nowhere/x"):
+        process.main()
+    assert called == []
+    monkeypatch.setattr(process, "preflight", lambda config: None)
+    with pytest.raises(UserError, match=r"prepare\.py failed"):
+        process.main()
+    assert called[0][1].endswith("prepare.py") and called[0][2:] == ["--config", str(path)]
+
+
+def test_the_manifest_says_whose_seconds_it_holds(tmp_path):
+    config = config_.Config()
+    for name, section in (("evaluation", config.evaluation), ("experiment", config.experiment)):
+        config = replace(config, **{name: replace(section, results_dir=str(tmp_path / name))})
+    config = replace(config, dataset=replace(config.dataset, store_dir=str(tmp_path)))
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text('{"improved_model_path": "x", "summary": {}, "verdict": {}}')
+    (tmp_path / "evaluation" / "results.md").write_text("text")
+    (tmp_path / "process_stats.json").write_text("{}")
+    full.finish(config, {"process": 1.0, "train": 2.0, "evaluate": 3.0}, time.time() - 6)
+    made = json.loads((tmp_path / "experiment" / "manifest.json").read_text())
+    assert {"process": 1.0, "train": 2.0, "evaluate": 3.0}.items() < made["seconds_of_this_run"].items()
+    assert made["seconds_of_this_run"]["total"] == pytest.approx(6, abs=1) and "stages" not in made
+
+
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -220,13 +334,6 @@ def test_near_duplicates_stand_on_one_side(tmp_path, write_config):
     assert len(parts["train"]) + len(parts["validation"]) == 70 - 4 - 1  # four also in test, one known to the guard
     left_out = json.loads((tmp_path / "s" / "splits.json").read_text())["left_out"]
     assert left_out == {"seen by the guard in its training": 1, "also in test": 4}
-
-
-@pytest.mark.parametrize("unsafe", [True, False])
-def test_data_of_one_class(unsafe, tmp_path, write_config):
-    data = write(tmp_path / "one", rows=prompts(20, unsafe=lambda i: unsafe)) / "rows.jsonl"
-    parts = splits_of(write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "s")}))
-    assert {split: len(rows) for split, rows in parts.items()} == {"train": 14, "validation": 3, "test": 3}
 
 
 def test_rows_of_other_formats(tmp_path, write_config):

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from feedback_rows import config_writer, save_models
+from feedback_rows import config_writer, prompts, save_models, write
 from recipes import launch, module
 from scipy.stats import binomtest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from common import metrics
 from common.conversation import UserError
+from common.data.benchmarks import benchmarks
+from common.guards import zoo
+from common.guards.next_token import ServerModel
 
 compare, results = module("feedback_guard", "compare"), module("feedback_guard", "results")
 config_of, scores = module("feedback_guard", "config"), module("feedback_guard", "scores")
+records, shared_base = module("feedback_guard", "records"), module("feedback_guard", "shared_base")
 evaluate = module("feedback_guard", "evaluate")
 
 TRUTH = np.array([True, True, False, True, False, False, False, False])
@@ -45,7 +49,9 @@ def test_metrics_by_hand():
     assert values["auprc"] == pytest.approx((1 + 1 + 3 / 4) / 3) and values["auroc"] == pytest.approx(14 / 15)
     assert values["recall_at_fpr01"] == pytest.approx(2 / 3) == values["recall_at_fpr05"]
     # the threshold lies half-way between 0.35 and 0.1: above 0.225 are all but one of the five safe ones
-    assert values["fpr_at_recall"] == 4 / 5 and values["recall_at_threshold"] == 1
+    assert values["fpr_at_threshold"] == 4 / 5 and values["recall_at_threshold"] == 1
+    assert values["fpr_at_recall"] == 1 / 5  # on the prompts' own curve: down to 0.6 lie all three, and 0.7
+    assert compare.point(TRUTH, said(SCORE), target_recall=0.6)["fpr_at_recall"] == 0  # two of three
     assert compare.threshold_at_recall(np.array([True, True, True, False]), SCORE[[0, 1, 4, 7]], 0.6) == pytest.approx(
         0.65
     )
@@ -59,6 +65,36 @@ def test_a_curve_is_that_of_scikit_learn():
         assert values["auprc"] == pytest.approx(average_precision_score(truth, score))
         assert values["auroc"] == pytest.approx(roc_auc_score(truth, score))
         assert values["recall_at_fpr05"] == pytest.approx(metrics.recall_at_fpr(truth, score, 0.05))
+        wrong, found, _ = roc_curve(truth, score, drop_intermediate=False)
+        assert values["fpr_at_recall"] == pytest.approx(wrong[found >= 0.8 - 1e-9].min())
+
+
+def test_the_false_positives_at_a_recall_rest_on_test_prompts_alone():
+    """Equal scores are blocked together; what validation is does not matter, and so the error has a power estimate."""
+    assert compare.point(TRUTH, said(np.ones(8)))["fpr_at_recall"] == 1
+    drawn = [
+        compare.bootstrap(part(TRUTH), {"a": said(SCORE, scores)}, 300, 0, part(known))["a"]
+        for scores, known in (([0.9, 0.1], [True, False]), ([0.2, 0.9, 0.5], [True, True, False]))
+    ]
+    first, second = (one["fpr_at_recall"] for one in drawn)
+    assert np.array_equal(first, second, equal_nan=True) and len(set(first[~np.isnan(first)])) > 2
+    assert not np.array_equal(*(one["fpr_at_threshold"] for one in drawn), equal_nan=True)
+    no_power = compare.difference(0.3, 0.2, first, None)
+    assert no_power["n_for_80_percent_power"] is None is no_power["detectable"] and no_power["interval"]
+    assert compare.difference(0.3, 0.2, first, 8)["n_for_80_percent_power"]
+
+
+def test_differences_by_seed():
+    """Arms with the same seeds are paired; a guard without seeds, or with others, counts by its mean."""
+    seeds = {f"A8-seed{i}": {"auprc": 0.5 + i / 10} for i in range(3)}
+    same = {f"C1-seed{i}": {"auprc": (0.7, 0.4, 0.6)[i]} for i in (2, 1, 0)}
+    assert compare.by_seed(seeds, same, "auprc") == pytest.approx([-0.2, 0.2])
+    assert compare.by_seed(seeds, {"A1": {"auprc": 0.5}}, "auprc") == pytest.approx([0, 0.2])
+    assert compare.by_seed({"A1": {"auprc": 0.5}}, seeds, "auprc") == pytest.approx([-0.2, 0])
+    others = {f"A4-seed{i}": {"auprc": i / 10} for i in (3, 4, 5)}
+    assert compare.by_seed(seeds, others, "auprc") == pytest.approx([0.1, 0.3])
+    assert compare.by_seed({"A4-seed0": {"auprc": 0.5}}, {"A1": {"auprc": 0.5}}, "auprc") is None
+    assert compare.by_seed(seeds, {"A1": {"auprc": None}}, "auprc") is None
 
 
 def test_blocking_everything_scores_the_base_rate():
@@ -72,7 +108,9 @@ def test_blocking_everything_scores_the_base_rate():
 def test_undefined_is_none():
     nothing = compare.point(np.zeros(4, dtype=bool), said([0.1, 0.9, 0.2, 0.3]), np.zeros(0, dtype=bool))
     assert nothing["fpr"] == 1 / 4
-    assert not {nothing[name] for name in ("auprc", "auroc", "f1", "recall", "fpr_at_recall")} - {None}
+    assert not {nothing[name] for name in ("auprc", "auroc", "f1", "recall", "fpr_at_recall", "fpr_at_threshold")} - {
+        None
+    }
     assert compare.point(np.ones(2, dtype=bool), said([0.1, 0.9]))["auprc"] is None
     assert compare.threshold_at_recall(np.zeros(3, dtype=bool), SCORE[:3], 0.8) is None
 
@@ -125,11 +163,11 @@ def test_thresholds_are_selected_anew_in_each_draw():
     truth, score = np.array([True, False] * 20), np.tile([0.9, 0.4], 20)
     known = np.array([True, True, False])
     line = {"a": said(score, [0.8, 0.2, 0.1])}
-    drawn = compare.bootstrap(part(truth), line, 500, 0, part(known))["a"]["fpr_at_recall"]
+    drawn = compare.bootstrap(part(truth), line, 500, 0, part(known))["a"]["fpr_at_threshold"]
     assert set(drawn[~np.isnan(drawn)]) == {0.0, 1.0}
     assert np.isnan(drawn).mean() == pytest.approx((1 / 3) ** 3, abs=0.03)  # draws without any positive say nothing
     assert (drawn == 0).mean() == pytest.approx((2 / 3) ** 3 - (1 / 3) ** 3, abs=0.08)  # without the low one
-    assert compare.point(truth, line["a"], known)["fpr_at_recall"] == 1
+    assert compare.point(truth, line["a"], known)["fpr_at_threshold"] == 1
 
 
 def test_twenty_guards_and_ten_thousand_draws_take_seconds():
@@ -191,7 +229,7 @@ GOOD = {
     ("T2", "auprc", "C1"): [0.02, 0.1],
     ("T2", "auprc", "C2"): [0.03, 0.1],
     ("T1", "auprc", "A1"): [-0.005, 0.02],
-    ("T3", "fpr_at_recall", "A1"): [-0.05, 0.005],
+    ("T3", "fpr_at_threshold", "A1"): [-0.05, 0.005],
     ("T2", "caught", "A1"): [0.01, 0.2],
     ("T1", "f1", "A0"): [0.1, 0.2],
 }
@@ -217,12 +255,15 @@ def told(changes=None, holm=None):
         ({("T2", "auprc", "A1"): [-0.004, 0.004]}, "does not help"),  # enough prompts to rule a gain out
         ({("T2", "fpr_at_recall", "A1"): [0.1, 0.2]}, "does not help"),  # more false positives
         ({("T2", "auprc", "C1"): [-0.1, 0.1]}, "undecided at this size"),
-        ({("T2", "auprc", "C1"): None}, "undecided at this size"),  # without the control nothing is shown
+        ({("T2", "auprc", "C1"): None}, "undecided: C1 not measured"),  # without the control nothing is shown
+        ({("T2", "auprc", "C1"): None, ("T3", "fpr_at_threshold", "A1"): None}, "undecided: T3, C1 not measured"),
+        ({("T2", "auprc", "C1"): None, ("T2", "auprc", "A1"): [-0.02, 0.15]}, "undecided: C1 not measured"),
+        ({("T2", "auprc", "C1"): None, ("T2", "auprc", "C2"): [-0.3, -0.1]}, "does not help"),
         ({("T2", "auprc", "C2"): [-0.3, -0.1]}, "does not help"),  # the guard's own suspicion does better
         ({("T1", "auprc", "A1"): [-0.1, -0.02]}, "does not help"),  # forgets what it knew
         ({("T1", "auprc", "A1"): [-0.03, 0.02]}, "undecided at this size"),
-        ({("T3", "fpr_at_recall", "A1"): [0.02, 0.1]}, "does not help"),  # refuses what is harmless
-        ({("T3", "fpr_at_recall", "A1"): None}, "undecided at this size"),
+        ({("T3", "fpr_at_threshold", "A1"): [0.02, 0.1]}, "does not help"),  # refuses what is harmless
+        ({("T3", "fpr_at_threshold", "A1"): None}, "undecided: T3 not measured"),
         ({("T2", "caught", "A1"): [-0.2, -0.1]}, "does not help"),
         ({("T2", "caught", "A1"): [0.0, 0.0]}, "undecided at this size"),  # A1 may catch all
     ],
@@ -297,6 +338,183 @@ def test_what_is_missing_is_named(config_file):
         scores.find_lines(config_of.load_config(config_file, ["evaluation.improved_model_path=nowhere"]))
 
 
+def card(config, name, seed, arm=None):
+    """A folder that says it holds a trained arm."""
+    folder = Path(config.training.output_dir) / name / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    base = config.llama_guard.base_model_path
+    (folder / "guard.json").write_text(json.dumps({"arm": arm or name, "seed": seed, "base_model": base}))
+    return folder
+
+
+def test_only_what_the_config_names_is_evaluated(config_file, caplog):
+    config = config_of.load_config(config_file, ["training.arms=A2,A2-parser,A8", "training.headline.seeds=0,1"])
+    for name, seed in (("A2", 0), ("A8", 0), ("A8", 1), ("A8", 7), ("A3", 0)):
+        card(config, name, seed)
+    lines, missing = scores.find_lines(config)
+    assert [line.name for line in lines] == ["A0", "A0-legacy", "A2-seed0", "A2-parser-seed0", "A8-seed0", "A8-seed1"]
+    assert missing == [] and "A3/seed0" in caplog.text and "A8/seed7" in caplog.text and "left out" in caplog.text
+    card(config, "A8", 1, arm="A4")
+    with pytest.raises(UserError, match="says that it is A4-seed1; remove the folder"):
+        scores.find_lines(config)
+
+
+def test_data_of_other_settings_are_not_evaluated(config_file):
+    config = config_of.load_config(config_file)
+    records.make_splits(config)
+    path = records.processed_path(config, "settings").with_suffix(".json")
+    path.parent.mkdir()
+    path.write_text('{"seed": 7}')
+    with pytest.raises(UserError, match="was made with another seed"):
+        evaluate.evaluate(config)
+    assert path.read_text() == '{"seed": 7}'
+    with pytest.raises(UserError, match="splits of other data, seed or ratios"):
+        evaluate.evaluate(config_of.load_config(config_file, ["seed=1"]))
+
+
+def test_arms_on_a_quantized_base_are_scored_on_it(config_file, monkeypatch):
+    asked = []
+
+    def load(path, official, **options):
+        asked.append(options)
+        return type("Guard", (), {"model": type("M", (), {"model": type("L", (), {"config": Config})})})
+
+    Config = type("C", (), {"_attn_implementation": "eager"})
+    monkeypatch.setattr(scores, "load_llama_guard", load)
+    config = config_of.load_config(config_file, ["llama_guard.load_in_4bit=true", "llama_guard.engine=vllm"])
+    folder, probe = card(config, "A8", 0), card(config, "C4", 0)
+    (probe / "probe.json").write_text("{}")
+    lines = [scores.Line("A0"), scores.Line("A8", 0, folder), scores.Line("C4", 0, probe)]
+    for line in lines:
+        scores.load(line, config)
+    assert "load_in_4bit" not in asked[0] and asked[1]["load_in_4bit"] and asked[2]["load_in_4bit"]
+    assert [one.get("engine") for one in asked] == ["vllm", "transformers", None]  # vLLM does not quantize so
+    plain = config_of.load_config(config_file)
+    same = [scores._identity(line, config) == scores._identity(line, plain) for line in lines]
+    assert same == [True, False, False]
+
+
+def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, monkeypatch):
+    config = config_of.load_config(config_file)
+    guard = scores.load(scores.Line("A0"), config)
+    config = config_of.load_config(
+        config_file, ["llama_guard.engine=server", "llama_guard.server_url=http://127.0.0.1:1/v1"]
+    )
+    guard.model = object.__new__(ServerModel)
+    answers = iter(["SAFE", None, "SAFE"])
+
+    def ask(prompts, **options):
+        said = (next(answers) for _ in prompts)
+        return ["Connection error." if text is None else type("Choice", (), {"text": text}) for text in said]
+
+    guard.model._ask = ask
+    monkeypatch.setattr(scores, "load", lambda line, config: guard)
+    line = scores.Line("A0-legacy", query="chatml", parser="strict")
+    items = [scores.Item(f"test/{i}", "test", f"How do I keep my bicycle clean {i}?") for i in range(2)]
+    first = scores.score(line, items, config, tmp_path / "scores")
+    assert [(a.decided, a.error) for a in first.values()] == [(False, None), (True, "Connection error.")]
+    assert [row["text"] for row in lines_of(tmp_path / "scores" / "A0-legacy.jsonl")] == ["SAFE"]
+    again = scores.score(line, items, config, tmp_path / "scores")  # the one that failed alone
+    assert [(a.decided, a.error) for a in again.values()] == [(False, None)] * 2
+    assert next(answers, "none left") == "none left"
+
+
+def test_one_model_at_a_time(config_file, tmp_path, monkeypatch):
+    """The base that arms share is given back before a guard of another kind is loaded, and loaded again on demand."""
+    config = config_of.load_config(config_file)
+    items, base = [scores.Item("test/0", "test", "How?")], shared_base.SharedBase(config, [])
+    held, verdict = [], {"score": 0.1, "decided": False, "error": None}
+
+    def served(line):
+        base.guard = base.guard or (object() if line.arm == "A8" else None)
+        return line.arm == "A8"
+
+    monkeypatch.setattr(base, "serves", served)
+    monkeypatch.setattr(scores, "_raw", lambda line, guard, texts, config: [verdict])
+    monkeypatch.setattr(base, "said", lambda line, texts: [verdict])
+    monkeypatch.setattr(scores, "load", lambda line, config: held.append(base.guard) or object())
+    for name in ("A8", "C4", "A8"):
+        scores.score(scores.Line(name, 0, card(config, name, 0)), items, config, tmp_path / name / f"{len(held)}", base)
+    assert held == [None] and base.guard is not None
+
+
+def test_the_originals_config_has_another_family_for_the_truth():
+    """The guard must not label the rows to train on and be the truth as well."""
+    config = config_of.load_config(Path(scores.__file__).with_name("research_config.json"))
+    judge, settings = zoo()[config.evaluation.judge], config.evaluation
+    assert settings.t2_label == "judge" and judge["kind"] == "generative" and "llama" not in judge["model"].lower()
+    assert len(judge["questions"]) == 1 and judge["questions"][0]["label"] in ("last", "response_unsafe")
+    assert "variants" not in judge and "anchor" not in judge["questions"][0]
+    assert benchmarks()[settings.hard_benign]["hub"] == "Paul/XSTest"
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folders_own_validation_split_shares_nothing_with_train(config_file, tmp_path):
+    rows = prompts(30)
+    twice = [
+        row | {"conv_id": f"x{i}", "user_input": row["user_input"].upper() + "!"} for i, row in enumerate(rows[:3])
+    ]
+    data = write(tmp_path / "own", train=rows, validation=[*prompts(10, 30), *twice], test=prompts(10, 40))
+    config = config_of.load_config(config_file, [f"dataset.path={data}", f"dataset.store_dir={tmp_path / 'apart'}"])
+    records.make_splits(config)
+    parts = {split: records.read_split(config, split) for split in config_of.SPLITS}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 27, "validation": 13, "test": 10}
+    keys = {split: {records.text_key(row["input"]) for row in part} for split, part in parts.items()}
+    assert not keys["train"] & keys["validation"]
+    left_out = json.loads((tmp_path / "apart" / "splits.json").read_text())["left_out"]
+    assert left_out == {"also in validation": 3}
+
+
+def test_prompts_of_other_data_that_were_seen_are_left_out(config_file, tmp_path):
+    """Those of train, validation and the head start; the others' predictions are kept, one row a prompt."""
+    known = write(tmp_path / "guard", rows=prompts(1, 90)) / "rows.jsonl"
+    config = config_of.load_config(config_file, [f"dataset.guard_path={known}"])
+    records.make_splits(config)
+    seen = [records.read_split(config, split)[0]["input"].upper() for split in ("train", "validation")]
+    seen.append(prompts(1, 90)[0]["user_input"])
+    fresh = ["Is rain wet?", "Is rain bad?", "Is rain dry?"]
+    asked = [
+        {"prompt": text, "prompt_label": ("safe", "unsafe")[text.endswith("bad?")]}
+        for text in [*seen[:2], *fresh, seen[2]]
+    ]
+    spec = str(write(tmp_path / "more", rows=asked) / "rows.jsonl")
+    config = config_of.load_config(config_file, [
+        *(f"dataset.guard_path={known}", f"evaluation.hard_benign={spec}", f"evaluation.extra={spec}"),
+    ])  # fmt: skip
+    row = {"id": "1", "query": "May I?", "human_unsafe": True, "input_error": None, "input_decided": False, "kind": "x"}
+    row |= {
+        "responses": [{"decided": True, "error": None, "judge_unsafe": None, "human_unsafe": True}],
+        "shadow": False,
+    }
+    rows = {split: [row] for split in evaluate.SPLITS}
+    tasks, items = evaluate.read_tasks(config, rows)
+    assert tasks["T3"].facts["seen_before"] == tasks[spec].facts["seen_before"] == 3
+    asked_once = [fresh[0], fresh[2], fresh[1]]  # though the first two are in both
+    assert [item.text for item in items] == ["May I?", "May I?", *asked_once]
+    assert tasks["T3"].test.ids == [f"{spec}#2", f"{spec}#4"]
+    assert dict(zip(tasks[spec].test.ids, tasks[spec].test.truth, strict=True)) == {
+        **{f"{spec}#2": False, f"{spec}#3": True, f"{spec}#4": False}
+    }
+    answers = {"A0": {item.id: scores.Answer(0.7, item.text == fresh[0], None) for item in items}}
+    kept = evaluate.predicted(rows, tasks, items, answers, "human")
+    assert [(r["id"], r["split"], r["human_unsafe"], r["passed"]) for r in kept] == [
+        ("1", "validation", True, True),
+        ("1", "test", True, True),
+        (f"{spec}#2", spec, False, False),
+        (f"{spec}#4", spec, False, True),
+        (f"{spec}#3", spec, True, True),
+    ]
+    assert [r["outcome_unsafe"] for r in kept] == [True, True, None, None, None]
+    assert all(r["guards"]["A0"]["score"] == 0.7 for r in kept)
+    cell = {"intervals": {}}
+    text = results._task("T3", tasks["T3"].facts | {"arms": {"A0": cell}})
+    assert "3 that are in train, validation or the guard's own data left out" in text
+    with pytest.raises(UserError, match="hold every prompt of it; take it out"):
+        evaluate.foreign(spec, {records.text_key(text) for text in [*seen, *fresh]})
+
+
 def test_the_truth_of_t2():
     def row(*unsafe, judge=None, decided=False):
         responses = [{"decided": u, "error": None, "judge_unsafe": judge, "human_unsafe": None} for u in unsafe]
@@ -354,7 +572,7 @@ def test_the_whole_experiment(config_file, tmp_path, monkeypatch):
     assert list(t1) == ["always unsafe", "A0", "A1", "A0-legacy", *ARMS]
     assert t1["always unsafe"]["precision"] == pytest.approx(whole["tasks"]["T1"]["base_rate"]) == 4 / 20
     assert t1["A1"]["auprc"] == t1["A0"]["auprc"] and set(t1["A8"]["seeds"]) == {"A8-seed0", "A8-seed1"}
-    assert whole["verdict"]["verdict"] in ("helps", "does not help", "undecided at this size")
+    assert whole["verdict"]["verdict"] in ("does not help", "undecided: C2 not measured")
     assert t1["A2"]["recall"] == 1  # of a guard that knows no capitals, the strict parser lets nothing through
     text = (tmp_path / "experiment" / "results.md").read_text()
     assert "**Verdict on A8:" in text and "taken away one after another" in text

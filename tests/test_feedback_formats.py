@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import families
 import feedback_guards as shared
@@ -11,17 +12,45 @@ from feedback_guards import (
     BAD,
     CONVERSATIONS,
     GOOD,
+    arms,
+    blocked_inputs,
     difference,
     formats,
     legacy,
+    processed,
     train,
     trunk,
 )
 
 from common.conversation import UserError, pair
+from common.guards import _describe
 from common.templates import encode
 
 base, guard, plain, settings = shared.base, shared.guard, shared.plain, shared.settings  # fixtures
+
+
+@pytest.fixture
+def rows_of(settings):
+    return lambda name, seed=0, lines=None: arms.build_rows(
+        arms.arm(name), lines or processed(), blocked_inputs(lines or processed()), seed, settings()
+    )
+
+
+def test_a_folder_that_is_no_guard_is_refused(plain):
+    with pytest.raises(UserError, match="a folder without guard"):
+        formats.load_llama_guard(str(plain))
+
+
+@pytest.mark.parametrize("model", ["meta-llama/LlamaGuard-7b", "llama-guard", "base"])
+def test_a_trained_arm_names_its_guard_as_load_guard_knows_it(model, settings, base, tmp_path):
+    config = settings()
+    path = str(base) if model == "base" else model
+    config = replace(config, llama_guard=replace(config.llama_guard, base_model_path=path))
+    card = train._card(train.Job(arms.arm("A4"), 0, [], tmp_path, "x"), config, "generative")
+    assert (card["guard"], card["base_model"]) == ("llama-guard", path)
+    (tmp_path / "guard.json").write_text(json.dumps(card))
+    known, _ = _describe(str(tmp_path))
+    assert known["questions"] and known["categories"]["names"]["O3"] == "Criminal Planning"
 
 
 @pytest.mark.parametrize("family", ["ours", "llama2", "llama3"])
@@ -74,6 +103,24 @@ def test_long_rows_keep_their_verdict(guard):
     assert prompt[-40:] == guard.prompt_ids([long])[0][-40:]
     with pytest.raises(UserError, match="too short for the guard's prompt"):
         formats.Encoder(guard, 60).rows([long], [1.0])
+
+
+def test_categories_of_unsafe_responses_are_learned_where_known(rows_of, guard):
+    lines = processed()
+    for line in lines:
+        for r in line["responses"]:
+            r["categories"] = ["Self-Harm", "Criminal Planning"] if r["decided"] else None
+    made = {name: rows_of(name, 0, lines) for name in ("A4", "A8", "C1", "C2", "C3")}
+    for name, rows in made.items():
+        known = [row.categories for row in rows if row.target >= 0.5 and row.source in ("feedback", "human")]
+        told = None if name in ("C2", "C3") else ["Criminal Planning", "Self-Harm"]
+        assert known == [told] * 12, name
+        assert all(row.categories is None for row in rows if row.target < 0.5)
+    assert {row.id: row.categories for row in rows_of("A4")} == dict.fromkeys(row.id for row in made["A4"])
+    row = next(row for row in made["A4"] if row.source == "feedback")
+    ((encoded,), _) = formats.Encoder(guard, 600).rows([row.messages], [row.target], [row.categories])
+    verdict = guard.tokenizer.decode([t for t in encoded["labels"] if t != -100])
+    assert verdict.strip() == f"unsafe\nO3,O6{guard.tokenizer.eos_token}"
 
 
 def gradients(model: torch.nn.Module, encoder, batches: list[dict], weight: float) -> tuple[float, dict]:
@@ -186,6 +233,36 @@ def test_the_originals_query_has_its_stray_blanks():
     assert (
         legacy.legacy_reason("O10") == "O1: Violence and Hate" and legacy.legacy_reason("x") == "Classified as unsafe"
     )
+
+
+def test_the_originals_collection(rows_of):
+    """By its own checks; where they collect nothing, from the correct list, and that is said."""
+    lines = [line | {"legacy": {"input": "UNSAFE [O3]", "outputs": []}} for line in processed()]
+    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
+    assert facts["legacy_collection"] == "empty" and facts["blocked"] == 12 and facts["texts"] == 60
+    for line in lines[7::10]:
+        line["legacy"] = {"input": "SAFE", "outputs": ["UNSAFE [I2]"]}
+    lines[8]["legacy"] = {"input": "SAFE", "outputs": ["SAFE"]}
+    lines[9]["legacy"] = {"input": "safe", "outputs": ["unsafe"]}
+    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
+    assert facts["legacy_collection"] == facts["blocked"] == facts["reasons_that_crash_the_original"] == 6
+    assert facts["also_in_correct_collection"] == 0 and facts["texts"] == 30 and facts["unsafe_texts"] == 12
+    rows = rows_of("A2", 0, lines)
+    assert {row.id for row in rows if row.target == 1} == {line["id"] for line in lines[7::10]}
+    assert len(rows_of("A2-augmentation", 0, lines)) == 12 and len(rows_of("A2-labels", 0, lines)) == 24
+    with pytest.raises(UserError, match=r"as the original asks it; run process\.py again, with A2-mask"):
+        rows_of("A2-mask", 0, processed())
+
+
+def test_reasons_hold_the_originals_code(guard):
+    """Llama Guard 1 has names of the original's; what another guard names has no code there."""
+    names = guard.entry["categories"]["names"]
+    for code, name in names.items():
+        assert legacy.example("a", "x", legacy.reason_of([name])).category == list(legacy.CATEGORIES).index(code)
+    assert legacy.reason_of(["Self-Harm", "Defamation", "Criminal Planning"]) == (
+        "O3: Criminal Planning, O6: Self-Harm, Defamation"
+    )
+    assert legacy.reason_of([]) == "Classified as unsafe"
 
 
 def test_five_texts_for_each_pair_of_examples_two_of_them_unsafe():

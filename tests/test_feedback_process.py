@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import families
 import pytest
@@ -19,7 +20,8 @@ RECIPE = EXAMPLES / "feedback_guard"
 config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 assistant = module("feedback_guard", "assistant")
-process = module("feedback_guard", "process")
+formats = module("feedback_guard", "formats")
+process, train = module("feedback_guard", "process"), module("feedback_guard", "train")
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +105,6 @@ def test_sampling_sizes_are_honoured(write_config):
     assert more["total"] == 20
 
 
-def test_another_process_split(write_config):
-    config = config_.load_config(write_config(), ["experiment.process_split=validation", "llama.use_recorded=true"])
-    assert process.process(config)["total"] == 9
-    with pytest.raises(UserError, match=r"train\.jsonl: not there yet"):
-        records.read_processed(config, "train")
-
-
 def test_recorded_responses(write_config, tmp_path):
     path = write_config()
     _, _, rows = run(path, "llama.use_recorded=true", "llama.model_path=nowhere")
@@ -122,20 +117,16 @@ def test_recorded_responses(write_config, tmp_path):
         assert response["text"] == known[row["id"]]["model_output"]
         assert response["human_unsafe"] == known[row["id"]]["output_unsafe"]
         assert records.q(row, "human") == float(response["human_unsafe"])
-    data = write(tmp_path / "none", train=[r | {"model_output": None} for r in prompts(40)], test=prompts(5, 40))
-    with pytest.raises(UserError, match=r"has no recorded response; set llama\.use_recorded=false"):
-        run(
-            write_config("none", dataset={"path": str(data), "store_dir": str(tmp_path / "n")}),
-            "llama.use_recorded=true",
-        )
 
 
-@pytest.mark.parametrize("unsafe", [True, False])
-def test_data_of_one_class(unsafe, tmp_path, write_config):
-    data = write(tmp_path / "one", rows=prompts(20, unsafe=lambda i: unsafe)) / "rows.jsonl"
+def test_a_prompt_without_a_recorded_response_is_an_error_row(write_config, tmp_path):
+    some = [row | {"model_output": row["model_output"] if i % 2 else None} for i, row in enumerate(prompts(60))]
+    data = write(tmp_path / "some", train=some, test=prompts(20, 60))
     path = write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "run")})
     _, stats, rows = run(path, "llama.use_recorded=true")
-    assert stats["total"] == 14 and {row["human_unsafe"] for row in rows["train"]} == {unsafe}
+    said = [r for row in rows["train"] for r in row["responses"]]
+    assert {bool(r["text"]) for r in said} == {True, False} and stats["errors"]
+    assert all((r["error"] == "empty response: nothing to judge") == (r["text"] == "") for r in said)
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0, 0, 0), (0.5, 0.2, 0.8), (1, 1, 1)])
@@ -152,7 +143,7 @@ def test_a_guard_that_cannot_say_blocks(write_config, tmp_path):
     """A guard that writes neither word, so that every verdict is an error: nothing passes, and nothing is learned."""
     families.save(tmp_path / "mute", "llama2", ("harmful",), 3)
     (tmp_path / "mute" / "guard.json").write_text(json.dumps({"kind": "generative", "guard": "llama-guard"}))
-    mute = {"default_model_path": str(tmp_path / "mute"), "base_model_path": "x"}
+    mute = {"default_model_path": str(tmp_path / "mute"), "base_model_path": str(tmp_path / "mute")}
     _, stats, rows = run(write_config(llama_guard=mute), "llama.use_recorded=true", "experiment.explore_share=1")
     assert stats["input_blocked"] == stats["errors"] == 51 and stats["output_blocked"] == stats["explored"] == 0
     assert all("expected" in row["input_error"] and row["responses"] == [] for row in rows["train"])
@@ -210,12 +201,6 @@ def test_the_originals_checks_are_kept_for_its_arm(write_config):
     assert all(row["legacy"] is None for row in rows["test"])
 
 
-def test_unknown_arms_are_refused_before_anything_is_asked(write_config, tmp_path):
-    with pytest.raises(UserError, match="A9"):
-        run(write_config(), "training.arms=A4,A9")
-    assert not (tmp_path / "run").exists()
-
-
 def test_another_guard_or_decoding_needs_another_folder(write_config, models):
     path = write_config()
     run(path, "llama.use_recorded=true")
@@ -226,6 +211,81 @@ def test_another_guard_or_decoding_needs_another_folder(write_config, models):
     ]:
         with pytest.raises(UserError, match=f"was made with another {named}; remove it, or choose another"):
             run(path, *dict.fromkeys(["llama.use_recorded=true", change]))
+
+
+def test_stages_after_it_refuse_what_another_config_left(write_config, tmp_path):
+    """Sizes and judge: process.py adds what is missing, the others ask for that."""
+    path, recorded = write_config(), "llama.use_recorded=true"
+    file = tmp_path / "run" / "processed" / "settings.json"
+
+    def check(*overrides, **options):
+        process.check_settings(config_.load_config(path, [recorded, *overrides]), file, **options)
+
+    with pytest.raises(UserError, match=r"settings\.json: not there yet; run process\.py with this config first"):
+        check(write=False)
+    run(path, recorded)
+    kept = file.read_bytes()
+    check(write=False)
+    for change in ("evaluation.judge=", "evaluation.max_eval_samples=4", "experiment.process_sample_size=12"):
+        with pytest.raises(UserError, match=rf"made with another {change.partition('=')[0]}; run process\.py again"):
+            train.train(config_.load_config(path, [recorded, change]))
+    with pytest.raises(UserError, match="made with another seed; remove it, or choose another"):
+        check("seed=1", write=False)
+    with pytest.raises(UserError, match=r"made with another experiment\.explore_share; remove it, or choose another"):
+        train.train(config_.load_config(path, [recorded, "experiment.explore_share=0.1"]))
+    assert file.read_bytes() == kept
+    check("evaluation.max_eval_samples=4")
+    with pytest.raises(UserError, match=r"evaluation\.max_eval_samples; run process\.py again"):
+        check(write=False)
+
+
+# ------------------------------------------------------------------------------------------------------ categories
+
+
+def test_categories_are_asked_of_responses_alone(write_config, monkeypatch):
+    asked = []
+
+    def named(self, cases, verdicts):
+        asked.extend(case.kind for case in cases)
+        for verdict in verdicts:
+            verdict.categories = {"Criminal Planning": 0.9, "Self-Harm": 0.9}
+
+    monkeypatch.setattr(process.GenerativeGuard, "_name_categories", named)
+    path = write_config(llama_guard={"categories": True})
+    _, _, rows = run(path, "llama.use_recorded=true")
+    assert set(asked) == {"response"}
+    found = [row for row in rows["train"] if records.feedback(row)]
+    assert found and all(r["categories"] == ["Criminal Planning", "Self-Harm"] for r in found[0]["responses"])
+    assert process._blocked(found[0])["reason"] == "O3: Criminal Planning, O6: Self-Harm"
+
+
+# ---------------------------------------------------------------------------------------------- a server that fails
+
+
+def test_what_a_server_says_of_a_failure_is_no_check(write_config, models, tmp_path, monkeypatch):
+    config = config_.load_config(write_config(llama_guard={"legacy_new_tokens": 3}))
+    guard = process.default_guard(config)
+    rows = [{"query": f"May I {i}?", "responses": []} for i in range(60)]
+    path, down, asked = tmp_path / "legacy.jsonl", {"May I 3?", "May I 55?"}, []
+    ids = process.encode(guard.tokenizer, [process.chatml_parts(row["query"]) for row in rows])
+    known = {tuple(one): row["query"] for one, row in zip(ids, rows, strict=True)}
+
+    def ask(self, prompts, **options):
+        texts = [known[tuple(ids)] for ids in prompts]
+        asked.extend(texts)
+        return ["Error code: 503" if text in down else Namespace(text=f"SAFE {text}") for text in texts]
+
+    monkeypatch.setattr(formats.ServerModel, "_ask", ask)
+    guard.model = object.__new__(formats.ServerModel)
+    loaded = process.Loaded(lambda: guard)
+    with pytest.raises(UserError, match=r"server_url None: .*503\); run process\.py again for the rest"):
+        process.add_legacy(config, rows, loaded, "x", path)
+    assert len(path.read_text().splitlines()) == 58 and "503" not in path.read_text()
+    asked.clear()
+    answering, down = sorted(down), set()
+    process.add_legacy(config, rows, loaded, "x", path)
+    assert sorted(asked) == answering
+    assert [row["legacy"]["input"] for row in rows] == [f"SAFE {row['query']}" for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------- kill and resume

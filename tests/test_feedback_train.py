@@ -32,6 +32,7 @@ from feedback_guards import (
     weights,
 )
 from peft import AutoPeftModelForCausalLM
+from recipes import module
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +40,28 @@ from common.conversation import UserError, pair
 from common.data import prompt_key
 from common.guards import load_guard
 
-base, guard, plain, settings = shared.base, shared.guard, shared.plain, shared.settings  # fixtures
+base, guard, plain, stored = shared.base, shared.guard, shared.plain, shared.settings  # fixtures
+process = module("feedback_guard", "process")
+
+
+def asked_as_the_original(lines):
+    """Its checks on processed lines: they collect nothing."""
+    return [line | {"legacy": {"input": "UNSAFE [O3]", "outputs": []}} for line in lines]
+
+
+@pytest.fixture
+def settings(stored, tmp_path):
+    """`settings(**training)`: a config with its processed rows on disk, and what process.py knows them by."""
+    store = tmp_path / "store" / "processed"
+    (store / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked_as_the_original(processed())))
+
+    def make(**training):
+        config = stored(**training)
+        if not (store / "settings.json").exists():
+            process.check_settings(config, store / "settings.json")
+        return config
+
+    return make
 
 
 def test_the_config_knows_the_arms():
@@ -122,23 +144,6 @@ def test_refused_prompts_are_no_safe_examples(rows_of):
 def test_without_feedback_there_is_nothing_to_train(rows_of):
     with pytest.raises(UserError, match="none of 12 prompts passed the guard and had its responses blocked"):
         rows_of("A8", 0, [line for line in processed() if line["id"][-1] in "06"])
-
-
-def test_the_originals_collection(rows_of):
-    """By its own checks; where they collect nothing, from the correct list, and that is said."""
-    lines = processed()
-    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
-    assert facts["legacy_collection"] == "empty" and facts["blocked"] == 12 and facts["texts"] == 60
-    for line in lines[7::10]:
-        line["legacy"] = {"input": "SAFE", "outputs": ["UNSAFE [I2]"]}
-    lines[8]["legacy"] = {"input": "SAFE", "outputs": ["SAFE"]}
-    lines[9]["legacy"] = {"input": "safe", "outputs": ["unsafe"]}
-    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
-    assert facts["legacy_collection"] == facts["blocked"] == facts["reasons_that_crash_the_original"] == 6
-    assert facts["also_in_correct_collection"] == 0 and facts["texts"] == 30 and facts["unsafe_texts"] == 12
-    rows = rows_of("A2", 0, lines)
-    assert {row.id for row in rows if row.target == 1} == {line["id"] for line in lines[7::10]}
-    assert len(rows_of("A2-augmentation", 0, lines)) == 12 and len(rows_of("A2-labels", 0, lines)) == 24
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -392,8 +397,3 @@ def test_a_killed_head_start_goes_on(head_start, tmp_path, monkeypatch):
 def test_what_a_head_start_refuses(head_start, changes, message):
     with pytest.raises(UserError, match=message):
         prepare.make_guard(head_start(**changes))
-
-
-def test_a_folder_that_is_no_guard_is_refused(plain):
-    with pytest.raises(UserError, match="a folder without guard"):
-        formats.load_llama_guard(str(plain))

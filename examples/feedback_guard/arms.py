@@ -104,12 +104,17 @@ def build_rows(
         blocked: lines of blocked_inputs.jsonl.
 
     Raises:
-        UserError: no prompt passed whose responses were blocked.
+        UserError: no prompt passed whose responses were blocked, or process.py ran without an arm such as this.
     """
     if not any(map(feedback, processed)):
         raise UserError(
             f"{config.dataset.store_dir}: none of {len(processed)} prompts passed the guard and had its responses "
             "blocked: there is nothing to learn from; process more prompts, or another assistant's responses"
+        )
+    if arm.collection == "legacy" and any(row["legacy"] is None for row in processed):
+        raise UserError(
+            f"{config.dataset.store_dir}: the guard was not asked there as the original asks it; run process.py again, "
+            f"with {arm.name} in training.arms"
         )
     if arm.texts:
         return _texts(arm, processed, blocked, seed)[0]
@@ -174,7 +179,10 @@ def _legacy_blocked(processed: Sequence[Mapping]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Seen:
-    """A prompt that passed, and what its responses say of it: q, and whether harmless ones mean that it is harmless."""
+    """A prompt that passed, and what its responses say of it: q, and whether harmless ones mean that it is harmless.
+
+    `categories`: those of its unsafe responses, None where the guard named none.
+    """
 
     id: str
     query: str
@@ -182,6 +190,7 @@ class Seen:
     q: float
     refused: bool
     source: str = "feedback"
+    categories: list[str] | None = None
 
 
 def _rows(arm: Arm, processed: Sequence[Mapping], seed: int, config: Config) -> list[Row]:
@@ -222,7 +231,7 @@ def _prompts(rows: Sequence[Row]) -> list[str]:
 
 
 def _row(one: Seen, target: float, source: str, kl: bool = False) -> Row:
-    return Row(one.id, pair(one.query), float(target), source, kl=kl)
+    return Row(one.id, pair(one.query), float(target), source, one.categories if target >= 0.5 else None, kl=kl)
 
 
 def _refused(row: Mapping, config: Config) -> bool:
@@ -237,24 +246,32 @@ def _seen(arm: Arm, processed: Sequence[Mapping], seed: int, config: Config) -> 
     unsafe are, those that the guard passed first (C3).
     """
     rows = [row for row in processed if passed(row) and not row["shadow"] and q(row) is not None]
-    seen = [Seen(r["id"], r["query"], r["input_unsafe"] or 0.0, q(r), _refused(r, config)) for r in rows]
+    seen = [
+        Seen(r["id"], r["query"], r["input_unsafe"] or 0.0, q(r), _refused(r, config), "feedback", unsafe_categories(r))
+        for r in rows
+    ]
     count = sum(one.q >= 0.5 for one in seen)
     if arm.feedback == "permuted":
         return _permuted(seen, seed)
     if arm.feedback == "suspicious":
         first = {one.id for one in sorted(seen, key=lambda one: (-one.score, one.id))[:count]}
-        return [replace(one, q=float(one.id in first), refused=False) for one in seen]
+        return [replace(one, q=float(one.id in first), refused=False, categories=None) for one in seen]
     if arm.feedback == "human":
         bad = _shuffled([row for row in processed if row["human_unsafe"]], seed, "human")
         bad = sorted(bad, key=lambda row: not passed(row))[:count]
         human = [Seen(r["id"], r["query"], r["input_unsafe"] or 0.0, 1.0, False, "human") for r in bad]
         harmless = {row["id"] for row in rows if row["human_unsafe"] is False}
-        return human + [replace(one, q=0.0, refused=False) for one in seen if one.id in harmless]
+        return human + [replace(one, q=0.0, refused=False, categories=None) for one in seen if one.id in harmless]
     return seen
 
 
+def unsafe_categories(row: Mapping) -> list[str] | None:
+    """The categories that the guard named of a prompt's unsafe responses; None where it named none."""
+    return sorted({name for r in row["responses"] if r["decided"] for name in r.get("categories") or ()}) or None
+
+
 def _permuted(seen: Sequence[Seen], seed: int) -> list[Seen]:
-    """q and refusals exchanged within blocks of prompts of like s_in (fifths of them) and like length."""
+    """q, refusals and categories exchanged within blocks of prompts of like s_in (fifths of them) and like length."""
     order = sorted(seen, key=lambda one: (one.score, one.id))
     fifth = {one.id: i * 5 // len(order) for i, one in enumerate(order)}
     order = sorted(seen, key=lambda one: (fifth[one.id], len(one.query), one.id))
@@ -262,7 +279,8 @@ def _permuted(seen: Sequence[Seen], seed: int) -> list[Seen]:
     for start in range(0, len(order), BLOCK):
         block = order[start : start + BLOCK]
         others = rng.sample(block, len(block))
-        out += [replace(one, q=o.q, refused=o.refused) for one, o in zip(block, others, strict=True)]
+        pairs = zip(block, others, strict=True)
+        out += [replace(one, q=o.q, refused=o.refused, categories=o.categories) for one, o in pairs]
     return out
 
 

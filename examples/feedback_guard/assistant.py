@@ -20,8 +20,35 @@ from common.generation import (
     transformers_engine,
 )
 from common.quickstart import resolve_model
+from common.refusal import classify
 from common.runtime import device, json_lines
 from common.templates import encode, render_chat
+
+KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
+
+
+def respond(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loaded, path: Path) -> None:
+    """Fill in the responses of records, recorded or generated."""
+    if config.llama.use_recorded:
+        for row, record in asked:
+            text = row["model_output"]  # of a row without one: an error row
+            said = {"text": text.strip() if isinstance(text, str) else "", "seed": None, "human": row["output_unsafe"]}
+            record["responses"] = [_response(said, record["query"], True)]
+        return
+    answers = generated(config, [row["input"] for row, _ in asked], path, guard)
+    for (_, record), each in zip(asked, answers, strict=True):
+        record["responses"] = [_response(answer, record["query"], False) for answer in each]
+
+
+def _response(answer: Row, prompt: str, recorded: bool) -> Row:
+    text = answer["text"]
+    kind = classify(text, prompt).kind if text else "empty"
+    error = answer.get("error") or (None if text else "empty response: nothing to judge")
+    return {
+        **{"text": text, "seed": answer["seed"], "recorded": recorded, "unsafe": None, "decided": None},
+        **{"categories": None, "error": error, "refusal": KINDS.get(kind, kind)},
+        **{"judge_unsafe": None, "human_unsafe": answer.get("human")},
+    }
 
 
 def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded) -> list[list[Row]]:
@@ -30,7 +57,7 @@ def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded)
     A batch has a seed of its own and is kept whole, so that a killed run draws the same again.
     """
     llama = config.llama
-    tokenizer, window = _assistant_tokenizer(llama.model_path)
+    tokenizer, window = assistant_tokenizer(llama.model_path)
     ids = encode(tokenizer, [render_chat(tokenizer, pair(text)) for text in prompts], add_special_tokens=False)
     room = window - llama.max_tokens
     order = sorted({tuple(one) for one in ids if len(one) <= room}, key=lambda one: (-len(one), one))
@@ -63,8 +90,8 @@ def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded)
     ]
 
 
-def _assistant_tokenizer(name: str) -> tuple[Any, int]:
-    """The assistant's tokenizer, and how many tokens it sees."""
+def assistant_tokenizer(name: str) -> tuple[Any, int]:
+    """The assistant's tokenizer, and how many tokens it sees. Raises UserError where there is none that can chat."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
         known = AutoConfig.from_pretrained(resolve_model(name)).get_text_config()

@@ -71,8 +71,9 @@ def statistics(
 
     Args:
         weights: shape (n, d). validation_weights: shape (m, d), of the rows of `validation_truth`.
-        target_recall: the recall on validation at which `fpr_at_recall` and `recall_at_threshold` are taken; the
-            threshold is selected anew in each sample of the validation rows.
+        target_recall: `fpr_at_recall` is the false-positive rate at this recall on the prompts' own ROC curve. On
+            validation it selects a threshold, anew in each sample of its rows, at which `fpr_at_threshold` and
+            `recall_at_threshold` are taken.
         block_rate: the share of prompts to block for `caught`, the share of positives among what is blocked then.
 
     Returns:
@@ -98,7 +99,7 @@ def statistics(
         blocked = np.zeros_like(hits)
         np.cumsum(ranked, axis=0, out=blocked[1:])
         np.cumsum(ranked * truth[order][:, None], axis=0, out=hits[1:])
-        out |= _curve(said.score[order], hits, blocked, positives, negatives, block_rate)
+        out |= _curve(said.score[order], hits, blocked, positives, negatives, target_recall, block_rate)
         if validation_weights is not None and validation_truth is not None:
             cuts, reached = _cuts(validation_truth, said.validation, validation_weights, target_recall)
             above = len(order) - np.searchsorted(np.sort(said.score), cuts, side="right")
@@ -106,7 +107,7 @@ def statistics(
             unknown = np.full(weights.shape[1], np.nan)
             fpr = (blocked[at] - hits[at]) / negatives if at else unknown
             recall = hits[at] / positives if at else unknown
-            out["fpr_at_recall"] = np.where(reached < 0, np.nan, fpr)
+            out["fpr_at_threshold"] = np.where(reached < 0, np.nan, fpr)
             out["recall_at_threshold"] = np.where(reached < 0, np.nan, recall)
     return out
 
@@ -117,9 +118,14 @@ def _curve(
     blocked: np.ndarray,
     positives: np.ndarray,
     negatives: np.ndarray,
+    target_recall: float,
     block_rate: float | None,
 ) -> dict[str, np.ndarray]:
-    """Metrics of a ranking: scikit-learn's values, from counts above each rank, of shape (n + 1, d)."""
+    """Metrics of a ranking: scikit-learn's values, from counts above each rank, of shape (n + 1, d).
+
+    Prompts of equal score are blocked together: `fpr_at_recall` is that of the first score, from the highest, down to
+    which the share of positives is at least the target; nothing is taken between two scores.
+    """
     ends = np.append(0, 1 + np.flatnonzero(np.append(np.diff(score) != 0, True)))  # after each run of equal scores
     hits, blocked = (hits, blocked) if len(ends) == len(hits) else (hits[ends], blocked[ends])
     wrong, both = blocked - hits, (positives > 0) & (negatives > 0)
@@ -129,6 +135,8 @@ def _curve(
     out = {"auprc": (gained * precision).sum(0) / positives, "auroc": area / (positives * negatives)}
     for name, rate in (("recall_at_fpr01", 0.01), ("recall_at_fpr05", 0.05)):
         out[name] = np.where(wrong <= rate * negatives, hits, 0).max(0) / positives
+    reached = (hits >= target_recall * positives - 1e-3).argmax(0)
+    out["fpr_at_recall"] = wrong[reached, np.arange(wrong.shape[1])] / negatives
     out = {name: np.where(both, values, np.nan) for name, values in out.items()}
     if block_rate is not None:  # between two scores as if equal scores came in random order
         goal = block_rate * blocked[-1]
@@ -208,11 +216,11 @@ def interval(values: np.ndarray) -> list[float] | None:
     return None if not len(known) or len(known) * 2 < len(values) else np.percentile(known, [2.5, 97.5]).tolist()
 
 
-def difference(a: float | None, b: float | None, drawn: np.ndarray, n: int) -> dict | None:
+def difference(a: float | None, b: float | None, drawn: np.ndarray, n: int | None) -> dict | None:
     """a minus b with its interval, p, standard error and power; None where one of them is undefined.
 
     Args:
-        drawn: the difference in each draw. n: test prompts.
+        drawn: the difference in each draw. n: test prompts; None if the error does not rest on them alone: no power.
 
     Returns:
         difference, interval, p (two-sided, of the draws), standard_error, n_for_80_percent_power (test prompts),
@@ -227,7 +235,30 @@ def difference(a: float | None, b: float | None, drawn: np.ndarray, n: int) -> d
     error = float(known.std(ddof=1)) if len(known) > 1 else 0.0
     tail = min((known <= 0).sum(), (known >= 0).sum())
     p = min(1.0, float(2 * (tail + 1) / (len(known) + 1)))  # +1: a p of 0 is no property of a finite number of draws
-    return out | {"p": p, "standard_error": error} | power(a - b, error, n)
+    known_power = dict.fromkeys(("n_for_80_percent_power", "detectable")) if n is None else power(a - b, error, n)
+    return out | {"p": p, "standard_error": error} | known_power
+
+
+def by_seed(
+    first: Mapping[str, Mapping[str, float | None]], second: Mapping[str, Mapping[str, float | None]], metric: str
+) -> list[float] | None:
+    """The lowest and the highest difference of one seed; None with one seed each.
+
+    Arms with the same seeds are paired by seed, else each of the first (of both, where the first has one) is taken
+    from the other's mean. The mean over seeds of these differences is that of the arms.
+
+    Args:
+        first, second: metrics by name, such as A8-seed0.
+    """
+    a, b = ({name.rpartition("-seed")[2]: of.get(metric) for name, of in arm.items()} for arm in (first, second))
+    if None in [*a.values(), *b.values()] or len(a) == len(b) == 1:
+        return None
+    if set(a) == set(b):
+        found = [a[seed] - b[seed] for seed in a]
+    else:
+        ours, theirs = list(a.values()), list(b.values())
+        found = [x - np.mean(theirs) for x in ours] if len(ours) > 1 else [ours[0] - y for y in theirs]
+    return [float(min(found)), float(max(found))]
 
 
 def power(effect: float, standard_error: float, n: int) -> dict[str, float | int | None]:

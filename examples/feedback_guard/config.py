@@ -54,7 +54,7 @@ class LlamaGuardConfig:
     server_url: str | None = None
     server_model: str | None = None
     load_in_4bit: bool = False  # the frozen base of training
-    categories: bool = False  # let it name the categories of an unsafe response, which are kept with it
+    categories: bool = False  # let it name the categories of an unsafe response, for arms to learn them
     legacy_new_tokens: int = 50  # of the original's checks, for arms with its collection
 
 
@@ -127,7 +127,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    process_split: str = "train"
+    process_split: str = "train"  # nothing else: the other splits measure
     process_sample_size: int | None = 5000  # null: all
     results_dir: str = "./results/experiment"
     explore_share: float = 0.03  # of blocked prompts, let through to learn whether blocking was right
@@ -295,11 +295,15 @@ def check(config: Config, where: str) -> None:
         ("llama_guard.engine", guard.engine, ENGINES),
         ("llama.engine", llama.engine, ENGINES),
         ("evaluation.t2_label", evaluation.t2_label, ("human", "judge", "guard")),
-        ("experiment.process_split", experiment.process_split, SPLITS),
     ]
     for name, value, known in choices:
         if value not in known:
             raise UserError(f"{where}, field {name}: {value!r} is none of {', '.join(known)}")
+    if experiment.process_split != "train":
+        raise UserError(
+            f"{where}, field experiment.process_split: expected train, found {experiment.process_split!r}; thresholds "
+            "come from validation and results from test, so nothing may be learned there"
+        )
     shares = [(f"dataset.split_ratios.{name}", getattr(ratios, name)) for name in SPLITS]
     shares += [("experiment.explore_share", experiment.explore_share), ("llama.top_p", llama.top_p)]
     shares += [("evaluation.target_recall", evaluation.target_recall)]
@@ -350,6 +354,10 @@ def _check_together(config: Config, where: str) -> None:
     for name, values in lists:
         if not values or len(set(values)) < len(values):
             raise UserError(f"{where}, field training.{name}: expected one or more, each once, found {list(values)}")
+        if name.endswith("seeds") and min(values) < 0:
+            raise UserError(f"{where}, field training.{name}: expected 0 or more, found {min(values)}")
+    if training.lora_dropout >= 1:
+        raise UserError(f"{where}, field training.lora_dropout: expected below 1, found {training.lora_dropout}")
     if training.headline and (odd := set(training.headline.arms) - set(training.arms)):
         raise UserError(f"{where}, field training.headline.arms: {sorted(odd)[0]} is not among training.arms")
     if evaluation.t2_label == "judge" and not evaluation.judge:

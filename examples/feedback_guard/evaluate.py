@@ -11,7 +11,7 @@ RESULTS_DIR/scores as they come: a killed run goes on, and another run of the sa
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from compare import (
     Part,
     Said,
     bootstrap,
+    by_seed,
     calibration,
     difference,
     holm,
@@ -31,12 +32,13 @@ from compare import (
     threshold_at_recall,
 )
 from config import Config, config_from_argv
-from records import passed, q, read_processed, sample
-from results import markdown, plot, summary, verdict
+from process import check_settings
+from records import check_splits, passed, processed_path, q, read_processed, sample, seen_keys, text_key
+from results import markdown, original, plot, summary, verdict
 from scores import Answer, Item, Line, find_lines, questions, score_lines
 
 from common import data, metrics, report
-from common.conversation import UserError, pair
+from common.conversation import UserError, last_turns, pair
 from common.data.benchmarks import benchmark_names, load_benchmark
 from common.runtime import manifest, run_cli, write_json
 
@@ -44,9 +46,9 @@ logger = logging.getLogger("feedback_guard")
 SPLITS = ("validation", "test")
 ALWAYS = "always unsafe"
 COMPARED = {  # by task: what differences are taken of
-    "T1": ("auprc", "auroc", "fpr_at_recall", "precision", "recall", "f1"),
-    "T2": ("auprc", "fpr_at_recall", "caught", "auroc"),
-    "T3": ("fpr_at_recall", "fpr"),
+    "T1": ("auprc", "auroc", "fpr_at_recall", "fpr_at_threshold", "precision", "recall", "f1"),
+    "T2": ("auprc", "fpr_at_recall", "fpr_at_threshold", "caught", "auroc"),
+    "T3": ("fpr_at_threshold", "fpr"),
 }
 Answers = Mapping[str, Answer]
 
@@ -69,9 +71,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Score what is trained, measure, write; returns the summary with the original's keys.
 
     Raises:
-        UserError: nothing was processed or trained yet, or the truth of a task is not known.
+        UserError: nothing was processed or trained yet, with other settings, or the truth of a task is not known.
     """
     started = time.time()
+    check_splits(config)
+    check_settings(config, processed_path(config, "parts").with_suffix("").parent / "settings.json", write=False)
     rows = {split: read_rows(config, split) for split in SPLITS}
     tasks, items = read_tasks(config, rows)
     lines, missing = find_lines(config)
@@ -95,7 +99,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     results["verdict"] = verdict(results)
     results["seconds"] = round(time.time() - started, 1)
     results["run"] = manifest([config.as_dict()])
-    return write(config, results, rows, arms, answers)
+    predictions = predicted(rows, tasks, items, answers, config.evaluation.t2_label)
+    return write(config, results, rows["test"], arms, answers, predictions)
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -137,16 +142,17 @@ def read_tasks(config: Config, rows: Mapping[str, Sequence[dict]]) -> tuple[dict
         tasks[name] = Task(name, test, validation, {"left_out": left})
     operating = tasks["T2"] if tasks["T2"].validation.truth.any() else tasks["T1"]
     hard = [(row, False) for row in rows["test"] if row.get("kind") == "hard_benign" and not row["human_unsafe"]]
-    benign = part("test", hard)
+    benign, facts = part("test", hard), {"operating_point_of": operating.name}
+    seen = seen_keys(config) if settings.hard_benign or settings.extra else set()
     if settings.hard_benign:
-        found, benign = foreign(settings.hard_benign, harmless=True)
+        found, benign, facts["seen_before"] = foreign(settings.hard_benign, seen, harmless=True)
         items += found
     if benign.ids:
-        tasks["T3"] = Task("T3", benign, operating.validation, {"operating_point_of": operating.name})
+        tasks["T3"] = Task("T3", benign, operating.validation, facts)
     for spec in settings.extra:
-        found, prompts = foreign(spec)
+        found, prompts, known = foreign(spec, seen)
         items += found
-        tasks[spec] = Task(spec, prompts, tasks["T1"].validation, {"operating_point_of": "T1"})
+        tasks[spec] = Task(spec, prompts, tasks["T1"].validation, {"operating_point_of": "T1", "seen_before": known})
     for task in tasks.values():
         counts = {"rows": len(task.test.ids), "positives": int(task.test.truth.sum())}
         counts["base_rate"] = counts["positives"] / counts["rows"] if counts["rows"] else None
@@ -161,22 +167,31 @@ def part(split: str, rows: Sequence[tuple[Mapping, bool]]) -> Part:
     return Part([f"{split}/{row['id']}" for row, _ in rows], np.array([truth for _, truth in rows], dtype=bool), keys)
 
 
-def foreign(spec: str, harmless: bool = False) -> tuple[list[Item], Part]:
-    """The prompts of a data spec or of a benchmark (`name@file`).
+def foreign(spec: str, seen: Container[str], harmless: bool = False) -> tuple[list[Item], Part, int]:
+    """The prompts of a data spec or of a benchmark (`name@file`), and how many were left out as `seen` before.
 
-    `harmless`: all are taken for safe, but for rows that are labelled otherwise.
+    Args:
+        seen: `text_key` of prompts that would be no test.
+        harmless: all are taken for safe, but for rows that are labelled otherwise.
+
+    Raises:
+        UserError: nothing is left.
     """
     if spec.partition("@")[0] in benchmark_names("prompt_unsafe"):
         rows = [row | {"prompt_unsafe": row["label"]} for row in load_benchmark(spec).rows]
     else:
-        rows = [row for row in data.load_conversations(spec) if harmless or row["prompt_unsafe"] is not None]
-    rows = [row for row in rows if not (harmless and row["prompt_unsafe"])]
-    if not rows:
+        rows = list(data.load_conversations(spec))
+    kept = [(i, row) for i, row in enumerate(rows) if harmless or row["prompt_unsafe"] is not None]
+    kept = [(i, row) for i, row in kept if not (harmless and row["prompt_unsafe"])]
+    if not kept:
         raise UserError(f"{spec}: no row {'is harmless' if harmless else 'has a prompt label'}; take it out")
-    prompts = [next(m["content"] for m in reversed(row["messages"]) if m["role"] == "user") for row in rows]
-    items = [Item(f"{spec}#{i}", spec, prompt) for i, prompt in enumerate(prompts)]
-    truth = np.array([bool(row["prompt_unsafe"]) for row in rows], dtype=bool)
-    return items, Part([item.id for item in items], truth, [data.prompt_key(row) for row in rows])
+    fresh = [(i, row) for i, row in kept if text_key(last_turns(row["messages"])[0]) not in seen]
+    if not fresh:
+        raise UserError(f"{spec}: train, validation or the guard's own data hold every prompt of it; take it out")
+    items = [Item(f"{spec}#{i}", spec, last_turns(row["messages"])[0]) for i, row in fresh]
+    truth = np.array([bool(row["prompt_unsafe"]) for _, row in fresh], dtype=bool)
+    keys = [data.prompt_key(row) for _, row in fresh]
+    return items, Part([item.id for item in items], truth, keys), len(kept) - len(fresh)
 
 
 def votes(row: Mapping, label: str) -> list[bool]:
@@ -308,8 +323,10 @@ def against(
             for metric in COMPARED.get(name, COMPARED["T1"]):
                 a, b = (drawn[name, arm].get(metric, np.zeros(0)) for arm in (first, second))
                 known = cells[first].get(metric), cells[second].get(metric)
-                told = difference(*known, a - b, len(task.test.ids))
-                found.append({"task": name, "metric": metric, "first": first, "second": second} | (told or {}))
+                alone = metric != "fpr_at_threshold"  # the error of that rests on validation, too
+                told = difference(*known, a - b, len(task.test.ids) if alone else None) or {}
+                told["by_seed"] = by_seed(cells[first]["seeds"], cells[second]["seeds"], metric)
+                found.append({"task": name, "metric": metric, "first": first, "second": second} | told)
         if first == best:
             a, b = (at_threshold(tasks["T2"], arms[arm], answers, config) for arm in (first, second))
             if a is not None and b is not None:
@@ -337,40 +354,38 @@ def at_threshold(task: Task, names: Sequence[str], answers: Mapping[str, Answers
 # --- what is left -----------------------------------------------------------------------------------------------------
 
 
-def original(rows: Sequence[dict], names: Sequence[str], answers: Mapping[str, Answers], cell: Mapping) -> dict:
-    """One model in the original's result file, over the mean of its seeds; the label is that of most seeds."""
-    keys = [f"test/{row['id']}" for row in rows]
-    truth = np.array([bool(row["human_unsafe"]) for row in rows])
-    hits = np.array([[answers[name][key].decided for key in keys] for name in names], dtype=bool)
-    counts = {"true_positives": hits & truth, "false_positives": hits & ~truth}
-    counts |= {"true_negatives": ~hits & ~truth, "false_negatives": ~hits & truth}
-    values = {name: cell[name] for name in ("accuracy", "precision", "recall", "f1")}
-    values["f1_score"] = values["f1"]
-    word, most = {True: "unsafe", False: "safe"}, hits.mean(0) >= 0.5
-    predictions = [
-        {"input": row["query"], "true_label": word[bool(t)], "predicted_label": word[bool(p)], "reason": a.reason}
-        for row, t, p, a in zip(rows, truth, most, (answers[names[0]][key] for key in keys), strict=True)
+def predicted(
+    rows: Mapping[str, Sequence[dict]], tasks: Mapping[str, Task], items: Sequence[Item], answers: Mapping, label: str
+) -> list[dict[str, Any]]:
+    """predictions.jsonl: a row a prompt, with what every guard says of it. The split of further data is their spec."""
+    outcomes = {f"{s}/{row['id']}": unsafe for s in SPLITS for row, unsafe in outcome(rows[s], label)}
+    known = {f"{s}/{row['id']}": (row["human_unsafe"], row.get("kind"), passed(row)) for s in SPLITS for row in rows[s]}
+    for task in tasks.values():
+        for key, unsafe in zip(task.test.ids, task.test.truth, strict=True):
+            known.setdefault(key, (bool(unsafe), None, not answers["A0"][key].decided))
+    names = ("human_unsafe", "kind", "passed")
+    return [
+        {"id": item.id.removeprefix(f"{item.split}/"), "split": item.split, "input": item.text}
+        | dict(zip(names, known[item.id], strict=True))
+        | {"outcome_unsafe": outcomes.get(item.id)}
+        | {"guards": {name: told[item.id].as_dict() for name, told in answers.items()}}
+        for item in items
     ]
-    counted = {name: float(np.mean(found.sum(1))) for name, found in counts.items()}
-    return values | counted | {"metrics": values, "predictions": predictions}
 
 
 def write(
-    config: Config, results: dict[str, Any], rows: Mapping[str, Sequence[dict]], arms: Mapping, answers: Mapping
+    config: Config,
+    results: dict[str, Any],
+    rows: Sequence[dict],
+    arms: Mapping,
+    answers: Mapping,
+    predictions: Sequence[Mapping],
 ) -> dict[str, Any]:
-    """All files of results_dir; returns the summary."""
+    """All files of results_dir, of the test split's rows and all predictions; returns the summary."""
     folder, cells = Path(config.evaluation.results_dir), results["tasks"]["T1"]["arms"]
     shown = {"default_model": "A0", "improved_model": results["improved"]}
-    kept = {name: original(rows["test"], arms[arm], answers, cells[arm]) for name, arm in shown.items()}
+    kept = {name: original(rows, arms[arm], answers, cells[arm]) for name, arm in shown.items()}
     results["summary"] = summary(kept)
-    outcomes = {row["id"]: unsafe for split in SPLITS for row, unsafe in outcome(rows[split], results["t2_label"])}
-    predictions = [
-        {"id": row["id"], "split": split, "input": row["query"], "human_unsafe": row["human_unsafe"]}
-        | {"kind": row.get("kind"), "passed": passed(row), "outcome_unsafe": outcomes.get(row["id"])}
-        | {"guards": {name: told[f"{split}/{row['id']}"].as_dict() for name, told in answers.items()}}
-        for split in SPLITS
-        for row in rows[split]
-    ]
     text, stamp = markdown(results), time.strftime("%Y%m%d_%H%M%S")
     improvement = {"improvement": results["summary"]["improvement"]}
     write_json(folder / f"evaluation_results_{stamp}.json", kept | improvement | results)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from legacy import query_parts
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.conversation import Message, Messages, UserError, pair
-from common.guards import load_guard, zoo
+from common.guards import _describe, load_guard, zoo
 from common.guards.generative import GenerativeGuard
+from common.guards.next_token import ServerModel
 from common.prefix import shared_prefix_collator
+from common.quickstart import resolve_model
 from common.templates import Part, encode, token_offsets
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "llama_guard.jinja"
@@ -52,6 +54,31 @@ def load_llama_guard(path: str, official_template: bool = True, **options: Any) 
     return guard
 
 
+def check_guard(field: str, name: str, local: bool) -> None:
+    """Refuse a guard that nobody knows, or that cannot be reached where it is `local` (no server's)."""
+    try:
+        known, model = _describe(name)
+    except UserError as error:
+        raise UserError(f"field {field}: {error}") from None
+    if field.startswith("llama_guard") and known.get("kind") != "generative":
+        raise UserError(
+            f"field {field}: {name} is neither a folder with guard.json nor a guard of common/guards/zoo.yaml that "
+            "writes its verdict; name one, or make one in config.prepare"
+        )
+    if local and known.get("kind") != "api" and not (Path(model) / "guard.json").is_file():
+        check_model(field, model)
+
+
+def check_model(field: str, name: str) -> None:
+    """Refuse a model whose config cannot be read, here or on the hub."""
+    try:
+        AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, KeyError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "check its name, its terms on the hub (then `hf auth login`) and the network"
+        raise UserError(f"field {field}: {name}: {said:.200}; {hint}") from None
+
+
 def template() -> str:
     """This folder's Llama Guard 1 prompt as a chat template."""
     return TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")
@@ -65,6 +92,14 @@ def query_ids(guard: GenerativeGuard, query: str, prompts: Sequence[str]) -> lis
     if query == "guard":
         return guard.prompt_ids([pair(prompt) for prompt in prompts])
     return encode(guard.tokenizer, [query_parts(query, prompt) for prompt in prompts])
+
+
+def completed(guard: GenerativeGuard, prompts: Sequence[list[int]], new_tokens: int) -> list[tuple[str, str | None]]:
+    """What the guard writes greedily after each prompt, and what its server says instead where that failed."""
+    if isinstance(guard.model, ServerModel):  # its `complete` gives errors and answers alike as text
+        said = guard.model._ask(prompts, max_tokens=new_tokens)
+        return [("", one) if isinstance(one, str) else (one.text, None) for one in said]
+    return [(text, None) for text in guard.model.complete(prompts, new_tokens)]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

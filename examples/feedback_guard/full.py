@@ -1,4 +1,4 @@
-"""The whole experiment: prepare -> process -> train -> evaluate, each a process of its own, which meet in files alone.
+"""The whole experiment: process -> train -> evaluate, each a process of its own, which meet in files alone.
 
     ./run_experiment.sh full                                      # the quickstart: bundled model and sample, CPU
     python full.py full --config research_config.json             # the original's values
@@ -31,17 +31,11 @@ def main() -> None:
         run_stage(config.mode, flags)
         return
     started, seconds = time.time(), {}
-    for stage in (["prepare"] if must_prepare(config) else []) + ["process", "train", "evaluate"]:
+    for stage in ("process", "train", "evaluate"):  # process.py looks at the config first, and prepares
         before = time.time()
         run_stage(stage, flags)
         seconds[stage] = round(time.time() - before, 1)
     finish(config, seconds, started)
-
-
-def must_prepare(config: Config) -> bool:
-    """Whether the config asks for small guards that are not there yet."""
-    parts = [part for part in (config.prepare.guard, config.prepare.judge) if part] if config.prepare else []
-    return any(not (Path(part.output_dir) / "guard.json").is_file() for part in parts)
 
 
 def run_stage(stage: str, flags: list[str]) -> None:
@@ -56,7 +50,11 @@ def run_stage(stage: str, flags: list[str]) -> None:
 
 
 def finish(config: Config, seconds: dict[str, float], started: float) -> None:
-    """One result file with the original's keys, the manifest of all stages, and the tables."""
+    """One result file with the original's keys, the manifest of all stages, and the tables.
+
+    Args:
+        seconds: of this run's stages; one that went on after a kill, or had nothing to do, took longer in all.
+    """
     folder, evaluation = Path(config.experiment.results_dir), Path(config.evaluation.results_dir)
     results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = {
@@ -65,8 +63,9 @@ def finish(config: Config, seconds: dict[str, float], started: float) -> None:
         "evaluation": results["summary"],
     }
     write_json(folder / f"experiment_results_{time.strftime('%Y%m%d_%H%M%S')}.json", found)
-    made = {"stages": seconds, "total_seconds": round(time.time() - started, 1), "verdict": results["verdict"]}
-    write_json(folder / "manifest.json", manifest([config.as_dict()], **made))
+    spent = seconds | {"total": round(time.time() - started, 1)}
+    made = manifest([config.as_dict()], seconds_of_this_run=spent, verdict=results["verdict"])
+    write_json(folder / "manifest.json", made)
     write_text(folder / "results.md", (evaluation / "results.md").read_text(encoding="utf-8"))
     logger.info("Seconds: %s. Results: %s", json.dumps(seconds), folder)
 

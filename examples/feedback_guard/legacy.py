@@ -117,6 +117,13 @@ def legacy_reason(text: str) -> str:
     return f"{code}: {CATEGORIES[code][0]}" if code else "Classified as unsafe"
 
 
+def reason_of(names: Sequence[str]) -> str:
+    """The original's reason for a block, of the categories that a guard named: those it knows first, by its codes."""
+    codes = {name: code for code, (name, _) in CATEGORIES.items()}
+    order = sorted(set(names), key=lambda name: (name not in codes, codes.get(name, name)))
+    return ", ".join(f"{codes[name]}: {name}" if name in codes else name for name in order) or "Classified as unsafe"
+
+
 def parse_verdict(text: str) -> bool | None:
     """The rule that a written verdict asks for: True unsafe, False safe, None neither.
 

@@ -6,7 +6,8 @@ python process.py
 # the original's data, models and values
 python process.py --config research_config.json
 
-Writes the splits, then for the sampled prompts of process_split, validation and test
+First it looks whether models and data are there, and makes the guards of the section `prepare`. Then it writes the
+splits, and for the sampled prompts of train, validation and test
 store_dir/processed/{train,validation,test}.jsonl, a line a prompt: {id, query, human_unsafe, kind, input_unsafe,
 input_decided, input_error, shadow, responses: [{text, seed, recorded, unsafe, decided, categories, error, refusal,
 judge_unsafe, human_unsafe}], legacy, timestamp}; store_dir/blocked_inputs.jsonl, the prompts that passed and whose
@@ -19,19 +20,21 @@ import logging
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from arms import arm
-from assistant import generated
+from arms import arm, unsafe_categories
+from assistant import assistant_tokenizer, respond
 from config import FOLDER, SPLITS, Config, config_from_argv
-from formats import load_llama_guard
-from legacy import chatml_parts
+from formats import check_guard, check_model, completed, load_llama_guard
+from legacy import chatml_parts, reason_of
 from records import (
     Loaded,
     Row,
+    _split_up,
+    check_splits,
     digest,
     feedback,
     identity,
@@ -40,38 +43,39 @@ from records import (
     passed,
     processed_path,
     q,
+    read_split,
     refused,
     sample,
 )
 from tqdm.auto import tqdm
 
 from common.conversation import Messages, UserError, Verdict, pair
+from common.data import load_conversations
+from common.data.benchmarks import benchmark_names, load_benchmark
 from common.guards import Guard, load_guard
 from common.guards.generative import GenerativeGuard
-from common.refusal import classify
 from common.runtime import json_lines, run_cli, write_json, write_text
 from common.templates import encode
 
 logger = logging.getLogger("feedback_guard")
+ADDED = ("evaluation.judge", "experiment.process_sample_size", "evaluation.max_eval_samples")  # by running it again
 CHUNK = 256  # conversations that are judged, and kept, at a time
-KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
 
 
 def main() -> None:
     config = config_from_argv(__doc__)
-    prepare_first(config)
+    if config.prepare is not None:
+        preflight(config)
+        prepare_first()
     print(json.dumps(process(config), indent=2))
 
 
-def prepare_first(config: Config) -> None:
+def prepare_first() -> None:
     """Make the small guards of the section `prepare`, where they are not there yet.
 
     Raises:
-        UserError: prepare.py failed; it has said why.
+        UserError: prepare.py failed, as where a folder holds a guard made otherwise; it has said why.
     """
-    parts = [part for part in (config.prepare.guard, config.prepare.judge) if part] if config.prepare else []
-    if all((Path(part.output_dir) / "guard.json").is_file() for part in parts):
-        return
     if subprocess.run([sys.executable, str(FOLDER / "prepare.py"), *sys.argv[1:]]).returncode:
         raise UserError("prepare.py failed, see above; nothing was processed")
 
@@ -82,10 +86,10 @@ def process(config: Config) -> dict[str, Any]:
     Raises:
         UserError: bad data or models, or a folder that holds what other settings gave.
     """
+    preflight(config)
     with_legacy = "legacy" in [arm(name).collection for name in config.training.arms]
     make_splits(config)
-    asked_of = (config.experiment.process_split, "validation", "test")
-    rows = {split: sample(config, split) for split in SPLITS if split in asked_of}
+    rows = {split: sample(config, split) for split in SPLITS}
     parts = processed_path(config, "parts").with_suffix("")
     check_settings(config, parts.parent / "settings.json")
 
@@ -109,22 +113,103 @@ def process(config: Config) -> dict[str, Any]:
     return collect(config, [done[row["id"]] for row in rows[config.experiment.process_split]])
 
 
-def check_settings(config: Config, path: Path) -> None:
-    """Refuse a folder that was filled with other models or settings: what was trained on it would no longer fit it."""
-    llama = config.llama
+def check_settings(config: Config, path: Path, write: bool = True) -> None:
+    """Refuse a folder that was filled with other models or settings: what was trained on it would no longer fit it.
+
+    Args:
+        path: settings.json beside what was processed.
+        write: write the config's settings there, and let those of `ADDED` differ; False is for who only reads.
+
+    Raises:
+        UserError: something differs, or there is nothing to read.
+    """
+    if not write and not path.is_file():
+        raise UserError(f"{path}: not there yet; run process.py with this config first")
+    settings = settings_of(config)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings  # of older ones: not all keys
+    for key in (key for key, value in settings.items() if known.get(key, value) != value):
+        hint = "run process.py again" if key in ADDED else "remove it, or choose another dataset.store_dir"
+        if key not in ADDED or not write:
+            raise UserError(f"{path.parent}: was made with another {key}; {hint}")
+    if write:
+        write_json(path, settings)
+
+
+def settings_of(config: Config) -> Row:
+    """What the processed prompts depend on, besides the data."""
+    llama, experiment, judge = config.llama, config.experiment, config.evaluation.judge
     settings = {"llama_guard": guard_identity(config), "llama.use_recorded": llama.use_recorded, "seed": config.seed}
-    settings["experiment.explore_share"] = config.experiment.explore_share
+    settings["experiment.explore_share"] = experiment.explore_share
     if not llama.use_recorded:
         settings["llama.model_path"] = identity(llama.model_path)
         keys = ("temperature", "top_p", "max_tokens", "samples")
         settings |= {f"llama.{key}": getattr(llama, key) for key in keys}
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    changed = [key for key in {**settings, **known} if settings.get(key) != known.get(key)]
-    if changed:
-        raise UserError(
-            f"{path.parent}: was made with another {changed[0]}; remove it, or choose another dataset.store_dir"
-        )
-    write_json(path, settings)
+    sizes = experiment.process_sample_size, config.evaluation.max_eval_samples
+    return settings | dict(zip(ADDED, (identity(judge) if judge else None, *sizes), strict=True))
+
+
+# --- before any work --------------------------------------------------------------------------------------------------
+
+
+def preflight(config: Config) -> None:
+    """Refuse a config whose arms, models or data would stop the work later.
+
+    Raises:
+        UserError: names the field, and what to do.
+    """
+    for name in config.training.arms:
+        arm(name)
+    guard, evaluation, prepared = config.llama_guard, config.evaluation, set()
+    for key, part in vars(config.prepare).items() if config.prepare else ():
+        if part is not None:
+            prepared.add(Path(part.output_dir))
+            check_model(f"prepare.{key}.base_model", part.base_model)
+            check_specs(f"prepare.{key}.data", part.data)
+    models = {"default_model_path": guard.default_model_path, "base_model_path": guard.base_model_path}
+    models = {f"llama_guard.{key}": name for key, name in models.items()} | {"evaluation.judge": evaluation.judge}
+    for field, name in models.items():
+        if name and Path(name) not in prepared:
+            check_guard(field, name, local=guard.engine != "server" or "default" not in field)
+    if not config.llama.use_recorded:
+        assistant_tokenizer(config.llama.model_path)
+    check_specs("evaluation.hard_benign", filter(None, [evaluation.hard_benign]))
+    check_specs("evaluation.extra", evaluation.extra)
+    check_data(config)
+
+
+def check_specs(field: str, specs: Iterable[str]) -> None:
+    """Refuse data that cannot be opened."""
+    for spec in specs:
+        try:
+            if spec.partition("@")[0] in benchmark_names("prompt_unsafe"):
+                load_benchmark(spec, max_rows=1)
+            else:
+                load_conversations(spec, max_rows=1)
+        except UserError as error:
+            raise UserError(f"field {field}: {error}") from None
+
+
+def check_data(config: Config) -> None:
+    """Refuse prompts of one class, and recorded responses or human labels of responses that are not there."""
+    check_splits(config)
+    there = all((Path(config.dataset.store_dir) / f"{split}.jsonl").is_file() for split in SPLITS)
+    parts = {split: read_split(config, split) for split in SPLITS} if there else _split_up(config)
+    path, needed = config.dataset.path, []
+    if config.llama.use_recorded:
+        hint = "set llama.use_recorded=false to generate"
+        needed += [(split, "model_output", f"recorded response; {hint}") for split in ("train", "test")]
+    if config.evaluation.t2_label == "human":
+        needed.append(("test", "output_unsafe", "human label of its response; set evaluation.t2_label=guard, or judge"))
+    for split in ("train", "test"):
+        labels = {row["label"] for row in parts[split]}
+        if len(labels) == 1:
+            raise UserError(
+                f"{path}: all {len(parts[split])} prompts of {split} are {labels.pop()}, nothing can be learned or "
+                "measured; name data with safe and unsafe prompts in dataset.path"
+            )
+    for split, key, what in needed:
+        if parts[split] and all(row[key] is None for row in parts[split]):
+            raise UserError(f"{path}: no prompt of {split} has a {what}")
 
 
 # --- the guard --------------------------------------------------------------------------------------------------------
@@ -134,7 +219,6 @@ def default_guard(config: Config) -> GenerativeGuard:
     """The guard of llama_guard.default_model_path, as the section asks for it."""
     section = config.llama_guard
     options = {"engine": section.engine, "server_url": section.server_url, "server_model": section.server_model}
-    options |= {"categories": section.categories or None}
     return load_llama_guard(section.default_model_path, section.use_official_template, **options)
 
 
@@ -145,7 +229,13 @@ def guard_identity(config: Config) -> list[Any]:
 
 
 def judged(
-    guard: Loaded, who: Any, conversations: Sequence[Messages], label: str, path: Path, again: bool = False
+    guard: Loaded,
+    who: Any,
+    conversations: Sequence[Messages],
+    label: str,
+    path: Path,
+    again: bool = False,
+    categories: bool = False,
 ) -> list[Row]:
     """Verdicts {unsafe, decided, categories, error, time}; each chunk is kept before the next is judged.
 
@@ -155,6 +245,7 @@ def judged(
     Args:
         who: what the verdicts depend on.
         again: ask for errors again, as of a server.
+        categories: let the guard name the categories of what is unsafe, where it can.
     """
     keys = [digest([who, label, messages]) for messages in conversations]
     asked, kept = dict(zip(keys, conversations, strict=True)), kept_lines(path)
@@ -167,6 +258,7 @@ def judged(
             if not set(part) - old:
                 continue
             model: Guard = guard.get()
+            model.with_categories = categories
             verdicts = model.judge([asked[key] for key in part])
             fresh = {key: {"key": key} | _verdict(verdict, label) for key, verdict in zip(part, verdicts, strict=True)}
             fresh = {key: line for key, line in fresh.items() if key not in old}
@@ -204,34 +296,6 @@ def _record(row: Row, verdict: Row, config: Config) -> Row:
     }
 
 
-# --- the assistant ----------------------------------------------------------------------------------------------------
-
-
-def respond(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loaded, path: Path) -> None:
-    """Fill in the responses of records, recorded or generated."""
-    if config.llama.use_recorded:
-        for row, record in asked:
-            if row["model_output"] is None:
-                raise UserError(f"row {row['id']}: has no recorded response; set llama.use_recorded=false to generate")
-            said = {"text": row["model_output"].strip(), "seed": None, "human": row["output_unsafe"]}
-            record["responses"] = [_response(said, record["query"], True)]
-        return
-    answers = generated(config, [row["input"] for row, _ in asked], path, guard)
-    for (_, record), each in zip(asked, answers, strict=True):
-        record["responses"] = [_response(answer, record["query"], False) for answer in each]
-
-
-def _response(answer: Row, prompt: str, recorded: bool) -> Row:
-    text = answer["text"]
-    kind = classify(text, prompt).kind if text else "empty"
-    error = answer.get("error") or (None if text else "empty response: nothing to judge")
-    return {
-        **{"text": text, "seed": answer["seed"], "recorded": recorded, "unsafe": None, "decided": None},
-        **{"categories": None, "error": error, "refusal": KINDS.get(kind, kind)},
-        **{"judge_unsafe": None, "human_unsafe": answer.get("human")},
-    }
-
-
 # --- verdicts on responses --------------------------------------------------------------------------------------------
 
 
@@ -240,7 +304,8 @@ def judge_responses(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loa
     open_ = [(record, r) for _, record in asked for r in record["responses"] if r["error"] is None]
     conversations = [pair(record["query"], response["text"]) for record, response in open_]
     again = config.llama_guard.engine == "server"
-    said = judged(guard, who, conversations, "response_unsafe", parts / "outputs.jsonl", again)
+    named = config.llama_guard.categories
+    said = judged(guard, who, conversations, "response_unsafe", parts / "outputs.jsonl", again, named)
     for (_, response), verdict in zip(open_, said, strict=True):
         response |= {key: verdict[key] for key in ("unsafe", "decided", "categories", "error")}
     if name := config.evaluation.judge:
@@ -254,7 +319,12 @@ def judge_responses(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loa
 
 
 def add_legacy(config: Config, records: Sequence[Row], guard: Loaded, who: Any, path: Path) -> None:
-    """What the guard writes when it is asked as the original asks it: of the prompt, and of each response alone."""
+    """What the guard writes when it is asked as the original asks it: of the prompt, and of each response alone.
+
+    Raises:
+        UserError: a server failed; what it did answer is kept.
+    """
+    failed: list[str] = []
     texts = [[record["query"], *(r["text"] for r in record["responses"])] for record in records]
     tokens = config.llama_guard.legacy_new_tokens
     keys = {text: digest([who, tokens, text]) for each in texts for text in each}
@@ -265,14 +335,20 @@ def add_legacy(config: Config, records: Sequence[Row], guard: Loaded, who: Any, 
             model: GenerativeGuard = guard.get()
             ids = encode(model.tokenizer, [chatml_parts(text) for text in part])
             fits = [len(one) + tokens <= model.max_length for one in ids]
-            written = iter(model.model.complete([one for one, fit in zip(ids, fits, strict=True) if fit], tokens))
-            lines = [  # what does not fit is no "SAFE"
-                {"key": keys[text], "text": next(written) if fit else ""} for text, fit in zip(part, fits, strict=True)
-            ]
+            written = iter(completed(model, [one for one, fit in zip(ids, fits, strict=True) if fit], tokens))
+            said = [next(written) if fit else ("", None) for fit in fits]  # what does not fit is no "SAFE"
+            pairs = zip(part, said, strict=True)
+            lines = [{"key": keys[text], "text": answer} for text, (answer, error) in pairs if error is None]
+            failed += [error for _, error in said if error is not None]
             file.write(json_lines(lines))
             file.flush()
             kept |= {line["key"]: line for line in lines}
             bar.update(len(part))
+            if not lines:
+                break  # the server is gone
+    if failed:
+        where = f"llama_guard.server_url {config.llama_guard.server_url}"
+        raise UserError(f"{where}: the original's checks failed ({failed[0]:.150}); run process.py again for the rest")
     for record, each in zip(records, texts, strict=True):
         prompt, *responses = (kept[keys[text]]["text"] for text in each)
         record["legacy"] = {"input": prompt, "outputs": responses}
@@ -306,15 +382,13 @@ def collect(config: Config, records: Sequence[Row]) -> dict[str, Any]:
 
 def _blocked(record: Row) -> Row:
     """A line of blocked_inputs.jsonl: the original's keys, and what they rest on."""
-    unsafe = [response for response in record["responses"] if response["decided"]]
-    named = sorted({name for response in unsafe for name in response["categories"] or ()})
     kept = ("text", "seed", "recorded", "unsafe", "decided", "error")
     return {
         "timestamp": record["timestamp"],
         "query": record["query"],
         "input_safe": True,
         "output_safe": False,
-        "reason": ", ".join(named) or "Classified as unsafe",
+        "reason": reason_of(unsafe_categories(record) or ()),
         "id": record["id"],
         "q": q(record),
         "responses": [{key: response[key] for key in kept} for response in record["responses"]],

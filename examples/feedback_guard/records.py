@@ -181,32 +181,30 @@ def make_splits(config: Config) -> None:
     """Write the splits, unless they are there already.
 
     Official train and test splits stay as they are, and a share of train becomes the validation split, with as many
-    unsafe prompts in proportion. Prompts that differ in case, spacing or punctuation alone never stand on both sides;
-    a prompt of train that is also in test leaves train.
+    unsafe prompts in proportion. Prompts that differ in case, spacing or punctuation alone never stand on both sides:
+    one that is also in test leaves train and validation, one that is also in validation leaves train.
 
     Raises:
         UserError: bad data, an empty split, or a folder that holds splits made otherwise.
     """
     store = Path(config.dataset.store_dir)
-    values = config.as_dict()
-    made = {"dataset": values["dataset"] | {"store_dir": None}, "seed": config.seed}
-    made["guard_data"] = [spec for part in (values["prepare"] or {}).values() if part for spec in part["data"]]
-    if (store / "splits.json").is_file():
-        known = json.loads((store / "splits.json").read_text(encoding="utf-8"))
-        if any(known.get(key) != value for key, value in made.items()):
-            raise UserError(f"{store}: holds splits of other data, seed or ratios; choose another dataset.store_dir")
-        if all((store / f"{split}.jsonl").is_file() for split in SPLITS):
-            return
+    check_splits(config)
+    made = _made(config)
+    if (store / "splits.json").is_file() and all((store / f"{split}.jsonl").is_file() for split in SPLITS):
+        return
     parts, dropped = _split_up(config), Counter()
-    seen = {key for spec in (*made["guard_data"], *filter(None, [config.dataset.guard_path])) for key in _keys(spec)}
-    for split, rows in parts.items():
-        parts[split] = [row for row in rows if text_key(row["input"]) not in seen]
-        dropped["seen by the guard in its training"] += len(rows) - len(parts[split])
-    test = {text_key(row["input"]) for row in parts["test"]}
-    for split in ("train", "validation"):
+
+    def drop(split: str, keys: set[str], why: str) -> None:
         rows = parts[split]
-        parts[split] = [row for row in rows if text_key(row["input"]) not in test]
-        dropped["also in test"] += len(rows) - len(parts[split])
+        parts[split] = [row for row in rows if text_key(row["input"]) not in keys]
+        dropped[why] += len(rows) - len(parts[split])
+
+    seen = _guard_keys(config)
+    for split in SPLITS:
+        drop(split, seen, "seen by the guard in its training")
+    for split in ("train", "validation"):
+        drop(split, {text_key(row["input"]) for row in parts["test"]}, "also in test")
+    drop("train", {text_key(row["input"]) for row in parts["validation"]}, "also in validation")
     for split in SPLITS:
         if not parts[split]:
             raise UserError(f"{config.dataset.path}: no rows are left for {split}; see dataset.split_ratios")
@@ -214,6 +212,33 @@ def make_splits(config: Config) -> None:
     counts = {split: Counter(row["label"] for row in rows) for split, rows in parts.items()}
     logger.info("Splits: %s; left out: %s", json.dumps(counts), dict(+dropped) or "nothing")
     write_json(store / "splits.json", made | {"counts": counts, "left_out": dict(+dropped)})
+
+
+def check_splits(config: Config) -> None:
+    """Raise UserError where the splits in the folder are of other data, seed or ratios."""
+    store = Path(config.dataset.store_dir)
+    if (store / "splits.json").is_file():
+        known = json.loads((store / "splits.json").read_text(encoding="utf-8"))
+        if any(known.get(key) != value for key, value in _made(config).items()):
+            raise UserError(f"{store}: holds splits of other data, seed or ratios; choose another dataset.store_dir")
+
+
+def _made(config: Config) -> dict[str, Any]:
+    """What splits are made of."""
+    values = config.as_dict()
+    made = {"dataset": values["dataset"] | {"store_dir": None}, "seed": config.seed}
+    return made | {"guard_data": [spec for part in (values["prepare"] or {}).values() if part for spec in part["data"]]}
+
+
+def seen_keys(config: Config) -> set[str]:
+    """`text_key` of the prompts that guards and thresholds have seen: train, validation, and the head start's data."""
+    rows = [row for split in ("train", "validation") for row in read_split(config, split)]
+    return {text_key(row["input"]) for row in rows} | _guard_keys(config)
+
+
+def _guard_keys(config: Config) -> set[str]:
+    specs = (*_made(config)["guard_data"], *filter(None, [config.dataset.guard_path]))
+    return {key for spec in specs for key in _keys(spec)}
 
 
 def text_key(text: str) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import arm
+from arms import arm, arm_folder
 from config import Config
-from formats import load_llama_guard, query_ids
+from formats import completed, load_llama_guard, query_ids
 from legacy import legacy_reason, parsed_unsafe
 from probe import probe_scores
 from records import identity, kept_lines
@@ -29,7 +29,7 @@ CONTROLS = {
     "always unsafe": "what does a guard score that blocks everything?",
     "A0": "the default guard, right format, its own verdict",
     "A0-legacy": "the default guard, asked and read as the original does",
-    "A1": "is it merely a threshold? (A0 with the threshold and prior of validation)",
+    "A1": "is it merely a threshold? (A0 with the threshold of validation)",
 }
 
 
@@ -79,36 +79,36 @@ class Line:
 
 
 def find_lines(config: Config) -> tuple[list[Line], list[str]]:
-    """The default guard, and what is trained: `improved_model_path`, or all of training.output_dir.
+    """The default guard, and what is trained: `improved_model_path`, or the config's arms and seeds.
 
     Returns:
-        the guards, in the config's order of arms; and the config's arms and seeds that are not trained.
+        the guards, in the config's order of arms; and the config's arms and seeds that are not trained. What else lies
+        in training.output_dir is left out.
 
     Raises:
-        UserError: nothing is trained, or `improved_model_path` is no trained arm's folder.
+        UserError: nothing is trained, `improved_model_path` is no trained arm's folder, or one holds another arm.
     """
     given, root = config.evaluation.improved_model_path, Path(config.training.output_dir)
-    folders = [Path(given)] if given else sorted(path.parent for path in root.glob("*/seed*/guard.json"))
-    if given and not (folders[0] / "guard.json").is_file():
-        raise UserError(f"evaluation.improved_model_path {given}: has no guard.json; name a trained arm's folder")
-    if not folders:
-        raise UserError(f"{root}: nothing is trained there; run train.py with this config first")
-    lines = [_line(folder) for folder in folders]
-    names = list(config.training.arms) + sorted({line.arm for line in lines} - set(config.training.arms))
-    trained: dict[str, list[Line]] = {name: [line for line in lines if line.arm == name] for name in names}
-    for name in () if given else names:
-        if not trained[name] and (source := arm(name).weights_of):
-            trained[name] = [_asked(Line(name, line.seed, line.folder)) for line in trained.get(source, ())]
     wanted = [(name, seed) for name in config.training.arms for seed in config.training.seeds_of(name)]
-    found = {(line.arm, line.seed) for group in trained.values() for line in group}
+    folders = {one: arm_folder(config, *one) for one in wanted}
+    if given:
+        if not (Path(given) / "guard.json").is_file():
+            raise UserError(f"evaluation.improved_model_path {given}: has no guard.json; name a trained arm's folder")
+        lines = [_line(Path(given))]
+    else:
+        there = [one for one in wanted if (folders[one] / "guard.json").is_file()]
+        lines = [_trained(*one, folders[one]) for one in there]
+        others = sorted({path.parent for path in root.glob("*/seed*/guard.json")} - set(folders.values()))
+        if others:
+            logger.warning("Not in training.arms with these seeds, and so left out: %s", ", ".join(map(str, others)))
+    if not lines:
+        raise UserError(f"{root}: nothing is trained there; run train.py with this config first")
+    found = {(line.arm, line.seed) for line in lines}
     missing = [] if given else [f"{name}-seed{seed}" for name, seed in wanted if (name, seed) not in found]
     if missing:
         logger.warning("Not trained, and so left out: %s", ", ".join(missing))
-    if any(line.query == "chatml" for group in trained.values() for line in group):
-        trained["A0-legacy"] = [Line("A0-legacy", query="chatml", parser="strict")]
-        names = ["A0-legacy", *names]
-    ordered = [line for name in names for line in sorted(trained[name], key=lambda line: line.seed or 0)]
-    return [Line("A0"), *ordered], missing
+    legacy = [Line("A0-legacy", query="chatml", parser="strict")] * any(line.query == "chatml" for line in lines)
+    return [Line("A0"), *legacy, *lines], missing
 
 
 def _line(folder: Path) -> Line:
@@ -118,6 +118,13 @@ def _line(folder: Path) -> Line:
         return _asked(Line(str(card["arm"]), int(card["seed"]), folder))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'guard.json'}: says not which arm and seed it is ({error!r:.60})") from None
+
+
+def _trained(name: str, seed: int, folder: Path) -> Line:
+    line = _line(folder)
+    if (line.arm, line.seed) != (arm(name).weights_of or name, seed):
+        raise UserError(f"{folder / 'guard.json'}: says that it is {line.name}; remove the folder and run train.py")
+    return _asked(Line(name, seed, folder))
 
 
 def _asked(line: Line) -> Line:
@@ -147,13 +154,13 @@ def score(
     """One guard on all prompts. It is loaded only if there is a prompt that it has not judged yet.
 
     What is kept counts for one prompt, one guard (its weights) and one way of asking alone. A verdict that a server
-    failed to give is asked for again.
+    failed to give is not kept, and asked for again.
     """
     who = _identity(line, config)
     keys = {item.id: _hash([who, item.text]) for item in items}
     path = folder / f"{_asked_as(line).name}.jsonl"
     kept = kept_lines(path)
-    again = config.llama_guard.engine == "server"
+    again = _served(line, config)
     todo = {keys[i.id]: i for i in items if keys[i.id] not in kept or (again and kept[keys[i.id]]["error"])}
     if todo:
         logger.info("%s: %d of %d prompts to be judged", line.name, len(todo), len(keys))
@@ -163,14 +170,17 @@ def score(
 
 def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path, base: SharedBase | None) -> dict[str, dict]:
     """Judge prompts by key, each chunk written before the next."""
-    guard, out, keys = None if base and base.serves(line) else load(line, config), {}, list(todo)
+    shared, served = base is not None and base.serves(line), _served(line, config)
+    if base and not shared:
+        base.free()  # one model at a time
+    guard, out, keys = None if shared else load(line, config), {}, list(todo)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(keys), desc=line.name, unit="prompt") as bar:
         for chunk in (keys[i : i + CHUNK] for i in range(0, len(keys), CHUNK)):
             texts = [todo[key].text for key in chunk]
             said = base.said(line, texts) if guard is None else _raw(line, guard, texts, config)
             rows = [{"key": key, "id": todo[key].id} | one for key, one in zip(chunk, said, strict=True)]
-            file.write(json_lines(rows))
+            file.write(json_lines(row for row in rows if not (served and row["error"])))
             file.flush()
             out |= {row["key"]: row for row in rows}
             bar.update(len(chunk))
@@ -183,13 +193,22 @@ def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path, base:
     return out
 
 
+def _served(line: Line, config: Config) -> bool:
+    """Whether a server is asked: it may fail, and give the answer another time."""
+    return line.folder is None and config.llama_guard.engine == "server"
+
+
 def load(line: Line, config: Config) -> GenerativeGuard:
     """The guard of a line. A server does not know the adapters that are trained here: these run in this process."""
     settings, options = config.llama_guard, {"progress": False}
     if line.folder is None:
         options |= {"engine": settings.engine, "server_url": settings.server_url, "server_model": settings.server_model}
-    elif not line.probe:
-        options |= {"adapter": str(line.folder), "engine": "vllm" if settings.engine == "vllm" else "transformers"}
+    else:
+        if settings.load_in_4bit:  # the base that it was trained on, which vLLM does not quantize in this way
+            options["load_in_4bit"] = True
+        if not line.probe:
+            vllm = settings.engine == "vllm" and not settings.load_in_4bit
+            options |= {"adapter": str(line.folder), "engine": "vllm" if vllm else "transformers"}
     guard = load_llama_guard(_model(line, config), settings.use_official_template, **options)
     if line.probe and str(guard.model.model.config._attn_implementation).startswith("sdpa"):
         guard.model.model.set_attn_implementation("sdpa")  # as when it was fitted
@@ -219,13 +238,9 @@ def _raw(line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Confi
     prompts = query_ids(guard, line.query, texts)
     room = guard.max_length - new
     short = [ids for ids in prompts if len(ids) <= room]
-    written = iter(guard.model.complete(short, new))
-    return [
-        {"text": next(written), "error": None}
-        if len(ids) <= room
-        else {"text": "", "error": f"{len(ids)} tokens, more than {room}"}
-        for ids in prompts
-    ]
+    written = iter(completed(guard, short, new))
+    told = (next(written) if len(ids) <= room else ("", f"{len(ids)} tokens, more than {room}") for ids in prompts)
+    return [{"text": text, "error": error} for text, error in told]
 
 
 def _answer(kept: Mapping[str, Any], line: Line) -> Answer:
@@ -250,6 +265,7 @@ def _identity(line: Line, config: Config) -> list[Any]:
     settings = config.llama_guard
     weights = None if line.folder is None else str(line.folder)
     asked = [line.query, settings.use_official_template, settings.server_model, settings.legacy_new_tokens]
+    asked += ["4bit"] * (line.folder is not None and settings.load_in_4bit)
     probe = (line.folder / "probe.json").read_text(encoding="utf-8") if line.probe else None
     return [identity(_model(line, config), weights), asked, probe]
 

@@ -1,5 +1,6 @@
 """The verdicts of many arms on one base: it is loaded once, and the layers that no arm changes are run once."""
 
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ class SharedBase:
     def __init__(self, config: Config, items: Sequence[Any]):
         self.config, self.texts = config, [item.text for item in items]
         self.guard = self.trunk = self.model = None
+        self.fits = True  # as far as is known
 
     def serves(self, line: Any) -> bool:
         """Whether an arm is asked here: an adapter in the last layers of the config's base, in the guard's format."""
@@ -38,11 +40,12 @@ class SharedBase:
         return min(known.get("layers_to_transform") or [0]) >= self.trunk.depth
 
     def _load(self) -> Trunk | None:
-        if self.guard is None:
+        if self.guard is None and self.fits:
             self.guard = load_base(self.config)
             model, ids = self.guard.model.model.eval(), self._ids(self.texts)
             fits = max(map(len, ids)) <= self.guard.max_length  # longer ones are judged in windows
             self.trunk = Trunk.of(model, self.config.training.lora_last_layers, ids) if fits else None
+            self.fits = self.trunk is not None
         return self.trunk
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -69,6 +72,13 @@ class SharedBase:
             written = self.guard.tokenizer.decode([top])
             return {"score": None, "decided": None, "error": f"it writes {written!r} where a verdict was expected"}
         return {"score": score, "decided": top in tokens[True], "error": None}
+
+    def free(self) -> None:
+        """Give the base's memory back, for another model; it is loaded again when an arm needs it."""
+        self.guard = self.trunk = self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def let_go(self) -> None:
         """Take the arm's adapter off the base."""

@@ -30,7 +30,8 @@ from formats import NOTHING, Encoder, collator_for, load_llama_guard, read, text
 from formats import verdict_probabilities as probabilities
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from probe import fit_probe
-from records import identity, kept_lines, read_processed
+from process import check_settings
+from records import check_splits, identity, kept_lines, processed_path, read_processed
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, set_seed
@@ -39,6 +40,7 @@ from trunk import Trunk
 
 from common import report
 from common.conversation import UserError
+from common.guards import zoo
 from common.guards.generative import GenerativeGuard
 from common.runtime import inference_dtype, is_main_process, json_lines, manifest, run_cli, write_json, write_text
 from common.training import (
@@ -85,8 +87,11 @@ def train(config: Config) -> list[Path]:
     """Train every arm and seed that is not there yet; their folders.
 
     Raises:
-        UserError: nothing processed, nothing to learn from, or folders that hold arms of other settings.
+        UserError: nothing processed, or with other settings, nothing to learn from, or folders that hold arms of other
+            settings.
     """
+    check_splits(config)
+    check_settings(config, processed_path(config, "parts").with_suffix("").parent / "settings.json", write=False)
     processed = read_processed(config, config.experiment.process_split)
     blocked = list(kept_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl", "id").values())
     jobs, folders = [], []
@@ -338,7 +343,9 @@ def _card(job: Job, config: Config, kind: str) -> dict[str, Any]:
     """What load_guard needs, and what the arm is."""
     base = config.llama_guard.base_model_path
     path = Path(base) / "guard.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["guard"] if path.is_file() else base
+    ids = {name: entry.get("adapter") or entry.get("model") for name, entry in zoo().items()}
+    known = next((name for name in ids if base in (name, ids[name])), base)  # load_guard looks for names alone
+    known = json.loads(path.read_text(encoding="utf-8"))["guard"] if path.is_file() else known
     name = {"generative": {"guard": known, "max_length": config.training.max_length}, "probe": {}}[kind]
     return {"kind": kind, **name, "base_model": base, "arm": job.arm.name, "seed": job.seed}
 
