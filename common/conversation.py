@@ -1,6 +1,7 @@
 """The record that everything speaks: chat messages with labels, and what a guard says of them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,15 +90,11 @@ def check_messages(value: Any, where: str) -> list[Message]:
         except json.JSONDecodeError as error:
             raise UserError(f"{where}, field messages: not JSON ({error.msg})") from None
     if not isinstance(value, Sequence) or not value:
-        raise UserError(
-            f"{where}, field messages: expected a non-empty list of role/content objects, found {value!r:.60}"
-        )
+        raise UserError(f"{where}, field messages: expected a non-empty list of messages, found {value!r:.60}")
     messages = []
     for i, message in enumerate(value):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise UserError(
-                f'{where}, field messages[{i}]: expected {{"role": …, "content": …}}, found {message!r:.60}'
-            )
+            raise UserError(f'{where}, field messages[{i}]: expected {{"role": …, "content": …}}, not {message!r:.60}')
         if message["role"] not in ROLES:
             raise UserError(f"{where}, field messages[{i}].role: {message['role']!r} is none of {', '.join(ROLES)}")
         messages.append(
@@ -119,8 +116,17 @@ def check_text(value: Any, name: str, where: str) -> str:
             f"{where}, field {name}: holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
         )
     if not value.strip():
-        raise UserError(f"{where}, field {name}: empty text; drop the row or pass --bad_rows skip")
+        raise UserError(
+            f"{where}, field {name}: empty text; fill it in or drop the row (--bad_rows skip, in scripts that have it)"
+        )
     return value
+
+
+def check_url(url: str, name: str) -> str:
+    """`url` as it is, or a UserError when it is none, or holds a password or a key, which would stand in logs."""
+    if not re.fullmatch(r"https?://[^\s@?#]+", f"{url}"):
+        raise UserError(f"{name}: expected http(s)://host…, without user, query or fragment")
+    return url
 
 
 _WORDS = {

@@ -1,6 +1,8 @@
 """What makes decoding of many prompts fast, whatever the model: nothing is copied, and what they share is run once."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -24,6 +26,12 @@ def grouped_attention(module, query, key, value, attention_mask, **options):
     mask = attention_mask.expand(-1, -1, groups, -1)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=options.get("scaling"))
     return out.reshape(batch, 1, heads, size), None
+
+
+def grouped_mask(*args, dtype: torch.dtype = torch.float32, **options) -> torch.Tensor | None:
+    """sdpa's mask; that of a new token as numbers, into which sdpa would turn it anew in every layer."""
+    mask = sdpa_mask(*args, dtype=dtype, **options)
+    return mask if mask is None or mask.shape[2] > 1 else torch.where(mask, 0.0, -torch.inf).to(dtype)
 
 
 class RoomyLayer(DynamicLayer):
@@ -84,15 +92,18 @@ class PackedLinear(torch.nn.Linear):
     of `Linear`. For weights that no longer change.
     """
 
-    packed: tuple[int, torch.Tensor] | None = None
+    packed: tuple[torch.Size, int, torch.Tensor] | None = None  # for inputs of this shape; rows; weights
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = input.numel() // self.in_features
-        if input.dim() < 3 or input.shape[-2] > 1 or not 1 < rows <= 128 or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return super().forward(input)
-        if self.packed is None or self.packed[0] != rows:
-            self.packed = (rows, torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows))
-        return torch.ops.mkl._mkl_linear(input, self.packed[1], self.weight, self.bias, rows)
+        if self.packed is None or self.packed[0] != input.shape:
+            rows = input.numel() // self.in_features
+            if input.dim() < 3 or input.shape[-2] > 1 or not 1 < rows <= 128:
+                return super().forward(input)
+            self.packed = (input.shape, rows, torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows))
+        _, rows, packed = self.packed
+        return torch.ops.mkl._mkl_linear.default(input, packed, self.weight, self.bias, rows)
 
 
 def pack_linear(model: PreTrainedModel) -> None:
@@ -109,6 +120,18 @@ def pack_linear(model: PreTrainedModel) -> None:
             layer.__class__ = PackedLinear
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """No garbage collection: a tenth of the time of small steps goes into looking through a whole program's objects."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
     """How many tokens all prompts begin with, leaving at least one of each; 0 where it is not worth a pass."""
     if len(prompts) < 2:
@@ -120,4 +143,4 @@ def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
 
 
 AttentionInterface.register("sdpa_grouped", grouped_attention)
-AttentionMaskInterface.register("sdpa_grouped", sdpa_mask)
+AttentionMaskInterface.register("sdpa_grouped", grouped_mask)

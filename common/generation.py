@@ -16,16 +16,11 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from common.conversation import UserError
-from common.fast_decoding import cache_for, pack_linear, prefilled
+from common.conversation import UserError, check_url
+from common.fast_decoding import cache_for, pack_linear, prefilled, without_collector
 from common.quickstart import resolve_model
 from common.runtime import device, inference_dtype
 
@@ -46,9 +41,7 @@ class Decoding:
 
     def __post_init__(self):
         if min(self.max_new_tokens, self.num_beams) < 1 or min(self.temperature, self.top_k) < 0:
-            raise UserError(
-                "expected --max_new_tokens and --num_beams of 1 or more, --temperature and --top_k of 0 or more"
-            )
+            raise UserError("expected --max_new_tokens, --num_beams of 1 or more, --temperature, --top_k of 0 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p {self.top_p}: expected above 0, at most 1")
 
@@ -120,7 +113,7 @@ def transformers_engine(
         for batch in (order[i : i + size] for i in range(0, len(order), size)):
             width = len(prompts[batch[0]])
             texts = [prompts[i] for i in batch]
-            with torch.inference_mode():
+            with torch.inference_mode(), without_collector():
                 cache, shared = prefilled(model, texts) if decoding.num_beams == 1 else (cache_for(model), 0)
                 # Padding stands behind what is shared.
                 ids = [row[:shared] + [pad] * (width - len(row)) + row[shared:] for row in texts]
@@ -261,7 +254,7 @@ def _rank(adapter: str) -> int:
 def server_engine(url: str, model: str, decoding: Decoding, concurrency: int = 16) -> Engine:
     """An OpenAI-compatible server that takes token ids for prompts, such as `vllm serve`.
 
-    The key, where one is needed, comes from OPENAI_API_KEY. The client tries again on 429, 5xx and broken connections.
+    The key, where one is needed, comes from SERVER_API_KEY. The client tries again on 429, 5xx and broken connections.
     After a first prompt that failed for good, none is asked any more; what was answered is kept.
 
     Args:
@@ -303,10 +296,7 @@ def server_engine(url: str, model: str, decoding: Decoding, concurrency: int = 1
             finally:
                 stopped.set()  # also when the caller was interrupted
         if failed:
-            where = url.rpartition("@")[2]
-            raise UserError(
-                f"{where}: {failed[0]:.150} (prompts that failed: {len(failed)}); run it again for the rest"
-            )
+            raise UserError(f"{url}: {failed[0]:.150} (prompts that failed: {len(failed)}); run it again for the rest")
 
     return run
 
@@ -314,14 +304,17 @@ def server_engine(url: str, model: str, decoding: Decoding, concurrency: int = 1
 def server_client(url: str):
     """The official client of an OpenAI-compatible server, which tries again on 429, 5xx and broken connections.
 
-    The key comes from OPENAI_API_KEY. Raises UserError when the client is not installed.
+    The key comes from SERVER_API_KEY: OPENAI_API_KEY is for OpenAI alone.
+
+    Raises:
+        UserError: the client is not installed, or the URL holds a user.
     """
     try:
         import openai
     except ImportError:
         raise UserError("--engine server: pip install openai") from None
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    return openai.OpenAI(base_url=url, api_key=key, max_retries=5, timeout=600.0)
+    key = os.environ.get("SERVER_API_KEY") or "none"
+    return openai.OpenAI(base_url=check_url(url, "--server_url"), api_key=key, max_retries=5, timeout=600.0)
 
 
 def refuse_long(prompts: Sequence[list[int]], room: float) -> None:

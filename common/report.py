@@ -97,12 +97,8 @@ def model_card(
     task: str = "text-classification",
 ) -> None:
     """README.md of a checkpoint: a hub model card (front matter, what it is, how to use it, measured numbers)."""
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": task,
-        "base_model": base_model,
-        "tags": ["guard", "moderation"],
-    }
+    front = {"library_name": "transformers", "pipeline_tag": task, "base_model": base_model}
+    front["tags"] = ["guard", "moderation"]
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),

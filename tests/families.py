@@ -170,6 +170,7 @@ def model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **chan
         "vocab_size": len(tokenizer),
         "initializer_range": 0.3,
         "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
     }
     shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if family == "gpt-oss":

@@ -31,6 +31,9 @@ CORE = {
 }  # fmt: skip
 
 
+AEGIS2 = benchmarks()["aegis2_prompt"]
+
+
 def rows_of(name: str, folder: Path, rows: list, file: str = "rows.jsonl"):
     """Own rows, loaded as benchmark `name`."""
     path = folder / file
@@ -148,12 +151,15 @@ def test_repeats_and_conflicts_are_marked(tmp_path):
     assert rows_of("dynahate", tmp_path, [{"text": "a", "label": "hate", "split": "test"}]).rows[0]["id"] == other["id"]
 
 
-def test_counts_are_checked(tmp_path, caplog):
+def test_counts_are_checked(tmp_path, caplog, monkeypatch):
     path = write("aegis2_prompt", tmp_path)
     loaded = load_benchmark(f"aegis2_prompt@{path}")
     said = "expected size 1964, positives 1059 but found size 8, positives 4; 1 rows left out: prompt is REDACTED"
     assert loaded.facts["mismatch"] == said and said in caplog.text
     assert loaded.facts["left_out"] == {"prompt is REDACTED": 1}
+    for size, positives, fits in ((9, 4, True), (9, 5, True), (9, 6, False), (9, 3, False), (8, 4, False)):
+        monkeypatch.setitem(benchmarks(), "aegis2_prompt", AEGIS2 | {"size": size, "positives": positives})
+        assert (load_benchmark(f"aegis2_prompt@{path}").facts["mismatch"] is None) == fits  # the known ones count it
     caplog.clear()
     few = load_benchmark(f"aegis2_prompt@{path}", max_rows=3)
     assert few.facts["mismatch"] is None and not caplog.text and few.facts["found"]["size"] == 3

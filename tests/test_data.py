@@ -313,7 +313,8 @@ def test_bad_file_is_told_in_one_line(tmp_path, case):
 
 
 def test_bad_parquet_row(tmp_path):
-    spec = write(tmp_path / "rows.parquet", [QA, QA | {"response": " "}])
+    row = QA | {"response_label": "safe"}
+    spec = write(tmp_path / "rows.parquet", [row, row | {"response": " "}])
     assert failure(spec).startswith(f"{spec}, row 1, field response: empty text")
 
 

@@ -181,6 +181,19 @@ def test_the_folder_layouts_of_the_paper(tmp_path):
     assert rows_.read_rows(str(folder), "nowhere") == read_again
 
 
+def test_a_prompt_alone_in_the_older_layout(tmp_path):
+    """An empty response without a label is none, for training and for evaluation; with a label it is a mistake."""
+    alone = {"prompt": "May I?", "response": "", "prompt_label": "safe", "response_label": ""}
+    path = write_rows(tmp_path / "rows.jsonl", [alone, alone | {"response": " ", "response_label": None}])
+    for rows in (rows_.read_rows(str(path), ""), rows_.evaluation_rows(str(path))):
+        assert [row["messages"] for row in rows] == [pair("May I?")] * 2
+    for label in ({"response_label": "safe"}, {"response_label": 0}, {"refusal_label": False}):
+        path = write_rows(tmp_path / "rows.jsonl", [alone, alone | label])
+        with pytest.raises(UserError, match="line 2, field response: empty text; fill it in or drop the row"):
+            rows_.evaluation_rows(str(path))
+        assert len(rows_.evaluation_rows(str(path), "skip")) == 1
+
+
 def test_counts_duplicates_and_conflicts(tmp_path):
     rows = authored(8)
     facts = rows_.describe(rows_.read_rows(str(write_rows(tmp_path / "a.jsonl", rows)), ""))

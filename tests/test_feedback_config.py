@@ -208,7 +208,6 @@ def whole_config(tmp_path, models):
         ("llama_guard.base_model_path=llama-guard-3-1b", r"meta-llama/Llama-Guard-3-1B: .*hf auth login"),
         ("evaluation.judge=nowhere/judge", r"evaluation\.judge: nowhere/judge: "),
         ("llama.model_path=nowhere/chat", r"llama\.model_path nowhere/chat: "),
-        ("llama.model_path={guard}", "has no chat template"),
         ("evaluation.hard_benign=nowhere.jsonl", r"evaluation\.hard_benign: nowhere\.jsonl: no such file"),
         ("evaluation.extra=harmbench", r"evaluation\.extra: harmbench"),
         (

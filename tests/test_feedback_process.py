@@ -176,7 +176,7 @@ def test_feedback(responses, share, counts):
     assert records.refused({"responses": [response(), response(refusal="partial")]}) and not records.refused(judged)
 
 
-def test_empty_responses_and_long_prompts_are_errors(write_config, tmp_path):
+def test_empty_responses_and_long_prompts_are_errors(write_config, models, tmp_path):
     rows = prompts(20)
     for row in rows:
         row["model_output"] = "  "
@@ -187,7 +187,8 @@ def test_empty_responses_and_long_prompts_are_errors(write_config, tmp_path):
     assert empty and all((r["refusal"], r["unsafe"]) == ("empty", None) and "empty" in r["error"] for r in empty)
     assert stats["output_blocked"] == 0 and stats["both_safe"] == 0 and stats["errors"] >= len(empty)
 
-    _, _, parts = run(write_config("long"), "llama.max_tokens=2040")  # of a window of 2048
+    _, window = assistant.assistant_tokenizer(str(models["assistant"]))
+    _, _, parts = run(write_config("long"), f"llama.max_tokens={window - 8}")
     long = [r for row in parts["train"] for r in row["responses"]]
     assert long and all("longer than the 8 tokens" in r["error"] for r in long)
 

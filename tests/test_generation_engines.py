@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from common.conversation import UserError
+from common.fast_decoding import PackedLinear
 from common.generation import Decoding, generate, load_causal_lm, server_engine, transformers_engine
 from common.guards.next_token import LocalModel, ServerModel
 
@@ -167,10 +168,13 @@ def test_grouped_attention_the_roomy_cache_and_a_shared_policy_change_nothing(fa
     ours = load_causal_lm(str(tmp_path))
     if family is LlamaForCausalLM:
         assert ours.config._attn_implementation == "sdpa_grouped"
+    packs = [module for module in ours.modules() if isinstance(module, PackedLinear)]
+    assert packs or not torch.backends.mkl.is_available()
     answers = dict(transformers_engine(ours, tokenizer, Decoding(90, beams), skip_special_tokens=False)(prompts))
     for i, ids in enumerate(prompts):
         out = stock.generate(torch.tensor([ids]), max_new_tokens=90, num_beams=beams, do_sample=False, pad_token_id=0)
         assert answers[i] == tokenizer.decode(out[0, len(ids) :])
+    assert all(module.packed and module.packed[1] == len(prompts) * beams for module in packs)
 
 
 class Moody(BaseHTTPRequestHandler):
@@ -222,7 +226,8 @@ def moody():
 
 def test_a_server_that_fails_now_and_then_loses_nothing(moody, tmp_path, monkeypatch):
     pytest.importorskip("openai", reason="the openai client is not installed (extra [api])")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")  # for OpenAI alone
     prompts = [[i, 7] for i in range(12)]
     found = generate(server_engine(moody, "m", Decoding(8)), prompts, tmp_path / "partial.jsonl")
     assert found == [f"answer {i}" for i in range(12)]
@@ -253,7 +258,7 @@ def test_what_a_broken_server_did_not_answer_is_asked_again(moody, tmp_path, mon
 )
 def test_a_server_that_refuses_is_not_asked_on_and_on(moody, tmp_path, monkeypatch, reply, message):
     pytest.importorskip("openai", reason="the openai client is not installed (extra [api])")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
     Moody.always = reply
     with pytest.raises(UserError, match=message) as caught:
         generate(

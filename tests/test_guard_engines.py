@@ -1,6 +1,7 @@
 """Guards on other engines: vLLM in process, and servers that fail. (A real server: test_generation_engines.)"""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from common.templates import Part
 WORDS = {" safe": False, " unsafe": True}
 ENTRY = {
     "messages": ["conversation"],
+    "max_length": 512,
     "questions": [
         {"label": "prompt_unsafe", "prefix": "User:", "words": WORDS},
         {"label": "response_unsafe", "when": "response", "prefix": "\nAgent:", "words": WORDS},
@@ -44,8 +46,8 @@ def folder(tmp_path_factory):
     return families.save(tmp_path_factory.mktemp("wide"), "qwen2", ["safe", "unsafe"], seed=1, **wide)
 
 
-def guard(folder, **options) -> GenerativeGuard:
-    return GenerativeGuard(str(folder), ENTRY, progress=False, **options)
+def guard(folder, entry=ENTRY, **options) -> GenerativeGuard:
+    return GenerativeGuard(str(folder), entry, progress=False, **options)
 
 
 @pytest.mark.slow
@@ -114,7 +116,8 @@ def choice(*tokens: tuple[int, float]) -> dict:
 
 def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
     """The rule of one verdict: mass of unsafe over both; a candidate that it leaves out counts as impossible."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")  # for OpenAI alone
     local = guard(folder)
     ids = local._word_tokens(0, "prompt", "User:")
     safe, unsafe = ids[" safe"][0], ids[" unsafe"][0]
@@ -150,7 +153,7 @@ def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
 )
 def test_a_server_that_fails(folder, serve, status, answer, message, monkeypatch):
     """Every verdict is an error, none is safe, and no key is in it."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
     server = serve(lambda *_: (status, answer))
     verdicts = guard(folder, engine="server", server_url=server.url, concurrency=1).judge(TALKS[:3])
     assert all(v.error and v.score("prompt_unsafe") == 1.0 for v in verdicts)
@@ -161,3 +164,46 @@ def test_a_server_that_fails(folder, serve, status, answer, message, monkeypatch
 def test_engine_needs_its_url(folder):
     with pytest.raises(UserError, match="--engine server: name its --server_url"):
         guard(folder, engine="server")
+
+
+def test_a_server_is_told_which_adapter(folder):
+    """Under the base's name it would judge without the adapter, as if it were the guard."""
+    server = {"engine": "server", "server_url": "http://127.0.0.1:1/v1"}
+    with pytest.raises(UserError, match="server_model must say by what name the server knows some/adapter"):
+        guard(folder, ENTRY | {"adapter": "some/adapter"}, **server)
+    assert guard(folder, ENTRY | {"adapter": "some/adapter"}, server_model="m", **server).model.model == "m"
+
+
+def test_no_key_in_a_servers_url(folder):
+    with pytest.raises(UserError, match="--server_url: expected http") as caught:
+        guard(folder, engine="server", server_url="http://me:pass@127.0.0.1:1/v1")
+    assert "pass" not in str(caught.value)
+
+
+# --- what it sees and says --------------------------------------------------------------------------------------------
+
+
+def test_more_tokens_than_the_model_sees(folder):
+    with pytest.raises(UserError, match="max_length 513: the model sees 512 tokens"):
+        guard(folder, max_length=513)
+
+
+@pytest.mark.parametrize("long_inputs", ["windows", "error", "truncate"])
+def test_long_conversations_are_counted(folder, caplog, long_inputs):
+    caplog.set_level(logging.INFO)
+    guard(folder, long_inputs=long_inputs).judge([*TALKS[:1], pair("policy " * 600), pair("Why?", "policy " * 600)])
+    told = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]
+    assert told == [f"2 of 3 conversations are longer than 512 tokens: {long_inputs}"]
+
+
+def test_a_line_that_is_missing_after_the_verdict(folder):
+    """What it says of harm stands; whether the answer refuses is not known."""
+    words = {" yes": True, " no": False}
+    refusal = {"label": "response_refusal", "when": "response", "anchor": "Refusal:", "words": words}
+    entry = ENTRY | {"generate": 4, "questions": [{"label": "last", "prefix": "User:", "words": WORDS}, refusal]}
+    plain = guard(folder, ENTRY | {"questions": entry["questions"][:1]}).judge(TALKS)
+    assert any(verdict.response_unsafe is not None for verdict in plain)
+    for verdict, alone in zip(guard(folder, entry).judge(TALKS), plain, strict=True):
+        assert (verdict.error, verdict.decided, verdict.response_refusal) == (alone.error, alone.decided, None)
+    before = guard(folder, entry | {"questions": [refusal, ENTRY["questions"][1]]}).judge(TALKS[-1:])
+    assert "no Refusal: in what it wrote" in before[0].error

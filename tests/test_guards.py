@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from common.conversation import UserError, pair
+from common.conversation import UserError, Verdict, pair
 from common.data import taxonomy
-from common.guards import load_guard
+from common.guards import Guard, load_guard
 
 CATEGORIES = taxonomy("beavertails")
 CARD = {"kind": "classifier", "template": "beavertails", "labels": CATEGORIES, "max_length": 96, "thresholds": {}}
@@ -164,6 +164,22 @@ def test_moderate_as_guardbench_calls_it(guard):
     scores = guard.moderate(conversations=[*PAIRS, pair("Only a question?")], model="any", batch_size=4)
     assert all(isinstance(score, float) for score in scores)
     assert scores == [*(pytest.approx(v.response_unsafe, abs=1e-5) for v in guard.judge(PAIRS)), 1.0]
+
+
+class Unsure(Guard):
+    """Judges prompts, but not always: "n/a" is its word, and no error."""
+
+    name, thresholds, judges = "unsure", {}, ("prompt_unsafe",)
+
+    def judge(self, conversations):
+        return [Verdict(prompt_unsafe=None if m[-1]["content"] == "?" else 0.25) for m in conversations]
+
+
+def test_moderate_without_an_opinion():
+    """Unsafe, as a failure is; a label that is never judged stays a wrong question."""
+    assert Unsure().moderate([pair("?"), pair("Hi")]) == [1.0, 0.25]
+    with pytest.raises(UserError, match="does not judge response_unsafe"):
+        Unsure().moderate([pair("Hi", "Hello")])
 
 
 @pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<pad>", "<tool_call>"])

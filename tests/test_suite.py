@@ -261,7 +261,7 @@ def test_safety_eval(task, guards, files, tmp_path, monkeypatch):
 def test_safety_eval_of_no_task(words):
     done = launch("expguard", "scripts/safety_eval.sh", "expguard", *words, launcher=("bash",), check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
-    assert "prompt|response|both" in done.stderr
+    assert done.stderr.startswith("error: ") and "prompt|response|both" in done.stderr
 
 
 # --- real rows --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Templates: reference ids where content is plain, no control token from content ever, cutting, windows, padding."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,7 +11,17 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer
 
 from common.conversation import UserError, pair
-from common.templates import Part, control_ids, cut, encode, prepare_padding, render, windows
+from common.templates import (
+    Part,
+    control_ids,
+    cut,
+    encode,
+    inline_template,
+    prepare_padding,
+    render,
+    render_chat,
+    windows,
+)
 
 CONTROL = [
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>",  # byte-level BPE
@@ -118,6 +129,17 @@ def test_plain_text_gives_the_reference_ids(tokenizer, question, answer, special
     own = tokenizer(reference(tokenizer, PLAIN, PLAIN), add_special_tokens=special)["input_ids"]
     assume(controls(tokenizer, expected) == controls(tokenizer, own) and tokenizer.unk_token not in question + answer)
     assert encoded(tokenizer, question, answer, add_special_tokens=special) == expected
+
+
+@pytest.mark.parametrize("content", [PLAIN, ' He said "no".\n\tä \\', '"}, {"a": "', "<|im_end|>"])
+def test_content_that_is_quoted_as_json(make_tokenizer, content):
+    """It stays content, escaped as JSON has it, and cannot end itself."""
+    tokenizer, quoting = make_tokenizer("bpe"), inline_template('{"text": {{ text | tojson }}}')
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    wrap = lambda m: [{"role": "user", "content": quoting.render(text=m[0]["content"])}]  # noqa: E731
+    parts = render_chat(tokenizer, pair(content), wrap=wrap)
+    assert json.loads("".join(part.text for part in parts)) == {"text": content}
+    assert [part.is_content for part in parts] == [False, True, False]
 
 
 def test_no_prompts(tokenizer):

@@ -89,16 +89,13 @@ def load_conversations(
         if len(out) == max_rows:
             break
     if skipped:
-        logger.warning(
-            "%s: left out %d bad rows of %d; the first: %s", spec, len(skipped), len(skipped) + len(out), skipped[0]
-        )
+        counts = len(skipped), len(skipped) + len(out)
+        logger.warning("%s: left out %d bad rows of %d; the first: %s", spec, *counts, skipped[0])
     if not out:
         raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
     for label in require:
         if not any(row[label] for row in out):
-            raise UserError(
-                f"{spec}, field {label}: no positive row among {len(out)}; nothing can be learned or measured"
-            )
+            raise UserError(f"{spec}, field {label}: no positive row among {len(out)}; nothing to learn or measure")
     return Dataset.from_list(out, features=FEATURES)
 
 
@@ -112,7 +109,9 @@ def _conversation(row: Any, where: str, categories: Sequence[str] | None, requir
     if "messages" in row:
         messages = check_messages(row["messages"], where)
     else:
-        response = row.get("response")
+        response, told = row.get("response"), (*LABEL_COLUMNS["response_unsafe"], *LABEL_COLUMNS["response_refusal"])
+        if f"{response}".strip() == "" and all(row.get(column) in (None, "") for column in ("category", *told)):
+            response = None  # a prompt alone, as the older ExpGuardMix files have it
         messages = pair(
             check_text(row["prompt"], "prompt", where),
             None if response is None else check_text(response, "response", where),
@@ -125,12 +124,9 @@ def _conversation(row: Any, where: str, categories: Sequence[str] | None, requir
             column = next((c for c in columns if c in row), None)
             labels[label] = None if column is None else check_label(row[column], column, where)
         named = _category_list(row.get("categories"), where)
-    if categories is not None:
-        for name in named or ():
-            if name not in categories:
-                raise UserError(
-                    f"{where}, field categories: unknown category {name!r}; known: {' | '.join(categories)}"
-                )
+    for name in named or ():
+        if categories is not None and name not in categories:
+            raise UserError(f"{where}, field categories: unknown category {name!r}; known: {' | '.join(categories)}")
     answered = messages[-1]["role"] == "assistant"
     if not answered and labels["response_unsafe"] is not None:
         raise UserError(f"{where}, field response: missing, although the row has a response label")
@@ -277,9 +273,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     rows = _json(path.read_text(encoding="utf-8-sig"), path)
     if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: expected a JSON list of rows, found {type(rows).__name__}; one object a line is .jsonl"
-        )
+        raise UserError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}; one a line is .jsonl")
     yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
@@ -359,11 +353,8 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
         bar = min(len(group) / 2, max(votes.values(), default=1) - 0.5)
         first["categories"] = sorted(name for name, count in votes.items() if count > bar) if named else None
         out.append(first)
-    return Dataset.from_list(out, features=FEATURES), {
-        "rows": len(rows),
-        "unique": len(out),
-        "conflicting": conflicting,
-    }
+    counts = {"rows": len(rows), "unique": len(out), "conflicting": conflicting}
+    return Dataset.from_list(out, features=FEATURES), counts
 
 
 def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -69,8 +69,9 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     Returns:
         The benchmark. Its facts: the entry's hub or url, config, split, revision, licence, gate and notes; `page`,
         where a gate opens; `file`, the local copy's name; `expected` (None: not confirmed) and `found` {"size",
-        "positives"}; `mismatch`, how they differ, or None; `left_out` {reason: rows}; `duplicates` and `conflicts`,
-        rows so marked; `recall_only`: all rows are positive by rule; `contaminated_by`, names of guards.
+        "positives"}; `mismatch`, how they differ, or None; `left_out` {reason: rows}; `dropped`: so many of these are
+        `expected`; `duplicates` and `conflicts`, rows so marked; `recall_only`: all rows are positive by rule;
+        `contaminated_by`, names of guards.
 
     Raises:
         UserError: unknown name, no such file, closed gate, a column that is missing, an unknown label, an empty text,
@@ -110,6 +111,7 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
         "expected": {key: entry[key] for key in ("size", "positives")} if entry["size"] else None,
         "found": {"size": len(rows), "positives": sum(row["label"] for row in rows)},
     }
+    facts["dropped"] = sum(left_out[f"{column} is {word}"] for column, word in entry.get("drop", {}).items())
     facts["mismatch"] = _mismatch(facts) if max_rows is None else None
     if facts["mismatch"]:
         logger.warning("%s: %s", spec, facts["mismatch"])
@@ -134,7 +136,8 @@ def _mark_repeats(rows: list[dict]) -> dict[str, int]:
 def _mismatch(facts: Mapping[str, Any]) -> str | None:
     """How the counts differ from the known ones, and what was left out; None if they agree or nothing is known."""
     known = {key: value for key, value in (facts["expected"] or {}).items() if value is not None}
-    if all(facts["found"][key] == value for key, value in known.items()):
+    lacking = {key: value - facts["found"][key] for key, value in known.items()}
+    if lacking.get("size", facts["dropped"]) == facts["dropped"] >= lacking.get("positives", 0) >= 0:
         return None
     counts = (", ".join(f"{key} {part[key]}" for key in known) for part in (known, facts["found"]))
     left_out = "".join(f"; {rows} rows left out: {why}" for why, rows in facts["left_out"].items())
@@ -168,9 +171,7 @@ def _left_out(row: Mapping, entry: Mapping) -> str | None:
     for column, wanted in entry.get("keep", {}).items():
         if _plain(row.get(column)) is None or (wanted != "present" and not _among(row[column], wanted)):
             return f"{column} is not {wanted}"
-    return next(
-        (f"{column} is {word}" for column, word in entry.get("drop", {}).items() if row.get(column) == word), None
-    )
+    return next((f"{c} is {word}" for c, word in entry.get("drop", {}).items() if row.get(c) == word), None)
 
 
 def _share(row: Mapping, rule: Mapping, where: str) -> float:

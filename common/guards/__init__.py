@@ -36,12 +36,10 @@ class Guard(ABC):
         """One verdict a conversation, in order."""
 
     def moderate(self, conversations: Sequence[Messages], **_: Any) -> list[float]:
-        """GuardBench's callback: the unsafe probability of each conversation's last turn."""
-        verdicts = self.judge(conversations)
-        return [
-            v.score("response_unsafe" if m[-1]["role"] == "assistant" else "prompt_unsafe")
-            for v, m in zip(verdicts, conversations, strict=True)
-        ]
+        """GuardBench's callback: the unsafe probability of each last turn, 1.0 where the guard says none ("n/a")."""
+        labels = ["response_unsafe" if m[-1]["role"] == "assistant" else "prompt_unsafe" for m in conversations]
+        said = zip(self.judge(conversations), labels, strict=True)
+        return [1.0 if getattr(v, k) is None and k in self.judges else v.score(k) for v, k in said]
 
 
 @cache
@@ -120,7 +118,5 @@ def _read_card(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}, field {field}: expected {kind.__name__}, found {known[field]!r:.60}")
     for name, threshold in known.get("thresholds", {}).items():
         if not isinstance(threshold, dict) or not isinstance(threshold.get("value"), (int, float)):
-            raise UserError(
-                f'{path}, field thresholds.{name}: expected {{"value": number, …}}, found {threshold!r:.60}'
-            )
+            raise UserError(f'{path}, field thresholds.{name}: expected {{"value": number, …}}, not {threshold!r:.60}')
     return known

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2  # what the openai client and huggingface_hub speak HTTP with
 from tqdm.auto import tqdm
 
-from common.conversation import Messages, UserError, Verdict
+from common.conversation import Messages, UserError, Verdict, check_url
 from common.guards import Guard
 from common.guards.classifier import LONG_INPUTS
 from common.runtime import is_main_process
@@ -149,10 +149,8 @@ class ApiGuard(Guard):
         self.long_inputs, self.progress = long_inputs, progress
         key = _variable(service, self.service.key)
         url = base_url or self.service.url or _variable(service, "AZURE_CONTENT_SAFETY_ENDPOINT")
-        if not re.fullmatch(r"https?://[^\s@?#]+", url):  # a password or a key in it would stand in logs
-            raise UserError(f"{service}: its base URL should be http(s)://host, without user, query or fragment")
         http = httpx2.Client(timeout=timeout, limits=httpx2.Limits(max_connections=concurrency))
-        self._send = self._connect(http, url.rstrip("/"), key, model or MODEL)
+        self._send = self._connect(http, check_url(url, f"{service}: its base URL").rstrip("/"), key, model or MODEL)
 
     def _connect(self, http: httpx2.Client, url: str, key: str, model: str) -> Callable[[str], httpx2.Response]:
         """What sends one text. The key lives in here, and in no attribute."""
@@ -206,9 +204,7 @@ class ApiGuard(Guard):
         except _Failure as error:
             return Verdict(error=f"{self.name}: {error}")
         except Exception as error:  # whatever it is: it is not "safe", and no matter of the other items
-            return Verdict(
-                error=f"{self.name}: no text that can be asked, or no usable answer ({type(error).__name__})"
-            )
+            return Verdict(error=f"{self.name}: no text to be asked, or no usable answer ({type(error).__name__})")
         worst, decided, word = max(readings, key=lambda reading: (reading[1], max(reading[0].values())))
         categories = {name: float(max(scores.get(name, 0) for scores, *_ in readings)) for name in worst}
         native = {label: word} if word else {}

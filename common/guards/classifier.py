@@ -93,16 +93,12 @@ class ClassifierGuard(Guard):
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            what = (
-                "cannot be loaded as a classifier"
-                if Path(model).is_dir()
-                else "no folder here, and no hub id that loads"
-            )
+            hub = "no folder here, and no hub id that loads"
+            what = "cannot be loaded as a classifier" if Path(model).is_dir() else hub
             raise UserError(f"{model}: {what}: {f'{error}'.strip():.200}".splitlines()[0]) from None
         if loading["missing_keys"]:  # transformers fills them at random and warns
-            raise UserError(
-                f"{model}: not a trained classifier, it lacks {', '.join(sorted(loading['missing_keys'])):.200}"
-            )
+            lacking = ", ".join(sorted(loading["missing_keys"]))
+            raise UserError(f"{model}: not a trained classifier, it lacks {lacking:.200}")
 
     def _judged(self) -> tuple[str, ...]:
         """The labels that it can be asked: a template without the answer serves both turns."""
@@ -166,13 +162,8 @@ class ClassifierGuard(Guard):
             fitted += pieces
             fitted_owners += [owner] * len(pieces)
         if long:
-            logger.info(
-                "%d of %d conversations are longer than %d tokens: %s",
-                long,
-                len(conversations),
-                self.max_length,
-                self.long_inputs,
-            )
+            counts = long, len(conversations), self.max_length, self.long_inputs
+            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
         owners[:] = fitted_owners
         return fitted
 
@@ -185,22 +176,15 @@ class ClassifierGuard(Guard):
     @torch.inference_mode()
     def _probabilities(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """Sigmoids, one row a sequence, in order; batches of similar length under a budget of padded tokens."""
-        order = sorted(
-            range(len(sequences)), key=lambda i: -len(sequences[i])
-        )  # the largest first: no late out-of-memory
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))  # largest first: no late out-of-memory
         out: list[list[float]] = [[] for _ in sequences]
-        with tqdm(
-            total=len(order),
-            desc=f"judging with {self.name}",
-            unit="pair",
-            disable=not (self.progress and is_main_process()),
-        ) as bar:
+        hidden = not (self.progress and is_main_process())
+        with tqdm(total=len(order), desc=f"judging with {self.name}", unit="pair", disable=hidden) as bar:
             while order:
                 width = len(sequences[order[0]])
                 rows, order = order[: max(1, self.batch_tokens // width)], order[max(1, self.batch_tokens // width) :]
-                batch = self.tokenizer.pad({"input_ids": [sequences[i] for i in rows]}, return_tensors="pt").to(
-                    self.device
-                )
+                texts = {"input_ids": [sequences[i] for i in rows]}
+                batch = self.tokenizer.pad(texts, return_tensors="pt").to(self.device)
                 logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
                 for i, row in zip(rows, logits.float().sigmoid().tolist(), strict=True):
                     out[i] = row

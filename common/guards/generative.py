@@ -81,7 +81,7 @@ class GenerativeGuard(Guard):
                 raise UserError(f"{flag} {value}: expected one of {', '.join(known)}")
         self.name, self.entry, self.mode, self.long_inputs = Path(model).name, entry, mode, long_inputs
         self.max_length, self.thresholds = max_length or entry.get("max_length", 4096), thresholds or {}
-        self.with_categories = categories
+        self.with_categories, self._long = categories, set()  # conversations that are longer than the maximum
         try:
             source = entry.get("tokenizer", model)
             self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(source), trust_remote_code=trust_remote_code)
@@ -97,17 +97,22 @@ class GenerativeGuard(Guard):
         self.model: Model = load_model(
             engine, model, self.tokenizer, trust_remote_code=trust_remote_code, name=self.name, **options
         )
+        if self.max_length > (room := self.model.window or math.inf):
+            raise UserError(f"{model}: max_length {self.max_length}: the model sees {room} tokens; lower it to that")
 
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
         """Judge the last turn of each; a turn that the guard does not judge gets an error verdict."""
-        verdicts, cases = [Verdict() for _ in conversations], []
+        verdicts, cases, self._long = [Verdict() for _ in conversations], [], set()
         for i, messages in enumerate(conversations):
             try:
                 cases += self._cases(i, messages)
             except UserError as error:
                 verdicts[i].error = str(error)
+        if self._long:
+            counts = len(self._long), len(conversations), self.max_length, self.long_inputs
+            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
         for number, question in enumerate(self.questions):
             groups: dict[tuple[str, str], list[_Case]] = {}  # what shares most of its prompt is asked together
             for case in cases:
@@ -141,10 +146,14 @@ class GenerativeGuard(Guard):
                 case.error = "the model's output is not a number"
             elif word is None:
                 written = self.tokenizer.decode([top])
-                case.error = f"it writes {written!r} where {' or '.join(map(repr, words))} was expected"
+                self._fail(case, f"it writes {written!r} where {' or '.join(map(repr, words))} was expected")
             else:
                 case.found[self._labels(question, case.kind)[0]] = (self._probability(question, masses, word), word)
                 case.said += prefix + word
+
+    def _fail(self, case: _Case, error: str) -> None:
+        """What it has not written makes an error, but for what comes after its word for the turn: that stands."""
+        case.error = None if LAST[case.kind] in case.found else error
 
     def _probability(self, question: Mapping[str, Any], masses: Mapping[str, float], word: str) -> float | None:
         """Probability of the words for unsafe over all words with an opinion; None if the native word has none."""
@@ -191,7 +200,7 @@ class GenerativeGuard(Guard):
         for case in cases:
             match = re.search(question["anchor"], case.written)
             if match is None:
-                case.error = f"no {question['anchor']} in what it wrote: {case.written[-60:]!r}"
+                self._fail(case, f"no {question['anchor']} in what it wrote: {case.written[-60:]!r}")
             else:
                 case.said = case.written[: match.end()]
                 found.append(case)
@@ -249,6 +258,7 @@ class GenerativeGuard(Guard):
         for variant in self.entry.get("variants", {"": {}}):
             pieces = [messages]
             if (length := self._length(messages, variant)) > self.max_length:
+                self._long.add(owner)
                 if self.long_inputs == "error":
                     raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
                 pieces = windows(self.tokenizer, lambda m: self._length(m, variant), messages, self.max_length)  # noqa: B023
@@ -274,9 +284,7 @@ class GenerativeGuard(Guard):
         kwargs = self.entry.get("variants", {}).get(variant, {})
         kind = "prompt" if last_turns(messages)[1] is None else "response"
         kwargs = self.entry.get("template_kwargs", {}) | kwargs.get(kind, kwargs)
-        template = self.entry.get("chat_template_file")
-        own = template_text(template) if template else None
-        return render_chat(self.tokenizer, _alternating(messages), own, self._wrap, **kwargs)
+        return render_chat(self.tokenizer, _alternating(messages), None, self._wrap, **kwargs)
 
     def _wrap(self, messages: Messages) -> list[dict[str, Any]]:
         """What the chat template gets: the turns, and instructions that may quote them."""

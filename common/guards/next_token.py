@@ -12,20 +12,16 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from common.conversation import UserError
 from common.fast_decoding import shared_prefix
-from common.generation import (
-    Decoding,
-    load_causal_lm,
-    server_client,
-    start_vllm,
-    transformers_engine,
-)
+from common.generation import Decoding, load_causal_lm, server_client, start_vllm, transformers_engine
 from common.runtime import device, is_main_process
 
 NextToken = tuple[list[float], int | str]  # log-probabilities of the candidates; the most likely token, or an error
 
 
 class Model(ABC):
-    """A causal LM behind any engine."""
+    """A causal LM behind any engine. `window`: the tokens that it sees at most, where that is known."""
+
+    window: int | None = None
 
     @abstractmethod
     def next_token(self, prompts: Sequence[list[int]], candidates: Sequence[int]) -> list[NextToken]:
@@ -51,6 +47,8 @@ def load_model(engine: str, model: str, tokenizer: PreTrainedTokenizerBase, **op
         raise UserError(f"--engine {engine}: takes no {', '.join(sorted(wrong))}")
     if engine == "server" and "server_url" not in given:
         raise UserError("--engine server: name its --server_url, such as http://127.0.0.1:8000/v1")
+    if engine == "server" and "adapter" in given and "server_model" not in given:  # it would judge with the base alone
+        raise UserError(f"--engine server: server_model must say by what name the server knows {given['adapter']}")
     return kinds[engine](model, tokenizer, **{k: v for k, v in given.items() if k in known})
 
 
@@ -82,7 +80,7 @@ class LocalModel(Model):
         self.batch_tokens = batch_tokens or (1024 if device().type == "cpu" else 8192)
         self.bar = {"desc": f"judging with {name}", "unit": "text", "disable": not (progress and is_main_process())}
         config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
+        self.window, window = getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)
         sliding = "sliding_attention" if window else "full_attention"
         self.layers = {kind: window if kind.startswith("sliding") else None
                        for kind in set(getattr(config, "layer_types", None) or [sliding])}  # fmt: skip
@@ -173,6 +171,7 @@ class VllmModel(Model):
         trust_remote_code: bool = False,
     ):
         self.llm, self.request = start_vllm(model, adapter, trust_remote_code)
+        self.window = self.llm.llm_engine.model_config.max_model_len
         self.tokenizer, self.progress = tokenizer, progress and is_main_process()
 
     def _generate(self, prompts: Sequence[list[int]], **params: Any):

@@ -6,6 +6,7 @@ call `tokenizer(text)` would, and looks at every control token of the result: on
 the template. Only then is the content changed, by a space inside the string that was taken for a control token.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.conversation import Message, Messages, UserError, last_turns, pair
 
 FOLDERS = (Path(__file__).parent, Path(__file__).parents[1] / "guards" / "prompts")
+ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # jinja's own is for HTML
 
 
 class Part(NamedTuple):
@@ -81,8 +84,9 @@ def render_chat(
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template refuses the conversation: {error}") from None
     pieces = re.split("\ue000([0-9]+)\ue001", text)
+    quoted = [json.dumps(content, ensure_ascii=False)[1:-1] for content in contents]
     stripped = [content.strip() for content in contents]  # many templates trim
-    for texts in (stripped, contents):
+    for texts in (quoted, stripped, contents):
         parts = [Part(texts[int(p)] if i % 2 else p, bool(i % 2)) for i, p in enumerate(pieces)]
         if "".join(part.text for part in parts) == plain:
             break
@@ -97,7 +101,7 @@ def _template(name: str) -> jinja2.Template:
 @cache
 def inline_template(text: str) -> jinja2.Template:
     """A template that fails where a turn is missing."""
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return ENVIRONMENT.from_string(text)
 
 
 def template_text(name: str) -> str:
@@ -237,9 +241,8 @@ def windows(
         asked = [None] if prompt is None else _pieces(tokenizer, prompt, room if response is None else room // 2)
         left = max(1, room - max(len(token_offsets(tokenizer, piece or "")) for piece in asked))
         answered = [None] if response is None else _pieces(tokenizer, response, left)
-        pairs = [
-            pair(asked[i % len(asked)], answered[i % len(answered)]) for i in range(max(len(asked), len(answered)))
-        ]
+        count = max(len(asked), len(answered))
+        pairs = [pair(asked[i % len(asked)], answered[i % len(answered)]) for i in range(count)]
         if max(map(length, pairs)) <= max_length:
             return pairs
         room = room * 7 // 8  # pieces can grow by a few tokens at their seams

@@ -77,6 +77,7 @@ def generate_answers(
         temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they are, and what is left
             of an interrupted run is drawn anew.
         engine: transformers, vllm or server.
+        server_url: of an OpenAI-compatible server; its key is read from SERVER_API_KEY.
         server_model: the name that the server knows the model or its adapter by; default: base_model.
         batch_size: prompts at a time (transformers).
         overwrite: answer again although the output is there with other settings.

@@ -12,8 +12,9 @@
         --validation validation.jsonl --output_dir output/xstest
 
 A killed run goes on where it was: verdicts are kept in OUTPUT_DIR/runs as they come. Rows that had no verdict are asked
-again, all others are not. Exit code 1 says that a guard or a benchmark failed (the table says which), 2 a usage error.
-Without arguments it evaluates what `bash scripts/train.sh` without arguments has left.
+again, all others are not. Exit code 1 says that a guard or a benchmark failed, or that a guard judges none of them (the
+table says which), 2 a usage error. A server's key is read from SERVER_API_KEY. Without arguments it evaluates what
+`torchrun train.py` without arguments, the quickstart, has left.
 """
 
 import json
@@ -32,7 +33,7 @@ from scoring import MARKS, PARSE_ERRORS, Judged, compare, judged, resolve, row_m
 from tables import METRICS, check_column, csv_text, grid, latex, markdown, published
 
 from common import data, metrics, report
-from common.conversation import UserError, Verdict
+from common.conversation import UserError, Verdict, check_url
 from common.data.benchmarks import Benchmark
 from common.guards import zoo
 from common.runtime import json_lines, json_text, manifest, parse_args, run_cli, write_text
@@ -62,8 +63,8 @@ class EvaluationArguments:
     engine: str = field(
         default="transformers", metadata={"help": "transformers | vllm | server (for guards that generate)"}
     )
-    server_url: str | None = field(default=None, metadata={"help": "URL of --engine server."})
-    server_model: str | None = field(default=None, metadata={"help": "The model's name on that server."})
+    server_url: str | None = field(default=None, metadata={"help": "URL of --engine server; its key: SERVER_API_KEY."})
+    server_model: str | None = field(default=None, metadata={"help": "The name on that server of the one guard."})
     long_inputs: str = field(default="windows", metadata={"help": "windows | error | truncate"})
     max_rows: int | None = field(default=None, metadata={"help": "So many rows of each benchmark, evenly spaced."})
     validation: list[str] = field(
@@ -89,25 +90,30 @@ class EvaluationArguments:
 
 def main() -> None:
     (args,) = parse_args([EvaluationArguments], Path(__file__).parent / "configs/quickstart_evaluate.yaml")
-    results = evaluate(args, candidates(args.guards, guard_options(args)))
-    if any(cell["status"] == "failed" for cell in results["cells"]) or results["unread_benchmarks"]:
+    guards = candidates(args.guards, guard_options(args))
+    results = evaluate(args, guards)
+    measured = {cell["guard"] for cell in results["cells"] if cell["status"] == "measured"}
+    failed = any(cell["status"] == "failed" for cell in results["cells"]) or results["unread_benchmarks"]
+    if failed or {guard.name for guard in guards} - measured:
         logger.error("Not everything could be measured: see the table.")
         sys.exit(1)
 
 
 def guard_options(args: EvaluationArguments) -> dict[str, Any]:
-    """Options of `load_guard` for every guard."""
+    """Options of `load_guard` for every guard whose kind takes them. Raises UserError on a URL with a password."""
     options = {"engine": args.engine, "long_inputs": args.long_inputs}
     if args.trust_remote_code:
         options["trust_remote_code"] = True
-    return options | ({"server_url": args.server_url, "server_model": args.server_model} if args.server_url else {})
+    if args.server_url:
+        options |= {"server_url": check_url(args.server_url, "--server_url"), "server_model": args.server_model}
+    return options
 
 
 def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str, Any]:
     """Judge, score, write; returns the content of results.json.
 
     Raises:
-        UserError: a mistake in the arguments, before any work; or cells that do not fit into one table.
+        UserError: a mistake in the arguments, or other results that do not fit beside these, before any work.
     """
     check_arguments(args, [guard.name for guard in guards])
     papers = published()
@@ -124,7 +130,12 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
         "cells": [],
         "comparison": [],
     }
-    others = [read_results(Path(path), results, args) for path in args.add_results]  # what does not fit shows now
+    added = []
+    for path in args.add_results:  # what does not fit shows now
+        other = read_results(Path(path), results, args)
+        results["guards"] |= other["guards"]
+        results["benchmarks"] |= {n: b for n, b in other["benchmarks"].items() if n not in results["benchmarks"]}
+        added += other["cells"]
 
     verdicts: dict[tuple[str, str], list[Verdict]] = {}
     said: dict[tuple[str, str], Judged] = {}
@@ -149,10 +160,7 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
         results["cells"] += [{"guard": guard.name} | f for f in failures if f.get("status") == "failed"]
     if args.compare:
         results["comparison"] = compare_two(args, [guard.name for guard in guards], benchmarks, said)
-    for other in others:
-        results["cells"] += other["cells"]
-        results["guards"] |= other["guards"]
-        results["benchmarks"] = other["benchmarks"] | results["benchmarks"]
+    results["cells"] += added
     results["run"] = manifest([args])
     write(args, results, papers, benchmarks, predictions(benchmarks, marks, verdicts), said)
     return results
@@ -175,6 +183,8 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
             raise UserError(f"--{name} {value}: expected one of {', '.join(filter(None, known))}")
     if args.engine == "server" and not args.server_url:
         raise UserError("--engine server: needs --server_url")
+    if args.server_model and len(names) > 1:
+        raise UserError("--server_model: is one guard's; with several, write --guards guard:server_model=name …")
     if args.max_rows is not None and args.max_rows < 1:
         raise UserError(f"--max_rows {args.max_rows}: must be at least 1")
     if args.bootstrap_rounds < 0:
@@ -207,7 +217,7 @@ def known_to(guard: Candidate, benchmarks: Sequence[Benchmark]) -> list[str]:
 def convention(b: Benchmark, args: EvaluationArguments, threshold: Mapping[str, Any] | None) -> dict[str, Any]:
     """How a cell is scored: what must be equal in a column."""
     fitted = f"fitted on {' '.join(args.validation)}" if args.validation else threshold and own_kind(threshold)
-    return {"rows": row_set(b.rows), "parse_errors": args.parse_errors, "decision": "own", "threshold": fitted}
+    return {"rows": row_set(b.rows), "parse_errors": args.parse_errors, "threshold": fitted}
 
 
 def own_kind(threshold: Mapping[str, Any]) -> str:
@@ -217,6 +227,9 @@ def own_kind(threshold: Mapping[str, Any]) -> str:
 
 def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArguments) -> dict[str, Any]:
     """Another run's results.json, whose guards are to stand in this run's table.
+
+    Args:
+        results: of this run, and of the files that were read before.
 
     Raises:
         UserError: no such file, a guard of the same name, or cells that are scored otherwise than this run's will be.
@@ -230,10 +243,10 @@ def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArgumen
         raise UserError(f"--add_results {path}: no results.json of this script ({error!r:.80})") from None
     if twice:
         raise UserError(
-            f"--add_results {path}: holds {', '.join(sorted(twice))} too; name ours otherwise (name=folder)"
+            f"--add_results {path}: holds {', '.join(sorted(twice))} too; leave it out, or name ours otherwise"
         )
     fitted = f"fitted on {' '.join(args.validation)}" if args.validation else None
-    scored = {"parse_errors": args.parse_errors, "decision": "own", "threshold": fitted}
+    scored = {"parse_errors": args.parse_errors, "threshold": fitted}
     for name in set(known) & set(own):
         ours = {"guard": "this run", "benchmark": name, "status": "measured"}
         ours["convention"] = scored | {"rows": own[name]["row_set"]}
@@ -249,9 +262,10 @@ def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArgumen
 def judge_guard(
     guard: Candidate, benchmarks: Sequence[Benchmark], args: EvaluationArguments
 ) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict[str, dict]]:
-    """`judge_all`, with the guard's own thresholds by label; "flagged" of guard.json is that of harm."""
+    """`judge_all`, with the guard's own fitted thresholds by label; "flagged" of guard.json is that of harm."""
     folder = Path(args.output_dir) / "runs"
     found, problems, thresholds = judge_all(guard, benchmarks, folder, CHUNK[args.engine], args.overwrite)
+    thresholds = {name: one for name, one in thresholds.items() if one.get("on")}  # a default is fitted on nothing
     flagged = {TASKS[task]: thresholds["flagged"] for task in ("prompt", "response") if "flagged" in thresholds}
     return found, problems, flagged | {label: thresholds[label] for label in TASKS.values() if label in thresholds}
 
@@ -308,18 +322,23 @@ def write(
     rows: list[dict],
     said: Mapping[tuple[str, str], Judged],
 ) -> None:
-    """results.json and predictions.jsonl, then the tables, which may refuse to mix, and the pictures."""
-    folder = Path(args.output_dir)
-    for name, text in {"results.json": json_text(results), "predictions.jsonl": json_lines(rows)}.items():
-        write_text(folder / name, text)
-    grids = [g for metric in METRICS if (g := grid(results, metric, papers, args.published))]
+    """results.json, predictions.jsonl, tables (a metric that was not measured alike has none) and pictures."""
+    folder, grids, mixed = Path(args.output_dir), [], []
+    for metric in METRICS:
+        try:
+            grids += filter(None, [grid(results, metric, papers, args.published)])
+        except UserError as error:
+            mixed.append(f"- {error}.\n")
+            logger.warning("No table. %s", error)
     tables = [markdown(g, results["benchmarks"]) for g in grids]
+    tables += ["## No table\n\n" + "".join(mixed)] if mixed else []
     rule = {"wrong": "as wrong, whatever the truth", "unsafe": "as unsafe", "excluded": "nowhere: they are left out"}
     head = f"{TITLE}Rows without a verdict count {rule[args.parse_errors]}.\n"
     text = "\n".join(part for part in [head, failures(results), *tables, details(results)] if part)
-    write_text(folder / "results.md", text)
-    write_text(folder / "results.tex", "\n".join(latex(g, results["benchmarks"]) for g in grids))
-    write_text(folder / "results.csv", csv_text(grids))
+    files = {"results.json": json_text(results), "predictions.jsonl": json_lines(rows), "results.md": text}
+    files |= {"results.tex": "\n".join(latex(g, results["benchmarks"]) for g in grids), "results.csv": csv_text(grids)}
+    for name, content in files.items():  # all of them, or none beside older ones
+        write_text(folder / name, content)
     for b in benchmarks:
         curves = {}
         for (guard, name), one in said.items():

@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import yaml
 from tqdm.auto import tqdm
 
 from common import data, metrics
-from common.conversation import UserError, Verdict, last_turns, pair
+from common.conversation import UserError, Verdict, check_url, last_turns, pair
 from common.data.benchmarks import Benchmark, benchmark_names, load_benchmark
 from common.guards import Guard, load_guard, zoo
 from common.runtime import write_json
+from common.templates import template_text
 
 logger = logging.getLogger("expguard")
 TASKS = {"prompt": "prompt_unsafe", "response": "response_unsafe", "refusal": "response_refusal"}
@@ -34,6 +36,9 @@ PAPER = {  # what the paper's evaluation runs; it runs no refusal task
     ),
     "refusal": ("wildguardtest_refusal", "xstest_response_refusal"),
 }
+SERVED = ("engine", "server_url", "server_model")
+NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}  # kind of guard: options for all that it has not
+WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".jinja", ".py")  # files that verdicts depend on
 NOT_SUPPORTED = {"status": "not supported", "reason": "the guard does not judge this label"}
 
 
@@ -54,27 +59,33 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
 
     Args:
         specs: name of the zoo, hub id, folder or name=folder, each with `:option=value,…` of its own.
-        options: of `load_guard`, for all of them.
+        options: of `load_guard`, for all of them whose kind takes them.
 
     Raises:
-        UserError: a name that is given to no folder, or to a folder that does not say what guard it holds.
+        UserError: a name that is given to no folder, or to a folder that does not say what guard it holds; a URL with a
+            password or a key.
     """
     out = []
     for text in specs:
         spec, own = re.fullmatch(r"(.*?)(?::(\w+=.*))?", text).groups()
         pairs = (option.partition("=") for option in (own or "").split(",") if option)
-        given = dict(options) | {key: yaml.safe_load(value) for key, _, value in pairs}
+        given = {key: yaml.safe_load(value) for key, _, value in pairs}
+        for key in {"server_url", "base_url"} & set(given):  # the spec stands in results.json
+            check_url(given[key], f"--guards {spec}, {key}")
         name, folder = (None, spec) if Path(spec).exists() or "=" not in spec else spec.split("=", 1)
-        described = (Path(folder) / "guard.json").is_file()
+        described, card = (Path(folder) / "guard.json").is_file(), _read_card(Path(folder))
         if name and not Path(folder).is_dir():
             raise UserError(f"--guards {text}: {folder} is no folder")
         if name and not described and name not in zoo():
             raise UserError(f"--guards {text}: {folder} has no guard.json, and {name} is no name of the guard zoo")
         spec, given = (name, given | {"model": folder}) if name and not described else (folder, given)
-        known = {name or spec, _like(Path(folder) / "guard.json") if described else None}
-        entry = next((key for key, e in zoo().items() if {key, e.get("model", key)} & known), None)
+        known = {name or spec, str(card.get("guard"))}
+        entry = next((key for key, e in zoo().items() if {key, e.get("adapter", e.get("model"))} & known), None)
+        about = zoo().get(str(card.get("guard")) if described else entry, {}) | card
+        unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
+        given = {key: value for key, value in options.items() if key not in unwanted} | given
         shown = name or ("/".join(Path(spec).parts[-2:]) if described else entry or spec)
-        seen = [spec, given, fingerprint(Path(folder)), zoo().get(entry)]
+        seen = [spec, given, fingerprint(Path(folder)), zoo().get(entry), made_of(about | given)]
         identity = hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:32]
         load = lambda spec=spec, given=given: load_guard(spec, **given, progress=False)  # noqa: E731
         shown = f"{shown} ({own})" if own else shown
@@ -82,12 +93,28 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
     return out
 
 
-def _like(card: Path) -> str | None:
-    """The guard of the zoo that a guard.json names; a broken one says so when it is loaded."""
+def _read_card(folder: Path) -> dict[str, Any]:
+    """A folder's guard.json, empty where there is none; a broken one says so when it is loaded."""
     try:
-        return str(json.loads(card.read_bytes())["guard"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        card = json.loads((folder / "guard.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def made_of(about: Mapping[str, Any]) -> list:
+    """What a guard's verdicts depend on beside its own folder: the texts of its prompt, local adapter and base model.
+
+    Args:
+        about: its entry of the zoo or its guard.json, and its options.
+    """
+    names = [about.get("template", "beavertails")]  # a classifier's, where nothing is said
+    names += [message["content_file"] for message in about.get("messages", ()) if "content_file" in message]
+    parts = [fingerprint(Path(str(about.get(key)))) for key in ("model", "adapter", "base_model")]
+    for name in names:
+        with suppress(UserError):  # an unknown one says so when the guard is loaded
+            parts.append(template_text(str(name)))
+    return parts
 
 
 def fingerprint(folder: Path) -> list | None:
@@ -95,7 +122,7 @@ def fingerprint(folder: Path) -> list | None:
     if not folder.is_dir():
         return None
     card = folder / "guard.json"
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json", ".model"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
     known = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return [card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None, known]
 

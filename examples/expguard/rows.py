@@ -149,10 +149,10 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def evaluation_rows(spec: str) -> Sequence[Mapping]:
-    """The rows of a benchmark (`name` or `name@file`) or of a data spec, as messages."""
+def evaluation_rows(spec: str, bad_rows: str = "error") -> Sequence[Mapping]:
+    """The rows of a benchmark (`name` or `name@file`) or of a data spec, as messages; `bad_rows` as of `read_rows`."""
     known = spec.partition("@")[0] in benchmark_names()
-    return load_benchmark(spec).rows if known else load_conversations(spec)
+    return load_benchmark(spec).rows if known else load_conversations(spec, bad_rows=bad_rows)
 
 
 def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -18,17 +18,18 @@ from common import report
 from common.conversation import UserError
 
 METRICS = {  # metric of a cell: heading with its direction, and what of a cell's `convention` must be equal
-    "f1": ("F1 at the guard's own decision ↑", ("rows", "parse_errors", "decision")),
+    "f1": ("F1 at the guard's own decision ↑", ("rows", "parse_errors")),
     "f1_at_05": ("F1 at score > 0.5 ↑", ("rows", "parse_errors")),
     "f1_at_validation": ("F1 at the threshold of the validation data ↑", ("rows", "parse_errors", "threshold")),
     "auprc": ("AUPRC ↑", ("rows", "parse_errors")),
     "auroc": ("AUROC ↑", ("rows", "parse_errors")),
-    "recall": ("Recall at the guard's own decision ↑", ("rows", "parse_errors", "decision")),
-    "fpr": ("False-positive rate at the guard's own decision ↓", ("rows", "parse_errors", "decision")),
+    "recall": ("Recall at the guard's own decision ↑", ("rows", "parse_errors")),
+    "fpr": ("False-positive rate at the guard's own decision ↓", ("rows", "parse_errors")),
     "recall_at_fpr01": ("Recall at 1 % false positives ↑", ("rows", "parse_errors")),
     "recall_at_fpr05": ("Recall at 5 % false positives ↑", ("rows", "parse_errors")),
     "error_rate": ("Share of rows without a verdict ↓", ("rows",)),
 }
+OWN_DECISION = ("f1", "recall", "fpr")
 NEED_BOTH = ("auprc", "auroc", "fpr", "recall_at_fpr01", "recall_at_fpr05")  # undefined without a harmless row
 NOT_MEASURED, NO_WORD, NO_SAFE = "not measured", " †", "‡"
 Value = float | str | None
@@ -75,7 +76,7 @@ def check_column(cells: Iterable[Mapping[str, Any]], metric: str) -> None:
     """Refuse cells of one benchmark that were not scored alike.
 
     Raises:
-        UserError: row set, parse-error rule, decision rule or kind of threshold differ between two cells with a value.
+        UserError: row set, parse-error rule or kind of threshold differ between two cells with a value.
     """
     first, keys = None, METRICS[metric][1]
     for cell in cells:
@@ -92,7 +93,7 @@ def check_column(cells: Iterable[Mapping[str, Any]], metric: str) -> None:
 
 
 def grid(results: Mapping[str, Any], metric: str, papers: Mapping[str, Any], show: str = "run") -> Grid | None:
-    """The table of one metric; None where no guard has a value.
+    """The table of one metric; None where no guard has a value, but for F1, which says why.
 
     Args:
         results: `benchmarks` {name: {label, recall_only, complete, …}}, `guards` {name: {zoo, …}} and `cells`.
@@ -111,9 +112,9 @@ def grid(results: Mapping[str, Any], metric: str, papers: Mapping[str, Any], sho
         worded = [
             c["decision"] == "own word" for (g, _), c in cells.items() if g == guard and c["status"] == "measured"
         ]
-        mark = NO_WORD if worded and not all(worded) and "decision" in METRICS[metric][1] else ""
+        mark = NO_WORD if worded and not all(worded) and metric in OWN_DECISION else ""
         out.rows.append((guard + mark, "", [*own.values(), *(_mean(own, members) for members in sets.values())]))
-    if not any(isinstance(value, float) for _, _, values in out.rows for value in values):
+    if metric != "f1" and not any(isinstance(value, float) for _, _, values in out.rows for value in values):
         return None
     wanted = {known["zoo"] for known in results["guards"].values()}
     numbers = [n for n in papers["numbers"] if n["metric"] == metric]
@@ -174,6 +175,8 @@ def _notes(out: Grid, benchmarks, sets, papers, numbers, whole) -> list[str]:
         (rule,) = {n["parse_errors"] for n in papers["numbers"] if n["source"] == source}
         notes.append(f"[{source}] {papers['sources'][source]}; rows without a verdict: {rule}.")
     left_out = {n["benchmark"] for n in numbers if n.get("benchmark") in set(benchmarks) - whole}
+    if dropped := [f"{name} ({known['dropped']})" for name, known in benchmarks.items() if known.get("dropped")]:
+        notes.append(f"Rows that papers count and that are left out here, redacted as they are: {', '.join(dropped)}.")
     if left_out:
         names = ", ".join(name for name in benchmarks if name in left_out)
         notes.append(f"Published numbers are left out where the rows are not the whole known benchmark: {names}.")

@@ -113,7 +113,7 @@ def main() -> None:
     set_seed(args.seed)
     rows, held_out, val_name = load_rows(data_args, args)
     facts = {"train": describe(rows)}
-    others = {spec: evaluation_rows(spec) for spec in data_args.overlap_with}
+    others = {spec: evaluation_rows(spec, data_args.bad_rows) for spec in data_args.overlap_with}
     if held_out is not None:
         facts["validation"], others["validation"] = describe(held_out), held_out
     facts["overlap"] = {name: overlap(rows, other) for name, other in others.items()}

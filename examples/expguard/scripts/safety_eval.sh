@@ -5,7 +5,7 @@
 #   bash scripts/safety_eval.sh wildguard prompt --benchmarks xstest_prompt
 # Results: output/safety_eval/<model_name>_<task_type>, unless --output_dir says otherwise.
 set -euo pipefail
-usage() { sed -n '3s/^# *//p' "$0" >&2 && exit 2; }
+usage() { sed -n '3s/^# */error: expected /p' "$0" >&2 && exit 2; }
 [[ $# -ge 2 && $2 =~ ^(prompt|response|refusal|both)$ ]] || usage
 name=$1 task=$2 && shift 2
 guard=$name

@@ -7,6 +7,7 @@ arguments=(
     --dataset_name expguardmix
     --model_type qwen2.5-7b
     --model_name_or_path Qwen/Qwen2.5-7B
+    --output_dir output/expguard-7b
     --per_device_train_batch_size 4
     --gradient_accumulation_steps 2
     --max_seq_len 4096
