@@ -46,7 +46,8 @@ def tiny(folder: Path, name: str) -> Path:
     guard = load_guard(name, model=str(folder), progress=False)
     lm, tokenizer = guard.model.model, guard.tokenizer
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings().weight.data
-    words = torch.randn(len(head.weight), head.weight.shape[1], generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(8 if FAMILIES[name] == "gpt-oss" else 5)  # of which verdicts differ
+    words = torch.randn(len(head.weight), head.weight.shape[1], generator=generator)
     head.weight.data.zero_()
     if name in WRITES:
         embedding *= 60  # what is written next hangs on the last token, far more than on the text

@@ -53,7 +53,6 @@ from common.training import (
 
 logger = logging.getLogger("feedback_guard")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the original's
-RATE = ("learning_rate", "warmup_steps")
 TEXT_BATCH = 4  # rows of a forward pass with a loss on every token: their logits are what fills the memory
 
 
@@ -248,7 +247,8 @@ def training_arguments(job: Job, config: Config) -> ArmConfig:
     batch = (job.arm.texts and values.text_batch_size) or values.batch_size
     if job.arm.texts and batch > TEXT_BATCH and batch % TEXT_BATCH == 0:
         batch, accumulation = TEXT_BATCH, accumulation * batch // TEXT_BATCH
-    own = {name: (getattr(job.arm, name), getattr(values, f"arms_{name}"), getattr(values, name)) for name in RATE}
+    rates = (job.arm.learning_rate, values.arms_learning_rate, values.learning_rate)
+    warmups = (job.arm.warmup_steps, values.arms_warmup_steps, values.warmup_steps)
     return ArmConfig(
         output_dir=str(job.folder),
         max_steps=values.max_steps,
@@ -270,7 +270,8 @@ def training_arguments(job: Job, config: Config) -> ArmConfig:
         disable_tqdm=not logger.isEnabledFor(logging.INFO),
         resume_from_checkpoint="latest" if job.resumes() else None,
         seed=job.seed,
-        **{name: next(v for v in first if v is not None) for name, first in own.items()},
+        learning_rate=next(rate for rate in rates if rate is not None),
+        warmup_steps=next(steps for steps in warmups if steps is not None),
     )
 
 
