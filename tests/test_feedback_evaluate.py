@@ -279,7 +279,7 @@ def test_a_task_without_prompts_is_no_number(config_file):
     config = config_of.load_config(config_file, ["evaluation.draws=20"])
     parts = {
         "T1": compare.Part(["0", "1"], np.array([True, False]), ["0", "1"]),
-        "T2": compare.Part([], np.array([]), []),
+        "T2": compare.Part([], np.array([], dtype=bool), []),
     }
     tasks = {name: evaluate.Task(name, one, one, {}) for name, one in parts.items()}
     answers = {name: {str(i): scores.Answer(0.6 - i / 5, i == 0, None) for i in range(2)} for name in ("A0", "A8")}
