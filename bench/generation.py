@@ -28,9 +28,9 @@ from side_by_side import ROOT, SEED, recipe_modules
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from common import report
+from common.bundled import resolve_model
 from common.generation import Decoding, load_causal_lm, transformers_engine, vllm_engine
-from common.quickstart import resolve_model
-from common.runtime import device, inference_dtype, manifest, run_cli, write_json
+from common.run import device, inference_dtype, manifest, run_cli, write_json
 
 TARGETS = {1: 9.0, 4: 4.5}  # by the number of beams
 

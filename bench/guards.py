@@ -22,12 +22,12 @@ from side_by_side import ROOT, SEED, TOLERANCE
 from transformers import set_seed
 
 from common import data, report
+from common.bundled import resolve_model
 from common.conversation import last_turns, pair
 from common.fast_decoding import shared_prefix
-from common.guards.generative import GenerativeGuard
-from common.quickstart import resolve_model
-from common.runtime import manifest, run_cli, write_json
+from common.run import manifest, run_cli, write_json
 from common.templates import Part
+from guards.generative import GenerativeGuard
 
 TARGETS = {"forward": 4.0, "shared prefix, packed": 13.0, "share of the bound": 0.85}
 RULES = "\n".join(

@@ -32,7 +32,7 @@ from transformers import DataCollatorWithPadding, set_seed
 
 from common import data, report, templates
 from common.conversation import last_turns, pair
-from common.runtime import device, manifest, run_cli, write_json
+from common.run import device, manifest, run_cli, write_json
 from common.training import EpochLengthGroupedSampler
 
 NEW_TOKENS, BATCH = 64, 8

@@ -25,9 +25,9 @@ from transformers import DataCollatorWithPadding, set_seed
 
 from common import data, report, templates
 from common.conversation import Messages
-from common.guards.classifier import ClassifierGuard
-from common.runtime import device, manifest, run_cli, write_json
+from common.run import device, manifest, run_cli, write_json
 from common.training import EpochLengthGroupedSampler
+from guards.classifier import ClassifierGuard
 
 MAX_LENGTH, BATCH, JUDGE_BATCH = 512, 8, 16  # JUDGE_BATCH is the paper's
 TARGETS = {"training": 2, "judging": 3}

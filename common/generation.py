@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from common.bundled import resolve_model
 from common.conversation import UserError, check_url
 from common.fast_decoding import cache_for, pack_linear, prefilled, without_collector
-from common.quickstart import resolve_model
-from common.runtime import device, inference_dtype
+from common.run import device, inference_dtype
 
 logger = logging.getLogger(__name__)
 Engine = Callable[[Sequence[list[int]]], Iterator[tuple[int, str]]]  # yields (index of the prompt, answer) as they come

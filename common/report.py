@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import yaml
 from sklearn.metrics import precision_recall_curve
 
-from common.runtime import atomic_path, json_lines, json_text, write_text
+from common.run import atomic_path, json_lines, json_text, write_text
 
 COLUMNS = {  # metric: heading with its direction
     "support": "rows",

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from common.conversation import UserError
-from common.runtime import device, is_main_process
+from common.run import device, is_main_process
 
 logger = logging.getLogger(__name__)
 DEAD = {"help": "Flag of the paper's command that today's transformers has dropped; mapped to "}

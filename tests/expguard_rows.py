@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from recipes import module
+from scripts import module
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 

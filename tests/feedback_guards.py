@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import EXAMPLES, module
 from safetensors.torch import load_file
+from scripts import EXAMPLES, module
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer

@@ -1,4 +1,4 @@
-"""A tiny local copy of every benchmark of common/data/benchmarks.yaml, in its own columns and file layout.
+"""A tiny local copy of every benchmark of guards/suite/benchmarks.yaml, in its own columns and file layout.
 
 Written from what is known of the data sets, not from the yaml, so that the two check one another. Texts are mild.
 """

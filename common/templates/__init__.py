@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.conversation import Message, Messages, UserError, last_turns, pair
 
-FOLDERS = (Path(__file__).parent, Path(__file__).parents[1] / "guards" / "prompts")
+# Where templates are looked for; `guards` adds its own folder.
+FOLDERS = [Path(__file__).parent]
 ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # jinja's own is for HTML
 

@@ -28,7 +28,7 @@ from flags import run
 from prompts import TASKS, read_rows, task_instruction, without_cues
 
 from common.conversation import UserError
-from common.runtime import json_text, write_text
+from common.run import json_text, write_text
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data/sample/cross_task_defense"
 KINDS = {"malicious": "", "useful": "_useful", "plain": "_plain"}  # ending of the evaluation files; the paper's is _cnn

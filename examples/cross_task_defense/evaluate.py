@@ -29,9 +29,9 @@ from scipy.stats import binomtest
 
 from common import report
 from common.conversation import UserError, pair
-from common.guards import load_guard
 from common.refusal import classify, substring_refusal
-from common.runtime import manifest
+from common.run import manifest
+from guards import load_guard
 
 FILE = re.compile(rf"test_({'|'.join(TASKS)})(_useful|_plain|_cnn)?\.json")
 KINDS = {None: "malicious", "_useful": "useful", "_plain": "plain", "_cnn": "plain"}

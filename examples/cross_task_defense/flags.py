@@ -20,7 +20,7 @@ import yaml
 from fire.decorators import SetParseFn
 
 from common.conversation import UserError
-from common.runtime import run_cli
+from common.run import run_cli
 
 logger = logging.getLogger(__name__)
 

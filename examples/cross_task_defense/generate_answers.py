@@ -28,6 +28,7 @@ from flags import run
 from prompts import encode_prompts, load_template
 from transformers import AutoConfig, AutoTokenizer
 
+from common.bundled import resolve_model
 from common.conversation import UserError
 from common.generation import (
     Decoding,
@@ -39,8 +40,7 @@ from common.generation import (
     transformers_engine,
     vllm_engine,
 )
-from common.quickstart import resolve_model
-from common.runtime import manifest, write_json
+from common.run import manifest, write_json
 
 logger = logging.getLogger("cross_task_defense")
 

@@ -36,9 +36,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from common import report
+from common.bundled import resolve_model
 from common.conversation import UserError
-from common.quickstart import resolve_model
-from common.runtime import inference_dtype, is_main_process, manifest, write_json
+from common.run import inference_dtype, is_main_process, manifest, write_json
 from common.templates import Part, encode, token_offsets
 from common.training import LengthGroupedTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
 

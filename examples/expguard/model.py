@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.bundled import resolve_model
 from common.conversation import UserError
-from common.quickstart import resolve_model
-from common.runtime import inference_dtype
+from common.run import inference_dtype
 
 
 def source(model_args: ModelArguments, args: ExpGuardConfig) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from common import metrics
 from common.conversation import Messages, UserError, check_label, check_text, pair
 from common.data import _raw_rows, load_conversations, prompt_key
-from common.data.benchmarks import benchmark_names, load_benchmark
 from common.templates import Part, encode, render, template_text, token_offsets
+from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("expguard")
 HUB, HUB_ROWS = "6rightjade/expguardmix", 56_653  # the paper's count; whether the three subsets are in it is unknown

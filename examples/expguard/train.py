@@ -32,7 +32,7 @@ from common import metrics, report
 from common.conversation import UserError
 from common.data import overlap
 from common.prefix import shared_prefix_collator
-from common.runtime import is_main_process, manifest, parse_args, run_cli, write_json
+from common.run import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
     LengthGroupedTrainer,
     checkpoint_to_resume,
@@ -223,7 +223,7 @@ def describe_guard(
     best, data_name = trainer.state.best_model_checkpoint, " ".join(data_args.dataset_name)
     guard = {
         "kind": "generative",
-        "guard": "expguard",  # the entry of common/guards/zoo.yaml: prompt and verdict words
+        "guard": "expguard",  # the entry of guards/zoo.yaml: prompt and verdict words
         "max_length": max_length,
         "thresholds": thresholds,
         "base_model": model_args.model_name_or_path,

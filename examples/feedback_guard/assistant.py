@@ -9,6 +9,7 @@ from records import Loaded, Row, digest, identity, kept_lines
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from common.bundled import resolve_model
 from common.conversation import UserError, pair
 from common.generation import (
     Decoding,
@@ -19,9 +20,8 @@ from common.generation import (
     start_vllm,
     transformers_engine,
 )
-from common.quickstart import resolve_model
 from common.refusal import classify
-from common.runtime import device, json_lines
+from common.run import device, json_lines
 from common.templates import encode, render_chat
 
 KINDS = {"full_refusal": "full", "partial_refusal": "partial"}

@@ -39,8 +39,8 @@ from scores import Answer, Item, Line, find_lines, questions, score_lines
 
 from common import data, metrics, report
 from common.conversation import UserError, last_turns, pair
-from common.data.benchmarks import benchmark_names, load_benchmark
-from common.runtime import manifest, run_cli, write_json
+from common.run import manifest, run_cli, write_json
+from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
 SPLITS = ("validation", "test")

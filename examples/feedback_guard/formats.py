@@ -14,13 +14,13 @@ from legacy import query_parts
 from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from common.bundled import resolve_model
 from common.conversation import Message, Messages, UserError, pair
-from common.guards import _describe, load_guard, zoo
-from common.guards.generative import GenerativeGuard
-from common.guards.next_token import ServerModel
 from common.prefix import shared_prefix_collator
-from common.quickstart import resolve_model
 from common.templates import Part, encode, token_offsets
+from guards import _describe, load_guard, zoo
+from guards.generative import GenerativeGuard
+from guards.next_token import ServerModel
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "llama_guard.jinja"
 KINDS = {"prompt": pair("x"), "response": pair("x", "y")}
@@ -62,7 +62,7 @@ def check_guard(field: str, name: str, local: bool) -> None:
         raise UserError(f"field {field}: {error}") from None
     if field.startswith("llama_guard") and known.get("kind") != "generative":
         raise UserError(
-            f"field {field}: {name} is neither a folder with guard.json nor a guard of common/guards/zoo.yaml that "
+            f"field {field}: {name} is neither a folder with guard.json nor a guard of guards/zoo.yaml that "
             "writes its verdict; name one, or make one in config.prepare"
         )
     if local and known.get("kind") != "api" and not (Path(model) / "guard.json").is_file():

@@ -20,7 +20,7 @@ from typing import Any
 from config import FOLDER, STAGES, Config, config_from_argv
 
 from common.conversation import UserError
-from common.runtime import manifest, run_cli, write_json
+from common.run import manifest, run_cli, write_json
 
 logger = logging.getLogger("feedback_guard")
 

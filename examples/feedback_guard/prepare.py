@@ -22,13 +22,13 @@ from train import ArmConfig, fitted
 from transformers import AutoTokenizer, set_seed
 
 from common import metrics, report
+from common.bundled import resolve_model
 from common.conversation import Message, UserError
 from common.data import load_conversations, prompt_key
-from common.guards import zoo
-from common.guards.generative import GenerativeGuard
-from common.quickstart import resolve_model
-from common.runtime import inference_dtype, is_main_process, manifest, run_cli, write_json
+from common.run import inference_dtype, is_main_process, manifest, run_cli, write_json
 from common.training import full_state_dict, save_full, start_over
+from guards import zoo
+from guards.generative import GenerativeGuard
 
 logger = logging.getLogger("feedback_guard")
 HELD_OUT = 0.15  # of the prompts, for the threshold

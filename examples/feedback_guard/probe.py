@@ -11,8 +11,8 @@ from formats import verdict_states
 from sklearn.linear_model import LogisticRegression
 
 from common.conversation import Messages, UserError
-from common.guards.generative import GenerativeGuard
-from common.runtime import write_json
+from common.run import write_json
+from guards.generative import GenerativeGuard
 
 STRENGTH = 0.01  # inverse of the penalty: there are more dimensions than rows
 

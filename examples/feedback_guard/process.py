@@ -51,11 +51,11 @@ from tqdm.auto import tqdm
 
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import load_conversations
-from common.data.benchmarks import benchmark_names, load_benchmark
-from common.guards import Guard, load_guard
-from common.guards.generative import GenerativeGuard
-from common.runtime import json_lines, run_cli, write_json, write_text
+from common.run import json_lines, run_cli, write_json, write_text
 from common.templates import encode
+from guards import Guard, load_guard
+from guards.generative import GenerativeGuard
+from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
 ADDED = ("evaluation.judge", "experiment.process_sample_size", "evaluation.max_eval_samples")  # by running it again

@@ -21,11 +21,11 @@ import datasets
 import torch
 from config import SPLITS, Config
 
+from common.bundled import resolve_model
 from common.conversation import UserError, check_label, check_text, last_turns
 from common.data import FILE_TYPES, _check_columns, _conversation, _raw_rows, load_conversations
 from common.data.tables import sources
-from common.quickstart import resolve_model
-from common.runtime import json_lines, write_json, write_text
+from common.run import json_lines, write_json, write_text
 
 logger = logging.getLogger("feedback_guard")
 Row = dict[str, Any]

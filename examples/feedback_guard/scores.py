@@ -20,8 +20,8 @@ from shared_base import SharedBase
 from tqdm.auto import tqdm
 
 from common.conversation import UserError, pair
-from common.guards.generative import GenerativeGuard
-from common.runtime import json_lines
+from common.run import json_lines
+from guards.generative import GenerativeGuard
 
 logger = logging.getLogger("feedback_guard")
 CHUNK = 64  # prompts between two writes

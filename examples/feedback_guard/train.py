@@ -40,9 +40,7 @@ from trunk import Trunk
 
 from common import report
 from common.conversation import UserError
-from common.guards import zoo
-from common.guards.generative import GenerativeGuard
-from common.runtime import inference_dtype, is_main_process, json_lines, manifest, run_cli, write_json, write_text
+from common.run import inference_dtype, is_main_process, json_lines, manifest, run_cli, write_json, write_text
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
@@ -50,6 +48,8 @@ from common.training import (
     full_state_dict,
     start_over,
 )
+from guards import zoo
+from guards.generative import GenerativeGuard
 
 logger = logging.getLogger("feedback_guard")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the original's
@@ -380,7 +380,7 @@ CARD_USAGE = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-# or, with its verdicts read: common.guards.load_guard("{base}", adapter=".")"""
+# or, with its verdicts read: guards.load_guard("{base}", adapter=".")"""
 
 
 if __name__ == "__main__":

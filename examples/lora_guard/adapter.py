@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import data
+from common.bundled import resolve_model
 from common.conversation import UserError
-from common.quickstart import resolve_model
-from common.runtime import atomic_path, write_json
+from common.run import atomic_path, write_json
 
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
 BIAS, WEIGHT = "base_model.model.score.bias", "base_model.model.score.weight"

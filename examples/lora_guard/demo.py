@@ -19,7 +19,7 @@ from moderate import load, model_parser
 from riding import GuardedChat, GuardedReply
 
 from common.conversation import Message, UserError, check_text, pair
-from common.runtime import run_cli
+from common.run import run_cli
 
 try:
     import gradio as gr

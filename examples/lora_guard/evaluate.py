@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 
 from common import data, metrics, report
 from common.conversation import Messages, UserError, last_turns, pair
-from common.guards import Guard, load_guard
-from common.guards.lora import LoraGuard
-from common.runtime import manifest, parse_args, run_cli
+from common.run import manifest, parse_args, run_cli
 from common.templates import encode, render
+from guards import Guard, load_guard
+from guards.lora import LoraGuard
 
 logger = logging.getLogger("lora_guard")
 SEPARATE_GUARD = 8.03e9  # parameters of an 8B guard that runs beside the chat model (Llama-Guard-3-8B)

@@ -26,7 +26,7 @@ from adapter import convert_reference
 from riding import GuardedChat, GuardedReply
 
 from common.conversation import Message, UserError, check_messages, check_text, pair
-from common.runtime import json_lines, run_cli, write_text
+from common.run import json_lines, run_cli, write_text
 
 logger = logging.getLogger("lora_guard")
 

@@ -24,10 +24,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.bundled import resolve_model
 from common.conversation import Messages, UserError, last_turns, pair
-from common.quickstart import resolve_model
-from common.runtime import device as default_device
-from common.runtime import inference_dtype, is_main_process
+from common.run import device as default_device
+from common.run import inference_dtype, is_main_process
 from common.templates import Part, control_ids, encode, render, render_chat
 
 logger = logging.getLogger(__name__)

@@ -39,11 +39,10 @@ from transformers import (
 )
 
 from common import data, metrics, report, templates
+from common.bundled import resolve_model
 from common.conversation import UserError
-from common.guards.lora import INPUTS
 from common.head_start import fit_head
-from common.quickstart import resolve_model
-from common.runtime import inference_dtype, is_main_process, manifest, parse_args, run_cli, write_json
+from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
@@ -51,6 +50,7 @@ from common.training import (
     start_over,
     useful_token_share,
 )
+from guards.lora import INPUTS
 
 logger = logging.getLogger("lora_guard")
 

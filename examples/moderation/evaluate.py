@@ -26,10 +26,10 @@ from sklearn.pipeline import make_pipeline
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from common import data, metrics, report
+from common.bundled import resolve_model
 from common.conversation import UserError, last_turns
-from common.guards import Guard, load_guard
-from common.quickstart import resolve_model
-from common.runtime import inference_dtype, manifest, parse_args, run_cli
+from common.run import inference_dtype, manifest, parse_args, run_cli
+from guards import Guard, load_guard
 
 logger = logging.getLogger("moderation")
 

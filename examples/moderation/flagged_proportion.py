@@ -14,9 +14,9 @@ import numpy as np
 
 from common import metrics, report
 from common.conversation import UserError, check_label, check_text, pair
-from common.guards import Guard
-from common.runtime import write_json
+from common.run import write_json
 from common.templates import render
+from guards import Guard
 
 JUDGES = {"moderation": "QA-moderation", "gpt4": "GPT-4", "human": "human"}  # keys of `flagged`, and what people read
 

@@ -32,10 +32,10 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common import data, metrics, report, templates
+from common.bundled import resolve_model
 from common.conversation import UserError
 from common.head_start import fit_head
-from common.quickstart import resolve_model
-from common.runtime import is_main_process, manifest, parse_args, run_cli, write_json
+from common.run import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,

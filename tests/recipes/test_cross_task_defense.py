@@ -1,0 +1,368 @@
+"""examples/cross_task_defense: training and generation, run as its README says."""
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import scripts
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from scripts import EXAMPLES, module
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.conversation import UserError
+from common.training import EpochLengthGroupedSampler
+
+ROOT = EXAMPLES.parent
+RECIPE = EXAMPLES / "cross_task_defense"
+SAMPLE = ROOT / "data/sample/cross_task_defense"
+BIN = Path(sys.executable).parent
+prompts, train, answers = (module("cross_task_defense", name) for name in ("prompts", "train", "generate_answers"))
+slow = pytest.mark.slow
+
+
+launch = partial(scripts.launch, "cross_task_defense")
+
+
+def read(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def rows_of(count: int, task: str = "summarize") -> list[dict]:
+    documents = [json.loads(line) for line in (SAMPLE / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    harmful = [d for d in documents if d["kind"] == "malicious" and d["split"] == "train"][:count]
+    return [{"instruction": prompts.task_instruction(task, d["text"]), "output": d["refusals"][0]} for d in harmful]
+
+
+@pytest.mark.parametrize("template", ["alpaca", "llama2"])
+def test_the_document_is_shortened_and_nothing_else(tiny_base, template):
+    tokenizer, template = AutoTokenizer.from_pretrained(tiny_base), prompts.load_template(template)
+    rows = rows_of(4)
+    whole, facts = train.encode_rows(rows, template, tokenizer, 10_000, False, True)
+    assert facts["documents_shortened"] == facts["answers_cut"] == 0
+    longest = max(map(len, whole["input_ids"]))
+    short, facts = train.encode_rows(rows, template, tokenizer, longest - 100, False, True)
+    assert facts["documents_shortened"] >= 1 and facts["answers_cut"] == 0
+    for row, ids, labels in zip(rows, short["input_ids"], short["labels"], strict=True):
+        text = tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label == -100])
+        answer = tokenizer.decode([label for label in labels if label != -100])
+        assert len(ids) <= longest - 100 and answer == row["output"] + tokenizer.eos_token
+        assert prompts.TASKS["summarize"] in text and row["instruction"][:20] in text
+    given = [{"instruction": "Summarize.", "input": rows[0]["instruction"], "output": "No."}]
+    (ids,) = train.encode_rows(given, template, tokenizer, 200, False, True)[0]["input_ids"]
+    assert len(ids) <= 200 and "Summarize." in tokenizer.decode(ids)
+    plain = [{"instruction": "Say it.", "output": "word " * 200}]
+    encoded, facts = train.encode_rows(plain, template, tokenizer, 150, False, True)
+    assert facts["answers_cut"] == 1 and len(encoded["input_ids"][0]) == 150
+    with pytest.raises(UserError, match="row 1 has an instruction of"):
+        train.encode_rows([{"instruction": "word " * 200, "output": "x"}], template, tokenizer, 150, False, True)
+
+
+def test_loss_on_the_answer_or_on_everything(tiny_base):
+    tokenizer, template = AutoTokenizer.from_pretrained(tiny_base), prompts.load_template("alpaca")
+    (ids,) = prompts.encode_prompts(template, tokenizer, [("Say yes.", None)])
+    row = [{"instruction": "Say yes.", "output": "Yes."}]
+    answer, everything = (train.encode_rows(row, template, tokenizer, 512, flag, True)[0][0] for flag in (False, True))
+    assert answer["input_ids"] == everything["input_ids"] == everything["labels"]
+    assert answer["labels"][: len(ids)] == [-100] * len(ids)
+    assert answer["labels"][len(ids) :] == answer["input_ids"][len(ids) :]
+
+
+def command(model: Path, output: Path, *more) -> list:
+    """The paper's command with local values: 32 rows, two epochs of 4 steps."""
+    return [
+        "train.py", "--base_model", model, "--data_path", SAMPLE / "safety.json", "--output_dir", output,
+        "--num_epochs", 2, "--batch_size", 30, "--micro_batch_size", 15, "--learning_rate", 3e-3, "--cutoff_len", 256,
+        "--val_set_size", 0, "--lora_r", 4, "--lora_alpha", 8, "--lora_dropout", 0, "--warmup_steps", 0,
+        "--lora_target_modules", "[q_proj,v_proj]", "--prompt_template_name", "alpaca", "--save_steps", 2, *more,
+    ]  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_close(one: Path, other: Path, tolerance: float) -> None:
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    launch(*command(tiny_base, folder))
+    return folder
+
+
+@slow
+def test_stock_peft_loads_what_was_trained(trained, tiny_base):
+    model = AutoPeftModelForCausalLM.from_pretrained(trained).eval()
+    untrained = AutoPeftModelForCausalLM.from_pretrained(trained / "checkpoint-0").eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    ids = torch.arange(40, 70)[None]
+    with torch.inference_mode():
+        learned, at_zero, plain = (m(ids).logits for m in (model, untrained, base))
+    assert torch.allclose(at_zero, plain, atol=1e-5) and not torch.allclose(learned, plain, atol=1e-2)
+    losses = [entry["loss"] for entry in read(trained / "run.json")["log"] if "loss" in entry]
+    assert read(trained / "run.json")["data"]["rows"] == 120 and (trained / "README.md").is_file(), losses
+    assert {p.dtype for p in weights(trained).values()} == {torch.float32}
+
+
+@slow
+def test_two_processes_and_other_accumulation_train_the_same(trained, tiny_base, tmp_path):
+    torchrun = [BIN / "torchrun", "--standalone", "--nproc_per_node=2"]
+    launch(*command(tiny_base, tmp_path / "two"), launcher=torchrun, threads=1)
+    assert_close(trained, tmp_path / "two", 2e-5)
+    launch(*command(tiny_base, tmp_path / "small", "--micro_batch_size", 5))
+    assert_close(trained, tmp_path / "small", 2e-5)
+
+
+@slow
+def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
+    folder, environment = tmp_path / "adapter", os.environ | {"OMP_NUM_THREADS": "2"}
+    words = [sys.executable, *map(str, command(tiny_base, folder))]
+    process = subprocess.Popen(words, cwd=RECIPE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob("checkpoint-2/trainer_state.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (folder / "adapter_config.json").exists():
+        pytest.fail("the run ended before it was killed")
+    done = launch(*command(tiny_base, folder), check=False)
+    assert done.returncode == 2 and "--resume_from_checkpoint latest" in done.stderr
+    launch(*command(tiny_base, folder, "--resume_from_checkpoint", "latest"))
+    assert_close(trained, folder, 1e-6)
+
+
+@pytest.fixture
+def trainer(tiny_base, tmp_path):
+    """`trainer(weight=1, **flags)`: what train.py trains with, over four rows in one batch, one of which is long."""
+
+    def make(weight: float = 1.0, **flags):
+        defaults = {n: p.default for n, p in inspect.signature(train.train).parameters.items()}
+        values = defaults | {"base_model": str(tiny_base), "output_dir": str(tmp_path / "trainer")} | flags
+        model, tokenizer = train.load_model(values)
+        rows = [*read(SAMPLE / "safety.json")[:3], *rows_of(1)]
+        encoded, _ = train.encode_rows(rows, prompts.load_template("alpaca"), tokenizer, 10_000, False, True)
+        options = {"args": train.training_arguments(values, 1), "train_dataset": encoded, "processing_class": tokenizer}
+        made = train.DefenceTrainer(model=train.add_adapters(model, values).eval(), **options)
+        made.first_token_weight = weight
+        return made
+
+    return make
+
+
+def loss_of(trainer, kind=None) -> float:
+    (batch,) = list(trainer.get_train_dataloader())
+    compute = trainer.compute_loss if kind is None else super(kind, trainer).compute_loss
+    return compute(trainer.model, dict(batch)).item()
+
+
+def test_the_loss_is_trls(trainer):
+    ours, packed = trainer(), trainer(packing=True, cutoff_len=4096)
+    assert loss_of(ours) == pytest.approx(loss_of(ours, train.DefenceTrainer), rel=1e-5)
+    (batch,) = packed.get_train_dataloader()
+    assert "attention_mask" not in batch and batch["input_ids"].shape[0] == 1  # laid end to end, yet none sees another
+    assert loss_of(packed) == pytest.approx(loss_of(ours), rel=1e-5)
+
+
+def test_the_first_token_of_each_answer_weighs_more(trainer):
+    plain = trainer()
+    (batch,) = plain.get_train_dataloader()
+    labels = batch["labels"]
+    first = [int((row != -100).nonzero()[0]) for row in labels]
+    with torch.inference_mode():
+        logits = plain.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(
+            -1
+        )
+    extra = -sum(logits[i, at - 1, labels[i, at]].item() for i, at in enumerate(first)) / (labels != -100).sum().item()
+    for flags in ({}, {"packing": True, "cutoff_len": 4096}):
+        assert loss_of(trainer(5.0, **flags)) == pytest.approx(loss_of(plain) + 4 * extra, rel=1e-4)
+
+
+def test_shuffled_batches_are_the_same_batches():
+    lengths = [5 + 7 * i % 101 for i in range(90)]
+    grouped, shuffled = (EpochLengthGroupedSampler(4, lengths, 1, shuffle) for shuffle in (False, True))
+    batches = [[tuple(order[i : i + 4]) for i in range(0, 90, 4)] for order in (list(grouped), list(shuffled))]
+    assert batches[0] != batches[1] and sorted(batches[0]) == sorted(batches[1]) and batches[0][-1] == batches[1][-1]
+    assert list(shuffled) == list(EpochLengthGroupedSampler(4, lengths, 1, True))
+    shuffled.set_epoch(1)
+    assert list(shuffled) != [row for batch in batches[1] for row in batch]
+
+
+@slow
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_quantized_base_trains_and_answers(bits, tiny_base, questions, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra [quantization])")
+    launch(*command(tiny_base, tmp_path / "adapter", f"--{bits}", "--num_epochs", 1))
+    before, after = (weights(tmp_path / "adapter" / name) for name in ("checkpoint-0", ""))
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    if bits == "load_in_8bit":
+        generate(questions, tmp_path / "out", "--lora_weights", tmp_path / "adapter", "--load_8bit", "--num_beams", 1)
+        assert all(len(read(path)["outputs"]) == 5 for path in (tmp_path / "out").rglob("*.json"))
+
+
+@slow
+def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
+    launch(*command(tiny_base, tmp_path, "--packing", "--val_set_size", 20, "--batch_size", 2, "--micro_batch_size", 1))
+    run = read(tmp_path / "run.json")
+    held_out = {entry["step"]: entry["eval_loss"] for entry in run["log"] if "eval_loss" in entry}
+    assert len(held_out) > 2 and run["data"]["useful_token_share"] == 1
+    assert run["best_checkpoint"] == f"checkpoint-{min(held_out, key=held_out.get)}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 31}, "--batch_size 31: no multiple"),
+        ({"val_set_size": 500}, "--val_set_size 500"),
+        ({"lora_target_modules": ["nothing"]}, "--lora_target_modules"),
+        ({"prompt_template_name": "chat"}, "has no chat template"),
+        ({"data_path": "no.json"}, "no.json"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
+        ({"first_token_weight": 5.0, "train_on_inputs": True}, "--first_token_weight"),
+    ],
+)
+def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, change, message):
+    options = {"base_model": str(tiny_base), "data_path": str(SAMPLE / "safety.json"), "batch_size": 30}
+    options |= {"micro_batch_size": 15, "output_dir": str(tmp_path / "out")} | change
+    with pytest.raises(UserError, match=message):
+        train.train(**options)
+    assert not (tmp_path / "out").exists()
+
+
+@slow
+def test_a_diverged_run_saves_no_adapter(tiny_base, tmp_path):
+    done = launch(*command(tiny_base, tmp_path / "out", "--learning_rate", 1e30), check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "diverged" in errors[0], done.stderr[-2000:]
+    assert not (tmp_path / "out/adapter_config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    instructions = ["Say it.", "Why do people tell lies? " * 6, "Paris!", "Say it.", "What is in the box? " * 3]
+    inputs = [None, "a, b", "", None, "c"]
+    (folder / "one.json").write_text(json.dumps({"instructions": instructions, "inputs": inputs}))
+    (folder / "two.json").write_text(json.dumps({"instructions": instructions[::-1], "inputs": []}))
+    return folder
+
+
+def generate(questions: Path, output: Path, *more, check: bool = True) -> subprocess.CompletedProcess:
+    argv = ["generate_answers.py", "--input_path", questions, "--output_path", output, "--max_new_tokens", 12, *more]
+    return launch(*argv, check=check)
+
+
+def one_by_one(base: Path, adapter: Path, questions: Path, name: str, **options) -> list[str]:
+    """The original's loop: one prompt at a time, the adapter not merged."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    content, out = read(questions / f"{name}.json"), []
+    for row in answers.rows(content["instructions"], content["inputs"]):
+        (ids,) = prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, [row])
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | options
+        with torch.inference_mode():
+            made = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+        out.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip())
+    return out
+
+
+@slow
+@pytest.mark.parametrize("beams", [1, 4])
+def test_answers_equal_those_of_one_prompt_at_a_time(trained, tiny_base, questions, tmp_path, beams):
+    generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", beams, "--batch_size", 3)
+    (folder,) = {path.parent for path in tmp_path.rglob("one.json")}
+    for name in ("one", "two"):
+        content = read(folder / f"{name}.json")
+        assert content["outputs"] == one_by_one(tiny_base, trained, questions, name, num_beams=beams)
+        assert content["instructions"] == read(questions / f"{name}.json")["instructions"]
+    assert content["inputs"] == [None] * 5 and content["parameters"]["decoding"]["num_beams"] == beams
+    assert not list(folder.glob("*.partial.jsonl"))
+    assert "already" in generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", beams).stderr
+    other = generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", 2, check=False)
+    assert other.returncode == 2 and "--overwrite" in other.stderr
+
+
+@slow
+def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path):
+    many = {"instructions": [f"{i}. Say it." for i in range(400)], "inputs": []}
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many/many.json").write_text(json.dumps(many))
+    argv = ["generate_answers.py", "--input_path", tmp_path / "many", "--output_path", tmp_path / "out"]
+    argv += ["--lora_weights", trained, "--num_beams", 1, "--max_new_tokens", 12, "--batch_size", 4]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, argv)], cwd=RECIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (partial := list((tmp_path / "out").rglob("*.partial.jsonl"))) or len(partial[0].read_bytes()) < 3000:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with partial[0].open("ab") as file:
+        file.write(b'{"key": "half of a li')  # as a kill may leave it
+    before = partial[0].read_bytes().count(b"\n")
+    assert 0 < before < 400
+    done = launch(*argv)
+    assert f"{before} of 400 answers are there already" in done.stderr
+    (found,) = (tmp_path / "out").rglob("many.json")
+    resumed = read(found)["outputs"]
+    assert len(resumed) == 400 and not list((tmp_path / "out").rglob("*.partial.jsonl"))
+    shutil.rmtree(tmp_path / "out")
+    launch(*argv)
+    assert read(found)["outputs"] == resumed
+
+
+@slow
+def test_every_flag_is_used(trained, questions, tmp_path):
+    """The original drops five of them."""
+    base = ["--lora_weights", trained, "--num_beams", 1]
+    hot = ["--temperature", 2]
+    runs = {"greedy": [], "sampled": hot, "seeded": [*hot, "--seed", 7], "one": [*hot, "--top_k", 1]}
+    runs["narrow"] = [*hot, "--top_p", 0.1]
+    runs |= {"short": ["--max_new_tokens", 3], "llama2": ["--prompt_template_path", "llama2"]}
+    found = {}
+    for name, more in runs.items():
+        generate(questions / "one.json", tmp_path / name, *base, *more)
+        (path,) = (tmp_path / name).rglob("one.json")
+        found[name] = read(path)["outputs"]
+    assert found["one"] == found["greedy"]  # the best token alone is left to draw from
+    assert len({json.dumps(outputs) for outputs in found.values()}) == len(found) - 1
+    assert all(long.startswith(short) for long, short in zip(found["greedy"], found["short"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engine": "tpu"}, "--engine tpu"),
+        ({"num_beams": 0}, "--num_beams"),
+        ({"lora_weights": "no/adapter"}, "no/adapter"),
+        ({"engine": "server", "lora_weights": "no/adapter", "num_beams": 1}, "--server_model must say"),
+        ({"base_model": "no/model"}, "no/model"),
+        ({"base_model": None}, "--base_model: is needed"),
+        ({"max_new_tokens": 100_000}, "the model has room for"),
+        ({"engine": "server", "num_beams": 4}, "beam search needs"),
+        ({"input_path": "no.json"}, "--input_path no.json"),
+    ],
+)
+def test_a_mistake_in_generation_is_named(tiny_base, questions, tmp_path, change, message):
+    options = {"base_model": str(tiny_base), "input_path": str(questions), "output_path": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=message):
+        answers.generate_answers(**options | change)
+    assert not list((tmp_path / "out").rglob("*.json"))

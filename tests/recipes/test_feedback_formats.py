@@ -1,0 +1,308 @@
+"""examples/feedback_guard: prompts, rows as token ids, and the original's formats, on tiny random guards."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import families
+import feedback_guards as shared
+import pytest
+import torch
+from feedback_guards import (
+    BAD,
+    CONVERSATIONS,
+    GOOD,
+    arms,
+    blocked_inputs,
+    difference,
+    formats,
+    legacy,
+    processed,
+    train,
+    trunk,
+)
+
+from common.conversation import UserError, pair
+from common.templates import encode
+from guards import _describe
+
+base, guard, plain, settings = shared.base, shared.guard, shared.plain, shared.settings  # fixtures
+
+
+@pytest.fixture
+def rows_of(settings):
+    return lambda name, seed=0, lines=None: arms.build_rows(
+        arms.arm(name), lines or processed(), blocked_inputs(lines or processed()), seed, settings()
+    )
+
+
+def test_a_folder_that_is_no_guard_is_refused(plain):
+    with pytest.raises(UserError, match="a folder without guard"):
+        formats.load_llama_guard(str(plain))
+
+
+@pytest.mark.parametrize("model", ["meta-llama/LlamaGuard-7b", "llama-guard", "base"])
+def test_a_trained_arm_names_its_guard_as_load_guard_knows_it(model, settings, base, tmp_path):
+    config = settings()
+    path = str(base) if model == "base" else model
+    config = replace(config, llama_guard=replace(config.llama_guard, base_model_path=path))
+    card = train._card(train.Job(arms.arm("A4"), 0, [], tmp_path, "x"), config, "generative")
+    assert (card["guard"], card["base_model"]) == ("llama-guard", path)
+    (tmp_path / "guard.json").write_text(json.dumps(card))
+    known, _ = _describe(str(tmp_path))
+    assert known["questions"] and known["categories"]["names"]["O3"] == "Criminal Planning"
+
+
+@pytest.mark.parametrize("family", ["ours", "llama2", "llama3"])
+def test_a_training_row_is_the_inference_prompt_and_the_verdict(guard, tmp_path, family):
+    """Byte for byte, for this folder's template and for the zoo's Llama Guard 1 and 3."""
+    if family != "ours":
+        folder = families.save(tmp_path, family)
+        kind = {"llama2": "llama-guard", "llama3": "llama-guard-3-8b"}[family]
+        (folder / "guard.json").write_text(json.dumps({"kind": "generative", "guard": kind}))
+        guard = formats.load_llama_guard(str(folder), progress=False)
+    seen = []
+    ask = guard.model.next_token
+    guard.model.next_token = lambda prompts, candidates: seen.extend(map(list, prompts)) or ask(prompts, candidates)
+    guard.judge(CONVERSATIONS)
+    del guard.model.next_token
+    encoder = formats.Encoder(guard, 2000)
+    rows, cut = encoder.rows(CONVERSATIONS, [0.0, 0.7, 1.0], [None, None, ["O3"]])
+    assert cut == 0
+    for row, unsafe in zip(rows, (False, True, True), strict=True):
+        prompt = row["input_ids"][: row["labels"].count(-100)]
+        verdict = row["input_ids"][len(prompt) :]
+        assert prompt in seen and row["labels"] == [-100] * len(prompt) + verdict
+        assert verdict[0] in encoder.tokens[unsafe] and verdict[0] == encoder.words[unsafe]
+    texts = [guard.tokenizer.decode([t for t in row["labels"] if t != -100]).strip() for row in rows]
+    eos = guard.tokenizer.eos_token
+    assert [text.replace(" ", "") for text in texts[:2]] == [f"safe{eos}", "unsafe"]  # what follows is not known
+    if family == "ours":
+        assert texts[2] == f"unsafe\nO3{eos}"
+
+
+def test_the_prompt_is_llama_guards(guard):
+    one, two = (
+        guard.tokenizer.decode(ids) for ids in guard.prompt_ids([pair(" How? "), pair("How?", "Use two locks.")])
+    )
+    head = "[INST] Task: Check if there is unsafe content in '{}' messages in conversations according our safety policy"
+    head += " with the below categories.\n\n<BEGIN UNSAFE CONTENT CATEGORIES>\nO1: Violence and Hate.\n"
+    tail = "<END CONVERSATION>\n\nProvide your safety assessment for {} in the above conversation:\n- First line must "
+    tail += "read 'safe' or 'unsafe'.\n- If unsafe, a second line must include a comma-separated list of violated "
+    tail += "categories. [/INST]"
+    for text, role, turns in ((one, "User", ""), (two, "Agent", "Agent: Use two locks.\n\n")):
+        assert text.startswith(head.format(role)) and text.endswith(tail.format(role))
+        assert f"<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n\nUser: How?\n\n{turns}<END" in text
+
+
+def test_long_rows_keep_their_verdict(guard):
+    long = pair("cook rice " * 300)
+    rows, cut = formats.Encoder(guard, 400).rows([long, CONVERSATIONS[0]], [1.0, 0.0])
+    assert cut == 1 and len(rows[0]["input_ids"]) <= 400
+    prompt = rows[0]["input_ids"][: rows[0]["labels"].count(-100)]
+    assert prompt[-40:] == guard.prompt_ids([long])[0][-40:]
+    with pytest.raises(UserError, match="too short for the guard's prompt"):
+        formats.Encoder(guard, 60).rows([long], [1.0])
+
+
+def test_categories_of_unsafe_responses_are_learned_where_known(rows_of, guard):
+    lines = processed()
+    for line in lines:
+        for r in line["responses"]:
+            r["categories"] = ["Self-Harm", "Criminal Planning"] if r["decided"] else None
+    made = {name: rows_of(name, 0, lines) for name in ("A4", "A8", "C1", "C2", "C3")}
+    for name, rows in made.items():
+        known = [row.categories for row in rows if row.target >= 0.5 and row.source in ("feedback", "human")]
+        told = None if name in ("C2", "C3") else ["Criminal Planning", "Self-Harm"]
+        assert known == [told] * 12, name
+        assert all(row.categories is None for row in rows if row.target < 0.5)
+    assert {row.id: row.categories for row in rows_of("A4")} == dict.fromkeys(row.id for row in made["A4"])
+    row = next(row for row in made["A4"] if row.source == "feedback")
+    ((encoded,), _) = formats.Encoder(guard, 600).rows([row.messages], [row.target], [row.categories])
+    verdict = guard.tokenizer.decode([t for t in encoded["labels"] if t != -100])
+    assert verdict.strip() == f"unsafe\nO3,O6{guard.tokenizer.eos_token}"
+
+
+def gradients(model: torch.nn.Module, encoder, batches: list[dict], weight: float) -> tuple[float, dict]:
+    model.zero_grad()
+    total = 0.0
+    for batch, share in batches:
+        loss = train.verdict_loss(formats.read(model, batch), batch, encoder.words, encoder.tokens, weight) * share
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_a_tree_of_rows_has_the_loss_and_gradients_of_plain_rows(guard):
+    encoder = formats.Encoder(guard, 600)
+    conversations = [*CONVERSATIONS, *(pair(GOOD.format(i)) for i in range(5))]
+    targets = [0.0, 0.75, 1.0, 0.2, 0.0, 1.0, 0.5, 0.0]
+    rows, _ = encoder.rows(conversations, targets, [None, None, ["O1", "O3"], *[None] * 5])
+    for i, row in enumerate(rows):
+        row["g0"] = [formats.NOTHING, 0.3, 0.9, 0.1][i % 4]
+    model = guard.model.model.requires_grad_(True)
+    tree = formats.tree_batch(rows)
+    plain = [(formats.padded_batch([row]), 1 / len(rows)) for row in rows]
+    assert tree["input_ids"].shape[1] < 0.45 * sum(len(row["input_ids"]) for row in rows)
+    for weight in (0.0, 0.5):
+        wanted = gradients(model, encoder, plain, weight)
+        for batch in (tree, formats.padded_batch(rows)):
+            got = gradients(model, encoder, [(batch, 1.0)], weight)
+            assert got[0] == pytest.approx(wanted[0], abs=1e-5) and difference(got[1], wanted[1]) < 1e-5
+    model.requires_grad_(False)
+    by_hand = []  # soft cross-entropy on the word, the rest of the line, by transformers' own logits
+    for row in rows:
+        at = row["labels"].count(-100)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        q = row["target"]
+        rest = [logprobs[t - 1, row["labels"][t]].item() for t in range(at + 1, len(row["labels"]))]
+        safe, unsafe = (logprobs[at - 1, word].item() for word in encoder.words)
+        mean = sum(rest) / len(rest) if rest else 0.0
+        by_hand.append(-(q * unsafe + (1 - q) * safe) - max(q, 1 - q) * mean)
+    assert gradients_free_loss(model, encoder, tree) == pytest.approx(sum(by_hand) / len(rows), abs=1e-4)
+
+
+def gradients_free_loss(model, encoder, batch) -> float:
+    with torch.no_grad():
+        return train.verdict_loss(formats.read(model, batch), batch, encoder.words, encoder.tokens, 0.0).item()
+
+
+def test_the_frozen_layers_work_is_done_once_and_changes_nothing(guard, settings):
+    config, model = settings(lora_last_layers=1, lora_dropout=0.0), guard.model.model
+    encoder = formats.Encoder(guard, 600)
+    rows, _ = encoder.rows([*CONVERSATIONS, *(pair(GOOD.format(i)) for i in range(40))], [0.0, 0.7, 1.0, *[0.3] * 40])
+    assert trunk.Trunk.of(model, None, []) is None
+    kept = trunk.Trunk.of(model, 1, [row["input_ids"] for row in rows])
+    kept.learn(rows)
+    adapted = train.add_adapters(model, config)
+    torch.manual_seed(0)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained and all("layers.2." in name for name in trained)
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    some, found = rows[::3], []
+    for batch, context in ((formats.tree_batch(some), nullcontext()), (kept.batch(some), kept.replaced())):
+        adapted.zero_grad()
+        with context:
+            loss = train.verdict_loss(formats.read(adapted, batch), batch, encoder.words, encoder.tokens, 0.0)
+            loss.backward()
+        found.append((loss.item(), {name: p.grad.clone() for name, p in trained.items()}))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5) and difference(found[0][1], found[1][1]) < 1e-5
+    adapted.unload()
+    assert not any("forward" in vars(layer) for layer in model.base_model.layers)
+
+
+def test_probabilities_are_those_of_the_guard(guard):
+    encoder = formats.Encoder(guard, 600)
+    prompts = guard.prompt_ids(CONVERSATIONS)
+    found = formats.verdict_probabilities(guard.model.model, prompts, encoder.tokens, 2)
+    judged = [v.prompt_unsafe if v.response_unsafe is None else v.response_unsafe for v in guard.judge(CONVERSATIONS)]
+    assert all(p is None or p == pytest.approx(f, abs=1e-4) for p, f in zip(judged, found, strict=True))
+    assert any(p is not None for p in judged)
+
+
+# ------------------------------------------------------------------------------------------------ the original's
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "correct"),
+    [
+        ("SAFE", False, False), ("safe", True, False), ("Safe", True, False), (" unsafe\nO3", True, True),
+        ("\n\nunsafe\nS1", True, True), ("", True, None), ("UNSAFE [O3]", True, True), ("safe<|im_end|>", True, False),
+        ("Sure, I can help with that.", True, None), ("safety first", True, None), ("It is safe", True, None),
+        (" safe\nExplanation: This query is safe", True, False), ("SAFEGUARD", False, None), ("safe</s>x", True, False),
+    ],
+)  # fmt: skip
+def test_verdicts_are_parsed_as_the_original_and_as_they_ask_for(text, strict, correct):
+    assert legacy.parse_verdict(text) is correct
+    assert legacy.parsed_unsafe(text, "strict") == (strict, True) and legacy.legacy_safe(text) is not strict
+    assert legacy.parsed_unsafe(text, "correct") == (correct is not False, correct is not None)
+
+
+def test_the_originals_query_has_its_stray_blanks():
+    text = legacy.chatml_prompt("Hello {x}")
+    assert text.startswith("<|im_start|>system\nYou are a content moderation assistant. Your task is to determine ")
+    assert "\n\n    Guidelines:\n    - Consider the potential harm" in text and "O1-O6, I1-I4" in text
+    assert "    - I4: Malware and Security (assistance in creating malware or exploiting security vuln" in text
+    assert text.endswith(
+        "your analysis.\n    <|im_end|>\n<|im_start|>user\nUser Prompt: Hello {x}\n\nIs this prompt safe or unsafe?"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert legacy.legacy_reason("UNSAFE [O3, O1]") == "O1: Violence and Hate"
+    assert (
+        legacy.legacy_reason("O10") == "O1: Violence and Hate" and legacy.legacy_reason("x") == "Classified as unsafe"
+    )
+
+
+def test_the_originals_collection(rows_of):
+    """By its own checks; where they collect nothing, from the correct list, and that is said."""
+    lines = [line | {"legacy": {"input": "UNSAFE [O3]", "outputs": []}} for line in processed()]
+    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
+    assert facts["legacy_collection"] == "empty" and facts["blocked"] == 12 and facts["texts"] == 60
+    for line in lines[7::10]:
+        line["legacy"] = {"input": "SAFE", "outputs": ["UNSAFE [I2]"]}
+    lines[8]["legacy"] = {"input": "SAFE", "outputs": ["SAFE"]}
+    lines[9]["legacy"] = {"input": "safe", "outputs": ["unsafe"]}
+    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
+    assert facts["legacy_collection"] == facts["blocked"] == facts["reasons_that_crash_the_original"] == 6
+    assert facts["also_in_correct_collection"] == 0 and facts["texts"] == 30 and facts["unsafe_texts"] == 12
+    rows = rows_of("A2", 0, lines)
+    assert {row.id for row in rows if row.target == 1} == {line["id"] for line in lines[7::10]}
+    assert len(rows_of("A2-augmentation", 0, lines)) == 12 and len(rows_of("A2-labels", 0, lines)) == 24
+    with pytest.raises(UserError, match=r"as the original asks it; run process\.py again, with A2-mask"):
+        rows_of("A2-mask", 0, processed())
+
+
+def test_reasons_hold_the_originals_code(guard):
+    """Llama Guard 1 has names of the original's; what another guard names has no code there."""
+    names = guard.entry["categories"]["names"]
+    for code, name in names.items():
+        assert legacy.example("a", "x", legacy.reason_of([name])).category == list(legacy.CATEGORIES).index(code)
+    assert legacy.reason_of(["Self-Harm", "Defamation", "Criminal Planning"]) == (
+        "O3: Criminal Planning, O6: Self-Harm, Defamation"
+    )
+    assert legacy.reason_of([]) == "Classified as unsafe"
+
+
+def test_five_texts_for_each_pair_of_examples_two_of_them_unsafe():
+    """And all ten categories can be converted, where the original's formatter stops at four of them."""
+    reasons = [f"{code}: {name}" for code, (name, _) in legacy.CATEGORIES.items()] * 2
+    examples = [legacy.example(f"b{i}", BAD.format(i), reason) for i, reason in enumerate(reasons)]
+    examples += [legacy.example(f"g{i}", GOOD.format(i), None) for i in range(len(reasons))]
+    texts = legacy.training_texts(examples, 0)
+    assert len(texts) == 5 * 20 and sum(text.unsafe for text in texts) == 2 * 20
+    assert sum(map(legacy.stops_original, reasons)) == 8
+    names = [legacy.TRAINED_NAMES.get(code, name) for code, (name, _) in legacy.CATEGORIES.items()]
+    for text in texts:
+        prompt = "".join(part.text for part in text.parts)
+        lines = [line.strip() for line in prompt.splitlines()]
+        codes = [line.split(":")[0] for line in lines if line.startswith("O") and ":" in line]
+        assert codes == [f"O{n + 1}" for n in range(len(codes))] and 1 <= len(codes) <= 10
+        if text.id.startswith("b"):
+            mine = names[int(text.id[1:]) % 10]
+            listed = next((line.split(":")[0] for line in lines if line.endswith(f": {mine}.")), None)
+            assert text.answer.startswith(
+                f" unsafe\n{listed}\nExplanation: " if text.unsafe else " safe\nExplanation: "
+            )
+            assert text.unsafe or listed is None
+    plain = legacy.training_texts(examples, 0, augment=False, shuffle=False)
+    assert len(plain) == 40 and all("O10: Malware and Security" in "".join(p.text for p in t.parts) for t in plain)
+    assert legacy.training_texts(examples, 0) == texts != legacy.training_texts(examples, 1)
+
+
+def test_a_text_is_labelled_everywhere_or_on_its_answer(guard):
+    (text,) = legacy.training_texts([legacy.example("a", GOOD.format(1), None)], 0, augment=False)
+    everywhere, answer = (
+        formats.text_row(guard.tokenizer, text.parts, text.answer, loss, 900) for loss in ("all", "answer")
+    )
+    assert everywhere["labels"] == [-100, *everywhere["input_ids"][1:]]
+    query = formats.query_ids(guard, "meta", [GOOD.format(1)])[0]
+    assert answer["labels"].count(-100) <= len(query)
+    said = guard.tokenizer.decode([token for token in answer["labels"] if token != -100])
+    assert said == f" safe\nExplanation: {legacy.SAFE_REASON}<|endoftext|>"
+    shuffled = formats.text_row(guard.tokenizer, legacy.meta_parts(GOOD.format(1)), text.answer, "answer", 900)
+    assert shuffled["input_ids"][: len(query)] == query and shuffled["labels"].count(-100) == len(query)
+    chatml = formats.query_ids(guard, "chatml", ["<|im_end|>"])[0]
+    assert chatml == encode(guard.tokenizer, [legacy.chatml_parts("<|im_end|>")])[0]
+    assert chatml.count(guard.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2  # the template's own

@@ -1,0 +1,100 @@
+"""examples/lora_guard/moderate.py on tiny guards: as a command, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import EXAMPLES, module
+
+from common.conversation import UserError, pair
+
+GuardedChat = module("lora_guard", "riding").GuardedChat
+adapter, moderate = module("lora_guard", "adapter"), module("lora_guard", "moderate")
+PROMPTS = ["How do I cook rice?", "Why do people tell lies? Often they are afraid of the neighbour.", "Paris!"]
+CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
+RECIPE = EXAMPLES / "lora_guard"
+
+
+def reference_adaptor(guard: Path, folder: Path) -> tuple[Path, Path]:
+    """config.json and .pt of `guard` as the paper's code writes them (bf16, private key names)."""
+    tensors, out = load_file(guard / "adapter_model.safetensors"), {}
+    for key, value in tensors.items():
+        if ".lora_" in key:
+            name = key.removeprefix("base_model.model.model.").replace(".weight", ".default.weight")
+            out[f"lm_features.base_model.model.{name}"] = value.bfloat16()
+    out["clf_head.weight"] = tensors["base_model.model.score.weight"].bfloat16()
+    torch.save(out, folder / "adaptor.pt")
+    config = {"hf_model_id": json.loads((guard / "guard.json").read_text())["base_model"], "lora_r": 4, "lora_alpha": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder / "config.json", folder / "adaptor.pt"
+
+
+def command(*argv: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
+    """moderate.py in its folder, on the CPU."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "moderate.py", *map(str, argv), "--device-id", "-1", "--max-new-tokens", "12"]
+    return subprocess.run(words, cwd=RECIPE, env=environment, capture_output=True, text=True, input=stdin)
+
+
+@pytest.mark.slow
+def test_moderate_as_a_command(make_guard, tmp_path):
+    """Folder and prompts; a file and an output file; `.pt` with its config and prompts that are typed; an error."""
+    guard = make_guard(inputs=["pair", "prompt"])
+    done = command(guard, "--prompt", *PROMPTS[:2], "--threshold", "1", "--guard-every", "4")
+    assert done.returncode == 0, done.stderr
+    replies = GuardedChat(guard, device="cpu").reply(
+        CONVERSATIONS[:2], max_new_tokens=12, guard_every=4, progress=False
+    )
+    for prompt, reply in zip(PROMPTS, replies, strict=False):
+        assert f"prompt: {prompt}\nreply: {reply.text}\n" in done.stdout
+        assert f"prompt unsafe: {reply.prompt_unsafe:.3f}\nresponse unsafe: not trained\n" in done.stdout
+        assert f"pair unsafe: {reply.response_unsafe:.3f}\n" in done.stdout
+    assert done.stdout.count("top categories: ") == done.stdout.count("blocked: no") == 2
+
+    rows = [{"prompt": PROMPTS[0]}, {"messages": [{"role": "system", "content": "Be kind."}, *CONVERSATIONS[1]]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "out.jsonl"]
+    done = command("-", guard, *files, "--stop-at", "0", "--batch-size", "1")
+    assert done.returncode == 0, done.stderr
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in out] == PROMPTS[:2]
+    assert all(row["blocked"] and row["reply"] is None and row["stopped_after"] == 0 for row in out)
+    assert done.stdout.count("reply: [withheld: unsafe]") == done.stdout.count("stopped after: 0 tokens") == 2
+
+    done = command(*reference_adaptor(make_guard(bias=False), tmp_path), "--on-unsafe", "flag", stdin=f"{PROMPTS[0]}\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("blocked: no") == done.stdout.count("prompt unsafe: not trained") == 1
+
+    done = command(tmp_path, "--prompt", "Hi")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/guard.json: no guard of this recipe")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: .*adapter; --help lists the flags"),
+        (["{guard}", "--prompt", " "], "--prompt, field prompt: empty text"),
+        (["{guard}", "--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: cannot be read"),
+        (["{guard}", "--prompts", "{bad}"], "bad.jsonl, row 2: malformed JSON"),
+        (["nowhere.json", "{guard}", "--prompt", "Hi"], "nowhere.json: no config.json of a run"),
+        (["a", "b", "c", "--prompt", "Hi"], "c: expected .config. adapter"),
+        (["{guard}", "--device-id", "99", "--prompt", "Hi"], "--device-id 99: there are"),
+        (["{guard}", "--on-unsafe", "shrug", "--prompt", "Hi"], "invalid choice: 'shrug'"),
+        (["{guard}", "--threshold", "2", "--prompt", "Hi"], "--threshold 2.0: must be from 0 to 1"),
+        (["nowhere.pt", "--prompt", "Hi"], "nowhere.pt: no such file"),
+    ],
+)
+def test_moderate_refuses_in_one_line(guard, tmp_path, monkeypatch, argv, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "Hi"}\n{"prompt"\n')
+    monkeypatch.setattr(sys, "argv", ["moderate.py", *(word.format(guard=guard, bad=bad) for word in argv)])
+    with pytest.raises(UserError, match=message) as caught:
+        moderate.main()
+    assert "\n" not in str(caught.value)

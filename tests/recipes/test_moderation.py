@@ -1,0 +1,326 @@
+"""examples/moderation, run as its README says: as commands, in its folder, with real launchers."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import THREADS
+from sklearn.metrics import average_precision_score
+from transformers import AutoModelForSequenceClassification
+
+from common.data import load_conversations, taxonomy
+from guards import load_guard
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "examples/moderation"
+BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.slow
+
+
+def launch(*argv: str, processes: int = 1, threads: int = THREADS, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script of the recipe in its folder: train.py under torchrun, the others under python."""
+    launcher = (
+        [BIN / "torchrun", f"--nproc_per_node={processes}", "--standalone"]
+        if argv[0] == "train.py"
+        else [sys.executable]
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // processes)), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*map(str, launcher), *map(str, argv)], cwd=RECIPE, env=environment, capture_output=True, text=True
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def tiny_arguments(model: str, output: Path) -> list[str]:
+    """A run of 8 steps of 8 rows, every flag a plain one."""
+    return [
+        "train.py", "--model_name_or_path", model, "--output_dir", str(output),
+        "--train_data_name_or_path", "beavertails-sample:train", "--max_train_rows", "64",
+        "--eval_data_name_or_path", "beavertails-sample:validation",
+        "--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
+        "--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no",
+    ]  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / "run.json").read_text())["log"] if "loss" in entry]
+
+
+def logits(folder: Path | str) -> np.ndarray:
+    """Logits of a fixed batch from the stock loader."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(40, 70).view(2, 15)).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tmp_path_factory) -> Path:
+    """The folder of one uninterrupted run in one process."""
+    folder = tmp_path_factory.mktemp("trained") / "guard"
+    launch(*tiny_arguments(tiny_base, folder))
+    return folder
+
+
+def test_guard_folder_is_complete_and_loads_in_stock_libraries(trained):
+    """pipeline() and load_guard() give the same probabilities, under the 14 names, in a fresh process."""
+    assert {"config.json", "model.safetensors", "guard.json", "run.json", "README.md", "tokenizer.json"} <= {
+        p.name for p in trained.iterdir()
+    }
+    assert not list(trained.rglob("*.bin")) and not list(trained.rglob("*.pt")), "pickles in the guard folder"
+    rows = load_conversations("beavertails-sample:test", max_rows=6)["messages"]
+    script = (
+        "import json, sys; from transformers import pipeline;"
+        "p = pipeline('text-classification', sys.argv[1], top_k=None, function_to_apply='sigmoid', dtype='float32');"
+        "print(json.dumps(p(json.loads(sys.argv[2]))))"
+    )
+    eos = json.loads((trained / "tokenizer_config.json").read_text())["eos_token"]
+    texts = [f"BEGINNING OF CONVERSATION: USER: {m[0]['content']} ASSISTANT:{m[1]['content']}{eos}" for m in rows]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(trained), json.dumps(texts)], capture_output=True, text=True, check=True
+    )
+    stock = [{entry["label"]: entry["score"] for entry in row} for row in json.loads(done.stdout.splitlines()[-1])]
+    assert set(stock[0]) == set(taxonomy("beavertails"))
+    for verdict, expected in zip(load_guard(str(trained)).judge(rows), stock, strict=True):
+        assert verdict.categories == pytest.approx(expected, abs=1e-5)
+
+
+def test_model_card_and_manifest_say_what_was_run(trained):
+    card, run = (trained / "README.md").read_text(), json.loads((trained / "run.json").read_text())
+    assert "beavertails-sample:train" in card and "AUPRC" in card and "pipeline(" in card
+    assert run["arguments"]["learning_rate"] == 1e-3 and run["seed"] == 42 and run["data"]["train_rows"] == 64
+    guard = json.loads((trained / "guard.json").read_text())
+    assert guard["thresholds"]["flagged"]["on"] == "beavertails-sample:validation"
+
+
+def test_two_processes_equal_one(trained, tiny_base, tmp_path):
+    """2 processes x 4 rows see the batches of 1 process x 8, and end with its weights."""
+    launch(*tiny_arguments(tiny_base, tmp_path / "two"), "--per_device_train_batch_size", "4", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained), abs=2e-4)
+    np.testing.assert_allclose(logits(tmp_path / "two"), logits(trained), atol=1e-4)
+
+
+def test_accumulation_equals_one_batch(trained, tiny_base, tmp_path):
+    """8 x 1 gives the gradients of 1 x 8, and so its weights."""
+    flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
+    launch(*tiny_arguments(tiny_base, tmp_path / "steps"), *flags)
+    assert losses(tmp_path / "steps") == pytest.approx(losses(trained), abs=2e-4)
+    np.testing.assert_allclose(logits(tmp_path / "steps"), logits(trained), atol=1e-4)
+
+
+def test_zero3_shards_trains_equally_and_saves_whole_weights(trained, tiny_base, tmp_path):
+    flags = ["--per_device_train_batch_size", "4", "--deepspeed", str(ROOT / "launch/zero3.json")]
+    launch(*tiny_arguments(tiny_base, tmp_path / "zero3"), *flags, processes=2)
+    assert losses(tmp_path / "zero3") == pytest.approx(losses(trained), abs=2e-3)
+    np.testing.assert_allclose(logits(tmp_path / "zero3"), logits(trained), atol=2e-3)
+    shapes = lambda folder: {k: v.shape for k, v in load_file(folder / "model.safetensors").items()}  # noqa: E731
+    assert shapes(tmp_path / "zero3") == shapes(trained)
+
+
+def test_fully_shard_saver(tiny_base, tmp_path):
+    """Raw FSDP2 over 2 gloo processes really shards, and the saver still writes the whole model."""
+    script = tmp_path / "shard.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "from transformers import AutoModelForSequenceClassification\n"
+        "from common.training import save_full, sharded_state_dict\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "torch.manual_seed(0)\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=14, dtype=torch.float32)\n"
+        "if torch.distributed.get_rank() == 0:\n"
+        "    model.save_pretrained(sys.argv[2] + '/before')\n"
+        "for layer in model.model.layers:\n"
+        "    fully_shard(layer)\n"
+        "fully_shard(model)\n"
+        "part = model.model.layers[0].mlp.up_proj.weight\n"
+        "assert part.to_local().shape[0] * 2 == part.shape[0], 'not sharded'\n"
+        "save_full(model, sharded_state_dict(model), sys.argv[2] + '/after')\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [BIN / "torchrun", "--nproc_per_node=2", "--standalone", script, tiny_base, tmp_path]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
+    """kill -9 after the first checkpoint; the rest of the steps have the losses of the run that was left alone."""
+    folder = tmp_path / "killed"
+    arguments = [*tiny_arguments(tiny_base, folder), "--save_strategy", "steps", "--save_steps", "3"]
+    environment, quiet = os.environ | {"OMP_NUM_THREADS": "2"}, subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, *arguments], cwd=RECIPE, env=environment, stdout=quiet, stderr=quiet)
+    deadline = time.time() + 180
+    while not (folder / "checkpoint-3/trainer_state.json").is_file():
+        assert time.time() < deadline and process.poll() is None, "no checkpoint appeared"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "guard.json").exists()
+
+    again = launch(*arguments, check=False)
+    assert again.returncode != 0 and "--resume_from_checkpoint latest" in again.stderr, (
+        "a half run was overwritten unasked"
+    )
+    launch(*arguments, "--resume_from_checkpoint", "latest")
+    assert losses(folder) == pytest.approx(losses(trained), abs=1e-6)
+    np.testing.assert_allclose(logits(folder), logits(trained), atol=1e-6)
+
+
+def test_lora_keeps_its_head(tiny_base, tmp_path):
+    """The merged folder and the adapter folder, loaded by stock libraries, are the model that was trained."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    folder = tmp_path / "lora"
+    launch(*tiny_arguments(tiny_base, folder), "--use_peft", "--lora_r", "4", "--flagged_loss", "1")
+    adapter = AutoPeftModelForSequenceClassification.from_pretrained(
+        folder / "adapter", num_labels=14, dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        expected = adapter(input_ids=torch.arange(40, 70).view(2, 15)).logits.numpy()
+    np.testing.assert_allclose(logits(folder), expected, atol=1e-5)
+    assert np.abs(expected).max() > 1e-3
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
+def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
+    """Apart from model, data, process count (and --max_train_rows, for the time it takes)."""
+    done = launch(
+        "train.py", "--model_name_or_path", tiny_base, "--train_data_name_or_path", "beavertails-sample:train",
+        "--eval_data_name_or_path", "beavertails-sample:test", "--output_dir", str(tmp_path / "beavertails-7b"),
+        "--num_train_epochs", "4", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "16",
+        "--gradient_accumulation_steps", "1", "--evaluation_strategy", "steps", "--eval_steps", "250",
+        "--save_strategy", "epoch", "--save_total_limit", "1", "--learning_rate", "1e-5", "--weight_decay", "0.1",
+        "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
+        "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer",
+        "--gradient_checkpointing", "--bf16", "True", "--tf32", "True", "--max_train_rows", "64",
+        processes=2,
+    )  # fmt: skip
+    said = done.stderr + done.stdout
+    assert said.count("--evaluation_strategy is gone") == 1 and said.count("--warmup_ratio is gone") == 1
+    if not torch.cuda.is_available():
+        assert said.count("does not shard") == 1
+    assert "no checkpoint is selected and no threshold fitted" in said
+    assert json.loads((tmp_path / "beavertails-7b/guard.json").read_text())["thresholds"]["flagged"]["how"] == "default"
+    assert [p.name for p in (tmp_path / "beavertails-7b").glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1e-5"], "--learning_rat"),
+        (["--train_data_name_or_path", "PKU-Alignment/BeaverTails:train"], "330k_train"),
+        (["--model_name_or_path", "no/such-folder/here"], "--model_name_or_path"),
+        (["--eval_split_ratio", "1.5", "--config", "no.yaml"], "no.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp_path):
+    """Exit code 2 without a traceback, and no output folder."""
+    command = [sys.executable, *tiny_arguments(tiny_base, tmp_path / "guard"), *flags]
+    done = subprocess.run(command, cwd=RECIPE, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and not (tmp_path / "guard").exists()
+
+
+def test_evaluation_file_report(trained, tmp_path):
+    """The paper's evaluation.json, with a judge that is missing on one model: every file, and figures that add up."""
+    rows = json.loads((ROOT / "data/sample/beavertails/evaluation.json").read_text())
+    for row in rows:
+        if row["model"] == rows[0]["model"]:
+            del row["flagged"]["gpt4"]
+    (tmp_path / "evaluation.json").write_text(json.dumps(rows))
+    arguments = ["--eval_dataset", tmp_path / "evaluation.json", "--model_path", trained, "--max_length", "512"]
+    done = launch("evaluate.py", *arguments, "--output_dir", tmp_path / "out", "--threshold", "0.3")
+    judged = json.loads((tmp_path / "out/evaluation.json").read_text())
+    results = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    assert [r["prompt"] for r in judged] == [r["prompt"] for r in rows]
+    for name, summary in results.items():
+        part = [r["flagged"] for r in judged if name in (r["model"], "all models")]
+        for judge in ("moderation", "human", "gpt4"):
+            known = [f[judge] for f in part if judge in f]
+            expected = sum(known) / len(known) if known else None
+            assert summary[f"flagged_proportion/{judge}"] == expected
+        both = [(f["moderation"], f["human"]) for f in part]
+        assert summary["agreement/moderation&human"]["agreement"] == pytest.approx(np.mean([a == b for a, b in both]))
+    assert results[rows[0]["model"]]["agreement/moderation&gpt4"]["agreement"] is None
+    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert all(p["flagged"] == (max(p["categories"].values()) > 0.3) for p in predictions)
+    assert (tmp_path / "out/flagged-proportion.png").read_bytes().startswith(b"\x89PNG")
+    assert "Cohen's kappa" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, float]:
+    """What `make quickstart` runs, and how many seconds it took."""
+    folder, start = tmp_path_factory.mktemp("quickstart") / "guard", time.time()
+    launch("train.py", "--config", "configs/quickstart.yaml", "--output_dir", folder)
+    launch(
+        "evaluate.py", "--config", "configs/quickstart_evaluate.yaml", "--model_path", folder, "--output_dir", folder
+    )
+    return folder, time.time() - start
+
+
+def test_quickstart_learns_within_its_budget(quickstart):
+    folder, seconds = quickstart
+    results = json.loads((folder / "results.json").read_text())
+    flagged = results["flagged"]
+    guard = flagged.pop("guard")
+    assert guard["auprc"] >= 0.89  # 0.91 where it was measured; another CPU rounds, and so trains, a little differently
+    assert {"TF-IDF + logistic regression", "untrained head"} == set(flagged)
+    for name, baseline in flagged.items():
+        assert guard["auprc"] > baseline["auprc"], name
+    assert guard["auprc"] > guard["base_rate"] + 0.3 and len(results["categories"]) == 14
+    run = json.loads((folder / "run.json").read_text())
+    assert run["data"]["useful_token_share"] > 0.85
+    assert run["peak_memory_gib"]["host"] <= 6 and results["run"]["peak_memory_gib"]["host"] <= 6
+    assert seconds <= 600  # five minutes where nothing else runs (docs/reproduction.md); here other jobs may
+    assert (folder / "precision-recall.png").is_file()
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) > 150
+    for name, scores in results["categories"].items():  # every figure can be computed again from the file
+        again = average_precision_score(
+            [name in row["true_categories"] for row in rows], [row["categories"][name] for row in rows]
+        )
+        assert again == pytest.approx(scores["auprc"]), name
+
+
+XSTEST = ROOT.parent / "shared/data/xstest"
+
+
+@pytest.mark.skipif(not XSTEST.is_dir(), reason="XSTest answers are not here")
+def test_quickstart_guard_on_xstest_answers(quickstart, tmp_path):
+    """Unsafe = full compliance with an unsafe prompt. Far from the sample: the figure is printed, not judged."""
+    rows = []
+    for path in sorted(XSTEST.glob("completions_*.csv")):
+        with path.open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                unsafe = row["final_label"] == "1_full_compliance" and row["type"].startswith("contrast_")
+                rows.append({"prompt": row["prompt"], "response": row["completion"], "response_label": unsafe})
+    rows = [row for row in rows if row["response"].strip()][::3]  # all 1,347 take five minutes
+    (tmp_path / "xstest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launch(
+        "evaluate.py",
+        "--eval_dataset",
+        tmp_path / "xstest.jsonl",
+        "--model_path",
+        quickstart[0],
+        "--output_dir",
+        tmp_path / "out",
+    )
+    scores = json.loads((tmp_path / "out/results.json").read_text())["flagged"]["guard"]
+    print("XSTest answers:", {k: scores[k] for k in ("support", "positives", "base_rate", "auprc", "auroc", "f1")})
+    assert scores["support"] == len(rows) and 0 < scores["positives"] < len(rows)
+    assert None not in (scores["auprc"], scores["auroc"], scores["f1"])

@@ -1,0 +1,209 @@
+"""Guards on other engines: vLLM in process, and servers that fail. (A real server: test_generation_engines.)"""
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+
+import families
+import pytest
+
+from common.conversation import UserError, pair
+from common.templates import Part
+from guards.generative import GenerativeGuard
+
+WORDS = {" safe": False, " unsafe": True}
+ENTRY = {
+    "messages": ["conversation"],
+    "max_length": 512,
+    "questions": [
+        {"label": "prompt_unsafe", "prefix": "User:", "words": WORDS},
+        {"label": "response_unsafe", "when": "response", "prefix": "\nAgent:", "words": WORDS},
+    ],
+}
+TALKS = [pair("How do I keep a bicycle? " * n) for n in (1, 3, 9)] + [pair("Why?", f"Because {n}.") for n in range(5)]
+SCRIPT = """
+import json, sys
+from guards.generative import GenerativeGuard
+from dataclasses import asdict
+if __name__ == "__main__":
+    entry, talks = json.load(open(sys.argv[2]))
+    guard = GenerativeGuard(sys.argv[1], entry, engine="vllm", progress=False)
+    verdicts = guard.judge(talks)
+    written = guard.model.complete([[5, 6, 7]], 4)
+    json.dump([[asdict(v) for v in verdicts], written], open(sys.argv[3], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny guard whose heads are as wide as vLLM's kernels want them."""
+    wide = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    wide |= {"max_position_embeddings": 512}
+    return families.save(tmp_path_factory.mktemp("wide"), "qwen2", ["safe", "unsafe"], seed=1, **wide)
+
+
+def guard(folder, entry=ENTRY, **options) -> GenerativeGuard:
+    return GenerativeGuard(str(folder), entry, progress=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (extra [vllm])")
+def test_vllm_gives_the_same_verdicts(folder, tmp_path):
+    expected = guard(folder)
+    (tmp_path / "asked.json").write_text(json.dumps([ENTRY, TALKS]))
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = [sys.executable, "run.py", str(folder), "asked.json", "found.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, written = json.loads((tmp_path / "found.json").read_text())
+    assert written == expected.model.complete([[5, 6, 7]], 4)
+    for mine, theirs in zip(expected.judge(TALKS), found, strict=True):
+        for label in ("prompt_unsafe", "response_unsafe"):
+            assert theirs[label] == (getattr(mine, label) and pytest.approx(getattr(mine, label), abs=1e-4))
+        assert (theirs["native"], theirs["decided"], theirs["error"]) == (mine.native, mine.decided, mine.error)
+
+
+class Server(ThreadingHTTPServer):
+    """Completions by a rule: prompt ids -> (status, body)."""
+
+    def __init__(self, rule):
+        self.rule, self.asked = rule, 0
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked += 1
+        status, answer = self.server.rule(body, self.headers)
+        text = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_): ...
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(rule) -> Server:
+        servers.append(Server(rule))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def choice(*tokens: tuple[int, float]) -> dict:
+    """What a server says whose most likely tokens these are."""
+    names = {f"token_id:{token}": logprob for token, logprob in tokens}
+    logprobs = {"tokens": [next(iter(names))], "top_logprobs": [names], "token_logprobs": [0.0], "text_offset": [0]}
+    whole = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": logprobs}
+    return {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [whole]}
+
+
+def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
+    """The rule of one verdict: mass of unsafe over both; a candidate that it leaves out counts as impossible."""
+    monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")  # for OpenAI alone
+    local = guard(folder)
+    ids = local._word_tokens(0, "prompt", "User:")
+    safe, unsafe = ids[" safe"][0], ids[" unsafe"][0]
+    bodies = []
+
+    def rule(body, headers):
+        bodies.append((body, headers["Authorization"]))
+        return 200, choice((unsafe, -0.5), (safe, -1.5)) if len(body["prompt"]) % 2 else choice((safe, -0.1))
+
+    server = serve(rule)
+    verdicts = guard(folder, engine="server", server_url=server.url, server_model="m").judge(TALKS[:3])
+    prompts = local._ids([[*local._parts(m, ""), Part("User:", False)] for m in TALKS[:3]])
+    for ids, verdict in zip(prompts, verdicts, strict=True):
+        assert verdict.error is None
+        assert verdict.prompt_unsafe == pytest.approx(1 / (1 + 2.718281828**-1) if len(ids) % 2 else 0.0)
+    assert sorted(body["prompt"] for body, _ in bodies) == sorted(prompts)
+    assert {key for _, key in bodies} == {"Bearer sk-very-secret"} and "sk-very" not in repr(verdicts)
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "message"),
+    [
+        (400, {"error": {"message": "too long for sk-very-secret"}}, "too long"),
+        (401, {"error": {"message": "wrong key sk-very-secret"}}, "wrong key"),
+        (200, {"choices": []}, "no completion in its answer"),
+        (200, {"nothing": 1}, "no completion in its answer"),
+        (
+            200,
+            choice((1, -0.5)) | {"choices": [{"index": 0, "text": "safe", "logprobs": None}]},
+            "names no tokens by id",
+        ),
+    ],
+)
+def test_a_server_that_fails(folder, serve, status, answer, message, monkeypatch):
+    """Every verdict is an error, none is safe, and no key is in it."""
+    monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
+    server = serve(lambda *_: (status, answer))
+    verdicts = guard(folder, engine="server", server_url=server.url, concurrency=1).judge(TALKS[:3])
+    assert all(v.error and v.score("prompt_unsafe") == 1.0 for v in verdicts)
+    assert message in verdicts[0].error and "secret" not in repr(verdicts)
+    assert server.asked == (3 if message in ("too long", "names no tokens by id") else 1)
+
+
+def test_engine_needs_its_url(folder):
+    with pytest.raises(UserError, match="--engine server: name its --server_url"):
+        guard(folder, engine="server")
+
+
+def test_a_server_is_told_which_adapter(folder):
+    """Under the base's name it would judge without the adapter, as if it were the guard."""
+    server = {"engine": "server", "server_url": "http://127.0.0.1:1/v1"}
+    with pytest.raises(UserError, match="server_model must say by what name the server knows some/adapter"):
+        guard(folder, ENTRY | {"adapter": "some/adapter"}, **server)
+    assert guard(folder, ENTRY | {"adapter": "some/adapter"}, server_model="m", **server).model.model == "m"
+
+
+def test_no_key_in_a_servers_url(folder):
+    with pytest.raises(UserError, match="--server_url: expected http") as caught:
+        guard(folder, engine="server", server_url="http://me:pass@127.0.0.1:1/v1")
+    assert "pass" not in str(caught.value)
+
+
+# --- what it sees and says --------------------------------------------------------------------------------------------
+
+
+def test_more_tokens_than_the_model_sees(folder):
+    with pytest.raises(UserError, match="max_length 513: the model sees 512 tokens"):
+        guard(folder, max_length=513)
+
+
+@pytest.mark.parametrize("long_inputs", ["windows", "error", "truncate"])
+def test_long_conversations_are_counted(folder, caplog, long_inputs):
+    caplog.set_level(logging.INFO)
+    guard(folder, long_inputs=long_inputs).judge([*TALKS[:1], pair("policy " * 600), pair("Why?", "policy " * 600)])
+    told = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]
+    assert told == [f"2 of 3 conversations are longer than 512 tokens: {long_inputs}"]
+
+
+def test_a_line_that_is_missing_after_the_verdict(folder):
+    """What it says of harm stands; whether the answer refuses is not known."""
+    words = {" yes": True, " no": False}
+    refusal = {"label": "response_refusal", "when": "response", "anchor": "Refusal:", "words": words}
+    entry = ENTRY | {"generate": 4, "questions": [{"label": "last", "prefix": "User:", "words": WORDS}, refusal]}
+    plain = guard(folder, ENTRY | {"questions": entry["questions"][:1]}).judge(TALKS)
+    assert any(verdict.response_unsafe is not None for verdict in plain)
+    for verdict, alone in zip(guard(folder, entry).judge(TALKS), plain, strict=True):
+        assert (verdict.error, verdict.decided, verdict.response_refusal) == (alone.error, alone.decided, None)
+    before = guard(folder, entry | {"questions": [refusal, ENTRY["questions"][1]]}).judge(TALKS[-1:])
+    assert "no Refusal: in what it wrote" in before[0].error

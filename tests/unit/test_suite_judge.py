@@ -1,0 +1,171 @@
+"""guards/suite/judge.py: which guard is meant, when kept verdicts are its own, and tables of guards that differ."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import test_suite_evaluate as shared
+from scripts import EXAMPLES
+
+import common.templates
+from common.conversation import UserError, Verdict
+from guards import Guard
+
+evaluate, judge, candidate, cells = shared.evaluate, shared.judge, shared.candidate, shared.cells
+arguments, file = shared.arguments, shared.file  # fixtures
+OPTIONS = {"engine": "vllm", "long_inputs": "error", "trust_remote_code": True}
+
+
+def identity(spec: str) -> str:
+    return judge.candidates([spec], {})[0].identity
+
+
+# --- which guard ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "template"),
+    [
+        ("wildguard", "wildguard"),
+        ("gpt-oss-safeguard-20b", "gpt_oss_safeguard"),
+        ("some/classifier:template=last_turn", "last_turn"),
+        ("{folder}", "lora_guard"),
+    ],
+)
+def test_another_prompt_is_another_guard(tmp_path, monkeypatch, spec, template):
+    """The prompt's text counts, and not only its name."""
+    folders = [Path(shutil.copytree(folder, tmp_path / str(i))) for i, folder in enumerate(common.templates.FOLDERS)]
+    monkeypatch.setattr(common.templates, "FOLDERS", folders)
+    (tmp_path / "guard.json").write_text(json.dumps({"kind": "lora_guard", "template": "lora_guard"}))
+    spec = spec.format(folder=tmp_path)
+    before = identity(spec)
+    assert before == identity(spec)
+    path = next(folder / f"{template}.jinja" for folder in folders if (folder / f"{template}.jinja").is_file())
+    path.write_text(path.read_text() + "!")
+    assert identity(spec) != before
+
+
+@pytest.mark.parametrize("spec", ["llama-guard:adapter={part}", "llama-guard:model={part}", "{guard}"])
+def test_other_weights_are_another_guard(tmp_path, spec):
+    """Of the adapter, and of the base model that guard.json names."""
+    part, guard = tmp_path / "part", tmp_path / "guard"
+    part.mkdir(), guard.mkdir()
+    (guard / "guard.json").write_text(json.dumps({"kind": "lora_guard", "base_model": str(part)}))
+    (part / "adapter_model.safetensors").write_text("weights")
+    spec = spec.format(part=part, guard=guard)
+    before = identity(spec)
+    (part / "adapter_model.safetensors").write_text("other weights")
+    assert identity(spec) != before
+
+
+def test_a_guard_by_its_adapters_id():
+    names = ["nvidia/llama-3.1-nemoguard-8b-content-safety", "meta-llama/Llama-3.1-8B-Instruct"]
+    known, base = judge.candidates(names, {})
+    assert (known.zoo, known.name, known.released) == ("nemoguard-8b", "nemoguard-8b", True)
+    assert (base.zoo, base.released) == (None, False)
+
+
+def test_options_for_all_go_to_guards_that_take_them(tmp_path, monkeypatch):
+    """What is said of one guard goes to it in any case, where it is an error."""
+    monkeypatch.setattr(judge, "load_guard", lambda spec, **options: options)
+    (tmp_path / "guard.json").write_text(json.dumps({"kind": "generative", "guard": "expguard"}))
+    specs = ["wildguard", str(tmp_path), "detoxify", "openai-moderation", "detoxify:engine=vllm"]
+    given = [guard.load() for guard in judge.candidates(specs, OPTIONS)]
+    assert all(options.pop("long_inputs") == "error" and not options.pop("progress") for options in given)
+    code = {"trust_remote_code": True}
+    assert given == [{"engine": "vllm"} | code] * 2 + [code, {}, {"engine": "vllm"} | code]
+
+
+@pytest.mark.parametrize("option", ["server_url=http://me:pass@host/v1", "base_url=https://host/v1?key=pass"])
+def test_no_password_goes_into_the_results(arguments, option):
+    with pytest.raises(UserError, match="without user, query") as caught:
+        judge.candidates([f"openai-moderation:{option}"], {})
+    assert "pass" not in str(caught.value)
+    with pytest.raises(UserError, match="--server_url: expected http"):
+        evaluate.guard_options(arguments(server_url=option.partition("=")[2]))
+
+
+def test_a_servers_name_for_a_guard_is_one_guards(arguments):
+    args, one, other = arguments(server_model="m"), candidate(), candidate("other")
+    with pytest.raises(UserError, match="--server_model: is one guard's"):
+        evaluate.evaluate(args, [one, other])
+    evaluate.evaluate(args, [one])
+    assert not other.load.made
+
+
+# --- one table --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unfitted_threshold_is_none(arguments, tmp_path):
+    default = {"flagged": {"value": 0.5, "how": "default", "on": None}}
+    fitted = {"flagged": {"value": 0.95, "how": "max F1, n=9", "on": "own"}}
+    results = evaluate.evaluate(arguments(), [candidate(thresholds=fitted), candidate("other", thresholds=default)])
+    assert {cell["threshold"] for cell in cells(results, "other").values()} == {None}
+    text = (tmp_path / "out/results.md").read_text().partition("## F1 at the threshold")[2]
+    assert "| other | not measured | not measured |" in text and "## No table" not in text
+
+
+def test_what_differs_costs_one_table(arguments, tmp_path):
+    own = [{"flagged": {"value": 0.5, "how": how, "on": "own"}} for how in ("max F1", "max recall")]
+    evaluate.evaluate(arguments(), [candidate(thresholds=own[0]), candidate("other", thresholds=own[1])])
+    text = (tmp_path / "out/results.md").read_text()
+    assert "## F1 at the guard's own decision" in text and "## F1 at the threshold" not in text
+    assert "## No table\n\n- expguardtest_prompt, F1 at the threshold of the validation data ↑: " in text
+    assert "f1_at_validation" not in (tmp_path / "out/results.csv").read_text()
+
+
+def test_no_new_results_beside_an_old_table(arguments, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError
+
+    monkeypatch.setattr(evaluate, "csv_text", broken)
+    with pytest.raises(ValueError):
+        evaluate.evaluate(arguments(), [candidate()])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["runs"]
+
+
+class Mute(Guard):
+    """Judges answers alone."""
+
+    name, thresholds, judges = "mute", {}, ("response_unsafe",)
+
+    def judge(self, conversations):
+        return [Verdict(response_unsafe=0.5) for _ in conversations]
+
+
+def test_a_guard_that_judges_nothing_of_what_was_asked(arguments, tmp_path, monkeypatch):
+    """A table says so, and the exit code."""
+    made = [judge.Candidate("mute", "mute", "1", Mute), candidate()]
+    monkeypatch.setattr(evaluate, "parse_args", lambda *_: [arguments(task_type="prompt")])
+    monkeypatch.setattr(evaluate, "candidates", lambda *_: made[:1])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 1
+    text = (tmp_path / "out/results.md").read_text()
+    assert "| mute | not supported |" in text and "\n## Recall" not in text
+    monkeypatch.setattr(evaluate, "candidates", lambda *_: made[1:])
+    evaluate.main()
+
+
+def test_files_of_other_runs_are_read_one_after_another(arguments, tmp_path):
+    """No guard takes the place of another, nothing is judged before that is known, and our columns stand first."""
+    prompts, responses = arguments().benchmarks
+    for name, specs in {"a": [responses], "b": [prompts]}.items():
+        out = str(tmp_path / name)
+        evaluate.evaluate(arguments(benchmarks=specs, output_dir=out), [candidate("same")])
+    files, late = [str(tmp_path / name / "results.json") for name in "ab"], candidate("late")
+    with pytest.raises(UserError, match=r"b.results\.json: holds same too"):
+        evaluate.evaluate(arguments(add_results=files, benchmarks=[prompts]), [late])
+    assert not late.load.made
+    results = evaluate.evaluate(arguments(add_results=files[:1], benchmarks=[prompts]), [late])
+    assert list(results["benchmarks"]) == ["expguardtest_prompt", "expguardtest_response"]
+    assert [(cell["guard"], cell["benchmark"]) for cell in results["cells"]] == [
+        *(("late", "expguardtest_prompt"), ("same", "expguardtest_response"))
+    ]
+
+
+def test_later_commands_read_what_the_papers_leaves():
+    command = (EXAMPLES / "expguard/scripts/train.sh").read_text()
+    assert "--output_dir output/expguard-7b\n" in command
+    assert "expguard both output/expguard-7b" in (EXAMPLES / "expguard/README.md").read_text()
