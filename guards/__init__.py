@@ -5,28 +5,20 @@ takes a failure for "safe".
 """
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from common import templates
 from common.conversation import UserError
 from common.data import taxonomy
 from guards.base import LONG_INPUTS, Guard
+from guards.known import zoo
 
 __all__ = ["LONG_INPUTS", "Guard", "load_guard", "zoo"]
 
 templates.FOLDERS.append(Path(__file__).parent / "prompts")
 
 CARD = {"kind": str, "template": str, "labels": list, "max_length": int, "thresholds": dict}  # of guard.json
-
-
-@cache
-def zoo() -> dict[str, dict]:
-    """The known guards of zoo.yaml."""
-    return yaml.safe_load(Path(__file__).with_name("zoo.yaml").read_text(encoding="utf-8"))
 
 
 def load_guard(spec: str, **options: Any) -> Guard:

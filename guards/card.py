@@ -1,0 +1,366 @@
+"""guard.json: what a folder says of the guard that it holds. This file alone reads and writes it.
+
+A card holds everything that a score depends on and that the weights do not hold themselves. A field that changes a
+score has no default: where it is missing, the guard is refused. A probe, one conversation with the scores that the
+guard gave it when it was saved, shows on every load that base model, tokenizer, template, order of labels and adapter
+are still those.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from common.conversation import LABELS, Message, UserError, Verdict, check_messages, pair
+from common.run import write_json
+from common.templates import template_text
+from guards.base import Guard
+from guards.known import zoo
+
+logger = logging.getLogger(__name__)
+CARD_FILE = "guard.json"
+INPUTS = ("pair", "prompt", "response")
+
+# How far the log-odds of a probe may move between two machines, by the coarser of the two number formats. The logits
+# of a 16-bit model are rounded to 1/8 where they are large; 4 bits change the weights themselves.
+TOLERANCE = {"float32": 0.02, "float16": 0.5, "bfloat16": 0.5, "4bit": 2.0}
+FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
+
+# What a probe says: borderline, so that the outputs of a trained guard lie apart. The later ones are for guards that
+# judge no such conversation, or have no room for it.
+PROBES = (
+    pair(
+        "How do I get into my neighbour's house while he is away?",
+        "Ask him for a key. Without his leave it would be burglary.",
+    ),
+    pair("How do I get into my neighbour's house while he is away?"),
+    pair(None, "Ask him for a key. Without his leave it would be burglary."),
+    pair("Why?", "No."),
+    pair("Why?"),
+    pair(None, "No."),
+)
+
+Text = Annotated[str, Field(min_length=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _unique(names: list[str]) -> list[str]:
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is there twice")
+    return names
+
+
+class CardModel(BaseModel):
+    """A part of a card: no unknown fields, no number that is a text or a truth value, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Threshold(CardModel):
+    """A score above `value` is unsafe. `how` and `on`: by what rule it was chosen, and on which data."""
+
+    value: Probability
+    how: str
+    on: str | None = None
+
+
+class Probe(CardModel):
+    """A conversation, and every output of the guard on it: category or label of a verdict -> probability."""
+
+    messages: list[Message]
+    scores: dict[str, Probability] = Field(min_length=1)
+    dtype: Literal["float32", "float16", "bfloat16", "4bit"]
+
+    @field_validator("messages")
+    @classmethod
+    def _can_be_judged(cls, messages: list[Message]) -> list[Message]:
+        return check_messages(messages, "probe")
+
+
+class Origin(CardModel):
+    """What is known of where a guard comes from."""
+
+    base_model: Text | None = Field(None, description="the model that was trained")
+    base_sha256: Text | None = None
+    data: dict[str, Any] = Field(default_factory=dict)  # free: what the training says of its data
+
+
+class ArmOrigin(Origin):
+    """What examples/feedback_guard adds: which arm it is, and a key of all that its weights depend on."""
+
+    arm: str | None = None
+    seed: int | None = None
+    fingerprint: str | None = None
+
+
+class GuardCard(Origin):
+    """What every kind of guard has that `load_guard` loads."""
+
+    max_length: Count = Field(description="tokens that it sees of one conversation")
+    thresholds: dict[str, Threshold] = Field(default_factory=dict)
+    probe: Probe | None = None
+
+    def threshold_values(self) -> dict[str, dict[str, Any]]:
+        """The thresholds as plain values, as `Guard.thresholds` has them."""
+        return {name: threshold.model_dump() for name, threshold in self.thresholds.items()}
+
+    @field_validator("thresholds")
+    @classmethod
+    def _are_of_labels(cls, thresholds: dict[str, Threshold]) -> dict[str, Threshold]:
+        known = ("flagged", *LABELS)
+        for name in thresholds:
+            if name not in known:
+                raise ValueError(f"{name!r} is no label; expected some of {', '.join(known)}")
+        return thresholds
+
+
+class LabelledCard(GuardCard):
+    """What the kinds have that give one probability a label."""
+
+    template: str = Field(description="the name of the prompt template that it was trained with")
+    labels: list[Text] = Field(min_length=1, description="one name for each output of the head, in their order")
+    pooling: Literal["last attended token"] = "last attended token"
+    num_hidden_layers: Count | None = None
+
+    @field_validator("template")
+    @classmethod
+    def _is_known(cls, template: str) -> str:
+        template_text(template)
+        return template
+
+    @field_validator("labels")
+    @classmethod
+    def _are_unique(cls, labels: list[str]) -> list[str]:
+        return _unique(labels)
+
+
+class ClassifierCard(LabelledCard):
+    """A sequence classifier, whose weights are whole: base model and depth are told for the reader."""
+
+    kind: Literal["classifier"] = "classifier"
+
+
+class LoraCard(LabelledCard):
+    """Adapters and a head on a frozen chat model, of which the first `num_hidden_layers` layers are used."""
+
+    kind: Literal["lora_guard"] = "lora_guard"
+    base_model: Text = Field(description="the chat model below the adapters: a folder or a hub id")
+    inputs: list[Literal["pair", "prompt", "response"]] = Field(
+        min_length=1, description="what it was trained on: some of pair, prompt and response"
+    )
+    head_bias: list[float] | None = Field(description="one number a label, or null where the head has none")
+    num_hidden_layers: Count | None = Field(description="the layers of the base that it reads, or null for all")
+
+    @field_validator("inputs")
+    @classmethod
+    def _are_told_once(cls, inputs: list[str]) -> list[str]:
+        return _unique(inputs)
+
+    @field_validator("head_bias")
+    @classmethod
+    def _fits_labels(cls, bias: list[float] | None, known: ValidationInfo) -> list[float] | None:
+        labels = known.data.get("labels", [])  # none where these are wrong themselves
+        if bias is not None and labels and len(bias) != len(labels):
+            raise ValueError(f"{len(bias)} numbers for {len(labels)} labels")
+        return bias
+
+
+class GenerativeCard(GuardCard, ArmOrigin):
+    """A causal LM that writes its verdict, or adapters on one: prompt and words are those of a guard of zoo.yaml."""
+
+    kind: Literal["generative"] = "generative"
+    guard: str = Field(description="the guard of zoo.yaml whose prompt and words it was trained with")
+
+    @field_validator("guard")
+    @classmethod
+    def _is_in_the_zoo(cls, guard: str) -> str:
+        if zoo().get(guard, {}).get("kind") != "generative":
+            raise ValueError(f"{guard!r} is no generative guard of zoo.yaml")
+        return guard
+
+
+class LinearProbeCard(ArmOrigin):
+    """Arm C4 of examples/feedback_guard: a linear probe on a frozen guard. Only that recipe judges with it."""
+
+    kind: Literal["probe"] = "probe"
+
+
+Card = ClassifierCard | LoraCard | GenerativeCard | LinearProbeCard
+AnyCard = TypeVar("AnyCard", bound=BaseModel)
+KINDS = ("classifier", "lora_guard", "generative", "probe")
+ADAPTER: TypeAdapter[Card] = TypeAdapter(Annotated[Card, Field(discriminator="kind")])
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def card_path(folder: Path | str) -> Path:
+    """Where the card of a guard's folder lies."""
+    return Path(folder) / CARD_FILE
+
+
+def has_card(folder: Path | str) -> bool:
+    """Whether a recipe has written this folder, or said what guard it holds."""
+    return card_path(folder).is_file()
+
+
+def read_card(folder: Path | str, kind: type[AnyCard] | None = None) -> AnyCard | Card:
+    """The card of a folder, every field checked.
+
+    Args:
+        kind: the only class of card that is wanted.
+
+    Raises:
+        UserError: there is no card, it is of another kind, or a field is missing or wrong; names file and field.
+    """
+    path = card_path(folder)
+    try:
+        card = ADAPTER.validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    except OSError as error:
+        raise UserError(f"{path}: no guard of a recipe lies there ({error.strerror})") from None
+    except ValidationError as error:
+        raise UserError(_one_line(path, error)) from None
+    if kind is not None and not isinstance(card, kind):
+        wanted = kind.model_fields["kind"].default
+        raise UserError(f"{path}, field kind: expected {wanted!r}, found {card.kind!r}")
+    return card
+
+
+def write_card(folder: Path | str, card: Card) -> None:
+    """Write the card of a folder whole or not at all; what it leaves open is not written.
+
+    Raises:
+        UserError: a field is wrong, which a change to a checked card can have brought.
+    """
+    path = card_path(folder)
+    fields = type(card).model_fields
+    try:
+        checked = ADAPTER.validate_python(card.model_dump())
+    except ValidationError as error:
+        raise UserError(_one_line(path, error)) from None
+    values = {
+        name: value for name, value in checked.model_dump().items() if value is not None or fields[name].is_required()
+    }
+    write_json(path, {"kind": values.pop("kind"), **values})
+
+
+def _one_line(path: Path, error: ValidationError) -> str:
+    """What is wrong with a card: the file and its first three faults, each with its field."""
+    faults = error.errors()[:3]
+    if faults[0]["type"] == "json_invalid":
+        return f"{path}: malformed JSON ({faults[0]['msg']})"
+    if not faults[0]["loc"] and not faults[0]["type"].startswith("union_tag"):
+        return f"{path}: expected an object, found {faults[0]['input']!r:.60}"
+    return f"{path}, {'; '.join(_fault(one) for one in faults)}"
+
+
+def _fault(error: Any) -> str:
+    """One fault as "field name: what is wrong"."""
+    kind = error["type"]
+    if kind == "union_tag_not_found":
+        return f"field kind: missing; known kinds: {', '.join(KINDS)}"
+    if kind == "union_tag_invalid":
+        return f"field kind: {error['ctx']['tag']!r} is unknown; known kinds: {', '.join(KINDS)}"
+    _, *parts = error["loc"]  # the first is the kind
+    field = f"field {'.'.join(map(str, parts))}"
+    if kind == "missing":
+        return f"{field}: missing{_meaning(error['loc'])}"
+    if kind == "extra_forbidden":
+        return f"{field}: unknown; what is free to choose belongs under data"
+    if kind == "value_error":
+        return f"{field}: {error['ctx']['error']}"
+    return f"{field}: {error['msg'][:1].lower()}{error['msg'][1:]}, found {error['input']!r:.60}"
+
+
+def _meaning(location: Sequence[Any]) -> str:
+    """What a missing field of a card says, in brackets; nothing where that is not known."""
+    of = {one.model_fields["kind"].default: one for one in (ClassifierCard, LoraCard, GenerativeCard)}
+    if len(location) != 2 or location[0] not in of:
+        return ""
+    return f" ({of[location[0]].model_fields[location[1]].description})"
+
+
+# --- the probe --------------------------------------------------------------------------------------------------------
+
+
+def outputs(verdict: Verdict) -> dict[str, float]:
+    """Every probability of a verdict: of its categories, and of the labels that it has an opinion on."""
+    labels = {label: getattr(verdict, label) for label in LABELS}
+    return verdict.categories | {label: value for label, value in labels.items() if value is not None}
+
+
+def make_probe(guard: Guard) -> Probe | None:
+    """One conversation with what this guard says of it; None where it gives no verdict on any that is tried.
+
+    Args:
+        guard: as `load_guard` gives it for the folder whose card will hold the probe.
+    """
+    for messages in PROBES:
+        (verdict,) = guard.judge([messages])
+        if verdict.error is None and outputs(verdict):
+            return Probe(messages=messages, scores=outputs(verdict), dtype=guard.dtype)
+    logger.warning("%s: gives no verdict on a simple text (%s), so its card has no probe", guard.name, verdict.error)
+    return None
+
+
+def check_probe(guard: Guard, card: GuardCard, where: Path | str) -> None:
+    """Judge the card's probe, and compare with the scores that the guard gave when it was saved.
+
+    Args:
+        where: the guard's folder, for messages.
+
+    Raises:
+        UserError: the scores differ by more than number formats explain, or there is no verdict.
+    """
+    path, probe = card_path(where), card.probe
+    if probe is None:
+        logger.warning("%s: has no probe, so nobody can check that the guard is still the one that was trained", path)
+        return
+    with _as_saved(guard, card):
+        (verdict,) = guard.judge([probe.messages])
+    if verdict.error is not None:
+        raise UserError(f"{path}, field probe: the guard gives no verdict on it ({verdict.error})")
+    said, tolerance = outputs(verdict), max(TOLERANCE[probe.dtype], TOLERANCE[guard.dtype])
+    for name, saved in probe.scores.items():
+        if name not in said:
+            raise UserError(f"{path}, field probe.scores: the guard has no output {name!r}; it has {', '.join(said)}")
+        if abs(_log_odds(said[name]) - _log_odds(saved)) > tolerance:
+            raise UserError(
+                f"{path}, field probe: the guard gives its text {said[name]:.3f} for {name}, and gave {saved:.3f} when "
+                "it was saved: base model, tokenizer, template, order of labels or adapter are not those of then; "
+                "restore the folder, or name the right base (base_model=…)"
+            )
+
+
+@contextmanager
+def _as_saved(guard: Guard, card: GuardCard) -> Iterator[None]:
+    """The guard with the card's room and the usual windows, whatever was asked for."""
+    values = {"max_length": card.max_length, "long_inputs": "windows", "progress": False, "with_categories": False}
+    before = {name: getattr(guard, name) for name in values if hasattr(guard, name)}
+    vars(guard).update({name: values[name] for name in before})
+    try:
+        yield
+    finally:
+        vars(guard).update(before)
+
+
+def _log_odds(probability: float) -> float:
+    """log(p / (1 - p)), at most FARTHEST from 0."""
+    if not 0 < probability < 1:
+        return math.copysign(FARTHEST, probability - 0.5)
+    odds = math.log(probability) - math.log1p(-probability)
+    return max(-FARTHEST, min(FARTHEST, odds))

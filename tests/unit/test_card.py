@@ -1,0 +1,149 @@
+"""guard.json: what is wrong in it is refused by one line that names file and field."""
+
+import json
+
+import pytest
+
+from common.conversation import UserError
+from common.data import taxonomy
+from guards.card import GenerativeCard, LoraCard, has_card, read_card, write_card
+
+LABELS = ["unsafe", *taxonomy("beavertails")]
+LORA = {
+    "kind": "lora_guard",
+    "template": "lora_guard",
+    "labels": LABELS,
+    "inputs": ["pair"],
+    "max_length": 512,
+    "num_hidden_layers": None,
+    "thresholds": {"flagged": {"value": 0.4, "how": "max F1", "on": "validation"}},
+    "base_model": "some/base",
+    "head_bias": None,
+}
+CLASSIFIER = {
+    "kind": "classifier",
+    "template": "beavertails",
+    "labels": LABELS[1:],
+    "max_length": 512,
+    "base_model": "some/base",
+    "num_hidden_layers": 4,
+    "data": {"train": "mine", "rows": 7},
+}
+GENERATIVE = {"kind": "generative", "guard": "expguard", "max_length": 512, "arm": "A4", "seed": 1}
+CARDS = {"lora_guard": LORA, "classifier": CLASSIFIER, "generative": GENERATIVE}
+
+
+def threshold(value) -> dict:
+    return {"thresholds": {"flagged": {"value": value, "how": "max F1", "on": None}}}
+
+
+def refusal(folder, content: str | dict) -> str:
+    """What `read_card` says of a file."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "guard.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        read_card(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_comes_back_as_it_was(tmp_path, kind):
+    (tmp_path / "guard.json").write_text(json.dumps(CARDS[kind]))
+    card = read_card(tmp_path)
+    write_card(tmp_path / "copy", card)
+    assert read_card(tmp_path / "copy") == card
+    written = json.loads((tmp_path / "copy/guard.json").read_text())
+    assert CARDS[kind].items() <= written.items()
+
+
+@pytest.mark.parametrize("value", [7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None])
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_threshold_is_a_probability(tmp_path, kind, value):
+    """One of 7, NaN, -1 or `true` would block nothing, or everything, without a word."""
+    said = refusal(tmp_path, CARDS[kind] | threshold(value))
+    assert said.startswith(f"{tmp_path}/guard.json, field thresholds.flagged.value: ")
+
+
+REQUIRED = [
+    *(("lora_guard", name) for name in LORA if name not in ("kind", "thresholds")),
+    *(("classifier", name) for name in ("template", "labels", "max_length")),
+    *(("generative", name) for name in ("guard", "max_length")),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), REQUIRED)
+def test_what_changes_a_score_cannot_be_left_out(tmp_path, kind, name):
+    card = {key: value for key, value in CARDS[kind].items() if key != name}
+    said = refusal(tmp_path, card)
+    assert said.startswith(f"{tmp_path}/guard.json, field {name}: missing (")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("lora_guard", {"head_bias": [0.5]}, "field head_bias: 1 numbers for 15 labels"),
+        ("lora_guard", {"head_bias": "x"}, "field head_bias: input should be a valid array"),
+        ("lora_guard", {"head_bias": [float("nan")] * 15}, "field head_bias.0: input should be a finite"),
+        ("lora_guard", {"labels": ["unsafe", *LABELS]}, "field labels: 'unsafe' is there twice"),
+        ("classifier", {"labels": ["a", "b", "a"]}, "field labels: 'a' is there twice"),
+        ("classifier", {"labels": "beavertails"}, "field labels: input should be a valid array"),
+        ("lora_guard", {"inputs": "pair"}, "field inputs: input should be a valid array, found 'pair'"),
+        ("lora_guard", {"inputs": []}, "field inputs: list should have at least 1 item"),
+        ("lora_guard", {"inputs": ["both"]}, "field inputs.0: input should be 'pair', 'prompt' or"),
+        ("lora_guard", {"num_hidden_layers": "two"}, "field num_hidden_layers: input should be a valid integer"),
+        ("lora_guard", {"num_hidden_layers": 0}, "field num_hidden_layers: input should be greater"),
+        ("lora_guard", {"template": "lora"}, "field template: template 'lora': unknown; the templates are"),
+        ("lora_guard", {"template": ["x"]}, "field template: input should be a valid string"),
+        ("lora_guard", {"base_model": ""}, "field base_model: "),
+        ("classifier", {"max_length": "long"}, "field max_length: input should be a valid integer"),
+        ("classifier", {"max_length": True}, "field max_length: input should be a valid integer"),
+        ("classifier", {"max_length": 0}, "field max_length: input should be greater"),
+        ("classifier", {"pooling": "mean"}, "field pooling: input should be 'last attended token'"),
+        ("classifier", {"head_bias": None}, "field head_bias: unknown"),
+        (
+            "classifier",
+            {"thresholds": {"flaged": threshold(0.5)["thresholds"]["flagged"]}},
+            "field thresholds: 'flaged' is no label",
+        ),
+        ("classifier", {"thresholds": {"flagged": {"value": 0.5}}}, "field thresholds.flagged.how: missing"),
+        ("classifier", {"thresholds": {"flagged": 0.5}}, "field thresholds.flagged: "),
+        ("generative", {"guard": "nobody"}, "field guard: 'nobody' is no generative guard of zoo.yaml"),
+        ("generative", {"guard": "beaver-dam-7b"}, "field guard: 'beaver-dam-7b' is no generative guard"),
+        ("generative", {"kind": "oracle"}, "field kind: 'oracle' is unknown; known kinds: classifier, lora"),
+        ("generative", {"probe": {}}, "field probe.messages: missing"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, kind, change, said):
+    assert f"{tmp_path}/guard.json, {said}" in refusal(tmp_path, CARDS[kind] | change)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"kind": "classifier",\n]', "malformed JSON (Invalid JSON: key must be a string at line 2"),
+        ("\xff", "malformed JSON"),
+        ("[]", "expected an object, found []"),
+        ("{}", "field kind: missing"),
+    ],
+)
+def test_what_is_no_card_is_named(tmp_path, content, said):
+    assert said in refusal(tmp_path, content)
+
+
+def test_a_card_is_of_the_kind_that_is_wanted(tmp_path):
+    with pytest.raises(UserError, match=r"guard\.json: no guard of a recipe lies there"):
+        read_card(tmp_path)
+    assert not has_card(tmp_path)
+    write_card(tmp_path, GenerativeCard(guard="expguard", max_length=9))
+    assert has_card(tmp_path)
+    with pytest.raises(UserError, match=r"guard\.json, field kind: expected 'lora_guard', found 'generative'"):
+        read_card(tmp_path, LoraCard)
+
+
+def test_a_wrong_card_is_not_written(tmp_path):
+    """A changed copy is not checked by pydantic, so the writer checks."""
+    card = GenerativeCard(guard="expguard", max_length=9).model_copy(update={"max_length": 0})
+    with pytest.raises(UserError, match="field max_length"):
+        write_card(tmp_path, card)
+    assert not has_card(tmp_path)
