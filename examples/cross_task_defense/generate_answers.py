@@ -34,12 +34,12 @@ from common.generation import (
     Decoding,
     Engine,
     adapter_file,
-    generate,
     load_causal_lm,
     server_engine,
     transformers_engine,
     vllm_engine,
 )
+from common.keep import generate
 from common.run import manifest, write_json
 
 logger = logging.getLogger("cross_task_defense")

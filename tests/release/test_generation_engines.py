@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaFo
 
 from common.conversation import UserError
 from common.fast_decoding import PackedLinear, pack_linear, without_collector
-from common.generation import Decoding, generate, load_causal_lm, server_engine, transformers_engine
+from common.generation import Decoding, load_causal_lm, server_engine, transformers_engine
+from common.keep import generate
 from guards.next_token import LocalModel, ServerModel
 
 slow = pytest.mark.slow

@@ -1,0 +1,350 @@
+"""What identifies a model or a file, and rows that survive a kill.
+
+A long job keeps what it makes, row by row, in a file of JSON lines, each row under a key. The key
+is a `digest` of all that the row depends on: the item, the settings, and the `fingerprint` of every
+model and file. So what another model said is never taken for the answer of this one, and a job that
+was killed goes on where it stopped.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from os import stat_result
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from tqdm.auto import tqdm
+
+from common.bundled import cache_folder, resolve_model
+from common.conversation import UserError
+from common.run import write_json
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+# The files of a model's folder that say what the model does …
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+CONFIGS = ("*config.json", "tokenizer.json", "guard.json")
+VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "merges.txt")
+OTHERS = ("*.json", "*.jinja", "*.py")
+TEMPLATES = "additional_chat_templates"  # the one folder in it that `from_pretrained` reads
+# … but for these, which runs leave beside it.
+RESULTS = ("run.json", "results.json", "*_results.json", "*_results_*.json", "manifest.json")
+CHECKPOINTS = ("trainer_state.json", "training_args.bin", "unfinished.json")
+OPTIMIZERS = ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
+
+LARGE = 1 << 20  # bytes: hashing less takes no longer than looking the hash up
+SETTLED = 3.0  # seconds: a younger file may change again within one tick of the file system's clock
+
+
+# --- fingerprints ---------------------------------------------------------------------------------
+
+
+def digest(value: Any) -> str:
+    """A key of 32 hexadecimal digits for a JSON-like value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A key of 16 hexadecimal digits for JSON-like rows in their order, wherever they came from."""
+    total = hashlib.sha256()
+    for row in rows:
+        text = json.dumps(row, sort_keys=True)
+        total.update(text.encode())
+    return total.hexdigest()[:16]
+
+
+def fingerprint(path: str | Path) -> str:
+    """The content of a model, an adapter or a data file, as 64 hexadecimal digits.
+
+    A folder with a model counts as the files that say what the model does: weights, configs,
+    tokenizer, templates, adapter and guard.json. README, logs, checkpoints and results do not
+    count. A folder without a model holds data, and all its files count. Where a folder or a file
+    lies, how it is called and when it was written makes no difference.
+
+    Large files are read once: what they hash to is kept in the cache folder, for as long as their
+    size and times stay the same.
+
+    Args:
+        path: a folder, a file, the name of the bundled model, or a hub id. A hub id counts as the
+            commit that the local cache holds. It counts as its name alone where the cache holds
+            none, and so does anything else that is not there.
+
+    Raises:
+        UserError: a file cannot be read, or is being written.
+    """
+    place = Path(resolve_model(str(path)))
+    try:
+        if place.is_file():
+            return _of_file(place)
+        if place.is_dir():
+            return _of_folder(place)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    identity = f"{path}@{_cached_commit(str(path))}"
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _of_folder(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in _files_that_count(folder):
+        name = file.relative_to(folder).as_posix()
+        total.update(f"{name}\n{_of_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _files_that_count(folder: Path) -> list[Path]:
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if any(_is_one_of(path, WEIGHTS + CONFIGS) for path in files):
+        files += folder.glob(f"{TEMPLATES}/*.jinja")
+        files = [path for path in files if _is_of_a_model(path)]
+    else:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(path for path in files if not _is_hidden(path.relative_to(folder)))
+
+
+def _is_of_a_model(path: Path) -> bool:
+    named = _is_one_of(path, WEIGHTS + CONFIGS + VOCABULARIES + OTHERS)
+    return named and not _is_one_of(path, RESULTS + CHECKPOINTS + OPTIMIZERS)
+
+
+def _is_one_of(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _of_file(path: Path) -> str:
+    """The SHA-256 of a file, from the cache where it is noted for this size and these times."""
+    facts = _facts(path.stat())
+    if facts["size"] < LARGE:
+        return _hashed(path)
+    name = digest(str(path.resolve()))
+    note = cache_folder() / "fingerprints" / f"{name}.json"
+    noted = _noted(note)
+    found = noted.pop("sha256", None)
+    if isinstance(found, str) and noted == facts:
+        return found
+    found = _hashed(path)
+    if _facts(path.stat()) != facts:
+        raise UserError(f"{path}: was written while it was read; start again when it is complete")
+    age = time.time() - max(facts["mtime_ns"], facts["ctime_ns"]) / 1e9
+    if age > SETTLED:
+        _write_note(note, facts | {"sha256": found})
+    return found
+
+
+def _hashed(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _facts(stat: stat_result) -> dict[str, int]:
+    """What tells that a file has changed. A copy may bring its old mtime along, never its ctime."""
+    return {
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+    }
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_note(note: Path, known: Mapping[str, Any]) -> None:
+    try:
+        write_json(note, known)
+    except OSError as error:  # a cache that cannot be written costs time alone
+        logger.debug("%s: %s", note, error)
+
+
+def _cached_commit(name: str) -> str | None:
+    """The commit of a hub id in the local cache."""
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file)
+        except HFValidationError:  # no name that a hub could have
+            return None
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+# --- rows that survive a kill ---------------------------------------------------------------------
+
+
+def read_json_lines(path: str | Path) -> list[Row]:
+    """The rows of a file that a run of ours wrote: JSON lines, an object each.
+
+    Raises:
+        UserError: the file is not there, or a line is no object.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return _rows_of(content, path)
+
+
+def _rows_of(content: bytes, path: str | Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the file") from None
+        if not isinstance(row, dict):
+            found = line.decode("utf-8", "replace")
+            raise UserError(f"{path}, line {number}: no object ({found:.40}); remove the file")
+        rows.append(row)
+    return rows
+
+
+class KeptRows(Mapping[str, Row]):
+    """The rows of an append-only file of JSON lines by key; of rows with one key, the last.
+
+    What is appended has reached the operating system when `append` returns. So a kill loses at most
+    the row that is being written: its line, cut off, is taken away when the file is opened again.
+    One process at a time can open a file.
+    """
+
+    def __init__(self, path: str | Path, key: str = "key"):
+        """Open the file, or begin it.
+
+        Args:
+            key: the field that holds a row's key, a string.
+
+        Raises:
+            UserError: another process has it open, or it holds something else than such rows.
+        """
+        self.path = Path(path)
+        self.key = key
+        self._rows: dict[str, Row] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hint = "wait for it, or choose another folder"
+            raise UserError(f"{self.path}: another run writes this file; {hint}") from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s: no lock (%s); start no second run on it.", self.path, error)
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for row in _rows_of(whole, self.path):
+            key = row.get(self.key)
+            if not isinstance(key, str):
+                hint = "it is no file of an interrupted run; remove it"
+                raise UserError(f"{self.path}: a row has no field {self.key}; {hint}")
+            self._rows[key] = row
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
+
+    def __getitem__(self, key: str) -> Row:
+        return self._rows[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def missing(
+        self,
+        keys: Iterable[str],
+        again: Callable[[Row], bool] | None = None,
+    ) -> list[str]:
+        """The keys without a row, in their order and each once.
+
+        Args:
+            again: whether a row that is there is to be made again, as the error of a server is.
+        """
+        found = []
+        for key in dict.fromkeys(keys):
+            row = self._rows.get(key)
+            if row is None or (again is not None and again(row)):
+                found.append(key)
+        return found
+
+    def append(self, *rows: Row) -> None:
+        """Keep rows. One that is there already, with the same fields, is not written again.
+
+        Raises:
+            ValueError, TypeError: a row holds NaN, or something that JSON does not have.
+        """
+        fresh = [row for row in rows if self._rows.get(row[self.key]) != row]
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in fresh]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        for row in fresh:
+            self._rows[row[self.key]] = row
+
+    def close(self) -> None:
+        """Let another process open the file."""
+        self._file.close()
+
+    def __enter__(self) -> "KeptRows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+Engine = Callable[[Sequence[list[int]]], Iterable[tuple[int, str]]]
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    partial: Path,
+    salt: Any = None,
+) -> list[str]:
+    """The answers to `prompts`, in their order; what an interrupted call kept is not done again.
+
+    Args:
+        engine: is given prompts as token ids; yields (index of the prompt, answer) as they come.
+        partial: where the answers are kept, each for its prompt and `salt`.
+        salt: whatever else an answer depends on (model, decoding), JSON-like.
+    """
+    keys = [digest([salt, ids]) for ids in prompts]
+    prompt_of = dict(zip(keys, prompts, strict=True))
+    with KeptRows(partial) as kept:
+        missing = kept.missing(keys)
+        done = len(prompt_of) - len(missing)
+        if done:
+            logger.info("%d of %d answers are there already.", done, len(prompt_of))
+        asked = [prompt_of[key] for key in missing]
+        with tqdm(total=len(missing), unit="answer") as bar:
+            for i, text in engine(asked) if missing else ():
+                kept.append({"key": missing[i], "answer": text})
+                bar.update()
+        return [kept[key]["answer"] for key in keys]
