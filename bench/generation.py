@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from common import report
 from common.bundled import resolve_model
+from common.data import read_rows
 from common.generation import Decoding, load_causal_lm, transformers_engine, vllm_engine
 from common.run import device, inference_dtype, manifest, run_cli, write_json
 
@@ -48,8 +49,8 @@ def main() -> None:
     set_seed(SEED)
     (prompts,) = recipe_modules("cross_task_defense", "prompts")
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.model))
-    rows = json.loads((ROOT / "data/sample/cross_task_defense/safety.json").read_text(encoding="utf-8"))
-    rows += json.loads((ROOT / "data/sample/cross_task_defense/instructions.json").read_text(encoding="utf-8"))
+    sample = ROOT / "data/sample/cross_task_defense"
+    rows = prompts.read_rows(sample / "safety.json") + prompts.read_rows(sample / "instructions.json")
     rows = random.Random(SEED).sample(rows, args.prompts)
     asked = [(row["instruction"], None) for row in rows]
     ids = prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, asked)
@@ -138,7 +139,7 @@ def training(args) -> dict[str, tuple[float, float, float]]:
     """Useful tokens a second, their share of all tokens, and the speed over the original's way, by way."""
     (train,) = recipe_modules("cross_task_defense", "train")
     (path,) = (ROOT / "data/sample/cross_task_defense/training").glob("*_stripped.json")
-    rows = json.loads(path.read_text(encoding="utf-8"))[: args.rows]
+    rows = [row for _, row in read_rows(path)][: args.rows]
     ways = {"packed": {"packing": True, "micro_batch_size": 2}, "like length": {"micro_batch_size": 8}}
     ways["padded, random order"] = {"micro_batch_size": 8, "group_by_length": False}
     found = {}

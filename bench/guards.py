@@ -10,7 +10,6 @@ verdict differs or a probability differs by more than 1e-4. The bound is the rat
 """
 
 import argparse
-import csv
 import random
 import statistics
 import sys
@@ -100,7 +99,7 @@ def main() -> None:
 def real_prompts(count: int) -> list[str]:
     file = ROOT / "../shared/data/xstest/xstest_prompts.csv"
     if file.is_file():
-        texts = [row["prompt"] for row in csv.DictReader(file.open(encoding="utf-8", newline=""))]
+        texts = [row["prompt"] for _, row in data.read_rows(file)]
     else:
         texts = [last_turns(row["messages"])[0] for row in data.load_conversations("beavertails-sample:train")]
     # Real users write more than XSTest's one line: some prompts are strung to three.

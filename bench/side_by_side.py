@@ -1,6 +1,5 @@
 """What the benches share: ways that take turns on the same rows, and texts of real lengths."""
 
-import csv
 import importlib
 import math
 import random
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from common.conversation import Messages, last_turns, pair
+from common.data import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE, SEED = 1e-4, 42
@@ -69,6 +69,6 @@ def real_length_pairs(train, count: int) -> dict[str, list[Messages]]:
     pairs = {"log-normal lengths": [pair(rng.choice(questions), answer) for answer in built]}
     # XSTest's answers were cut off at 256 tokens when they were generated: many are as long as the longest.
     files = sorted((ROOT / "../shared/data/xstest").glob("completions_*.csv"))
-    rows = [row for file in files for row in csv.DictReader(file.open(encoding="utf-8", newline=""))]
-    rows = [pair(row["prompt"], row["completion"]) for row in rows if row["completion"].strip()]
+    rows = [row for file in files for _, row in read_rows(file)]
+    rows = [pair(row["prompt"], row["completion"]) for row in rows if (row["completion"] or "").strip()]
     return pairs | ({"XSTest answers": rng.sample(rows, min(count, len(rows)))} if rows else {})

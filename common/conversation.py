@@ -1,6 +1,5 @@
 """The record that everything speaks: chat messages with labels, and what a guard says of them."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,12 +83,7 @@ def check_messages(value: Any, where: str) -> list[Message]:
 
     At least one non-empty user or assistant turn is needed, because that is what a guard judges.
     """
-    if isinstance(value, str):  # a CSV cell
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}, field messages: not JSON ({error.msg})") from None
-    if not isinstance(value, Sequence) or not value:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise UserError(f"{where}, field messages: expected a non-empty list of messages, found {value!r:.60}")
     messages = []
     for i, message in enumerate(value):
@@ -129,19 +123,28 @@ def check_url(url: str, name: str) -> str:
     return url
 
 
-_WORDS = {
-    **dict.fromkeys(("1", "true", "yes", "unsafe", "harmful", "toxic", "refusal"), True),
-    **dict.fromkeys(("0", "false", "no", "safe", "unharmful", "harmless", "non-toxic", "compliance"), False),
-}
+UNSAFE_WORDS = ("1", "true", "t", "yes", "y", "unsafe", "not safe", "harmful", "toxic", "malicious", "flagged")
+SAFE_WORDS = ("0", "false", "f", "no", "n", "safe", "not unsafe", "unharmful", "harmless", "not harmful", "non harmful")
+SAFE_WORDS += ("nontoxic", "non toxic", "not toxic", "benign", "unflagged", "not flagged")
+LABEL_WORDS = dict.fromkeys((*UNSAFE_WORDS, "refusal"), True) | dict.fromkeys((*SAFE_WORDS, "compliance"), False)
 
 
 def check_label(value: Any, name: str, where: str) -> bool | None:
-    """A label as bool, or None when it is unknown (null, NaN, empty cell)."""
-    if value is None or value == "" or value != value:
+    """A label as bool, or None when it is unknown (null, NaN, an empty cell, and these as words).
+
+    The same of a text, a number or a bool: 1, 1.0, "1", "1.0", true and "TRUE" are one label.
+
+    Raises:
+        UserError: it is no label. The message begins with `where` and names the field `name`.
+    """
+    if value is None or value != value:
         return None
-    label = _WORDS.get(str(int(value) if isinstance(value, float) and value.is_integer() else value).strip().lower())
-    if label is None:
+    word = re.sub(r"[\s_-]+", " ", str(value).strip().lower())
+    word = re.sub(r"^([01])\.0*$", r"\1", word)
+    if word in ("", "nan", "null"):
+        return None
+    if word not in LABEL_WORDS:
         raise UserError(
             f"{where}, field {name}: unknown label {value!r:.60}; use true/false, 1/0, unsafe/safe, or leave it empty"
         )
-    return label
+    return LABEL_WORDS[word]

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from common.conversation import UserError
+from common.data.specs import Spec, parse_spec
+
 FIXED_FPR = 0.05  # the false-positive rate at which recall is reported
 
 
@@ -121,8 +124,14 @@ def is_test(spec: str) -> bool:
 
     True of "330k_test", "test.jsonl", "…:wildguardtest", "xstest.csv"; not of "latest.jsonl".
     """
-    path, _, split = spec.rpartition(":")
-    words = set(re.findall("[a-z]+", (split if path else Path(spec).name).lower())) - {"latest", "contest", "greatest"}
+    try:
+        parts = parse_spec(spec)
+    except UserError:  # a name of ours for several sets, and no spec
+        parts = Spec(spec)
+    said = Path(parts.name).name
+    if parts.split and not parts.is_file:
+        said = " ".join([*parts.splits, *parts.marks])  # a split of a configuration for tests is one too
+    words = set(re.findall("[a-z]+", said.lower())) - {"latest", "contest", "greatest"}
     return any(word.startswith("test") or word.endswith("test") for word in words)
 
 

@@ -51,10 +51,31 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def expand_home(value: Any) -> Any:
+    """A value, or a list of values, with `~` at its beginning as the home folder, wherever it was written.
+
+    A shell does this for `--flag ~/x`, but neither for `--flag=~/x` nor in a config file.
+    """
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    return value
+
+
+def expand_home_in_flag(word: str) -> str:
+    """`expand_home` for a word of a command line, which may be a flag with its value."""
+    name, equals, value = word.partition("=")
+    if equals and name.startswith("--"):
+        return f"{name}={expand_home(value)}"
+    return expand_home(word)
+
+
 class _Parser(TrlParser):
     """TrlParser that checks the values of a config file as it checks flags, and leaves speaking to `run_cli`."""
 
     def set_defaults_with_config(self, **config) -> list[str]:
+        config = {name: expand_home(value) for name, value in config.items()}
         for action in self._actions:
             value, kind = config.get(action.dest), getattr(action.type, "__name__", None)
             if value is None:
@@ -80,7 +101,10 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
     Raises:
         UserError: anything wrong with the arguments, before any work.
     """
-    argv = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    argv = []
+    for word in sys.argv[1:]:
+        word = expand_home_in_flag(word)
+        argv += word.split("=", 1) if word.startswith("--config=") else [word]
     if argv and argv[-1] == "--config":
         raise UserError("--config: needs a YAML file")
     if not argv and default_config is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from common import templates
 from common.conversation import UserError
 from common.data import taxonomy
+from common.run import expand_home
 from guards.base import LONG_INPUTS, Guard
 from guards.known import zoo
 
@@ -36,6 +37,8 @@ def load_guard(spec: str, **options: Any) -> Guard:
     from guards.generative import GenerativeGuard
     from guards.lora import LoraGuard
 
+    spec = expand_home(spec)
+    options = {name: expand_home(value) for name, value in options.items()}
     known, model = _describe(spec)
     described = {k: known[k] for k in CARD if k in known and k != "kind"}
     if isinstance(described.get("labels"), str):

@@ -21,6 +21,15 @@ def taxonomy(name: str) -> list[str]:
     return list(sources()["taxonomies"][name])
 
 
+@cache
+def known_columns() -> frozenset[str]:
+    """Every column of the data sets that `plain_row` knows."""
+    known: set[str] = set()
+    for columns in sources()["columns"].values():
+        known |= {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}
+    return frozenset(known)
+
+
 def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
     """A row of a data set with columns of its own (ToxicChat, OpenAI's moderation set) in the plain format.
 
@@ -31,15 +40,17 @@ def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
         known = {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}
         named = [name for name in columns["unsafe_if_any"] if name in row]
         if columns["prompt"] in row and named and set(row) <= known:
-            flags = [check_label(_number(row[name]), name, where) for name in named]
-            label = True if True in flags else False if False in flags else None
-            found = {"prompt": row[columns["prompt"]], "prompt_label": label}
-            if row.get(columns.get("response_unsafe")) is not None:
-                found |= {"response": row.get(columns["response"]), "response_label": row[columns["response_unsafe"]]}
-            return found | ({"id": row[columns["id"]]} if columns.get("id") in row else {})
+            return _plain(row, columns, named, where)
     return row
 
 
-def _number(flag: Any) -> Any:
-    """A cell such as "1.0", which spreadsheets write for 1, as a number."""
-    return float(flag) if isinstance(flag, str) and flag.strip() in ("0.0", "1.0") else flag
+def _plain(row: Mapping, columns: Mapping[str, Any], named: list[str], where: str) -> dict[str, Any]:
+    flags = [check_label(row[name], name, where) for name in named]
+    known = [flag for flag in flags if flag is not None]
+    found = {"prompt": row[columns["prompt"]], "prompt_label": any(known) if known else None}
+    if row.get(columns.get("response_unsafe")) is not None:
+        found["response"] = row.get(columns["response"])
+        found["response_label"] = row[columns["response_unsafe"]]
+    if columns.get("id") in row:
+        found["id"] = row[columns["id"]]
+    return found

@@ -16,17 +16,15 @@ Writes <output_dir>/training/saferpaca_Instructions_<n_safety>_<N>_<task>.json w
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
 from flags import run
 from prompts import TASKS, read_rows, task_instruction, without_cues
 
+from common import data
 from common.conversation import UserError
 from common.run import json_text, write_text
 
@@ -118,13 +116,13 @@ def build(
 
 def base_rows(spec: str | None, count: int | None, seed: int) -> list[dict[str, Any]]:
     """Ordinary instructions of a file, or of a hub data set in Alpaca's columns."""
-    if spec is None or Path(spec).is_file() or spec.endswith((".json", ".jsonl")):
-        rows = read_rows(Path(spec or SAMPLE / "instructions.json"), completions=False)
+    if spec is None:
+        rows = read_rows(SAMPLE / "instructions.json", completions=False)
+    elif data.parse_spec(spec).is_file:
+        rows = read_rows(Path(spec), completions=False)
     else:
-        try:
-            rows = load_dataset(spec, split="train").to_list()
-        except (DatasetNotFoundError, OSError, ValueError) as error:
-            raise UserError(f"--base {spec}: no file, and no data set of the hub ({error!s:.120})") from None
+        _, found = data.spec_rows(spec if data.parse_spec(spec).split else f"{spec}:train")
+        rows = [row for _, row in found]
     for name in ("instruction", "output"):
         if name not in rows[0]:
             raise UserError(f"--base {spec}: has no column {name}; Alpaca's format is needed")
@@ -142,19 +140,10 @@ def drawn(rows: list[dict[str, Any]], count: int, seed: int, flag: str) -> list[
 
 def read_documents(path: Path, clean: Callable[[str], str]) -> list[dict[str, Any]]:
     """Documents of a JSON lines file, checked, their texts cleaned."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--documents {path}: cannot be read ({error!s:.100})") from None
     documents = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: malformed JSON ({error.msg})") from None
+    for number, (where, row) in enumerate(data.read_rows(path, suffix=".jsonl"), 1):
+        if isinstance(row, UserError):
+            raise row
         for name, known in {"kind": KINDS, "split": ("train", "test")}.items():
             if not isinstance(row, dict) or row.get(name) not in known:
                 found = row.get(name) if isinstance(row, dict) else row

@@ -20,7 +20,7 @@ import yaml
 from fire.decorators import SetParseFn
 
 from common.conversation import UserError
-from common.run import run_cli
+from common.run import expand_home, run_cli
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ def parse(function: Callable[..., None], argv: list[str], default_config: Path |
     given = _flags(function, argv)
     config, values = given.pop("config", None), {}
     if config is not None:
-        values = {name: (f"--config {config}: {name}", value) for name, value in _read(Path(config)).items()}
+        values = {
+            name: (f"--config {config}: {name}", value) for name, value in _read(Path(expand_home(config))).items()
+        }
     values |= {name: (f"--{name}", value) for name, value in given.items()}
     hints, bound = get_type_hints(function), {}
     for name, (where, value) in values.items():
@@ -115,6 +117,6 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if kind is str and where.startswith("--") and value in ("True", "False"):  # what fire makes of a bare flag
             raise ValueError
-        return kind(text)
+        return expand_home(kind(text))
     except (ValueError, KeyError):
         raise UserError(f"{where} {value}: expected {'text' if kind is str else kind.__name__}") from None

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import UserError
+from common.data import read_json
 from common.generation import (
     Decoding,
     Engine,
@@ -190,11 +191,11 @@ def input_files(spec: str) -> list[Path]:
 
 def read_prompts(path: Path) -> tuple[list[str], list[str | None]]:
     """instructions and inputs of an evaluation file; inputs may be empty."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        instructions, inputs = content["instructions"], content.get("inputs") or []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: expected {{"instructions": […], "inputs": […]}} ({error!r:.80})') from None
+    content = read_json(path)
+    if not isinstance(content, dict) or "instructions" not in content:
+        raise UserError(f'{path}: expected {{"instructions": […], "inputs": […]}}, found {content!r:.80}')
+    instructions = content["instructions"]
+    inputs = content.get("inputs") or []
     if not isinstance(instructions, list) or not instructions or not isinstance(inputs, list):
         raise UserError(f"{path}, field instructions: expected a list of texts, found {instructions!r:.60}")
     if inputs and len(inputs) != len(instructions):

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from common import data
 from common.conversation import UserError, pair
 from common.templates import Part, encode, render_chat
 
@@ -92,26 +93,24 @@ def encode_prompts(
 
 
 def read_rows(path: Path, *, completions: bool = True) -> list[dict[str, Any]]:
-    """Rows {"instruction", "input", "output", …} of an Alpaca-format file (a JSON list, or JSON lines).
+    """Rows {"instruction", "input", "output", …} of an Alpaca-format file, of any type that `common.data` reads.
 
     Raises:
         UserError: names file, row and field.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if _is_lines(path) else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error!s:.120})") from None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of rows with instruction, input and output, found {rows!r:.60}")
-    for number, row in enumerate(rows, 1):
-        fields = {"instruction": True, "output": completions, "input": False}
-        for name, needed in fields.items():
+    rows = []
+    needed = ("instruction", "output") if completions else ("instruction",)
+    for where, row in data.read_rows(path):
+        if isinstance(row, UserError):
+            raise row
+        for name in ("instruction", "output", "input"):
             value = row.get(name) if isinstance(row, dict) else None
-            if (needed and not (isinstance(value, str) and value.strip())) or not isinstance(value, str | None):
-                raise UserError(f"{path}, row {number}, field {name}: expected text, found {value!r:.60}")
+            is_text = isinstance(value, str)
+            if name in needed and not (is_text and value.strip()):
+                raise UserError(f"{where}, field {name}: expected text, found {value!r:.60}")
+            if value is not None and not is_text:
+                raise UserError(f"{where}, field {name}: expected text or nothing, found {value!r:.60}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no rows; expected a list of rows with instruction, input and output")
     return rows
-
-
-def _is_lines(path: Path) -> bool:
-    return str(path).endswith((".jsonl", ".ndjson"))

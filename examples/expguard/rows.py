@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common import metrics
+from common import data, metrics
 from common.conversation import Messages, UserError, check_label, check_text, pair
-from common.data import _raw_rows, load_conversations, prompt_key
+from common.data import load_conversations, prompt_key, spec_rows
+from common.data.specs import load_hub
 from common.templates import Part, encode, render, template_text, token_offsets
-from guards.suite.benchmarks import benchmark_names, load_benchmark
+from guards.suite.benchmarks import is_benchmark, load_benchmark
 
 logger = logging.getLogger("expguard")
 HUB, HUB_ROWS = "6rightjade/expguardmix", 56_653  # the paper's count; whether the three subsets are in it is unknown
@@ -62,34 +62,31 @@ def read_rows(name: str, data_dir: str, bad_rows: str = "error") -> list[Row]:
 
 def folder_of(name: str, data_dir: Path) -> Path | None:
     """The local folder that a name means, if there is one."""
-    places = (Path(name), data_dir / name.removeprefix("6rightjade/"))
+    places = (Path(name).expanduser(), data_dir / name.removeprefix("6rightjade/"))
     return next((place for place in places if place.is_dir()), None)
 
 
 def _parts(name: str, data_dir: Path) -> Iterator[Iterable[tuple[str, Any]]]:
     folder, mix = folder_of(name, data_dir), name in (HUB, HUB.partition("/")[2])
     if folder is None and not mix:
-        yield _raw_rows(name)[1]
+        yield spec_rows(name)[1]
         return
     if folder is not None:
         for subset in SUBSETS:
             if (folder / f"{subset}.jsonl").is_file():
-                yield _raw_rows(str(folder / f"{subset}.jsonl"))[1]
+                yield data.read_rows(folder / f"{subset}.jsonl")
         if (folder / "train.jsonl").is_file() or not mix:
-            yield _raw_rows(str(folder / "train.jsonl"))[1]
+            yield data.read_rows(folder / "train.jsonl")
             return
     yield _hub_rows()
 
 
 def _hub_rows() -> Iterator[tuple[str, Any]]:
-    try:
-        rows = datasets.load_dataset(HUB, "expguardtrain", split="train")
-    except Exception as error:  # the hub's errors share no base class, and each is a page long
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{HUB}: {reason:.200} (it is gated: accept the terms on https://huggingface.co/datasets/{HUB}, then run "
-            "`hf auth login`; or pass --dataset_name a local file of its columns)"
-        ) from None
+    hint = (
+        f"it is gated: accept the terms on https://huggingface.co/datasets/{HUB}, then run "
+        "`hf auth login`; or pass --dataset_name a local file of its columns"
+    )
+    rows = load_hub(HUB, "train", "expguardtrain", where=HUB, hint=hint)
     if len(rows) != HUB_ROWS:
         logger.warning("%s: %d rows; the paper has %d", HUB, len(rows), HUB_ROWS)
     for i, row in enumerate(tqdm(rows, desc=f"reading {HUB}", unit="row")):
@@ -151,8 +148,9 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
 
 def evaluation_rows(spec: str, bad_rows: str = "error") -> Sequence[Mapping]:
     """The rows of a benchmark (`name` or `name@file`) or of a data spec, as messages; `bad_rows` as of `read_rows`."""
-    known = spec.partition("@")[0] in benchmark_names()
-    return load_benchmark(spec).rows if known else load_conversations(spec, bad_rows=bad_rows)
+    if is_benchmark(spec):
+        return load_benchmark(spec).rows
+    return load_conversations(spec, bad_rows=bad_rows)
 
 
 def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from common.conversation import UserError
+from common.run import expand_home
 
 logger = logging.getLogger("feedback_guard")
 FOLDER = Path(__file__).resolve().parent
@@ -212,7 +213,7 @@ def config_from_argv(doc: str | None = None, stages: Sequence[str] = ()) -> Conf
     parser.add_argument("--config", metavar="F.json", help="default: configs/quickstart.json")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="overrides")
     given = parser.parse_args()
-    path = Path(given.config) if given.config else FOLDER / "configs" / "quickstart.json"
+    path = Path(expand_home(given.config)) if given.config else FOLDER / "configs" / "quickstart.json"
     if not given.config:
         logger.info("Running %s (for the original's values: --config research_config.json)", os.path.relpath(path))
     config = load_config(path, given.overrides)
@@ -247,7 +248,7 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{where}, field {name.rstrip('.')}: expected {expected}, found {value!r:.60}")
-    return value
+    return expand_home(value)
 
 
 def _with(config: Config, keys: Sequence[str], text: str, where: str) -> dict[str, Any]:

@@ -17,13 +17,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from config import SPLITS, Config
 
 from common.bundled import resolve_model
 from common.conversation import UserError, check_label, check_text, last_turns
-from common.data import FILE_TYPES, _check_columns, _conversation, _raw_rows, load_conversations
+from common.data import (
+    FILE_TYPES,
+    conversation_row,
+    load_conversations,
+    parse_spec,
+    plain_columns,
+    read_rows,
+    spec_rows,
+)
+from common.data.specs import load_hub
 from common.data.tables import sources
 from common.run import json_lines, write_json, write_text
 
@@ -292,18 +300,15 @@ def _source(config: Config) -> dict[str, list[Row]]:
     """The rows of the data set by split; one file or one split of something is "train" alone."""
     path, known = config.dataset.path, sources()["sources"]
     if path in known:
-        return {s: _rows(_raw_rows(f"{path}:{s}")[1], path) for s in SPLITS if s in known[path]["splits"]}
+        return {s: _rows(spec_rows(f"{path}:{s}")[1], path) for s in SPLITS if s in known[path]["splits"]}
     if Path(path).is_dir():
         files = {s: f for s in SPLITS for kind in FILE_TYPES if (f := Path(path) / f"{s}{kind}").is_file()}
         if "train" in files:
-            return {s: _rows(_raw_rows(str(file))[1], path) for s, file in files.items()}
-    elif Path(path).is_file() or Path(path).suffix in FILE_TYPES or ":" in path:
-        return {"train": _rows(_raw_rows(path)[1], path)}
-    try:
-        found = datasets.load_dataset(path, config.dataset.config)
-    except Exception as error:  # the hub's errors share no base class, and each is a page long
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: {reason:.200} (check dataset.path, dataset.config and network)") from None
+            return {s: _rows(read_rows(file), path) for s, file in files.items()}
+    spec = parse_spec(path)
+    if spec.is_file or spec.split:
+        return {"train": _rows(spec_rows(path)[1], path)}
+    found = load_hub(path, None, config.dataset.config, hint="check dataset.path, dataset.config and network")
     return {
         s: _rows(((f"{path}:{s}, row {i}", row) for i, row in enumerate(found[s])), path) for s in SPLITS if s in found
     }
@@ -334,8 +339,8 @@ def _row(row: Any, where: str) -> Row:
             row = {**row, "prompt": row["input"], "prompt_label": row.get("label"), "response": row.get("model_output")}
             row |= {"response_label": row.get("output_unsafe") if row["response"] else None}
         if isinstance(row, Mapping):
-            _check_columns(row, where)
-        conversation = _conversation(row, where, None, ())
+            row = plain_columns(row, where)
+        conversation = conversation_row(row, where)
         if len(conversation["messages"]) > 2 or conversation["messages"][0]["role"] != "user":
             raise UserError(f"{where}, field messages: expected one prompt, with or without its response")
         text, response = last_turns(conversation["messages"])

@@ -25,8 +25,9 @@ import torch
 from adapter import convert_reference
 from riding import GuardedChat, GuardedReply
 
-from common.conversation import Message, UserError, check_messages, check_text, pair
-from common.run import json_lines, run_cli, write_text
+from common.conversation import Message, UserError, check_text, pair
+from common.data import conversation_row, plain_columns, read_rows
+from common.run import expand_home, json_lines, run_cli, write_text
 
 logger = logging.getLogger("lora_guard")
 
@@ -36,12 +37,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def home_path(text: str) -> Path:
+    return Path(expand_home(text))
+
+
 def model_parser(description: str, paths: str) -> Parser:
     """What moderate.py and demo.py ask alike; `paths` is argparse's nargs."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument(
-        "paths", nargs=paths, metavar="[config] adapter", help='config.json of the run ("-": none), adapter'
-    )
+    about = 'config.json of the run ("-": none), adapter'
+    parser.add_argument("paths", nargs=paths, type=expand_home, metavar="[config] adapter", help=about)
     parser.add_argument("--device-id", type=int, help="number of the accelerator; -1: CPU; default: what there is")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the models")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="of a reply (%(default)s; the paper: 200)")
@@ -54,12 +58,12 @@ def model_parser(description: str, paths: str) -> Parser:
 def parse() -> argparse.Namespace:
     parser = model_parser(__doc__, "+")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines with prompt or messages")
+    parser.add_argument("--prompts", type=home_path, metavar="FILE", help="rows with prompt or messages")
     parser.add_argument(
         "--on-unsafe", choices=("block", "flag"), default="block", help="withhold an unsafe reply, or say so"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="prompts that are answered together (8)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines with all that is printed")
+    parser.add_argument("--output", type=home_path, metavar="FILE", help="JSON lines with all that is printed")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -138,25 +142,13 @@ def read_prompts(args: argparse.Namespace) -> list[list[Message]] | None:
         return [pair(check_text(text, "prompt", "--prompt")) for text in args.prompt]
     if not args.prompts:
         return None
-    try:
-        lines = args.prompts.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {args.prompts}: cannot be read ({error!s:.100})") from None
     conversations = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{args.prompts}, row {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: malformed JSON ({error.msg})") from None
-        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
-            raise UserError(f"{where}: expected an object with prompt or messages, found {row!r:.60}")
-        messages = row.get("messages")
-        messages = (
-            pair(check_text(row["prompt"], "prompt", where)) if messages is None else check_messages(messages, where)
-        )
+    for where, row in read_rows(args.prompts, suffix=".jsonl"):
+        if isinstance(row, dict):
+            row = plain_columns(row, where)
+            name = "prompt" if row.get("messages") is None else "messages"
+            row = {name: row.get(name)}  # an answer that stands beside a prompt is not replied to
+        messages = conversation_row(row, where)["messages"]
         if messages[-1]["role"] != "user":
             raise UserError(f"{where}, field messages: ends with an answer; there is nothing to reply to")
         conversations.append(messages)

@@ -4,7 +4,6 @@ evaluation.json is a list of rows {"prompt", "response", "model", "flagged": {"g
 unsafe. Any set of models is welcome, and a judge may be missing from a row, a model or the whole file.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from common import metrics, report
 from common.conversation import UserError, check_label, check_text, pair
+from common.data import read_rows
 from common.run import write_json
 from common.templates import render
 from guards import Guard
@@ -26,16 +26,14 @@ def read_evaluation_file(path: Path) -> list[dict] | None:
 
     A row has `prompt`, `response`, `model` and `flagged`, an object with the verdicts of any judges (true = unsafe).
     """
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix.lower() != ".json" or not path.is_file():
         return None
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: malformed JSON ({error})") from None
-    if not isinstance(rows, list) or not any(isinstance(row, dict) and "model" in row for row in rows):
+    found = list(read_rows(path))
+    if not any(isinstance(row, dict) and "model" in row for _, row in found):
         return None
-    for i, row in enumerate(rows):
-        where = f"{path}, row {i}"
+    for where, row in found:
+        if isinstance(row, UserError):
+            raise row
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object, found {type(row).__name__}")
         for name in ("prompt", "response", "model"):
@@ -47,7 +45,7 @@ def read_evaluation_file(path: Path) -> list[dict] | None:
             )
         for judge, value in flagged.items():
             flagged[judge] = check_label(value, f"flagged.{judge}", where)
-    return rows
+    return [row for _, row in found]
 
 
 def report_flagged_proportion(rows: list[dict], guard: Guard, threshold: float, folder: Path, extra: dict) -> None:

@@ -1,7 +1,7 @@
 """`load_benchmark(spec)`: a guard evaluation set as conversations with a gold label.
 
-A spec is a name of benchmarks.yaml, or `name@path`: a local copy in the benchmark's own columns (jsonl, json, csv,
-parquet, txt), or a folder with its files, laid out as on the hub or named as in its url.
+A spec is a name of benchmarks.yaml, or `name@path`: a local copy in the benchmark's own columns (any type that
+`common.data.files` reads), or a folder with its files, laid out as on the hub or named as in its url.
 
 What data can say stands in benchmarks.yaml; the functions of prepare.py are the rest.
 """
@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import logging
-import re
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ import datasets
 import yaml
 
 from common.conversation import UserError, check_messages, check_text
-from common.data import _READERS, _json
+from common.data.files import Rows, read_rows
+from common.data.specs import first_line, load_hub
 from guards.suite.prepare import PREPARE, among, cell, plain, vote
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ def benchmark_names(label: str | None = None) -> list[str]:
     return [name for name, entry in benchmarks().items() if label in (None, entry["label"])]
 
 
+def is_benchmark(spec: str) -> bool:
+    """Whether a spec is a name of benchmarks.yaml, alone or with a local copy; else it is a data spec."""
+    return spec.partition("@")[0] in benchmarks()
+
+
 def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     """Load and check a benchmark.
 
@@ -77,6 +83,7 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
             no rows.
     """
     name, at, local = spec.partition("@")
+    local = os.path.expanduser(local)
     entry = benchmarks().get(name)
     if entry is None:
         near = difflib.get_close_matches(name.lower(), benchmarks(), 5, 0.5) or list(benchmarks())
@@ -214,7 +221,7 @@ def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[tuple[int, s
     if local.endswith(".tar.gz") and Path(local).is_file():  # an archive, named as in the url
         local = str(Path(local).absolute().parent)
     if local and not Path(local).is_dir():
-        parts = {None: _path_rows(Path(local), Path(local).suffix)}
+        parts = {None: read_rows(local, nested=True)}
     elif "hub" in entry:
         splits = entry["split"] if isinstance(entry["split"], list) else [entry["split"]]
         parts = {split: _hub_rows(name, entry, local, split) for split in splits}
@@ -231,73 +238,27 @@ def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[tuple[int, s
             yield next(numbers), where, row if len(parts) == 1 else {**row, "split": split}
 
 
-def _hub_rows(name: str, entry: Mapping, local: str, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(name: str, entry: Mapping, local: str, split: str) -> Rows:
     """Rows of a hub data set, or of a local folder in its layout."""
-    hub, revision = (local, None) if local else (entry["hub"], entry["revision"])
-    try:
-        rows = datasets.load_dataset(hub, entry.get("config"), split=split, revision=revision)
-    except Exception as error:  # the hub's errors share no base class, and each is a page long
-        gated = not local and (entry["gate"] != "none" or "gated" in str(error).lower())
-        gate = f"visit {_page(entry)}, accept the terms, then run `hf auth login`, or " if gated else ""
-        raise _unread(f"{name}, {hub}:{split}", error, f"{gate}pass a local copy: {name}@FILE") from None
-    yield from ((f"{hub}:{split}, row {i}", row) for i, row in enumerate(rows))
+    hub = local or entry["hub"]
+    revision = None if local else entry["revision"]
+    hint = f"pass a local copy: {name}@FILE"
+    if not local and entry["gate"] != "none":
+        hint = f"visit {_page(entry)}, accept the terms, then run `hf auth login`, or {hint}"
+    rows = load_hub(hub, split, entry.get("config"), revision, where=f"{name}, {hub}:{split}", hint=hint)
+    for index, row in enumerate(rows):
+        yield f"{hub}:{split}, row {index}", row
 
 
-def _url_rows(name: str, url: str, local: str) -> Iterator[tuple[str, Any]]:
+def _url_rows(name: str, url: str, local: str) -> Rows:
     """Rows of a file of the web (after #: in an archive), from the `datasets` cache or, named alike, from `local`."""
     url, _, member = url.partition("#")
     manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(use_etag=False, force_extract=True))
     try:
         path = Path(local, unquote(Path(url).name)) if local else manager.download(url)
         path = Path(manager.extract(str(path)), member) if member else path
-    except Exception as error:
-        raise _unread(f"{name}, {url}", error, f"check the network, or pass a local copy: {name}@FILE") from None
-    yield from _path_rows(Path(path), Path(member or url).suffix)
-
-
-def _unread(what: str, error: Exception, hint: str) -> UserError:
-    return UserError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]} ({hint})")
-
-
-def _path_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a file; one from the cache has no suffix of its own."""
-    readers = _READERS | {".json": _json_rows, ".txt": _line_rows}
-    if suffix not in readers:
-        raise UserError(f"{path}: unknown file type; expected {', '.join(readers)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        yield from readers[suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); re-encode the file") from None
-
-
-def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)  # other line ends may stand in a text
-    yield from ((f"{path}, line {i}", {"text": line}) for i, line in lines if line.strip())
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of any JSON, see `_leaves`; some hub files have one object a line under this name."""
-    text = path.read_text(encoding="utf-8-sig")
-    if re.match(r"\s*{.*}\s*\n{", text):
-        yield from _READERS[".jsonl"](path)
-    else:
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(_leaves(_json(text, path), str(path))))
-
-
-def _leaves(value: Any, where: str, keys: tuple[str, ...] = ()) -> Iterator[Any]:
-    """What stands in the lists of nested objects, with the keys that lead there as `key_0`, `key_1`, …
-
-    A list of texts gives rows with a column `text`.
-    """
-    if isinstance(value, list):
-        path = {f"key_{i}": key for i, key in enumerate(keys)}
-        for leaf in value:
-            leaf = {"text": leaf} if isinstance(leaf, str) else leaf
-            yield path | leaf if isinstance(leaf, dict) else leaf
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _leaves(part, f"{where}, {key}", (*keys, key))
-    else:
-        raise UserError(f"{where}: expected a list, found {value!r:.60}")
+    except Exception as error:  # the network's and an archive's errors share no base class
+        hint = f"check the network, or pass a local copy: {name}@FILE"
+        raise UserError(f"{name}, {url}: {first_line(error)} ({hint})") from None
+    suffix = Path(member or url).suffix  # a file of the cache has none of its own
+    yield from read_rows(path, suffix=suffix, nested=True)

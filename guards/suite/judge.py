@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from common import data, metrics
 from common.conversation import UserError, Verdict, check_url, last_turns, pair
-from common.run import write_json
+from common.data import parse_spec
+from common.run import expand_home, write_json
 from common.templates import template_text
 from guards import Guard, load_guard, zoo
-from guards.suite.benchmarks import Benchmark, benchmark_names, load_benchmark
+from guards.suite.benchmarks import Benchmark, benchmark_names, is_benchmark, load_benchmark
 
 logger = logging.getLogger("suite")
 TASKS = {"prompt": "prompt_unsafe", "response": "response_unsafe", "refusal": "response_refusal"}
@@ -72,7 +73,9 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
         given = {key: yaml.safe_load(value) for key, _, value in pairs}
         for key in {"server_url", "base_url"} & set(given):  # the spec stands in results.json
             check_url(given[key], f"--guards {spec}, {key}")
+        spec = expand_home(spec)
         name, folder = (None, spec) if Path(spec).exists() or "=" not in spec else spec.split("=", 1)
+        folder = expand_home(folder)
         described, card = (Path(folder) / "guard.json").is_file(), _read_card(Path(folder))
         if name and not Path(folder).is_dir():
             raise UserError(f"--guards {text}: {folder} is no folder")
@@ -165,13 +168,14 @@ def read_validation(specs: Sequence[str], benchmarks: Sequence[str], labels: set
     Raises:
         UserError: a test split, a benchmark, or rows of one class only.
     """
-    files = {Path(spec.partition("@")[2]).resolve() for spec in benchmarks if "@" in spec}
+    files = {Path(spec.partition("@")[2]).expanduser().resolve() for spec in benchmarks if "@" in spec}
     rows: dict[str, list[dict]] = {label: [] for label in sorted(labels)}
     for spec in specs:
-        name, _, file = spec.partition("@")
-        if spec in benchmark_names() or metrics.is_test(file or spec) or Path(file or spec).resolve() in files:
+        file = spec.partition("@")[2] if is_benchmark(spec) else spec
+        path = Path(parse_spec(file).name).resolve() if file else None
+        if not file or metrics.is_test(file) or path in files:
             raise UserError(f"--validation {spec}: is test data; a threshold is fitted on other rows")
-        if name in benchmark_names():
+        if is_benchmark(spec):
             benchmark = load_benchmark(spec)
             rows.get(benchmark.label, []).extend(benchmark.rows)
             continue

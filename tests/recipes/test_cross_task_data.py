@@ -187,7 +187,7 @@ def test_evaluation_files_pair_the_tasks_and_controls_change_what_they_say(tmp_p
         ({"n_safety": 1000}, "--n_safety 1000: there are only 120"),
         ({"counter_examples": 500}, "--counter_examples 500"),
         ({"base": "no.json"}, "no.json"),
-        ({"documents": "no.jsonl"}, "--documents no.jsonl"),
+        ({"documents": "no.jsonl"}, "no.jsonl: no such file"),
     ],
 )
 def test_a_mistake_writes_nothing(tmp_path, options, message):
@@ -199,10 +199,10 @@ def test_a_mistake_writes_nothing(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"kind": "bad"', "row 2: malformed JSON"),
-        ('{"kind": "evil", "split": "test", "text": "x"}', "row 2, field kind"),
-        ('{"kind": "plain", "split": "dev", "text": "x"}', "row 2, field split"),
-        ('{"kind": "plain", "split": "test", "text": " "}', "row 2, field text"),
+        ('{"kind": "bad"', "line 2, column .*malformed JSON"),
+        ('{"kind": "evil", "split": "test", "text": "x"}', "line 2, field kind"),
+        ('{"kind": "plain", "split": "dev", "text": "x"}', "line 2, field split"),
+        ('{"kind": "plain", "split": "test", "text": " "}', "line 2, field text"),
         ('{"kind": "plain", "split": "test", "text": "one"}', "in both splits"),
     ],
 )

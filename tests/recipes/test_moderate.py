@@ -81,8 +81,8 @@ def test_moderate_as_a_command(make_guard, tmp_path):
     [
         ([], "required: .*adapter; --help lists the flags"),
         (["{guard}", "--prompt", " "], "--prompt, field prompt: empty text"),
-        (["{guard}", "--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: cannot be read"),
-        (["{guard}", "--prompts", "{bad}"], "bad.jsonl, row 2: malformed JSON"),
+        (["{guard}", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["{guard}", "--prompts", "{bad}"], "bad.jsonl, line 2, column .*malformed JSON"),
         (["nowhere.json", "{guard}", "--prompt", "Hi"], "nowhere.json: no config.json of a run"),
         (["a", "b", "c", "--prompt", "Hi"], "c: expected .config. adapter"),
         (["{guard}", "--device-id", "99", "--prompt", "Hi"], "--device-id 99: there are"),

@@ -147,7 +147,7 @@ PLAIN_ROWS = st.lists(
             "refusal_label": st.none() | st.booleans(),
             "categories": st.none() | st.lists(st.sampled_from(NAMES), unique=True),
         }
-    )
+    ).filter(lambda row: not (row["response_label"] and row["categories"] == []))  # a contradiction
     | st.fixed_dictionaries({"id": TEXT, "prompt": TEXT, "prompt_label": st.none() | st.booleans()}),
     min_size=1,
     max_size=4,
@@ -253,7 +253,14 @@ BAD_ROWS = {  # name: row, field, what the message must say of it
     "unsafe without one": (SAFE | {"is_safe": False}, "is_safe", "contradicts the categories []"),
     "is_safe null": (SAFE | {"is_safe": None}, "is_safe", "None"),
     "plain safe with one": (QA | {"response_label": "safe", "categories": [NAMES[1]]}, "categories", NAMES[1]),
-    "word for a list": (QA | {"categories": "theft"}, "categories", "list"),
+    "object for a list": (QA | {"categories": '{"theft": true}'}, "categories", "list"),
+    "unsafe with no category": (QA | {"response_label": "unsafe", "categories": []}, "categories", "labelled unsafe"),
+    "the same of a prompt": ({"prompt": "Hi", "prompt_label": 1, "categories": []}, "categories", "labelled unsafe"),
+    "safe prompt with one": ({"prompt": "Hi", "prompt_label": 0, "categories": ["x"]}, "categories", "labelled safe"),
+    "label of whom": (QA | {"label": "safe"}, "label", "prompt_label or response_label"),
+    "label that is none": ({"prompt": "Hi", "label": "homonym"}, "label", "unknown label 'homonym'"),
+    "two names, two labels": (QA | {"response_label": 1, "response_unsafe": 0}, "response_unsafe", "response_label"),
+    "surrogate beside the text": (QA | {"note": ["\ud83d"]}, "note", "surrogate"),
     "number in a list": (QA | {"categories": [1]}, "categories", "int 1"),
     "surrogate in a list": (QA | {"categories": ["\ud83d"]}, "categories", "surrogate"),
     "unknown category": (QA | {"categories": ["litter"]}, "categories", "'litter'; known: animal_abuse |"),
