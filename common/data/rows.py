@@ -28,13 +28,17 @@ def plain_columns(row: Mapping, where: str) -> Mapping[str, Any]:
     Raises:
         UserError: a column is there twice, or is missing. That is a fault of the file, and no row to be skipped.
     """
-    row = plain_row(_own_names(row, where), where)
+    row = plain_row(our_names(row, where), where)
     check_columns(row, where)
     return row
 
 
-def _own_names(row: Mapping, where: str) -> dict[str, Any]:
-    """Columns that we know under our names, however a header writes them ("Prompt", " response", "Response Label")."""
+def our_names(row: Mapping, where: str) -> dict[str, Any]:
+    """Columns that we know under our names, however a header writes them ("Prompt", " response", "Response Label").
+
+    Raises:
+        UserError: two columns have the same of these names.
+    """
     known = OWN_COLUMNS | known_columns()
     out: dict[str, Any] = {}
     for column, value in row.items():

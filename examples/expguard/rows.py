@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from common import data, metrics
 from common.conversation import Messages, UserError, check_label, check_text, pair
 from common.data import load_conversations, prompt_key, spec_rows
+from common.data.rows import our_names
 from common.data.specs import load_hub
 from common.templates import Part, encode, render, template_text, token_offsets
 from guards.suite.benchmarks import is_benchmark, load_benchmark
@@ -96,6 +97,7 @@ def _hub_rows() -> Iterator[tuple[str, Any]]:
 def _checked(row: Any, where: str) -> Row:
     if isinstance(row, UserError):
         raise row
+    row = our_names(row, where) if isinstance(row, Mapping) else row
     if not isinstance(row, Mapping) or not {"prompt", "prompt_label"} <= set(row):
         raise UserError(
             f"{where}: expected prompt and prompt_label (and response, response_label, domain), found {row!r:.60}"
