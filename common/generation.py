@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from common.bundled import resolve_model
 from common.conversation import UserError, check_url
 from common.fast_decoding import cache_for, pack_linear, prefilled, without_collector
+from common.fit import check_ids, padding_id, positions
 from common.run import device, inference_dtype
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,12 @@ def transformers_engine(
     drawn = {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
     drawn = drawn if decoding.temperature else dict.fromkeys(drawn)  # a model's own generation_config.json may set them
     options |= drawn | {"do_sample": decoding.temperature > 0}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    pad = padding_id(tokenizer, model)
+    window = positions(model) or float("inf")
 
     def run(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:
         refuse_long(prompts, window - decoding.max_new_tokens)
+        check_ids(prompts, tokenizer, model)
         torch.manual_seed(decoding.seed)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for batch in (order[i : i + size] for i in range(0, len(order), size)):

@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import taxonomy
+from common.fit import check_length, fit_classifier, positions
 from common.run import device, inference_dtype, is_main_process
-from common.templates import Part, control_ids, cut, encode, prepare_padding, render, windows
+from common.templates import Part, control_ids, cut, encode, render, windows
 from guards.base import LONG_INPUTS, Guard
 
 logger = logging.getLogger(__name__)
+DEFAULT_LENGTH = 512
 
 
 class ClassifierGuard(Guard):
@@ -33,7 +35,7 @@ class ClassifierGuard(Guard):
         *,
         template: str | None = None,
         labels: Sequence[str] | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         unsafe_labels: Sequence[str] | None = None,
         thresholds: dict[str, dict[str, Any]] | None = None,
         batch_tokens: int | None = None,
@@ -47,19 +49,23 @@ class ClassifierGuard(Guard):
             model: folder or hub id of an `AutoModelForSequenceClassification`.
             template: name of a prompt template; needed where the 14 BeaverTails labels do not tell it.
             labels: category names by index; None takes them from the model's config.
-            max_length: tokens a forward pass sees of one conversation.
+            max_length: tokens a forward pass sees of one conversation; None: 512, or what the model sees, if that is
+                less.
             unsafe_labels: the labels that make a text unsafe; None: every one.
             batch_tokens: padded tokens a batch; None chooses for the device.
             long_inputs: "windows" judges overlapping windows and takes the maximum, "error" gives an error verdict,
                 "truncate" cuts the end off, as the paper does.
 
         Raises:
-            UserError: the folder or id cannot be loaded, or does not have these labels.
+            UserError: the folder or id cannot be loaded, does not have these labels, or sees fewer tokens.
         """
         if long_inputs not in LONG_INPUTS:
             raise UserError(f"--long_inputs {long_inputs}: expected one of {', '.join(LONG_INPUTS)}")
         self._load(model, labels, template, trust_remote_code)
-        prepare_padding(self.tokenizer, self.model)
+        fit_classifier(self.tokenizer, self.model)
+        if max_length is None:
+            max_length = min(DEFAULT_LENGTH, positions(self.model) or DEFAULT_LENGTH)
+        check_length(self.model, max_length)
         self.unsafe_labels = list(unsafe_labels or self.labels)
         if unknown := set(self.unsafe_labels) - set(self.labels):
             raise UserError(f"{model}: has no label {sorted(unknown)[0]!r}; it has {', '.join(self.labels)}")

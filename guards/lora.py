@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, last_turns
+from common.fit import grow_embeddings
 from common.run import inference_dtype
 from common.templates import Part
 from guards.classifier import ClassifierGuard
@@ -51,8 +52,7 @@ class LoraGuard(ClassifierGuard):
             )
             if lacking := [key for key in loading["missing_keys"] if not key.startswith("score.")]:
                 raise ValueError(f"the base lacks {', '.join(sorted(lacking))}")
-            if len(self.tokenizer) > base.get_input_embeddings().num_embeddings:
-                base.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)  # a pad token
+            grow_embeddings(self.tokenizer, base)
             self.model = PeftModel.from_pretrained(base, model)
             with safe_open(Path(model) / "adapter_model.safetensors", "pt") as file:
                 differing = set(file.keys()) ^ set(get_peft_model_state_dict(self.model, save_embedding_layers=False))

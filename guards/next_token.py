@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from common.conversation import UserError
 from common.fast_decoding import shared_prefix
+from common.fit import check_ids, positions
 from common.generation import Decoding, load_causal_lm, server_client, start_vllm, transformers_engine
 from common.run import device, is_main_process
 
@@ -81,7 +82,7 @@ class LocalModel(Model):
         self.batch_tokens = batch_tokens or (384 if device().type == "cpu" else 8192)
         self.bar = {"desc": f"judging with {name}", "unit": "text", "disable": not (progress and is_main_process())}
         config = self.model.config.get_text_config()
-        self.window, window = getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None)
+        self.window, window = positions(self.model), getattr(config, "sliding_window", None)
         sliding = "sliding_attention" if window else "full_attention"
         self.layers = {kind: window if kind.startswith("sliding") else None
                        for kind in set(getattr(config, "layer_types", None) or [sliding])}  # fmt: skip
@@ -91,6 +92,7 @@ class LocalModel(Model):
 
     @torch.inference_mode()
     def next_token(self, prompts: Sequence[list[int]], candidates: Sequence[int]) -> list[NextToken]:
+        check_ids(prompts, self.tokenizer, self.model)
         out: list[NextToken] = [([], "")] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the largest first: no late out-of-memory
         shared = shared_prefix(prompts) if self.share_prefix and self.packs else 0

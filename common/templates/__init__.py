@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from common.conversation import Message, Messages, UserError, last_turns, pair
 
@@ -278,24 +278,3 @@ def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
     if tail >= max_length:
         raise UserError(f"--max_length {max_length}: too short for the template, whose closing tokens alone are {tail}")
     return ids[: max_length - tail] + ids[len(ids) - tail :]
-
-
-def prepare_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """A pad token that never ends a text, so that stock pooling reads the last attended token.
-
-    transformers reads a decoder's score at the rightmost id that is not `pad_token_id`. With pad = EOS it would skip
-    the EOS that the template ends with. So: keep a pad token of its own; else take a special token that no text can
-    hold and no text ends with; else add `<pad>`, as the paper's code does. (Encoders pool at their first token.)
-    """
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        framing = tokenizer("")["input_ids"]  # what the tokenizer itself puts around a text
-        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, *framing}
-        free = sorted(i for i in control_ids(tokenizer) - taken if tokenizer.added_tokens_decoder[i].special)
-        if free:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
-        else:
-            tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the new row is never attended to
-    model.config.pad_token_id = tokenizer.pad_token_id

@@ -38,6 +38,7 @@ from trl import SFTConfig, SFTTrainer
 from common import report
 from common.bundled import resolve_model
 from common.conversation import UserError
+from common.fit import check_ids, check_length, fit_causal_lm
 from common.run import inference_dtype, is_main_process, manifest, write_json
 from common.templates import Part, encode, token_offsets
 from common.training import LengthGroupedTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
@@ -169,6 +170,7 @@ def train(
     model = add_adapters(model, values)
 
     encoded, facts = encode_rows(rows, template, tokenizer, cutoff_len, train_on_inputs, add_eos_token)
+    check_ids(encoded["input_ids"], tokenizer, model)
     logger.info("Data: %s", json.dumps(facts))
     split = encoded.train_test_split(val_set_size, seed=seed) if val_set_size else {"train": encoded, "test": None}
     trainer = DefenceTrainer(
@@ -267,8 +269,8 @@ def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedToken
         raise UserError(f"--base_model {values['base_model']}: {str(error).strip().splitlines()[0]:.200}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--base_model {values['base_model']}: its tokenizer has no EOS token; answers would not end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # pads are masked, and no label falls on them
+    fit_causal_lm(tokenizer, model)
+    check_length(model, values["cutoff_len"], "--cutoff_len")
     model.config.use_cache = False
     if "quantization_config" in options:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=values["gradient_checkpointing"])

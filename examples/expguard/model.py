@@ -42,8 +42,6 @@ def load_tokenizer(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrain
         raise UserError(
             f"--model_type {model_args.model_type}: {model_args.model_name_or_path} is a {config.model_type}"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # pads are masked, and no label falls on them
     tokenizer.chat_template = chat_template()
     return tokenizer
 

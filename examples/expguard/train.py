@@ -31,6 +31,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from common import metrics, report
 from common.conversation import UserError
 from common.data import overlap
+from common.fit import check_ids, check_length, fit_causal_lm
 from common.prefix import shared_prefix_collator
 from common.run import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
@@ -125,6 +126,9 @@ def main() -> None:
     logger.info("Encoded: %s", json.dumps(facts["encoded"]))
     validation = None if held_out is None else Validation(held_out, encoder, val_name)
     model = load_model(model_args, args)
+    fit_causal_lm(tokenizer, model)
+    check_length(model, max_length, "--max_seq_len")
+    check_ids(train_set["input_ids"], tokenizer, model)
     check_layout(model, args)
     args.max_length = max_length if args.packing else None  # the encoder has seen to it
     trainer = GuardTrainer(

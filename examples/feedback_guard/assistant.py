@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import UserError, pair
+from common.fit import config_positions
 from common.generation import (
     Decoding,
     Engine,
@@ -94,12 +95,12 @@ def assistant_tokenizer(name: str) -> tuple[Any, int]:
     """The assistant's tokenizer, and how many tokens it sees. Raises UserError where there is none that can chat."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
-        known = AutoConfig.from_pretrained(resolve_model(name)).get_text_config()
+        known = AutoConfig.from_pretrained(resolve_model(name))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"llama.model_path {name}: {str(error).strip().splitlines()[0]:.200}") from None
     if not tokenizer.chat_template:
         raise UserError(f"llama.model_path {name}: has no chat template; choose an instruction-tuned model")
-    return tokenizer, getattr(known, "max_position_embeddings", None) or 1 << 30
+    return tokenizer, config_positions(known) or 1 << 30
 
 
 def assistant(config: Config, tokenizer: Any, size: int) -> Callable[[int], Engine]:

@@ -25,6 +25,7 @@ from common import metrics, report
 from common.bundled import resolve_model
 from common.conversation import Message, UserError
 from common.data import load_conversations, prompt_key
+from common.fit import fit_causal_lm
 from common.run import inference_dtype, is_main_process, manifest, run_cli, write_json
 from common.training import full_state_dict, save_full, start_over
 from guards import zoo
@@ -150,13 +151,12 @@ def load_encoder(base_model: str, folder: Path) -> Encoder:
         raise UserError(f"prepare, field base_model: {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"prepare, field base_model: the tokenizer of {base_model} has no EOS; verdicts would not end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # pads are masked, and no label falls on them
     tokenizer.chat_template = template()
     if is_main_process():
         tokenizer.save_pretrained(folder)
     entry = {**zoo()["llama-guard"], "tokenizer": str(folder)}
     guard = GenerativeGuard(resolve_model(base_model), entry, max_length=MAX_LENGTH, progress=False)
+    fit_causal_lm(guard.tokenizer, guard.model.model)
     if str(guard.model.model.config._attn_implementation).startswith("sdpa"):
         guard.model.model.set_attn_implementation("sdpa")
     return Encoder(guard, MAX_LENGTH, always_end=True)

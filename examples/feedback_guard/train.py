@@ -40,6 +40,7 @@ from trunk import Trunk
 
 from common import report
 from common.conversation import UserError
+from common.fit import check_ids, check_length
 from common.run import inference_dtype, is_main_process, json_lines, manifest, run_cli, write_json, write_text
 from common.training import (
     LengthGroupedTrainer,
@@ -106,8 +107,10 @@ def train(config: Config) -> list[Path]:
     if not missing:
         return folders
     encoder = Encoder(load_base(config), config.training.max_length)
+    check_length(encoder.guard.model.model, config.training.max_length, "training.max_length")
     encoded = {id(job): encoded_rows(job, encoder, config) for job in jobs if not job.arm.probe}
     every = [row["input_ids"] for rows, _ in encoded.values() for row in rows]
+    check_ids(every, encoder.tokenizer, encoder.guard.model.model)
     shared = Shared(encoder, Trunk.of(encoder.guard.model.model, config.training.lora_last_layers, every))
     for number, job in enumerate(missing, start=1):
         if job.facts.get("legacy_collection") == "empty":

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, last_turns, pair
+from common.fit import positions
 from common.run import device as default_device
 from common.run import inference_dtype, is_main_process
 from common.templates import Part, control_ids, encode, render, render_chat
@@ -268,7 +269,7 @@ class GuardedChat:
         if stop_at is not None and "pair" not in self.inputs:
             raise UserError(f"--stop-at: this guard was trained on {', '.join(self.inputs)}, not on pairs")
         rows = [self._row(i, messages) for i, messages in enumerate(conversations)]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+        limit = positions(self.model) or float("inf")
         longest = max((max(len(row.chat_ids), len(row.start)) for row in rows), default=0) + max_new_tokens
         if longest > limit:
             raise UserError(f"prompt and --max-new-tokens need {longest} tokens, the model has {limit}")

@@ -38,9 +38,10 @@ from transformers import (
     set_seed,
 )
 
-from common import data, metrics, report, templates
+from common import data, metrics, report
 from common.bundled import resolve_model
 from common.conversation import UserError
+from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
@@ -266,7 +267,8 @@ def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"hf_model_id {args.hf_model_id}: {str(error).strip().splitlines()[0]}") from None
-    templates.prepare_padding(tokenizer, model)
+    fit_classifier(tokenizer, model)
+    check_length(model, args.max_length, "--max-length")
     replace_head(model, len(names), bias=not args.no_clf_head_bias)
     model.config.use_cache = False
     return model, tokenizer

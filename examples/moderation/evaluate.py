@@ -28,6 +28,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 from common import data, metrics, report
 from common.bundled import resolve_model
 from common.conversation import UserError, last_turns
+from common.fit import fit_classifier
 from common.run import inference_dtype, manifest, parse_args, run_cli
 from guards import Guard, load_guard
 
@@ -182,8 +183,7 @@ def baseline_scores(guard: Guard, args: EvaluationArguments, fit_rows, conversat
             )
         except (OSError, ValueError) as error:
             raise UserError(f"--baselines: base model {name}: {str(error).strip().splitlines()[0]}") from None
-        guard.model.resize_token_embeddings(trained.get_input_embeddings().num_embeddings, mean_resizing=False)
-        guard.model.config.pad_token_id = trained.config.pad_token_id
+        fit_classifier(guard.tokenizer, guard.model)
         guard.model.to(guard.device).eval()
         scores["untrained head"] = np.array([v.score() for v in guard.judge(conversations)])
         guard.model = trained

@@ -34,6 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from common import data, metrics, report, templates
 from common.bundled import resolve_model
 from common.conversation import UserError
+from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.run import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
@@ -222,7 +223,8 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise UserError(
             f"--model_name_or_path {args.model_name_or_path}: {str(error).strip().splitlines()[0]}"
         ) from None
-    templates.prepare_padding(tokenizer, model)  # so that the score is read at the last attended token: EOS
+    fit_classifier(tokenizer, model)  # so that a decoder's score is read at the last attended token: EOS
+    check_length(model, args.max_length)
     model.config.use_cache = False
     return model, tokenizer
 

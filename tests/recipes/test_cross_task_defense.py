@@ -232,6 +232,7 @@ def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
         ({"val_set_size": 500}, "--val_set_size 500"),
         ({"lora_target_modules": ["nothing"]}, "--lora_target_modules"),
         ({"prompt_template_name": "chat"}, "has no chat template"),
+        ({"cutoff_len": 4096}, "--cutoff_len 4096: the model sees 2048 tokens"),
         ({"data_path": "no.json"}, "no.json"),
         ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
         ({"first_token_weight": 5.0, "train_on_inputs": True}, "--first_token_weight"),
@@ -243,6 +244,18 @@ def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, cha
     with pytest.raises(UserError, match=message):
         train.train(**options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pad_token_outside_the_embeddings_is_left_out(tiny_base, tmp_path):
+    """The tokenizer has a `<pad>` for which the checkpoint was never resized: EOS pads in its place."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    values = {"base_model": str(tmp_path / "base"), "cutoff_len": 256, "trust_remote_code": False}
+    values |= {"attn_implementation": None, "load_in_8bit": False, "load_in_4bit": False}
+    model, own = train.load_model(values)
+    assert own.pad_token == own.eos_token and own.pad_token_id < model.get_input_embeddings().num_embeddings
 
 
 @slow

@@ -133,6 +133,7 @@ def test_defaults_are_the_papers(monkeypatch):
         (["--do_eval", "--val_data", "a/test.jsonl"], "is a test set"),
         (["--bad_rows", "keep"], "must be error or skip"),
         (["--overlap_with", "nothing.jsonl"], "no such file"),
+        (["--max_seq_len", "4000"], "--max_seq_len 4000: the model sees 2048 tokens"),
         (["--packed"], r"unknown argument \['--packed'\]"),
     ],
 )
@@ -255,6 +256,17 @@ def test_training_learns_and_leaves_a_guard_that_stock_libraries_load(run, base,
         "Measured on" in (tmp_path / "README.md").read_text()
         and str(tmp_path) not in (tmp_path / "README.md").read_text()
     )
+
+
+def test_a_pad_token_outside_the_embeddings_is_left_out(run, base, tmp_path):
+    """The tokenizer has a `<pad>` for which the checkpoint was never resized: EOS pads in its place."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    flags = ["--max_steps", 1, "--per_device_train_batch_size", 4, "--disable_checkpointing"]
+    run(tmp_path / "guard", "--model_name_or_path", tmp_path / "base", *flags)
+    assert AutoTokenizer.from_pretrained(tmp_path / "guard").pad_token == tokenizer.eos_token
 
 
 def test_the_epoch_with_the_best_validation_f1_is_kept(run, tmp_path):

@@ -11,13 +11,13 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer
 
 from common.conversation import UserError, pair
+from common.fit import fit_classifier
 from common.templates import (
     Part,
     control_ids,
     cut,
     encode,
     inline_template,
-    prepare_padding,
     render,
     render_chat,
     windows,
@@ -296,7 +296,7 @@ def test_pad_token_never_ends_a_text(make_tokenizer, make_classifier, family, ro
         setattr(tokenizer, role, token)
     model = make_classifier(tokenizer)
     known = len(tokenizer)
-    prepare_padding(tokenizer, model)
+    fit_classifier(tokenizer, model)
     assert tokenizer.pad_token == pad
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, encoded(tokenizer, "Why?", "So.")[-1])
     assert (len(tokenizer) > known) == (pad == "<pad>")
@@ -309,7 +309,7 @@ def test_stock_pooling_reads_the_last_attended_token(tokenizer, make_classifier)
     """A padded batch gives what each text gives alone, to 1e-5."""
     own = copy.deepcopy(tokenizer)
     model = make_classifier(own)
-    prepare_padding(own, model)
+    fit_classifier(own, model)
     ids = [encoded(own, "Why?", answer) for answer in ("", "So.", "word " * 30, "<|im_end|></s>[PAD] x <pad>")]
     batch = own.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
