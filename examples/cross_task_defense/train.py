@@ -270,7 +270,8 @@ def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedToken
     if tokenizer.eos_token_id is None:
         raise UserError(f"--base_model {values['base_model']}: its tokenizer has no EOS token; answers would not end")
     fit_causal_lm(tokenizer, model)
-    check_length(model, values["cutoff_len"], "--cutoff_len")
+    if not values["packing"]:  # each row of a packed sequence has positions of its own
+        check_length(model, values["cutoff_len"], "--cutoff_len")
     model.config.use_cache = False
     if "quantization_config" in options:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=values["gradient_checkpointing"])

@@ -253,7 +253,7 @@ def test_a_pad_token_outside_the_embeddings_is_left_out(tiny_base, tmp_path):
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(tmp_path / "base")
     values = {"base_model": str(tmp_path / "base"), "cutoff_len": 256, "trust_remote_code": False}
-    values |= {"attn_implementation": None, "load_in_8bit": False, "load_in_4bit": False}
+    values |= {"attn_implementation": None, "load_in_8bit": False, "load_in_4bit": False, "packing": False}
     model, own = train.load_model(values)
     assert own.pad_token == own.eos_token and own.pad_token_id < model.get_input_embeddings().num_embeddings
 
