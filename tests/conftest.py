@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # or the workers' threads spin for one another
 
 import pytest
+import scripts
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -26,6 +27,18 @@ from transformers import (
 )
 
 from common.data import taxonomy
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All workers share one fork server."""
+    if not hasattr(config, "workerinput"):
+        scripts.share_server()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        scripts.leave_server()
+
 
 TEXTS = [
     "BEGINNING OF CONVERSATION: USER: How do I keep my bicycle from being stolen? ASSISTANT: Use two locks.",

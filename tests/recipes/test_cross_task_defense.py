@@ -2,9 +2,7 @@
 
 import inspect
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +14,7 @@ import scripts
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from scripts import EXAMPLES, module
+from scripts import EXAMPLES, TORCHRUN, module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation import UserError
@@ -25,7 +23,6 @@ from common.training import EpochLengthGroupedSampler
 ROOT = EXAMPLES.parent
 RECIPE = EXAMPLES / "cross_task_defense"
 SAMPLE = ROOT / "data/sample/cross_task_defense"
-BIN = Path(sys.executable).parent
 prompts, train, answers = (module("cross_task_defense", name) for name in ("prompts", "train", "generate_answers"))
 slow = pytest.mark.slow
 
@@ -122,8 +119,7 @@ def test_stock_peft_loads_what_was_trained(trained, tiny_base):
 
 @slow
 def test_two_processes_and_other_accumulation_train_the_same(trained, tiny_base, tmp_path):
-    torchrun = [BIN / "torchrun", "--standalone", "--nproc_per_node=2"]
-    launch(*command(tiny_base, tmp_path / "two"), launcher=torchrun, threads=1)
+    launch(*command(tiny_base, tmp_path / "two"), launcher=TORCHRUN, threads=1)
     assert_close(trained, tmp_path / "two", 2e-5)
     launch(*command(tiny_base, tmp_path / "small", "--micro_batch_size", 5))
     assert_close(trained, tmp_path / "small", 2e-5)
@@ -131,13 +127,12 @@ def test_two_processes_and_other_accumulation_train_the_same(trained, tiny_base,
 
 @slow
 def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
-    folder, environment = tmp_path / "adapter", os.environ | {"OMP_NUM_THREADS": "2"}
-    words = [sys.executable, *map(str, command(tiny_base, folder))]
-    process = subprocess.Popen(words, cwd=RECIPE, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "adapter"
+    process = scripts.start([sys.executable, *command(tiny_base, folder)], cwd=RECIPE)
     while not list(folder.glob("checkpoint-2/trainer_state.json")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     if (folder / "adapter_config.json").exists():
         pytest.fail("the run ended before it was killed")
@@ -320,13 +315,11 @@ def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path
     (tmp_path / "many/many.json").write_text(json.dumps(many))
     argv = ["generate_answers.py", "--input_path", tmp_path / "many", "--output_path", tmp_path / "out"]
     argv += ["--lora_weights", trained, "--num_beams", 1, "--max_new_tokens", 12, "--batch_size", 4]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, argv)], cwd=RECIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = scripts.start([sys.executable, *argv], cwd=RECIPE)
     while not (partial := list((tmp_path / "out").rglob("*.partial.jsonl"))) or len(partial[0].read_bytes()) < 3000:
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     with partial[0].open("ab") as file:
         file.write(b'{"key": "half of a li')  # as a kill may leave it

@@ -1,9 +1,7 @@
 """examples/expguard: the training recipe, run as its README says, on tiny random models."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from datasets import Dataset
 from expguard_rows import authored, golden, prompt_tokenizer, write_rows
 from safetensors.torch import load_file
-from scripts import EXAMPLES, module
+from scripts import EXAMPLES, TORCHRUN, launch, module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -343,28 +341,17 @@ def test_overlap_with_evaluation_sets_is_printed(run, data, tmp_path, caplog):
     assert json.dumps(overlap) in caplog.text
 
 
-def command(*words, **environment) -> None:
-    done = subprocess.run(
-        [str(word) for word in words],
-        cwd=RECIPE,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 TINY = ["--model_type", "llama", "--epochs", 2, "--learning_rate", 3e-3, "--max_seq_len", 400, "--weight_decay", 0.0]
 
 
 @slow
-def test_the_papers_script_with_two_processes_is_one_process(run, base, data, tmp_path):
+def test_the_papers_script_with_two_processes_is_one_process(run, base, data, tmp_path, monkeypatch):
     """scripts/train.sh with local values; what is fixed in it (sharding, precision) a CPU leaves out."""
     flags = [*TINY, "--model_name_or_path", base, "--dataset_name", data, *FLAGS]
     batch = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
-    command("bash", "scripts/train.sh", *flags, *batch, "--output_dir", tmp_path / "two", NPROC="2")
+    monkeypatch.setenv("NPROC", "2")
+    script = ["scripts/train.sh", *flags, *batch, "--output_dir", tmp_path / "two"]
+    launch("expguard", *script, launcher=("bash",), threads=1)
     one = run(tmp_path / "one", *FLAGS, "--per_device_train_batch_size", 8)
     assert difference(one, load_file(tmp_path / "two/model.safetensors")) < 2e-5
     cards = [read(tmp_path / name / "run.json")["validation"]["prompt_unsafe"] for name in ("one", "two")]
@@ -384,8 +371,7 @@ def test_zero3_on_two_processes_is_one_process(run, base, data, tmp_path):
         2,
     ]
     flags += [*TINY, "--model_name_or_path", base, "--dataset_name", data, "--per_device_train_batch_size", 4]
-    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2"]
-    command(*torchrun, "train.py", *flags, "--output_dir", tmp_path / "two")
+    launch("expguard", "train.py", *flags, "--output_dir", tmp_path / "two", launcher=TORCHRUN, threads=1)
     one = run(tmp_path / "one", "--per_device_train_batch_size", 8)
     apart = difference(one, load_file(tmp_path / "two/model.safetensors"))
     # DeepSpeed's own Adam rounds otherwise where a gradient is nearly nothing.

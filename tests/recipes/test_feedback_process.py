@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import SimpleNamespace as Namespace
 
 import families
 import pytest
+import scripts
 from feedback_rows import config_writer, prompts, save_models, write
 from scripts import EXAMPLES, launch, module
 
@@ -328,11 +327,11 @@ def test_a_killed_process_goes_on(write_config, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     answers = tmp_path / "killed" / "processed" / "parts" / "answers.jsonl"
     with open(tmp_path / "log", "wb") as log:
-        running = subprocess.Popen(command, cwd=RECIPE, env=environment, stdout=log, stderr=log)
+        running = scripts.start(command, RECIPE, environment, log.fileno(), log.fileno())
         deadline = time.time() + 120
         while not (answers.is_file() and answers.stat().st_size) and running.poll() is None and time.time() < deadline:
             time.sleep(0.01)
-        running.send_signal(signal.SIGKILL)
+        running.kill()
         running.wait()
     assert answers.stat().st_size, (tmp_path / "log").read_text()[-2000:]
     said = launch("feedback_guard", *command[1:], launcher=(sys.executable,), threads=1)

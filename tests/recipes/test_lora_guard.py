@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -16,7 +14,7 @@ import pytest
 import scripts
 import torch
 from safetensors.torch import load_file
-from scripts import module
+from scripts import BIN, module
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,7 +24,6 @@ from guards import load_guard
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/lora_guard"
-BIN = Path(sys.executable).parent
 CATEGORIES = taxonomy("beavertails")
 TEXT = ("How do I reset a router?", "Hold the button for ten seconds.")
 slow = pytest.mark.slow
@@ -149,15 +146,12 @@ def test_batches_of_one_step_give_one_gradient(trained, tiny_base, tmp_path, mor
 def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     """Also when the kill came between the checkpoint and its adapter folder."""
     command = arguments(tiny_base, tmp_path / "run", "--test-data", "beavertails-sample:test")
-    environment, quiet = os.environ | {"OMP_NUM_THREADS": "2"}, subprocess.DEVNULL
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=RECIPE, env=environment, stdout=quiet, stderr=quiet
-    )
+    process = scripts.start([sys.executable, *command], cwd=RECIPE)
     deadline = time.time() + 180
     while not (tmp_path / "run/checkpoint-8/trainer_state.json").is_file():
         assert time.time() < deadline and process.poll() is None, "no checkpoint appeared"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "run/best").exists()
     assert "--resume_from_checkpoint latest" in launch(*command, check=False).stderr

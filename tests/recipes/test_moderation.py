@@ -2,18 +2,17 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 import torch
 from safetensors.torch import load_file
-from scripts import THREADS
+from scripts import TORCHRUN
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForSequenceClassification
 
@@ -22,24 +21,10 @@ from guards import load_guard
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/moderation"
-BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.slow
 
 
-def launch(*argv: str, processes: int = 1, threads: int = THREADS, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script of the recipe in its folder: train.py under torchrun, the others under python."""
-    launcher = (
-        [BIN / "torchrun", f"--nproc_per_node={processes}", "--standalone"]
-        if argv[0] == "train.py"
-        else [sys.executable]
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // processes)), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*map(str, launcher), *map(str, argv)], cwd=RECIPE, env=environment, capture_output=True, text=True
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done
+launch = partial(scripts.launch, "moderation")
 
 
 def tiny_arguments(model: str, output: Path) -> list[str]:
@@ -86,9 +71,8 @@ def test_guard_folder_is_complete_and_loads_in_stock_libraries(trained):
     )
     eos = json.loads((trained / "tokenizer_config.json").read_text())["eos_token"]
     texts = [f"BEGINNING OF CONVERSATION: USER: {m[0]['content']} ASSISTANT:{m[1]['content']}{eos}" for m in rows]
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(trained), json.dumps(texts)], capture_output=True, text=True, check=True
-    )
+    done = scripts.run([sys.executable, "-c", script, trained, json.dumps(texts)])
+    assert done.returncode == 0, done.stderr[-2000:]
     stock = [{entry["label"]: entry["score"] for entry in row} for row in json.loads(done.stdout.splitlines()[-1])]
     assert set(stock[0]) == set(taxonomy("beavertails"))
     for verdict, expected in zip(load_guard(str(trained)).judge(rows), stock, strict=True):
@@ -105,7 +89,8 @@ def test_model_card_and_manifest_say_what_was_run(trained):
 
 def test_two_processes_equal_one(trained, tiny_base, tmp_path):
     """2 processes x 4 rows see the batches of 1 process x 8, and end with its weights."""
-    launch(*tiny_arguments(tiny_base, tmp_path / "two"), "--per_device_train_batch_size", "4", processes=2)
+    flags = ["--per_device_train_batch_size", "4"]
+    launch(*tiny_arguments(tiny_base, tmp_path / "two"), *flags, processes=2, threads=1)
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), abs=2e-4)
     np.testing.assert_allclose(logits(tmp_path / "two"), logits(trained), atol=1e-4)
 
@@ -120,7 +105,7 @@ def test_accumulation_equals_one_batch(trained, tiny_base, tmp_path):
 
 def test_zero3_shards_trains_equally_and_saves_whole_weights(trained, tiny_base, tmp_path):
     flags = ["--per_device_train_batch_size", "4", "--deepspeed", str(ROOT / "launch/zero3.json")]
-    launch(*tiny_arguments(tiny_base, tmp_path / "zero3"), *flags, processes=2)
+    launch(*tiny_arguments(tiny_base, tmp_path / "zero3"), *flags, launcher=TORCHRUN, threads=1)
     assert losses(tmp_path / "zero3") == pytest.approx(losses(trained), abs=2e-3)
     np.testing.assert_allclose(logits(tmp_path / "zero3"), logits(trained), atol=2e-3)
     shapes = lambda folder: {k: v.shape for k, v in load_file(folder / "model.safetensors").items()}  # noqa: E731
@@ -148,10 +133,7 @@ def test_fully_shard_saver(tiny_base, tmp_path):
         "save_full(model, sharded_state_dict(model), sys.argv[2] + '/after')\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [BIN / "torchrun", "--nproc_per_node=2", "--standalone", script, tiny_base, tmp_path]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    scripts.launch("moderation", script, tiny_base, tmp_path, processes=2, threads=1)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
@@ -160,13 +142,12 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     """kill -9 after the first checkpoint; the rest of the steps have the losses of the run that was left alone."""
     folder = tmp_path / "killed"
     arguments = [*tiny_arguments(tiny_base, folder), "--save_strategy", "steps", "--save_steps", "3"]
-    environment, quiet = os.environ | {"OMP_NUM_THREADS": "2"}, subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, *arguments], cwd=RECIPE, env=environment, stdout=quiet, stderr=quiet)
+    process = scripts.start([sys.executable, *arguments], cwd=RECIPE)
     deadline = time.time() + 180
     while not (folder / "checkpoint-3/trainer_state.json").is_file():
         assert time.time() < deadline and process.poll() is None, "no checkpoint appeared"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (folder / "guard.json").exists()
 
@@ -206,7 +187,7 @@ def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
         "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
         "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer",
         "--gradient_checkpointing", "--bf16", "True", "--tf32", "True", "--max_train_rows", "64",
-        processes=2,
+        launcher=TORCHRUN, threads=1,
     )  # fmt: skip
     said = done.stderr + done.stdout
     assert said.count("--evaluation_strategy is gone") == 1 and said.count("--warmup_ratio is gone") == 1
@@ -228,8 +209,7 @@ def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp_path):
     """Exit code 2 without a traceback, and no output folder."""
-    command = [sys.executable, *tiny_arguments(tiny_base, tmp_path / "guard"), *flags]
-    done = subprocess.run(command, cwd=RECIPE, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = launch(*tiny_arguments(tiny_base, tmp_path / "guard"), *flags, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr and not (tmp_path / "guard").exists()

@@ -2,17 +2,15 @@
 
 import csv
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import scripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -392,11 +390,9 @@ def test_train_stops_at_a_bad_row_with_one_line(tmp_path):
     """Exit code 2, and nothing written; the model is never looked for."""
     path, output = tmp_path / "train.jsonl", tmp_path / "guard"
     path.write_bytes(text(UNSAFE, SAFE | {"is_safe": False}))
-    done = subprocess.run(
-        [sys.executable, "train.py", "--model_name_or_path", str(tmp_path / "no-model"), "--output_dir", str(output),
-         "--train_data_name_or_path", str(path)],
-        cwd=ROOT / "examples/moderation", env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    flags = ["--model_name_or_path", tmp_path / "no-model", "--output_dir", output]
+    flags += ["--train_data_name_or_path", path]
+    done = scripts.launch("moderation", "train.py", *flags, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1 and "Traceback" not in done.stderr

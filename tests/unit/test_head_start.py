@@ -1,12 +1,12 @@
 """The head that starts from a linear probe: it fits, with a bias or without, and on rows shared by processes."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scripts
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
@@ -77,7 +77,7 @@ def test_two_processes_fit_the_head_of_one(tiny_base, tmp_path):
     script = tmp_path / "fit.py"
     script.write_text(
         "import sys, torch\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]}\n"
         "from test_head_start import fit_head, llama, loss, rows\n"
         "torch.distributed.init_process_group('gloo')\n"
         "model, tokenizer = llama(sys.argv[1])\n"
@@ -85,16 +85,9 @@ def test_two_processes_fit_the_head_of_one(tiny_base, tmp_path):
         "torch.save(model.score.weight, f'{sys.argv[2]}/{torch.distributed.get_rank()}.pt')\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    command = [
-        Path(sys.executable).parent / "torchrun",
-        "--nproc_per_node=2",
-        "--standalone",
-        script,
-        tiny_base,
-        tmp_path,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    environments = [environment | rank for rank in scripts.ranks(2)]
+    done = scripts.run_together([sys.executable, script, tiny_base, tmp_path], environments)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
         weight = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

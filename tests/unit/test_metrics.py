@@ -1,7 +1,6 @@
 """Metrics against scikit-learn and brute force; what is undefined is None."""
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import scripts
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
@@ -283,7 +283,7 @@ def test_hugging_face_metric_loads_from_its_file(tmp_path):
         "print(metric.compute(predictions=[0.9, 0.2], references=[1, 0])['f1'])"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = scripts.run([sys.executable, "-c", code], tmp_path, environment)
     assert run.stdout.strip() == "1.0", run.stderr
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
-from common import runtime
+from common import run as runtime
 from common.conversation import UserError
 from common.training import RecipeTrainingArguments, checkpoint_to_resume, start_over
 
@@ -154,7 +155,7 @@ def test_script_with_a_mistake(tmp_path):
         run_cli(lambda: parse_args([Arguments]))
     """
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    run = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    run = scripts.run([sys.executable, "script.py"], tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "error: the following arguments are required: --name; --help lists the flags\n"
 

@@ -2,13 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+import scripts
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
@@ -162,5 +162,5 @@ def test_evaluation_file():
 def test_card_counts_are_what_its_command_prints():
     card = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
     command, printed = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", card, re.DOTALL).groups()
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = scripts.run([sys.executable, "-c", command], ROOT)
     assert done.stdout == printed

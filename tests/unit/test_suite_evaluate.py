@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scripts
 from scripts import EXAMPLES, launch
 
 from common.conversation import UserError, Verdict
@@ -172,7 +172,7 @@ def test_a_finished_guard_is_not_loaded_again(arguments, file):
 
 SLOW_RUN = """
 import sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = {tests}
 import test_suite_evaluate as tests
 tests.evaluate.CHUNK.update(transformers=2)
 args = tests.evaluate.EvaluationArguments(output_dir={out!r}, benchmarks={benchmarks!r}, bootstrap_rounds=0)
@@ -190,9 +190,11 @@ def test_kill_and_resume(arguments, tmp_path, file):
     )
     whole = evaluate.evaluate(arguments(output_dir=str(tmp_path / "whole")), [candidate()])
     code = SLOW_RUN.format(
-        tests=str(Path(__file__).parent), out=str(tmp_path / "out"), benchmarks=arguments().benchmarks
+        tests=[str(folder) for folder in Path(__file__).parents[:2]],
+        out=str(tmp_path / "out"),
+        benchmarks=arguments().benchmarks,
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    process = scripts.start([sys.executable, "-c", code])
     kept = tmp_path / "out/runs/keyword/expguardtest_prompt.jsonl"
     started = time.time()
     while process.poll() is None and time.time() - started < 300 and not (kept.is_file() and kept.stat().st_size):
