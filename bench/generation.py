@@ -3,7 +3,7 @@
     cd bench && python generation.py
     python generation.py --beams --rows 64  # training alone
 
-Generation: 24 prompts, 64 new tokens, greedy and 4 beams. Ours: `transformers_engine`, adapter merged, left-padded
+Generation: 24 prompts, 64 new tokens, greedy and 4 beams. Ours: `TransformersEngine`, adapter merged, left-padded
 batches of like length. Original: one prompt at a time, adapter not merged. The exit code is 1 if a text differs. vLLM,
 where it is installed, answers the same prompts (greedy), its adapter not merged either: last of all and apart, because
 its processes go on using cores.
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from common import report
 from common.bundled import resolve_model
 from common.data import read_rows
-from common.generation import Decoding, load_causal_lm, transformers_engine, vllm_engine
+from common.engines import Decoding, load_engine
 from common.run import device, inference_dtype, manifest, run_cli, write_json
 
 TARGETS = {1: 9.0, 4: 4.5}  # by the number of beams
@@ -68,7 +68,7 @@ def main() -> None:
             results["training"] = found = training(args)
             print(report.table([[name, *values] for name, values in found.items()], ["training", *TRAINING]))
         if 1 in args.beams and find_spec("vllm"):
-            results["vllm"] = found = vllm_generation(args, adapter, ids, results["1 beams"]["texts"])
+            results["vllm"] = found = vllm_generation(args, adapter, tokenizer, ids, results["1 beams"]["texts"])
             print(f"vLLM, greedy: {min(found['seconds']):.1f} s, equal {found['equal']} of {len(ids)}")
     write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
     sys.exit(not equal)
@@ -86,14 +86,13 @@ def save_adapter(name: str, folder: str) -> None:
 
 def generation(args, adapter: str, tokenizer, ids: list[list[int]], beams: int) -> dict[str, Any]:
     """Seconds of both ways for all prompts, and how many texts are equal."""
-    merged = load_causal_lm(args.model, adapter)
+    options = {"adapter": adapter, "batch_size": len(ids), "progress": False}
+    engine = load_engine("transformers", args.model, tokenizer, **options)
     base = AutoModelForCausalLM.from_pretrained(resolve_model(args.model), dtype=inference_dtype()).to(device())
     apart = PeftModel.from_pretrained(base, adapter).eval()
-    engine = transformers_engine(merged, tokenizer, Decoding(args.new_tokens, beams), batch_size=len(ids))
 
     def ours() -> list[str]:
-        answers = dict(engine(ids))
-        return [answers[i] for i in range(len(ids))]
+        return [one.text for one in engine.completions(ids, Decoding(args.new_tokens, beams))]
 
     def original() -> list[str]:
         texts = []
@@ -122,14 +121,15 @@ def generation(args, adapter: str, tokenizer, ids: list[list[int]], beams: int) 
     }
 
 
-def vllm_generation(args, adapter: str, ids: list[list[int]], reference: list[str]) -> dict[str, Any]:
+def vllm_generation(args, adapter: str, tokenizer, ids: list[list[int]], reference: list[str]) -> dict[str, Any]:
     """Seconds that vLLM takes for all prompts, greedy, after a first turn, and how many texts are equal."""
-    engine, seconds = vllm_engine(args.model, Decoding(args.new_tokens), adapter), []
+    engine, seconds = load_engine("vllm", args.model, tokenizer, adapter=adapter, progress=False), []
     for _ in range(args.rounds + 1):
         start = time.perf_counter()
-        answers = dict(engine(ids))
+        answers = engine.completions(ids, Decoding(args.new_tokens))
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "equal": sum(answers[i] == text for i, text in enumerate(reference))}
+    equal = sum(one.text == text for one, text in zip(answers, reference, strict=True))
+    return {"seconds": seconds, "equal": equal}
 
 
 TRAINING = ("useful tokens/s", "useful tokens", "ratio")

@@ -23,7 +23,7 @@ from transformers import set_seed
 from common import data, report
 from common.bundled import resolve_model
 from common.conversation import last_turns, pair
-from common.fast_decoding import shared_prefix
+from common.prefix import shared_prefix
 from common.run import manifest, run_cli, write_json
 from common.templates import Part
 from guards.generative import GenerativeGuard

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from common.bundled import cache_folder, resolve_model
 from common.conversation import UserError
+from common.engines import Completion
 from common.run import write_json
 
 logger = logging.getLogger(__name__)
@@ -319,24 +320,28 @@ class KeptRows(Mapping[str, Row]):
 
 # --- answers --------------------------------------------------------------------------------------
 
-Engine = Callable[[Sequence[list[int]]], Iterable[tuple[int, str]]]
+Ask = Callable[[Sequence[list[int]]], Iterable[tuple[int, Completion]]]
 
 
 def generate(
-    engine: Engine,
+    ask: Ask,
     prompts: Sequence[list[int]],
     partial: Path,
     salt: Any = None,
-) -> list[str]:
-    """The answers to `prompts`, in their order; what an interrupted call kept is not done again.
+) -> list[Completion]:
+    """The completions of `prompts`, in their order; what an interrupted call kept is not asked again.
+
+    An error is not kept, so that the next call asks for it again.
 
     Args:
-        engine: is given prompts as token ids; yields (index of the prompt, answer) as they come.
+        ask: is given prompts as token ids, and yields (index of the prompt, completion) as they
+            come, as `Engine.complete` does. It is not called where nothing is missing.
         partial: where the answers are kept, each for its prompt and `salt`.
         salt: whatever else an answer depends on (model, decoding), JSON-like.
     """
     keys = [digest([salt, ids]) for ids in prompts]
     prompt_of = dict(zip(keys, prompts, strict=True))
+    failed: dict[str, Completion] = {}
     with KeptRows(partial) as kept:
         missing = kept.missing(keys)
         done = len(prompt_of) - len(missing)
@@ -344,7 +349,11 @@ def generate(
             logger.info("%d of %d answers are there already.", done, len(prompt_of))
         asked = [prompt_of[key] for key in missing]
         with tqdm(total=len(missing), unit="answer") as bar:
-            for i, text in engine(asked) if missing else ():
-                kept.append({"key": missing[i], "answer": text})
+            for i, completion in ask(asked) if missing else ():
+                key = missing[i]
+                if completion.error is None:
+                    kept.append({"key": key, "answer": completion.text})
+                else:
+                    failed[key] = completion
                 bar.update()
-        return [kept[key]["answer"] for key in keys]
+        return [failed[key] if key in failed else Completion(kept[key]["answer"]) for key in keys]

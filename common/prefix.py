@@ -53,3 +53,19 @@ def tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[lis
         positions += range(common, len(ids))
         paths[i], before = path, ids
     return tokens, positions, paths
+
+
+def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
+    """How many tokens all prompts begin with, leaving at least one of each.
+
+    Args:
+        worth: 0 is returned where they are fewer, which are not worth a pass of their own.
+    """
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # the two that differ first
+    limit = min(map(len, prompts)) - 1
+    length = 0
+    while length < limit and first[length] == last[length]:
+        length += 1
+    return length if length >= worth else 0

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import LABELS, Message, Messages, UserError, Verdict, last_turns, pair
+from common.engines import Completion, Decoding, Engine, load_engine
 from common.templates import Part, encode, inline_template, render, render_chat, template_text, windows
 from guards.base import LONG_INPUTS, Guard
-from guards.next_token import Model, load_model
 
 logger = logging.getLogger(__name__)
 MODES = ("strict", "loose")
@@ -71,7 +71,7 @@ class GenerativeGuard(Guard):
             mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose as safe.
             long_inputs: see `ClassifierGuard`; turns before the last two are left out where these need the room.
             categories: let it write on after an unsafe verdict, to name categories.
-            options: of `guards.next_token.load_model`.
+            options: of `common.engines.load_engine`.
 
         Raises:
             UserError: the model cannot be loaded, or its tokenizer does not fit the description.
@@ -94,7 +94,7 @@ class GenerativeGuard(Guard):
         self._words: dict[tuple[int, str], dict[str, list[int]]] = {}
         self._check_tokens()
         options |= {"adapter": options.get("adapter") or entry.get("adapter"), "progress": progress}
-        self.model: Model = load_model(
+        self.model: Engine = load_engine(
             engine, model, self.tokenizer, trust_remote_code=trust_remote_code, name=self.name, **options
         )
         if self.max_length > (room := self.model.window or math.inf):
@@ -135,17 +135,17 @@ class GenerativeGuard(Guard):
         tokens = [self._word_tokens(number, case.kind, case.said + prefix) for case in cases]
         candidates = sorted({i for words in tokens for ids in words.values() for i in ids})
         read = self.model.next_token(prompts, candidates)
-        for case, words, (logprobs, top) in zip(cases, tokens, read, strict=True):
-            if isinstance(top, str):  # a server's error
-                case.error = top
+        for case, words, said in zip(cases, tokens, read, strict=True):
+            if said.error is not None:
+                case.error = said.error
                 continue
-            of = dict(zip(candidates, map(math.exp, logprobs), strict=True))
+            of = dict(zip(candidates, map(math.exp, said.logprobs), strict=True))
             masses = {word: sum(of[i] for i in ids) for word, ids in words.items()}
-            word = next((word for word, ids in words.items() if top in ids), None)
+            word = next((word for word, ids in words.items() if said.top in ids), None)
             if not all(map(math.isfinite, masses.values())):
                 case.error = "the model's output is not a number"
             elif word is None:
-                written = self.tokenizer.decode([top])
+                written = self.tokenizer.decode([said.top])
                 self._fail(case, f"it writes {written!r} where {' or '.join(map(repr, words))} was expected")
             else:
                 case.found[self._labels(question, case.kind)[0]] = (self._probability(question, masses, word), word)
@@ -194,10 +194,13 @@ class GenerativeGuard(Guard):
         """Let the guard write, and keep what stands before its verdict; what has no anchor is an error."""
         fresh = [case for case in cases if case.written is None]
         prompts = self._ids([case.parts for case in fresh])
-        for case, text in zip(fresh, self.model.complete(prompts, self.entry["generate"]), strict=True):
-            case.written = text
+        for case, completion in zip(fresh, self.written(prompts, self.entry["generate"]), strict=True):
+            case.written = completion.text
+            case.error = completion.error
         found = []
         for case in cases:
+            if case.error is not None:
+                continue
             match = re.search(question["anchor"], case.written)
             if match is None:
                 self._fail(case, f"no {question['anchor']} in what it wrote: {case.written[-60:]!r}")
@@ -206,6 +209,11 @@ class GenerativeGuard(Guard):
                 found.append(case)
         return found
 
+    def written(self, prompts: Sequence[list[int]], new_tokens: int) -> list[Completion]:
+        """What the guard writes greedily after prompts (token ids), special tokens included."""
+        decoding = Decoding(max_new_tokens=new_tokens)
+        return self.model.completions(prompts, decoding, skip_special_tokens=False)
+
     def _name_categories(self, cases: list[_Case], verdicts: Sequence[Verdict]) -> None:
         """What the guard writes after an unsafe verdict; a named category gets the verdict's probability."""
         known, unsafe = self.entry["categories"], []
@@ -213,10 +221,17 @@ class GenerativeGuard(Guard):
             probability = case.found.get(LAST[case.kind], (None,))[0]
             if case.error is None and probability is not None and self._decided(case):
                 unsafe.append((case, probability))
-        texts = self.model.complete(self._ids([[*c.parts, Part(c.said, False)] for c, _ in unsafe]), 32)
-        for (case, probability), text in zip(unsafe, texts, strict=True):
-            for code in re.findall(known["pattern"], text):
-                verdicts[case.owner].categories[known.get("names", {}).get(code, code)] = probability
+        prompts = self._ids([[*case.parts, Part(case.said, False)] for case, _ in unsafe])
+        completions = self.written(prompts, 32)
+        for (case, probability), completion in zip(unsafe, completions, strict=True):
+            for code in re.findall(known["pattern"], completion.text):
+                name = known.get("names", {}).get(code, code)
+                verdicts[case.owner].categories[name] = probability
+        if errors := [one.error for one in completions if one.error is not None]:
+            logger.warning(
+                "%d of %d unsafe texts: the categories are not known, the verdicts stand (%s)",
+                *(len(errors), len(completions), errors[0]),
+            )
 
     def _decided(self, case: _Case) -> bool:
         label = LAST[case.kind]

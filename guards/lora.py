@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, last_turns
+from common.engines import apply_adapter
 from common.fit import grow_embeddings
 from common.run import inference_dtype
 from common.templates import Part
@@ -53,15 +53,11 @@ class LoraGuard(ClassifierGuard):
             if lacking := [key for key in loading["missing_keys"] if not key.startswith("score.")]:
                 raise ValueError(f"the base lacks {', '.join(sorted(lacking))}")
             grow_embeddings(self.tokenizer, base)
-            self.model = PeftModel.from_pretrained(base, model)
-            with safe_open(Path(model) / "adapter_model.safetensors", "pt") as file:
-                differing = set(file.keys()) ^ set(get_peft_model_state_dict(self.model, save_embedding_layers=False))
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"{model}: cannot be loaded as a LoRA guard: {error!s:.200}") from None
         finally:
             transformers.logging.set_verbosity(level)
-        if differing:  # PEFT fills what is missing at random and warns
-            raise UserError(f"{model}: adapter and guard.json do not fit; check {', '.join(sorted(differing)):.200}")
+        self.model = apply_adapter(base, model, card["base_model"])
         self.head = next(m for name, m in self.model.named_modules() if name.endswith("score.modules_to_save.default"))
         if card.get("head_bias"):  # a stock head has none, so it is kept beside the adapter
             self.head.bias = torch.nn.Parameter(torch.tensor(card["head_bias"]))

@@ -71,9 +71,7 @@ def base(plain, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def guard(base):
-    made = formats.load_llama_guard(str(base), progress=False)
-    made.model.model.set_attn_implementation("sdpa")
-    return made
+    return formats.load_llama_guard(str(base), progress=False)
 
 
 def response(unsafe: bool, refusal: str = "compliance") -> dict:

@@ -102,6 +102,9 @@ def read_answers(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if differ := sorted(name for name in {*parameters, *first} if parameters.get(name) != first.get(name)):
             raise UserError(f"{path}: answers of another model than the files before it ({', '.join(differ)} differ)")
         task, kind = known[1], KINDS[known[2]]
+        if missing := [item for item, (_, output) in enumerate(pairs, 1) if output is None]:
+            hint = "run generate_answers.py again for them"
+            raise UserError(f"{path}: {len(missing)} items have no output (item {missing[0]}, …); {hint}")
         for item, (instruction, output) in enumerate(pairs):
             document = split_document(instruction)[0]
             rows.append(

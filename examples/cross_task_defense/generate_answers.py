@@ -14,12 +14,16 @@ python generate_answers.py --prompt_template_path configs/llama2.json --input_pa
 python generate_answers.py … --engine vllm --num_beams 1
 python generate_answers.py … --engine server --server_url http://127.0.0.1:8000/v1 --server_model defence --num_beams 1
 
-Writes <output_path>/<lora_weights>/<name of the input file>. What was interrupted goes on where it stopped.
+Writes <output_path>/<lora_weights>/<name of the input file>. What was interrupted goes on where it stopped. A prompt
+that fails has null for its output and says why under `errors`; the exit code is then 1, and the same command asks for
+these prompts again.
 """
 
 import hashlib
 import json
 import logging
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,15 +35,7 @@ from transformers import AutoConfig, AutoTokenizer
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data import read_json
-from common.generation import (
-    Decoding,
-    Engine,
-    adapter_file,
-    load_causal_lm,
-    server_engine,
-    transformers_engine,
-    vllm_engine,
-)
+from common.engines import Completion, Decoding, adapter_file, check_engine, load_engine
 from common.keep import generate
 from common.run import manifest, write_json
 
@@ -62,6 +58,7 @@ def generate_answers(
     engine: str = "transformers",
     server_url: str = "http://127.0.0.1:8000/v1",
     server_model: str | None = None,
+    server_timeout: float = 120.0,
     batch_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -80,15 +77,18 @@ def generate_answers(
         engine: transformers, vllm or server.
         server_url: of an OpenAI-compatible server; its key is read from SERVER_API_KEY.
         server_model: the name that the server knows the model or its adapter by; default: base_model.
+        server_timeout: seconds of silence that end a request to the server; it is tried again.
         batch_size: prompts at a time (transformers).
         overwrite: answer again although the output is there with other settings.
     """
-    if engine not in ("transformers", "vllm", "server"):
-        raise UserError(f"--engine {engine}: expected transformers, vllm or server")
-    if engine != "transformers" and load_8bit:
-        raise UserError(f"--load_8bit: not with --engine {engine}")
-    if engine == "server" and lora_weights and not server_model:
-        raise UserError("--engine server: --server_model must say by what name the server knows the adapter")
+    options: dict[str, Any] = {"adapter": lora_weights, "trust_remote_code": trust_remote_code}
+    options["load_in_8bit"] = load_8bit or None
+    if engine == "transformers":
+        options["batch_size"] = batch_size
+    if engine == "server":
+        options |= {"server_url": server_url, "server_model": server_model}
+        options["server_timeout"] = server_timeout
+    check_engine(engine, options, num_beams)
     decoding = Decoding(max_new_tokens, num_beams, temperature, top_k, top_p, seed)
     base_model = base_model or adapter_base(lora_weights)
     template = load_template(prompt_template_path)
@@ -122,29 +122,46 @@ def generate_answers(
         raise UserError(f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
     prompts = [encode_prompts(template, tokenizer, rows(*content)) for _, *content in files]
 
-    def loaded() -> Engine:
-        if engine == "server":
-            return server_engine(server_url, server_model or base_model, decoding)
-        if engine == "vllm":
-            return vllm_engine(base_model, decoding, lora_weights, trust_remote_code)
-        code = {"load_in_8bit": load_8bit, "trust_remote_code": trust_remote_code}
-        return transformers_engine(load_causal_lm(base_model, lora_weights, **code), tokenizer, decoding, batch_size)
+    def ask(missing: Sequence[list[int]]) -> Iterator[tuple[int, Completion]]:
+        return load_engine(engine, base_model, tokenizer, **options).complete(missing, decoding)
 
     # All files are one list: short ones fill the batches of each other.
     partial = folder / f"{job}.partial.jsonl"
-    answers = iter(generate(loaded(), [ids for file in prompts for ids in file], partial, parameters))
-    run = manifest([parameters])
+    answers = iter(generate(ask, [ids for file in prompts for ids in file], partial, parameters))
+    failed = 0
     for path, instructions, inputs in files:
-        content = {
-            "parameters": parameters,
-            "inputs": inputs or [None] * len(instructions),
-            "instructions": instructions,
-            "outputs": [next(answers).strip() for _ in instructions],
-            "run": {key: run[key] for key in ("versions", "git", "hardware")},
-        }
-        write_json(folder / path.name, content)
-    partial.unlink(missing_ok=True)
+        said = [next(answers) for _ in instructions]
+        failed += write_answers(folder / path.name, instructions, inputs, said, parameters)
     logger.info("Wrote %d files to %s", len(files), folder)
+    if failed:
+        total = sum(map(len, prompts))
+        sys.exit(f"error: {failed} of {total} prompts have no answer; run it again to ask for them")
+    partial.unlink(missing_ok=True)
+
+
+def write_answers(
+    path: Path,
+    instructions: list[str],
+    inputs: list[str | None],
+    said: Sequence[Completion],
+    parameters: dict[str, Any],
+) -> int:
+    """Write a file of answers, and return how many of them failed."""
+    run = manifest([parameters])
+    content = {
+        "parameters": parameters,
+        "inputs": inputs or [None] * len(instructions),
+        "instructions": instructions,
+        "outputs": [one.text.strip() if one.error is None else None for one in said],
+        "run": {key: run[key] for key in ("versions", "git", "hardware")},
+    }
+    errors = {str(i): one.error for i, one in enumerate(said, 1) if one.error is not None}
+    for number, error in errors.items():
+        logger.error("%s, item %s: %s", path.name, number, error)
+    if errors:
+        content["errors"] = errors
+    write_json(path, content)
+    return len(errors)
 
 
 def adapter_base(lora_weights: str | None) -> str:
@@ -214,7 +231,7 @@ def rows(instructions: list[str], inputs: list[str | None]) -> list[tuple[str, s
 
 
 def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: bool) -> bool:
-    """Whether the answers are there, to these prompts with these parameters.
+    """Whether all answers are there, to these prompts with these parameters.
 
     Raises:
         UserError: others are there, and may not be overwritten.
@@ -229,7 +246,7 @@ def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: 
         same = False
     if not same:
         raise UserError(f"{path}: holds answers to other prompts or with other parameters; pass --overwrite")
-    return True
+    return not there.get("errors")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,25 @@
 """Responses of the assistant to prompts: several a prompt, each with its seed, in its own chat template."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, engine_options
 from records import Loaded, Row, digest, identity, kept_lines
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import UserError, pair
+from common.engines import Decoding, Engine, load_engine
 from common.fit import config_positions
-from common.generation import (
-    Decoding,
-    Engine,
-    load_causal_lm,
-    refuse_long,
-    server_engine,
-    start_vllm,
-    transformers_engine,
-)
 from common.refusal import classify
 from common.run import device, json_lines
 from common.templates import encode, render_chat
 
+logger = logging.getLogger("feedback_guard")
 KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
 
 
@@ -55,40 +50,70 @@ def _response(answer: Row, prompt: str, recorded: bool) -> Row:
 def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded) -> list[list[Row]]:
     """`samples` responses {text, seed, error} to each prompt, in the assistant's own chat template.
 
-    A batch has a seed of its own and is kept whole, so that a killed run draws the same again.
+    A batch of transformers has a seed of its own and is kept whole, so that a killed run draws the
+    same again. What failed is not kept: the next run asks for it again.
+
+    Raises:
+        UserError: a server refuses the key, or fails time after time; what it answered is kept.
     """
     llama = config.llama
     tokenizer, window = assistant_tokenizer(llama.model_path)
-    ids = encode(tokenizer, [render_chat(tokenizer, pair(text)) for text in prompts], add_special_tokens=False)
+    chats = [render_chat(tokenizer, pair(text)) for text in prompts]
+    ids = [tuple(one) for one in encode(tokenizer, chats, add_special_tokens=False)]
     room = window - llama.max_tokens
-    order = sorted({tuple(one) for one in ids if len(one) <= room}, key=lambda one: (-len(one), one))
+    order = sorted({one for one in ids if len(one) <= room}, key=lambda one: (-len(one), one))
     size = 64 if llama.engine == "server" else 512
     if llama.engine == "transformers":
         size = llama.batch_size or (24 if device().type == "cpu" else 64)
-    salt = [identity(llama.model_path), llama.engine, llama.temperature, llama.top_p, llama.max_tokens, config.seed]
+    salt = [identity(llama.model_path), llama.engine, llama.temperature, llama.top_p]
+    salt += [llama.max_tokens, config.seed]
     key = lambda number, one: digest([salt, number, list(one)])  # noqa: E731
-    kept, engines = kept_lines(path), Loaded(lambda: assistant(config, tokenizer, size))
-    chunks = [(n, order[start : start + size]) for n, start in enumerate(range(0, len(order), size))]
+    decoding = Decoding(llama.max_tokens, temperature=llama.temperature, top_p=llama.top_p)
+    engine = Loaded(lambda: assistant(config, tokenizer, size))
+    kept, failed = kept_lines(path), {}
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(order) * llama.samples, unit="response") as bar:
+    total = len(order) * llama.samples
+    with path.open("a", encoding="utf-8") as file, tqdm(total=total, unit="response") as bar:
         for number in range(llama.samples):
-            for n, chunk in chunks:
+            for n, chunk in enumerate(chunks):
                 seed = config.seed + number + llama.samples * n
-                if any(key(number, one) not in kept for one in chunk):
-                    guard.free()  # not both in memory
-                    texts = dict(engines.get()(seed)([list(one) for one in chunk]))
-                    fresh = {key(number, one): texts[i].strip() for i, one in enumerate(chunk)}
-                    lines = [{"key": k, "text": text, "seed": seed} for k, text in fresh.items() if k not in kept]
-                    file.write(json_lines(lines))
+                asked = [one for one in chunk if key(number, one) not in kept]
+                bar.update(len(chunk) - len(asked))
+                if asked and llama.engine == "transformers":
+                    asked = chunk  # they were drawn together
+                if not asked:
+                    continue
+                guard.free()  # not both in memory
+                written = engine.get().complete(list(map(list, asked)), replace(decoding, seed=seed))
+                for i, completion in written:
+                    known = key(number, asked[i])
+                    line = {"key": known, "text": completion.text.strip(), "seed": seed}
+                    if known in kept:
+                        continue
+                    bar.update()
+                    if completion.error is not None:
+                        failed[known] = line | {"error": completion.error}
+                        continue
+                    file.write(json_lines([line]))
                     file.flush()
-                    kept |= {line["key"]: line for line in lines}
-                bar.update(len(chunk))
-    engines.free()
-    long = {"text": "", "seed": None, "error": f"the prompt is longer than the {room} tokens that the assistant has"}
-    return [
-        [kept[key(number, one)] if len(one) <= room else long for number in range(llama.samples)]
-        for one in map(tuple, ids)
-    ]
+                    kept[known] = line
+    engine.free()
+    if failed:
+        first = next(iter(failed.values()))["error"]
+        logger.warning(
+            "%d of %d responses failed (%s); run process.py again for them",
+            *(len(failed), total, first),
+        )
+    said = kept | failed
+    long = f"the prompt is longer than the {room} tokens that the assistant has"
+    out = []
+    for one in ids:
+        if len(one) > room:
+            out.append([{"text": "", "seed": None, "error": long}] * llama.samples)
+        else:
+            out.append([said[key(number, one)] for number in range(llama.samples)])
+    return out
 
 
 def assistant_tokenizer(name: str) -> tuple[Any, int]:
@@ -103,31 +128,14 @@ def assistant_tokenizer(name: str) -> tuple[Any, int]:
     return tokenizer, config_positions(known) or 1 << 30
 
 
-def assistant(config: Config, tokenizer: Any, size: int) -> Callable[[int], Engine]:
-    """The loaded assistant: an engine for each seed."""
+def assistant(config: Config, tokenizer: Any, size: int) -> Engine:
+    """The loaded assistant.
+
+    Args:
+        size: prompts that transformers completes at a time.
+    """
     llama = config.llama
-    options = {"max_new_tokens": llama.max_tokens, "temperature": llama.temperature, "top_p": llama.top_p}
-    if llama.engine == "server":
-        name = llama.server_model or llama.model_path
-        return lambda seed: server_engine(llama.server_url, name, Decoding(**options, seed=seed))
-    if llama.engine == "vllm":
-        llm, _ = start_vllm(llama.model_path)
-        return lambda seed: _vllm_engine(llm, Decoding(**options, seed=seed))
-    model = load_causal_lm(llama.model_path)
-    return lambda seed: transformers_engine(model, tokenizer, Decoding(**options, seed=seed), size)
-
-
-def _vllm_engine(llm: Any, decoding: Decoding) -> Engine:
-    """A loaded vLLM with another seed; `common.generation.vllm_engine` would load it again for each."""
-    from vllm import SamplingParams
-
-    options = {"temperature": decoding.temperature, "top_p": decoding.top_p if decoding.temperature else 1.0}
-    params = SamplingParams(max_tokens=decoding.max_new_tokens, seed=decoding.seed, detokenize=False, **options)
-    window = llm.llm_engine.model_config.max_model_len
-
-    def run(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:
-        refuse_long(prompts, window - decoding.max_new_tokens)
-        for i, output in enumerate(llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)):
-            yield i, llm.get_tokenizer().decode(output.outputs[0].token_ids, skip_special_tokens=True)
-
-    return run
+    options = engine_options(llama)
+    if llama.engine == "transformers":
+        options["batch_size"] = size
+    return load_engine(model=llama.model_path, tokenizer=tokenizer, **options)

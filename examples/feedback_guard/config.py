@@ -54,6 +54,7 @@ class LlamaGuardConfig:
     engine: str = "transformers"
     server_url: str | None = None
     server_model: str | None = None
+    server_timeout: float = 120.0  # seconds of silence that end a request
     load_in_4bit: bool = False  # the frozen base of training
     categories: bool = False  # let it name the categories of an unsafe response, for arms to learn them
     legacy_new_tokens: int = 50  # of the original's checks, for arms with its collection
@@ -69,6 +70,7 @@ class LlamaConfig:
     engine: str = "transformers"
     server_url: str | None = None
     server_model: str | None = None
+    server_timeout: float = 120.0  # seconds of silence that end a request
     batch_size: int | None = None  # of transformers; samples depend on it
     use_recorded: bool = False  # the data set's own model_output, one a prompt, instead of generating
 
@@ -282,6 +284,18 @@ def _value(text: str, kind: Any) -> Any:
         return json.loads(text)
     except ValueError:
         return text  # the wrong type, which is said with the key's name
+
+
+def engine_options(section: LlamaGuardConfig | LlamaConfig) -> dict[str, Any]:
+    """Options of `load_guard` and `load_engine`: a section's engine, and where its server is."""
+    options = {
+        "engine": section.engine,
+        "server_url": section.server_url,
+        "server_model": section.server_model,
+    }
+    if section.engine == "server":
+        options["server_timeout"] = section.server_timeout
+    return options
 
 
 # --- checking ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from common.prefix import shared_prefix_collator
 from common.templates import Part, encode, token_offsets
 from guards import _describe, load_guard, zoo
 from guards.generative import GenerativeGuard
-from guards.next_token import ServerModel
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "llama_guard.jinja"
 KINDS = {"prompt": pair("x"), "response": pair("x", "y")}
@@ -87,19 +86,11 @@ def template() -> str:
 def query_ids(guard: GenerativeGuard, query: str, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of an arm's question about each prompt: `guard`, its own format, or the original's `chatml` and `meta`.
 
-    After the original's a verdict is written (`guard.model.complete`) and parsed (`legacy.parsed_unsafe`).
+    After the original's a verdict is written (`guard.written`) and parsed (`legacy.parsed_unsafe`).
     """
     if query == "guard":
         return guard.prompt_ids([pair(prompt) for prompt in prompts])
     return encode(guard.tokenizer, [query_parts(query, prompt) for prompt in prompts])
-
-
-def completed(guard: GenerativeGuard, prompts: Sequence[list[int]], new_tokens: int) -> list[tuple[str, str | None]]:
-    """What the guard writes greedily after each prompt, and what its server says instead where that failed."""
-    if isinstance(guard.model, ServerModel):  # its `complete` gives errors and answers alike as text
-        said = guard.model._ask(prompts, max_tokens=new_tokens)
-        return [("", one) if isinstance(one, str) else (one.text, None) for one in said]
-    return [(text, None) for text in guard.model.complete(prompts, new_tokens)]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -211,7 +202,7 @@ def text_row(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], answer: 
 def collator_for(model: PreTrainedModel) -> Callable[[Sequence[Row]], Batch]:
     """`tree_batch` where attention takes a mask of any shape, else `padded_batch`."""
     config = model.config.get_text_config()
-    free = str(config._attn_implementation).startswith("sdpa") and not getattr(config, "sliding_window", None)
+    free = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
     return tree_batch if free else padded_batch
 
 

@@ -157,8 +157,6 @@ def load_encoder(base_model: str, folder: Path) -> Encoder:
     entry = {**zoo()["llama-guard"], "tokenizer": str(folder)}
     guard = GenerativeGuard(resolve_model(base_model), entry, max_length=MAX_LENGTH, progress=False)
     fit_causal_lm(guard.tokenizer, guard.model.model)
-    if str(guard.model.model.config._attn_implementation).startswith("sdpa"):
-        guard.model.model.set_attn_implementation("sdpa")
     return Encoder(guard, MAX_LENGTH, always_end=True)
 
 

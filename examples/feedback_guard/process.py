@@ -20,15 +20,15 @@ import logging
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from arms import arm, unsafe_categories
 from assistant import assistant_tokenizer, respond
-from config import FOLDER, SPLITS, Config, config_from_argv
-from formats import check_guard, check_model, completed, load_llama_guard
+from config import FOLDER, SPLITS, Config, config_from_argv, engine_options
+from formats import check_guard, check_model, load_llama_guard
 from legacy import chatml_parts, reason_of
 from records import (
     Loaded,
@@ -51,6 +51,7 @@ from tqdm.auto import tqdm
 
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import load_conversations
+from common.engines import Completion
 from common.run import json_lines, run_cli, write_json, write_text
 from common.templates import encode
 from guards import Guard, load_guard
@@ -218,7 +219,7 @@ def check_data(config: Config) -> None:
 def default_guard(config: Config) -> GenerativeGuard:
     """The guard of llama_guard.default_model_path, as the section asks for it."""
     section = config.llama_guard
-    options = {"engine": section.engine, "server_url": section.server_url, "server_model": section.server_model}
+    options = engine_options(section)
     return load_llama_guard(section.default_model_path, section.use_official_template, **options)
 
 
@@ -319,39 +320,53 @@ def judge_responses(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loa
 
 
 def add_legacy(config: Config, records: Sequence[Row], guard: Loaded, who: Any, path: Path) -> None:
-    """What the guard writes when it is asked as the original asks it: of the prompt, and of each response alone.
+    """What the guard writes when it is asked as the original asks it: of the prompt, and of each
+    response alone.
 
-    Raises:
-        UserError: a server failed; what it did answer is kept.
+    A record of which a server failed to check something is checked by nothing: it has no outputs,
+    and the next run asks again.
     """
-    failed: list[str] = []
     texts = [[record["query"], *(r["text"] for r in record["responses"])] for record in records]
     tokens = config.llama_guard.legacy_new_tokens
     keys = {text: digest([who, tokens, text]) for each in texts for text in each}
     kept = kept_lines(path)
     missing = sorted((text for text in keys if keys[text] not in kept), key=len)
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(missing), desc="the original's checks") as bar:
+    failed: dict[str, str] = {}
+    with (
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(missing), desc="the original's checks") as bar,
+    ):
         for part in (missing[i : i + 48] for i in range(0, len(missing), 48)):
-            model: GenerativeGuard = guard.get()
-            ids = encode(model.tokenizer, [chatml_parts(text) for text in part])
-            fits = [len(one) + tokens <= model.max_length for one in ids]
-            written = iter(completed(model, [one for one, fit in zip(ids, fits, strict=True) if fit], tokens))
-            said = [next(written) if fit else ("", None) for fit in fits]  # what does not fit is no "SAFE"
-            pairs = zip(part, said, strict=True)
-            lines = [{"key": keys[text], "text": answer} for text, (answer, error) in pairs if error is None]
-            failed += [error for _, error in said if error is not None]
-            file.write(json_lines(lines))
+            for text, said in _legacy_checks(guard.get(), part, tokens):
+                if said.error is not None:
+                    failed[text] = said.error
+                    continue
+                line = {"key": keys[text], "text": said.text}
+                file.write(json_lines([line]))
+                kept[line["key"]] = line
             file.flush()
-            kept |= {line["key"]: line for line in lines}
             bar.update(len(part))
-            if not lines:
-                break  # the server is gone
     if failed:
-        where = f"llama_guard.server_url {config.llama_guard.server_url}"
-        raise UserError(f"{where}: the original's checks failed ({failed[0]:.150}); run process.py again for the rest")
+        logger.warning(
+            "llama_guard.server_url %s: %d of the original's %d checks failed (%s); run process.py again for them",
+            *(config.llama_guard.server_url, len(failed), len(missing)),
+            next(iter(failed.values())),
+        )
     for record, each in zip(records, texts, strict=True):
+        if failed.keys() & set(each):
+            record["legacy"] = {"input": "", "outputs": []}
+            continue
         prompt, *responses = (kept[keys[text]]["text"] for text in each)
         record["legacy"] = {"input": prompt, "outputs": responses}
+
+
+def _legacy_checks(guard: GenerativeGuard, texts: Sequence[str], new_tokens: int) -> Iterator[tuple[str, Completion]]:
+    """Each text with what the guard writes of it; what does not fit is no "SAFE"."""
+    asked = encode(guard.tokenizer, [chatml_parts(text) for text in texts])
+    room = guard.max_length - new_tokens
+    written = iter(guard.written([ids for ids in asked if len(ids) <= room], new_tokens))
+    for text, ids in zip(texts, asked, strict=True):
+        yield text, next(written) if len(ids) <= room else Completion()
 
 
 # --- what is collected ------------------------------------------------------------------------------------------------

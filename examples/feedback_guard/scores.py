@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from arms import arm, arm_folder
-from config import Config
-from formats import completed, load_llama_guard, query_ids
+from config import Config, engine_options
+from formats import load_llama_guard, query_ids
 from legacy import legacy_reason, parsed_unsafe
 from probe import probe_scores
 from records import identity, kept_lines
@@ -202,17 +202,14 @@ def load(line: Line, config: Config) -> GenerativeGuard:
     """The guard of a line. A server does not know the adapters that are trained here: these run in this process."""
     settings, options = config.llama_guard, {"progress": False}
     if line.folder is None:
-        options |= {"engine": settings.engine, "server_url": settings.server_url, "server_model": settings.server_model}
+        options |= engine_options(settings)
     else:
         if settings.load_in_4bit:  # the base that it was trained on, which vLLM does not quantize in this way
             options["load_in_4bit"] = True
         if not line.probe:
             vllm = settings.engine == "vllm" and not settings.load_in_4bit
             options |= {"adapter": str(line.folder), "engine": "vllm" if vllm else "transformers"}
-    guard = load_llama_guard(_model(line, config), settings.use_official_template, **options)
-    if line.probe and str(guard.model.model.config._attn_implementation).startswith("sdpa"):
-        guard.model.model.set_attn_implementation("sdpa")  # as when it was fitted
-    return guard
+    return load_llama_guard(_model(line, config), settings.use_official_template, **options)
 
 
 def _model(line: Line, config: Config) -> str:
@@ -237,10 +234,15 @@ def _raw(line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Confi
     new = config.llama_guard.legacy_new_tokens
     prompts = query_ids(guard, line.query, texts)
     room = guard.max_length - new
-    short = [ids for ids in prompts if len(ids) <= room]
-    written = iter(completed(guard, short, new))
-    told = (next(written) if len(ids) <= room else ("", f"{len(ids)} tokens, more than {room}") for ids in prompts)
-    return [{"text": text, "error": error} for text, error in told]
+    written = iter(guard.written([ids for ids in prompts if len(ids) <= room], new))
+    told = []
+    for ids in prompts:
+        if len(ids) > room:  # than what is known of the guard, which may be less than it sees
+            told.append({"text": "", "error": f"{len(ids)} tokens, more than {room}"})
+        else:
+            said = next(written)
+            told.append({"text": said.text, "error": said.error})
+    return told
 
 
 def _answer(kept: Mapping[str, Any], line: Line) -> Answer:

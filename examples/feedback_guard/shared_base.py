@@ -3,17 +3,16 @@
 import gc
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from config import Config
 from formats import log_odds, read
-from peft import PeftModel
 from train import load_base
 from trunk import Trunk
 
 from common.conversation import pair
+from common.engines import apply_adapter
 
 BATCH = 32  # prompts of a forward pass
 
@@ -56,7 +55,8 @@ class SharedBase:
     def said(self, line: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
         """Score, decision and error of each prompt, as `GenerativeGuard.judge` gives them."""
         if self.model is None:
-            self.model = PeftModel.from_pretrained(self.guard.model.model, Path(line.folder)).eval()
+            base = self.config.llama_guard.base_model_path
+            self.model = apply_adapter(self.guard.model.model, str(line.folder), base)
         tokens, out, device = self.guard.verdict_tokens("prompt"), [], self.guard.model.model.device
         rows = [{"input_ids": ids, "labels": [-100] * (len(ids) - 1) + [0]} for ids in self._ids(texts)]
         self.trunk.learn(rows)

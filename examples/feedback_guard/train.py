@@ -190,8 +190,6 @@ def load_base(config: Config) -> GenerativeGuard:
     options = {"load_in_4bit": True} if section.load_in_4bit else {}
     guard = load_llama_guard(section.base_model_path, section.use_official_template, progress=False, **options)
     model = guard.model.model
-    if str(model.config._attn_implementation).startswith("sdpa"):
-        model.set_attn_implementation("sdpa")  # judging has its own, for one new token at a time
     if section.load_in_4bit:
         guard.model.model = prepare_model_for_kbit_training(model)
     return guard

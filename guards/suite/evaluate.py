@@ -54,6 +54,9 @@ class EvaluationArguments:
     )
     server_url: str | None = field(default=None, metadata={"help": "URL of --engine server; its key: SERVER_API_KEY."})
     server_model: str | None = field(default=None, metadata={"help": "The name on that server of the one guard."})
+    server_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds of silence that end a request to the server; it is tried again."}
+    )
     long_inputs: str = field(default="windows", metadata={"help": "windows | error | truncate"})
     max_rows: int | None = field(default=None, metadata={"help": "So many rows of each benchmark, evenly spaced."})
     validation: list[str] = field(
@@ -100,6 +103,8 @@ def guard_options(args: EvaluationArguments) -> dict[str, Any]:
         options["trust_remote_code"] = True
     if args.server_url:
         options |= {"server_url": check_url(args.server_url, "--server_url"), "server_model": args.server_model}
+    if args.engine == "server":
+        options["server_timeout"] = args.server_timeout
     return options
 
 

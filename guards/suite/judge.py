@@ -37,7 +37,8 @@ PAPER = {  # what the paper's evaluation runs; it runs no refusal task
     ),
     "refusal": ("wildguardtest_refusal", "xstest_response_refusal"),
 }
-SERVED = ("engine", "server_url", "server_model")
+SERVED = ("engine", "server_url", "server_model", "server_timeout")
+PATIENCE = {"server_timeout"}  # options that verdicts do not depend on
 NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}  # kind of guard: options for all that it has not
 WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".jinja", ".py")  # files that verdicts depend on
 NOT_SUPPORTED = {"status": "not supported", "reason": "the guard does not judge this label"}
@@ -88,7 +89,8 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
         unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
         given = {key: value for key, value in options.items() if key not in unwanted} | given
         shown = name or ("/".join(Path(spec).parts[-2:]) if described else entry or spec)
-        seen = [spec, given, fingerprint(Path(folder)), zoo().get(entry), made_of(about | given)]
+        asked = {key: value for key, value in given.items() if key not in PATIENCE}
+        seen = [spec, asked, fingerprint(Path(folder)), zoo().get(entry), made_of(about | given)]
         identity = hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:32]
         load = lambda spec=spec, given=given: load_guard(spec, **given, progress=False)  # noqa: E731
         shown = f"{shown} ({own})" if own else shown

@@ -9,9 +9,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import completions
 import pytest
 import scripts
 import torch
+from completions import completion
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from scripts import EXAMPLES, TORCHRUN, module
@@ -24,7 +26,7 @@ ROOT = EXAMPLES.parent
 RECIPE = EXAMPLES / "cross_task_defense"
 SAMPLE = ROOT / "data/sample/cross_task_defense"
 prompts, train, answers = (module("cross_task_defense", name) for name in ("prompts", "train", "generate_answers"))
-slow = pytest.mark.slow
+slow, serve = pytest.mark.slow, completions.serve
 
 
 launch = partial(scripts.launch, "cross_task_defense")
@@ -333,6 +335,64 @@ def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path
     shutil.rmtree(tmp_path / "out")
     launch(*argv)
     assert read(found)["outputs"] == resumed
+
+
+def served(questions: Path, server, output: Path, base: Path, **options) -> None:
+    """generate_answers.py with answers of a server."""
+    answers.generate_answers(
+        **{"base_model": str(base), "input_path": str(questions), "output_path": str(output)},
+        **{"engine": "server", "server_url": server.url, "server_model": "m"},
+        **{"num_beams": 1, "max_new_tokens": 12, "server_timeout": 9.0} | options,
+    )
+
+
+def test_a_prompt_that_fails_is_an_error_of_its_item(questions, tiny_base, tmp_path, serve, caplog):
+    """The rest is written, the exit code is 1, and the next run asks for what failed alone."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    row = (read(questions / "one.json")["instructions"][1], "a, b")
+    (bad,) = prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, [row])
+    refusal = (400, {"error": {"message": "this one never"}})
+    server = serve(lambda body: refusal if body["prompt"] == bad else completion(" Said. "))
+    with pytest.raises(SystemExit, match="error: 1 of 10 prompts have no answer; run it again"):
+        served(questions, server, tmp_path, tiny_base)
+    assert "one.json, item 2: Error code: 400" in caplog.text and "this one never" in caplog.text
+    (one,), (two,) = tmp_path.rglob("one.json"), tmp_path.rglob("two.json")
+    assert read(one)["outputs"] == ["Said.", None, "Said.", "Said.", "Said."]
+    assert list(read(one)["errors"]) == ["2"] and "errors" not in read(two)
+    before = two.read_bytes()
+    for name in ("summarize", "cloze"):
+        (one.parent / f"test_{name}.json").write_bytes(one.read_bytes())
+    with pytest.raises(UserError, match=r"1 items have no output \(item 2, …\); run generate_answers"):
+        module("cross_task_defense", "evaluate").read_answers(one.parent)
+
+    server.rule = lambda body: completion("Now.")
+    server.bodies.clear()
+    served(questions, server, tmp_path, tiny_base, server_timeout=8.0)
+    assert [body["prompt"] for body in server.bodies] == [bad]
+    assert read(one)["outputs"] == ["Said.", "Now.", "Said.", "Said.", "Said."]
+    assert "errors" not in read(one) and two.read_bytes() == before
+    assert not list(tmp_path.rglob("*.partial.jsonl"))
+
+
+def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(tiny_base, tmp_path, caplog):
+    asked = {"instructions": ["Say it.", "Why? " * 3000, "Paris!"], "inputs": []}
+    (tmp_path / "long.json").write_text(json.dumps(asked))
+    options = {"base_model": str(tiny_base), "input_path": str(tmp_path / "long.json")}
+    options |= {"output_path": str(tmp_path / "out"), "num_beams": 1, "max_new_tokens": 4}
+    with pytest.raises(SystemExit, match="error: 1 of 3 prompts have no answer"):
+        answers.generate_answers(**options)
+    assert "long.json, item 2: the prompt has " in caplog.text
+    (path,) = (tmp_path / "out").rglob("long.json")
+    assert [text is None for text in read(path)["outputs"]] == [False, True, False]
+
+
+def test_a_refused_key_ends_the_asking(questions, tiny_base, tmp_path, serve, monkeypatch):
+    monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
+    server = serve(lambda _: (401, {"error": {"message": "no such key: sk-secret"}}))
+    with pytest.raises(UserError, match="refused the key: .*no such key: …") as caught:
+        served(questions, server, tmp_path, tiny_base)
+    assert "sk-secret" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @slow

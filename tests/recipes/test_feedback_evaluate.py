@@ -6,14 +6,15 @@ import re
 import sys
 from pathlib import Path
 
+import completions
 import numpy as np
 import pytest
+from completions import completion
 from feedback_rows import config_writer, prompts, save_models, write
 from scripts import launch, module
 
 from common.conversation import UserError
 from guards import zoo
-from guards.next_token import ServerModel
 from guards.suite.benchmarks import benchmarks
 
 compare = module("feedback_guard", "compare")
@@ -23,6 +24,7 @@ scores = module("feedback_guard", "scores")
 records = module("feedback_guard", "records")
 shared_base = module("feedback_guard", "shared_base")
 evaluate = module("feedback_guard", "evaluate")
+serve = completions.serve
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -139,29 +141,30 @@ def test_arms_on_a_quantized_base_are_scored_on_it(config_file, monkeypatch):
     assert same == [True, False, False]
 
 
-def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, monkeypatch):
+def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
     config = config_of.load_config(config_file)
-    guard = scores.load(scores.Line("A0"), config)
-    config = config_of.load_config(
-        config_file, ["llama_guard.engine=server", "llama_guard.server_url=http://127.0.0.1:1/v1"]
-    )
-    guard.model = object.__new__(ServerModel)
-    answers = iter(["SAFE", None, "SAFE"])
+    refused = {"bad": True}
 
-    def ask(prompts, **options):
-        said = (next(answers) for _ in prompts)
-        return ["Connection error." if text is None else type("Choice", (), {"text": text}) for text in said]
+    def rule(body):
+        if refused["bad"] and body["prompt"] == prompts[1]:
+            return 400, {"error": {"message": "not allowed"}}
+        return completion("SAFE")
 
-    guard.model._ask = ask
-    monkeypatch.setattr(scores, "load", lambda line, config: guard)
+    server = serve(rule)
+    there = ["llama_guard.engine=server", f"llama_guard.server_url={server.url}"]
+    served = config_of.load_config(config_file, there)
     line = scores.Line("A0-legacy", query="chatml", parser="strict")
-    items = [scores.Item(f"test/{i}", "test", f"How do I keep my bicycle clean {i}?") for i in range(2)]
-    first = scores.score(line, items, config, tmp_path / "scores")
-    assert [(a.decided, a.error) for a in first.values()] == [(False, None), (True, "Connection error.")]
+    texts = [f"How do I keep my bicycle clean {i}?" for i in range(2)]
+    items = [scores.Item(f"test/{i}", "test", text) for i, text in enumerate(texts)]
+    prompts = scores.query_ids(scores.load(scores.Line("A0"), config), "chatml", texts)
+    first = list(scores.score(line, items, served, tmp_path / "scores").values())
+    assert [answer.decided for answer in first] == [False, True]
+    assert first[0].error is None and "not allowed" in first[1].error
     assert [row["text"] for row in lines_of(tmp_path / "scores" / "A0-legacy.jsonl")] == ["SAFE"]
-    again = scores.score(line, items, config, tmp_path / "scores")  # the one that failed alone
+    refused["bad"] = False
+    again = scores.score(line, items, served, tmp_path / "scores")  # the one that failed alone
     assert [(a.decided, a.error) for a in again.values()] == [(False, None)] * 2
-    assert next(answers, "none left") == "none left"
+    assert [server.asked(prompt) for prompt in prompts] == [1, 2]
 
 
 def test_one_model_at_a_time(config_file, tmp_path, monkeypatch):

@@ -5,21 +5,22 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace as Namespace
 
+import completions
 import families
 import pytest
 import scripts
+from completions import completion
 from feedback_rows import config_writer, prompts, save_models, write
 from scripts import EXAMPLES, launch, module
 
 from common.conversation import UserError
 
+serve = completions.serve
 RECIPE = EXAMPLES / "feedback_guard"
 config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 assistant = module("feedback_guard", "assistant")
-formats = module("feedback_guard", "formats")
 process, train = module("feedback_guard", "process"), module("feedback_guard", "train")
 
 
@@ -262,30 +263,85 @@ def test_categories_are_asked_of_responses_alone(write_config, monkeypatch):
 # ---------------------------------------------------------------------------------------------- a server that fails
 
 
-def test_what_a_server_says_of_a_failure_is_no_check(write_config, models, tmp_path, monkeypatch):
-    config = config_.load_config(write_config(llama_guard={"legacy_new_tokens": 3}))
+def refuse(*texts: str):
+    """What a server says of prompts that it always refuses."""
+    return 400, {"error": {"message": f"not allowed: {', '.join(texts)}"}}
+
+
+def test_what_a_server_says_of_a_failure_is_no_check(write_config, models, tmp_path, serve, caplog):
+    """The rest is checked all the same; what failed is collected by nothing, and asked for again."""
+    down = {"May I 3?", "May I 55?"}
+
+    def rule(body):
+        text = known[tuple(body["prompt"])]
+        return refuse(text) if text in down else completion(f"SAFE {text}")
+
+    server = serve(rule)
+    there = ["llama_guard.engine=server", f"llama_guard.server_url={server.url}"]
+    config = config_.load_config(write_config(llama_guard={"legacy_new_tokens": 3}), there)
     guard = process.default_guard(config)
     rows = [{"query": f"May I {i}?", "responses": []} for i in range(60)]
-    path, down, asked = tmp_path / "legacy.jsonl", {"May I 3?", "May I 55?"}, []
+    path = tmp_path / "legacy.jsonl"
     ids = process.encode(guard.tokenizer, [process.chatml_parts(row["query"]) for row in rows])
     known = {tuple(one): row["query"] for one, row in zip(ids, rows, strict=True)}
-
-    def ask(self, prompts, **options):
-        texts = [known[tuple(ids)] for ids in prompts]
-        asked.extend(texts)
-        return ["Error code: 503" if text in down else Namespace(text=f"SAFE {text}") for text in texts]
-
-    monkeypatch.setattr(formats.ServerModel, "_ask", ask)
-    guard.model = object.__new__(formats.ServerModel)
     loaded = process.Loaded(lambda: guard)
-    with pytest.raises(UserError, match=r"server_url None: .*503\); run process\.py again for the rest"):
-        process.add_legacy(config, rows, loaded, "x", path)
-    assert len(path.read_text().splitlines()) == 58 and "503" not in path.read_text()
-    asked.clear()
+    process.add_legacy(config, rows, loaded, "x", path)
+    assert "2 of the original's 60 checks failed" in caplog.text and "not allowed" in caplog.text
+    for row in rows:
+        failed = row["query"] in down
+        assert row["legacy"]["input"] == ("" if failed else f"SAFE {row['query']}")
+    assert len(path.read_text().splitlines()) == 58 and "not allowed" not in path.read_text()
+    server.bodies.clear()
     answering, down = sorted(down), set()
     process.add_legacy(config, rows, loaded, "x", path)
-    assert sorted(asked) == answering
+    assert sorted(known[tuple(body["prompt"])] for body in server.bodies) == answering
     assert [row["legacy"]["input"] for row in rows] == [f"SAFE {row['query']}" for row in rows]
+
+
+def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_config, tmp_path, serve, caplog):
+    bad, refuses = [], True
+
+    def rule(body):
+        bad[:] = bad or [body["prompt"]]
+        return refuse("x") if refuses and body["prompt"] == bad[0] else completion("Use two locks.")
+
+    server = serve(rule)
+    there = ["llama.engine=server", f"llama.server_url={server.url}", "llama.server_timeout=7"]
+    path = write_config()
+    config, _, rows = run(path, *there)
+    said = [r for row in rows["train"] + rows["validation"] + rows["test"] for r in row["responses"]]
+    failed = [r for r in said if r["error"]]
+    assert len(failed) == config.llama.samples
+    assert all("not allowed" in r["error"] and r["unsafe"] is None for r in failed)
+    assert len(said) > len(failed) and f"{config.llama.samples} of " in caplog.text
+    assert "not allowed" not in (tmp_path / "run/processed/parts/answers.jsonl").read_text()
+    server.bodies.clear()
+    refuses = False
+    _, _, rows = run(path, *there)
+    assert [body["prompt"] for body in server.bodies] == bad * config.llama.samples
+    assert not [r for row in rows["train"] for r in row["responses"] if r["error"]]
+
+
+def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, tmp_path, serve):
+    """What it answered before is kept."""
+    lock = []
+
+    def rule(body):
+        lock.append(1)
+        return completion("Use two locks.") if len(lock) < 9 else (401, {"error": {"message": "no"}})
+
+    server = serve(rule)
+    there = ["llama.engine=server", f"llama.server_url={server.url}"]
+    path = write_config()
+    with pytest.raises(UserError, match="the server refused the key"):
+        run(path, *there)
+    kept = (tmp_path / "run/processed/parts/answers.jsonl").read_text().splitlines()
+    assert len(kept) == 8
+    server.rule = lambda body: completion("Use two locks.")
+    server.bodies.clear()
+    _, _, rows = run(path, *there)
+    asked = [r for of in rows.values() for row in of for r in row["responses"]]
+    assert len(server.bodies) < len(asked) and all(r["error"] is None for r in asked)
 
 
 # ----------------------------------------------------------------------------------------------------- kill and resume

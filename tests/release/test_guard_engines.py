@@ -2,19 +2,21 @@
 
 import json
 import logging
+import math
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 
+import completions
 import families
 import pytest
+from completions import BROKEN_JSON, HTML, completion, token
 
 from common.conversation import UserError, pair
 from common.templates import Part
 from guards.generative import GenerativeGuard
 
+serve = completions.serve
 WORDS = {" safe": False, " unsafe": True}
 ENTRY = {
     "messages": ["conversation"],
@@ -33,7 +35,7 @@ if __name__ == "__main__":
     entry, talks = json.load(open(sys.argv[2]))
     guard = GenerativeGuard(sys.argv[1], entry, engine="vllm", progress=False)
     verdicts = guard.judge(talks)
-    written = guard.model.complete([[5, 6, 7]], 4)
+    written = [one.text for one in guard.written([[5, 6, 7]], 4)]
     json.dump([[asdict(v) for v in verdicts], written], open(sys.argv[3], "w"))
 """
 
@@ -60,105 +62,80 @@ def test_vllm_gives_the_same_verdicts(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found, written = json.loads((tmp_path / "found.json").read_text())
-    assert written == expected.model.complete([[5, 6, 7]], 4)
+    assert written == [one.text for one in expected.written([[5, 6, 7]], 4)]
     for mine, theirs in zip(expected.judge(TALKS), found, strict=True):
         for label in ("prompt_unsafe", "response_unsafe"):
             assert theirs[label] == (getattr(mine, label) and pytest.approx(getattr(mine, label), abs=1e-4))
         assert (theirs["native"], theirs["decided"], theirs["error"]) == (mine.native, mine.decided, mine.error)
 
 
-class Server(ThreadingHTTPServer):
-    """Completions by a rule: prompt ids -> (status, body)."""
-
-    def __init__(self, rule):
-        self.rule, self.asked = rule, 0
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked += 1
-        status, answer = self.server.rule(body, self.headers)
-        text = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_): ...
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(rule) -> Server:
-        servers.append(Server(rule))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def choice(*tokens: tuple[int, float]) -> dict:
-    """What a server says whose most likely tokens these are."""
-    names = {f"token_id:{token}": logprob for token, logprob in tokens}
-    logprobs = {"tokens": [next(iter(names))], "top_logprobs": [names], "token_logprobs": [0.0], "text_offset": [0]}
-    whole = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": logprobs}
-    return {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [whole]}
-
-
 def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
-    """The rule of one verdict: mass of unsafe over both; a candidate that it leaves out counts as impossible."""
+    """The rule of one verdict: mass of unsafe over both, of the very words, however unlikely."""
     monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")  # for OpenAI alone
     local = guard(folder)
     ids = local._word_tokens(0, "prompt", "User:")
     safe, unsafe = ids[" safe"][0], ids[" unsafe"][0]
-    bodies = []
 
-    def rule(body, headers):
-        bodies.append((body, headers["Authorization"]))
-        return 200, choice((unsafe, -0.5), (safe, -1.5)) if len(body["prompt"]) % 2 else choice((safe, -0.1))
+    def rule(body):
+        assert {safe, unsafe} <= set(body["logprob_token_ids"])
+        return token({unsafe: -0.5, safe: -1.5} if len(body["prompt"]) % 2 else {safe: -0.1, unsafe: -40.0})
 
     server = serve(rule)
     verdicts = guard(folder, engine="server", server_url=server.url, server_model="m").judge(TALKS[:3])
     prompts = local._ids([[*local._parts(m, ""), Part("User:", False)] for m in TALKS[:3]])
     for ids, verdict in zip(prompts, verdicts, strict=True):
         assert verdict.error is None
-        assert verdict.prompt_unsafe == pytest.approx(1 / (1 + 2.718281828**-1) if len(ids) % 2 else 0.0)
-    assert sorted(body["prompt"] for body, _ in bodies) == sorted(prompts)
-    assert {key for _, key in bodies} == {"Bearer sk-very-secret"} and "sk-very" not in repr(verdicts)
+        odds = math.exp(1.0) if len(ids) % 2 else math.exp(-39.9)
+        assert verdict.prompt_unsafe == pytest.approx(odds / (1 + odds), rel=1e-6)
+    assert sorted(body["prompt"] for body in server.bodies) == sorted(prompts)
+    assert server.keys == {"Bearer sk-very-secret"} and "sk-very" not in repr(verdicts)
 
 
 @pytest.mark.parametrize(
-    ("status", "answer", "message"),
+    ("reply", "message", "asked"),
     [
-        (400, {"error": {"message": "too long for sk-very-secret"}}, "too long"),
-        (401, {"error": {"message": "wrong key sk-very-secret"}}, "wrong key"),
-        (200, {"choices": []}, "no completion in its answer"),
-        (200, {"nothing": 1}, "no completion in its answer"),
-        (
-            200,
-            choice((1, -0.5)) | {"choices": [{"index": 0, "text": "safe", "logprobs": None}]},
-            "names no tokens by id",
-        ),
+        ((400, {"error": {"message": "too long for sk-very-secret"}}), "too long", 3),
+        ((401, {"error": {"message": "wrong key sk-very-secret"}}), "wrong key", 1),
+        ((200, {"choices": []}), "no completion in its answer", 3),
+        ((200, {"nothing": 1}), "no completion in its answer", 3),
+        (completion("safe"), "names no tokens by id", 3),
+        (HTML, "no completion in its answer", 3),
+        (BROKEN_JSON, "broken JSON", 3),
     ],
 )
-def test_a_server_that_fails(folder, serve, status, answer, message, monkeypatch):
+def test_a_server_that_fails(folder, serve, reply, message, asked, monkeypatch):
     """Every verdict is an error, none is safe, and no key is in it."""
     monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
-    server = serve(lambda *_: (status, answer))
+    server = serve(lambda _: reply)
     verdicts = guard(folder, engine="server", server_url=server.url, concurrency=1).judge(TALKS[:3])
     assert all(v.error and v.score("prompt_unsafe") == 1.0 for v in verdicts)
-    assert message in verdicts[0].error and "secret" not in repr(verdicts)
-    assert server.asked == (3 if message in ("too long", "names no tokens by id") else 1)
+    assert all(message in v.error for v in verdicts) and "secret" not in repr(verdicts)
+    assert len(server.bodies) == asked
+
+
+def test_what_a_server_says_of_a_failure_is_not_what_the_guard_wrote(folder, serve, caplog):
+    """An error may hold the anchor of a verdict, or the name of a category."""
+    told = {"error": {"message": "Answer: yes S9 is not allowed"}}
+    words = {" yes": True, " no": False}
+    thinks = ENTRY | {"generate": 4, "questions": [{"label": "last", "anchor": "Answer:", "words": words}]}
+    server = serve(lambda body: (400, told) if "logprobs" not in body else token({1: -0.1}))
+    options = {"engine": "server", "server_url": server.url}
+    verdicts = guard(folder, thinks, **options).judge(TALKS[:3])
+    assert all("is not allowed" in v.error and not v.decided for v in verdicts)
+    assert not any("logprobs" in body for body in server.bodies)  # no verdict was read after it
+
+    unsafe = guard(folder)._word_tokens(0, "prompt", "User:")[" unsafe"][0]
+
+    def rule(body):
+        if "logprobs" not in body:
+            return 400, told
+        return token({unsafe: -0.1} | {i: -9.0 for i in body["logprob_token_ids"] if i != unsafe})
+
+    server.rule = rule
+    entry = ENTRY | {"categories": {"pattern": r"S\d+"}}
+    verdicts = guard(folder, entry, categories=True, **options).judge(TALKS[:3])
+    assert all(v.error is None and v.decided["prompt_unsafe"] and not v.categories for v in verdicts)
+    assert "3 of 3 unsafe texts: the categories are not known, the verdicts stand" in caplog.text
 
 
 def test_engine_needs_its_url(folder):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from common import fit
 from common.conversation import UserError
-from common.generation import Decoding, transformers_engine
+from common.engines import Decoding, TransformersEngine
 from guards import load_guard
 from guards.classifier import ClassifierGuard
 
@@ -86,10 +86,12 @@ def test_a_pad_token_outside_the_embeddings_is_replaced_by_eos(family, tmp_path)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     assert tokenizer.pad_token_id == model.get_input_embeddings().num_embeddings
     prompts = [[5, 6, 7], [5, 6, 7, 8, 9]]
-    answers = dict(transformers_engine(model, tokenizer, Decoding(4))(prompts))
+    engine = TransformersEngine(str(folder), tokenizer, progress=False)
+    answers = engine.completions(prompts, Decoding(4))
+    assert all(one.error is None for one in answers)
     fit.fit_causal_lm(tokenizer, model)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert dict(transformers_engine(model, tokenizer, Decoding(4))(prompts)) == answers
+    assert engine.completions(prompts, Decoding(4)) == answers
 
 
 def test_a_token_outside_the_embeddings_is_named(tmp_path):

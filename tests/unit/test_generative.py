@@ -7,7 +7,7 @@ from families import GUARDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation import UserError, pair
-from common.fast_decoding import shared_prefix
+from common.prefix import shared_prefix
 from common.templates import control_ids
 from guards import load_guard, zoo
 from guards.generative import GenerativeGuard
@@ -159,9 +159,9 @@ def test_shared_prefix_and_packing_change_nothing(tiny, name):
     assert shared_prefix(prompts[1:2] * 3) and guard.model.packs
     for share, budget in ((True, 10_000), (True, 60), (False, 10_000), (False, 1)):
         guard.model.share_prefix, guard.model.batch_tokens = share, budget
-        for (logprobs, top), row in zip(guard.model.next_token(prompts, every), rows, strict=True):
-            assert torch.tensor(logprobs).exp().tolist() == pytest.approx(row.exp().tolist(), abs=1e-4)
-            assert top == int(row.argmax())
+        for read, row in zip(guard.model.next_token(prompts, every), rows, strict=True):
+            assert torch.tensor(read.logprobs).exp().tolist() == pytest.approx(row.exp().tolist(), abs=1e-4)
+            assert read.top == int(row.argmax())
 
 
 @pytest.mark.parametrize(
@@ -392,8 +392,8 @@ def test_lora_guard_is_merged(tmp_path, llama):
     tokenizer = AutoTokenizer.from_pretrained(base)
     prompts = guard._ids([guard._parts(m, "") for m in TALKS])
     read = guard.model.next_token(prompts, range(len(tokenizer)))
-    for ids, (logprobs, _) in zip(prompts, read, strict=True):
+    for ids, one in zip(prompts, read, strict=True):
         with torch.inference_mode():
             expected = plain(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
-        assert torch.tensor(logprobs).exp().tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+        assert torch.tensor(one.logprobs).exp().tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     assert [v.prompt_unsafe for v in guard.judge(TALKS)] != [v.prompt_unsafe for v in llama().judge(TALKS)]

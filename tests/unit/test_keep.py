@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from common import keep
 from common.bundled import NAME
 from common.conversation import UserError
+from common.engines import Completion
 from common.keep import KeptRows, digest, fingerprint, generate, read_json_lines, rows_digest
 
 
@@ -259,11 +260,11 @@ def test_answers_cut_at_any_byte_go_on_to_the_same_answers(place, cut, salt):
     def engine(some):
         asked.extend(some)
         for i in reversed(range(len(some))):
-            yield i, f"answer to {some[i]} é"
+            yield i, Completion(f"answer to {some[i]} é")
 
     place.unlink(missing_ok=True)
     answers = generate(engine, prompts, place)
-    assert answers == [f"answer to {ids} é" for ids in prompts]
+    assert answers == [Completion(f"answer to {ids} é") for ids in prompts]
     assert asked == [[1, 2], [3], [4, 5, 6]]
     whole = place.read_bytes()
     cut %= len(whole) + 1
@@ -271,6 +272,36 @@ def test_answers_cut_at_any_byte_go_on_to_the_same_answers(place, cut, salt):
     asked.clear()
     assert generate(engine, prompts, place, salt) == answers
     assert len(asked) == 3 - (whole[:cut].count(b"\n") if salt is None else 0)
+
+
+def test_an_error_is_no_answer_and_is_asked_for_again(place):
+    """The others are kept, and so is what came before the engine stopped."""
+    prompts = [[1], [2], [3], [2]]
+    place.unlink(missing_ok=True)
+
+    def some_fail(some):
+        for i, ids in enumerate(some):
+            yield i, Completion(error="refused") if ids == [2] else Completion(f"{ids}")
+
+    first = generate(some_fail, prompts, place)
+    assert [one.error for one in first] == [None, "refused", None, "refused"]
+    assert "refused" not in place.read_text()
+
+    def stops(some):
+        assert some == [[2], [9], [7]]
+        yield 1, Completion("nine")
+        raise UserError("the server is gone")
+
+    with pytest.raises(UserError, match="the server is gone"):
+        generate(stops, [[1], [2], [9], [7]], place)
+    left = []
+
+    def works(some):
+        left.extend(some)
+        return [(i, Completion("now")) for i in range(len(some))]
+
+    texts = [one.text for one in generate(works, [[1], [2], [9], [7]], place)]
+    assert texts == ["[1]", "now", "nine", "now"] and left == [[2], [7]]
 
 
 @pytest.mark.parametrize(
