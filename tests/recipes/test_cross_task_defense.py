@@ -389,7 +389,7 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(tiny_bas
 def test_a_refused_key_ends_the_asking(questions, tiny_base, tmp_path, serve, monkeypatch):
     monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
     server = serve(lambda _: (401, {"error": {"message": "no such key: sk-secret"}}))
-    with pytest.raises(UserError, match="refused the key: .*no such key: …") as caught:
+    with pytest.raises(UserError, match=r"refused the key: .*no such key: …") as caught:
         served(questions, server, tmp_path, tiny_base)
     assert "sk-secret" not in str(caught.value)
     assert not list(tmp_path.rglob("*.json"))
