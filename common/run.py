@@ -149,6 +149,13 @@ def inference_dtype() -> torch.dtype:
     return torch.bfloat16 if device().type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
+def file_mode() -> int:
+    """The permissions of a new file under the user's umask; temporary files have tighter ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 @contextmanager
 def atomic_path(path: Path):
     """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
@@ -158,7 +165,7 @@ def atomic_path(path: Path):
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o644)
+        os.chmod(name, file_mode())
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -1,0 +1,276 @@
+"""The one saver: a trained guard as a folder that is whole or not there, and equal to what was trained.
+
+`whole_folder` gives a partial folder inside of the output folder. Everything is written there, loaded
+from there again and compared; only then its files take the places of an earlier guard's, the card
+last. A disk that fills up, a kill or a comparison that fails leaves the earlier guard as it was.
+"""
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from common.conversation import UserError
+from common.run import file_mode
+
+QUANTIZED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
+CARD_FILE = "guard.json"
+PARTIAL = ".partial"
+FINISHED = (CARD_FILE, "config.json", "adapter_config.json")  # what a model's folder holds in the end
+
+# What a guard's folder holds of the guard: an earlier guard's go when a new one comes, because a
+# shard of old weights beside a new config would be loaded. Checkpoints, logs and results stay.
+OF_A_GUARD = (
+    *FINISHED,
+    "adapter",
+    "adapter_model.safetensors",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "README.md",
+    "run.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def refuse_to_overwrite(
+    folder: Path | str,
+    overwrite: bool,
+    names: Sequence[str] = FINISHED,
+    flag: str = "--overwrite_output_dir",
+) -> None:
+    """Refuse to train into a folder that holds a model, also where its checkpoints were removed.
+
+    Args:
+        overwrite: whether the user asked for that.
+        names: what marks the folder as somebody's result.
+        flag: what the user can pass to have it replaced.
+
+    Raises:
+        UserError: one of `names` is there, and not of a guard whose saving was interrupted.
+    """
+    folder = Path(folder)
+    if overwrite or is_unfinished(folder):
+        return
+    for name in names:
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds {name} of an earlier run; pass {flag} to replace it, or another name")
+
+
+def is_unfinished(folder: Path | str, last: str = CARD_FILE) -> bool:
+    """Whether the saving of a guard was interrupted here, and no earlier guard is left."""
+    folder = Path(folder)
+    return (folder / PARTIAL).is_dir() and not (folder / last).exists()
+
+
+@contextmanager
+def whole_folder(folder: Path | str, last: str = CARD_FILE) -> Iterator[Path]:
+    """A partial folder whose files become those of `folder` when the block ends well.
+
+    One process enters it. Within the block an earlier guard stays whole. Then its card is taken
+    away, the files change places one by one, and the new card comes last: without a card the folder
+    is "not finished" to `load_guard`.
+
+    Args:
+        last: the file without which nobody takes the folder for a guard; the block must write it.
+
+    Raises:
+        UserError: the files could not be written; an earlier guard is as it was.
+    """
+    folder = Path(folder)
+    partial = folder / PARTIAL
+    unfinished = is_unfinished(folder, last)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _empty(partial)
+        yield partial
+        _make_readable(partial)
+    except BaseException as error:
+        _empty(partial)
+        if not unfinished and partial.is_dir():
+            partial.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(_not_written(folder, error)) from error
+        raise
+    if not (partial / last).is_file():
+        raise ValueError(f"{last} was not written")
+    _move(partial, folder, last)
+
+
+def _not_written(folder: Path, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return f"{folder}: nothing is saved ({reason:.200}); what was there before is as it was"
+
+
+def _move(partial: Path, folder: Path, last: str) -> None:
+    """Put the files in their places. A kill at any moment leaves no card, or a whole guard."""
+    (folder / last).unlink(missing_ok=True)
+    for pattern in OF_A_GUARD:
+        for path in folder.glob(pattern):
+            _remove(path)
+    for path in sorted(partial.iterdir()):
+        if path.name != last:
+            _remove(folder / path.name)
+            os.replace(path, folder / path.name)
+    os.replace(partial / last, folder / last)
+    partial.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a folder with what it holds, or a link without what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        _remove(path)
+
+
+def _make_readable(folder: Path) -> None:
+    """Permissions as of any new file; safetensors' are for the owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(file_mode())
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: PreTrainedModel,
+    state_dict: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write a model folder that `from_pretrained` loads, from whole weights. One process calls it."""
+    model.save_pretrained(folder, state_dict=dict(state_dict))
+    tokenizer.save_pretrained(folder)
+
+
+def save_adapter(
+    model: PeftModel,
+    state_dict: Mapping[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write an adapter folder that stock PEFT loads, from whole weights. One process calls it.
+
+    With the tokenizer beside it PEFT knows that embeddings were added. PEFT's own README.md, a form
+    to fill in that names a local path, is left out.
+    """
+    model.save_pretrained(folder, state_dict=dict(state_dict))
+    (folder / "README.md").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
+def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """The trained model with its adapters merged, in float32 on the CPU. One process calls it.
+
+    The base is not loaded again: modules that its checkpoint lacks would be drawn anew, and a
+    quantized base would be another one. The result holds weights to be saved; it cannot be run.
+
+    Args:
+        state_dict: every weight of `model`, whole; `model` itself may be sharded, and stays as it is.
+    """
+    unset_hf_deepspeed_config()  # the merge is done by this process alone
+    base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        skeleton = get_peft_model(kind(config), copy.deepcopy(model.peft_config["default"]))
+    weights = _dequantized(model, state_dict)
+    skeleton.load_state_dict(_on_cpu(weights), assign=True)
+    skeleton.get_base_model().tie_weights()
+    merged = skeleton.merge_and_unload()
+    merged.generation_config = getattr(base, "generation_config", None)
+    return merged
+
+
+def _on_cpu(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies, which a merge may change, in float32."""
+    copies = {}
+    for name, tensor in weights.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        copies[name] = tensor.detach().to("cpu", dtype, copy=True)
+    return copies
+
+
+def _dequantized(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a 4- or 8-bit base as the numbers that the training computed with."""
+    weights = dict(state_dict)
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if type(own.get("weight")).__name__ not in QUANTIZED:
+            continue
+        for key in [key for key in weights if key.startswith((f"{name}.weight", f"{name}.SCB"))]:
+            del weights[key]
+        weights[f"{name}.weight"] = dequantize_module_weight(module)
+    return weights
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
+
+
+def log_odds(probability: float) -> float:
+    """log(p / (1 - p)), at most FARTHEST from 0."""
+    if not 0 < probability < 1:
+        return math.copysign(FARTHEST, probability - 0.5)
+    odds = math.log(probability) - math.log1p(-probability)
+    return max(-FARTHEST, min(FARTHEST, odds))
+
+
+def check_equal(
+    expected: Sequence[Mapping[str, float]],
+    reloaded: Sequence[Mapping[str, float]],
+    tolerance: float,
+) -> None:
+    """Compare what the model in memory says with what the folder says that it was written to.
+
+    Args:
+        expected: of the model in memory, one dict a row: label -> probability.
+        reloaded: of the folder, on the same rows.
+        tolerance: how far log-odds may lie apart.
+
+    Raises:
+        UserError: they differ; the message names label and probabilities.
+    """
+    for row, (trained, said) in enumerate(zip(expected, reloaded, strict=True)):
+        for label, probability in trained.items():
+            other = said.get(label, math.nan)
+            apart = abs(log_odds(probability) - log_odds(other))
+            if math.isnan(other) or math.isnan(probability) or apart > tolerance:
+                raise UserError(
+                    f"what was saved is not what was trained: row {row + 1}, {label}: "
+                    f"{probability:.4f} in memory, {other:.4f} from the folder; nothing is saved"
+                )
