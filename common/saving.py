@@ -1,8 +1,9 @@
 """The one saver: a trained guard as a folder that is whole or not there, and equal to what was trained.
 
-`whole_folder` gives a partial folder inside of the output folder. Everything is written there, loaded
-from there again and compared; only then its files take the places of an earlier guard's, the card
-last. A disk that fills up, a kill or a comparison that fails leaves the earlier guard as it was.
+`whole_folder` gives a partial folder inside of the output folder. Everything is written there,
+loaded from there again and compared; only then its files take the places of an earlier guard's, the
+card last. A disk that fills up, a kill or a comparison that fails leaves the earlier guard as it
+was.
 """
 
 import copy
@@ -197,7 +198,8 @@ def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> Pr
     quantized base would be another one. The result holds weights to be saved; it cannot be run.
 
     Args:
-        state_dict: every weight of `model`, whole; `model` itself may be sharded, and stays as it is.
+        state_dict: every weight of `model`, whole; `model` itself may be sharded, and stays as it
+            is.
     """
     unset_hf_deepspeed_config()  # the merge is done by this process alone
     base = model.get_base_model()

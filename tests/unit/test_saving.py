@@ -76,7 +76,7 @@ def test_a_new_guard_takes_the_place_of_the_old_one_and_of_nothing_else(folder):
 def test_what_fails_before_the_end_leaves_the_old_guard(folder, error):
     before = names(folder)
     kind = UserError if isinstance(error, OSError) else RuntimeError
-    with pytest.raises(kind, match="No space left|not equal"), saving.whole_folder(folder) as partial:
+    with pytest.raises(kind, match=r"No space left|not equal"), saving.whole_folder(folder) as partial:
         write_guard(partial, "new")
         raise error
     assert names(folder) == before and (folder / "model.safetensors").read_text() == "old"
