@@ -11,6 +11,8 @@ Message = dict[str, str]
 Messages = Sequence[Message]
 
 ROLES = ("system", "user", "assistant")
+OTHER_ROLES = {"developer": "system"}  # of OpenAI's format
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type: its field
 LABELS = ("prompt_unsafe", "response_unsafe", "response_refusal")
 
 FEATURES = Features(
@@ -78,38 +80,97 @@ def pair(prompt: str | None, response: str | None = None) -> list[Message]:
     return [{"role": role, "content": content} for role, content in turns.items() if content is not None]
 
 
-def check_messages(value: Any, where: str) -> list[Message]:
-    """`value` as messages, or a UserError that begins with `where` and names the field.
+def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list[Message]:
+    """`value` as messages: the one reading of a conversation, for data that is loaded and for what a guard is asked.
 
-    At least one non-empty user or assistant turn is needed, because that is what a guard judges.
+    Read as OpenAI's format has it: a content may be a list of text parts, which are joined by a line
+    break, and "developer" is another word for "system". Turns of one role in a row are one turn, joined
+    by a blank line, because guards judge the last turn.
+
+    Args:
+        where: what an error begins with.
+        allow_empty: a content may be without text. In data it may not.
+
+    Raises:
+        UserError: it is no conversation, or holds what a guard of text does not see (images, tool
+            calls, tools' results, other roles). Names the field.
     """
+    if isinstance(value, Mapping):
+        raise UserError(f"{where}, field messages: expected a list of messages, found one: {value!r:.60}")
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise UserError(f"{where}, field messages: expected a non-empty list of messages, found {value!r:.60}")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise UserError(f'{where}, field messages[{i}]: expected {{"role": …, "content": …}}, not {message!r:.60}')
-        if message["role"] not in ROLES:
-            raise UserError(f"{where}, field messages[{i}].role: {message['role']!r} is none of {', '.join(ROLES)}")
-        messages.append(
-            {"role": message["role"], "content": check_text(message["content"], f"messages[{i}].content", where)}
-        )
-    if messages[-1]["role"] == "system":
+    turns: list[Message] = []
+    for index, message in enumerate(value):
+        turn = _turn(message, f"messages[{index}]", where, allow_empty)
+        if turns and turns[-1]["role"] == turn["role"]:
+            turns[-1]["content"] += "\n\n" + turn["content"]
+        else:
+            turns.append(turn)
+    if turns[-1]["role"] == "system":
         raise UserError(
             f"{where}, field messages: ends with a system turn; a guard judges the last user or assistant turn"
         )
-    return messages
+    return turns
 
 
-def check_text(value: Any, name: str, where: str) -> str:
-    """`value` as it is, or a UserError when it is no text or only white space."""
+def _turn(message: Any, name: str, where: str, allow_empty: bool) -> Message:
+    """One message, with its role by our name and its content as one text."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise UserError(f'{where}, field {name}: expected {{"role": …, "content": …}}, not {message!r:.60}')
+    role = message["role"]
+    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        known = ", ".join((*ROLES, *OTHER_ROLES))
+        raise UserError(f"{where}, field {name}.role: {role!r} is none of {known}")
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            raise UserError(f"{where}, field {name}.{key}: a call of a tool is no text that a guard could judge")
+    content = _joined_parts(message["content"], f"{name}.content", where)
+    return {"role": role, "content": check_text(content, f"{name}.content", where, allow_empty=allow_empty)}
+
+
+def _joined_parts(content: Any, name: str, where: str) -> Any:
+    """The text of a list of OpenAI's content parts; any other content as it is."""
+    if not isinstance(content, list | tuple) or not content:
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in TEXT_PARTS:
+            raise UserError(
+                f"{where}, field {name}[{index}]: expected a text part, not {part!r:.60}; guards judge text alone"
+            )
+        field = f"{name}[{index}].{TEXT_PARTS[kind]}"
+        texts.append(check_text(part.get(TEXT_PARTS[kind]), field, where, allow_empty=True))
+    return "\n".join(texts)
+
+
+def judged_turns(messages: Messages) -> list[Message]:
+    """Questions and answers in turn, as a guard's prompt quotes a whole conversation.
+
+    System turns are no part of it, and neither is a greeting before the first question.
+    """
+    turns: list[Message] = []
+    for message in messages:
+        if message["role"] == "system" or (not turns and message["role"] == "assistant"):
+            continue
+        if turns and turns[-1]["role"] == message["role"]:
+            joined = turns[-1]["content"] + "\n\n" + message["content"]
+            turns[-1] = {**turns[-1], "content": joined}
+        else:
+            turns.append(message)
+    return turns
+
+
+def check_text(value: Any, name: str, where: str, *, allow_empty: bool = False) -> str:
+    """`value` as it is, or a UserError when it is no text or, unless that is allowed, only white space."""
     if not isinstance(value, str):
         raise UserError(f"{where}, field {name}: expected text, found {type(value).__name__} {value!r:.60}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise UserError(
             f"{where}, field {name}: holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
         )
-    if not value.strip():
+    if not allow_empty and not value.strip():
         raise UserError(
             f"{where}, field {name}: empty text; fill it in or drop the row (--bad_rows skip, in scripts that have it)"
         )

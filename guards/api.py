@@ -18,9 +18,9 @@ from typing import Any
 import httpx2  # what the openai client and huggingface_hub speak HTTP with
 from tqdm.auto import tqdm
 
-from common.conversation import Messages, UserError, Verdict, check_url
+from common.conversation import Message, Messages, UserError, Verdict, check_url
 from common.run import is_main_process
-from guards.base import LONG_INPUTS, Guard
+from guards.base import LAST_TURN, LONG_INPUTS, Guard
 
 logger = logging.getLogger(__name__)
 MODEL = "omni-moderation-2024-09-26"
@@ -106,6 +106,7 @@ class ApiGuard(Guard):
     """
 
     judges = ("prompt_unsafe", "response_unsafe")
+    sees = LAST_TURN
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class ApiGuard(Guard):
 
         return send
 
-    def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
+    def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
         """One verdict a conversation, in order; a refused key ends the asking, and the rest are error verdicts."""
         stopped, long = threading.Event(), []
         with ThreadPoolExecutor(self.concurrency) as pool:

@@ -1,31 +1,88 @@
 """What every guard is: something that judges conversations."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
-from common.conversation import Messages, Verdict
+from common.conversation import Message, Messages, UserError, Verdict, check_messages, pair
 
 LONG_INPUTS = ("windows", "error", "truncate")
 
+# What a guard sees of a conversation.
+LAST_TURN = "last turn"
+LAST_TURNS = "last turns"  # the last question, and its answer
+WHOLE_CONVERSATION = "whole conversation"
+UNKNOWN = "not known"
+SEES = (LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION, UNKNOWN)
+TALK = [*pair("A first question?", "A first answer."), *pair("A last question?", "A last answer.")]
 
-class Guard(ABC):
+
+class Guard:
     """What judges conversations. `name` says which; `thresholds` are the ones that its training fitted.
 
     The last turn is judged: a user's as a prompt, an assistant's as a response. Where a guard's format says more in the
     same pass (the prompt of an answered conversation, whether the answer is a refusal), its verdict holds that too.
+
+    A kind of guard implements `judge_valid`. (One that overrides `judge` sees conversations as they come.)
     """
 
     name: str
     thresholds: dict[str, dict[str, Any]]
     judges: Sequence[str] = ("response_unsafe",)  # of LABELS: what it can be asked
+    sees: str = UNKNOWN  # of SEES: what it sees of a conversation; turns before that do not count
+    LABEL_OF: ClassVar = {"user": "prompt_unsafe", "assistant": "response_unsafe"}
 
-    @abstractmethod
     def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
-        """One verdict a conversation, in order."""
+        """One verdict a conversation, in order. What is no conversation gets an error verdict, and disturbs no other.
+
+        Raises:
+            UserError: `conversations` is no list at all.
+        """
+        if isinstance(conversations, str | Mapping):
+            raise UserError(f"judge() takes a list of conversations, not {conversations!r:.60}")
+        verdicts: list[Verdict] = []
+        valid: dict[int, list[Message]] = {}  # by their place
+        for place, conversation in enumerate(conversations):
+            verdicts.append(Verdict())
+            try:
+                valid[place] = check_messages(conversation, "conversation", allow_empty=True)
+            except UserError as error:
+                verdicts[place].error = str(error)
+        said = self.judge_valid(list(valid.values()))
+        for place, verdict in zip(valid, said, strict=True):
+            verdicts[place] = verdict
+        return verdicts
+
+    def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
+        """One verdict a conversation, in order, of conversations that `check_messages` has read."""
+        raise NotImplementedError(f"{type(self).__name__} implements neither judge_valid nor judge")
 
     def moderate(self, conversations: Sequence[Messages], **_: Any) -> list[float]:
         """GuardBench's callback: the unsafe probability of each last turn, 1.0 where the guard says none ("n/a")."""
-        labels = ["response_unsafe" if m[-1]["role"] == "assistant" else "prompt_unsafe" for m in conversations]
-        said = zip(self.judge(conversations), labels, strict=True)
-        return [1.0 if getattr(v, k) is None and k in self.judges else v.score(k) for v, k in said]
+        verdicts = self.judge(conversations)
+        return [self._moderated(m, v) for m, v in zip(conversations, verdicts, strict=True)]
+
+    def _moderated(self, messages: Messages, verdict: Verdict) -> float:
+        if verdict.error is not None:
+            return verdict.score()
+        label = self.LABEL_OF[messages[-1]["role"]]
+        if getattr(verdict, label) is None and label in self.judges:
+            return 1.0
+        return verdict.score(label)
+
+
+def seen_of(prompt_of: Callable[[Messages], str]) -> str:
+    """What a guard sees of a conversation, one of SEES: found in the prompt that it writes of one.
+
+    Args:
+        prompt_of: the whole prompt of a conversation; UserError where it has none.
+    """
+    for messages in (TALK, TALK[:3]):  # not every guard judges answers
+        try:
+            prompt = prompt_of(messages)
+        except UserError:
+            continue
+        seen = [message["content"] in prompt for message in messages]
+        if all(seen):
+            return WHOLE_CONVERSATION
+        return LAST_TURNS if seen[-2] else LAST_TURN
+    return UNKNOWN

@@ -112,6 +112,9 @@ class GuardCard(Origin):
 
     max_length: Count = Field(description="tokens that it sees of one conversation")
     thresholds: dict[str, Threshold] = Field(default_factory=dict)
+    sees: Literal["last turn", "last turns", "whole conversation"] | None = Field(
+        None, description="what its prompt holds of a conversation"
+    )
     probe: Probe | None = None
 
     def threshold_values(self) -> dict[str, dict[str, Any]]:

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from common.conversation import Messages, UserError, Verdict, pair
+from common.conversation import Message, Messages, UserError, Verdict, pair
 from common.data import taxonomy
 from common.fit import check_length, fit_classifier, positions
 from common.run import device, inference_dtype, is_main_process
 from common.templates import Part, control_ids, cut, encode, render, windows
-from guards.base import LONG_INPUTS, Guard
+from guards.base import LONG_INPUTS, Guard, seen_of
 
 logger = logging.getLogger(__name__)
 DEFAULT_LENGTH = 512
@@ -73,6 +73,7 @@ class ClassifierGuard(Guard):
         self.template, self.max_length, self.long_inputs = template or "beavertails", max_length, long_inputs
         render(self.template, pair("", ""), self.tokenizer)  # an unknown template is no matter of a single verdict
         self.judges = self._judged()
+        self.sees = seen_of(lambda messages: "".join(part.text for part in self._render(messages)))
         self.thresholds = thresholds or {}
         self.progress = progress
         self.device = device()
@@ -110,7 +111,7 @@ class ClassifierGuard(Guard):
         """The labels that it can be asked: a template without the answer serves both turns."""
         return ("prompt_unsafe", "response_unsafe") if self.template == "last_turn" else ("response_unsafe",)
 
-    def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
+    def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
         """Judge conversations; what has no answer to judge, or is too long under "error", gets an error verdict."""
         prompts, owners, verdicts = [], [], [Verdict() for _ in conversations]
         for i, messages in enumerate(conversations):

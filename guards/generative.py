@@ -22,7 +22,7 @@ from common.bundled import resolve_model
 from common.conversation import LABELS, Message, Messages, UserError, Verdict, last_turns, pair
 from common.engines import Completion, Decoding, Engine, load_engine
 from common.templates import Part, encode, inline_template, render, render_chat, template_text, windows
-from guards.base import LONG_INPUTS, Guard
+from guards.base import LONG_INPUTS, Guard, seen_of
 
 logger = logging.getLogger(__name__)
 MODES = ("strict", "loose")
@@ -93,6 +93,8 @@ class GenerativeGuard(Guard):
         self.judges = tuple(label for label in LABELS if label in asked)
         self._words: dict[tuple[int, str], dict[str, list[int]]] = {}
         self._check_tokens()
+        variant = next(iter(entry.get("variants", [""])))
+        self.sees = seen_of(lambda messages: "".join(part.text for part in self._parts(messages, variant)))
         options |= {"adapter": options.get("adapter") or entry.get("adapter"), "progress": progress}
         self.model: Engine = load_engine(
             engine, model, self.tokenizer, trust_remote_code=trust_remote_code, name=self.name, **options
@@ -102,7 +104,7 @@ class GenerativeGuard(Guard):
 
     # --- the verdict --------------------------------------------------------------------------------------------------
 
-    def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
+    def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
         """Judge the last turn of each; a turn that the guard does not judge gets an error verdict."""
         verdicts, cases, self._long = [Verdict() for _ in conversations], [], set()
         for i, messages in enumerate(conversations):

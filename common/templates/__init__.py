@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from common.conversation import Message, Messages, UserError, last_turns, pair
+from common.conversation import Message, Messages, UserError, judged_turns, last_turns, pair
 
 # Where templates are looked for; `guards` adds its own folder.
 FOLDERS = [Path(__file__).parent]
@@ -36,24 +36,31 @@ def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase
 
     Args:
         template: the name of a jinja file in this folder or in guards/prompts, without its ending. It sees `prompt`
-            (last user turn), `response` (answer to it) and `bos_token` and `eos_token` (empty without a tokenizer that
-            has them).
+            (last user turn), `response` (answer to it), `messages` (all questions and answers, see `judged_turns`) and
+            `bos_token` and `eos_token` (empty without a tokenizer that has them).
 
     Raises:
         UserError: the template is unknown, it needs a turn that the conversation lacks, or a text is not Unicode.
     """
     prompt, response = last_turns(messages)
+    turns = judged_turns(messages)
     content = {"prompt": prompt, "response": response}
+    content |= {str(number): turn["content"] for number, turn in enumerate(turns)}
     # U+E000 and U+E001 are private-use characters; content is put in only after rendering, so it cannot forge them.
     markers = {name: f"\ue000{name}\ue001" for name, text in content.items() if text is not None}
+    given: dict[str, Any] = {name: markers[name] for name in ("prompt", "response") if name in markers}
+    if turns:
+        given["messages"] = [
+            {"role": turn["role"], "content": markers[str(number)]} for number, turn in enumerate(turns)
+        ]
     specials = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
     try:
-        text = _template(template).render(**markers, **specials)
+        text = _template(template).render(**given, **specials)
     except jinja2.UndefinedError as error:
         raise UserError(f"template {template}: the conversation has no such turn ({error.message})") from None
     if any("\ud800" <= character <= "\udfff" for turn in content.values() for character in turn or ""):
         raise UserError("the text holds a lone surrogate, which no tokenizer can read")
-    pieces = re.split("\ue000(prompt|response)\ue001", text)
+    pieces = re.split("\ue000(prompt|response|[0-9]+)\ue001", text)
     return [Part(content[piece] if i % 2 else piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
 
 

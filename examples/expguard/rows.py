@@ -186,13 +186,16 @@ def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list
 
 
 def prompt_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    """The ExpGuard prompt of the last turns in pieces; encode it without special tokens, it has none to be added."""
+    """The ExpGuard prompt of a conversation in pieces; encode it without special tokens, it has none to be added."""
     stripped = [{**message, "content": message["content"].strip()} for message in messages]
     return render("expguard", stripped, tokenizer)
 
 
 def chat_template() -> str:
-    """The same prompt as a chat template, for stock `apply_chat_template`; it refuses roles that do not alternate."""
+    """The same prompt as a chat template, for stock `apply_chat_template`; it refuses roles that do not alternate.
+
+    As the paper's own template it prints every turn, although no training row has more than one question.
+    """
     return CHAT_HEAD + template_text("expguard")
 
 
@@ -202,9 +205,7 @@ CHAT_HEAD = """{%- for message in messages -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if messages[-1]['role'] == 'assistant' -%}
-{%- set prompt, response = messages[-2]['content'] | trim, messages[-1]['content'] | trim -%}
-{%- else -%}
-{%- set prompt = messages[-1]['content'] | trim -%}
+{%- set response = messages[-1]['content'] -%}
 {%- endif -%}
 """
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.bundled import resolve_model
-from common.conversation import Messages, UserError, last_turns, pair
+from common.conversation import Messages, UserError, check_messages, last_turns, pair
 from common.fit import positions
 from common.run import device as default_device
 from common.run import inference_dtype, is_main_process
@@ -217,9 +217,23 @@ class GuardedChat:
         return self.guard_pass(lanes.inputs(dict(enumerate(sequences)))).cpu()
 
     def judge_texts(self, messages: Sequence[Messages]) -> list[tuple[float, dict[str, float]]]:
-        """`verdict` of prompts, pairs, or responses alone (`[{"role": "assistant", …}]`) as the guard reads them."""
-        ids = encode(self.tokenizer, [render("lora_guard", m, self.tokenizer) for m in messages])
-        return [self.verdict(row) for row in self.guard_scores(ids).tolist()]
+        """`verdict` of prompts, pairs, or responses alone (`[{"role": "assistant", …}]`) as the guard reads them.
+
+        What is no such conversation is unsafe with probability 1, without categories: guards fail closed.
+        """
+        parts, at = [], []
+        for index, conversation in enumerate(messages):
+            try:
+                checked = check_messages(conversation, f"conversation {index}", allow_empty=True)
+                parts.append(render("lora_guard", checked, self.tokenizer))
+                at.append(index)
+            except UserError as error:
+                logger.warning("Not judged, so unsafe: %s", error)
+        verdicts: list[tuple[float, dict[str, float]]] = [(1.0, {}) for _ in messages]
+        scores = self.guard_scores(encode(self.tokenizer, parts)).tolist()
+        for index, row in zip(at, scores, strict=True):
+            verdicts[index] = self.verdict(row)
+        return verdicts
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Token ids of the chat template with its generation prompt; BOS once, content never a control token."""
@@ -268,7 +282,8 @@ class GuardedChat:
             raise UserError("expected --temperature >= 0, 0 < --top-p <= 1 and 0 <= --stop-at <= 1")
         if stop_at is not None and "pair" not in self.inputs:
             raise UserError(f"--stop-at: this guard was trained on {', '.join(self.inputs)}, not on pairs")
-        rows = [self._row(i, messages) for i, messages in enumerate(conversations)]
+        checked = [check_messages(messages, f"conversation {i}") for i, messages in enumerate(conversations)]
+        rows = [self._row(i, messages) for i, messages in enumerate(checked)]
         limit = positions(self.model) or float("inf")
         longest = max((max(len(row.chat_ids), len(row.start)) for row in rows), default=0) + max_new_tokens
         if longest > limit:

@@ -20,10 +20,17 @@ def details(results: Mapping[str, Any]) -> str:
     measured = [c for c in results["cells"] if c["status"] == "measured"]
     facts = ("label", "rows", "positives", "recall_only", *MARKS, "file", "hub", "revision", "licence", "mismatch")
     known = [[name, *(b.get(fact) for fact in facts)] for name, b in results["benchmarks"].items()]
-    guards = [[name, g["spec"], g["zoo"], ", ".join(g["knows"])] for name, g in results["guards"].items()]
-    sections = {
-        "Guards": (guards, ["", "loaded from", "in the zoo", "trained on their training part (in distribution)"])
-    }
+    guards = [
+        [name, g["spec"], g["zoo"], g.get("sees"), ", ".join(g["knows"])] for name, g in results["guards"].items()
+    ]
+    heads = [
+        "",
+        "loaded from",
+        "in the zoo",
+        "sees of a conversation",
+        "trained on their training part (in distribution)",
+    ]
+    sections = {"Guards": (guards, heads)}
     sections["Benchmarks"] = (known, ["", *(fact.replace("_", " ") for fact in facts)])
     scores = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
     sections["95 % intervals (bootstrap over prompts)"] = (

@@ -139,7 +139,8 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     verdicts: dict[tuple[str, str], list[Verdict]] = {}
     said: dict[tuple[str, str], Judged] = {}
     for guard in guards:
-        found, problems, own = judge_guard(guard, [*benchmarks, *validation.values()], args)
+        found, problems, own, sees = judge_guard(guard, [*benchmarks, *validation.values()], args)
+        results["guards"][guard.name]["sees"] = sees
         fitted = {label: fit_threshold(part, found.get(part.name), args) for label, part in validation.items()}
         for b in benchmarks:
             cell = {"guard": guard.name, "benchmark": b.name, "label": b.label}
@@ -260,13 +261,18 @@ def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArgumen
 
 def judge_guard(
     guard: Candidate, benchmarks: Sequence[Benchmark], args: EvaluationArguments
-) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict[str, dict]]:
-    """`judge_all`, with the guard's own fitted thresholds by label; "flagged" of guard.json is that of harm."""
+) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict[str, dict], str | None]:
+    """`judge_all`, with the guard's own fitted thresholds by label; "flagged" of guard.json is that of harm.
+
+    The last is what the guard sees of a conversation (guards/base.py), None where it did not load.
+    """
     folder = Path(args.output_dir) / "runs"
-    found, problems, thresholds = judge_all(guard, benchmarks, folder, CHUNK[args.engine], args.overwrite)
-    thresholds = {name: one for name, one in thresholds.items() if one.get("on")}  # a default is fitted on nothing
+    found, problems, known = judge_all(guard, benchmarks, folder, CHUNK[args.engine], args.overwrite)
+    fitted = known.get("thresholds", {}).items()
+    thresholds = {name: one for name, one in fitted if one.get("on")}  # a default is fitted on nothing
     flagged = {TASKS[task]: thresholds["flagged"] for task in ("prompt", "response") if "flagged" in thresholds}
-    return found, problems, flagged | {label: thresholds[label] for label in TASKS.values() if label in thresholds}
+    own = flagged | {label: thresholds[label] for label in TASKS.values() if label in thresholds}
+    return found, problems, own, known.get("sees")
 
 
 def fit_threshold(part: Benchmark, verdicts: Sequence[Verdict] | None, args: EvaluationArguments) -> dict | None:

@@ -209,7 +209,8 @@ def judge_all(
         chunk: rows between two writes. overwrite: judge anew what is kept.
 
     Returns:
-        verdicts by benchmark; for the other benchmarks, status ("failed", "not supported") and reason; its thresholds.
+        verdicts by benchmark; for the other benchmarks, status ("failed", "not supported") and reason; what is kept
+        of the guard itself: its thresholds, and what it sees of a conversation.
         What a guard raises is not raised: one that fails must not stop the others.
     """
     folder = folder / re.sub(r"[^\w.=-]+", "_", candidate.name)
@@ -224,6 +225,7 @@ def judge_all(
             guard = candidate.load()
             thresholds = getattr(guard, "thresholds", None) or {}
             card = {"identity": candidate.identity, "judges": list(guard.judges), "thresholds": thresholds}
+            card["sees"] = guard.sees
             write_json(folder / "card.json", card)
         except Exception as error:  # whatever a guard can raise
             broken = _one_line(error, f"{candidate.name} does not load")
@@ -246,7 +248,7 @@ def judge_all(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return verdicts, problems, card["thresholds"] if card else {}
+    return verdicts, problems, card or {}
 
 
 def judge_rows(

@@ -38,11 +38,25 @@ def test_the_prompt_is_the_papers_character_for_character(tokenizer, turns):
     assert encode(tokenizer, [rows_.prompt_parts(messages, tokenizer)], add_special_tokens=False) == [ids]
 
 
+@pytest.mark.parametrize("last", [pair(" second "), pair(" second ", "\nreply")])
+def test_every_turn_is_printed_as_by_the_papers_template(tokenizer, last):
+    """templates/qwen2.5.jinja of the paper's repository prints a line for each message, in a loop."""
+    turns = [*pair(" first\n", "answer "), *last]
+    stock = prompt_tokenizer()
+    stock.chat_template = rows_.chat_template()
+    alone = golden(*(message["content"].strip() for message in last))
+    wanted = alone.replace("User: second", "User: first\n\nAgent: answer\n\nUser: second")
+    assert stock.apply_chat_template(turns, tokenize=False) == wanted == text_of(turns, tokenizer)
+    greeted = [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Hello."}, *turns]
+    assert text_of(greeted, tokenizer) == wanted
+    with pytest.raises(UserError, match="no such turn"):
+        text_of(pair(None, "answer"), tokenizer)
+
+
 def test_the_chat_template_refuses_what_it_was_not_made_for(tokenizer):
     stock = prompt_tokenizer()
     stock.chat_template = rows_.chat_template()
     turns = [*pair("first", "answer"), *pair("second")]
-    assert stock.apply_chat_template(turns, tokenize=False) == golden("second")
     for wrong in (turns[1:], [{"role": "system", "content": "Be kind."}, *turns], [turns[0], turns[0]]):
         with pytest.raises(Exception, match="alternate"):
             stock.apply_chat_template(wrong, tokenize=False)

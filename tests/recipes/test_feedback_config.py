@@ -360,7 +360,13 @@ def test_rows_of_other_formats(tmp_path, write_config):
         ({"user_input": "a", "toxicity": 3}, "field toxicity: unknown label 3"),
         ({"user_input": "a", "toxicity": 0, "kind": 1}, "field kind: expected text"),
         ({"text": "a"}, "field prompt: missing"),
-        ({"messages": [{"role": "user", "content": "a"}] * 3, "prompt_unsafe": True}, "expected one prompt"),
+        (
+            {
+                "messages": [{"role": role, "content": "a"} for role in ("user", "assistant", "user")],
+                "prompt_unsafe": 1,
+            },
+            "expected one prompt",
+        ),
     ],
 )
 def test_bad_rows_are_said_in_one_line(row, said, tmp_path, write_config):

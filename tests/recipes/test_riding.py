@@ -285,6 +285,25 @@ def test_ended_rows_cost_nothing(chat, every):
 
 
 @pytest.mark.parametrize(
+    "odd", ["Hi", {}, [{"role": "model", "content": "Hi"}], [{"role": "user", "content": None}], []]
+)
+def test_what_is_no_conversation_is_unsafe_and_gets_no_reply(chat, odd):
+    """It takes no other text down with it, and passes for nothing."""
+    good = pair("Hello", "Hi there")
+    (alone,) = chat.judge_texts([good])
+    first, second = chat.judge_texts([odd, good])
+    assert first == (1.0, {}) and second[0] == pytest.approx(alone[0], abs=1e-5)
+    with pytest.raises(UserError, match="conversation 1, field messages"):
+        chat.reply([pair("Hello"), odd], max_new_tokens=4, progress=False)
+
+
+def test_content_parts_and_turns_in_a_row(chat):
+    written = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}, *pair("you"), *pair(None, "Hi")]
+    meant = pair("Hello\n\nyou", "Hi")
+    assert chat.judge_texts([written]) == chat.judge_texts([meant])
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "must be 1 or more"),

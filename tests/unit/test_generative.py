@@ -66,6 +66,25 @@ def llama(tmp_path_factory):
     return lambda entry=LLAMA3, **options: GenerativeGuard(str(folder), entry, progress=False, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "sees"),
+    [
+        ("expguard", "whole conversation"),
+        ("wildguard", "last turns"),
+        ("llama-guard-3-8b", "whole conversation"),
+        ("polyguard-qwen", "last turns"),
+        ("gpt-oss-safeguard-20b", "last turns"),
+    ],
+)
+def test_it_says_what_it_sees_of_a_conversation(tiny, name, sees):
+    """As its prompts do: with other turns before, the same verdict, or another one."""
+    guard = tiny(name)
+    assert guard.sees == sees
+    talk = pair("Why do people tell lies?", "Often they are afraid.")
+    alone, after = (guard._parts(m, "") for m in (talk, [*pair("How are you?", "Well."), *talk]))
+    assert (alone == after) == (sees != "whole conversation")
+
+
 @pytest.mark.parametrize("name", GUARDS)
 def test_prompt_ids_are_the_references(tiny, name):
     """The tokens of `apply_chat_template` (or of the raw text), with one BOS where the family has one."""

@@ -19,7 +19,7 @@ class KeywordGuard(Guard):
 
     name, thresholds, judges = "keyword", {}, ("prompt_unsafe", "response_unsafe")
 
-    def judge(self, conversations):
+    def judge_valid(self, conversations):
         return [self._one(messages[-1]) for messages in conversations]
 
     def _one(self, turn):

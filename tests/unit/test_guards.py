@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -144,14 +145,29 @@ def test_labels_go_by_name(tiny_classifier, tmp_path, guard):
     ("messages", "words"),
     [
         (pair("Why?"), "no such turn"),
-        ([], "no such turn"),
-        ([{"role": "system", "content": "Be kind."}], "no such turn"),
+        ([], "expected a non-empty list of messages"),
+        ([{"role": "system", "content": "Be kind."}], "ends with a system turn"),
+        ("Why?", "expected a non-empty list of messages"),
+        ({"role": "user", "content": "Why?"}, "expected a list of messages, found one"),
+        (None, "expected a non-empty list of messages"),
+        ([*pair("Why?"), {"role": "model", "content": "So."}], r"messages\[1\].role: 'model' is none of"),
+        ([*pair("Why?"), {"role": "Assistant", "content": "So."}], r"messages\[1\].role: 'Assistant' is none of"),
+        ([*pair("Why?"), {"role": "tool", "content": "So."}], r"messages\[1\].role: 'tool' is none of"),
+        ([*pair("Why?"), {"role": ["user"], "content": "So."}], r"messages\[1\].role: \['user'\] is none of"),
+        ([*pair("Why?"), {"role": "assistant", "content": None}], r"messages\[1\].content: expected text"),
+        ([*pair("Why?"), {"role": "assistant"}], r"messages\[1\]: expected"),
+        ([*pair("Why?"), {"role": "assistant", "content": []}], r"messages\[1\].content: expected text"),
+        ([*pair("Why?"), {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "a call of a tool"),
+        ([*pair("Why?"), {"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]}], "a text part"),
+        ([*pair("Why?"), {"role": "assistant", "content": ["So."]}], "a text part"),
+        ([*pair("Why?"), {"role": "assistant", "content": [{"type": "text"}]}], r"content\[0\].text: expected text"),
         (pair("Why?", "\ud800 so"), "lone surrogate"),
     ],
 )
 def test_what_cannot_be_judged_is_an_error_and_not_safe(guard, messages, words):
     verdicts = guard.judge([PAIRS[0], messages, PAIRS[2]])
-    assert words in verdicts[1].error and verdicts[1].score() == 1.0 and verdicts[1].categories == {}
+    assert re.search(words, verdicts[1].error) and verdicts[1].score() == 1.0 and verdicts[1].categories == {}
+    assert guard.moderate([PAIRS[0], messages])[1] == 1.0
     assert close(verdicts[0], guard.judge(PAIRS)[0]) and close(verdicts[2], guard.judge(PAIRS)[2])
 
 
@@ -166,12 +182,39 @@ def test_moderate_as_guardbench_calls_it(guard):
     assert scores == [*(pytest.approx(v.response_unsafe, abs=1e-5) for v in guard.judge(PAIRS)), 1.0]
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "Why?"}, {"type": "text", "text": "Say."}]},
+             {"role": "assistant", "content": [{"type": "output_text", "text": "So."}], "tool_calls": None}],
+            pair("Why?\nSay.", "So."),
+        ),
+        (pair("Why?", [{"type": "refusal", "refusal": "I will not."}]), pair("Why?", "I will not.")),
+        ([*pair("Why?"), *pair("Say.", "So."), *pair(None, "Or not.")], pair("Why?\n\nSay.", "So.\n\nOr not.")),
+        ([{"role": "developer", "content": "Be kind."}, *pair("Why?", "So.")], pair("Why?", "So.")),
+        (tuple(pair("Why?", "So.")), pair("Why?", "So.")),
+    ],
+)  # fmt: skip
+def test_formats_of_others_are_read(guard, written, meant):
+    """OpenAI's content parts are one text, and turns of one role in a row are one turn: no part goes unjudged."""
+    one, other = guard.judge([written, meant])
+    assert one.error is None and close(one, other)
+
+
+def test_a_text_is_no_list_of_conversations(guard):
+    for wrong in ("Why?", {"role": "user", "content": "Why?"}):
+        with pytest.raises(UserError, match="takes a list of conversations"):
+            guard.judge(wrong)
+    assert all(verdict.error for verdict in guard.judge(pair("Why?", "So.")))  # one conversation, and no list of them
+
+
 class Unsure(Guard):
     """Judges prompts, but not always: "n/a" is its word, and no error."""
 
     name, thresholds, judges = "unsure", {}, ("prompt_unsafe",)
 
-    def judge(self, conversations):
+    def judge_valid(self, conversations):
         return [Verdict(prompt_unsafe=None if m[-1]["content"] == "?" else 0.25) for m in conversations]
 
 

@@ -22,12 +22,12 @@ LABEL = {"user": "prompt_unsafe", "assistant": "response_unsafe"}
 class KeywordGuard(Guard):
     """Knows three words; "maybe" is a weak suspicion that it calls safe unless it has no words of its own."""
 
-    name, judges = "keyword", ("prompt_unsafe", "response_unsafe")
+    name, judges, sees = "keyword", ("prompt_unsafe", "response_unsafe"), "last turn"
 
     def __init__(self, words: bool = True, seconds: float = 0.0, thresholds: dict | None = None):
         self.words, self.seconds, self.thresholds, self.asked = words, seconds, thresholds or {}, []
 
-    def judge(self, conversations):
+    def judge_valid(self, conversations):
         time.sleep(self.seconds)
         self.asked += conversations
         return [self._one(messages[-1]) for messages in conversations]
@@ -115,6 +115,7 @@ def test_a_run_from_rows_to_tables(arguments, tmp_path):
     text = (tmp_path / "out/results.md").read_text()
     assert "| keyword | 0.600 | 0.667 |" in text and "| plain † | 0.727 |" in text and "domain = law" in text
     assert "Published numbers are left out" in text and "count as wrong" in text
+    assert "| sees of a conversation |" in text and "| last turn |" in text
     rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
     assert len(rows) == 18 and rows[0]["guards"]["plain"]["prompt_unsafe"] == 0.9
     assert rows[5]["guards"]["keyword"]["error"] == "no word of mine"

@@ -130,7 +130,7 @@ class Mute(Guard):
 
     name, thresholds, judges = "mute", {}, ("response_unsafe",)
 
-    def judge(self, conversations):
+    def judge_valid(self, conversations):
         return [Verdict(response_unsafe=0.5) for _ in conversations]
 
 

@@ -9,7 +9,9 @@ import jinja2
 import pytest
 import yaml
 
-from common.templates import inline_template
+from common.conversation import pair
+from common.templates import inline_template, render
+from guards.base import LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION, seen_of
 
 GUARDS = Path(__file__).resolve().parents[2] / "guards"
 TEXT = (GUARDS / "zoo.yaml").read_text(encoding="utf-8")
@@ -56,7 +58,8 @@ TURNS["response"] = TURNS["prompt"] | {"response": "One of hardened steel."}
 
 
 def rendered(text: str, turns: dict[str, str]) -> str:
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(**turns)
+    template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return template.render(messages=pair(*turns.values()), **turns)
 
 
 def of_file(name: str, turns: dict[str, str]) -> str:
@@ -151,6 +154,14 @@ def test_prompt_quotes_the_turns(name, kind):
     assert not re.search(r"[{]{2}|[{]%|%[}]", quoted)
     assert not any(text.startswith("<s>") or "bos_token" in text for text in texts)  # the tokenizer puts it first
     assert (written(name, "prompt") == written(name, "response")) == (entry.get("messages") == ["conversation"])
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if "template" in entry])
+def test_what_is_seen_of_earlier_turns(name):
+    """ExpGuard's own chat template prints every turn; the other prompts have room for one question and its answer."""
+    template = ZOO[name]["template"]
+    sees = seen_of(lambda messages: "".join(part.text for part in render(template, messages)))
+    assert sees == {"expguard": WHOLE_CONVERSATION, "detoxify": LAST_TURN}.get(name, LAST_TURNS)
 
 
 def test_no_prompt_is_left_over():
