@@ -13,18 +13,20 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from functools import cache
 from os import stat_result
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 
 from common.bundled import cache_folder, resolve_model
 from common.conversation import UserError
+from common.data.files import read_rows
 from common.engines import Completion
-from common.run import write_json
+from common.run import expand_home, write_json
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -41,6 +43,7 @@ CHECKPOINTS = ("trainer_state.json", "training_args.bin", "unfinished.json")
 OPTIMIZERS = ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
 
 LARGE = 1 << 20  # bytes: hashing less takes no longer than looking the hash up
+TIMEOUT = 10.0  # seconds that the hub has to name a commit
 SETTLED = 3.0  # seconds: a younger file may change again within one tick of the file system's clock
 
 
@@ -48,8 +51,11 @@ SETTLED = 3.0  # seconds: a younger file may change again within one tick of the
 
 
 def digest(value: Any) -> str:
-    """A key of 32 hexadecimal digits for a JSON-like value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True)
+    """A key of 32 hexadecimal digits for a JSON-like value, whatever the order of its keys.
+
+    What JSON does not have, such as a path or a date, counts as its text.
+    """
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -75,13 +81,13 @@ def fingerprint(path: str | Path) -> str:
 
     Args:
         path: a folder, a file, the name of the bundled model, or a hub id. A hub id counts as the
-            commit that the local cache holds. It counts as its name alone where the cache holds
-            none, and so does anything else that is not there.
+            commit that would be loaded: the hub's, or without a hub that of the local cache. It
+            counts as its name alone where neither knows it, and so does any other name.
 
     Raises:
         UserError: a file cannot be read, or is being written.
     """
-    place = Path(resolve_model(str(path)))
+    place = Path(resolve_model(expand_home(str(path))))
     try:
         if place.is_file():
             return _of_file(place)
@@ -89,7 +95,7 @@ def fingerprint(path: str | Path) -> str:
             return _of_folder(place)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    identity = f"{path}@{_cached_commit(str(path))}"
+    identity = f"{path}@{_commit(str(path))}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -173,13 +179,17 @@ def _write_note(note: Path, known: Mapping[str, Any]) -> None:
         logger.debug("%s: %s", note, error)
 
 
-def _cached_commit(name: str) -> str | None:
-    """The commit of a hub id in the local cache."""
+@cache
+def _commit(name: str) -> str | None:
+    """The commit of a hub id that would be loaded. It is asked for once, so that a run has one."""
+    try:
+        return model_info(name, timeout=TIMEOUT).sha
+    except HFValidationError:  # no name that a hub could have
+        return None
+    except Exception as error:  # offline, gated, unknown: the hub's errors share no base class
+        logger.debug("%s: %s", name, error)
     for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
-        try:
-            found = try_to_load_from_cache(name, file)
-        except HFValidationError:  # no name that a hub could have
-            return None
+        found = try_to_load_from_cache(name, file)
         if isinstance(found, str):
             return Path(found).parent.name
     return None
@@ -189,30 +199,20 @@ def _cached_commit(name: str) -> str | None:
 
 
 def read_json_lines(path: str | Path) -> list[Row]:
-    """The rows of a file that a run of ours wrote: JSON lines, an object each.
+    """The rows of a file that a run of ours wrote, an object a line; it may be empty.
 
     Raises:
         UserError: the file is not there, or a line is no object.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return _rows_of(content, path)
-
-
-def _rows_of(content: bytes, path: str | Path) -> list[Row]:
+    path = Path(path)
+    if path.is_file() and path.stat().st_size == 0:
+        return []
     rows = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); remove the file") from None
+    for where, row in read_rows(path, suffix=".jsonl"):
+        if isinstance(row, UserError):
+            raise UserError(f"{row}; remove the file")
         if not isinstance(row, dict):
-            found = line.decode("utf-8", "replace")
-            raise UserError(f"{path}, line {number}: no object ({found:.40}); remove the file")
+            raise UserError(f"{where}: expected an object, found {row!r:.40}; remove the file")
         rows.append(row)
     return rows
 
@@ -258,15 +258,15 @@ class KeptRows(Mapping[str, Row]):
     def _read(self) -> None:
         self._file.seek(0)
         content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        for row in _rows_of(whole, self.path):
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._file.truncate(whole)
+        for row in read_json_lines(self.path):
             key = row.get(self.key)
             if not isinstance(key, str):
                 hint = "it is no file of an interrupted run; remove it"
                 raise UserError(f"{self.path}: a row has no field {self.key}; {hint}")
             self._rows[key] = row
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
 
     def __getitem__(self, key: str) -> Row:
         return self._rows[key]
@@ -306,6 +306,46 @@ class KeptRows(Mapping[str, Row]):
         self._file.flush()
         for row in fresh:
             self._rows[row[self.key]] = row
+
+    def fill(
+        self,
+        keys: Sequence[str],
+        make: Callable[[int, list[str]], Iterable[Row]],
+        *,
+        size: int,
+        together: bool = True,
+        again: Callable[[Row], bool] | None = None,
+        title: str | None = None,
+        unit: str = "row",
+    ) -> list[Row]:
+        """The rows of `keys`, in their order. What is missing is made, and kept as it comes.
+
+        The keys are cut into chunks, which depend on `keys` and `size` alone. So a job that goes on
+        after a kill has the chunks that it had before.
+
+        Args:
+            make: is given the number of a chunk and keys of it, and yields their rows as they come.
+            size: keys in a chunk.
+            together: whether the rows of a chunk depend on each other, as those of one batch do: by
+                a seed, or by a rounding error. Then a chunk with a missing row is made whole, and
+                what is kept of it stays. Otherwise the missing ones alone are made.
+            again: whether a row that is there is to be made again, as the error of a server is.
+            title: what the progress bar calls the job.
+            unit: what it calls a row.
+        """
+        order = list(dict.fromkeys(keys))
+        open_ = len(self.missing(order, again))
+        with tqdm(total=len(order), desc=title, unit=unit, disable=not open_) as bar:
+            for number, start in enumerate(range(0, len(order), size)):
+                chunk = order[start : start + size]
+                wanted = self.missing(chunk, again)
+                asked = chunk if together and self.missing(chunk) else wanted
+                bar.update(len(chunk) - len(wanted))
+                for row in make(number, asked) if asked else ():
+                    if row[self.key] in wanted:
+                        self.append(row)
+                        bar.update()
+        return [self._rows[key] for key in keys]
 
     def close(self) -> None:
         """Let another process open the file."""

@@ -25,7 +25,7 @@ from urllib.parse import unquote
 import datasets
 import yaml
 
-from common.conversation import UserError, check_messages, check_text
+from common.conversation import Messages, UserError, check_messages, check_text
 from common.data.files import Rows, read_rows
 from common.data.specs import first_line, load_hub
 from guards.suite.prepare import PREPARE, among, cell, plain, vote
@@ -184,10 +184,16 @@ def _row(entry: Mapping, gold: bool, index: int, where: str, row: Mapping) -> di
         parts = entry["messages"] if isinstance(entry["messages"], list) else [entry["messages"]]
         turns = [turn for part in parts for turn in part.items()]
         messages = [{"role": role, "content": _text(row, columns, entry, where)} for role, columns in turns]
-    key = hashlib.sha256(json.dumps([entry["label"], messages]).encode()).hexdigest()
+    key = row_id(entry["label"], messages)
     groups = {name: _group(row, rule, where) for name, rule in entry.get("groups", {}).items()}
     groups = {name: value for name, value in groups.items() if value is not None}
     return {"id": key, "messages": messages, "label": gold, "groups": groups, "index": index}
+
+
+def row_id(label: str, messages: Messages) -> str:
+    """What names a row: its label and its conversation, wherever it stands."""
+    text = json.dumps([label, messages])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _text(row: Mapping, columns: str | list[str], entry: Mapping, where: str) -> str:

@@ -1,28 +1,27 @@
 """What is judged and by whom, and the verdicts, kept as they come so that a killed run goes on."""
 
 import gc
-import hashlib
 import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from tqdm.auto import tqdm
 
 from common import data, metrics
 from common.conversation import UserError, Verdict, check_url, last_turns, pair
 from common.data import parse_spec
-from common.run import expand_home, write_json
+from common.keep import KeptRows, Row, digest, fingerprint
+from common.run import expand_home
 from common.templates import template_text
 from guards import Guard, load_guard, zoo
-from guards.suite.benchmarks import Benchmark, benchmark_names, is_benchmark, load_benchmark
+from guards.suite.benchmarks import Benchmark, benchmark_names, is_benchmark, load_benchmark, row_id
 
 logger = logging.getLogger("suite")
 TASKS = {"prompt": "prompt_unsafe", "response": "response_unsafe", "refusal": "response_refusal"}
@@ -40,7 +39,7 @@ PAPER = {  # what the paper's evaluation runs; it runs no refusal task
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
 PATIENCE = {"server_timeout"}  # options that verdicts do not depend on
 NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}  # kind of guard: options for all that it has not
-WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".jinja", ".py")  # files that verdicts depend on
+MODELS = ("model", "adapter", "base_model")  # what a guard is made of, in cards and options
 NOT_SUPPORTED = {"status": "not supported", "reason": "the guard does not judge this label"}
 
 
@@ -54,6 +53,7 @@ class Candidate:
     load: Callable[[], Guard]
     zoo: str | None = None  # its name there
     released: bool = False  # it is the zoo's model itself, not one that was trained like it
+    served: bool = False  # elsewhere, where a verdict does not depend on what else is asked
 
 
 def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candidate]:
@@ -90,11 +90,12 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
         given = {key: value for key, value in options.items() if key not in unwanted} | given
         shown = name or ("/".join(Path(spec).parts[-2:]) if described else entry or spec)
         asked = {key: value for key, value in given.items() if key not in PATIENCE}
-        seen = [spec, asked, fingerprint(Path(folder)), zoo().get(entry), made_of(about | given)]
-        identity = hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        identity = identity_of(spec, asked, about)
+        served = about.get("kind") == "api" or given.get("engine") == "server"
         load = lambda spec=spec, given=given: load_guard(spec, **given, progress=False)  # noqa: E731
         shown = f"{shown} ({own})" if own else shown
-        out.append(Candidate(shown, text, identity, load, entry, released=not described and entry is not None))
+        released = not described and entry is not None
+        out.append(Candidate(shown, text, identity, load, entry, released, served))
     return out
 
 
@@ -107,29 +108,33 @@ def _read_card(folder: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def made_of(about: Mapping[str, Any]) -> list:
-    """What a guard's verdicts depend on beside its own folder: the texts of its prompt, local adapter and base model.
+def identity_of(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """What a guard's verdicts depend on: models by content, texts of its prompt, and options.
 
     Args:
-        about: its entry of the zoo or its guard.json, and its options.
+        spec: its folder, its name in the zoo, or a hub id.
+        options: of `load_guard`.
+        about: its entry of the zoo, or its guard.json.
     """
-    names = [about.get("template", "beavertails")]  # a classifier's, where nothing is said
-    names += [message["content_file"] for message in about.get("messages", ()) if "content_file" in message]
-    parts = [fingerprint(Path(str(about.get(key)))) for key in ("model", "adapter", "base_model")]
-    for name in names:
+    known = {**about, **options}
+    models = {key: str(known.pop(key)) for key in MODELS if known.get(key)}
+    if known.get("kind") != "api":  # there a model is a name of the service
+        models = {key: fingerprint(name) for key, name in models.items()}
+    texts = []
+    for name in _texts_of(known):
         with suppress(UserError):  # an unknown one says so when the guard is loaded
-            parts.append(template_text(str(name)))
-    return parts
+            texts.append(template_text(name))
+    own = fingerprint(spec) if Path(spec).is_dir() or spec not in zoo() else spec
+    return digest([own, models, texts, known])
 
 
-def fingerprint(folder: Path) -> list | None:
-    """guard.json, and what tells other weights apart without reading them; None if it is no folder."""
-    if not folder.is_dir():
-        return None
-    card = folder / "guard.json"
-    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
-    known = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return [card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None, known]
+def _texts_of(known: Mapping[str, Any]) -> list[str]:
+    """The names of the templates that a guard's prompt is made of."""
+    names = [str(known.get("template", "beavertails"))]  # a classifier's, where nothing is said
+    for message in known.get("messages", ()):
+        if "content_file" in message:
+            names.append(str(message["content_file"]))
+    return names
 
 
 def read_benchmarks(
@@ -186,7 +191,7 @@ def read_validation(specs: Sequence[str], benchmarks: Sequence[str], labels: set
                 if row[label] is not None:
                     prompt, response = last_turns(row["messages"])
                     messages = pair(prompt) if label == "prompt_unsafe" else pair(prompt, response)
-                    key = hashlib.sha256(json.dumps([label, messages]).encode()).hexdigest()
+                    key = row_id(label, messages)
                     rows[label].append({"id": key, "messages": messages, "label": row[label], "groups": {}})
     out = {}
     for label, found in rows.items() if specs else ():
@@ -205,107 +210,107 @@ def judge_all(
     """One guard's verdicts on each benchmark. It is loaded once, only if rows are missing, and freed.
 
     Args:
-        folder: where its verdicts are kept: `<benchmark>.jsonl`, and `card.json` with what it judges.
-        chunk: rows between two writes. overwrite: judge anew what is kept.
+        folder: where its verdicts are kept, in `<benchmark>.jsonl`, and in `guards.jsonl` what it
+            judges.
+        chunk: rows that are judged at a time.
+        overwrite: judge anew what is kept.
 
     Returns:
-        verdicts by benchmark; for the other benchmarks, status ("failed", "not supported") and reason; what is kept
-        of the guard itself: its thresholds, and what it sees of a conversation.
+        verdicts by benchmark; for the other benchmarks, status ("failed", "not supported") and
+        reason; what is kept of the guard itself: its thresholds, and what it sees of a conversation.
         What a guard raises is not raised: one that fails must not stop the others.
+
+    Raises:
+        UserError: a file of kept verdicts is broken, or another run writes it.
     """
     folder = folder / re.sub(r"[^\w.=-]+", "_", candidate.name)
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
-    card, broken, guard = _card(folder / "card.json", candidate.identity), None, None
-    verdicts, problems = {}, {}
-    kept = {b.name: read_kept(folder / f"{b.name}.jsonl", candidate.identity) for b in benchmarks}
-    missing = {b.name: _missing(b.rows, kept[b.name]) for b in benchmarks}
-    if card is None or any(missing[b.name] for b in benchmarks if b.label in card["judges"]):
-        try:
-            guard = candidate.load()
-            thresholds = getattr(guard, "thresholds", None) or {}
-            card = {"identity": candidate.identity, "judges": list(guard.judges), "thresholds": thresholds}
-            card["sees"] = guard.sees
-            write_json(folder / "card.json", card)
-        except Exception as error:  # whatever a guard can raise
-            broken = _one_line(error, f"{candidate.name} does not load")
-    for b in benchmarks:
-        if card is not None and b.label not in card["judges"]:
-            problems[b.name] = NOT_SUPPORTED
-        elif broken and (card is None or missing[b.name]):
-            problems[b.name] = {"status": "failed", "reason": broken}
-        else:
-            path = folder / f"{b.name}.jsonl"
-            try:
-                kept[b.name] |= judge_rows(guard, missing[b.name], path, candidate, kept[b.name], chunk)
-                verdicts[b.name] = [kept[b.name][row["id"]] for row in b.rows]
-                if all(v.error is not None for v in verdicts[b.name]):
-                    raise UserError(f"not one row could be judged: {verdicts.pop(b.name)[0].error}")
-            except Exception as error:
-                reason = _one_line(error, f"{candidate.name} on {b.name}")
-                problems[b.name] = {"status": "failed", "reason": reason}
-    guard = None
+    with ExitStack() as open_files:
+        known = open_files.enter_context(KeptRows(folder / "guards.jsonl", "identity"))
+        kept = []
+        for benchmark in benchmarks:
+            kept.append(KeptVerdicts(candidate, benchmark, folder))
+            open_files.enter_context(kept[-1].rows)
+        found = _judge(candidate, kept, known, chunk)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return verdicts, problems, card or {}
+    return found
 
 
-def judge_rows(
-    guard: Guard | None, rows: Sequence[Mapping], path: Path, candidate: Candidate, kept: Mapping, chunk: int
-) -> dict[str, Verdict]:
-    """Verdicts on `rows` by id, each chunk written to `path` before the next is judged."""
-    out: dict[str, Verdict] = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{candidate.name} on {path.stem}"
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(rows), desc=title, disable=not rows) as bar:
-        for part in (rows[i : i + chunk] for i in range(0, len(rows), chunk)):
-            said = guard.judge([row["messages"] for row in part])
-            fresh = {row["id"]: verdict for row, verdict in zip(part, said, strict=True)}
-            lines = [
-                {"id": key, "guard": candidate.identity, "verdict": asdict(verdict)}
-                for key, verdict in fresh.items()
-                if verdict != kept.get(key)  # the same error again
+class KeptVerdicts:
+    """One guard's verdicts on one benchmark: those that are there, and those that are to come."""
+
+    def __init__(self, candidate: Candidate, benchmark: Benchmark, folder: Path):
+        self.candidate, self.benchmark, self.label = candidate, benchmark, benchmark.label
+        self.rows = KeptRows(folder / f"{benchmark.name}.jsonl", "id")
+        self.keys = [digest([candidate.identity, row["id"]]) for row in benchmark.rows]
+        self.row_of = dict(zip(self.keys, benchmark.rows, strict=True))
+
+    def missing(self) -> bool:
+        """Whether a row has no verdict, or an error for one."""
+        return bool(self.rows.missing(self.keys, _failed))
+
+    def verdicts(self, guard: Guard | None, chunk: int) -> list[Verdict]:
+        """The verdicts on the benchmark's rows; what is missing is judged.
+
+        Raises:
+            UserError: not one row could be judged.
+        """
+
+        def judge(_: int, keys: list[str]) -> list[Row]:
+            asked = [self.row_of[key] for key in keys]
+            said = guard.judge([row["messages"] for row in asked])
+            mark = {"guard": self.candidate.identity}
+            return [
+                {"id": key, "row": row["id"], **mark, "verdict": asdict(verdict)}
+                for key, row, verdict in zip(keys, asked, said, strict=True)
             ]
-            file.write("".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
-            file.flush()
-            out |= fresh
-            bar.update(len(part))
-    return out
+
+        options = {"together": not self.candidate.served, "again": _failed}
+        title = f"{self.candidate.name} on {self.benchmark.name}"
+        rows = self.rows.fill(self.keys, judge, size=chunk, title=title, **options)
+        out = [Verdict(**row["verdict"]) for row in rows]
+        if all(verdict.error is not None for verdict in out):
+            raise UserError(f"not one row could be judged: {out[0].error}")
+        return out
 
 
-def read_kept(path: Path, identity: str) -> dict[str, Verdict]:
-    """Kept verdicts of one guard by row id, the last of each; a last line that a kill cut off is taken away.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    try:
-        lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-        return {line["id"]: Verdict(**line["verdict"]) for line in lines if line["guard"] == identity}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the verdicts of an interrupted run ({error!r:.80}); remove it") from None
+def _failed(row: Mapping[str, Any]) -> bool:
+    return row["verdict"]["error"] is not None
 
 
-def _missing(rows: Sequence[Mapping], kept: Mapping[str, Verdict]) -> list[Mapping]:
-    """Rows without a kept verdict, or with an error for one; each conversation once."""
-    asked = {row["id"]: row for row in rows if row["id"] not in kept or kept[row["id"]].error is not None}
-    return list(asked.values())
-
-
-def _card(path: Path, identity: str) -> dict[str, Any] | None:
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return card if card.get("identity") == identity else None
+def _judge(
+    candidate: Candidate, kept: Sequence[KeptVerdicts], known: KeptRows, chunk: int
+) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict]:
+    """`judge_all` on open files."""
+    verdicts: dict[str, list[Verdict]] = {}
+    problems: dict[str, dict] = {}
+    guard, broken = None, None
+    about = known.get(candidate.identity)
+    if about is None or any(one.missing() for one in kept if one.label in about["judges"]):
+        try:
+            guard = candidate.load()
+            thresholds = getattr(guard, "thresholds", None) or {}
+            about = {"identity": candidate.identity, "judges": list(guard.judges)}
+            about |= {"thresholds": thresholds, "sees": guard.sees}
+            known.append(about)
+        except Exception as error:  # whatever a guard can raise
+            broken = _one_line(error, f"{candidate.name} does not load")
+    for one in kept:
+        name = one.benchmark.name
+        if about is not None and one.label not in about["judges"]:
+            problems[name] = NOT_SUPPORTED
+        elif broken and (about is None or one.missing()):
+            problems[name] = {"status": "failed", "reason": broken}
+        else:
+            try:
+                verdicts[name] = one.verdicts(guard, chunk)
+            except Exception as error:
+                reason = _one_line(error, f"{candidate.name} on {name}")
+                problems[name] = {"status": "failed", "reason": reason}
+    return verdicts, problems, about or {}
 
 
 def _one_line(error: Exception, what: str) -> str:

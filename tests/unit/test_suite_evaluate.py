@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import scripts
+import torch
+from safetensors.torch import load_file, save_file
 from scripts import EXAMPLES, launch
 
 from common.conversation import UserError, Verdict
@@ -158,7 +161,7 @@ def test_kept_verdicts(arguments, tmp_path):
     evaluate.evaluate(arguments(overwrite=True), [candidate(identity="2")])
     assert len(kept.read_text().splitlines()) == 12
     kept.write_text("no json\n")
-    with pytest.raises(UserError, match=r"expguardtest_prompt\.jsonl: not the verdicts .* remove it"):
+    with pytest.raises(UserError, match=r"expguardtest_prompt\.jsonl, line 1.* remove the file"):
         evaluate.evaluate(arguments(), [candidate()])
 
 
@@ -169,6 +172,36 @@ def test_a_finished_guard_is_not_loaded_again(arguments, file):
     )
     again = candidate()
     assert evaluate.evaluate(arguments(), [again])["cells"] == before["cells"] and not again.load.made
+
+
+def test_kept_verdicts_count_for_weights_by_content(arguments, tmp_path, tiny_classifier):
+    """A guard that was touched or moved is the same; one with other weights of the same date is not."""
+    benchmarks = arguments().benchmarks[1:]
+    folder = tiny_classifier(tmp_path / "guard")
+    kept = tmp_path / "out/runs/guard/expguardtest_response.jsonl"
+
+    def verdicts(guard: Path) -> list[dict]:
+        known = judge.candidates([f"beaver-dam-7b={guard}"], {})
+        evaluate.evaluate(arguments(benchmarks=benchmarks), [replace(known[0], name="guard")])
+        return [json.loads(line)["verdict"] for line in kept.open()]
+
+    first = verdicts(folder)
+    assert len(first) == 6
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    assert verdicts(folder) == first
+    assert verdicts(shutil.copytree(folder, tmp_path / "copy")) == first
+
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    for name in sorted(tensors)[4:8]:
+        tensors[name] = torch.zeros_like(tensors[name])
+    size = weights.stat().st_size
+    save_file(tensors, weights, metadata={"format": "pt"})
+    os.utime(weights, (1, 1))
+    assert weights.stat().st_size == size
+    anew = verdicts(folder)
+    assert anew[:6] == first and len(anew) == 12 and anew[6:] != first
 
 
 SLOW_RUN = """
@@ -182,8 +215,11 @@ tests.evaluate.evaluate(args, [tests.candidate(seconds=0.3)])
 
 
 @pytest.mark.slow
-def test_kill_and_resume(arguments, tmp_path, file):
-    """A real process, killed between two writes; predictions are those of a run that was left alone."""
+def test_kill_and_resume(arguments, tmp_path, file, monkeypatch):
+    """A real process, killed between two writes; predictions are those of a run that was left alone.
+
+    A chunk that the kill cut is judged as a whole, as it was before.
+    """
     file.write_text(
         "".join(
             json.dumps(item(f"{'bad' if i % 3 else 'nice'} {i}", bool(i % 2), f"answer {i}")) + "\n" for i in range(40)
@@ -205,8 +241,9 @@ def test_kill_and_resume(arguments, tmp_path, file):
     lines = len(kept.read_text().splitlines())
     assert 0 < lines < 40 and not (tmp_path / "out/results.json").exists()
     rest = candidate()
+    monkeypatch.setitem(evaluate.CHUNK, "transformers", 2)
     results = evaluate.evaluate(arguments(), [rest])
-    assert len(rest.load.made[0].asked) == 80 - lines
+    assert len(rest.load.made[0].asked) == 80 - lines + lines % 2
     assert results["cells"] == whole["cells"]
     assert (tmp_path / "out/predictions.jsonl").read_text() == (tmp_path / "whole/predictions.jsonl").read_text()
     assert len(kept.read_text().splitlines()) == 40
