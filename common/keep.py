@@ -360,7 +360,7 @@ class KeptRows(Mapping[str, Row]):
 
 # --- answers --------------------------------------------------------------------------------------
 
-Ask = Callable[[Sequence[list[int]]], Iterable[tuple[int, Completion]]]
+Ask = Callable[[int, Sequence[list[int]]], Iterable[tuple[int, Completion]]]
 
 
 def generate(
@@ -368,32 +368,38 @@ def generate(
     prompts: Sequence[list[int]],
     partial: Path,
     salt: Any = None,
+    *,
+    size: int | None = None,
 ) -> list[Completion]:
-    """The completions of `prompts`, in their order; what an interrupted call kept is not asked again.
-
-    An error is not kept, so that the next call asks for it again.
+    """The completions of `prompts`, in their order. What an interrupted call kept is not asked
+    again, but for errors.
 
     Args:
-        ask: is given prompts as token ids, and yields (index of the prompt, completion) as they
-            come, as `Engine.complete` does. It is not called where nothing is missing.
-        partial: where the answers are kept, each for its prompt and `salt`.
-        salt: whatever else an answer depends on (model, decoding), JSON-like.
+        ask: is given the number of a batch and its prompts as token ids, and yields (index of the
+            prompt, completion) as they come, as `Engine.complete` does. It is not called where
+            nothing is missing.
+        partial: where the completions are kept, each for its prompt and `salt`.
+        salt: whatever else a completion depends on (model, decoding, size), JSON-like.
+        size: prompts of a batch. One that a kill cut is asked as a whole, because its prompts share
+            a seed, or a rounding error. None: completions do not depend on each other.
     """
     keys = [digest([salt, ids]) for ids in prompts]
     prompt_of = dict(zip(keys, prompts, strict=True))
-    failed: dict[str, Completion] = {}
+    # The longest first, as engines take them: then a batch is one of an engine's own.
+    order = sorted(prompt_of, key=lambda key: -len(prompt_of[key]))
+
+    def make(number: int, asked: list[str]) -> Iterator[Row]:
+        for i, completion in ask(number, [prompt_of[key] for key in asked]):
+            yield {"key": asked[i], "answer": completion.text, "error": completion.error}
+
     with KeptRows(partial) as kept:
-        missing = kept.missing(keys)
-        done = len(prompt_of) - len(missing)
+        done = len(order) - len(kept.missing(order, _failed))
         if done:
-            logger.info("%d of %d answers are there already.", done, len(prompt_of))
-        asked = [prompt_of[key] for key in missing]
-        with tqdm(total=len(missing), unit="answer") as bar:
-            for i, completion in ask(asked) if missing else ():
-                key = missing[i]
-                if completion.error is None:
-                    kept.append({"key": key, "answer": completion.text})
-                else:
-                    failed[key] = completion
-                bar.update()
-        return [failed[key] if key in failed else Completion(kept[key]["answer"]) for key in keys]
+            logger.info("%d of %d answers are there already.", done, len(order))
+        options = {"together": size is not None, "again": _failed, "unit": "answer"}
+        kept.fill(order, make, size=size or max(1, len(order)), **options)
+        return [Completion(kept[key]["answer"], kept[key]["error"]) for key in keys]
+
+
+def _failed(row: Row) -> bool:
+    return row["error"] is not None

@@ -19,12 +19,12 @@ that fails has null for its output and says why under `errors`; the exit code is
 these prompts again.
 """
 
-import hashlib
 import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,17 @@ from transformers import AutoConfig, AutoTokenizer
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data import read_json
-from common.engines import Completion, Decoding, adapter_file, check_engine, load_engine
-from common.keep import generate
+from common.engines import (
+    CHUNK,
+    Completion,
+    Decoding,
+    Engine,
+    adapter_file,
+    check_engine,
+    load_engine,
+    prompts_at_once,
+)
+from common.keep import digest, fingerprint, generate
 from common.run import manifest, write_json
 
 logger = logging.getLogger("cross_task_defense")
@@ -72,8 +81,7 @@ def generate_answers(
         lora_weights: an adapter folder, or a hub id; without it the base model answers.
         prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's own).
         load_8bit: base in 8 bits (bitsandbytes).
-        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they are, and what is left
-            of an interrupted run is drawn anew.
+        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they are.
         engine: transformers, vllm or server.
         server_url: of an OpenAI-compatible server; its key is read from SERVER_API_KEY.
         server_model: the name that the server knows the model or its adapter by; default: base_model.
@@ -96,6 +104,7 @@ def generate_answers(
     parameters = {
         "model": base_model,
         "revision": model_revision(base_model, trust_remote_code),
+        "model_sha256": fingerprint(base_model),
         "prompt_template": prompt_template_path,
         "prompt_template_text": template,
         "lora_weights": lora_weights,
@@ -105,13 +114,15 @@ def generate_answers(
     }
     if lora_weights:
         weights = adapter_file(lora_weights, "adapter_model.safetensors")
-        parameters["adapter_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        parameters["adapter_sha256"] = fingerprint(lora_weights)
         parameters["trained_on"] = trained_on(weights.with_name("run.json"))
     if engine == "server":
         parameters |= {"server_url": server_url.rpartition("@")[2], "server_model": server_model}
     parts = [part for part in Path(lora_weights or base_model).parts if part not in ("/", ".", "..")]
     folder = Path(output_path).joinpath(*parts)
-    job = hashlib.sha256(json.dumps([parameters, [path.name for path, *_ in files]]).encode()).hexdigest()[:12]
+    size = {"transformers": prompts_at_once(batch_size, num_beams), "vllm": CHUNK}.get(engine)
+    salt = [parameters, size]
+    job = digest([salt, [path.name for path, *_ in files]])[:12]
     files = [file for file in files if not finished(folder / file[0].name, parameters, file[1:], overwrite)]
     if not files:
         logger.info("All answers are there already.")
@@ -122,12 +133,20 @@ def generate_answers(
         raise UserError(f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
     prompts = [encode_prompts(template, tokenizer, rows(*content)) for _, *content in files]
 
-    def ask(missing: Sequence[list[int]]) -> Iterator[tuple[int, Completion]]:
-        return load_engine(engine, base_model, tokenizer, **options).complete(missing, decoding)
+    @cache
+    def loaded() -> Engine:
+        return load_engine(engine, base_model, tokenizer, **options)
+
+    def ask(batch: int, missing: Sequence[list[int]]) -> Iterator[tuple[int, Completion]]:
+        # What transformers draws depends on all that it has drawn with a seed before, so that each
+        # batch has its own.
+        own = seed + batch if engine == "transformers" else seed
+        return loaded().complete(missing, replace(decoding, seed=own))
 
     # All files are one list: short ones fill the batches of each other.
     partial = folder / f"{job}.partial.jsonl"
-    answers = iter(generate(ask, [ids for file in prompts for ids in file], partial, parameters))
+    every = [ids for file in prompts for ids in file]
+    answers = iter(generate(ask, every, partial, salt, size=size))
     failed = 0
     for path, instructions, inputs in files:
         said = [next(answers) for _ in instructions]
@@ -241,11 +260,16 @@ def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: 
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         given = (there["instructions"], there["inputs"])
-        same = there["parameters"] == parameters and given == (prompts[0], prompts[1] or [None] * len(prompts[0]))
+        known = {**there["parameters"]}
     except (ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise UserError(f"{path}: holds answers to other prompts or with other parameters; pass --overwrite")
+        raise UserError(f"{path}: holds something else than answers; pass --overwrite") from None
+    hint = "pass --overwrite, or choose another --output_path"
+    differing = {*known, *parameters} - {key for key in parameters if known.get(key) == parameters[key]}
+    if differing:
+        names = ", ".join(sorted(differing))
+        raise UserError(f"{path}: holds answers with other parameters ({names} differ); {hint}")
+    if given != (prompts[0], prompts[1] or [None] * len(prompts[0])):
+        raise UserError(f"{path}: holds answers to other prompts; {hint}")
     return not there.get("errors")
 
 

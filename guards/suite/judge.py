@@ -217,7 +217,8 @@ def judge_all(
 
     Returns:
         verdicts by benchmark; for the other benchmarks, status ("failed", "not supported") and
-        reason; what is kept of the guard itself: its thresholds, and what it sees of a conversation.
+        reason; what is kept of the guard itself: its thresholds, and what it sees of
+        conversations.
         What a guard raises is not raised: one that fails must not stop the others.
 
     Raises:

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import scripts
 import torch
 from completions import completion
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import EXAMPLES, TORCHRUN, module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -393,6 +395,110 @@ def test_a_refused_key_ends_the_asking(questions, tiny_base, tmp_path, serve, mo
         served(questions, server, tmp_path, tiny_base)
     assert "sk-secret" not in str(caught.value)
     assert not list(tmp_path.rglob("*.json"))
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def outputs_of(folder: Path) -> dict[str, list[str]]:
+    return {path.stem: read(path)["outputs"] for path in sorted(folder.rglob("*.json"))}
+
+
+def without_weights(path: Path) -> None:
+    """Zero the tensors in the middle of a safetensors file; size, names and date stay."""
+    tensors = load_file(path)
+    names = sorted(tensors)
+    for name in names[len(names) // 4 : len(names) // 2]:
+        tensors[name] = torch.zeros_like(tensors[name])
+    before = path.stat()
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+@pytest.fixture
+def ask(tiny_base, questions, tmp_path):
+    """`ask(output, **options)`: generate_answers with a copy of the tiny base, in this process."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+    def run(output: str = "out", **options) -> dict[str, list[str]]:
+        given = {"base_model": str(base), "input_path": str(questions), "num_beams": 1}
+        given |= {"output_path": str(tmp_path / output), "max_new_tokens": 8, "batch_size": 3}
+        answers.generate_answers(**(given | options))
+        return outputs_of(tmp_path / output)
+
+    run.base = base
+    return run
+
+
+@pytest.fixture
+def interrupted(ask, tmp_path, monkeypatch):
+    """`interrupted(**options)`: a run that ends when all is generated and nothing is written yet."""
+
+    def run(**options) -> Path:
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(answers, "write_answers", stop)
+            ask(**options)
+        (partial,) = (tmp_path / "out").rglob("*.partial.jsonl")
+        return partial
+
+    return run
+
+
+def test_answers_of_a_replaced_base_are_not_taken_for_its_own(ask, interrupted, tmp_path, caplog):
+    """A touched one is the same; what is written is only replaced when that is asked for."""
+    caplog.set_level("INFO")
+    interrupted()
+    for path in ask.base.iterdir():
+        path.touch()
+    first = ask()
+    assert re.search(r"(\d+) of \1 answers are there already", caplog.text)
+    assert ask() == first and "All answers are there already" in caplog.text
+
+    without_weights(ask.base / "model.safetensors")
+    with pytest.raises(UserError, match=r"model_sha256 differ\); pass --overwrite"):
+        ask()
+    assert outputs_of(tmp_path / "out") == first
+    anew = ask(overwrite=True)
+    assert anew != first and anew == ask("fresh")
+
+
+def test_what_an_interrupted_run_kept_counts_for_its_weights(ask, interrupted):
+    interrupted()
+    without_weights(ask.base / "model.safetensors")
+    assert ask() == ask("fresh")
+
+
+def test_another_adapter_config_is_another_adapter(trained, ask, tmp_path):
+    adapter = Path(shutil.copytree(trained, tmp_path / "adapter"))
+    options = {"lora_weights": str(adapter)}
+    ask(**options)
+    config = read(adapter / "adapter_config.json")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    with pytest.raises(UserError, match="adapter_sha256 differ"):
+        ask(**options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_run_killed_at_any_byte_gives_what_one_gives_that_was_left_alone(ask, interrupted, share, temperature):
+    """Drawn answers, too: each batch has a seed of its own and is drawn as a whole."""
+    options = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    whole = ask("whole", **options)
+    partial = interrupted(**options)
+    content = partial.read_bytes()
+    partial.write_bytes(content[: int(share * len(content))])
+    assert ask(**options) == whole
+
+
+def test_batches_of_another_size_are_not_mixed(ask, interrupted, caplog):
+    caplog.set_level("INFO")
+    interrupted()
+    ask(batch_size=2)
+    assert "are there already" not in caplog.text
 
 
 @slow

