@@ -28,7 +28,6 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -38,6 +37,7 @@ from trl import SFTConfig, SFTTrainer
 from common import report
 from common.bundled import resolve_model
 from common.conversation import UserError
+from common.engines import quantization_config
 from common.fit import check_ids, check_length, fit_causal_lm
 from common.run import inference_dtype, is_main_process, manifest, write_json
 from common.templates import Part, encode, token_offsets
@@ -255,13 +255,10 @@ def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedToken
         "trust_remote_code": values["trust_remote_code"],
     }
     options: dict[str, Any] = {"dtype": inference_dtype(), "attn_implementation": values["attn_implementation"]}
-    if values["load_in_8bit"] or values["load_in_4bit"]:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=values["load_in_8bit"],
-            load_in_4bit=values["load_in_4bit"],
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=inference_dtype(),
-        )
+    bits = (values["load_in_8bit"], values["load_in_4bit"])
+    quantization = quantization_config(*bits, double=False)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, **options)
@@ -273,7 +270,7 @@ def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedToken
     if not values["packing"]:  # each row of a packed sequence has positions of its own
         check_length(model, values["cutoff_len"], "--cutoff_len")
     model.config.use_cache = False
-    if "quantization_config" in options:
+    if quantization is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=values["gradient_checkpointing"])
     return model, tokenizer
 

@@ -11,13 +11,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from common.bundled import resolve_model
 from common.conversation import UserError
+from common.engines import quantization_config
 from common.run import inference_dtype
 
 
@@ -53,21 +53,19 @@ def load_model(model_args: ModelArguments, args: ExpGuardConfig, frozen: bool | 
     """
     frozen = model_args.use_peft_lora and not args.fsdp if frozen is None else frozen
     options: dict[str, Any] = {"dtype": inference_dtype() if frozen else torch.float32}
-    if frozen and (model_args.use_4bit_quantization or model_args.use_8bit_quantization):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=model_args.use_4bit_quantization,
-            load_in_8bit=model_args.use_8bit_quantization,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=inference_dtype(),
-        )
+    quantization = None
+    if frozen:
+        bits = (model_args.use_8bit_quantization, model_args.use_4bit_quantization)
+        quantization = quantization_config(*bits)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         model = AutoModelForCausalLM.from_pretrained(
             **source(model_args, args), attn_implementation=model_args.attn_implementation, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(model_args, error) from None
-    if "quantization_config" in options:
+    if quantization is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     return model
 

@@ -1,13 +1,14 @@
 """Responses of the assistant to prompts: several a prompt, each with its seed, in its own chat template."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from config import Config, engine_options
-from records import Loaded, Row, digest, identity, kept_lines
+from records import Loaded, Row, digest, identity
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -15,11 +16,13 @@ from common.bundled import resolve_model
 from common.conversation import UserError, pair
 from common.engines import Decoding, Engine, load_engine
 from common.fit import config_positions
+from common.keep import KeptRows
 from common.refusal import classify
-from common.run import device, json_lines
+from common.run import device
 from common.templates import encode, render_chat
 
 logger = logging.getLogger("feedback_guard")
+Ids = tuple[int, ...]  # a prompt's tokens
 KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
 
 
@@ -50,8 +53,7 @@ def _response(answer: Row, prompt: str, recorded: bool) -> Row:
 def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded) -> list[list[Row]]:
     """`samples` responses {text, seed, error} to each prompt, in the assistant's own chat template.
 
-    A batch of transformers has a seed of its own and is kept whole, so that a killed run draws the
-    same again. What failed is not kept: the next run asks for it again.
+    What failed is not kept: the next run asks for it again.
 
     Raises:
         UserError: a server refuses the key, or fails time after time; what it answered is kept.
@@ -61,52 +63,12 @@ def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded)
     chats = [render_chat(tokenizer, pair(text)) for text in prompts]
     ids = [tuple(one) for one in encode(tokenizer, chats, add_special_tokens=False)]
     room = window - llama.max_tokens
-    order = sorted({one for one in ids if len(one) <= room}, key=lambda one: (-len(one), one))
-    size = 64 if llama.engine == "server" else 512
-    if llama.engine == "transformers":
-        size = llama.batch_size or (24 if device().type == "cpu" else 64)
-    salt = [identity(llama.model_path), llama.engine, llama.temperature, llama.top_p]
-    salt += [llama.max_tokens, config.seed]
-    key = lambda number, one: digest([salt, number, list(one)])  # noqa: E731
-    decoding = Decoding(llama.max_tokens, temperature=llama.temperature, top_p=llama.top_p)
-    engine = Loaded(lambda: assistant(config, tokenizer, size))
-    kept, failed = kept_lines(path), {}
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    total = len(order) * llama.samples
-    with path.open("a", encoding="utf-8") as file, tqdm(total=total, unit="response") as bar:
-        for number in range(llama.samples):
-            for n, chunk in enumerate(chunks):
-                seed = config.seed + number + llama.samples * n
-                asked = [one for one in chunk if key(number, one) not in kept]
-                bar.update(len(chunk) - len(asked))
-                if asked and llama.engine == "transformers":
-                    asked = chunk  # they were drawn together
-                if not asked:
-                    continue
-                guard.free()  # not both in memory
-                written = engine.get().complete(list(map(list, asked)), replace(decoding, seed=seed))
-                for i, completion in written:
-                    known = key(number, asked[i])
-                    line = {"key": known, "text": completion.text.strip(), "seed": seed}
-                    if known in kept:
-                        continue
-                    bar.update()
-                    if completion.error is not None:
-                        failed[known] = line | {"error": completion.error}
-                        continue
-                    file.write(json_lines([line]))
-                    file.flush()
-                    kept[known] = line
-    engine.free()
-    if failed:
-        first = next(iter(failed.values()))["error"]
-        logger.warning(
-            "%d of %d responses failed (%s); run process.py again for them",
-            *(len(failed), total, first),
-        )
-    said = kept | failed
+    fitting = sorted({one for one in ids if len(one) <= room}, key=lambda one: (-len(one), one))
+    with KeptRows(path) as kept:
+        failed = _generate_missing(config, tokenizer, fitting, kept, guard)
+        said = {**kept, **failed}
     long = f"the prompt is longer than the {room} tokens that the assistant has"
+    key = _key_of(config)
     out = []
     for one in ids:
         if len(one) > room:
@@ -114,6 +76,67 @@ def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded)
         else:
             out.append([said[key(number, one)] for number in range(llama.samples)])
     return out
+
+
+def _key_of(config: Config) -> Callable[[int, Ids], str]:
+    """What the key of a response is, by its number and its prompt."""
+    llama = config.llama
+    salt = [identity(llama.model_path), llama.engine, llama.temperature, llama.top_p]
+    salt += [llama.max_tokens, config.seed]
+    return lambda number, ids: digest([salt, number, list(ids)])
+
+
+def _generate_missing(
+    config: Config, tokenizer: Any, prompts: Sequence[Ids], kept: KeptRows, guard: Loaded
+) -> dict[str, Row]:
+    """Generate and keep the responses that are missing; those that failed, by their key.
+
+    Args:
+        prompts: token ids, the longest first.
+        guard: is let go first, because not both models fit into memory.
+    """
+    llama = config.llama
+    size = _together(config)
+    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    decoding = Decoding(llama.max_tokens, temperature=llama.temperature, top_p=llama.top_p)
+    engine = Loaded(lambda: assistant(config, tokenizer, size))
+    key, failed = _key_of(config), {}
+    total = len(prompts) * llama.samples
+    with tqdm(total=total, unit="response") as bar:
+        for number, (n, chunk) in product(range(llama.samples), enumerate(chunks)):
+            seed = config.seed + number + llama.samples * n
+            missing = [ids for ids in chunk if key(number, ids) not in kept]
+            bar.update(len(chunk) - len(missing))
+            if not missing:
+                continue
+            # Of transformers a batch is drawn together: drawn again, it must be whole to be the same.
+            asked = chunk if llama.engine == "transformers" else missing
+            guard.free()
+            written = engine.get().complete(list(map(list, asked)), replace(decoding, seed=seed))
+            for i, completion in written:
+                known = key(number, asked[i])
+                if known in kept:
+                    continue
+                row = {"key": known, "text": completion.text.strip(), "seed": seed}
+                if completion.error is None:
+                    kept.append(row)
+                else:
+                    failed[known] = row | {"error": completion.error}
+                bar.update()
+    engine.free()
+    if failed:
+        first = next(iter(failed.values()))["error"]
+        what = f"{len(failed)} of {total} responses failed ({first})"
+        logger.warning("%s; run process.py again for them", what)
+    return failed
+
+
+def _together(config: Config) -> int:
+    """How many prompts are asked together. Samples depend on it, so that it is the same for a killed run."""
+    llama = config.llama
+    if llama.engine == "transformers":
+        return llama.batch_size or (24 if device().type == "cpu" else 64)
+    return 64 if llama.engine == "server" else 512
 
 
 def assistant_tokenizer(name: str) -> tuple[Any, int]:

@@ -22,10 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, check_messages, last_turns, pair
+from common.engines import check_adapter
 from common.fit import positions
 from common.run import device as default_device
 from common.run import inference_dtype, is_main_process
@@ -90,6 +96,7 @@ class GuardedChat:
             )
         self.depth = self.card["num_hidden_layers"]
         self.trunk, self.tap = _shallow(self.backbone, self.depth)
+        self._check_adapter(name)
         self.control = control_ids(self.tokenizer)
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
@@ -120,7 +127,7 @@ class GuardedChat:
         loaded = list(self.model.parameters())
         try:
             self.peft = get_peft_model(self.model, config, adapter_name=ADAPTER).eval()
-            result = set_peft_model_state_dict(self.peft, weights, adapter_name=ADAPTER)
+            set_peft_model_state_dict(self.peft, weights, adapter_name=ADAPTER)
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{self.folder}: the adapter does not fit the base: {f'{error}'.strip():.200}") from None
         self.lora = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
@@ -130,9 +137,14 @@ class GuardedChat:
         # the logits would differ from those of the model as it is loaded.
         for parameter in loaded:
             parameter.requires_grad_(True)
-        strange = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
-        if strange:
-            raise UserError(f"{self.folder}: the adapter does not fit the base, see {strange[0]}")
+
+    def _check_adapter(self, base: str) -> None:
+        """Refuse an adapter that was not trained on a classifier of this very base and depth."""
+        depth = {} if self.depth is None else {"num_hidden_layers": self.depth}
+        source, labels = resolve_model(base), len(self.labels)
+        config = AutoConfig.from_pretrained(source, num_labels=labels, **depth, **self.trust)
+        kind = AutoModelForSequenceClassification
+        check_adapter(base, str(self.folder), config=config, kind=kind, **self.trust)
 
     @contextmanager
     def adapters(self, name: str = ADAPTER) -> Iterator[None]:

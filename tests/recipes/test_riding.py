@@ -18,6 +18,7 @@ from transformers import (
 from common.conversation import UserError, pair
 from common.data import taxonomy
 from common.templates import control_ids, encode, render
+from guards import load_guard
 
 PROMPTS = ["How do I cook rice?", "Why do people tell lies? Often they are afraid of the neighbour.", "Paris!"]
 CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
@@ -314,6 +315,25 @@ def test_content_parts_and_turns_in_a_row(chat):
 def test_bad_options(chat, options, message):
     with pytest.raises(UserError, match=message):
         chat.reply(CONVERSATIONS, **{"max_new_tokens": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("trained", "said", "message"),
+    [
+        (2, None, "4 places of the base without weights"),  # two adapted matrices a layer, two parts each
+        (None, 2, "4 weights that the base has no place for"),
+        (1, 2, "4 places of the base without weights"),
+    ],
+)
+def test_an_adapter_of_another_depth_is_refused(make_guard, trained, said, message):
+    """Its upper layers would be missing, or without effect, and it would judge all the same."""
+    folder = make_guard(layers=trained)
+    card = json.loads((folder / "guard.json").read_text())
+    (folder / "guard.json").write_text(json.dumps(card | {"num_hidden_layers": said}))
+    with pytest.raises(UserError, match=f"{folder}: is no adapter of .*{message}"):
+        GuardedChat(folder, device="cpu")
+    with pytest.raises(UserError, match=f"{folder}: is no adapter of .*{message}"):
+        load_guard(str(folder), progress=False)
 
 
 @pytest.mark.parametrize(
