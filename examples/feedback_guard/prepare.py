@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from config import Config, PrepareGuard, config_from_argv
 from formats import Encoder, template, verdict_probabilities
-from train import ArmConfig, fitted
+from train import ArmConfig, fitted, goes_on
 from transformers import AutoTokenizer, set_seed
 
 from common import metrics, report
@@ -82,8 +82,6 @@ def make_guard(section: PrepareGuard) -> None:
         for part in (*model.model.layers[-section.last_layers :], model.model.norm):
             part.requires_grad_(True)
     trainer = fitted(model, args, rows, encoder)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise UserError(f"{folder}: the training diverged (its weights are not numbers); lower prepare's learning_rate")
     thresholds, measured = _measured(encoder, held_out, section)
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
@@ -161,14 +159,9 @@ def load_encoder(base_model: str, folder: Path) -> Encoder:
 
 
 def _arguments(section: PrepareGuard, folder: Path, fingerprint: str) -> ArmConfig:
-    mark = folder / "unfinished.json"
-    same = mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
-    same = same and any(folder.glob("checkpoint-*/trainer_state.json"))
-    write_json(mark, {"fingerprint": fingerprint})
     return ArmConfig(
         output_dir=str(folder),
-        overwrite_output_dir=not same,
-        resume_from_checkpoint="latest" if same else None,
+        resume_from_checkpoint="latest" if goes_on(folder, fingerprint) else None,
         max_steps=section.max_steps,
         per_device_train_batch_size=section.batch_size,
         learning_rate=section.learning_rate,

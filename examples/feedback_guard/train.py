@@ -14,7 +14,6 @@ training.kl_weight times KL(guard before training || now) on {safe, unsafe}.
 import hashlib
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -46,7 +45,9 @@ from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
     checkpoint_to_resume,
+    checkpoints,
     full_state_dict,
+    remove_checkpoint,
     start_over,
 )
 from guards import zoo
@@ -60,6 +61,9 @@ TEXT_BATCH = 4  # rows of a forward pass with a loss on every token: their logit
 @dataclass
 class ArmConfig(RecipeTrainingArguments, SFTConfig):
     """TRL's arguments with what this collection adds to transformers' (CPU)."""
+
+    goes_on_with = ()  # the same command does
+    starts_over_with = "another output_dir"
 
 
 class ArmTrainer(LengthGroupedTrainer, SFTTrainer):
@@ -167,21 +171,36 @@ class Job:
         return True
 
     def resumes(self) -> bool:
-        """Whether checkpoints of this very arm lie there; others are removed."""
-        mark, same = self.folder / "unfinished.json", False
-        if mark.is_file():
-            same = json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == self.fingerprint
-        if not same and is_main_process():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            write_json(mark, {"fingerprint": self.fingerprint})
-        return same and any(self.folder.glob("checkpoint-*/trainer_state.json"))
+        """Whether checkpoints of this very arm lie there. Raises UserError when they are another one's."""
+        return goes_on(self.folder, self.fingerprint)
 
     def close(self, card: Mapping[str, Any]) -> None:
         """Write guard.json, and remove what only an unfinished arm needs."""
         write_json(self.folder / "guard.json", {**card, "fingerprint": self.fingerprint})
-        for checkpoint in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for checkpoint in checkpoints(self.folder):
+            remove_checkpoint(checkpoint)
         (self.folder / "unfinished.json").unlink(missing_ok=True)
+
+
+def goes_on(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder holds checkpoints of a run; it is marked as this run's.
+
+    Args:
+        fingerprint: of all that the run's weights depend on.
+
+    Raises:
+        UserError: the checkpoints are of other rows or settings.
+    """
+    mark = folder / "unfinished.json"
+    same = mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    whole = checkpoints(folder)
+    if whole and not same:
+        raise UserError(
+            f"{folder}: holds {whole[-1].name} of other rows or settings; remove it, or choose another output_dir"
+        )
+    if not same and is_main_process():
+        write_json(mark, {"fingerprint": fingerprint})
+    return same and bool(whole)
 
 
 def load_base(config: Config) -> GenerativeGuard:
@@ -289,8 +308,6 @@ def train_arm(job: Job, shared: Shared, config: Config, rows: list[dict[str, Any
     with trunk.replaced() if trunk else nullcontext():
         weight = config.training.kl_weight if job.arm.kl else 0.0
         trainer = fitted(model, args, rows, encoder, weight, trunk.batch if trunk else None)
-    if not all(p.isfinite().all() for p in trainer.model.parameters() if p.requires_grad):
-        raise UserError(f"{job.folder}: the training diverged (its weights are not numbers); lower the rate")
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)

@@ -8,7 +8,7 @@ from adapter import CATEGORIES
 from transformers import TrainerState
 
 from common import metrics
-from common.conversation import UserError
+from common.training import refuse_diverged_scores
 
 logger = logging.getLogger("lora_guard")
 PAPER_METRICS = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
@@ -48,8 +48,7 @@ def split_logits(logits: torch.Tensor, unsafe_head: bool) -> tuple[torch.Tensor,
 
 def paper_metrics(prediction, unsafe_head: bool, spec: str) -> dict[str, float]:
     """The reference's list for unsafe (`binarized_*`) and each category; undefined is left out. And the threshold."""
-    if not np.isfinite(prediction.predictions).all():
-        raise UserError("The training diverged (its scores are not numbers): lower the rate")
+    refuse_diverged_scores(prediction.predictions)
     logits = split_logits(torch.from_numpy(prediction.predictions).float(), unsafe_head)
     unsafe, categories = (part.sigmoid().numpy() for part in logits)
     truth = prediction.label_ids

@@ -54,6 +54,7 @@ from common.training import (
 from guards.lora import INPUTS
 
 logger = logging.getLogger("lora_guard")
+OF_THE_RUN = ("hf_model_id", "guard_layers", "no_unsafe_head", "no_clf_head_bias", "head_only", "head_fit_rows")
 
 
 @dataclass
@@ -155,6 +156,7 @@ def main() -> None:
         compute_loss_func=loss,
         compute_metrics=lambda prediction: paper_metrics(prediction, not args.no_unsafe_head, eval_name),
         callbacks=[EveryEpoch(card, tokenizer, eval_name)],
+        settings={name: getattr(args, name) for name in OF_THE_RUN},
     )
     if checkpoint is None:
         start_over(training)
@@ -296,6 +298,12 @@ def add_adapters(model: PreTrainedModel, args: GuardArguments) -> PeftModel:
     return model
 
 
+def epoch_folders(folder: Path) -> list[Path]:
+    """The adapter folders of an earlier run: `epoch-<number>` with its guard.json, and nothing of the user's."""
+    found = [path.parent for path in folder.glob("epoch-*/guard.json")]
+    return [path for path in found if path.name.removeprefix("epoch-").isdigit()]
+
+
 class EveryEpoch(TrainerCallback):
     """After each epoch: its adapter folder, metrics.csv and train_losses.csv, from the history that a resume keeps."""
 
@@ -308,8 +316,6 @@ class EveryEpoch(TrainerCallback):
             self.on_save(args, state, control, **kwargs)
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-            raise UserError("The training diverged (its weights are not numbers): lower the rate")
         if not is_main_process():
             return
         epoch, rows = round(state.epoch) - 1, epoch_metrics(state)
@@ -325,7 +331,7 @@ def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainin
     folder = Path(args.output_folder)
     if not is_main_process() or (not afresh and (folder / "config.json").is_file()):
         return
-    for old in [*folder.glob("epoch-*"), folder / "best"] if afresh else []:
+    for old in [*epoch_folders(folder), folder / "best"] if afresh else []:
         shutil.rmtree(old, ignore_errors=True)
     for name in ("metrics.csv", "train_losses.csv", "run.json") if afresh else ():
         (folder / name).unlink(missing_ok=True)

@@ -42,6 +42,7 @@ from common.training import (
     RecipeTrainingArguments,
     checkpoint_to_resume,
     full_state_dict,
+    refuse_diverged_scores,
     save_full,
     start_over,
     useful_token_share,
@@ -132,15 +133,12 @@ def main() -> None:
         processing_class=tokenizer,
         compute_loss_func=loss,
         compute_metrics=compute_metrics,
+        settings=run_settings(model_args, data_args),
     )
     if checkpoint is None:
         start_over(args)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     validation = trainer.predict(eval_set, metric_key_prefix="eval") if eval_set else None
-    if not np.isfinite(result.training_loss) or (validation and not np.isfinite(validation.predictions).all()):
-        raise UserError(
-            "The training diverged (its loss or its scores are not numbers): nothing is saved; lower the rate"
-        )
     save_weights(trainer, tokenizer, model_args)
     describe_guard(trainer, model_args, data_args, validation, data_report, result.metrics)
 
@@ -229,6 +227,17 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model, tokenizer
 
 
+def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
+    """What makes another run, beside the rows and what the trainer knows."""
+    return {
+        "base model": model_args.model_name_or_path,
+        "num_hidden_layers": model_args.num_hidden_layers,
+        "positive_weight": data_args.positive_weight,
+        "flagged_loss": data_args.flagged_loss,
+        "head_fit_rows": data_args.head_fit_rows,
+    }
+
+
 def lora_config(args: ModelArguments) -> LoraConfig:
     modules = args.lora_target_modules
     pattern = len(modules) == 1 and (modules[0] == "all-linear" or "*" in modules[0])
@@ -289,6 +298,7 @@ def multilabel_loss(positive_weight: float, flagged_loss: float):
 
 def compute_metrics(prediction) -> dict[str, float]:
     """`flagged/*` and `<category>/*`, as the original names them; what is undefined is left out."""
+    refuse_diverged_scores(prediction.predictions)
     results = metrics.multilabel(prediction.label_ids > 0.5, sigmoid(prediction.predictions), CATEGORIES)
     return {f"{name}/{metric}": v for name, values in results.items() for metric, v in values.items() if v is not None}
 

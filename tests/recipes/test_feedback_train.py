@@ -303,14 +303,27 @@ def test_killed_and_resumed_is_uninterrupted(settings, monkeypatch):
 
 
 def test_checkpoints_of_other_settings_are_not_resumed(settings):
+    """Nor are they removed unasked, which would cost somebody the hours that are in them."""
     config = settings(max_steps=4, save_steps=2, output_dir=settings().training.output_dir + "-kept")
     (folder,) = train.train(config)
-    kept = weights(folder)
     shutil.move(folder / "guard.json", folder / "unfinished.json")
     (folder / "unfinished.json").write_text('{"fingerprint": "of another run"}')
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2/trainer_state.json").write_text("{}")
-    assert difference(weights(train.train(config)[0]), kept) == 0 and not (folder / "checkpoint-2").exists()
+    with pytest.raises(UserError, match="holds checkpoint-2 of other rows or settings; remove it, or choose another"):
+        train.train(config)
+    assert (folder / "checkpoint-2/trainer_state.json").is_file()
+
+
+def test_what_a_user_put_into_an_arms_folder_stays(settings):
+    config = settings(max_steps=2, save_steps=1, output_dir=settings().training.output_dir + "-mine")
+    folder = arms.arm_folder(config, config.training.arms[0], 0)
+    (folder / "checkpoint-merged").mkdir(parents=True)
+    (folder / "checkpoint-merged/model.safetensors").write_text("mine")
+    (folder / "notes.txt").write_text("mine")
+    assert train.train(config) == [folder]
+    assert (folder / "checkpoint-merged/model.safetensors").read_text() == "mine"
+    assert (folder / "notes.txt").read_text() == "mine" and not list(folder.glob("checkpoint-[0-9]*"))
 
 
 # ------------------------------------------------------------------------------------------------ head start

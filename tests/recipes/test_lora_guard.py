@@ -352,6 +352,17 @@ def test_nothing_is_chosen_without_validation(tiny_base, tmp_path, spec):
     assert again.returncode == 2 and "--overwrite-output-dir" in again.stderr
 
 
+def test_only_the_epochs_of_a_run_are_removed(tmp_path):
+    """What a new run removes, and not what a user named likewise."""
+    for name in ("epoch-0", "epoch-12", "epoch-best", "epoch-1-merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "guard.json").write_text("{}")
+    (tmp_path / "epoch-7").mkdir()
+    (tmp_path / "epoch-8").write_text("notes")
+    found = module("lora_guard", "train").epoch_folders(tmp_path)
+    assert sorted(path.name for path in found) == ["epoch-0", "epoch-12"]
+
+
 @slow
 def test_a_diverged_run_saves_no_guard(tiny_base, tmp_path):
     done = launch(*arguments(tiny_base, tmp_path / "run", "--learning-rate", 1e30), check=False)
