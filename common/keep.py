@@ -39,7 +39,7 @@ OTHERS = ("*.json", "*.jinja", "*.py")
 TEMPLATES = "additional_chat_templates"  # the one folder in it that `from_pretrained` reads
 # … but for these, which runs leave beside it.
 RESULTS = ("run.json", "results.json", "*_results.json", "*_results_*.json", "manifest.json")
-CHECKPOINTS = ("trainer_state.json", "training_args.bin", "unfinished.json")
+CHECKPOINTS = ("trainer_state.json", "training_args.bin", "recipe.json", "unfinished.json")
 OPTIMIZERS = ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
 
 LARGE = 1 << 20  # bytes: hashing less takes no longer than looking the hash up

@@ -1,6 +1,5 @@
 """What training needs beyond the Hugging Face Trainer: dead flags, checkpoints that are compared, length grouping."""
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from common.conversation import UserError
+from common.keep import rows_digest
 from common.run import Stopped, device, is_main_process, write_json
 
 logger = logging.getLogger(__name__)
@@ -458,11 +458,8 @@ def rows_a_step(args: TrainingArguments) -> int:
 def rows_settings(rows: Dataset) -> dict[str, Any]:
     """How many encoded rows there are, and a fingerprint of their content and order."""
     names = [name for name in COMPARED_COLUMNS if name in rows.column_names]
-    digest = hashlib.sha256()
-    for batch in rows.select_columns(names).with_format("arrow").iter(batch_size=1000):
-        for name in names:
-            digest.update(json.dumps(batch[name].to_pylist()).encode())
-    return {"rows": len(rows), "content of the rows": digest.hexdigest()[:16]}
+    batches = rows.select_columns(names).iter(batch_size=1000)
+    return {"rows": len(rows), "content of the rows": rows_digest(batches)}
 
 
 def lora_settings(model: torch.nn.Module) -> dict[str, Any] | None:

@@ -39,12 +39,12 @@ from common.bundled import resolve_model
 from common.conversation import UserError
 from common.engines import quantization_config
 from common.fit import check_ids, check_length, fit_causal_lm
+from common.keep import fingerprint
 from common.run import inference_dtype, is_main_process, manifest, write_json
 from common.templates import Part, encode, token_offsets
 from common.training import LengthGroupedTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
 
 logger = logging.getLogger("cross_task_defense")
-OF_THE_RUN = ("base_model", "load_in_8bit", "load_in_4bit", "first_token_weight")  # beside rows, LoRA, training's own
 
 
 @dataclass
@@ -180,7 +180,7 @@ def train(
         train_dataset=split["train"],
         eval_dataset=split["test"],
         processing_class=tokenizer,
-        settings={name: values[name] for name in OF_THE_RUN},
+        settings=run_settings(values),
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -246,6 +246,12 @@ def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConf
         )
     except (ValueError, TypeError, ImportError) as error:  # such as an unknown schedule
         raise UserError(f"{str(error).strip().splitlines()[0]:.200}") from None
+
+
+def run_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """What makes another run, beside the rows and what the trainer knows."""
+    settings = {name: values[name] for name in ("load_in_8bit", "load_in_4bit", "first_token_weight")}
+    return settings | {"content of the base model": fingerprint(values["base_model"])[:16]}
 
 
 def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

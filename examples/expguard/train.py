@@ -32,6 +32,7 @@ from common import metrics, report
 from common.conversation import UserError
 from common.data import overlap
 from common.fit import check_ids, check_length, fit_causal_lm
+from common.keep import fingerprint
 from common.prefix import shared_prefix_collator
 from common.run import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
@@ -140,7 +141,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=validation,
         settings={
-            "base model": model_args.model_name_or_path,
+            "content of the base model": fingerprint(model_args.model_name_or_path)[:16],
             "use_4bit_quantization": model_args.use_4bit_quantization,
             "use_8bit_quantization": model_args.use_8bit_quantization,
         },

@@ -43,6 +43,7 @@ from common.bundled import resolve_model
 from common.conversation import UserError
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
+from common.keep import fingerprint
 from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
     LengthGroupedTrainer,
@@ -54,7 +55,6 @@ from common.training import (
 from guards.lora import INPUTS
 
 logger = logging.getLogger("lora_guard")
-OF_THE_RUN = ("hf_model_id", "guard_layers", "no_unsafe_head", "no_clf_head_bias", "head_only", "head_fit_rows")
 
 
 @dataclass
@@ -156,7 +156,7 @@ def main() -> None:
         compute_loss_func=loss,
         compute_metrics=lambda prediction: paper_metrics(prediction, not args.no_unsafe_head, eval_name),
         callbacks=[EveryEpoch(card, tokenizer, eval_name)],
-        settings={name: getattr(args, name) for name in OF_THE_RUN},
+        settings=run_settings(args),
     )
     if checkpoint is None:
         start_over(training)
@@ -217,6 +217,13 @@ def refuse_to_overwrite(args: GuardArguments, checkpoint: str | None) -> None:
         for name in ("best", "config.json", "epoch-0"):
             if (folder / name).exists():
                 raise UserError(f"{folder} holds {name} of an earlier run; pass --overwrite-output-dir or another name")
+
+
+def run_settings(args: GuardArguments) -> dict:
+    """What makes another run, beside the rows and what the trainer knows."""
+    named = ("guard_layers", "no_unsafe_head", "no_clf_head_bias", "head_only", "head_fit_rows")
+    settings = {name: getattr(args, name) for name in named}
+    return settings | {"content of the base model": fingerprint(args.hf_model_id)[:16]}
 
 
 def load(args: GuardArguments, spec: str, max_rows: int | None = None) -> Dataset:

@@ -36,6 +36,7 @@ from common.bundled import resolve_model
 from common.conversation import UserError
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
+from common.keep import fingerprint
 from common.run import is_main_process, manifest, parse_args, run_cli, write_json
 from common.training import (
     LengthGroupedTrainer,
@@ -230,7 +231,7 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
 def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
     """What makes another run, beside the rows and what the trainer knows."""
     return {
-        "base model": model_args.model_name_or_path,
+        "content of the base model": fingerprint(model_args.model_name_or_path)[:16],
         "num_hidden_layers": model_args.num_hidden_layers,
         "positive_weight": data_args.positive_weight,
         "flagged_loss": data_args.flagged_loss,
