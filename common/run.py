@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from tqdm.auto import tqdm
 from trl import TrlParser
 
 from common.conversation import UserError
@@ -64,12 +65,18 @@ def run_cli(main: Callable[[], None]) -> None:
         # Once a node: a file may be missing on one of them only.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             where = "" if is_main_process() else f"{socket.gethostname()}: "
-            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+            say(f"error: {where}{error}")
         sys.exit(2)
     except KeyboardInterrupt as stop:
         if is_main_process():
-            print(f"\n{stopped_line(stop)}", file=sys.stderr, flush=True)  # below the progress bar
+            say(stopped_line(stop))
         sys.exit(130)
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, and not behind a progress bar that is still there."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def stopped_line(stop: KeyboardInterrupt) -> str:
@@ -150,7 +157,7 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
             "No arguments: running %s (for the paper's run: --config configs/paper.yaml)",
             os.path.relpath(default_config),
         )
-        argv = ["--config", str(default_config)]
+        argv = ["--config", os.path.relpath(default_config)]
         sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
     parser = _Parser(
         list(types),

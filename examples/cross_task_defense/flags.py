@@ -46,7 +46,7 @@ def parse(function: Callable[..., None], argv: list[str], default_config: Path |
             "No arguments: running %s (for the paper's run: --config configs/paper.yaml)",
             os.path.relpath(default_config),
         )
-        argv = [f"--config={default_config}"]
+        argv = [f"--config={os.path.relpath(default_config)}"]
         sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
     given = _flags(function, argv)
     config, values = given.pop("config", None), {}

@@ -139,6 +139,47 @@ def test_a_user_error_is_one_line_a_node(monkeypatch, capsys, rank, local_rank, 
     assert (left.value.code, *capsys.readouterr()) == (2, "", line)
 
 
+@pytest.mark.parametrize(
+    ("argv", "stop", "line"),
+    [
+        (["train.py"], KeyboardInterrupt(), "stopped before the end; to run it again: python train.py"),
+        (
+            ["train.py", "--name", "a b", "--hub_token=x"],
+            runtime.Stopped("after checkpoint-4; to go on", ("--resume_from_checkpoint", "latest")),
+            "stopped after checkpoint-4; to go on: "
+            "python train.py --name 'a b' '--hub_token=…' --resume_from_checkpoint latest",
+        ),
+        (
+            ["train.py", "--resume-from-checkpoint=latest"],
+            runtime.Stopped("after checkpoint-4; to go on", ("--resume_from_checkpoint", "latest")),
+            "stopped after checkpoint-4; to go on: python train.py --resume-from-checkpoint=latest",
+        ),
+    ],
+)
+def test_ctrl_c_is_one_line_with_the_command_that_goes_on(monkeypatch, capsys, argv, stop, line):
+    def main():
+        raise stop
+
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(SystemExit) as left:
+        runtime.run_cli(main)
+    assert (left.value.code, *capsys.readouterr()) == (130, "", f"{line}\n")
+
+
+def test_ctrl_c_names_the_launcher(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert runtime.stopped_line(KeyboardInterrupt()).endswith(": torchrun --nproc_per_node=2 train.py")
+
+
+def test_the_default_config_is_named_in_the_command_that_goes_on(parse):
+    parse(default="name: quick")
+    stop = runtime.Stopped("after checkpoint-4; to go on", ("--resume_from_checkpoint", "latest"))
+    assert runtime.stopped_line(stop).endswith("train.py --config default.yaml --resume_from_checkpoint latest")
+
+
 def test_any_other_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         runtime.run_cli(lambda: 1 / 0)
