@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 from trl import TrlParser
 
 from common.conversation import UserError
+from common.data.files import read_yaml
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "evaluate", "scikit-learn")
@@ -136,6 +136,14 @@ class _Parser(TrlParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+def read_config(path: Path | str) -> Any:
+    """The content of the YAML file that `--config` names. Raises UserError where it is none, or repeats a key."""
+    try:
+        return read_yaml(path)
+    except UserError as error:
+        raise UserError(f"--config {error}") from None
+
+
 def parse_args(types: Sequence[type], default_config: Path | None = None) -> tuple:
     """Dataclasses filled from `--config file.yaml` and flags; flags win. Unknown flags and YAML keys are errors.
 
@@ -159,6 +167,8 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
         )
         argv = ["--config", os.path.relpath(default_config)]
         sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
+    if "--config" in argv:
+        read_config(argv[argv.index("--config") + 1])  # the parser would take the last of two values of one key
     parser = _Parser(
         list(types),
         usage="%(prog)s [--config file.yaml] [--flag value …]   (--help lists the flags)",
@@ -166,8 +176,6 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
     )
     try:
         return parser.parse_args_and_config(argv)
-    except yaml.YAMLError as error:
-        raise UserError(f"--config: not YAML: {' '.join(str(error).split())}") from None
     except (ValueError, TypeError, OSError) as error:
         text = " ".join(str(error).split())
         for phrase in (

@@ -21,12 +21,13 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from common.conversation import LABELS, Message, UserError, Verdict, check_messages, pair
 from common.run import write_json
-from common.templates import template_text
-from guards.base import Guard
+from common.templates import render, template_text
+from guards.base import LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, Guard, seen_of
 from guards.known import zoo
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,19 @@ class ArmOrigin(Origin):
     fingerprint: str | None = None
 
 
+def seen_by_template(template: str) -> str | None:
+    """What a guard with this template sees of a conversation (`Guard.sees`); None where it renders none."""
+    sees = seen_of(lambda messages: "".join(part.text for part in render(template, messages)))
+    return None if sees == UNKNOWN else sees
+
+
+def seen_by_entry(entry: dict[str, Any]) -> str:
+    """The same of a generative guard of zoo.yaml; a chat template that is given all turns is taken to print them."""
+    if "template" in entry:
+        return seen_by_template(entry["template"])
+    return WHOLE_CONVERSATION if "conversation" in entry["messages"] else LAST_TURNS
+
+
 class GuardCard(Origin):
     """What every kind of guard has that `load_guard` loads."""
 
@@ -144,6 +158,11 @@ class LabelledCard(GuardCard):
     def _is_known(cls, template: str) -> str:
         template_text(template)
         return template
+
+    @model_validator(mode="after")
+    def _say_what_it_sees(self) -> "LabelledCard":
+        self.sees = self.sees or seen_by_template(self.template)
+        return self
 
     @field_validator("labels")
     @classmethod
@@ -194,6 +213,11 @@ class GenerativeCard(GuardCard, ArmOrigin):
         if zoo().get(guard, {}).get("kind") != "generative":
             raise ValueError(f"{guard!r} is no generative guard of zoo.yaml")
         return guard
+
+    @model_validator(mode="after")
+    def _say_what_it_sees(self) -> "GenerativeCard":
+        self.sees = self.sees or seen_by_entry(zoo()[self.guard])
+        return self
 
 
 class LinearProbeCard(ArmOrigin):

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from datasets import Dataset
 
 from common.conversation import FEATURES, UserError
-from common.data.files import FILE_TYPES, read_json, read_rows
+from common.data.files import FILE_TYPES, read_json, read_rows, read_yaml
 from common.data.repeats import deduplicate, grouped_split, overlap, prompt_key
 from common.data.rows import EXAMPLE_ROW, LABEL_COLUMNS, check_columns, conversation_row, plain_columns
 from common.data.specs import parse_spec, spec_rows
@@ -50,6 +50,7 @@ __all__ = [
     "prompt_key",
     "read_json",
     "read_rows",
+    "read_yaml",
     "spec_rows",
     "taxonomy",
 ]

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common.conversation import UserError
 
 Rows = Iterator[tuple[str, Any]]
@@ -88,6 +90,40 @@ def read_json(path: Path | str) -> Any:
         raise _not_utf8(path, error) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is repeated, of which YAML's loader takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen and key.value != "<<":
+                problem = f"the key {key.value!r} is repeated; keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path | str) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        UserError: the file is missing, is no YAML, or repeats a key.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not YAML: {reason}") from None
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import fire
-import yaml
 from fire.decorators import SetParseFn
 
 from common.conversation import UserError
-from common.run import expand_home, run_cli
+from common.run import expand_home, read_config, run_cli
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +93,7 @@ def _flags(function: Callable[..., None], argv: list[str]) -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {' '.join(str(error).split()):.200}") from None
+    config = read_config(path)
     if not isinstance(config, dict):
         raise UserError(f"--config {path}: expected names with values, found {config!r:.60}")
     return config

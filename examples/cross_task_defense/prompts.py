@@ -1,6 +1,5 @@
 """The five tasks' wording, rows of instruction files, and the one prompt builder of training and generation."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,10 +58,10 @@ def load_template(name_or_path: str) -> dict[str, str] | None:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
         raise UserError(f"template {name_or_path!r}: no such file, and none of {known}, chat")
+    template = data.read_json(path)
     try:
-        template = json.loads(path.read_text(encoding="utf-8"))
         holes = [set(re.findall(r"\{(instruction|input)\}", template[f"prompt_{n}"])) for n in ("input", "no_input")]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path}: no template with prompt_input and prompt_no_input ({error!r:.100})") from None
     if holes != [{"instruction", "input"}, {"instruction"}]:
         raise UserError(f"{path}: expected {{instruction}} and {{input}} in prompt_input, {{instruction}} in the other")

@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from common.conversation import UserError
+from common.data import read_json
 from common.run import expand_home
 
 logger = logging.getLogger("feedback_guard")
@@ -184,11 +185,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: no JSON object, an unknown key (the nearest known one is named), a value of the wrong type or out of
             its range.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error!s:.120})") from None
-    config = _build(Config, values, f"{path}", "")
+    config = _build(Config, read_json(path), f"{path}", "")
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:

@@ -13,7 +13,6 @@ Without --prompt and --prompts it asks on the terminal.
 """
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from adapter import convert_reference
 from riding import GuardedChat, GuardedReply
 
 from common.conversation import Message, UserError, check_text, pair
-from common.data import conversation_row, plain_columns, read_rows
+from common.data import conversation_row, plain_columns, read_json, read_rows
 from common.run import expand_home, json_lines, run_cli, write_text
 
 logger = logging.getLogger("lora_guard")
@@ -106,10 +105,7 @@ def load(args: argparse.Namespace) -> tuple[GuardedChat, float]:
         raise UserError(f"--threshold {args.threshold}: must be from 0 to 1")
     adapter, config = Path(args.paths[-1]), {}
     if len(args.paths) == 2 and args.paths[0] != "-":
-        try:
-            config = json.loads(Path(args.paths[0]).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{args.paths[0]}: no config.json of a run ({error!s:.100})") from None
+        config = read_json(args.paths[0])
         if not isinstance(config, dict):
             raise UserError(f"{args.paths[0]}: expected an object, found {config!r:.60}")
     base, device = config.get("hf_model_id") or config.get("base_model"), None

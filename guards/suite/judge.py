@@ -71,7 +71,7 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
     for text in specs:
         spec, own = re.fullmatch(r"(.*?)(?::(\w+=.*))?", text).groups()
         pairs = (option.partition("=") for option in (own or "").split(",") if option)
-        given = {key: yaml.safe_load(value) for key, _, value in pairs}
+        given = {key: expand_home(yaml.safe_load(value)) for key, _, value in pairs}
         for key in {"server_url", "base_url"} & set(given):  # the spec stands in results.json
             check_url(given[key], f"--guards {spec}, {key}")
         spec = expand_home(spec)

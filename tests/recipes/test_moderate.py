@@ -83,7 +83,7 @@ def test_moderate_as_a_command(make_guard, tmp_path):
         (["{guard}", "--prompt", " "], "--prompt, field prompt: empty text"),
         (["{guard}", "--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["{guard}", "--prompts", "{bad}"], "bad.jsonl, line 2, column .*malformed JSON"),
-        (["nowhere.json", "{guard}", "--prompt", "Hi"], "nowhere.json: no config.json of a run"),
+        (["nowhere.json", "{guard}", "--prompt", "Hi"], "nowhere.json: no such file"),
         (["a", "b", "c", "--prompt", "Hi"], "c: expected .config. adapter"),
         (["{guard}", "--device-id", "99", "--prompt", "Hi"], "--device-id 99: there are"),
         (["{guard}", "--on-unsafe", "shrug", "--prompt", "Hi"], "invalid choice: 'shrug'"),

@@ -57,6 +57,17 @@ def test_a_card_comes_back_as_it_was(tmp_path, kind):
     assert CARDS[kind].items() <= written.items()
 
 
+@pytest.mark.parametrize(
+    ("kind", "sees"),
+    [("lora_guard", "last turns"), ("classifier", "last turns"), ("generative", "whole conversation")],
+)
+def test_a_card_says_what_its_guard_sees_of_a_conversation(tmp_path, kind, sees):
+    """It follows from the template, so nobody has to write it, and a reader of the card need not know the template."""
+    (tmp_path / "guard.json").write_text(json.dumps(CARDS[kind]))
+    write_card(tmp_path, read_card(tmp_path))
+    assert json.loads((tmp_path / "guard.json").read_text())["sees"] == sees
+
+
 @pytest.mark.parametrize("value", [7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None])
 @pytest.mark.parametrize("kind", CARDS)
 def test_a_threshold_is_a_probability(tmp_path, kind, value):

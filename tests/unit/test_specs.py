@@ -114,6 +114,34 @@ def test_a_slice_of_a_test_split_is_one(spec):
     assert is_test(spec) and not is_test(spec.replace("test", "dev"))
 
 
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeated_key_of_a_config_is_refused_by_name(tmp_path, monkeypatch):
+    """Whichever of the two values is taken, the user may have meant the other."""
+    path = tmp_path / "c.yaml"
+    path.write_text("\ufeffseed: 1\r\nguards: [a]\r\nseed: 2\r\n", encoding="utf-8", newline="")
+    monkeypatch.setattr(sys, "argv", ["x", "--config", str(path)])
+    with pytest.raises(UserError, match=r"--config .*/c\.yaml: not YAML: the key 'seed' is repeated; keep one"):
+        parse_args([EvaluationArguments])
+    with pytest.raises(UserError, match="the key 'seed' is repeated"):
+        module("cross_task_defense", "flags").parse(lambda *, seed: None, [f"--config={path}"])
+    path.write_text("\ufeffseed: 1\r\nguards: [a]\r\noutput_dir: o\r\n", encoding="utf-8", newline="")
+    assert parse_args([EvaluationArguments])[0].seed == 1
+
+
+def test_json_configs_are_read_as_data_is(tmp_path):
+    """With a byte order mark, and no key twice."""
+    config = module("feedback_guard", "config")
+    text = (config.FOLDER / "configs/quickstart.json").read_text(encoding="utf-8")
+    path = tmp_path / "c.json"
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert config.load_config(path) == config.load_config(config.FOLDER / "configs/quickstart.json")
+    path.write_text('{"seed": 1, "seed": 2}')
+    with pytest.raises(UserError, match="the key 'seed' is repeated"):
+        config.load_config(path)
+
+
 # --- the home folder --------------------------------------------------------------------------------------------------
 
 
