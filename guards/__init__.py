@@ -4,7 +4,8 @@ Every guard has `judge(list of messages lists) -> list[Verdict]`, batched, in or
 takes a failure for "safe".
 """
 
-import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,86 +14,179 @@ from common.conversation import UserError
 from common.data import taxonomy
 from common.run import expand_home
 from guards.base import LONG_INPUTS, Guard
-from guards.known import zoo
+from guards.card import (
+    Card,
+    ClassifierCard,
+    GenerativeCard,
+    GuardCard,
+    LoraCard,
+    card_path,
+    check_probe,
+    check_tokenizer_file,
+    has_card,
+    make_probe,
+    read_card,
+    write_card,
+)
+from guards.known import zoo, zoo_name
 
-__all__ = ["LONG_INPUTS", "Guard", "load_guard", "zoo"]
+logger = logging.getLogger(__name__)
+__all__ = ["LONG_INPUTS", "Guard", "add_probe", "entry_of", "load_guard", "zoo"]
 
 templates.FOLDERS.append(Path(__file__).parent / "prompts")
 
-CARD = {"kind": str, "template": str, "labels": list, "max_length": int, "thresholds": dict}  # of guard.json
+# Options that make another guard of a folder than its card describes, so that the card's probe says nothing of it.
+OTHER_GUARD = ("adapter", "chat_template", "labels", "mode", "template", "unsafe_labels")
 
 
 def load_guard(spec: str, **options: Any) -> Guard:
     """Load a guard.
 
+    The probe in the guard.json of a folder is judged at once, or, where the engine is a server, which may not be up
+    yet, before the first verdict.
+
     Args:
         spec: a folder with guard.json, a name or hub id of zoo.yaml, or any folder or hub id with `template=`.
         options: `max_length`, `batch_tokens`, `long_inputs`, `template`, `labels`, … of the guard's class.
+            `base_model`: where the base of a folder with adapters lies, instead of the place that guard.json names.
 
     Raises:
-        UserError: unknown guard, or a checkpoint that does not fit its description.
+        UserError: unknown guard, a checkpoint that does not fit its description, or other scores than when it was
+            saved.
     """
+    spec = expand_home(spec)
+    given = {name: expand_home(value) for name, value in options.items() if value is not None}
+    if has_card(spec):
+        return _from_folder(spec, given)
+    return _by_name(spec, given)
+
+
+def entry_of(spec: str) -> dict[str, Any]:
+    """What zoo.yaml knows of a guard, by its name or hub id, or by the `guard` of a folder's card; {} if nothing.
+
+    Raises:
+        UserError: the folder's guard.json is wrong.
+    """
+    if has_card(spec):
+        card = read_card(spec)
+        return zoo()[card.guard] if isinstance(card, GenerativeCard) else {}
+    name = zoo_name(spec)
+    return {} if name is None else zoo()[name]
+
+
+def _by_name(spec: str, options: dict[str, Any]) -> Guard:
+    """A guard of zoo.yaml, or any classifier without a card."""
     from guards.api import ApiGuard
     from guards.classifier import ClassifierGuard
     from guards.generative import GenerativeGuard
-    from guards.lora import LoraGuard
 
-    spec = expand_home(spec)
-    options = {name: expand_home(value) for name, value in options.items()}
-    known, model = _describe(spec)
-    described = {k: known[k] for k in CARD if k in known and k != "kind"}
-    if isinstance(described.get("labels"), str):
-        described["labels"] = taxonomy(described["labels"])
-    kinds = {"classifier": ClassifierGuard, "lora_guard": LoraGuard, "generative": GenerativeGuard, "api": ApiGuard}
-    kind = known.get("kind", "classifier")
-    if kind not in kinds:
-        raise UserError(f"{spec}: guard.json says kind {kind!r}; known kinds: {', '.join(kinds)}")
-    if kind == "generative":
-        described = {k: described[k] for k in ("max_length", "thresholds") if k in described} | {"entry": known}
-    elif kind == "api":
-        described, model = {}, known["service"]
-    elif "unsafe_labels" in known:
-        described["unsafe_labels"] = known["unsafe_labels"]
-    options = {k: v for k, v in options.items() if v is not None}
-    if "engine" in options and kind != "generative" and options.pop("engine") != "transformers":
-        raise UserError(f"{spec}: --engine is for guards that generate")
-    try:
-        guard = kinds[kind](options.pop("model", model), **(described | options))
-    except TypeError as error:  # an option of another kind of guard
-        raise UserError(f"{spec}: {str(error).split('__init__() ')[-1]}") from None
-    guard.name = guard.name if model == spec else spec
+    entry = entry_of(spec)
+    kind = entry.get("kind", "classifier")
+    model = options.pop("model", entry.get("model", spec)) if kind != "api" else entry["service"]
+    if kind == "api":
+        guard = _made(spec, ApiGuard, model, _here(spec, options))
+    elif kind == "generative":
+        guard = _made(spec, GenerativeGuard, model, {"entry": entry} | options)
+    else:
+        names = ("template", "labels", "max_length", "unsafe_labels")
+        known = {name: entry[name] for name in names if name in entry}
+        if "labels" in known:
+            known["labels"] = taxonomy(known["labels"])
+        guard = _made(spec, ClassifierGuard, model, known | _here(spec, options))
+    if model != spec:
+        guard.name = spec
     return guard
 
 
-def _describe(spec: str) -> tuple[dict[str, Any], str]:
-    """What is known of a guard, and its model: from a folder's guard.json, or zoo.yaml."""
-    card = Path(spec) / "guard.json"
-    if not card.is_file():
-        ids = {name: entry.get("adapter") or entry.get("model") for name, entry in zoo().items()}
-        known = next((entry for name, entry in zoo().items() if spec in (name, ids[name])), {})
-        return known, known.get("model", spec)
-    known = _read_card(card)
-    if known.get("kind") == "generative":
-        like = known.get("guard")
-        if zoo().get(like, {}).get("kind") != "generative":
-            raise UserError(f"{card}, field guard: {like!r} is no generative guard of zoo.yaml")
-        known = zoo()[like] | {k: v for k, v in known.items() if k in CARD}
-        known.pop("adapter", None)
-    return known, spec
+def add_probe(folder: Path | str, **options: Any) -> None:
+    """Judge one conversation with the guard of a folder, and keep in its card what the guard says.
+
+    What trains a guard calls it last: from then on `load_guard` notices when the guard is another one.
+
+    Args:
+        options: of `load_guard`.
+
+    Raises:
+        UserError: the folder is no guard that can be loaded.
+    """
+    card = read_card(folder)
+    guard = _loaded(str(folder), card, {"progress": False} | options)
+    write_card(folder, card.model_copy(update={"probe": make_probe(guard)}))
 
 
-def _read_card(path: Path) -> dict[str, Any]:
-    """The content of a guard.json, checked."""
+def _from_folder(folder: str, options: dict[str, Any]) -> Guard:
+    """The guard of a folder with a card, after its probe."""
+    card = read_card(folder)
+    guard = _loaded(folder, card, options)
+    _check(guard, card, folder, options)
+    return guard
+
+
+def _loaded(folder: str, card: Card, options: dict[str, Any]) -> Guard:
+    """The guard of a folder with a card, which nobody has checked yet."""
+    from guards.classifier import ClassifierGuard
+    from guards.lora import LoraGuard
+
+    if isinstance(card, ClassifierCard):
+        return _made(folder, ClassifierGuard, folder, {"card": card} | _here(folder, options))
+    if isinstance(card, LoraCard):
+        return _made(folder, LoraGuard, folder, {"card": card} | _here(folder, options))
+    if isinstance(card, GenerativeCard):
+        return _generative(folder, card, options)
+    path = card_path(folder)
+    raise UserError(f"{path}, field kind: {card.kind!r} is an arm that its recipe alone judges with")
+
+
+def _generative(folder: str, card: GenerativeCard, options: dict[str, Any]) -> Guard:
+    """A folder with a whole causal LM, or with adapters on one."""
+    from guards.generative import GenerativeGuard
+    from guards.lora import find_base, is_adapter
+
+    check_tokenizer_file(folder)
+    entry = {**zoo()[card.guard], "tokenizer": folder}
+    entry.pop("adapter", None)  # of the zoo's own model
+    known = {"entry": entry, "max_length": card.max_length, "thresholds": card.threshold_values()}
+    if is_adapter(folder):
+        base = find_base(folder, card, options.pop("base_model", None), options.get("trust_remote_code", False))
+        guard = _made(folder, GenerativeGuard, base, known | {"adapter": folder} | options)
+    else:
+        guard = _made(folder, GenerativeGuard, folder, known | options)
+    guard.name = Path(folder).name
+    return guard
+
+
+def _made(spec: str, kind: type[Guard], model: str, options: Mapping[str, Any]) -> Guard:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: malformed JSON ({error})") from None
-    if not isinstance(known, dict):
-        raise UserError(f"{path}: expected an object, found {known!r:.60}")
-    for field, kind in CARD.items():
-        if field in known and not isinstance(known[field], kind):
-            raise UserError(f"{path}, field {field}: expected {kind.__name__}, found {known[field]!r:.60}")
-    for name, threshold in known.get("thresholds", {}).items():
-        if not isinstance(threshold, dict) or not isinstance(threshold.get("value"), (int, float)):
-            raise UserError(f'{path}, field thresholds.{name}: expected {{"value": number, …}}, not {threshold!r:.60}')
-    return known
+        return kind(model, **options)
+    except TypeError as error:  # an option of another kind of guard
+        raise UserError(f"{spec}: {str(error).split('__init__() ')[-1]}") from None
+
+
+def _here(spec: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a guard that does not generate: it has one engine."""
+    options = dict(options)
+    if options.pop("engine", "transformers") != "transformers":
+        raise UserError(f"{spec}: --engine is for guards that generate")
+    return options
+
+
+def _check(guard: Guard, card: GuardCard, folder: str, options: Mapping[str, Any]) -> None:
+    """Judge the probe of the folder, or of the adapter that was put on it; a server is asked later."""
+    adapter = options.get("adapter")
+    if adapter is not None and has_card(adapter):
+        folder, card = adapter, read_card(adapter, GenerativeCard)
+    as_saved = {"mode": "strict", "adapter": adapter} | card.model_dump(include={"template", "labels"})
+    changed = [name for name in OTHER_GUARD if name in options and options[name] != as_saved.get(name)]
+    if changed or (adapter is not None and folder != adapter):
+        logger.info("%s: its probe is not judged, because of %s", folder, ", ".join(changed) or "adapter")
+        return
+    if options.get("engine") != "server":
+        check_probe(guard, card, folder)
+        return
+
+    def check() -> None:
+        """Until the server answers, its errors are verdicts; and then what it serves is the guard, or nothing is."""
+        if not check_probe(guard, card, folder, must_answer=False):
+            guard.pending_check = check
+
+    guard.pending_check = check

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from common.conversation import Message, Messages, UserError, Verdict, check_messages, pair
 
 LONG_INPUTS = ("windows", "error", "truncate")
@@ -14,6 +16,24 @@ WHOLE_CONVERSATION = "whole conversation"
 UNKNOWN = "not known"
 SEES = (LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION, UNKNOWN)
 TALK = [*pair("A first question?", "A first answer."), *pair("A last question?", "A last answer.")]
+
+
+def number_format(model: PreTrainedModel) -> str:
+    """What a model computes in: float32, float16, bfloat16, or 4bit where its weights are quantized."""
+    if getattr(model, "is_quantized", False):
+        return "4bit"
+    return str(model.dtype).removeprefix("torch.")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a tokenizer without a vocabulary: transformers makes one where tokenizer.json is missing.
+
+    Raises:
+        UserError: it knows nothing of a plain text, so that every text would get the same score.
+    """
+    ids = tokenizer("How do I cook rice?", add_special_tokens=False)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise UserError(f"{where}: its tokenizer knows no words; tokenizer.json is missing there, or empty")
 
 
 class Guard:
@@ -30,6 +50,7 @@ class Guard:
     judges: Sequence[str] = ("response_unsafe",)  # of LABELS: what it can be asked
     sees: str = UNKNOWN  # of SEES: what it sees of a conversation; turns before that do not count
     LABEL_OF: ClassVar = {"user": "prompt_unsafe", "assistant": "response_unsafe"}
+    dtype: str = "float32"  # the number format that it computes in, see `number_format`
 
     def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
         """One verdict a conversation, in order. What is no conversation gets an error verdict, and disturbs no other.

@@ -8,7 +8,7 @@ are still those.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -36,8 +36,10 @@ INPUTS = ("pair", "prompt", "response")
 
 # How far the log-odds of a probe may move between two machines, by the coarser of the two number formats. The logits
 # of a 16-bit model are rounded to 1/8 where they are large; 4 bits change the weights themselves.
-TOLERANCE = {"float32": 0.02, "float16": 0.5, "bfloat16": 0.5, "4bit": 2.0}
-FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
+TOLERANCE = {"float32": 0.02, "float16": 0.5, "bfloat16": 0.5, "4bit": 2.0, "server": 0.5}
+# Log-odds are compared up to here. Beyond 12, probabilities in float32 hold no digits, and a server, which tells the
+# most likely tokens alone, calls impossible what is only unlikely.
+FARTHEST = {"float32": 12.0, "float16": 12.0, "bfloat16": 12.0, "4bit": 12.0, "server": 5.0}
 
 # What a probe says: borderline, so that the outputs of a trained guard lie apart. The later ones are for guards that
 # judge no such conversation, or have no room for it.
@@ -254,16 +256,20 @@ def read_card(folder: Path | str, kind: type[AnyCard] | None = None) -> AnyCard 
     Raises:
         UserError: there is no card, it is of another kind, or a field is missing or wrong; names file and field.
     """
-    path = card_path(folder)
+    path, wanted = card_path(folder), None
+    if kind is not None:
+        wanted = kind.model_fields["kind"].default
     try:
         card = ADAPTER.validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        found = card.kind
     except OSError as error:
         raise UserError(f"{path}: no guard of a recipe lies there ({error.strerror})") from None
     except ValidationError as error:
-        raise UserError(_one_line(path, error)) from None
-    if kind is not None and not isinstance(card, kind):
-        wanted = kind.model_fields["kind"].default
-        raise UserError(f"{path}, field kind: expected {wanted!r}, found {card.kind!r}")
+        found = next(iter(error.errors()[0]["loc"]), None)
+        if wanted is None or found not in KINDS or found == wanted:
+            raise UserError(_one_line(path, error)) from None
+    if wanted not in (None, found):
+        raise UserError(f"{path}, field kind: expected {wanted!r}, found {found!r}")
     return card
 
 
@@ -321,6 +327,44 @@ def _meaning(location: Sequence[Any]) -> str:
     return f" ({of[location[0]].model_fields[location[1]].description})"
 
 
+# --- what a card says of other files ----------------------------------------------------------------------------------
+
+
+def check_tokenizer_file(folder: Path | str) -> None:
+    """Every recipe leaves the tokenizer beside the card; without it transformers would make one that knows no words.
+
+    Raises:
+        UserError: it is missing.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: is missing, without it the guard reads no text; restore the folder as it was trained")
+
+
+def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) -> None:
+    """Compare the labels of a card with the names that a model has for its outputs.
+
+    Raises:
+        UserError: there are more or fewer of them, or the model names an output otherwise. LABEL_0, LABEL_1, … are no
+            names.
+    """
+    path = card_path(where)
+    if len(card.labels) != len(names):
+        raise UserError(f"{path}, field labels: names {len(card.labels)} outputs, the model has {len(names)}")
+    if has_no_names(names):
+        return
+    for i, (told, own) in enumerate(zip(card.labels, names, strict=True)):
+        if told != own:
+            raise UserError(
+                f"{path}, field labels: output {i} is {told!r} there, and {own!r} in config.json (id2label)"
+            )
+
+
+def has_no_names(names: Sequence[str]) -> bool:
+    """Whether a model's labels are those that transformers gives where nobody has named them."""
+    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
+
+
 # --- the probe --------------------------------------------------------------------------------------------------------
 
 
@@ -344,32 +388,55 @@ def make_probe(guard: Guard) -> Probe | None:
     return None
 
 
-def check_probe(guard: Guard, card: GuardCard, where: Path | str) -> None:
+def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: bool = True) -> bool:
     """Judge the card's probe, and compare with the scores that the guard gave when it was saved.
 
     Args:
         where: the guard's folder, for messages.
+        must_answer: False takes an error verdict for a server that is not there yet.
+
+    Returns:
+        Whether the guard has said something that could be compared, or there is nothing to compare with.
 
     Raises:
         UserError: the scores differ by more than number formats explain, or there is no verdict.
     """
     path, probe = card_path(where), card.probe
     if probe is None:
-        logger.warning("%s: has no probe, so nobody can check that the guard is still the one that was trained", path)
-        return
+        logger.warning("%s: has no probe, so that a changed base or tokenizer would not be noticed", path)
+        return True
     with _as_saved(guard, card):
         (verdict,) = guard.judge([probe.messages])
-    if verdict.error is not None:
+    if verdict.error is None:
+        check_scores(outputs(verdict), guard.dtype, probe, where)
+    elif must_answer:
         raise UserError(f"{path}, field probe: the guard gives no verdict on it ({verdict.error})")
-    said, tolerance = outputs(verdict), max(TOLERANCE[probe.dtype], TOLERANCE[guard.dtype])
+    return verdict.error is None
+
+
+def check_scores(said: Mapping[str, float], dtype: str, probe: Probe, where: Path | str) -> None:
+    """Compare what a guard says of a probe with the scores in its card.
+
+    Args:
+        said: its outputs, see `outputs`.
+        dtype: the number format that it computes in.
+        where: the guard's folder, for messages.
+
+    Raises:
+        UserError: an output is missing, or differs by more than number formats explain.
+    """
+    path = card_path(where)
+    tolerance = max(TOLERANCE[probe.dtype], TOLERANCE[dtype])
+    farthest = min(FARTHEST[probe.dtype], FARTHEST[dtype])
     for name, saved in probe.scores.items():
         if name not in said:
             raise UserError(f"{path}, field probe.scores: the guard has no output {name!r}; it has {', '.join(said)}")
-        if abs(_log_odds(said[name]) - _log_odds(saved)) > tolerance:
+        difference = _log_odds(said[name], farthest) - _log_odds(saved, farthest)
+        if not abs(difference) <= tolerance:
             raise UserError(
-                f"{path}, field probe: the guard gives its text {said[name]:.3f} for {name}, and gave {saved:.3f} when "
-                "it was saved: base model, tokenizer, template, order of labels or adapter are not those of then; "
-                "restore the folder, or name the right base (base_model=…)"
+                f"{path}, field probe: {name} of its text is {said[name]:.3f}, and was {saved:.3f} when the guard was "
+                "saved: base model, tokenizer, template, order of labels or adapter are others than then; restore the "
+                "folder, or name the right base (base_model=…)"
             )
 
 
@@ -385,9 +452,9 @@ def _as_saved(guard: Guard, card: GuardCard) -> Iterator[None]:
         vars(guard).update(before)
 
 
-def _log_odds(probability: float) -> float:
-    """log(p / (1 - p)), at most FARTHEST from 0."""
+def _log_odds(probability: float, farthest: float) -> float:
+    """log(p / (1 - p)), at most `farthest` from 0."""
     if not 0 < probability < 1:
-        return math.copysign(FARTHEST, probability - 0.5)
+        return math.copysign(farthest, probability - 0.5)
     odds = math.log(probability) - math.log1p(-probability)
-    return max(-FARTHEST, min(FARTHEST, odds))
+    return max(-farthest, min(farthest, odds))

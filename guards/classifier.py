@@ -16,7 +16,8 @@ from common.data import taxonomy
 from common.fit import check_length, fit_classifier, positions
 from common.run import device, inference_dtype, is_main_process
 from common.templates import Part, control_ids, cut, encode, render, windows
-from guards.base import LONG_INPUTS, Guard, seen_of
+from guards.base import LONG_INPUTS, Guard, check_tokenizer, number_format, seen_of
+from guards.card import LabelledCard, check_labels, check_tokenizer_file
 
 logger = logging.getLogger(__name__)
 DEFAULT_LENGTH = 512
@@ -33,6 +34,7 @@ class ClassifierGuard(Guard):
         self,
         model: str,
         *,
+        card: LabelledCard | None = None,
         template: str | None = None,
         labels: Sequence[str] | None = None,
         max_length: int | None = None,
@@ -47,6 +49,7 @@ class ClassifierGuard(Guard):
 
         Args:
             model: folder or hub id of an `AutoModelForSequenceClassification`.
+            card: the guard.json of the folder. What is given beside it goes before it.
             template: name of a prompt template; needed where the 14 BeaverTails labels do not tell it.
             labels: category names by index; None takes them from the model's config.
             max_length: tokens a forward pass sees of one conversation; None: 512, or what the model sees, if that is
@@ -61,7 +64,14 @@ class ClassifierGuard(Guard):
         """
         if long_inputs not in LONG_INPUTS:
             raise UserError(f"--long_inputs {long_inputs}: expected one of {', '.join(LONG_INPUTS)}")
+        if card is not None:
+            check_tokenizer_file(model)
+            template = template or card.template
+            max_length = max_length or card.max_length
+            thresholds = card.threshold_values() if thresholds is None else thresholds
+        self.card = card
         self._load(model, labels, template, trust_remote_code)
+        check_tokenizer(self.tokenizer, model)
         fit_classifier(self.tokenizer, self.model)
         if max_length is None:
             max_length = min(DEFAULT_LENGTH, positions(self.model) or DEFAULT_LENGTH)
@@ -70,7 +80,9 @@ class ClassifierGuard(Guard):
         if unknown := set(self.unsafe_labels) - set(self.labels):
             raise UserError(f"{model}: has no label {sorted(unknown)[0]!r}; it has {', '.join(self.labels)}")
         self.name = Path(model).name
-        self.template, self.max_length, self.long_inputs = template or "beavertails", max_length, long_inputs
+        self.template = template or "beavertails"
+        self.max_length = max_length
+        self.long_inputs = long_inputs
         render(self.template, pair("", ""), self.tokenizer)  # an unknown template is no matter of a single verdict
         self.judges = self._judged()
         self.sees = seen_of(lambda messages: "".join(part.text for part in self._render(messages)))
@@ -80,6 +92,7 @@ class ClassifierGuard(Guard):
         # A CPU gains nothing from large batches; a GPU wants them.
         self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 65536)
         self.model.to(self.device).eval()
+        self.dtype = number_format(self.model)
 
     def _load(self, model: str, labels: Sequence[str] | None, template: str | None, trust_remote_code: bool) -> None:
         """Set `labels`, `tokenizer` and `model`, or say why they cannot be had."""
@@ -87,6 +100,9 @@ class ClassifierGuard(Guard):
             code = {"trust_remote_code": trust_remote_code}  # never asked on the terminal
             config = AutoConfig.from_pretrained(model, **code)
             names = [config.id2label[i] for i in range(config.num_labels)]
+            if labels is None and self.card is not None:
+                check_labels(self.card, names, model)
+                labels = self.card.labels
             # The model's own names fix the order of its logits; a description only names what has none.
             self.labels = names if labels is None or set(labels) == set(names) else list(labels)
             if len(self.labels) != len(names):

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,9 @@ from transformers import AutoTokenizer
 from common.bundled import resolve_model
 from common.conversation import LABELS, Message, Messages, UserError, Verdict, last_turns, pair
 from common.engines import Completion, Decoding, Engine, load_engine
+from common.run import inference_dtype
 from common.templates import Part, encode, inline_template, render, render_chat, template_text, windows
-from guards.base import LONG_INPUTS, Guard, seen_of
+from guards.base import LONG_INPUTS, Guard, check_tokenizer, number_format, seen_of
 
 logger = logging.getLogger(__name__)
 MODES = ("strict", "loose")
@@ -57,6 +58,7 @@ class GenerativeGuard(Guard):
         mode: str = "strict",
         long_inputs: str = "windows",
         categories: bool = False,
+        chat_template: str | None = None,
         progress: bool = True,
         trust_remote_code: bool = False,
         **options: Any,
@@ -71,6 +73,7 @@ class GenerativeGuard(Guard):
             mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose as safe.
             long_inputs: see `ClassifierGuard`; turns before the last two are left out where these need the room.
             categories: let it write on after an unsafe verdict, to name categories.
+            chat_template: instead of its tokenizer's.
             options: of `common.engines.load_engine`.
 
         Raises:
@@ -88,6 +91,10 @@ class GenerativeGuard(Guard):
         except (OSError, ValueError, KeyError) as error:
             what = "tokenizer cannot be loaded" if Path(model).is_dir() else "no folder here, and no hub id that loads"
             raise UserError(f"{model}: {what}: {f'{error}'.strip():.200}") from None
+        check_tokenizer(self.tokenizer, source)
+        if chat_template is not None:
+            self.tokenizer.chat_template = chat_template
+        self.pending_check: Callable[[], None] | None = None  # what must hold before the first verdict
         self.questions = entry["questions"]
         asked = {label for question in self.questions for label in self._labels(question)}
         self.judges = tuple(label for label in LABELS if label in asked)
@@ -101,11 +108,20 @@ class GenerativeGuard(Guard):
         )
         if self.max_length > (room := self.model.window or math.inf):
             raise UserError(f"{model}: max_length {self.max_length}: the model sees {room} tokens; lower it to that")
+        if engine == "server":
+            self.dtype = "server"
+        elif engine == "vllm":
+            self.dtype = str(inference_dtype()).removeprefix("torch.")
+        else:
+            self.dtype = number_format(self.model.model)
 
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
         """Judge the last turn of each; a turn that the guard does not judge gets an error verdict."""
+        if self.pending_check is not None:
+            check, self.pending_check = self.pending_check, None
+            check()
         verdicts, cases, self._long = [Verdict() for _ in conversations], [], set()
         for i, messages in enumerate(conversations):
             try:

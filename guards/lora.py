@@ -3,11 +3,12 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, last_turns
@@ -15,15 +16,56 @@ from common.engines import apply_adapter
 from common.fit import grow_embeddings
 from common.run import inference_dtype
 from common.templates import Part
+from guards.card import INPUTS, GenerativeCard, LoraCard, card_path, read_card
 from guards.classifier import ClassifierGuard
 
-INPUTS = ("pair", "prompt", "response")
+__all__ = ["INPUTS", "LoraGuard", "find_base", "input_kind", "is_adapter"]
+
+CONFIG = "adapter_config.json"  # of PEFT
+WEIGHTS = "adapter_model.safetensors"
+HEAD = "base_model.model.score.weight"
 
 
 def input_kind(messages: Messages) -> str:
     """Which of INPUTS a conversation is."""
     prompt, response = last_turns(messages)
     return "prompt" if response is None else "response" if prompt is None else "pair"
+
+
+def is_adapter(folder: Path | str) -> bool:
+    """Whether a folder holds adapters, and not a whole model."""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def find_base(
+    folder: Path | str,
+    card: LoraCard | GenerativeCard,
+    given: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """The folder or hub id of the base model below the adapters in `folder`.
+
+    Args:
+        given: where the user says that it lies; None takes what the card names, or else what PEFT has noted.
+
+    Raises:
+        UserError: it cannot be loaded; names the file and the field that name it.
+    """
+    where, name = f"{card_path(folder)}, field base_model", card.base_model
+    if given is not None:
+        where, name = "base_model", given
+    elif name is None:
+        path = Path(folder) / CONFIG
+        where = f"{path}, field base_model_name_or_path"
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    source = resolve_model(str(name))
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        said = f"{error}".strip().splitlines()[0]
+        hint = "if it was moved, say where it is (base_model=…)"
+        raise UserError(f"{where}: {name}: no model that can be loaded; {hint}: {said:.200}") from None
+    return source
 
 
 class LoraGuard(ClassifierGuard):
@@ -34,36 +76,86 @@ class LoraGuard(ClassifierGuard):
     label `unsafe`, or without that label (the paper's first version) the highest of the categories.
     """
 
+    def __init__(
+        self,
+        model: str,
+        *,
+        card: LoraCard | None = None,
+        base_model: str | None = None,
+        **options: Any,
+    ):
+        """Load base and adapters.
+
+        Args:
+            model: the adapter folder.
+            card: its guard.json; None reads it.
+            base_model: instead of the one that the card names.
+            options: of `ClassifierGuard`.
+
+        Raises:
+            UserError: a file is missing, wrong, or does not fit the others.
+        """
+        card = card or read_card(model, LoraCard)
+        self.inputs, self.base_model = card.inputs, base_model
+        super().__init__(model, card=card, **options)
+
     def _load(self, model: str, labels: Sequence[str] | None, template: str | None, trust_remote_code: bool) -> None:
-        card = json.loads((Path(model) / "guard.json").read_text(encoding="utf-8"))
-        self.labels, self.inputs = list(labels or []), card.get("inputs", ["pair"])
-        depth = {"num_hidden_layers": n} if (n := card.get("num_hidden_layers")) else {}
+        card: LoraCard = self.card
+        self.labels = list(labels or card.labels)
+        source = find_base(model, card, self.base_model, trust_remote_code)
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # it would report the head as missing that PEFT brings a line later
         try:
+            self._check_head(model)
             self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-            base, loading = AutoModelForSequenceClassification.from_pretrained(
-                resolve_model(card["base_model"]),
-                num_labels=len(self.labels),
-                dtype=inference_dtype(),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **depth,
-            )
-            if lacking := [key for key in loading["missing_keys"] if not key.startswith("score.")]:
-                raise ValueError(f"the base lacks {', '.join(sorted(lacking))}")
-            grow_embeddings(self.tokenizer, base)
+            base = self._load_base(model, source, trust_remote_code)
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"{model}: cannot be loaded as a LoRA guard: {error!s:.200}") from None
         finally:
             transformers.logging.set_verbosity(level)
-        self.model = apply_adapter(base, model, card["base_model"])
+        self.model = apply_adapter(base, model, source)
         self.head = next(m for name, m in self.model.named_modules() if name.endswith("score.modules_to_save.default"))
-        if card.get("head_bias"):  # a stock head has none, so it is kept beside the adapter
-            self.head.bias = torch.nn.Parameter(torch.tensor(card["head_bias"]))
+        if card.head_bias is not None:  # a stock head has none, so it is kept beside the adapter
+            self.head.bias = torch.nn.Parameter(torch.tensor(card.head_bias))
         self.head.float().register_forward_pre_hook(lambda _, features: (features[0].float(),))
         if inference_dtype() == torch.float32:  # a bf16 base would round the adapters away
             self.model = self.model.merge_and_unload()
+
+    def _check_head(self, model: str) -> None:
+        """As many labels as the head in the adapter's file has outputs."""
+        with safe_open(Path(model) / WEIGHTS, "pt") as file:
+            if HEAD not in file.keys():  # noqa: SIM118 (no mapping)
+                return  # what is missing is named later
+            outputs = file.get_slice(HEAD).get_shape()[0]
+        if len(self.labels) != outputs:
+            path = card_path(model)
+            raise UserError(
+                f"{path}, field labels: names {len(self.labels)} outputs, the head in {WEIGHTS} has {outputs}"
+            )
+
+    def _load_base(self, model: str, source: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
+        """The base below a head without weights, of as many layers as the card says."""
+        depth = self.card.num_hidden_layers
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        layers = config.get_text_config().num_hidden_layers
+        if depth is not None and depth > layers:
+            path = card_path(model)
+            raise UserError(f"{path}, field num_hidden_layers: {depth}; the base {source} has {layers} layers")
+        base, loading = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(self.labels),
+            dtype=inference_dtype(),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **({} if depth is None else {"num_hidden_layers": depth}),
+        )
+        lacking = [key for key in loading["missing_keys"] if not key.startswith("score.")]
+        if lacking:
+            raise ValueError(f"the base lacks {', '.join(sorted(lacking))}")
+        grow_embeddings(self.tokenizer, base)
+        return base
 
     def _judged(self) -> tuple[str, ...]:
         prompts, others = "prompt" in self.inputs, bool({"pair", "response"} & set(self.inputs))

@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from common.data import taxonomy
+from guards import add_probe
+from guards.card import LoraCard, Threshold, write_card
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -204,13 +206,19 @@ def make_guard(bases, tmp_path_factory):
             elif "score" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(folder)
-        card = {
-            "kind": "lora_guard", "template": "lora_guard", "labels": labels, "inputs": list(inputs),
-            "head_bias": torch.linspace(-0.5, 0.5, len(labels)).tolist() if bias else None, "max_length": 512,
-            "num_hidden_layers": layers, "thresholds": {"flagged": {"value": 0.4}}, "base_model": str(bases[base]),
-        }  # fmt: skip
-        (folder / "guard.json").write_text(json.dumps(card))
         PreTrainedTokenizerFast.from_pretrained(bases[base]).save_pretrained(folder)
+        card = LoraCard(
+            template="lora_guard",
+            labels=labels,
+            inputs=list(inputs),
+            head_bias=torch.linspace(-0.5, 0.5, len(labels)).tolist() if bias else None,
+            max_length=512,
+            num_hidden_layers=layers,
+            thresholds={"flagged": Threshold(value=0.4, how="max F1")},
+            base_model=str(bases[base]),
+        )
+        write_card(folder, card)
+        add_probe(folder)
         return folder
 
     return make

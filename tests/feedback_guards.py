@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from common.conversation import pair
+from guards.card import GenerativeCard, write_card
 
 RECIPE = EXAMPLES / "feedback_guard"
 
@@ -64,8 +65,7 @@ def base(plain, tmp_path_factory) -> Path:
     head[[*known, tokenizer.eos_token_id]] *= 3
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    card = {"kind": "generative", "guard": "llama-guard", "max_length": 600}
-    (folder / "guard.json").write_text(json.dumps(card))
+    write_card(folder, GenerativeCard(guard="llama-guard", max_length=600))
     return folder
 
 

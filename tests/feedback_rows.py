@@ -6,6 +6,8 @@ from pathlib import Path
 
 import families
 
+from guards.card import GenerativeCard, write_card
+
 TEXT = "how do I keep my old bicycle clean safe from rain and thieves in the city without much money or time"
 WORDS = TEXT.split()
 
@@ -14,7 +16,7 @@ def save_models(root: Path) -> dict[str, Path]:
     """A guard that writes safe and unsafe, another one, and an assistant that writes anything."""
     for name, seed in (("guard", 3), ("judge", 5)):
         families.save(root / name, "llama2", ("safe", "unsafe"), seed)
-        (root / name / "guard.json").write_text(json.dumps({"kind": "generative", "guard": "llama-guard"}))
+        write_card(root / name, GenerativeCard(guard="llama-guard", max_length=4096))
     made = families.tokenizer("llama3_chat")
     families.model("llama3_chat", made, 1).save_pretrained(root / "assistant")
     made.save_pretrained(root / "assistant")

@@ -42,6 +42,7 @@ from common.training import (
     save_full,
     start_over,
 )
+from guards.card import CARD_FILE, GenerativeCard, write_card
 
 logger = logging.getLogger("expguard")
 
@@ -198,7 +199,7 @@ def save_weights(
     if not is_main_process():
         return
     # What describes an earlier guard goes first: it must never stand beside weights that it does not describe.
-    for name in ("guard.json", "run.json", "README.md"):
+    for name in (CARD_FILE, "run.json", "README.md"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -229,15 +230,14 @@ def describe_guard(
     folder, (model_args, data_args, args) = Path(trainer.args.output_dir), arguments
     measured, thresholds = (validation.measured(), validation.thresholds()) if validation else ({}, {})
     best, data_name = trainer.state.best_model_checkpoint, " ".join(data_args.dataset_name)
-    guard = {
-        "kind": "generative",
-        "guard": "expguard",  # the entry of guards/zoo.yaml: prompt and verdict words
-        "max_length": max_length,
-        "thresholds": thresholds,
-        "base_model": model_args.model_name_or_path,
-        "data": {"train": data_name, "validation": validation and validation.name, **facts},
-    }
-    write_json(folder / "guard.json", guard)
+    card = GenerativeCard(
+        guard="expguard",  # the entry of guards/zoo.yaml: prompt and verdict words
+        max_length=max_length,
+        thresholds=thresholds,
+        base_model=model_args.model_name_or_path,
+        data={"train": data_name, "validation": validation and validation.name, **facts},
+    )
+    write_card(folder, card)
     run = manifest(arguments, seed=args.seed, data=facts, train=train_metrics, validation=measured)
     kept = {"best_checkpoint": best and Path(best).name, "log": trainer.state.log_history}
     write_json(folder / "run.json", run | kept)

@@ -18,7 +18,8 @@ from common.bundled import resolve_model
 from common.conversation import Message, Messages, UserError, pair
 from common.prefix import shared_prefix_collator
 from common.templates import Part, encode, token_offsets
-from guards import _describe, load_guard, zoo
+from guards import entry_of, load_guard, zoo
+from guards.card import has_card
 from guards.generative import GenerativeGuard
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "llama_guard.jinja"
@@ -42,21 +43,21 @@ def load_llama_guard(path: str, official_template: bool = True, **options: Any) 
     Raises:
         UserError: there is no such guard, or it is of another kind.
     """
-    if not (Path(path) / "guard.json").is_file() and Path(path).is_dir():
+    if not has_card(path) and Path(path).is_dir():
         raise UserError(f"{path}: a folder without guard.json; name a guard, or make one of it in config.prepare")
+    first = zoo()["llama-guard"]["model"]
+    if not official_template and entry_of(path).get("model") == first:
+        options["chat_template"] = template()
     guard = load_guard(path, **options)
     if not isinstance(guard, GenerativeGuard):
         raise UserError(f"{path}: not a guard that writes its verdict")
-    if not official_template and guard.entry.get("model") == zoo()["llama-guard"]["model"]:
-        guard.tokenizer.chat_template = template()
-        guard._words.clear()  # of the other prompt
     return guard
 
 
 def check_guard(field: str, name: str, local: bool) -> None:
     """Refuse a guard that nobody knows, or that cannot be reached where it is `local` (no server's)."""
     try:
-        known, model = _describe(name)
+        known = entry_of(name)
     except UserError as error:
         raise UserError(f"field {field}: {error}") from None
     if field.startswith("llama_guard") and known.get("kind") != "generative":
@@ -64,8 +65,8 @@ def check_guard(field: str, name: str, local: bool) -> None:
             f"field {field}: {name} is neither a folder with guard.json nor a guard of guards/zoo.yaml that "
             "writes its verdict; name one, or make one in config.prepare"
         )
-    if local and known.get("kind") != "api" and not (Path(model) / "guard.json").is_file():
-        check_model(field, model)
+    if local and known.get("kind") != "api" and not has_card(name):
+        check_model(field, known.get("model", name))
 
 
 def check_model(field: str, name: str) -> None:

@@ -29,6 +29,7 @@ from common.fit import fit_causal_lm
 from common.run import inference_dtype, is_main_process, manifest, run_cli, write_json
 from common.training import full_state_dict, save_full, start_over
 from guards import zoo
+from guards.card import GenerativeCard, has_card, read_card, write_card
 from guards.generative import GenerativeGuard
 
 logger = logging.getLogger("feedback_guard")
@@ -61,8 +62,9 @@ def make_guard(section: PrepareGuard) -> None:
     settings = asdict(section) | {"output_dir": None, "held_out": HELD_OUT}
     fingerprint = hashlib.sha256(json.dumps([settings, items], sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(section.output_dir)
-    if (folder / "guard.json").is_file():
-        if json.loads((folder / "guard.json").read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
+    if has_card(folder):
+        card = read_card(folder)
+        if not isinstance(card, GenerativeCard) or card.fingerprint != fingerprint:
             raise UserError(f"{folder}: holds another guard; remove it, or choose another output_dir in prepare")
         logger.info("%s: there already", folder)
         return
@@ -91,8 +93,14 @@ def make_guard(section: PrepareGuard) -> None:
         run = manifest([asdict(section)], data=facts, validation=measured, log=trainer.state.log_history)
         write_json(folder / "run.json", run)
         _card(folder, section, measured)
-        card = {"kind": "generative", "guard": "llama-guard", "max_length": MAX_LENGTH, "thresholds": thresholds}
-        write_json(folder / "guard.json", card | {"base_model": section.base_model, "fingerprint": fingerprint})
+        card = GenerativeCard(
+            guard="llama-guard",
+            max_length=MAX_LENGTH,
+            thresholds=thresholds,
+            base_model=section.base_model,
+            fingerprint=fingerprint,
+        )
+        write_card(folder, card)
         start_over(args)
         (folder / "unfinished.json").unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from common.conversation import UserError, pair
 from common.run import json_lines
+from guards.card import ArmOrigin, card_path, has_card, read_card
 from guards.generative import GenerativeGuard
 
 logger = logging.getLogger("feedback_guard")
@@ -92,13 +93,14 @@ def find_lines(config: Config) -> tuple[list[Line], list[str]]:
     wanted = [(name, seed) for name in config.training.arms for seed in config.training.seeds_of(name)]
     folders = {one: arm_folder(config, *one) for one in wanted}
     if given:
-        if not (Path(given) / "guard.json").is_file():
+        if not has_card(given):
             raise UserError(f"evaluation.improved_model_path {given}: has no guard.json; name a trained arm's folder")
         lines = [_line(Path(given))]
     else:
-        there = [one for one in wanted if (folders[one] / "guard.json").is_file()]
+        there = [one for one in wanted if has_card(folders[one])]
         lines = [_trained(*one, folders[one]) for one in there]
-        others = sorted({path.parent for path in root.glob("*/seed*/guard.json")} - set(folders.values()))
+        trained = {path for path in root.glob("*/seed*") if has_card(path)}
+        others = sorted(trained - set(folders.values()))
         if others:
             logger.warning("Not in training.arms with these seeds, and so left out: %s", ", ".join(map(str, others)))
     if not lines:
@@ -112,18 +114,17 @@ def find_lines(config: Config) -> tuple[list[Line], list[str]]:
 
 
 def _line(folder: Path) -> Line:
-    """The arm and seed that a folder's guard.json names."""
-    try:
-        card = json.loads((folder / "guard.json").read_text(encoding="utf-8"))
-        return _asked(Line(str(card["arm"]), int(card["seed"]), folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'guard.json'}: says not which arm and seed it is ({error!r:.60})") from None
+    """The arm and seed that a folder's card names."""
+    card = read_card(folder)
+    if not isinstance(card, ArmOrigin) or card.arm is None or card.seed is None:
+        raise UserError(f"{card_path(folder)}, fields arm and seed: do not say which arm it is")
+    return _asked(Line(card.arm, card.seed, folder))
 
 
 def _trained(name: str, seed: int, folder: Path) -> Line:
     line = _line(folder)
     if (line.arm, line.seed) != (arm(name).weights_of or name, seed):
-        raise UserError(f"{folder / 'guard.json'}: says that it is {line.name}; remove the folder and run train.py")
+        raise UserError(f"{card_path(folder)}: says that it is {line.name}; remove the folder and run train.py")
     return _asked(Line(name, seed, folder))
 
 
@@ -216,8 +217,7 @@ def _model(line: Line, config: Config) -> str:
     """The model below a line's adapter: the one that it was trained on."""
     if line.folder is None:
         return config.llama_guard.default_model_path
-    card = json.loads((line.folder / "guard.json").read_text(encoding="utf-8"))
-    return str(card.get("base_model") or config.llama_guard.base_model_path)
+    return read_card(line.folder).base_model or config.llama_guard.base_model_path
 
 
 def _raw(line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Config) -> list[dict[str, Any]]:

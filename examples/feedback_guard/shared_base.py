@@ -13,6 +13,7 @@ from trunk import Trunk
 
 from common.conversation import pair
 from common.engines import apply_adapter
+from guards.card import read_card
 
 BATCH = 32  # prompts of a forward pass
 
@@ -32,7 +33,7 @@ class SharedBase:
             return False
         if section.engine != "transformers" or section.load_in_4bit:
             return False
-        base = json.loads((line.folder / "guard.json").read_text(encoding="utf-8")).get("base_model")
+        base = read_card(line.folder).base_model
         known = json.loads((line.folder / "adapter_config.json").read_text(encoding="utf-8"))
         if base != section.base_model_path or self._load() is None:
             return False

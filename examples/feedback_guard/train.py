@@ -50,8 +50,16 @@ from common.training import (
     remove_checkpoint,
     start_over,
 )
-from guards import zoo
+from guards.card import (
+    ArmOrigin,
+    GenerativeCard,
+    LinearProbeCard,
+    has_card,
+    read_card,
+    write_card,
+)
 from guards.generative import GenerativeGuard
+from guards.known import zoo_name
 
 logger = logging.getLogger("feedback_guard")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the original's
@@ -149,7 +157,7 @@ def _fingerprint(config: Config, arm: Arm, rows: Sequence[Row]) -> str:
 
 @dataclass
 class Job:
-    """One arm with one seed. guard.json is written last: with it, the arm is done."""
+    """One arm with one seed. Its card is written last: with it, the arm is done."""
 
     arm: Arm
     seed: int
@@ -160,10 +168,10 @@ class Job:
 
     def done(self) -> bool:
         """Whether its folder holds this very arm. Raises UserError when it holds another one."""
-        card = self.folder / "guard.json"
-        if not card.is_file():
+        if not has_card(self.folder):
             return False
-        if json.loads(card.read_text(encoding="utf-8")).get("fingerprint") != self.fingerprint:
+        card = read_card(self.folder)
+        if not isinstance(card, ArmOrigin) or card.fingerprint != self.fingerprint:
             raise UserError(
                 f"{self.folder}: was trained on other rows or with other settings; remove it, or choose another "
                 "training.output_dir"
@@ -174,9 +182,9 @@ class Job:
         """Whether checkpoints of this very arm lie there. Raises UserError when they are another one's."""
         return goes_on(self.folder, self.fingerprint)
 
-    def close(self, card: Mapping[str, Any]) -> None:
-        """Write guard.json, and remove what only an unfinished arm needs."""
-        write_json(self.folder / "guard.json", {**card, "fingerprint": self.fingerprint})
+    def close(self, card: GenerativeCard | LinearProbeCard) -> None:
+        """Write the card, and remove what only an unfinished arm needs."""
+        write_card(self.folder, card)
         for checkpoint in checkpoints(self.folder):
             remove_checkpoint(checkpoint)
         (self.folder / "unfinished.json").unlink(missing_ok=True)
@@ -314,7 +322,7 @@ def train_arm(job: Job, shared: Shared, config: Config, rows: list[dict[str, Any
         unwrapped.save_pretrained(job.folder, state_dict=state_dict)
         encoder.tokenizer.save_pretrained(job.folder)
         describe(job, config, {**facts, "log": trainer.state.log_history})
-        job.close(_card(job, config, "generative"))
+        job.close(arm_card(job, config))
     trainer.accelerator.wait_for_everyone()
     model.unload()
     base.__dict__.pop("forward", None)  # TRL's, wrapped around the one before with every trainer
@@ -355,18 +363,17 @@ def _fit_probe(job: Job, guard: GenerativeGuard, config: Config) -> None:
     if is_main_process():
         facts = fit_probe(guard, job.rows, job.folder, job.seed)
         describe(job, config, facts | {"rows": len(job.rows)})
-        job.close(_card(job, config, "probe"))
+        job.close(arm_card(job, config))
 
 
-def _card(job: Job, config: Config, kind: str) -> dict[str, Any]:
+def arm_card(job: Job, config: Config) -> GenerativeCard | LinearProbeCard:
     """What load_guard needs, and what the arm is."""
     base = config.llama_guard.base_model_path
-    path = Path(base) / "guard.json"
-    ids = {name: entry.get("adapter") or entry.get("model") for name, entry in zoo().items()}
-    known = next((name for name in ids if base in (name, ids[name])), base)  # load_guard looks for names alone
-    known = json.loads(path.read_text(encoding="utf-8"))["guard"] if path.is_file() else known
-    name = {"generative": {"guard": known, "max_length": config.training.max_length}, "probe": {}}[kind]
-    return {"kind": kind, **name, "base_model": base, "arm": job.arm.name, "seed": job.seed}
+    origin = {"base_model": base, "arm": job.arm.name, "seed": job.seed, "fingerprint": job.fingerprint}
+    if job.arm.probe:
+        return LinearProbeCard(**origin)
+    name = read_card(base, GenerativeCard).guard if has_card(base) else zoo_name(base)
+    return GenerativeCard(guard=name, max_length=config.training.max_length, **origin)
 
 
 def describe(job: Job, config: Config, facts: Mapping[str, Any]) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from common import data
 from common.bundled import resolve_model
 from common.conversation import UserError
-from common.run import atomic_path, write_json
+from common.run import atomic_path
+from guards.card import LoraCard, Threshold, write_card
 
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
 BIAS, WEIGHT = "base_model.model.score.bias", "base_model.model.score.weight"
@@ -40,8 +41,8 @@ def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
     model.score = head
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: Mapping[str, Any]) -> None:
-    """Write an adapter folder whole or not at all: stock PEFT files, tokenizer, guard.json. One process calls it.
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: LoraCard) -> None:
+    """Write an adapter folder whole or not at all: stock PEFT files, tokenizer, card. One process calls it.
 
     A stock classifier's head has no bias. Ours goes to guard.json (`head_bias`), so that
     `AutoPeftModelForSequenceClassification` finds exactly the keys that it knows.
@@ -54,7 +55,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     bias = tensors.pop(BIAS, None)
     save_file(tensors, partial / WEIGHTS, {"format": "pt"})
     tokenizer.save_pretrained(partial)
-    write_json(partial / "guard.json", {**card, "head_bias": None if bias is None else bias.tolist()})
+    write_card(partial, with_bias(card, bias))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -115,27 +116,42 @@ def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path, trust_r
     tokenizer.save_pretrained(folder)
     bias = tensors.get("clf_head.bias")
     card = guard_card(base, unsafe_head=len(weight) > len(CATEGORIES), inputs=["pair"], max_length=512)
-    write_json(folder / "guard.json", card | {"head_bias": None if bias is None else bias.float().tolist()})
+    write_card(folder, with_bias(card, bias))
 
 
-def guard_card(base: str, *, unsafe_head: bool, inputs: Sequence[str], max_length: int, **more: Any) -> dict[str, Any]:
-    """guard.json of an adapter folder."""
-    return {
-        "kind": "lora_guard",
-        "template": "lora_guard",
-        "labels": ["unsafe"] * unsafe_head + CATEGORIES,
-        "inputs": list(inputs),
-        "max_length": max_length,
-        "num_hidden_layers": None,
-        "pooling": "last attended token",
-        "thresholds": {"flagged": {"value": 0.5, "how": "default", "on": None}},
-        "base_model": base,
-        **more,
-    }
+def guard_card(
+    base: str,
+    *,
+    unsafe_head: bool,
+    inputs: Sequence[str],
+    max_length: int,
+    num_hidden_layers: int | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> LoraCard:
+    """The card of an adapter folder, before its head is trained: without a bias, and with the paper's threshold."""
+    return LoraCard(
+        template="lora_guard",
+        labels=["unsafe"] * unsafe_head + CATEGORIES,
+        inputs=list(inputs),
+        max_length=max_length,
+        num_hidden_layers=num_hidden_layers,
+        thresholds={"flagged": Threshold(value=0.5, how="default")},
+        base_model=base,
+        head_bias=None,
+        data=dict(data or {}),
+    )
 
 
-def with_threshold(card: dict, scores: dict[str, float], eval_name: str) -> dict:
+def with_bias(card: LoraCard, bias: torch.Tensor | None) -> LoraCard:
+    """The card with the head's bias, of shape (labels,), which a stock classifier has no place for."""
+    values = None if bias is None else bias.float().tolist()
+    return card.model_copy(update={"head_bias": values})
+
+
+def with_threshold(card: LoraCard, scores: Mapping[str, float], eval_name: str) -> LoraCard:
     """The card with the threshold that an epoch's validation rows gave, if they did."""
-    if (value := scores.get("val/threshold")) is None:
+    value = scores.get("val/threshold")
+    if value is None:
         return card
-    return card | {"thresholds": {"flagged": {"value": value, "how": "max F1", "on": eval_name}}}
+    threshold = Threshold(value=value, how="max F1", on=eval_name)
+    return card.model_copy(update={"thresholds": {"flagged": threshold}})

@@ -86,7 +86,7 @@ def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.B
         yield shown([*turns, (prompt, reply)], threshold), named(reply), [*turns, (prompt, reply)], ""
 
     with gr.Blocks(title="LoRA-Guard", analytics_enabled=False) as blocks:
-        gr.Markdown(f"### {chat.card['base_model']} with its LoRA guard\nUnsafe above {threshold:.2f}.")
+        gr.Markdown(f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {threshold:.2f}.")
         turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=3):

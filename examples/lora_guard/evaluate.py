@@ -11,7 +11,6 @@ Thresholds are the guards' own, fitted on their validation data. Without argumen
 without arguments has left.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from common.conversation import Messages, UserError, last_turns, pair
 from common.run import manifest, parse_args, run_cli
 from common.templates import encode, render
 from guards import Guard, load_guard
+from guards.card import LoraCard, read_card
 from guards.lora import LoraGuard
 
 logger = logging.getLogger("lora_guard")
@@ -147,8 +147,7 @@ def overhead(guard: Guard, folder: str) -> dict[str, Any] | None:
     # `--head-only` keeps adapters at zero for the sake of the format; they add nothing.
     idle = {key.split(".lora_")[0] for key, tensor in tensors.items() if ".lora_B" in key and not tensor.any()}
     added = sum(t.numel() for key, t in tensors.items() if ".lora_" not in key or key.split(".lora_")[0] not in idle)
-    card = json.loads((Path(folder) / "guard.json").read_text(encoding="utf-8"))
-    added += len(card.get("head_bias") or [])
+    added += len(read_card(folder, LoraCard).head_bias or [])
     base = guard.model.get_base_model() if hasattr(guard.model, "get_base_model") else guard.model
     share = added / sum(p.numel() for name, p in base.named_parameters() if "lora_" not in name and "score" not in name)
     return {"added_parameters": added, "share_of_guard_base": share, "separate_8b_guard_is": SEPARATE_GUARD / added}

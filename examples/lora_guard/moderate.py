@@ -128,8 +128,10 @@ def load(args: argparse.Namespace) -> tuple[GuardedChat, float]:
         with tempfile.TemporaryDirectory() as folder:
             convert_reference(adapter, config, Path(folder), args.trust_remote_code)
             chat = GuardedChat(folder, **options)
-    fitted = chat.card["thresholds"].get("flagged", {}).get("value", 0.5)
-    return chat, fitted if args.threshold is None else args.threshold
+    if args.threshold is not None:
+        return chat, args.threshold
+    fitted = chat.card.thresholds.get("flagged")
+    return chat, 0.5 if fitted is None else fitted.value
 
 
 def read_prompts(args: argparse.Namespace) -> list[list[Message]] | None:

@@ -6,7 +6,6 @@ the chat's rows and the guard's rows are one mixed-adapter batch, so that the we
 """
 
 import copy
-import json
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,13 +28,15 @@ from transformers import (
     AutoTokenizer,
 )
 
-from common.bundled import resolve_model
 from common.conversation import Messages, UserError, check_messages, last_turns, pair
 from common.engines import check_adapter
 from common.fit import positions
 from common.run import device as default_device
 from common.run import inference_dtype, is_main_process
 from common.templates import Part, control_ids, encode, render, render_chat
+from guards.base import check_tokenizer, number_format
+from guards.card import LoraCard, card_path, check_scores, check_tokenizer_file, read_card
+from guards.lora import find_base, input_kind
 
 logger = logging.getLogger(__name__)
 PREFIX = "base_model.model."
@@ -68,16 +69,19 @@ class GuardedChat:
         Raises:
             UserError: a file is missing or does not fit the others.
         """
-        self.folder, self.card = Path(adapter), read_card(Path(adapter))
+        self.folder = Path(adapter)
+        self.card: LoraCard = read_card(self.folder, LoraCard)
+        if self.card.template != "lora_guard":
+            path = card_path(self.folder)
+            raise UserError(f"{path}, field template: expected lora_guard; this guard cannot ride along")
+        check_tokenizer_file(self.folder)
         self.device = torch.device(device) if device is not None else default_device()
         self.trust, self.lock = {"trust_remote_code": trust_remote_code}, threading.RLock()
-        name = base_model or self.card["base_model"]
+        name = source = find_base(self.folder, self.card, base_model, trust_remote_code)
         try:
-            source = resolve_model(name)
             fit = torch.float32 if self.device.type == "cpu" else inference_dtype()  # a CPU emulates bf16
             self.model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or fit, **self.trust).eval()
-            own = any((self.folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder if own else source, **self.trust)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, **self.trust)
             self.chat_template = self.tokenizer.chat_template or (
                 AutoTokenizer.from_pretrained(source, **self.trust).chat_template
             )
@@ -85,7 +89,8 @@ class GuardedChat:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise UserError(f"{name}: cannot be loaded as a chat model: {f'{error}'.strip():.200}") from None
-        self.labels, self.inputs = self.card["labels"], self.card["inputs"]
+        check_tokenizer(self.tokenizer, str(self.folder))
+        self.labels, self.inputs = self.card.labels, self.card.inputs
         self._inject()
         self.model.to(self.device)
         self.head, self.bias = self.head.to(self.device), self.bias.to(self.device)
@@ -94,8 +99,8 @@ class GuardedChat:
             raise UserError(
                 f"{name}: {type(self.model).__name__} has no backbone named {self.model.base_model_prefix!r}"
             )
-        self.depth = self.card["num_hidden_layers"]
-        self.trunk, self.tap = _shallow(self.backbone, self.depth)
+        self.depth = self.card.num_hidden_layers
+        self.trunk, self.tap = _shallow(self.backbone, self.depth, card_path(self.folder))
         self._check_adapter(name)
         self.control = control_ids(self.tokenizer)
         ends = self.model.generation_config.eos_token_id
@@ -103,6 +108,7 @@ class GuardedChat:
         self.eos = set(ends) if isinstance(ends, list) else {ends}
         if self.model.generation_config.repetition_penalty not in (None, 1.0):
             logger.warning("generation_config.json asks for a repetition penalty; it is not applied here.")
+        self._check_probe()
 
     def _inject(self) -> None:
         """LoRA layers exactly where the file has weights, and the head beside the model in float32."""
@@ -113,7 +119,7 @@ class GuardedChat:
             raise UserError(f"{self.folder}: no adapter that PEFT can read: {f'{error}'.strip():.200}") from None
         hidden = self.model.config.get_text_config().hidden_size
         self.head = weights.pop(HEAD, torch.empty(0)).float()
-        bias = self.card["head_bias"]
+        bias = self.card.head_bias
         self.bias = torch.zeros(len(self.labels)) if bias is None else torch.tensor(bias, dtype=torch.float32)
         if self.head.shape != (len(self.labels), hidden) or len(self.bias) != len(self.labels):
             raise UserError(
@@ -141,10 +147,19 @@ class GuardedChat:
     def _check_adapter(self, base: str) -> None:
         """Refuse an adapter that was not trained on a classifier of this very base and depth."""
         depth = {} if self.depth is None else {"num_hidden_layers": self.depth}
-        source, labels = resolve_model(base), len(self.labels)
-        config = AutoConfig.from_pretrained(source, num_labels=labels, **depth, **self.trust)
+        config = AutoConfig.from_pretrained(base, num_labels=len(self.labels), **depth, **self.trust)
         kind = AutoModelForSequenceClassification
         check_adapter(base, str(self.folder), config=config, kind=kind, **self.trust)
+
+    def _check_probe(self) -> None:
+        """The probe of guard.json, judged as everything is judged here."""
+        probe = self.card.probe
+        if probe is None:
+            logger.warning("%s: has no probe, so that a changed base would not be noticed", card_path(self.folder))
+            return
+        ((unsafe, categories),) = self.judge_texts([probe.messages])
+        label = "prompt_unsafe" if input_kind(probe.messages) == "prompt" else "response_unsafe"
+        check_scores(categories | {label: unsafe}, number_format(self.model), probe, self.folder)
 
     @contextmanager
     def adapters(self, name: str = ADAPTER) -> Iterator[None]:
@@ -310,7 +325,7 @@ class GuardedChat:
                 for reply in replies:
                     reply.text = self.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
                 yield replies
-        trained = self.card["max_length"]
+        trained = self.card.max_length
         if any(row.seen and len(row.guard_ids()) > trained for row in rows):
             logger.warning("The guard judged texts longer than the %d tokens that it was trained on.", trained)
 
@@ -335,24 +350,9 @@ class GuardedChat:
         return encode(self.tokenizer, [parts])[0] + [first] * raw
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """guard.json of an adapter folder, checked, with what may be left out filled in."""
-    path = folder / "guard.json"
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no guard of this recipe ({f'{error}':.120})") from None
-    if not isinstance(card, dict) or card.get("kind") != "lora_guard":
-        raise UserError(f"{path}, field kind: expected 'lora_guard'; this guard cannot ride along")
-    defaults = {"inputs": ["pair"], "max_length": 512, "thresholds": {}}
-    card = {"head_bias": None, "num_hidden_layers": None} | defaults | card
-    for name, kind in {"labels": list, "inputs": list, "base_model": str, "max_length": int}.items():
-        if not isinstance(card.get(name), kind) or not card[name]:
-            raise UserError(f"{path}, field {name}: expected {kind.__name__}, found {card.get(name)!r:.60}")
-    return card
-
-
-def _shallow(backbone: nn.Module, depth: int | None) -> tuple[nn.Module, tuple[nn.Module, nn.Module] | None]:
+def _shallow(
+    backbone: nn.Module, depth: int | None, where: Path
+) -> tuple[nn.Module, tuple[nn.Module, nn.Module] | None]:
     """The backbone with its first `depth` layers, sharing them, and the (last of these layers, final norm).
 
     Raises:
@@ -365,7 +365,7 @@ def _shallow(backbone: nn.Module, depth: int | None) -> tuple[nn.Module, tuple[n
     norms = [child for child in children.values() if "norm" in type(child).__name__.lower()]
     if len(stacks) != 1 or len(norms) != 1 or not 0 < depth <= count:
         raise UserError(
-            f"guard.json, field num_hidden_layers: {type(backbone).__name__} with {count} layers cannot be cut to "
+            f"{where}, field num_hidden_layers: {type(backbone).__name__} with {count} layers cannot be cut to "
             f"{depth} (needs one list of layers and one final norm)"
         )
     short, layers = copy.copy(backbone), children[stacks[0]][:depth]

@@ -52,7 +52,7 @@ from common.training import (
     start_over,
     useful_token_share,
 )
-from guards.lora import INPUTS
+from guards.card import INPUTS, LoraCard
 
 logger = logging.getLogger("lora_guard")
 
@@ -314,7 +314,7 @@ def epoch_folders(folder: Path) -> list[Path]:
 class EveryEpoch(TrainerCallback):
     """After each epoch: its adapter folder, metrics.csv and train_losses.csv, from the history that a resume keeps."""
 
-    def __init__(self, card: dict, tokenizer: PreTrainedTokenizerBase, eval_name: str):
+    def __init__(self, card: LoraCard, tokenizer: PreTrainedTokenizerBase, eval_name: str):
         self.card, self.tokenizer, self.eval_name = card, tokenizer, eval_name
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -351,7 +351,7 @@ def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainin
     write_json(folder / "parameter_counts.json", {"n_total_parameters": total, "n_trainable_parameters": trainable})
 
 
-def finish(trainer, args: GuardArguments, card: dict, test_set, eval_name: str, train_metrics: dict) -> None:
+def finish(trainer, args: GuardArguments, card: LoraCard, test_set, eval_name: str, train_metrics: dict) -> None:
     """Write the best epoch's guard to `best`, judge the test rows with it, write run.json and the model card."""
     folder, rows = Path(args.output_folder), epoch_metrics(trainer.state)
     test = trainer.predict(test_set, metric_key_prefix="test").metrics if test_set else {}

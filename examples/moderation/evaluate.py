@@ -11,7 +11,6 @@
 Without arguments it evaluates what `torchrun train.py` without arguments has left.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from common.conversation import UserError, last_turns
 from common.fit import fit_classifier
 from common.run import inference_dtype, manifest, parse_args, run_cli
 from guards import Guard, load_guard
+from guards.card import ClassifierCard, has_card, read_card
 
 logger = logging.getLogger("moderation")
 
@@ -165,14 +165,11 @@ def baseline_scores(guard: Guard, args: EvaluationArguments, fit_rows, conversat
         raise UserError(f"--baselines {args.baselines}: holds no safe row; a classifier needs both kinds")
     words.fit([text(m) for m in fit_rows["messages"]], fit_rows["response_unsafe"])
     scores = {"TF-IDF + logistic regression": words.predict_proba([text(m) for m in conversations])[:, 1]}
-    card = Path(args.model_path) / "guard.json"
-    if card.is_file():
-        base = json.loads(card.read_text(encoding="utf-8"))
-        if "base_model" not in base:
-            return scores
-        depth = {"num_hidden_layers": n} if (n := base.get("num_hidden_layers")) else {}
+    card = read_card(args.model_path) if has_card(args.model_path) else None
+    if isinstance(card, ClassifierCard) and card.base_model is not None:
+        depth = {} if card.num_hidden_layers is None else {"num_hidden_layers": card.num_hidden_layers}
         set_seed(args.seed)
-        trained, name = guard.model, base["base_model"]
+        trained, name = guard.model, card.base_model
         try:
             guard.model = AutoModelForSequenceClassification.from_pretrained(
                 resolve_model(name),

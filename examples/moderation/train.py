@@ -48,6 +48,7 @@ from common.training import (
     start_over,
     useful_token_share,
 )
+from guards.card import CARD_FILE, ClassifierCard, write_card
 
 logger = logging.getLogger("moderation")
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
@@ -310,7 +311,7 @@ def save_weights(trainer: LengthGroupedTrainer, tokenizer: PreTrainedTokenizerBa
     if not is_main_process():
         return
     # What describes an earlier guard goes first: it must never stand beside weights that it does not describe.
-    for name in ("guard.json", "run.json", "README.md"):
+    for name in (CARD_FILE, "run.json", "README.md"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -337,18 +338,17 @@ def describe_guard(trainer, model_args, data_args, validation, data_report, trai
         scores = metrics.multilabel(truth, probabilities, CATEGORIES)
         if not metrics.is_test(spec) and 0 < truth.any(1).sum() < len(truth):
             threshold = metrics.fit_threshold(truth.any(1), probabilities.max(1), spec)
-    guard = {
-        "kind": "classifier",
-        "template": "beavertails",
-        "labels": CATEGORIES,
-        "max_length": model_args.max_length,
-        "pooling": "last attended token",
-        "thresholds": {"flagged": threshold},
-        "base_model": model_args.model_name_or_path,
-        "num_hidden_layers": model_args.num_hidden_layers,
-        "data": {"train": data_args.train_data_name_or_path, "validation": spec if scores else None, **data_report},
-    }
-    write_json(folder / "guard.json", guard)
+    data = {"train": data_args.train_data_name_or_path, "validation": spec if scores else None, **data_report}
+    card = ClassifierCard(
+        template="beavertails",
+        labels=CATEGORIES,
+        max_length=model_args.max_length,
+        thresholds={"flagged": threshold},
+        base_model=model_args.model_name_or_path,
+        num_hidden_layers=model_args.num_hidden_layers,
+        data=data,
+    )
+    write_card(folder, card)
     arguments = [model_args, data_args, trainer.args]
     run = manifest(arguments, seed=trainer.args.seed, data=data_report, train=train_metrics, validation=scores)
     write_json(folder / "run.json", run | {"log": trainer.state.log_history})

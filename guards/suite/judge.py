@@ -21,6 +21,8 @@ from common.keep import KeptRows, Row, digest, fingerprint
 from common.run import expand_home
 from common.templates import template_text
 from guards import Guard, load_guard, zoo
+from guards.card import has_card, read_card
+from guards.known import zoo_name
 from guards.suite.benchmarks import Benchmark, benchmark_names, is_benchmark, load_benchmark, row_id
 
 logger = logging.getLogger("suite")
@@ -77,14 +79,13 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
         spec = expand_home(spec)
         name, folder = (None, spec) if Path(spec).exists() or "=" not in spec else spec.split("=", 1)
         folder = expand_home(folder)
-        described, card = (Path(folder) / "guard.json").is_file(), _read_card(Path(folder))
+        described, card = has_card(folder), _known_card(folder)
         if name and not Path(folder).is_dir():
             raise UserError(f"--guards {text}: {folder} is no folder")
         if name and not described and name not in zoo():
             raise UserError(f"--guards {text}: {folder} has no guard.json, and {name} is no name of the guard zoo")
         spec, given = (name, given | {"model": folder}) if name and not described else (folder, given)
-        known = {name or spec, str(card.get("guard"))}
-        entry = next((key for key, e in zoo().items() if {key, e.get("adapter", e.get("model"))} & known), None)
+        entry = zoo_name(name or spec) or zoo_name(str(card.get("guard")))
         about = zoo().get(str(card.get("guard")) if described else entry, {}) | card
         unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
         given = {key: value for key, value in options.items() if key not in unwanted} | given
@@ -99,13 +100,12 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
     return out
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    """A folder's guard.json, empty where there is none; a broken one says so when it is loaded."""
-    try:
-        card = json.loads((folder / "guard.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return card if isinstance(card, dict) else {}
+def _known_card(folder: str) -> dict[str, Any]:
+    """A folder's card, empty where there is none; a broken one says so when it is loaded."""
+    with suppress(UserError):
+        if has_card(folder):
+            return read_card(folder).model_dump(exclude_none=True)
+    return {}
 
 
 def identity_of(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) -> str:

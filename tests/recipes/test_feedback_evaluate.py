@@ -15,6 +15,7 @@ from scripts import launch, module
 
 from common.conversation import UserError
 from guards import zoo
+from guards.card import GenerativeCard, write_card
 from guards.suite.benchmarks import benchmarks
 
 compare = module("feedback_guard", "compare")
@@ -90,7 +91,8 @@ def card(config, name, seed, arm=None):
     folder = Path(config.training.output_dir) / name / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     base = config.llama_guard.base_model_path
-    (folder / "guard.json").write_text(json.dumps({"arm": arm or name, "seed": seed, "base_model": base}))
+    origin = {"arm": arm or name, "seed": seed, "base_model": base}
+    write_card(folder, GenerativeCard(guard="llama-guard", max_length=512, **origin))
     return folder
 
 

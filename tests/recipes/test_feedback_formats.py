@@ -1,6 +1,5 @@
 """examples/feedback_guard: prompts, rows as token ids, and the original's formats, on tiny random guards."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -24,7 +23,8 @@ from feedback_guards import (
 
 from common.conversation import UserError, pair
 from common.templates import encode
-from guards import _describe
+from guards import entry_of
+from guards.card import GenerativeCard, write_card
 
 base, guard, plain, settings = shared.base, shared.guard, shared.plain, shared.settings  # fixtures
 
@@ -46,10 +46,10 @@ def test_a_trained_arm_names_its_guard_as_load_guard_knows_it(model, settings, b
     config = settings()
     path = str(base) if model == "base" else model
     config = replace(config, llama_guard=replace(config.llama_guard, base_model_path=path))
-    card = train._card(train.Job(arms.arm("A4"), 0, [], tmp_path, "x"), config, "generative")
-    assert (card["guard"], card["base_model"]) == ("llama-guard", path)
-    (tmp_path / "guard.json").write_text(json.dumps(card))
-    known, _ = _describe(str(tmp_path))
+    card = train.arm_card(train.Job(arms.arm("A4"), 0, [], tmp_path, "x"), config)
+    assert (card.guard, card.base_model) == ("llama-guard", path)
+    write_card(tmp_path, card)
+    known = entry_of(str(tmp_path))
     assert known["questions"] and known["categories"]["names"]["O3"] == "Criminal Planning"
 
 
@@ -59,7 +59,7 @@ def test_a_training_row_is_the_inference_prompt_and_the_verdict(guard, tmp_path,
     if family != "ours":
         folder = families.save(tmp_path, family)
         kind = {"llama2": "llama-guard", "llama3": "llama-guard-3-8b"}[family]
-        (folder / "guard.json").write_text(json.dumps({"kind": "generative", "guard": kind}))
+        write_card(folder, GenerativeCard(guard=kind, max_length=4096))
         guard = formats.load_llama_guard(str(folder), progress=False)
     seen = []
     ask = guard.model.next_token

@@ -15,6 +15,7 @@ from feedback_rows import config_writer, prompts, save_models, write
 from scripts import EXAMPLES, launch, module
 
 from common.conversation import UserError
+from guards.card import GenerativeCard, write_card
 
 serve = completions.serve
 RECIPE = EXAMPLES / "feedback_guard"
@@ -142,7 +143,7 @@ def test_the_explored_share(share, least, most, write_config):
 def test_a_guard_that_cannot_say_blocks(write_config, tmp_path):
     """A guard that writes neither word, so that every verdict is an error: nothing passes, and nothing is learned."""
     families.save(tmp_path / "mute", "llama2", ("harmful",), 3)
-    (tmp_path / "mute" / "guard.json").write_text(json.dumps({"kind": "generative", "guard": "llama-guard"}))
+    write_card(tmp_path / "mute", GenerativeCard(guard="llama-guard", max_length=4096))
     mute = {"default_model_path": str(tmp_path / "mute"), "base_model_path": str(tmp_path / "mute")}
     _, stats, rows = run(write_config(llama_guard=mute), "llama.use_recorded=true", "experiment.explore_share=1")
     assert stats["input_blocked"] == stats["errors"] == 51 and stats["output_blocked"] == stats["explored"] == 0

@@ -72,7 +72,7 @@ def test_moderate_as_a_command(make_guard, tmp_path):
 
     done = command(tmp_path, "--prompt", "Hi")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/guard.json: no guard of this recipe")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/guard.json: no guard of a recipe")
     assert "Traceback" not in done.stderr
 
 

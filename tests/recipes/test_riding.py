@@ -340,10 +340,12 @@ def test_an_adapter_of_another_depth_is_refused(make_guard, trained, said, messa
     ("change", "message"),
     [
         ({"kind": "classifier"}, "field kind"),
-        ({"labels": ["unsafe"]}, "expected a head of 1 labels"),
+        ({"labels": ["unsafe"]}, "field head_bias: 15 numbers for 1 labels"),
+        ({"labels": ["unsafe"], "head_bias": None}, "expected a head of 1 labels"),
+        ({"template": "beavertails"}, "field template: expected lora_guard; this guard cannot ride along"),
         ({"num_hidden_layers": 9}, "LlamaModel with 3 layers cannot be cut to 9"),
-        ({"base_model": "nowhere"}, "nowhere: cannot be loaded as a chat model"),
-        ({"inputs": None}, "field inputs: expected list"),
+        ({"base_model": "nowhere"}, r"guard\.json, field base_model: nowhere: no model that can be"),
+        ({"inputs": None}, "field inputs: input should be a valid array"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(guard, tmp_path, change, message):

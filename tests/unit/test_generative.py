@@ -1,5 +1,7 @@
 """Guards that are causal LMs: prompts, words, probabilities and failures, on tiny models of every family."""
 
+import json
+
 import families
 import pytest
 import torch
@@ -286,18 +288,18 @@ def test_bad_models(tmp_path, llama):
 def test_folder_of_a_recipe(tmp_path):
     """guard.json with kind generative names the zoo entry whose prompt it was trained with."""
     families.save(tmp_path, "qwen2", ["safe", "unsafe"], seed=3)
-    (tmp_path / "guard.json").write_text(
-        '{"kind": "generative", "guard": "expguard", "max_length": 700, "thresholds": {"flagged": {"value": 0.3}}}'
-    )
+    threshold = {"value": 0.3, "how": "max F1", "on": None}
+    card = {"kind": "generative", "guard": "expguard", "max_length": 700}
+    (tmp_path / "guard.json").write_text(json.dumps(card | {"thresholds": {"flagged": threshold}}))
     guard = load_guard(str(tmp_path), progress=False)
-    assert (guard.max_length, guard.thresholds) == (700, {"flagged": {"value": 0.3}})
+    assert (guard.max_length, guard.thresholds) == (700, {"flagged": threshold})
     assert guard.judges == ("prompt_unsafe", "response_unsafe")
     known = load_guard("expguard", model=str(tmp_path), progress=False)
     assert known.name == "expguard"
     assert [v.prompt_unsafe for v in known.judge(TALKS)] == pytest.approx([v.prompt_unsafe for v in guard.judge(TALKS)])
     scores = guard.moderate(TALKS)
     assert all(type(score) is float and 0 <= score <= 1 for score in scores)
-    (tmp_path / "guard.json").write_text('{"kind": "generative", "guard": "nobody"}')
+    (tmp_path / "guard.json").write_text('{"kind": "generative", "guard": "nobody", "max_length": 700}')
     with pytest.raises(UserError, match=r"guard.json, field guard: 'nobody' is no generative guard"):
         load_guard(str(tmp_path))
 

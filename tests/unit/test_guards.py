@@ -134,8 +134,8 @@ def test_guard_json_is_read_and_options_win(tiny_classifier, tmp_path, guard):
 
 
 def test_labels_go_by_name(tiny_classifier, tmp_path, guard):
-    """A guard.json in another order does not move probabilities to other names; it names what has no names."""
-    loaded = load(described(tiny_classifier(tmp_path / "named"), labels=CATEGORIES[::-1]))
+    """Labels in another order do not move probabilities to other names; they name what has no names."""
+    loaded = load(tiny_classifier(tmp_path / "named"), labels=CATEGORIES[::-1])
     assert all(map(close, loaded.judge(PAIRS), guard.judge(PAIRS)))
     unnamed = tiny_classifier(tmp_path / "unnamed", labels=[f"LABEL_{i}" for i in range(14)])
     assert all(map(close, load(described(unnamed)).judge(PAIRS), guard.judge(PAIRS)))
@@ -319,16 +319,14 @@ def write(text, name="guard.json"):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: described(folder, labels=["safe", "unsafe"]), "has 14 labels, its description names 2"),
-        (lambda folder: described(folder, template="beavertale"), "'beavertale': unknown; the templates are"),
-        (lambda folder: described(folder, template=["x"]), "guard.json, field template: expected str"),
-        (lambda folder: described(folder, labels="beavertails"), "guard.json, field labels: expected list"),
-        (lambda folder: described(folder, max_length="long"), "guard.json, field max_length: expected int"),
-        (lambda folder: described(folder, thresholds={"flagged": {}}), "field thresholds.flagged: expected"),
-        (
-            lambda folder: described(folder, kind="oracle"),
-            "kind 'oracle'; known kinds: classifier, lora_guard, generative, api",
-        ),
+        ({"labels": ["safe", "unsafe"]}, "guard.json, field labels: names 2 outputs, the model has 14"),
+        ({"labels": CATEGORIES[::-1]}, "guard.json, field labels: output 0 is 'violence"),
+        ({"template": "beavertale"}, "'beavertale': unknown; the templates are"),
+        ({"template": ["x"]}, "guard.json, field template: input should be a valid string"),
+        ({"labels": "beavertails"}, "guard.json, field labels: input should be a valid array"),
+        ({"max_length": "long"}, "guard.json, field max_length: input should be a valid integer"),
+        ({"thresholds": {"flagged": {}}}, "field thresholds.flagged.value: missing"),
+        ({"kind": "oracle"}, "field kind: 'oracle' is unknown; known kinds: classifier, lora_guard, generative"),
         (write('{"kind": "classifier",\n]'), "guard.json: malformed JSON .*line 2"),
         (write("\xff"), "guard.json: malformed JSON"),
         (write("[]"), "guard.json: expected an object"),
@@ -341,7 +339,10 @@ def write(text, name="guard.json"):
 )
 def test_bad_folder_is_one_line(tiny_classifier, tmp_path, spoil, words):
     folder = tiny_classifier(tmp_path)
-    spoil(folder)
+    if isinstance(spoil, dict):  # changes of the card
+        described(folder, **spoil)
+    else:
+        spoil(folder)
     with pytest.raises(UserError, match=words) as caught:
         load(folder)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from scripts import EXAMPLES, launch
 
 from common.conversation import UserError, Verdict
+from common.data import taxonomy
 from guards import Guard
+from guards.card import ClassifierCard, write_card
 from guards.suite import evaluate, judge
 from guards.suite.benchmarks import Benchmark
 
@@ -347,7 +349,8 @@ def test_specs(tmp_path, tiny_classifier):
     assert [c.name for c in bare] == ["beaver-dam-7b", "beaver-dam-7b", "openai-moderation (model=m,timeout=3)"]
     assert [c.zoo for c in bare] == ["beaver-dam-7b", "beaver-dam-7b", "openai-moderation"]
     assert bare[0].load().judges == ("response_unsafe",)
-    (folder / "guard.json").write_text(json.dumps({"kind": "classifier", "template": "beavertails"}))
+    card = {"template": "beavertails", "labels": taxonomy("beavertails")}
+    write_card(folder, ClassifierCard(**card, max_length=512))
     specs = [
         str(folder),
         f"mine={folder}",
@@ -363,7 +366,7 @@ def test_specs(tmp_path, tiny_classifier):
     made = [Benchmark(name, "response_unsafe", [], {}) for name in ("beavertails", "saferlhf")]
     assert [evaluate.known_to(c, made) for c in (bare[0], described[1])] == [["beavertails"], []]
     assert len({c.identity for c in described}) == 4  # `mine` is the same guard by another name
-    (folder / "guard.json").write_text(json.dumps({"kind": "classifier", "template": "beavertails", "max_length": 99}))
+    write_card(folder, ClassifierCard(**card, max_length=99))
     assert judge.candidates([str(folder)], options)[0].identity != described[0].identity
 
 

@@ -1,6 +1,5 @@
 """guards/suite/judge.py: which guard is meant, when kept verdicts are its own, and tables of guards that differ."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +10,23 @@ from scripts import EXAMPLES
 import common.templates
 from common.conversation import UserError, Verdict
 from guards import Guard
+from guards.card import GenerativeCard, LoraCard, write_card
 
 evaluate, judge, candidate, cells = shared.evaluate, shared.judge, shared.candidate, shared.cells
 arguments, file = shared.arguments, shared.file  # fixtures
 OPTIONS = {"engine": "vllm", "long_inputs": "error", "trust_remote_code": True}
+
+
+def lora_card(base: str = "some/base") -> LoraCard:
+    return LoraCard(
+        template="lora_guard",
+        labels=["unsafe"],
+        inputs=["pair"],
+        max_length=512,
+        num_hidden_layers=None,
+        head_bias=None,
+        base_model=base,
+    )
 
 
 def identity(spec: str) -> str:
@@ -37,7 +49,7 @@ def test_another_prompt_is_another_guard(tmp_path, monkeypatch, spec, template):
     """The prompt's text counts, and not only its name."""
     folders = [Path(shutil.copytree(folder, tmp_path / str(i))) for i, folder in enumerate(common.templates.FOLDERS)]
     monkeypatch.setattr(common.templates, "FOLDERS", folders)
-    (tmp_path / "guard.json").write_text(json.dumps({"kind": "lora_guard", "template": "lora_guard"}))
+    write_card(tmp_path, lora_card())
     spec = spec.format(folder=tmp_path)
     before = identity(spec)
     assert before == identity(spec)
@@ -51,7 +63,7 @@ def test_other_weights_are_another_guard(tmp_path, spec):
     """Of the adapter, and of the base model that guard.json names."""
     part, guard = tmp_path / "part", tmp_path / "guard"
     part.mkdir(), guard.mkdir()
-    (guard / "guard.json").write_text(json.dumps({"kind": "lora_guard", "base_model": str(part)}))
+    write_card(guard, lora_card(str(part)))
     (part / "adapter_model.safetensors").write_text("weights")
     spec = spec.format(part=part, guard=guard)
     before = identity(spec)
@@ -69,7 +81,7 @@ def test_a_guard_by_its_adapters_id():
 def test_options_for_all_go_to_guards_that_take_them(tmp_path, monkeypatch):
     """What is said of one guard goes to it in any case, where it is an error."""
     monkeypatch.setattr(judge, "load_guard", lambda spec, **options: options)
-    (tmp_path / "guard.json").write_text(json.dumps({"kind": "generative", "guard": "expguard"}))
+    write_card(tmp_path, GenerativeCard(guard="expguard", max_length=512))
     specs = ["wildguard", str(tmp_path), "detoxify", "openai-moderation", "detoxify:engine=vllm"]
     given = [guard.load() for guard in judge.candidates(specs, OPTIONS)]
     assert all(options.pop("long_inputs") == "error" and not options.pop("progress") for options in given)
