@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import templates
 from common.conversation import UserError
 from common.data import taxonomy
@@ -98,20 +100,28 @@ def _by_name(spec: str, options: dict[str, Any]) -> Guard:
     return guard
 
 
-def add_probe(folder: Path | str, **options: Any) -> None:
-    """Judge one conversation with the guard of a folder, and keep in its card what the guard says.
+def add_probe(folder: Path | str, card: Card | None = None, **options: Any) -> None:
+    """Write the card of a folder with a probe: one conversation, and what the guard there says of it.
 
-    What trains a guard calls it last: from then on `load_guard` notices when the guard is another one.
+    What trains a guard calls it last: from then on `load_guard` notices when the guard is another one. The guard is
+    loaded anew, as others will load it; where there is no memory for that, its card has no probe.
 
     Args:
+        card: what the folder holds; None takes the card that is there.
         options: of `load_guard`.
 
     Raises:
         UserError: the folder is no guard that can be loaded.
     """
-    card = read_card(folder)
-    guard = _loaded(str(folder), card, {"progress": False} | options)
-    write_card(folder, card.model_copy(update={"probe": make_probe(guard)}))
+    card = card or read_card(folder)
+    given = {name: value for name, value in options.items() if value is not None}
+    probe = None
+    try:
+        guard = _loaded(str(folder), card, {"progress": False} | given)
+        probe = make_probe(guard)
+    except torch.OutOfMemoryError:
+        logger.warning("%s: too little memory to load the guard; guards.add_probe adds its probe later", folder)
+    write_card(folder, card.model_copy(update={"probe": probe}))
 
 
 def _from_folder(folder: str, options: dict[str, Any]) -> Guard:

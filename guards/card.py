@@ -24,13 +24,16 @@ from pydantic import (
     model_validator,
 )
 
+from common.bundled import resolve_model
 from common.conversation import LABELS, Message, UserError, Verdict, check_messages, pair
+from common.keep import fingerprint
 from common.run import write_json
 from common.templates import render, template_text
 from guards.base import LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, Guard, seen_of
 from guards.known import zoo
 
 logger = logging.getLogger(__name__)
+NO_PROBE = "%s: has no probe, so that nobody can check base and tokenizer; guards.add_probe(folder) adds one"
 CARD_FILE = "guard.json"
 INPUTS = ("pair", "prompt", "response")
 
@@ -98,7 +101,7 @@ class Origin(CardModel):
     """What is known of where a guard comes from."""
 
     base_model: Text | None = Field(None, description="the model that was trained")
-    base_sha256: Text | None = None
+    base_sha256: Text | None = None  # its fingerprint, where it was a folder
     data: dict[str, Any] = Field(default_factory=dict)  # free: what the training says of its data
 
 
@@ -330,6 +333,16 @@ def _meaning(location: Sequence[Any]) -> str:
 # --- what a card says of other files ----------------------------------------------------------------------------------
 
 
+def local_sha256(base: str) -> str | None:
+    """The fingerprint of a base model for `base_sha256`; None for a hub id, whose content is not here to compare.
+
+    Args:
+        base: a folder, the name of the bundled model, or a hub id.
+    """
+    folder = resolve_model(base)
+    return fingerprint(folder) if Path(folder).is_dir() else None
+
+
 def check_tokenizer_file(folder: Path | str) -> None:
     """Every recipe leaves the tokenizer beside the card; without it transformers would make one that knows no words.
 
@@ -403,7 +416,7 @@ def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: b
     """
     path, probe = card_path(where), card.probe
     if probe is None:
-        logger.warning("%s: has no probe, so that a changed base or tokenizer would not be noticed", path)
+        logger.warning(NO_PROBE, path)
         return True
     with _as_saved(guard, card):
         (verdict,) = guard.judge([probe.messages])

@@ -16,7 +16,7 @@ from common.engines import apply_adapter
 from common.fit import grow_embeddings
 from common.run import inference_dtype
 from common.templates import Part
-from guards.card import INPUTS, GenerativeCard, LoraCard, card_path, read_card
+from guards.card import INPUTS, GenerativeCard, LoraCard, card_path, local_sha256, read_card
 from guards.classifier import ClassifierGuard
 
 __all__ = ["INPUTS", "LoraGuard", "find_base", "input_kind", "is_adapter"]
@@ -49,7 +49,8 @@ def find_base(
         given: where the user says that it lies; None takes what the card names, or else what PEFT has noted.
 
     Raises:
-        UserError: it cannot be loaded; names the file and the field that name it.
+        UserError: it cannot be loaded, or is a folder with another content than the base that was trained on; names
+            file and field.
     """
     where, name = f"{card_path(folder)}, field base_model", card.base_model
     if given is not None:
@@ -65,6 +66,13 @@ def find_base(
         said = f"{error}".strip().splitlines()[0]
         hint = "if it was moved, say where it is (base_model=…)"
         raise UserError(f"{where}: {name}: no model that can be loaded; {hint}: {said:.200}") from None
+    found = local_sha256(source)
+    if None not in (card.base_sha256, found) and card.base_sha256 != found:
+        raise UserError(
+            f"{card_path(folder)}, field base_sha256: {card.base_sha256:.12}… is the base that the adapters were "
+            f"trained on, and {name} is another ({found:.12}…), with which they give other scores; say where the "
+            "right one is (base_model=…)"
+        )
     return source
 
 

@@ -42,7 +42,8 @@ from common.training import (
     save_full,
     start_over,
 )
-from guards.card import CARD_FILE, GenerativeCard, write_card
+from guards import add_probe
+from guards.card import CARD_FILE, GenerativeCard, local_sha256
 
 logger = logging.getLogger("expguard")
 
@@ -235,9 +236,11 @@ def describe_guard(
         max_length=max_length,
         thresholds=thresholds,
         base_model=model_args.model_name_or_path,
+        base_sha256=local_sha256(model_args.model_name_or_path),
         data={"train": data_name, "validation": validation and validation.name, **facts},
     )
-    write_card(folder, card)
+    unset_hf_deepspeed_config()  # the guard is loaded by this process alone
+    add_probe(folder, card)
     run = manifest(arguments, seed=args.seed, data=facts, train=train_metrics, validation=measured)
     kept = {"best_checkpoint": best and Path(best).name, "log": trainer.state.log_history}
     write_json(folder / "run.json", run | kept)

@@ -28,8 +28,8 @@ from common.data import load_conversations, prompt_key
 from common.fit import fit_causal_lm
 from common.run import inference_dtype, is_main_process, manifest, run_cli, write_json
 from common.training import full_state_dict, save_full, start_over
-from guards import zoo
-from guards.card import GenerativeCard, has_card, read_card, write_card
+from guards import add_probe, zoo
+from guards.card import GenerativeCard, has_card, local_sha256, read_card
 from guards.generative import GenerativeGuard
 
 logger = logging.getLogger("feedback_guard")
@@ -98,9 +98,10 @@ def make_guard(section: PrepareGuard) -> None:
             max_length=MAX_LENGTH,
             thresholds=thresholds,
             base_model=section.base_model,
+            base_sha256=local_sha256(section.base_model),
             fingerprint=fingerprint,
         )
-        write_card(folder, card)
+        add_probe(folder, card)
         start_over(args)
         (folder / "unfinished.json").unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()

@@ -34,6 +34,7 @@ from common.data import (
 from common.data.specs import load_hub
 from common.data.tables import sources
 from common.run import json_lines, write_json, write_text
+from guards.card import CARD_FILE
 
 logger = logging.getLogger("feedback_guard")
 Row = dict[str, Any]
@@ -118,7 +119,7 @@ def _files(folder: Path) -> list[str]:
     found = []
     if folder.is_dir():
         kept = (".safetensors", ".bin", ".model", ".jinja")
-        names = ("config.json", "guard.json", "adapter_config.json", "tokenizer.json")
+        names = ("config.json", CARD_FILE, "adapter_config.json", "tokenizer.json")
         for path in sorted(p for p in folder.iterdir() if p.suffix in kept or p.name in names):
             with path.open("rb") as file:
                 ends = file.read(1 << 20)

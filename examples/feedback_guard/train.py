@@ -50,11 +50,13 @@ from common.training import (
     remove_checkpoint,
     start_over,
 )
+from guards import add_probe
 from guards.card import (
     ArmOrigin,
     GenerativeCard,
     LinearProbeCard,
     has_card,
+    local_sha256,
     read_card,
     write_card,
 )
@@ -182,9 +184,16 @@ class Job:
         """Whether checkpoints of this very arm lie there. Raises UserError when they are another one's."""
         return goes_on(self.folder, self.fingerprint)
 
-    def close(self, card: GenerativeCard | LinearProbeCard) -> None:
-        """Write the card, and remove what only an unfinished arm needs."""
-        write_card(self.folder, card)
+    def close(self, card: GenerativeCard | LinearProbeCard, **options: Any) -> None:
+        """Write the card, and remove what only an unfinished arm needs.
+
+        Args:
+            options: with which the arm is loaded for its probe.
+        """
+        if isinstance(card, GenerativeCard):
+            add_probe(self.folder, card, **options)
+        else:
+            write_card(self.folder, card)
         for checkpoint in checkpoints(self.folder):
             remove_checkpoint(checkpoint)
         (self.folder / "unfinished.json").unlink(missing_ok=True)
@@ -322,7 +331,8 @@ def train_arm(job: Job, shared: Shared, config: Config, rows: list[dict[str, Any
         unwrapped.save_pretrained(job.folder, state_dict=state_dict)
         encoder.tokenizer.save_pretrained(job.folder)
         describe(job, config, {**facts, "log": trainer.state.log_history})
-        job.close(arm_card(job, config))
+        quantized = config.llama_guard.load_in_4bit
+        job.close(arm_card(job, config), load_in_4bit=True if quantized else None)
     trainer.accelerator.wait_for_everyone()
     model.unload()
     base.__dict__.pop("forward", None)  # TRL's, wrapped around the one before with every trainer
@@ -369,7 +379,8 @@ def _fit_probe(job: Job, guard: GenerativeGuard, config: Config) -> None:
 def arm_card(job: Job, config: Config) -> GenerativeCard | LinearProbeCard:
     """What load_guard needs, and what the arm is."""
     base = config.llama_guard.base_model_path
-    origin = {"base_model": base, "arm": job.arm.name, "seed": job.seed, "fingerprint": job.fingerprint}
+    origin = {"base_model": base, "base_sha256": local_sha256(base)}
+    origin |= {"arm": job.arm.name, "seed": job.seed, "fingerprint": job.fingerprint}
     if job.arm.probe:
         return LinearProbeCard(**origin)
     name = read_card(base, GenerativeCard).guard if has_card(base) else zoo_name(base)

@@ -15,7 +15,8 @@ from common import data
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.run import atomic_path
-from guards.card import LoraCard, Threshold, write_card
+from guards import add_probe
+from guards.card import LoraCard, Threshold, local_sha256, write_card
 
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
 BIAS, WEIGHT = "base_model.model.score.bias", "base_model.model.score.weight"
@@ -41,7 +42,13 @@ def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
     model.score = head
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: LoraCard) -> None:
+def save_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: LoraCard,
+    trust_remote_code: bool = False,
+) -> None:
     """Write an adapter folder whole or not at all: stock PEFT files, tokenizer, card. One process calls it.
 
     A stock classifier's head has no bias. Ours goes to guard.json (`head_bias`), so that
@@ -55,7 +62,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     bias = tensors.pop(BIAS, None)
     save_file(tensors, partial / WEIGHTS, {"format": "pt"})
     tokenizer.save_pretrained(partial)
-    write_card(partial, with_bias(card, bias))
+    add_probe(partial, with_bias(card, bias), trust_remote_code=trust_remote_code)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -137,6 +144,7 @@ def guard_card(
         num_hidden_layers=num_hidden_layers,
         thresholds={"flagged": Threshold(value=0.5, how="default")},
         base_model=base,
+        base_sha256=local_sha256(base),
         head_bias=None,
         data=dict(data or {}),
     )

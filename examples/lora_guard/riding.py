@@ -35,7 +35,7 @@ from common.run import device as default_device
 from common.run import inference_dtype, is_main_process
 from common.templates import Part, control_ids, encode, render, render_chat
 from guards.base import check_tokenizer, number_format
-from guards.card import LoraCard, card_path, check_scores, check_tokenizer_file, read_card
+from guards.card import NO_PROBE, LoraCard, card_path, check_scores, check_tokenizer_file, read_card
 from guards.lora import find_base, input_kind
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class GuardedChat:
         """The probe of guard.json, judged as everything is judged here."""
         probe = self.card.probe
         if probe is None:
-            logger.warning("%s: has no probe, so that a changed base would not be noticed", card_path(self.folder))
+            logger.warning(NO_PROBE, card_path(self.folder))
             return
         ((unsafe, categories),) = self.judge_texts([probe.messages])
         label = "prompt_unsafe" if input_kind(probe.messages) == "prompt" else "response_unsafe"

@@ -155,7 +155,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_loss_func=loss,
         compute_metrics=lambda prediction: paper_metrics(prediction, not args.no_unsafe_head, eval_name),
-        callbacks=[EveryEpoch(card, tokenizer, eval_name)],
+        callbacks=[EveryEpoch(card, tokenizer, eval_name, args.trust_remote_code)],
         settings=run_settings(args),
     )
     if checkpoint is None:
@@ -314,8 +314,9 @@ def epoch_folders(folder: Path) -> list[Path]:
 class EveryEpoch(TrainerCallback):
     """After each epoch: its adapter folder, metrics.csv and train_losses.csv, from the history that a resume keeps."""
 
-    def __init__(self, card: LoraCard, tokenizer: PreTrainedTokenizerBase, eval_name: str):
+    def __init__(self, card: LoraCard, tokenizer: PreTrainedTokenizerBase, eval_name: str, trust: bool):
         self.card, self.tokenizer, self.eval_name = card, tokenizer, eval_name
+        self.trust = trust  # code that comes with the base
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A run that was killed between a checkpoint and its adapter folder gets that folder when it is resumed."""
@@ -327,7 +328,7 @@ class EveryEpoch(TrainerCallback):
             return
         epoch, rows = round(state.epoch) - 1, epoch_metrics(state)
         card = with_threshold(self.card, rows[-1] if rows else {}, self.eval_name)
-        save_adapter(model, self.tokenizer, Path(args.output_dir) / f"epoch-{epoch}", card)
+        save_adapter(model, self.tokenizer, Path(args.output_dir) / f"epoch-{epoch}", card, self.trust)
         write_csv(Path(args.output_dir) / "metrics.csv", rows, "epoch")
         losses = [{"global_step": e["step"], "train/loss": e["loss"]} for e in state.log_history if "loss" in e]
         write_csv(Path(args.output_dir) / "train_losses.csv", losses, "global_step")
@@ -363,7 +364,8 @@ def finish(trainer, args: GuardArguments, card: LoraCard, test_set, eval_name: s
     best = round(int(kept.rpartition("-")[2]) / steps) - 1 if kept else args.epochs - 1
     scores = next((row for row in rows if row["epoch"] == best), {})
     model = trainer.accelerator.unwrap_model(trainer.model)  # the best epoch's weights, or the last's
-    save_adapter(model, trainer.processing_class, folder / "best", with_threshold(card, scores, eval_name))
+    card = with_threshold(card, scores, eval_name)
+    save_adapter(model, trainer.processing_class, folder / "best", card, args.trust_remote_code)
     found = columns(test, "test", "test")
     write_csv(folder / "metrics.csv", [row | (found if row["epoch"] == best else {}) for row in rows], "epoch")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

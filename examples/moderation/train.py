@@ -48,7 +48,8 @@ from common.training import (
     start_over,
     useful_token_share,
 )
-from guards.card import CARD_FILE, ClassifierCard, write_card
+from guards import add_probe
+from guards.card import CARD_FILE, ClassifierCard, local_sha256
 
 logger = logging.getLogger("moderation")
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
@@ -345,10 +346,12 @@ def describe_guard(trainer, model_args, data_args, validation, data_report, trai
         max_length=model_args.max_length,
         thresholds={"flagged": threshold},
         base_model=model_args.model_name_or_path,
+        base_sha256=local_sha256(model_args.model_name_or_path),
         num_hidden_layers=model_args.num_hidden_layers,
         data=data,
     )
-    write_card(folder, card)
+    unset_hf_deepspeed_config()  # the guard is loaded by this process alone
+    add_probe(folder, card, trust_remote_code=model_args.trust_remote_code)
     arguments = [model_args, data_args, trainer.args]
     run = manifest(arguments, seed=trainer.args.seed, data=data_report, train=train_metrics, validation=scores)
     write_json(folder / "run.json", run | {"log": trainer.state.log_history})

@@ -225,6 +225,22 @@ def test_nobody_touches_what_is_private(room):
         assert private_names(path) == PRIVATE.get(str(path.relative_to(ROOT)), set()), path
 
 
+# What hashes a folder lists the card among its files, and does not read it.
+OTHER_CARD_FILES = {"common/keep.py"}
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_one_file_reads_and_writes_guard_json(room):
+    """Elsewhere it is named in sentences, and never as a path."""
+    for path in python_files(room):
+        name = str(path.relative_to(ROOT))
+        if name == "guards/card.py" or name in OTHER_CARD_FILES:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value.rpartition("/")[2] != "guard.json" or " " in node.value, path
+
+
 # --- scripts and their flags ------------------------------------------------------------------------------------------
 
 
