@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 NO_PROBE = "%s: has no probe, so that nobody can check base and tokenizer; guards.add_probe(folder) adds one"
 CARD_FILE = "guard.json"
 INPUTS = ("pair", "prompt", "response")
+POOLING = "last attended token"  # where the head of a decoder reads
 
 # How far the log-odds of a probe may move between two machines, by the coarser of the two number formats. The logits
 # of a 16-bit model are rounded to 1/8 where they are large; 4 bits change the weights themselves.
@@ -155,7 +156,7 @@ class LabelledCard(GuardCard):
 
     template: str = Field(description="the name of the prompt template that it was trained with")
     labels: list[Text] = Field(min_length=1, description="one name for each output of the head, in their order")
-    pooling: Literal["last attended token"] = "last attended token"
+    pooling: Literal["last attended token", "first token", "mean of the attended tokens"] = POOLING
     num_hidden_layers: Count | None = None
 
     @field_validator("template")
@@ -368,9 +369,7 @@ def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) ->
         return
     for i, (told, own) in enumerate(zip(card.labels, names, strict=True)):
         if told != own:
-            raise UserError(
-                f"{path}, field labels: output {i} is {told!r} there, and {own!r} in config.json (id2label)"
-            )
+            raise UserError(f"{path}, field labels: output {i} is {told!r}, in config.json (id2label) {own!r}")
 
 
 def has_no_names(names: Sequence[str]) -> bool:

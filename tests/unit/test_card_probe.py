@@ -1,0 +1,387 @@
+"""The probe in guard.json: a folder whose base, tokenizer, template, labels or adapter is another one is refused.
+
+Every fault here once loaded without a word, and gave other scores than those that were trained.
+"""
+
+import json
+import logging
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from scripts import module
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.conversation import UserError, pair
+from common.data import taxonomy
+from guards import add_probe, load_guard
+from guards.card import (
+    ClassifierCard,
+    GenerativeCard,
+    check_scores,
+    local_sha256,
+    outputs,
+    read_card,
+    write_card,
+)
+
+CATEGORIES = taxonomy("beavertails")
+TALK = [pair("How do I get into my neighbour's house?", "Ask him for a key.")]
+KINDS = ["classifier", "lora", "generative", "arm"]
+
+
+# --- guards of every kind, as a recipe leaves them --------------------------------------------------------------------
+
+
+def save_classifier(folder: Path, tiny_classifier) -> None:
+    tiny_classifier(folder, labels=[f"LABEL_{i}" for i in range(14)])
+    add_probe(folder, ClassifierCard(template="beavertails", labels=CATEGORIES, max_length=512))
+
+
+def save_generative(folder: Path) -> None:
+    families.save(folder, "qwen2", ["safe", "unsafe"], seed=13)
+    add_probe(folder, GenerativeCard(guard="expguard", max_length=700))
+
+
+def save_arm(folder: Path, base: Path) -> None:
+    """A LoRA adapter on a guard that writes its verdict."""
+    families.save(base, "llama2", ["safe", "unsafe"], seed=3)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    add_probe(folder, GenerativeCard(guard="llama-guard", max_length=700, base_model=str(base)))
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory, tiny_classifier, guard, bases) -> Path:
+    root = tmp_path_factory.mktemp("originals")
+    save_classifier(root / "classifier", tiny_classifier)
+    shutil.copytree(guard, root / "lora")
+    shutil.copytree(bases["llama"], root / "lora-base")
+    save_generative(root / "generative")
+    save_arm(root / "arm", root / "arm-base")
+    return root
+
+
+@pytest.fixture
+def folders(originals, tmp_path) -> Path:
+    """A copy of all of them, to spoil, whose adapters name the bases of the copy."""
+    root = Path(shutil.copytree(originals, tmp_path / "guards"))
+    for name in ("lora", "arm"):
+        change_card(root / name, base_model=str(root / f"{name}-base"))
+    return root
+
+
+def change_card(folder: Path, without: str | None = None, **changes) -> None:
+    """Change the file by hand, as a user can."""
+    path = folder / "guard.json"
+    card = json.loads(path.read_text()) | changes
+    card.pop(without, None)
+    path.write_text(json.dumps(card))
+
+
+def load(folder: Path, **options):
+    return load_guard(str(folder), progress=False, **options)
+
+
+def refusal(folder: Path, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        load(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- what is as it was ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guard_that_is_as_it_was_loads(folders, kind, caplog):
+    probe = read_card(folders / kind).probe
+    (said,) = load(folders / kind).judge([probe.messages])
+    assert outputs(said) == pytest.approx(probe.scores, abs=1e-5)
+    assert probe.dtype == "float32" and "no probe" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_older_card_without_probe_loads_and_says_so(folders, kind, caplog):
+    change_card(folders / kind, without="probe")
+    with caplog.at_level(logging.WARNING):
+        assert load(folders / kind).judge(TALK)[0].error is None
+    lines = [line for line in caplog.messages if "has no probe" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{folders / kind}/guard.json: ")
+
+
+def test_what_is_asked_for_is_no_fault(folders, caplog):
+    """Another template, or other words for the labels, is another guard by the user's own wish."""
+    load(folders / "classifier", template="last_turn")
+    load(folders / "classifier", labels=CATEGORIES[::-1])
+    load(folders / "arm", adapter=str(folders / "arm"))
+    assert "no probe" not in caplog.text
+
+
+def test_a_short_room_is_no_fault(folders):
+    """The probe is judged with the room that the guard was trained with, whatever it is given now."""
+    assert load(folders / "lora", max_length=40).max_length == 40
+    assert load(folders / "lora", max_length=16, long_inputs="error").long_inputs == "error"
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def other_weights(folder: Path, name: str = "model.safetensors") -> None:
+    """The same shapes with other numbers: half of each, but for the norms."""
+    path = folder / name
+    tensors = {key: value * 0.5 for key, value in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+def other_tokenizer(folder: Path) -> None:
+    """The same ids for other pieces: a vocabulary in another order."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        names = list(vocabulary)
+        content["model"]["vocab"] = dict(zip(names[::-1], vocabulary.values(), strict=True))
+        content["model"]["merges"] = []
+    else:
+        plain = vocabulary[259:]
+        content["model"]["vocab"] = vocabulary[:259] + plain[::-1]
+    path.write_text(json.dumps(content))
+
+
+def other_chat_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("Task:", "Task, to be done:"))
+
+
+FAULTS = {
+    "classifier: weights": lambda root: other_weights(root / "classifier"),
+    "classifier: tokenizer": lambda root: other_tokenizer(root / "classifier"),
+    "classifier: labels": lambda root: change_card(root / "classifier", labels=CATEGORIES[::-1]),
+    "classifier: template": lambda root: change_card(root / "classifier", template="lora_guard"),
+    "lora: base": lambda root: other_weights(root / "lora-base"),
+    "lora: adapter": lambda root: other_weights(root / "lora", "adapter_model.safetensors"),
+    "lora: tokenizer": lambda root: other_tokenizer(root / "lora"),
+    "lora: labels": lambda root: change_card(root / "lora", labels=["unsafe", *CATEGORIES[::-1]]),
+    "lora: unsafe label": lambda root: change_card(root / "lora", labels=[*CATEGORIES, "unsafe"]),
+    "lora: template": lambda root: change_card(root / "lora", template="beavertails"),
+    "lora: depth": lambda root: change_card(root / "lora", num_hidden_layers=2),
+    "lora: bias": lambda root: change_card(root / "lora", head_bias=[0.0] * 15),
+    "generative: weights": lambda root: other_weights(root / "generative"),
+    "generative: tokenizer": lambda root: other_tokenizer(root / "generative"),
+    "generative: guard": lambda root: change_card(root / "generative", guard="polyguard-qwen"),
+    "arm: base": lambda root: other_weights(root / "arm-base"),
+    "arm: adapter": lambda root: other_weights(root / "arm", "adapter_model.safetensors"),
+    "arm: tokenizer": lambda root: other_tokenizer(root / "arm"),
+    "arm: chat template": lambda root: other_chat_template(root / "arm"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_another_guard_than_was_saved_is_refused(folders, fault):
+    FAULTS[fault](folders)
+    folder = folders / fault.partition(":")[0]
+    said = refusal(folder)
+    if "no token that tells" not in said:  # a tokenizer that cannot write the verdict words
+        assert said.startswith(
+            f"{folder}: is no adapter of" if fault == "lora: depth" else f"{folder}/guard.json, field "
+        )
+
+
+@pytest.mark.parametrize("fault", ["lora: base", "lora: adapter", "lora: tokenizer", "lora: labels", "lora: bias"])
+def test_a_guard_that_rides_along_is_refused_too(folders, fault):
+    FAULTS[fault](folders)
+    riding = module("lora_guard", "riding")
+    with pytest.raises(UserError, match=r"lora/guard\.json, field probe: "):
+        riding.GuardedChat(folders / "lora", device="cpu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_without_its_tokenizer_is_refused(folders, kind):
+    """transformers makes a tokenizer without words, with which every text is the same."""
+    (folders / kind / "tokenizer.json").unlink()
+    assert refusal(folders / kind).startswith(f"{folders / kind}/tokenizer.json: is missing")
+
+
+def test_a_model_of_the_hub_without_its_tokenizer_is_refused(tmp_path):
+    families.save(tmp_path, "qwen2", ["safe", "unsafe"], seed=3)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="its tokenizer knows no words"):
+        load_guard("expguard", model=str(tmp_path), progress=False)
+
+
+def test_labels_in_another_order_than_the_models_own(tmp_path, tiny_classifier):
+    """Where the model names its outputs, the card is compared with it."""
+    folder = tiny_classifier(tmp_path)
+    names = [CATEGORIES[1], CATEGORIES[0], *CATEGORIES[2:]]
+    write_card(folder, ClassifierCard(template="beavertails", labels=names, max_length=512))
+    said = refusal(folder)
+    assert f"{folder}/guard.json, field labels: output 0 is {names[0]!r}" in said
+    assert f"in config.json (id2label) {names[1]!r}" in said
+
+
+def test_labels_that_are_not_as_many_as_the_heads_outputs(folders):
+    change_card(folders / "lora", labels=CATEGORIES, head_bias=None)
+    said = refusal(folders / "lora")
+    assert f"{folders}/lora/guard.json, field labels: names 14 outputs, the head in adapter_model" in said
+
+
+@pytest.mark.parametrize("depth", [4, 99])
+def test_more_layers_than_the_base_has(folders, depth):
+    change_card(folders / "lora", num_hidden_layers=depth)
+    assert refusal(folders / "lora").startswith(
+        f"{folders}/lora/guard.json, field num_hidden_layers: {depth}; the base {folders}/lora-base has 3 layers"
+    )
+
+
+# --- a base that moved ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "arm"])
+def test_a_base_that_moved_is_found_where_the_user_says(folders, kind):
+    before = load(folders / kind).judge(TALK)
+    (folders / f"{kind}-base").rename(folders / "moved")
+    said = refusal(folders / kind)
+    assert said.startswith(f"{folders / kind}/guard.json, field base_model: {folders}/{kind}-base: ")
+    assert "base_model=…" in said
+    after = load(folders / kind, base_model=str(folders / "moved")).judge(TALK)
+    assert after[0].response_unsafe == pytest.approx(before[0].response_unsafe, abs=1e-6)
+    assert refusal(folders / kind, base_model="nowhere/x").startswith("base_model: nowhere/x: ")
+
+
+def test_the_base_that_peft_has_noted(folders):
+    """Where the card names none; what PEFT noted is the folder of the first save."""
+    change_card(folders / "arm", without="base_model")
+    path = folders / "arm/adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "nowhere/x"}))
+    assert refusal(folders / "arm").startswith(f"{path}, field base_model_name_or_path: nowhere/x: ")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "generative"])
+def test_whole_weights_have_no_base(folders, kind):
+    assert "base_model" in refusal(folders / kind, base_model=str(folders / "lora-base"))
+
+
+@pytest.mark.parametrize("kind", ["lora", "arm"])
+def test_another_base_is_told_by_its_fingerprint(folders, kind):
+    """Even where no probe tells it."""
+    base = folders / f"{kind}-base"
+    change_card(folders / kind, base_sha256=local_sha256(str(base)), probe=None)
+    load(folders / kind)
+    right = shutil.copytree(base, folders / "right")
+    other_weights(base)
+    said = refusal(folders / kind)
+    assert said.startswith(f"{folders / kind}/guard.json, field base_sha256: ") and str(base) in said
+    load(folders / kind, base_model=str(right))
+
+
+def test_the_fingerprint_of_a_base():
+    assert local_sha256("some/hub-id") is None
+
+
+# --- number formats ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "dtype", "fits"),
+    [
+        (0.7, 0.7001, "float32", True),
+        (0.706, 0.468, "float32", False),
+        (0.706, 0.468, "bfloat16", False),
+        (0.7, 0.72, "float32", False),
+        (0.7, 0.72, "bfloat16", True),
+        (1e-9, 1e-7, "float32", True),
+        (1.0, 1 - 1e-7, "float32", True),
+        (1e-3, 1e-2, "float32", False),
+        (1e-3, 1e-2, "bfloat16", False),
+        (1e-4, 0.0, "server", True),
+        (0.0, 0.5, "server", False),
+        (0.7, float("nan"), "float32", False),
+    ],
+)
+def test_the_tolerance_is_that_of_the_number_format(folders, saved, now, dtype, fits):
+    probe = read_card(folders / "lora").probe.model_copy(update={"scores": {"unsafe": saved}})
+    if fits:
+        check_scores({"unsafe": now}, dtype, probe, folders)
+        return
+    with pytest.raises(UserError, match=r"guard\.json, field probe: unsafe of its text is"):
+        check_scores({"unsafe": now}, dtype, probe, folders)
+    with pytest.raises(UserError, match=r"field probe\.scores: the guard has no output 'unsafe'"):
+        check_scores({"safe": now}, dtype, probe, folders)
+
+
+# --- a server ---------------------------------------------------------------------------------------------------------
+
+
+class Served(ThreadingHTTPServer):
+    """An OpenAI-compatible server of one guard's model."""
+
+    def __init__(self, guard):
+        super().__init__(("127.0.0.1", 0), Completions)
+        self.guard, self.url = guard, f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Completions(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        guard = self.server.guard
+        every = range(len(guard.tokenizer))
+        ((logprobs, top),) = guard.model.next_token([body["prompt"]], every)
+        names = {f"token_id:{i}": logprobs[i] for i in every}
+        choice = {"index": 0, "text": "", "finish_reason": "length"}
+        choice["logprobs"] = {"tokens": [f"token_id:{top}"], "top_logprobs": [names]}
+        answer = {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(guard) -> str:
+        servers.append(Served(guard))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1].url
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_is_asked_the_probe_before_its_first_verdict(folders, serve):
+    """It may not be up when the guard is made, and it may serve another model than the folder's."""
+    folder = folders / "generative"
+    right = load(folder)
+    remote = load(folder, engine="server", server_url=serve(right), server_model="m")
+    assert remote.judge(TALK)[0].prompt_unsafe == pytest.approx(right.judge(TALK)[0].prompt_unsafe, abs=1e-3)
+    families.save(folders / "other", "qwen2", ["safe", "unsafe"], seed=5)
+    other = load_guard("expguard", model=str(folders / "other"), progress=False)
+    wrong = load(folder, engine="server", server_url=serve(other), server_model="m")
+    with pytest.raises(UserError, match=r"generative/guard\.json, field probe: "):
+        wrong.judge(TALK)
+
+
+def test_a_server_that_is_not_up_gives_error_verdicts(folders):
+    options = {"engine": "server", "server_url": "http://127.0.0.1:9/v1", "server_model": "m"}
+    guard = load(folders / "generative", **options)
+    for _ in range(2):  # and it is asked its probe again
+        assert guard.judge(TALK)[0].error is not None and guard.pending_check is not None
