@@ -1,5 +1,6 @@
 """The record that everything speaks: chat messages with labels, and what a guard says of them."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ Messages = Sequence[Message]
 ROLES = ("system", "user", "assistant")
 OTHER_ROLES = {"developer": "system"}  # of OpenAI's format
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type: its field
+FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
 LABELS = ("prompt_unsafe", "response_unsafe", "response_refusal")
 
 FEATURES = Features(
@@ -64,6 +66,14 @@ class Verdict:
                 f"this guard does not judge {label}; it judges {[n for n in LABELS if getattr(self, n) is not None]}"
             )
         return value
+
+
+def log_odds(probability: float, farthest: float = FARTHEST) -> float:
+    """log(p / (1 - p)), at most `farthest` from 0: by so much two guards' probabilities differ."""
+    if not 0 < probability < 1:
+        return math.copysign(farthest, probability - 0.5)
+    odds = math.log(probability) - math.log1p(-probability)
+    return max(-farthest, min(farthest, odds))
 
 
 def last_turns(messages: Messages) -> tuple[str | None, str | None]:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.conversation import UserError
+from common.conversation import UserError, log_odds
 from common.run import file_mode
 
 QUANTIZED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
@@ -240,16 +240,6 @@ def _dequantized(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor])
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
-
-FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
-
-
-def log_odds(probability: float) -> float:
-    """log(p / (1 - p)), at most FARTHEST from 0."""
-    if not 0 < probability < 1:
-        return math.copysign(FARTHEST, probability - 0.5)
-    odds = math.log(probability) - math.log1p(-probability)
-    return max(-FARTHEST, min(FARTHEST, odds))
 
 
 def check_equal(

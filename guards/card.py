@@ -7,7 +7,6 @@ are still those.
 """
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,16 @@ from pydantic import (
 )
 
 from common.bundled import resolve_model
-from common.conversation import LABELS, Message, UserError, Verdict, check_messages, pair
+from common.conversation import (
+    FARTHEST,
+    LABELS,
+    Message,
+    UserError,
+    Verdict,
+    check_messages,
+    log_odds,
+    pair,
+)
 from common.keep import fingerprint
 from common.run import write_json
 from common.templates import render, template_text
@@ -41,9 +49,9 @@ POOLING = "last attended token"  # where the head of a decoder reads
 # How far the log-odds of a probe may move between two machines, by the coarser of the two number formats. The logits
 # of a 16-bit model are rounded to 1/8 where they are large; 4 bits change the weights themselves.
 TOLERANCE = {"float32": 0.02, "float16": 0.5, "bfloat16": 0.5, "4bit": 2.0, "server": 0.5}
-# Log-odds are compared up to here. Beyond 12, probabilities in float32 hold no digits, and a server, which tells the
-# most likely tokens alone, calls impossible what is only unlikely.
-FARTHEST = {"float32": 12.0, "float16": 12.0, "bfloat16": 12.0, "4bit": 12.0, "server": 5.0}
+# A server tells the most likely tokens alone, so that it calls impossible what is only unlikely. Its log-odds are
+# compared up to here.
+SERVER_FARTHEST = 5.0
 
 # What a probe says: borderline, so that the outputs of a trained guard lie apart. The later ones are for guards that
 # judge no such conversation, or have no room for it.
@@ -439,11 +447,11 @@ def check_scores(said: Mapping[str, float], dtype: str, probe: Probe, where: Pat
     """
     path = card_path(where)
     tolerance = max(TOLERANCE[probe.dtype], TOLERANCE[dtype])
-    farthest = min(FARTHEST[probe.dtype], FARTHEST[dtype])
+    farthest = SERVER_FARTHEST if dtype == "server" else FARTHEST
     for name, saved in probe.scores.items():
         if name not in said:
             raise UserError(f"{path}, field probe.scores: the guard has no output {name!r}; it has {', '.join(said)}")
-        difference = _log_odds(said[name], farthest) - _log_odds(saved, farthest)
+        difference = log_odds(said[name], farthest) - log_odds(saved, farthest)
         if not abs(difference) <= tolerance:
             raise UserError(
                 f"{path}, field probe: {name} of its text is {said[name]:.3f}, and was {saved:.3f} when the guard was "
@@ -462,11 +470,3 @@ def _as_saved(guard: Guard, card: GuardCard) -> Iterator[None]:
         yield
     finally:
         vars(guard).update(before)
-
-
-def _log_odds(probability: float, farthest: float) -> float:
-    """log(p / (1 - p)), at most `farthest` from 0."""
-    if not 0 < probability < 1:
-        return math.copysign(farthest, probability - 0.5)
-    odds = math.log(probability) - math.log1p(-probability)
-    return max(-farthest, min(farthest, odds))

@@ -6,13 +6,14 @@ Every fault here once loaded without a word, and gave other scores than those th
 import json
 import logging
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
+import completions
 import families
 import pytest
 import torch
+from completions import token
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scripts import module
@@ -31,6 +32,7 @@ from guards.card import (
     write_card,
 )
 
+serve = completions.serve  # a fixture
 CATEGORIES = taxonomy("beavertails")
 TALK = [pair("How do I get into my neighbour's house?", "Ask him for a key.")]
 KINDS = ["classifier", "lora", "generative", "arm"]
@@ -325,57 +327,26 @@ def test_the_tolerance_is_that_of_the_number_format(folders, saved, now, dtype, 
 # --- a server ---------------------------------------------------------------------------------------------------------
 
 
-class Served(ThreadingHTTPServer):
-    """An OpenAI-compatible server of one guard's model."""
+def served(guard) -> Callable[[dict], tuple[int, dict]]:
+    """What a server says that serves the model of a guard."""
 
-    def __init__(self, guard):
-        super().__init__(("127.0.0.1", 0), Completions)
-        self.guard, self.url = guard, f"http://127.0.0.1:{self.server_address[1]}/v1"
+    def rule(body: dict) -> tuple[int, dict]:
+        (said,) = guard.model.next_token([body["prompt"]], range(len(guard.tokenizer)))
+        likely = sorted(enumerate(said.logprobs), key=lambda one: -one[1])
+        return token(dict(likely))
 
-
-class Completions(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        guard = self.server.guard
-        every = range(len(guard.tokenizer))
-        ((logprobs, top),) = guard.model.next_token([body["prompt"]], every)
-        names = {f"token_id:{i}": logprobs[i] for i in every}
-        choice = {"index": 0, "text": "", "finish_reason": "length"}
-        choice["logprobs"] = {"tokens": [f"token_id:{top}"], "top_logprobs": [names]}
-        answer = {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(guard) -> str:
-        servers.append(Served(guard))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return servers[-1].url
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return rule
 
 
 def test_a_server_is_asked_the_probe_before_its_first_verdict(folders, serve):
     """It may not be up when the guard is made, and it may serve another model than the folder's."""
     folder = folders / "generative"
     right = load(folder)
-    remote = load(folder, engine="server", server_url=serve(right), server_model="m")
+    remote = load(folder, engine="server", server_url=serve(served(right)).url, server_model="m")
     assert remote.judge(TALK)[0].prompt_unsafe == pytest.approx(right.judge(TALK)[0].prompt_unsafe, abs=1e-3)
     families.save(folders / "other", "qwen2", ["safe", "unsafe"], seed=5)
     other = load_guard("expguard", model=str(folders / "other"), progress=False)
-    wrong = load(folder, engine="server", server_url=serve(other), server_model="m")
+    wrong = load(folder, engine="server", server_url=serve(served(other)).url, server_model="m")
     with pytest.raises(UserError, match=r"generative/guard\.json, field probe: "):
         wrong.judge(TALK)
 
