@@ -52,7 +52,7 @@ from common.training import (
     start_over,
     useful_token_share,
 )
-from guards.card import INPUTS, LoraCard
+from guards.card import INPUTS, LoraCard, has_card
 
 logger = logging.getLogger("lora_guard")
 
@@ -306,8 +306,8 @@ def add_adapters(model: PreTrainedModel, args: GuardArguments) -> PeftModel:
 
 
 def epoch_folders(folder: Path) -> list[Path]:
-    """The adapter folders of an earlier run: `epoch-<number>` with its guard.json, and nothing of the user's."""
-    found = [path.parent for path in folder.glob("epoch-*/guard.json")]
+    """The adapter folders of an earlier run: `epoch-<number>` with its card, and nothing of the user's."""
+    found = [path for path in folder.glob("epoch-*") if has_card(path)]
     return [path for path in found if path.name.removeprefix("epoch-").isdigit()]
 
 

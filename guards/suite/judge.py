@@ -1,7 +1,6 @@
 """What is judged and by whom, and the verdicts, kept as they come so that a killed run goes on."""
 
 import gc
-import json
 import logging
 import re
 import shutil
