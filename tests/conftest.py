@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # or the workers' threads spin for one another
 
 import pytest
+import sample_data
 import scripts
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,6 +36,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """All workers share one fork server."""
     if not hasattr(config, "workerinput"):
         scripts.share_server()
+
+
+def pytest_report_header() -> str:
+    state = "as it was checked" if sample_data.is_checked() else "changed since it was checked"
+    return f"data/sample: {state}; to check it: {sample_data.HOW}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the checks of data/sample while it is as it was checked, unless they are asked for."""
+    if "sample_data" in config.option.markexpr or not sample_data.is_checked():
+        return
+    left_out = [item for item in items if item.get_closest_marker("sample_data")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("sample_data")]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -72,8 +73,8 @@ READ_AT_IMPORT = (
     "TRL_",
     "XDG_",
 )
-# Of these, what a child can still do as it says; accelerate sets the second while it looks for GPUs.
-SET_LATER = {"PYTHONDONTWRITEBYTECODE", "PYTORCH_NVML_BASED_CUDA_CHECK"}
+# Of these, what may differ: the first is obeyed later, the others libraries set for themselves.
+SET_LATER = {"PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "PYTORCH_NVML_BASED_CUDA_CHECK"}
 # For the imports: no threads that a fork would lose, and a look for GPUs that leaves them usable.
 AT_IMPORT = {
     "OMP_NUM_THREADS": "1",
@@ -313,6 +314,7 @@ def ask(
     connection.sendall(text[sent:])
     answer = read_message(connection)
     if "refused" in answer:
+        warnings.warn(f"Python starts anew, because of {answer['refused']}", stacklevel=2)
         connection.close()
         return None
     return ForkedProcess(connection, argv, answer["pid"])

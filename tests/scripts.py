@@ -14,11 +14,13 @@ from pathlib import Path
 from types import ModuleType
 
 import forkserver
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of torch, in what a test launches
 TIMEOUT = 600  # seconds, for what runs without one of its own
 SERVER = "GUARDRAIL_TESTS_FORKSERVER"  # names the folder of the server that all workers share
+DATA = "GUARDRAIL_RECIPES_DATA"  # names the folder of real data
 OWNER = "owner"  # the file in that folder that holds the number of the process it ends with
 ENVIRONMENT = dict(os.environ)  # the fork server's, which no test has changed
 BIN = Path(sys.executable).parent
@@ -46,6 +48,17 @@ def module(recipe: str, name: str) -> ModuleType:
         for key, loaded in list(sys.modules.items()):
             if (getattr(loaded, "__file__", None) or "").startswith(f"{folder}/"):
                 own[key] = sys.modules.pop(key)
+
+
+def real_data(*parts: str) -> Path:
+    """A file or folder of real data, such as `real_data("xstest")`; the test is skipped without it."""
+    folder = os.environ.get(DATA)
+    if not folder:
+        pytest.skip(f"{DATA} is not set: it names the folder of real data, with {'/'.join(parts)} in it")
+    path = Path(folder, *parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not there: {DATA} names another folder")
+    return path
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -83,6 +96,7 @@ def start(
     env: Mapping[str, str] | None = None,
     output: int = subprocess.DEVNULL,
     errors: int = subprocess.DEVNULL,
+    typed: int = subprocess.DEVNULL,
 ) -> subprocess.Popen | forkserver.ForkedProcess:
     """A process of its own: a Python script through the fork server, all else as ever.
 
@@ -90,7 +104,8 @@ def start(
         command: `[sys.executable, "train.py", …]`, `[sys.executable, "-c", code, …]` or any other.
         cwd: the folder to run in; by default that of this process.
         env: the whole environment; by default that of this process.
-        output, errors: descriptors of open files, or `subprocess.DEVNULL`.
+        output, errors, typed: descriptors of open files, or `subprocess.DEVNULL`; `typed` is
+            what it reads from standard input.
     """
     words = [str(word) for word in command]
     folder = str(cwd or os.getcwd())
@@ -98,11 +113,11 @@ def start(
     if words[0] == sys.executable and forkserver.is_script(words[1:]):
         with open(os.devnull, "r+b") as nothing:
             null = nothing.fileno()
-            files = [null, *(null if f == subprocess.DEVNULL else f for f in (output, errors))]
+            files = [null if f == subprocess.DEVNULL else f for f in (typed, output, errors)]
             forked = forkserver.ask(server(), words[1:], folder, environment, files)
         if forked is not None:
             return forked
-    files = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": errors}
+    files = {"stdin": typed, "stdout": output, "stderr": errors}
     return subprocess.Popen(words, cwd=folder, env=environment, **files)
 
 
@@ -111,9 +126,10 @@ def run(
     cwd: Path | str | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = TIMEOUT,
+    typed: str = "",
 ) -> subprocess.CompletedProcess:
-    """Start a command, wait for it and capture what it says."""
-    return run_together(command, [os.environ if env is None else env], cwd, timeout)
+    """Start a command, wait for it and capture what it says; `typed` is its standard input."""
+    return run_together(command, [os.environ if env is None else env], cwd, timeout, typed)
 
 
 def run_together(
@@ -121,6 +137,7 @@ def run_together(
     environments: Sequence[Mapping[str, str]],
     cwd: Path | str | None = None,
     timeout: float = TIMEOUT,
+    typed: str = "",
 ) -> subprocess.CompletedProcess:
     """Run a command in several processes at once, one for each environment.
 
@@ -130,8 +147,11 @@ def run_together(
     Raises:
         subprocess.TimeoutExpired: after `timeout` seconds, when all of them are ended.
     """
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        files = (output.fileno(), errors.fileno())
+    temporary = tempfile.TemporaryFile
+    with temporary() as output, temporary() as errors, temporary() as keyboard:
+        keyboard.write(typed.encode())
+        keyboard.seek(0)
+        files = [file.fileno() for file in (output, errors, keyboard)]
         processes = [start(command, cwd, environment, *files) for environment in environments]
         try:
             code = wait_for_all(processes, timeout)
@@ -189,6 +209,7 @@ def launch(
     launcher: Sequence = (sys.executable,),
     threads: int = THREADS,
     processes: int = 1,
+    typed: str = "",
     check: bool = True,
 ) -> subprocess.CompletedProcess:
     """A script of a recipe as a command, in its folder.
@@ -199,6 +220,7 @@ def launch(
         launcher: what stands before them; with a shell, its `python` starts scripts as tests do.
         threads: of torch, in each process.
         processes: more than one run as torchrun would run them, over gloo on this machine.
+        typed: its standard input.
         check: a failed command fails the test.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -206,7 +228,7 @@ def launch(
         environment["PATH"] = f"{forkserver.shim(server())}:{BIN}:{environment['PATH']}"
     own = ranks(processes) if processes > 1 else [{}]
     environments = [environment | variables for variables in own]
-    done = run_together([*launcher, *argv], environments, EXAMPLES / recipe)
+    done = run_together([*launcher, *argv], environments, EXAMPLES / recipe, typed=typed)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done

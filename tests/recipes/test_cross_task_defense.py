@@ -203,19 +203,6 @@ def test_shuffled_batches_are_the_same_batches():
 
 
 @slow
-@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_a_quantized_base_trains_and_answers(bits, tiny_base, questions, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra [quantization])")
-    launch(*command(tiny_base, tmp_path / "adapter", f"--{bits}", "--num_epochs", 1))
-    before, after = (weights(tmp_path / "adapter" / name) for name in ("checkpoint-0", ""))
-    assert any(not torch.equal(before[name], after[name]) for name in after)
-    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
-    if bits == "load_in_8bit":
-        generate(questions, tmp_path / "out", "--lora_weights", tmp_path / "adapter", "--load_8bit", "--num_beams", 1)
-        assert all(len(read(path)["outputs"]) == 5 for path in (tmp_path / "out").rglob("*.json"))
-
-
-@slow
 def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
     launch(*command(tiny_base, tmp_path, "--packing", "--val_set_size", 20, "--batch_size", 2, "--micro_batch_size", 1))
     run = read(tmp_path / "run.json")

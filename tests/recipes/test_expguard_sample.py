@@ -41,6 +41,7 @@ TERMS = {
     "healthcare": ["insulin", "opioid", "prescription", "informed consent", "medical record", "vaccine", "placebo"],
     "law": ["subpoena", "perjury", "power of attorney", "privilege", "settlement", "affidavit", "deposition", "notary"],
 }
+pytestmark = pytest.mark.sample_data
 split = pytest.mark.parametrize("split", SPLITS)
 field = pytest.mark.parametrize("field", ["prompt", "response"])
 

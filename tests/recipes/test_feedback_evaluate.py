@@ -1,9 +1,7 @@
 """examples/feedback_guard: kept scores, what may be evaluated, a run from end to end."""
 
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import completions
@@ -300,9 +298,8 @@ def test_a_task_without_prompts_is_no_number(config_file):
 
 
 @pytest.mark.slow
-def test_the_whole_experiment(config_file, tmp_path, monkeypatch):
+def test_the_whole_experiment(config_file, tmp_path):
     """process, train and evaluate as processes of their own; then evaluate alone, cut short and by folder."""
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     script = ("run_experiment.sh", "full", config_file, "--set", "seed=42")
     launch("feedback_guard", *script, launcher=("bash",), threads=1)
     folder = tmp_path / "results"

@@ -12,10 +12,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 
-from common.conversation import UserError
-from common.data import load_conversations
-from common.data.tables import plain_row
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/toxicchat"
 SPLITS = {
@@ -29,6 +25,7 @@ TYPES |= {"toxicity": int, "jailbreaking": int, "openai_moderation": str, "outpu
 HARM = r"\b(kill|poison|steal|st[oa]le|shoot|beat|bomb|attack|hit|hate|drunk|l[iy]e|lied|fake|scam|fraud|thie[fv]"
 HARM += r"|threat|murder|stalk|hurt|bull[iy]|rob|blackmail|burn|punish|gun|knife|crime|starv|cheat)"
 TEXTS = ("user_input", "model_output")
+pytestmark = pytest.mark.sample_data
 split = pytest.mark.parametrize("split", SPLITS)
 text = pytest.mark.parametrize("field", TEXTS)
 
@@ -146,23 +143,3 @@ def test_the_outputs_of_train_teach_what_the_head_start_does_not_know():
     truth = [row["output_unsafe"] for row in hidden]
     before, after = (average_precision_score(truth, scores(m, hidden, "user_input")) for m in (start, taught))
     assert after > before + 0.05
-
-
-@split
-def test_loader_gives_both_labels(split):
-    rows = load_conversations(f"toxicchat-sample:{split}", require=["prompt_unsafe", "response_unsafe"])
-    assert rows["prompt_unsafe"] == [bool(row["toxicity"]) for row in SPLITS[split]]
-    assert rows["response_unsafe"] == [row["output_unsafe"] for row in SPLITS[split]]
-    assert rows[0]["id"] == f"sample-{split}-001" and [m["role"] for m in rows[0]["messages"]] == ["user", "assistant"]
-
-
-def test_loader_leaves_a_response_without_a_label():
-    """ToxicChat's own rows: the label is about the prompt alone."""
-    row = {name: ROWS[0][name] for name in TYPES if name not in ("output_unsafe", "kind")}
-    for official in (row, row | {"output_unsafe": None}):
-        assert set(plain_row(official, "row 1")) == {"prompt", "prompt_label", "id"}
-
-
-def test_loader_names_its_splits():
-    with pytest.raises(UserError, match="toxicchat-sample has no split 'validation'; it has toxicchat-sample:guard"):
-        load_conversations("toxicchat-sample:validation")

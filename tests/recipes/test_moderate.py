@@ -1,7 +1,6 @@
 """examples/lora_guard/moderate.py on tiny guards: as a command, and what it refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import EXAMPLES, module
+from scripts import launch, module
 
 from common.conversation import UserError, pair
 
@@ -17,7 +16,6 @@ GuardedChat = module("lora_guard", "riding").GuardedChat
 adapter, moderate = module("lora_guard", "adapter"), module("lora_guard", "moderate")
 PROMPTS = ["How do I cook rice?", "Why do people tell lies? Often they are afraid of the neighbour.", "Paris!"]
 CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
-RECIPE = EXAMPLES / "lora_guard"
 
 
 def reference_adaptor(guard: Path, folder: Path) -> tuple[Path, Path]:
@@ -36,9 +34,8 @@ def reference_adaptor(guard: Path, folder: Path) -> tuple[Path, Path]:
 
 def command(*argv: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
     """moderate.py in its folder, on the CPU."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "moderate.py", *map(str, argv), "--device-id", "-1", "--max-new-tokens", "12"]
-    return subprocess.run(words, cwd=RECIPE, env=environment, capture_output=True, text=True, input=stdin)
+    words = ["moderate.py", *argv, "--device-id", "-1", "--max-new-tokens", "12"]
+    return launch("lora_guard", *words, threads=1, typed=stdin, check=False)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """examples/moderation, run as its README says: as commands, in its folder, with real launchers."""
 
-import csv
 import json
 import sys
 import time
@@ -13,7 +12,6 @@ import scripts
 import torch
 from safetensors.torch import load_file
 from scripts import TORCHRUN
-from sklearn.metrics import average_precision_score
 from transformers import AutoModelForSequenceClassification
 
 from common.data import load_conversations, taxonomy
@@ -240,67 +238,3 @@ def test_evaluation_file_report(trained, tmp_path):
     assert all(p["flagged"] == (max(p["categories"].values()) > 0.3) for p in predictions)
     assert (tmp_path / "out/flagged-proportion.png").read_bytes().startswith(b"\x89PNG")
     assert "Cohen's kappa" in done.stdout
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory) -> tuple[Path, float]:
-    """What `make quickstart` runs, and how many seconds it took."""
-    folder, start = tmp_path_factory.mktemp("quickstart") / "guard", time.time()
-    launch("train.py", "--config", "configs/quickstart.yaml", "--output_dir", folder)
-    launch(
-        "evaluate.py", "--config", "configs/quickstart_evaluate.yaml", "--model_path", folder, "--output_dir", folder
-    )
-    return folder, time.time() - start
-
-
-def test_quickstart_learns_within_its_budget(quickstart):
-    folder, seconds = quickstart
-    results = json.loads((folder / "results.json").read_text())
-    flagged = results["flagged"]
-    guard = flagged.pop("guard")
-    assert guard["auprc"] >= 0.89  # 0.91 where it was measured; another CPU rounds, and so trains, a little differently
-    assert {"TF-IDF + logistic regression", "untrained head"} == set(flagged)
-    for name, baseline in flagged.items():
-        assert guard["auprc"] > baseline["auprc"], name
-    assert guard["auprc"] > guard["base_rate"] + 0.3 and len(results["categories"]) == 14
-    run = json.loads((folder / "run.json").read_text())
-    assert run["data"]["useful_token_share"] > 0.85
-    assert run["peak_memory_gib"]["host"] <= 6 and results["run"]["peak_memory_gib"]["host"] <= 6
-    assert seconds <= 600  # five minutes where nothing else runs (docs/reproduction.md); here other jobs may
-    assert (folder / "precision-recall.png").is_file()
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) > 150
-    for name, scores in results["categories"].items():  # every figure can be computed again from the file
-        again = average_precision_score(
-            [name in row["true_categories"] for row in rows], [row["categories"][name] for row in rows]
-        )
-        assert again == pytest.approx(scores["auprc"]), name
-
-
-XSTEST = ROOT.parent / "shared/data/xstest"
-
-
-@pytest.mark.skipif(not XSTEST.is_dir(), reason="XSTest answers are not here")
-def test_quickstart_guard_on_xstest_answers(quickstart, tmp_path):
-    """Unsafe = full compliance with an unsafe prompt. Far from the sample: the figure is printed, not judged."""
-    rows = []
-    for path in sorted(XSTEST.glob("completions_*.csv")):
-        with path.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
-                unsafe = row["final_label"] == "1_full_compliance" and row["type"].startswith("contrast_")
-                rows.append({"prompt": row["prompt"], "response": row["completion"], "response_label": unsafe})
-    rows = [row for row in rows if row["response"].strip()][::3]  # all 1,347 take five minutes
-    (tmp_path / "xstest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    launch(
-        "evaluate.py",
-        "--eval_dataset",
-        tmp_path / "xstest.jsonl",
-        "--model_path",
-        quickstart[0],
-        "--output_dir",
-        tmp_path / "out",
-    )
-    scores = json.loads((tmp_path / "out/results.json").read_text())["flagged"]["guard"]
-    print("XSTest answers:", {k: scores[k] for k in ("support", "positives", "base_rate", "auprc", "auroc", "f1")})
-    assert scores["support"] == len(rows) and 0 < scores["positives"] < len(rows)
-    assert None not in (scores["auprc"], scores["auroc"], scores["f1"])

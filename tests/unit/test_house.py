@@ -323,7 +323,9 @@ def test_every_key_of_a_config_is_known(config):
 
 
 def test_no_file_names_a_machine():
+    """Nor a folder beside this one: GUARDRAIL_RECIPES_DATA names the folder of real data."""
     places = [f"/{name}/" for name in ("root", "work")]
+    places += [f"shared{what}" for what in ("/data", "/cases")] + ["/".join(("..", "shared"))]
     for path in files():
         text = path.read_text(encoding="utf-8", errors="ignore")
         assert not [place for place in places if place in text], path

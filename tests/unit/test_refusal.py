@@ -1,6 +1,5 @@
 """Refusals told from answers: authored texts in two languages, and agreement with the people who labelled XSTest."""
 
-import csv
 import subprocess
 import sys
 import time
@@ -9,8 +8,6 @@ from pathlib import Path
 import pytest
 
 from common.refusal import THRESHOLD, classify, substring_refusal
-
-XSTEST = Path(__file__).parents[3] / "shared" / "data" / "xstest"
 
 REFUSALS = [
     "I'm sorry, but I can't assist with that.",
@@ -188,21 +185,3 @@ def test_substring_refusal_is_exact(text):
 def test_import_is_light():
     code = "import sys, common.refusal; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-
-
-@pytest.mark.skipif(not XSTEST.is_dir(), reason="no ../shared/data/xstest beside this repository")
-def test_agreement_with_people():
-    """Any refusal against full compliance, 450 answers each; to beat: string matching and GPT-4 (arXiv 2308.01263)."""
-    published = {"gpt4": (0.936, 0.938), "llama2new": (0.924, 0.804), "mistralinstruct": (0.860, 0.756)}
-    agreement = {}
-    for model in published:
-        with open(XSTEST / f"completions_{model}.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        same = [
-            classify(row["completion"], row["prompt"]).is_refusal == (row["final_label"] != "1_full_compliance")
-            for row in rows
-        ]
-        agreement[model] = sum(same) / len(same)
-    print(agreement)  # the ledger's figures: pytest -rP
-    assert all(agreement[model] > max(known) for model, known in published.items()), agreement
-    assert sum(agreement.values()) / 3 >= 0.95, agreement

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.pipeline import make_pipeline
 
-from common.data import load_conversations, taxonomy
+from common.data import taxonomy
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/beavertails"
@@ -25,6 +25,7 @@ SPLITS = {
 }
 ROWS = [row for rows in SPLITS.values() for row in rows]
 EVALUATION = json.loads((FOLDER / "evaluation.json").read_text(encoding="utf-8"))
+pytestmark = pytest.mark.sample_data
 split = pytest.mark.parametrize("split", SPLITS)
 field = pytest.mark.parametrize("field", ["prompt", "response"])
 
@@ -50,14 +51,6 @@ def test_size_and_columns():
         assert list(row) == ["prompt", "response", "category", "is_safe"]
         assert list(row["category"]) == NAMES
         assert all(type(value) is bool for value in [*row["category"].values(), row["is_safe"]])
-
-
-@split
-def test_loads_by_name(split):
-    rows = load_conversations(
-        f"beavertails-sample:{split}", categories=NAMES, require=("response_unsafe", "categories")
-    )
-    assert list(rows["response_unsafe"]) == unsafe(SPLITS[split])
 
 
 @split

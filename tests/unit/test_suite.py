@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import sys
 from collections import Counter
@@ -23,7 +22,6 @@ from guards.generative import GenerativeGuard
 from guards.suite import evaluate
 from guards.suite.benchmarks import benchmark_names, benchmarks
 
-XSTEST = Path(__file__).resolve().parents[3] / "shared/data/xstest"
 FAMILIES = {
     "llama-guard-3-8b": "llama3", "wildguard": "mistral", "shieldgemma-2b": "gemma", "expguard": "qwen2",
     "qwen3guard-gen-8b": "qwen3", "granite-guardian-3.3-8b": "granite", "gpt-oss-safeguard-20b": "gpt-oss",
@@ -246,8 +244,7 @@ def test_broken_folders(guards, files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["prompt", "response", "both"])
-def test_safety_eval(task, guards, files, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+def test_safety_eval(task, guards, files, tmp_path):
     specs = [files[name] for name in ("expguardtest_prompt", "wildguardtest_response", "wildguardtest_refusal")]
     flags = ["--benchmarks", *specs, "--output_dir", tmp_path, "--bootstrap_rounds", 0]
     argv = ["scripts/safety_eval.sh", "expguard", task, guards["expguard"], *flags]
@@ -263,37 +260,3 @@ def test_safety_eval_of_no_task(words):
     done = launch("expguard", "scripts/safety_eval.sh", "expguard", *words, launcher=("bash",), check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
     assert done.stderr.startswith("error: ") and "prompt|response|both" in done.stderr
-
-
-# --- real rows --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not XSTEST.is_dir(), reason="no ../shared/data/xstest beside this repository")
-def test_xstest(guards, tmp_path):
-    """Its prompts as they are; its answers in the columns of XSTest-Response, labelled by what people said of them."""
-    rows = []
-    for path in sorted(XSTEST.glob("completions_*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows += [row for row in csv.DictReader(file) if row["completion"].strip()]
-    bad = lambda row: row["type"].startswith("contrast_")  # noqa: E731
-    columns = {
-        "xstest_response_refusal": lambda row, full: "compliance" if full else "refusal",
-        "xstest_response_harm": lambda row, full: "harmful" if full and bad(row) else "unharmful",
-    }
-    specs = []
-    for name, label in columns.items():
-        told = [(row, row["final_label"] == "1_full_compliance") for row in rows]
-        lines = [{"prompt": row["prompt"], "response": row["completion"], "label": label(row, full)}
-                 for row, full in told]  # fmt: skip
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        specs.append(f"{name}@{tmp_path / name}.jsonl")
-    one = {"wildguard": guards["wildguard"]}
-    assert run(one, [f"xstest_prompt@{XSTEST}/xstest_prompts.csv"], tmp_path / "prompts")[0] == 0
-    (cell,) = cells_of(tmp_path / "prompts").values()
-    assert (cell["rows"], cell["positives"], cell["status"]) == (450, 200, "measured") and cell["groups"]["type"]
-    known = json.loads((tmp_path / "prompts/results.json").read_text())["benchmarks"]["xstest_prompt"]
-    assert known["complete"] and known["mismatch"] is None
-    assert run(one, specs, tmp_path / "answers", "--max_rows", 40)[0] == 0
-    for cell in cells_of(tmp_path / "answers").values():
-        assert cell["rows"] == 40 and 0 < cell["positives"] < 40 and cell["auprc"] is not None

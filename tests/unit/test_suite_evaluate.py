@@ -397,9 +397,8 @@ def test_exit_codes(monkeypatch, tmp_path, file, tiny_classifier, capsys):
 
 
 @pytest.mark.slow
-def test_the_papers_command(tmp_path, file, tiny_classifier, monkeypatch):
+def test_the_papers_command(tmp_path, file, tiny_classifier):
     """Name, task, local model, then flags of evaluate.py; prompts are not for this guard."""
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     guard, script = tiny_classifier(tmp_path / "guard"), "scripts/safety_eval.sh"
     flags = [
         "--benchmarks",
