@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import is_flash_attn_2_available
 from trl import TrlParser
 
 from common.conversation import UserError
@@ -208,6 +209,32 @@ def file_mode() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
+
+
+def usable_attention(name: str | None) -> str | None:
+    """The attention that `--attn_implementation` asks for; sdpa, and said, where FlashAttention is not installed."""
+    if name is None or "flash" not in name or is_flash_attn_2_available():
+        return name
+    logger.info("--attn_implementation %s: not here; using sdpa.", name)
+    return "sdpa"
+
+
+def check_output_folder(path: str | Path) -> None:
+    """Refuse an output folder that cannot be written, before any work. Nothing is left there.
+
+    Raises:
+        UserError: a file stands in its place, or the file system does not let us write.
+    """
+    there = Path(path)
+    try:
+        while not there.exists() and not there.is_symlink():
+            there = there.parent
+        if not there.is_dir():
+            raise UserError(f"{path}: cannot be written ({there} is no folder); choose another output folder")
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=there))
+    except OSError as error:
+        reason = f"{there}: {error.strerror}"
+        raise UserError(f"{path}: cannot be written ({reason}); choose another output folder") from None
 
 
 @contextmanager

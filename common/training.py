@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from common.conversation import UserError
 from common.keep import rows_digest
-from common.run import Stopped, device, is_main_process, write_json
+from common.run import Stopped, check_output_folder, device, is_main_process, write_json
 
 logger = logging.getLogger(__name__)
 DEAD = {"help": "Flag of the paper's command that today's transformers has dropped; mapped to "}
@@ -66,6 +66,8 @@ class RecipeTrainingArguments(TrainingArguments):
         if self.warmup_ratio is not None:
             self.warmup_steps = _mapped("warmup_ratio", f"--warmup_steps {self.warmup_ratio}", self.warmup_ratio)
         self.evaluation_strategy = self.warmup_ratio = None
+        if self.warmup_steps and self.lr_scheduler_type == "constant":  # which has none
+            self.lr_scheduler_type = "constant_with_warmup"
         if device().type == "cpu":
             self.dataloader_pin_memory = False
             self._leave_out_what_a_cpu_cannot_do()
@@ -331,9 +333,15 @@ def remove_checkpoint(checkpoint: Path) -> None:
 def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
     """The checkpoint folder that `--resume_from_checkpoint` means; `latest` (or `true`) is the newest in output_dir.
 
+    It is asked before any work, and so is what else would end the run late.
+
     Raises:
-        UserError: there is none, or output_dir holds one and the user said neither resume nor overwrite.
+        UserError: there is none, or output_dir holds one and the user said neither resume nor overwrite; it is of
+            another run; output_dir cannot be written; one process has several GPUs.
     """
+    check_output_folder(args.output_dir)
+    if args.n_gpu > 1:
+        raise UserError("one process would share its GPUs by DataParallel: launch with torchrun or accelerate")
     whole = checkpoints(args.output_dir)
     wish = args.resume_from_checkpoint
     if wish and str(wish).lower() in ("latest", "true"):
@@ -349,7 +357,7 @@ def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
     if whole and not args.overwrite_output_dir:
         raise UserError(
             f"{args.output_dir} holds {whole[-1].name} of an earlier run; "
-            "pass --resume_from_checkpoint latest or --overwrite_output_dir true"
+            f"pass --resume_from_checkpoint latest or {args.starts_over_with}"
         )
     _refuse_what_is_in_the_way(args)
     return None

@@ -26,7 +26,7 @@ from prompts import TASKS, read_rows, task_instruction, without_cues
 
 from common import data
 from common.conversation import UserError
-from common.run import json_text, write_text
+from common.run import check_output_folder, json_text, write_text
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data/sample/cross_task_defense"
 KINDS = {"malicious": "", "useful": "_useful", "plain": "_plain"}  # ending of the evaluation files; the paper's is _cnn
@@ -69,6 +69,7 @@ def build(
             raise UserError(f"--tasks {task}: expected some of {', '.join(TASKS)}, mix")
     if min([n_safety, counter_examples, *n_defence]) < 0 or not n_defence or not tasks:
         raise UserError("--n_safety, --n_defence, --counter_examples: expected 0 or more; --tasks: at least one")
+    check_output_folder(output_dir)
     parts = {
         "base": (base_rows(base, n_base, seed), base or "sample"),
         "safety": (drawn(read_rows(Path(safety or SAMPLE / "safety.json")), n_safety, seed, "--n_safety"), safety),

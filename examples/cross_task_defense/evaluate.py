@@ -30,7 +30,7 @@ from scipy.stats import binomtest
 from common import report
 from common.conversation import UserError, pair
 from common.refusal import classify, substring_refusal
-from common.run import manifest
+from common.run import check_output_folder, manifest
 from guards import load_guard
 
 FILE = re.compile(rf"test_({'|'.join(TASKS)})(_useful|_plain|_cnn)?\.json")
@@ -51,6 +51,7 @@ def evaluate(*, answers: list[str], output_dir: str, scorer: str = "detector", g
     """
     if scorer not in ("detector", "substring"):
         raise UserError(f"--scorer {scorer}: expected detector or substring")
+    check_output_folder(output_dir)
     models = {name: read_answers(Path(folder)) for name, folder in names(answers).items()}
     predictions = [row | {"model": name} for name, (_, rows) in models.items() for row in rows]
     for row in predictions:

@@ -46,7 +46,7 @@ from common.engines import (
     prompts_at_once,
 )
 from common.keep import digest, fingerprint, generate
-from common.run import manifest, write_json
+from common.run import check_output_folder, manifest, write_json
 
 logger = logging.getLogger("cross_task_defense")
 
@@ -98,6 +98,7 @@ def generate_answers(
         options["server_timeout"] = server_timeout
     check_engine(engine, options, num_beams)
     decoding = Decoding(max_new_tokens, num_beams, temperature, top_k, top_p, seed)
+    check_output_folder(output_path)
     base_model = base_model or adapter_base(lora_weights)
     template = load_template(prompt_template_path)
     files = [(path, *read_prompts(path)) for path in input_files(input_path)]

@@ -40,7 +40,7 @@ from common.conversation import UserError
 from common.engines import quantization_config
 from common.fit import check_ids, check_length, fit_causal_lm
 from common.keep import fingerprint
-from common.run import inference_dtype, is_main_process, manifest, write_json
+from common.run import inference_dtype, is_main_process, manifest, usable_attention, write_json
 from common.templates import Part, encode, token_offsets
 from common.training import LengthGroupedTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
 
@@ -156,14 +156,13 @@ def train(
         raise UserError(
             "--first_token_weight: expected above 0; with --train_on_inputs, which hides where answers begin, 1"
         )
+    attn_implementation = usable_attention(attn_implementation)
     values = dict(locals())
     training = training_arguments(values, accumulation=batch_size // step)
     checkpoint = checkpoint_to_resume(training)
     if checkpoint is None and Path(output_dir, "adapter_config.json").exists() and not overwrite_output_dir:
         raise UserError(f"{output_dir} holds an adapter; pass --overwrite_output_dir or another name")
     template, rows = load_template(prompt_template_name), read_rows(Path(data_path))
-    if training.n_gpu > 1:
-        raise UserError("one process would share its GPUs by DataParallel: launch with torchrun")
     if val_set_size >= len(rows):
         raise UserError(f"--val_set_size {val_set_size}: {data_path} has only {len(rows)} rows")
     set_seed(seed)

@@ -5,10 +5,10 @@ import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from transformers.utils import is_flash_attn_2_available
 from trl import SFTConfig
 
 from common.conversation import UserError
+from common.run import usable_attention
 from common.training import RecipeTrainingArguments
 
 logger = logging.getLogger("expguard")
@@ -130,12 +130,8 @@ def check(model_args: ModelArguments, args: ExpGuardConfig) -> None:
         raise UserError("--use_4bit_quantization, --use_8bit_quantization: give one of them, with --use_peft_lora")
     if any(quantized) and find_spec("bitsandbytes") is None:
         raise UserError('--use_4bit_quantization, --use_8bit_quantization: pip install -e ".[quantization]"')
-    if args.n_gpu > 1:
-        raise UserError("one process would share its GPUs by DataParallel: launch with torchrun")
     if not args.do_train and not args.do_eval:
         raise UserError("neither --do_train nor --do_eval: nothing to do")
     if args.do_test:
         logger.info("--do_test: test sets are judged by evaluate.py; training looks at none.")
-    if "flash" in (model_args.attn_implementation or "") and not is_flash_attn_2_available():
-        logger.info("--attn_implementation %s: not here; using sdpa.", model_args.attn_implementation)
-        model_args.attn_implementation = "sdpa"
+    model_args.attn_implementation = usable_attention(model_args.attn_implementation)

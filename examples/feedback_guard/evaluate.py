@@ -39,7 +39,7 @@ from scores import Answer, Item, Line, find_lines, questions, score_lines
 
 from common import data, metrics, report
 from common.conversation import UserError, last_turns, pair
-from common.run import manifest, run_cli, write_json
+from common.run import check_output_folder, manifest, run_cli, write_json
 from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
@@ -74,6 +74,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         UserError: nothing was processed or trained yet, with other settings, or the truth of a task is not known.
     """
     started = time.time()
+    check_output_folder(config.evaluation.results_dir)
     check_splits(config)
     check_settings(config, processed_path(config, "parts").with_suffix("").parent / "settings.json", write=False)
     rows = {split: read_rows(config, split) for split in SPLITS}

@@ -26,7 +26,7 @@ from common.bundled import resolve_model
 from common.conversation import Message, UserError
 from common.data import load_conversations, prompt_key
 from common.fit import fit_causal_lm
-from common.run import inference_dtype, is_main_process, manifest, run_cli, write_json
+from common.run import check_output_folder, inference_dtype, is_main_process, manifest, run_cli, write_json
 from common.training import full_state_dict, save_full, start_over
 from guards import add_probe, zoo
 from guards.card import GenerativeCard, has_card, local_sha256, read_card
@@ -58,6 +58,7 @@ def make_guard(section: PrepareGuard) -> None:
     Raises:
         UserError: bad data, a test split, a base that cannot be loaded, or a folder with another guard.
     """
+    check_output_folder(section.output_dir)
     items = read_items(section.data)
     settings = asdict(section) | {"output_dir": None, "held_out": HELD_OUT}
     fingerprint = hashlib.sha256(json.dumps([settings, items], sort_keys=True).encode()).hexdigest()[:16]

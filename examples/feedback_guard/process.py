@@ -52,7 +52,7 @@ from tqdm.auto import tqdm
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import load_conversations
 from common.engines import Completion
-from common.run import json_lines, run_cli, write_json, write_text
+from common.run import check_output_folder, json_lines, run_cli, write_json, write_text
 from common.templates import encode
 from guards import Guard, load_guard
 from guards.generative import GenerativeGuard
@@ -87,6 +87,7 @@ def process(config: Config) -> dict[str, Any]:
     Raises:
         UserError: bad data or models, or a folder that holds what other settings gave.
     """
+    check_output_folder(config.dataset.store_dir)
     preflight(config)
     with_legacy = "legacy" in [arm(name).collection for name in config.training.arms]
     make_splits(config)

@@ -40,7 +40,16 @@ from trunk import Trunk
 from common import report
 from common.conversation import UserError
 from common.fit import check_ids, check_length
-from common.run import inference_dtype, is_main_process, json_lines, manifest, run_cli, write_json, write_text
+from common.run import (
+    check_output_folder,
+    inference_dtype,
+    is_main_process,
+    json_lines,
+    manifest,
+    run_cli,
+    write_json,
+    write_text,
+)
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
@@ -104,6 +113,7 @@ def train(config: Config) -> list[Path]:
         UserError: nothing processed, or with other settings, nothing to learn from, or folders that hold arms of other
             settings.
     """
+    check_output_folder(config.training.output_dir)
     check_splits(config)
     check_settings(config, processed_path(config, "parts").with_suffix("").parent / "settings.json", write=False)
     processed = read_processed(config, config.experiment.process_split)
@@ -347,8 +357,6 @@ def fitted(
     collator: Callable | None = None,
 ) -> ArmTrainer:
     """A trainer that has trained `model` on encoded rows, from its last checkpoint where args say so."""
-    if args.n_gpu > 1:
-        raise UserError("one process would share its GPUs by DataParallel: launch with torchrun")
     checkpoint = checkpoint_to_resume(args)
     trainer = ArmTrainer(
         model=model,

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from common import data, metrics, report
 from common.conversation import Messages, UserError, last_turns, pair
-from common.run import manifest, parse_args, run_cli
+from common.run import check_output_folder, manifest, parse_args, run_cli
 from common.templates import encode, render
 from guards import Guard, load_guard
 from guards.card import LoraCard, read_card
@@ -57,6 +57,7 @@ def main() -> None:
         raise UserError(f"--judge {args.judge}: expected prompt or response")
     if any(n < 1 for n in args.prefix_tokens):
         raise UserError(f"--prefix_tokens {args.prefix_tokens}: must be at least 1")
+    check_output_folder(args.output_dir)
     label = f"{args.judge}_unsafe"
     rows = data.load_conversations(args.eval_data, require=(label,), bad_rows=args.bad_rows)
     conversations = rows["messages"]

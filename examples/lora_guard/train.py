@@ -44,7 +44,7 @@ from common.conversation import UserError
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.keep import fingerprint
-from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, write_json
+from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, usable_attention, write_json
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
@@ -169,11 +169,10 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
     """The Trainer's arguments. `accelerate launch --mixed-precision` is heard where there is a GPU."""
     if args.eval_data is not None and args.eval_split_ratio is not None:
         raise UserError("--eval-data and --eval-split-ratio: give one of them")
-    if args.epochs < 1 or not 0 <= args.lora_dropout < 1:
-        raise UserError("expected --epochs of at least 1 and --lora-dropout in [0, 1)")
+    if args.epochs < 1 or not 0 <= args.lora_dropout < 1 or args.head_fit_rows < 0:
+        raise UserError("expected --epochs of at least 1, --lora-dropout in [0, 1), --head-fit-rows of 0 (off) or more")
     validated = args.eval_data is not None or args.eval_split_ratio is not None
     selects = validated and not metrics.is_test(args.eval_data or "")
-    warm = args.warmup_steps and args.lr_scheduler_type == "constant"
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # on a CPU bf16 is emulated
     values = dict(
@@ -186,7 +185,7 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         learning_rate=args.learning_rate,
         weight_decay=0.01,  # torch's AdamW default, which the reference keeps
-        lr_scheduler_type="constant_with_warmup" if warm else args.lr_scheduler_type,
+        lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         max_grad_norm=args.max_grad_norm,
         bf16=inference_dtype() == torch.bfloat16,
@@ -202,12 +201,9 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
         seed=args.seed,
     )
     try:
-        training = RecipeTrainingArguments(**values)
+        return RecipeTrainingArguments(**values)
     except (ValueError, TypeError) as error:  # such as an unknown schedule
         raise UserError(str(error)) from None
-    if training.n_gpu > 1:
-        raise UserError("one process would share its GPUs by DataParallel: launch with accelerate or torchrun")
-    return training
 
 
 def refuse_to_overwrite(args: GuardArguments, checkpoint: str | None) -> None:
@@ -268,7 +264,7 @@ def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
-            attn_implementation=args.attn_implementation,
+            attn_implementation=usable_attention(args.attn_implementation),
             dtype=inference_dtype(),
             **depth,
         )

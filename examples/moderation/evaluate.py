@@ -28,7 +28,7 @@ from common import data, metrics, report
 from common.bundled import resolve_model
 from common.conversation import UserError, last_turns
 from common.fit import fit_classifier
-from common.run import inference_dtype, manifest, parse_args, run_cli
+from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
 from guards import Guard, load_guard
 from guards.card import ClassifierCard, has_card, read_card
 
@@ -62,6 +62,7 @@ def main() -> None:
     (args,) = parse_args([EvaluationArguments], Path(__file__).parent / "configs/quickstart_evaluate.yaml")
     if args.threshold is not None and not 0 <= args.threshold < 1:
         raise UserError(f"--threshold {args.threshold}: must lie in [0, 1); a pair is flagged ABOVE it")
+    check_output_folder(args.output_dir)
     answers = read_evaluation_file(Path(args.eval_dataset))
     if answers is None:
         return report_metrics(args)

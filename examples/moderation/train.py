@@ -37,7 +37,7 @@ from common.conversation import UserError
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.keep import fingerprint
-from common.run import is_main_process, manifest, parse_args, run_cli, write_json
+from common.run import is_main_process, manifest, parse_args, run_cli, usable_attention, write_json
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
@@ -216,7 +216,7 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
             id2label=dict(enumerate(CATEGORIES)),
             label2id={name: i for i, name in enumerate(CATEGORIES)},
             problem_type="multi_label_classification",
-            attn_implementation=args.attn_implementation,
+            attn_implementation=usable_attention(args.attn_implementation),
             dtype=torch.float32,
             **depth,
         )

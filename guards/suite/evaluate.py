@@ -19,7 +19,7 @@ import numpy as np
 
 from common import data, metrics, report
 from common.conversation import UserError, Verdict, check_url
-from common.run import json_lines, json_text, manifest, parse_args, write_text
+from common.run import check_output_folder, json_lines, json_text, manifest, parse_args, write_text
 from guards import zoo
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
@@ -87,6 +87,7 @@ def main(default_config: Path | None = None) -> None:
         default_config: the config that is used when there is no argument at all.
     """
     (args,) = parse_args([EvaluationArguments], default_config)
+    check_output_folder(args.output_dir)
     guards = candidates(args.guards, guard_options(args))
     results = evaluate(args, guards)
     measured = {cell["guard"] for cell in results["cells"] if cell["status"] == "measured"}

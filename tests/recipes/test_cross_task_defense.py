@@ -244,6 +244,17 @@ def test_a_pad_token_outside_the_embeddings_is_left_out(tiny_base, tmp_path):
     assert own.pad_token == own.eos_token and own.pad_token_id < model.get_input_embeddings().num_embeddings
 
 
+def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypatch):
+    """Two rows, and the paper's warm-up of 10 steps: one step at rate 0."""
+    monkeypatch.setitem(sys.modules, "train", train)  # a checkpoint holds the arguments, pickled by that name
+    rows = [{"instruction": "Name a colour.", "output": "Blue."}, {"instruction": "Say hello.", "output": "Hello!"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = {"base_model": str(tiny_base), "data_path": str(tmp_path / "rows.json"), "num_epochs": 1}
+    train.train(**options, output_dir=str(tmp_path / "out"), batch_size=2, micro_batch_size=2)
+    assert "The warm-up takes 10 steps and the run has 1: the learning rate never reaches 0.0003" in caplog.text
+    assert "The adapters are still zero after 1 steps: nothing was learned" in caplog.text
+
+
 @slow
 def test_a_diverged_run_saves_no_adapter(tiny_base, tmp_path):
     done = launch(*command(tiny_base, tmp_path / "out", "--learning_rate", 1e30), check=False)

@@ -1,6 +1,8 @@
 """examples/moderation, run as its README says: as commands, in its folder, with real launchers."""
 
 import json
+import shlex
+import signal
 import sys
 import time
 from functools import partial
@@ -156,6 +158,27 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     launch(*arguments, "--resume_from_checkpoint", "latest")
     assert losses(folder) == pytest.approx(losses(trained), abs=1e-6)
     np.testing.assert_allclose(logits(folder), logits(trained), atol=1e-6)
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="this shell keeps Ctrl-C to itself")
+def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tiny_base, tmp_path):
+    folder = tmp_path / "stopped"
+    command = [*tiny_arguments(tiny_base, folder), "--save_strategy", "steps", "--save_steps", "2"]
+    command += ["--num_train_epochs", "50"]
+    with (tmp_path / "said").open("wb") as said:
+        process = scripts.start([sys.executable, *command], cwd=RECIPE, errors=said.fileno())
+        deadline = time.time() + 180
+        while not (folder / "checkpoint-2/trainer_state.json").is_file():
+            assert time.time() < deadline and process.poll() is None, "no checkpoint appeared"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    lines = (tmp_path / "said").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("stopped ")]
+    last = max(int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json"))
+    again = shlex.join(["python", *map(str, command), "--resume_from_checkpoint", "latest"])
+    assert line == f"stopped after checkpoint-{last}; to go on: {again}"
+    assert not [line for line in lines if "Traceback" in line] and not (folder / "guard.json").exists()
 
 
 def test_lora_keeps_its_head(tiny_base, tmp_path):

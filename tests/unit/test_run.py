@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import scripts
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from common import run as runtime
 from common.conversation import UserError
@@ -236,6 +237,23 @@ def test_a_good_write(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
+@pytest.mark.parametrize("path", ["file", "file/below", "/dev/null/out", "/proc/out", "nowhere", "nowhere/below"])
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another output folder") as raised:
+        runtime.check_output_folder(tmp_path / path)
+    assert "\n" not in str(raised.value) and (tmp_path / "file").read_text() == "mine"
+
+
+def test_looking_at_an_output_folder_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for path in (tmp_path / "there", tmp_path / "new", "there/new/below", "new", "."):
+        runtime.check_output_folder(path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 @pytest.fixture
 def training(tmp_path):
     return lambda **arguments: RecipeTrainingArguments(output_dir=str(tmp_path / "output"), **arguments)
@@ -300,6 +318,23 @@ def test_dead_flags_are_mapped_and_mentioned_once(training, caplog):
     assert len(lines) == 4
     for words in ("--evaluation_strategy .*--eval_strategy steps", "--warmup_ratio .*0.03", "float32", "--fsdp is off"):
         assert sum(bool(re.search(words, line)) for line in lines) == 1, words
+
+
+def test_a_warm_up_is_never_left_out(training):
+    """The schedule `constant` of transformers has none, whatever --warmup_steps says."""
+    for steps in (5, 0.1):
+        args = training(lr_scheduler_type="constant", warmup_steps=steps)
+        assert args.lr_scheduler_type == "constant_with_warmup"
+    assert training(lr_scheduler_type="constant").lr_scheduler_type == "constant"
+    assert training(lr_scheduler_type="cosine", warmup_steps=5).lr_scheduler_type == "cosine"
+
+
+def test_flash_attention_is_left_out_where_it_is_not(caplog):
+    caplog.set_level("INFO")
+    expected = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    assert runtime.usable_attention("flash_attention_2") == expected
+    assert ("using sdpa" in caplog.text) is (expected == "sdpa")
+    assert [runtime.usable_attention(name) for name in (None, "eager", "sdpa")] == [None, "eager", "sdpa"]
 
 
 @on_cpu

@@ -1,0 +1,31 @@
+"""What all five train.py do the same way: commands, on inputs that do not exist, so that no work is done."""
+
+import json
+
+import pytest
+from scripts import launch
+
+NOWHERE = "no/such/model"
+COMMANDS = {
+    "moderation": ["--model_name_or_path", NOWHERE, "--train_data_name_or_path", "no.jsonl", "--output_dir"],
+    "expguard": ["--model_name_or_path", NOWHERE, "--dataset_name", "no.jsonl", "--output_dir"],
+    "cross_task_defense": ["--base_model", NOWHERE, "--data_path", "no.json", "--output_dir"],
+    "lora_guard": ["--hf_model_id", NOWHERE, "--train_data", "no.jsonl", "--output_folder"],
+}
+
+
+def errors(done) -> list[str]:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.mark.parametrize("recipe", [*COMMANDS, "feedback_guard"])
+def test_an_output_folder_that_cannot_be_written_is_found_first(recipe, tmp_path):
+    if recipe == "feedback_guard":
+        config = {"training": {"output_dir": "/dev/null/out"}, "dataset": {"store_dir": str(tmp_path / "none")}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        words = ["train.py", "--config", tmp_path / "config.json"]
+    else:
+        words = ["train.py", *COMMANDS[recipe], "/dev/null/out"]
+    (line,) = errors(launch(recipe, *words, check=False))
+    assert line == "error: /dev/null/out: cannot be written (/dev/null is no folder); choose another output folder"
