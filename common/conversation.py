@@ -37,11 +37,13 @@ class UserError(ValueError):
 
 @dataclass
 class Verdict:
-    """What a guard says of one conversation: probabilities in [0, 1], or None where the guard has no opinion.
+    """What a guard says of one conversation: probabilities in [0, 1], or None where the guard has
+    no opinion.
 
-    `error` is set when the guard could not judge; such a verdict is never "safe" (see `score`). `native` holds the
-    guard's own word for a label ("Controversial"), `decided` what that word means to it; the two are there where the
-    guard has words, and need not agree with a probability above 0.5.
+    `error` is set when the guard could not judge; such a verdict is never "safe" (see `score`).
+    `native` holds the guard's own word for a label ("Controversial"), `decided` what that word
+    means to it; the two are there where the guard has words, and need not agree with a probability
+    above 0.5.
     """
 
     prompt_unsafe: float | None = None
@@ -56,7 +58,8 @@ class Verdict:
         """The probability of `label`; 1.0 when the guard failed, because guards fail closed.
 
         Raises:
-            UserError: the guard has no opinion on `label` (that is a wrong question, not a verdict).
+            UserError: the guard has no opinion on `label` (that is a wrong question, not a
+                verdict).
         """
         if self.error is not None:
             return 1.0
@@ -91,11 +94,12 @@ def pair(prompt: str | None, response: str | None = None) -> list[Message]:
 
 
 def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list[Message]:
-    """`value` as messages: the one reading of a conversation, for data that is loaded and for what a guard is asked.
+    """`value` as messages: the one reading of a conversation, for data that is loaded and for what
+    a guard is asked.
 
-    Read as OpenAI's format has it: a content may be a list of text parts, which are joined by a line
-    break, and "developer" is another word for "system". Turns of one role in a row are one turn, joined
-    by a blank line, because guards judge the last turn.
+    Read as OpenAI's format has it: a content may be a list of text parts, which are joined by a
+    line break, and "developer" is another word for "system". Turns of one role in a row are one
+    turn, joined by a blank line, because guards judge the last turn.
 
     Args:
         where: what an error begins with.
@@ -173,7 +177,9 @@ def judged_turns(messages: Messages) -> list[Message]:
 
 
 def check_text(value: Any, name: str, where: str, *, allow_empty: bool = False) -> str:
-    """`value` as it is, or a UserError when it is no text or, unless that is allowed, only white space."""
+    """`value` as it is, or a UserError when it is no text or, unless that is allowed, only white
+    space.
+    """
     if not isinstance(value, str):
         raise UserError(f"{where}, field {name}: expected text, found {type(value).__name__} {value!r:.60}")
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -188,7 +194,9 @@ def check_text(value: Any, name: str, where: str, *, allow_empty: bool = False) 
 
 
 def check_url(url: str, name: str) -> str:
-    """`url` as it is, or a UserError when it is none, or holds a password or a key, which would stand in logs."""
+    """`url` as it is, or a UserError when it is none, or holds a password or a key, which would
+    stand in logs.
+    """
     if not re.fullmatch(r"https?://[^\s@?#]+", f"{url}"):
         raise UserError(f"{name}: expected http(s)://host…, without user, query or fragment")
     return url

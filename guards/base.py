@@ -37,12 +37,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 
 class Guard:
-    """What judges conversations. `name` says which; `thresholds` are the ones that its training fitted.
+    """What judges conversations. `name` says which; `thresholds` are the ones that its training
+    fitted.
 
-    The last turn is judged: a user's as a prompt, an assistant's as a response. Where a guard's format says more in the
-    same pass (the prompt of an answered conversation, whether the answer is a refusal), its verdict holds that too.
+    The last turn is judged: a user's as a prompt, an assistant's as a response. Where a guard's
+    format says more in the same pass (the prompt of an answered conversation, whether the answer is
+    a refusal), its verdict holds that too.
 
-    A kind of guard implements `judge_valid`. (One that overrides `judge` sees conversations as they come.)
+    A kind of guard implements `judge_valid`. (One that overrides `judge` sees conversations as they
+    come.)
     """
 
     name: str
@@ -53,7 +56,8 @@ class Guard:
     dtype: str = "float32"  # the number format that it computes in, see `number_format`
 
     def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
-        """One verdict a conversation, in order. What is no conversation gets an error verdict, and disturbs no other.
+        """One verdict a conversation, in order. What is no conversation gets an error verdict, and
+        disturbs no other.
 
         Raises:
             UserError: `conversations` is no list at all.
@@ -78,7 +82,9 @@ class Guard:
         raise NotImplementedError(f"{type(self).__name__} implements neither judge_valid nor judge")
 
     def moderate(self, conversations: Sequence[Messages], **_: Any) -> list[float]:
-        """GuardBench's callback: the unsafe probability of each last turn, 1.0 where the guard says none ("n/a")."""
+        """GuardBench's callback: the unsafe probability of each last turn, 1.0 where the guard says
+        none ("n/a").
+        """
         verdicts = self.judge(conversations)
         return [self._moderated(m, v) for m, v in zip(conversations, verdicts, strict=True)]
 

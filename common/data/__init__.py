@@ -1,4 +1,5 @@
-"""`load_conversations(spec)`: any data set as rows of messages and labels (see `common.conversation.FEATURES`).
+"""`load_conversations(spec)`: any data set as rows of messages and labels (see
+`common.conversation.FEATURES`).
 
 A spec is a name from sources.yaml, a hub id or a local file:
 
@@ -14,13 +15,15 @@ A row has one of three formats, told by its columns, however they are capitalise
     plain         {"prompt", "response"?, "prompt_label"?, "response_label"?, "refusal_label"?, "categories"?, "id"?}
     messages      {"messages": [{"role", "content"}, …], and the same labels}
 
-and the columns of ToxicChat and of OpenAI's moderation set are known (`columns` in sources.yaml). `{"prompt", "label"}`
-labels the prompt. Categories are a list of names, in CSV as JSON or as "a; b".
+and the columns of ToxicChat and of OpenAI's moderation set are known (`columns` in sources.yaml).
+`{"prompt", "label"}` labels the prompt. Categories are a list of names, in CSV as JSON or as
+"a; b".
 
-Labels are read by key, never by position, and alike from every type of file. Every row is checked once, here; what is
-wrong is said in one line that names the file, the row and the field.
+Labels are read by key, never by position, and alike from every type of file. Every row is checked
+once, here; what is wrong is said in one line that names the file, the row and the field.
 
-files.py opens files, specs.py says which data a spec means, rows.py reads a row, repeats.py finds repeats and leaks.
+files.py opens files, specs.py says which data a spec means, rows.py reads a row, repeats.py finds
+repeats and leaks.
 """
 
 import logging
@@ -70,11 +73,12 @@ def load_conversations(
 
     Args:
         spec: see the module's docstring.
-        categories: the names that a row's categories may have; None allows any (BeaverTails rows are always checked
-            against their own fourteen).
-        require: labels (of `LABELS`, or "categories") that every row must know, and of which at least one row must be
-            positive.
-        bad_rows: "error" stops at the first bad row, "skip" counts and leaves out bad rows (never a missing column).
+        categories: the names that a row's categories may have; None allows any (BeaverTails rows
+            are always checked against their own fourteen).
+        require: labels (of `LABELS`, or "categories") that every row must know, and of which at
+            least one row must be positive.
+        bad_rows: "error" stops at the first bad row, "skip" counts and leaves out bad rows (never a
+            missing column).
         max_rows: read only the first so many good rows.
 
     Returns:

@@ -1,4 +1,5 @@
-"""The one place that opens data files: their rows as they stand, each with a text that says where it stands.
+"""The one place that opens data files: their rows as they stand, each with a text that says where
+it stands.
 
     .jsonl .ndjson     one JSON object a line
     .json              a list of objects, or one object a line
@@ -6,8 +7,9 @@
     .parquet           columns
     .txt               one text a line, in a column `text`
 
-Text files are UTF-8, with or without a byte order mark, with line ends of any system. A row that cannot be read is a
-`UserError` in its place, so that a caller can leave it out; a file that cannot be read raises one.
+Text files are UTF-8, with or without a byte order mark, with line ends of any system. A row that
+cannot be read is a `UserError` in its place, so that a caller can leave it out; a file that cannot
+be read raises one.
 """
 
 import csv
@@ -40,14 +42,14 @@ def read_rows(path: Path | str, *, suffix: str | None = None, nested: bool = Fal
     Args:
         path: the file; `~` is the home folder.
         suffix: its type where its name does not tell it, such as that of a file of a cache.
-        nested: a JSON file may also be an object. Its rows are then what stands in its lists, however
-            deep, and each row names the keys that lead there as `key_0`, `key_1`, …; a text is a row
-            with the column `text`.
+        nested: a JSON file may also be an object. Its rows are then what stands in its lists,
+            however deep, and each row names the keys that lead there as `key_0`, `key_1`, …; a text
+            is a row with the column `text`.
 
     Yields:
-        (where, row): the file with the line or the index of the row, and the row. A row is what JSON
-        or Parquet holds, usually a dict; of CSV it is a dict of texts, where an empty cell is None.
-        It is a `UserError` where the row cannot be read.
+        (where, row): the file with the line or the index of the row, and the row. A row is what
+        JSON or Parquet holds, usually a dict; of CSV it is a dict of texts, where an empty cell is
+        None. It is a `UserError` where the row cannot be read.
 
     Raises:
         UserError: the file is missing, of an unknown type, or cannot be read as a whole.
@@ -130,8 +132,8 @@ def parse_json(text: str, where: str) -> Any:
     """One JSON value out of a text that stands at `where`.
 
     Raises:
-        UserError: malformed JSON, a key that is repeated, a number that is too long, nesting that is
-            too deep, or half of a surrogate pair.
+        UserError: malformed JSON, a key that is repeated, a number that is too long, nesting that
+            is too deep, or half of a surrogate pair.
     """
     value = _decode(text, where)
     _refuse_faults(value, where)
@@ -272,7 +274,9 @@ def _json_rows(path: Path, nested: bool) -> Rows:
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether the first line is an object by itself, and another one follows in a line of its own."""
+    """Whether the first line is an object by itself, and another one follows in a line of its
+    own.
+    """
     lines = text.lstrip().split("\n", 1)
     if len(lines) < 2 or not lines[1].lstrip().startswith("{"):
         return False

@@ -1,4 +1,6 @@
-"""Repeats and leaks: rows of one conversation, splits that share no prompt, and how far two sets overlap."""
+"""Repeats and leaks: rows of one conversation, splits that share no prompt, and how far two sets
+overlap.
+"""
 
 import json
 from collections import Counter, defaultdict
@@ -11,16 +13,19 @@ from common.conversation import FEATURES, LABELS, UserError, last_turns
 
 
 def prompt_key(row: Mapping) -> str:
-    """The last user turn, case and spacing apart: groups rows, so that no prompt stands on both sides of a split."""
+    """The last user turn, case and spacing apart: groups rows, so that no prompt stands on both
+    sides of a split.
+    """
     return " ".join((last_turns(row["messages"])[0] or "").lower().split())
 
 
 def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
     """One row a conversation, labels by majority vote.
 
-    BeaverTails-330k holds about 3.3 annotations a pair. A response is unsafe if more than half of its annotations say
-    so (as GuardBench does: safe if the mean of is_safe is at least 0.5); a category holds if more than half name it,
-    and an unsafe response keeps its most often named ones even below half.
+    BeaverTails-330k holds about 3.3 annotations a pair. A response is unsafe if more than half of
+    its annotations say so (as GuardBench does: safe if the mean of is_safe is at least 0.5); a
+    category holds if more than half name it, and an unsafe response keeps its most often named ones
+    even below half.
 
     Returns:
         The rows (first occurrence, in order) and a report: rows, unique, conflicting.
@@ -48,7 +53,9 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
 
 
 def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off about `ratio` of the prompts with all their rows. Raises UserError unless 0 < ratio < 1."""
+    """Split off about `ratio` of the prompts with all their rows. Raises UserError unless 0 < ratio
+    < 1.
+    """
     if not 0 < ratio < 1:
         raise UserError(f"--eval_split_ratio {ratio}: must lie strictly between 0 and 1")
     groups = [prompt_key(row) for row in rows]
@@ -61,7 +68,9 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
 
 
 def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
-    """How many rows of `held_out` share their prompt, and their prompt and response, with a row of `train`."""
+    """How many rows of `held_out` share their prompt, and their prompt and response, with a row of
+    `train`.
+    """
     pair_key = lambda row: (prompt_key(row), last_turns(row["messages"])[1])  # noqa: E731
     prompts, pairs = {prompt_key(r) for r in train}, {pair_key(r) for r in train}
     return {

@@ -1,4 +1,6 @@
-"""What a row of a data file says: its columns, its conversation, its labels and its categories, all checked here."""
+"""What a row of a data file says: its columns, its conversation, its labels and its categories, all
+checked here.
+"""
 
 import ast
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,8 @@ def plain_columns(row: Mapping, where: str) -> Mapping[str, Any]:
     """A row with the columns of the plain, the messages or the BeaverTails format.
 
     Raises:
-        UserError: a column is there twice, or is missing. That is a fault of the file, and no row to be skipped.
+        UserError: a column is there twice, or is missing. That is a fault of the file, and no row
+            to be skipped.
     """
     row = plain_row(our_names(row, where), where)
     check_columns(row, where)
@@ -34,7 +37,8 @@ def plain_columns(row: Mapping, where: str) -> Mapping[str, Any]:
 
 
 def our_names(row: Mapping, where: str) -> dict[str, Any]:
-    """Columns that we know under our names, however a header writes them ("Prompt", " response", "Response Label").
+    """Columns that we know under our names, however a header writes them ("Prompt", " response",
+    "Response Label").
 
     Raises:
         UserError: two columns have the same of these names.
@@ -129,7 +133,9 @@ def _says_of_response(row: Mapping) -> bool:
 
 
 def _labels(row: Mapping, answered: bool, where: str) -> dict[str, bool | None]:
-    """Labels by our names. A column `label` alone is the prompt's where there is nothing else that it could mean."""
+    """Labels by our names. A column `label` alone is the prompt's where there is nothing else that
+    it could mean.
+    """
     labels = {label: _label(row, columns, where) for label, columns in LABEL_COLUMNS.items()}
     told = any(column in row for columns in LABEL_COLUMNS.values() for column in columns)
     if told or row.get("label") in (None, ""):
@@ -156,7 +162,9 @@ def _label(row: Mapping, columns: Sequence[str], where: str) -> bool | None:
 
 
 def _check_together(unsafe: bool | None, named: list[str] | None, where: str) -> None:
-    """Label and categories of the turn that is judged must agree: whichever a guard trains on, it is the same."""
+    """Label and categories of the turn that is judged must agree: whichever a guard trains on, it
+    is the same.
+    """
     if named and unsafe is False:
         raise UserError(f"{where}, field categories: {named} on a turn that is labelled safe")
     if named == [] and unsafe is True:
@@ -167,7 +175,9 @@ def _check_together(unsafe: bool | None, named: list[str] | None, where: str) ->
 
 
 def _row_id(row: Mapping, where: str) -> str:
-    """A row's own id, else file or data set with its place, but no folder: a data fingerprint is the same anywhere."""
+    """A row's own id, else file or data set with its place, but no folder: a data fingerprint is
+    the same anywhere.
+    """
     return Path(where).name if row.get("id") is None else check_text(str(row["id"]), "id", where)
 
 
@@ -193,7 +203,9 @@ def category_names(value: Any, where: str) -> list[str] | None:
 
 
 def _beavertails_categories(row: Mapping, where: str) -> list[str]:
-    """The names that are true in BeaverTails' `category` struct, checked against its keys and against `is_safe`."""
+    """The names that are true in BeaverTails' `category` struct, checked against its keys and
+    against `is_safe`.
+    """
     category = _structure(row["category"], "category", where)
     if not isinstance(category, Mapping):
         raise UserError(f"{where}, field category: expected an object of 14 booleans, found {category!r:.60}")

@@ -7,9 +7,9 @@
     user/name@main:train                                … at its revision main
     user/name@configuration@revision:train              … of both
 
-What stands behind one `@` is the configuration of that name, if the data set has one; otherwise it is a revision.
-Slices are those of `datasets`: `[:500]`, `[10%:20%]`, `[-100:]`, and `train+validation[:10]` for several splits. `~` is
-the home folder.
+What stands behind one `@` is the configuration of that name, if the data set has one; otherwise it
+is a revision. Slices are those of `datasets`: `[:500]`, `[10%:20%]`, `[-100:]`, and
+`train+validation[:10]` for several splits. `~` is the home folder.
 """
 
 import os
@@ -37,7 +37,8 @@ SPEC = re.compile(rf"(?P<name>[^:].*?)(?::(?P<split>{PART}(?:\+{PART})*))?")
 class Spec:
     """A spec in its parts.
 
-    `name`: a file, a folder, a hub id or a name of sources.yaml. `marks`: what stands behind each `@`.
+    `name`: a file, a folder, a hub id or a name of sources.yaml. `marks`: what stands behind each
+        `@`.
     `split`: with its slice; of a file the slice alone, empty for all of it.
     """
 
@@ -78,7 +79,9 @@ def parse_spec(text: str) -> Spec:
 
 
 def _marks(text: str) -> tuple[str, list[str]]:
-    """The name before the first `@`, and what stands behind each; a folder may have `@` in its own path."""
+    """The name before the first `@`, and what stands behind each; a folder may have `@` in its own
+    path.
+    """
     parts = text.split("@")
     for count in range(len(parts), 1, -1):
         folder = "@".join(parts[:count])
@@ -88,12 +91,14 @@ def _marks(text: str) -> tuple[str, list[str]]:
 
 
 def spec_rows(text: str) -> tuple[str, Rows]:
-    """The name of a data set, and its rows as they stand, each with a text that says where it stands.
+    """The name of a data set, and its rows as they stand, each with a text that says where it
+    stands.
 
     A row that cannot be read is a `UserError` in its place.
 
     Raises:
-        UserError: no such data set, configuration or split. Files and the hub raise theirs when the rows are read.
+        UserError: no such data set, configuration or split. Files and the hub raise theirs when the
+            rows are read.
     """
     spec = parse_spec(text)
     if spec.is_file:
@@ -181,7 +186,8 @@ def load_hub(
         hint: what the user may do where it cannot be read.
 
     Raises:
-        UserError: it cannot be read. Where a configuration is missing or unknown, this lists those that there are.
+        UserError: it cannot be read. Where a configuration is missing or unknown, this lists those
+            that there are.
     """
     where = where or (f"{name}:{split}" if split else name)
     try:
@@ -198,7 +204,9 @@ def load_hub(
 
 
 def configurations(name: str, revision: str | None = None) -> list[str]:
-    """The names of a data set's configurations; none where they cannot be had, which loading it will explain."""
+    """The names of a data set's configurations; none where they cannot be had, which loading it
+    will explain.
+    """
     try:
         return datasets.get_dataset_config_names(name, revision=revision)
     except Exception:  # see `load_hub`
@@ -206,7 +214,9 @@ def configurations(name: str, revision: str | None = None) -> list[str]:
 
 
 def _load_spec(spec: Spec) -> Dataset:
-    """One mark is a configuration if there is one of its name, else a revision; a folder has no revisions."""
+    """One mark is a configuration if there is one of its name, else a revision; a folder has no
+    revisions.
+    """
     where = str(spec)
     if not spec.marks:
         return load_hub(spec.name, spec.split, where=where)

@@ -31,10 +31,12 @@ def known_columns() -> frozenset[str]:
 
 
 def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
-    """A row of a data set with columns of its own (ToxicChat, OpenAI's moderation set) in the plain format.
+    """A row of a data set with columns of its own (ToxicChat, OpenAI's moderation set) in the plain
+    format.
 
-    The prompt is unsafe if any of the named flags is 1. A flag that is absent or null is unknown; so is the label where
-    all of them are. A response is taken along where the row labels it. Rows of no known kind come back as they are.
+    The prompt is unsafe if any of the named flags is 1. A flag that is absent or null is unknown;
+    so is the label where all of them are. A response is taken along where the row labels it. Rows
+    of no known kind come back as they are.
     """
     for columns in sources()["columns"].values():
         known = {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}

@@ -1,4 +1,6 @@
-"""The reader of data files: what people's programs write is read, and what cannot be read is one line."""
+"""The reader of data files: what people's programs write is read, and what cannot be read is one
+line.
+"""
 
 import json
 
@@ -41,7 +43,9 @@ def refusal(path) -> str:
     ],
 )
 def test_what_programs_write(tmp_path, name, lines, end, mark):
-    """With the marks of Windows' programs and without, with any separator, JSON lines under either name."""
+    """With the marks of Windows' programs and without, with any separator, JSON lines under either
+    name.
+    """
     path = tmp_path / name
     path.write_text(mark + end.join(lines), encoding="utf-8", newline="")
     assert rows(path) == [QUESTION, ANOTHER]
@@ -83,7 +87,9 @@ def test_a_cell_longer_than_python_reads_by_itself(tmp_path):
     ],
 )
 def test_one_odd_row_is_one_bad_row(tmp_path, odd, said):
-    """Named with its line, and left out where bad rows are to be left out; a list has rows in the place of lines."""
+    """Named with its line, and left out where bad rows are to be left out; a list has rows in the
+    place of lines.
+    """
     good = json.dumps(QUESTION)
     (tmp_path / "a.jsonl").write_text(f"{good}\n{odd}\n{good}\n")
     (tmp_path / "a.json").write_text(f"[{good}, {odd}, {good}]")
@@ -191,7 +197,9 @@ def test_two_names_of_one_label(tmp_path):
 
 
 def test_a_label_of_a_prompt(tmp_path):
-    """`label` is the prompt's where there is nothing else that it could mean, and beside our own names it is none."""
+    """`label` is the prompt's where there is nothing else that it could mean, and beside our own
+    names it is none.
+    """
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "Hi", "label": "unsafe"}))
     assert load_conversations(str(path))["prompt_unsafe"][0] is True

@@ -43,7 +43,9 @@ def test_what_is_no_spec(text):
 
 @pytest.fixture
 def two_configurations(tmp_path, monkeypatch) -> str:
-    """A folder in the layout of a hub data set with two configurations, none of them the default."""
+    """A folder in the layout of a hub data set with two configurations, none of them the
+    default.
+    """
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "in@here" / "set"
     folder.mkdir(parents=True)
