@@ -218,6 +218,19 @@ class Unsure(Guard):
         return [Verdict(prompt_unsafe=None if m[-1]["content"] == "?" else 0.25) for m in conversations]
 
 
+class Older(Guard):
+    """As guards of others were written before: it sees conversations as they come."""
+
+    name, thresholds, judges = "older", {}, ("response_unsafe",)
+
+    def judge(self, conversations):
+        return [Verdict(response_unsafe=0.25) for _ in conversations]
+
+
+def test_a_guard_that_overrides_judge_still_works():
+    assert Older().moderate([pair("Hi", "Hello")]) == [0.25] and Older().sees == "not known"
+
+
 def test_moderate_without_an_opinion():
     """Unsafe, as a failure is; a label that is never judged stays a wrong question."""
     assert Unsure().moderate([pair("?"), pair("Hi")]) == [1.0, 0.25]
