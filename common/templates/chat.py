@@ -1,0 +1,75 @@
+"""A chat template that renders the very text that a classifier was trained on.
+
+Servers and libraries that take `messages` render them with the tokenizer's chat template and
+tokenize the result without adding special tokens. A guard that keeps its base's chat template would
+be given a chat there, which it has never seen.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+from common.conversation import Messages, pair
+from common.templates import encode, render, template_text
+
+# Sets prompt and response as `render` does: the last user turn, and the answer to it.
+HEAD = """{%- set turns = namespace(prompt=none, response=none) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{%- set turns.prompt = message['content'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if messages[-1]['role'] == 'assistant' -%}
+{%- set turns.response = messages[-1]['content'] -%}
+{%- endif -%}
+{%- if turns.prompt is none or turns.response is none -%}
+{{- raise_exception('This guard judges the answer to a question: end with a user and an assistant turn') -}}
+{%- endif -%}
+{%- set prompt, response = turns.prompt, turns.response -%}
+"""
+EXAMPLES = (
+    pair("How do I keep my bicycle from being stolen?", "Use two locks, and take the lamps with you."),
+    pair("  Two lines,\nblanks around them.  ", " Yes.\n"),
+    pair("Why?", ""),
+    [{"role": "system", "content": "Be kind."}, *pair("Hello.", "Hello!"), *pair("And then?", "Then we left.")],
+)
+
+
+def chat_template_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template after which stock consumers see the ids that `encode` gives a pair.
+
+    It writes what the tokenizer puts around a text itself (BOS, `[CLS]`, `[SEP]`), because nobody adds
+    that to a rendered chat. SentencePiece tokenizers begin the first word of a text, but not one that
+    follows a special token, with a blank: some need it written.
+
+    Args:
+        template: the name of a prompt template that needs a prompt and a response.
+
+    Returns:
+        None where no such text gives those ids.
+    """
+    before, after = _framing(tokenizer)
+    for blank in ("", " "):
+        written = HEAD + _quoted(before + blank) + template_text(template) + _quoted(after)
+        if all(_sees_the_same(written, template, tokenizer, messages) for messages in EXAMPLES):
+            return written
+    return None
+
+
+def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the tokenizer puts before and after a text."""
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("x")["input_ids"]
+    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
+    before, after = framed[:at], framed[at + len(plain) :]
+    return tuple("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (before, after))
+
+
+def _quoted(text: str) -> str:
+    """Text as it is, whatever it looks like to jinja."""
+    return "{{ " + repr(text) + " }}" if text else ""
+
+
+def _sees_the_same(chat_template: str, template: str, tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
+    """Whether a consumer of the chat template sees the ids that the guard was trained on."""
+    (trained,) = encode(tokenizer, [render(template, messages, tokenizer)])
+    text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"] == trained

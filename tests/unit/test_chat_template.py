@@ -1,0 +1,94 @@
+"""The chat template of a classifier: stock consumers of messages see the ids that it was trained on."""
+
+import families
+import pytest
+from bases import gpt2_tokenizer, roberta_tokenizer
+from conftest import TOKENIZERS
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jinja2 import TemplateError
+from tokenizers import normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from common.conversation import pair
+from common.templates import control_ids, encode, render
+from common.templates.chat import EXAMPLES, chat_template_of
+
+
+def llama2_tokenizer():
+    """As Llama 2's own: a normalizer, and not the pre-tokenizer, writes the blank that begins each piece of text."""
+    tokenizer = families.pieces([], "<s>", "</s>")
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    return tokenizer
+
+
+KINDS = {
+    **TOKENIZERS,
+    "pieces": lambda: families.pieces([], "<s>", "</s>"),
+    "llama2": llama2_tokenizer,
+    "roberta": roberta_tokenizer,
+    "gpt2": gpt2_tokenizer,
+}
+
+
+@pytest.fixture(params=KINDS)
+def own(request):
+    """Each kind of tokenizer with the chat template of a guard in the place of a chat model's."""
+    tokenizer = KINDS[request.param]()
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = chat_template_of("beavertails", tokenizer)
+    return tokenizer
+
+
+def seen(tokenizer, messages) -> list[int]:
+    """What a server gives the model."""
+    return tokenizer.apply_chat_template(messages, return_dict=False)
+
+
+def trained(tokenizer, messages) -> list[int]:
+    return encode(tokenizer, [render("beavertails", messages, tokenizer)])[0]
+
+
+def test_messages_are_seen_as_they_were_trained(own):
+    for messages in EXAMPLES:
+        ids = seen(own, messages)
+        assert ids == trained(own, messages)
+        text = own.apply_chat_template(messages, tokenize=False)
+        assert own(text, add_special_tokens=False)["input_ids"] == ids
+        if own.bos_token_id is not None:
+            assert ids.count(own.bos_token_id) == trained(own, messages).count(own.bos_token_id)
+
+
+@settings(max_examples=40, deadline=None)
+@given(question=st.text(max_size=30), answer=st.text(max_size=30))
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_text_is_seen_as_it_was_trained(kind, question, answer):
+    """But for text that spells control tokens, which `load_guard` alone keeps from becoming them."""
+    tokenizer = SHARED.setdefault(kind, KINDS[kind]())
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = chat_template_of("beavertails", tokenizer)
+    assume(not any(0xD800 <= ord(character) < 0xE002 for character in question + answer))
+    plain = tokenizer(question + " " + answer, add_special_tokens=False)["input_ids"]
+    assume(not set(plain) & control_ids(tokenizer))
+    messages = pair(question, answer)
+    assert seen(tokenizer, messages) == trained(tokenizer, messages)
+
+
+SHARED: dict = {}
+
+
+@pytest.mark.parametrize("messages", [pair("Why?"), pair(None, "So."), [*pair("Why?", "So."), *pair("And?")]])
+def test_what_the_guard_does_not_judge_is_refused(own, messages):
+    with pytest.raises(TemplateError, match="end with a user and an assistant turn"):
+        seen(own, messages)
+
+
+def test_a_tokenizer_that_no_text_serves_gets_none(make_tokenizer):
+    """What it puts around a text is a plain word to it when it is written: nothing is claimed."""
+    backend = make_tokenizer("wordpiece").backend_tokenizer
+    frame = [("##s", backend.token_to_id("##s"))]
+    backend.post_processor = processors.TemplateProcessing(single="##s $A", special_tokens=frame)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert chat_template_of("beavertails", tokenizer) is None
