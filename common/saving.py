@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.conversation import UserError, log_odds
-from common.run import file_mode
+from common.run import make_readable
 
 QUANTIZED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
 CARD_FILE = "guard.json"
@@ -109,7 +109,7 @@ def whole_folder(folder: Path | str, last: str = CARD_FILE) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         _empty(partial)
         yield partial
-        _make_readable(partial)
+        make_readable(partial)
     except BaseException as error:
         _empty(partial)
         if not unfinished and partial.is_dir():
@@ -152,13 +152,6 @@ def _remove(path: Path) -> None:
 def _empty(folder: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         _remove(path)
-
-
-def _make_readable(folder: Path) -> None:
-    """Permissions as of any new file; safetensors' are for the owner alone."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(file_mode())
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -78,6 +78,31 @@ def parse_spec(text: str) -> Spec:
     return Spec(name, tuple(marks), split)
 
 
+def about_data(text: str) -> dict[str, str]:
+    """What is known of the data that a spec means, without reading it.
+
+    Args:
+        text: a spec, or "0.1 of" a spec.
+
+    Returns:
+        `name`, without folders of the user's, and where they are known `hub` (its id), `licence` and `language`.
+    """
+    share = re.fullmatch(r"([\d.]+) of (.+)", text)
+    if share:
+        known = about_data(share[2])
+        return known | {"name": f"{share[1]} of {known['name']}"}
+    try:
+        spec = parse_spec(text)
+    except UserError:
+        return {"name": text}
+    if spec.is_file or Path(spec.name).exists():
+        here = Spec(Path(spec.name).name, spec.marks, spec.split, spec.is_file)
+        return {"name": str(here)}
+    known = sources()["sources"].get(spec.name, {"hub": spec.name})
+    facts = {key: known[key] for key in ("hub", "licence", "language") if key in known}
+    return {"name": str(spec), **facts}
+
+
 def _marks(text: str) -> tuple[str, list[str]]:
     """The name before the first `@`, and what stands behind each; a folder may have `@` in its own
     path.

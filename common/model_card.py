@@ -1,0 +1,108 @@
+"""The model card of what a recipe leaves: README.md as the hub reads it, through huggingface_hub's own classes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from common.bundled import hub_id, licence_of_model
+from common.data.specs import about_data
+
+METRICS = {  # ours: the hub's name, and how it is written
+    "auprc": ("average_precision", "AUPRC"),
+    "auroc": ("roc_auc", "AUROC"),
+    "f1": ("f1", "F1"),
+    "precision": ("precision", "precision"),
+    "recall": ("recall", "recall"),
+    "accuracy": ("accuracy", "accuracy"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores on rows that were not trained on: `values` holds metrics by name, for each label.
+
+    `data` is the spec of the rows, or says in words which they are.
+    """
+
+    data: str
+    values: Mapping[str, Mapping[str, Any]]
+
+
+def write_model_card(
+    folder: Path | str,
+    *,
+    title: str,
+    base_model: str,
+    train_data: Sequence[str],
+    intro: str,
+    usage: str,
+    sections: Mapping[str, str],
+    measured: Measured | None = None,
+    task: str = "text-classification",
+    adapter: bool = False,
+) -> None:
+    """Write README.md: front matter that the hub reads, what it is, how to use it, measured numbers.
+
+    Args:
+        base_model: as the user gave it; in the card it is a hub id, where one is known, and never a path.
+        train_data: data specs.
+        usage: Python code.
+        adapter: whether the folder holds an adapter, and not a whole model.
+    """
+    data = [about_data(spec) for spec in train_data]
+    results = [] if measured is None else eval_results(measured, task)
+    fields: dict[str, Any] = {
+        "language": common_value([one.get("language") for one in data]),
+        "license": licence([licence_of_model(base_model), *(one.get("licence") for one in data)]),
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["guard", "moderation"],
+        "datasets": [one["hub"] for one in data if "hub" in one] or None,
+        "metrics": sorted({result.metric_type for result in results}) or None,
+        "base_model": hub_id(base_model),
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "pipeline_tag": task,
+    }
+    if results:
+        fields |= {"model_name": title, "eval_results": results}
+    if fields["base_model"] is None:
+        del fields["base_model"], fields["base_model_relation"]
+    known = {name: value for name, value in fields.items() if value is not None}
+    front = ModelCardData(**known).to_yaml()
+    body = f"# {title}\n\n{intro}\n\n```python\n{usage.strip()}\n```\n"
+    for heading, text in sections.items():
+        body += f"\n## {heading}\n\n{text.strip()}\n"
+    ModelCard(f"---\n{front}\n---\n\n{body}").save(Path(folder) / "README.md")
+
+
+def eval_results(measured: Measured, task: str) -> list[EvalResult]:
+    """The hub's form of what was measured; what is undefined is left out."""
+    about = about_data(measured.data)
+    results = []
+    for label, values in measured.values.items():
+        for name, (metric, written) in METRICS.items():
+            if values.get(name) is None:
+                continue
+            result = EvalResult(
+                task_type=task,
+                dataset_type=about.get("hub", "local"),
+                dataset_name=about["name"],
+                metric_type=metric,
+                metric_value=round(values[name], 4),
+                metric_name=f"{written} of {label}",
+            )
+            results.append(result)
+    return results
+
+
+def common_value(values: Sequence[str | None]) -> str | None:
+    """What all of them are; None where they differ, or one is unknown."""
+    return values[0] if values and len(set(values)) == 1 else None
+
+
+def licence(known: Sequence[str | None]) -> str:
+    """The licence of what is made of a model and data: theirs where it is one, else to be looked up by the reader."""
+    shared = common_value(known)
+    return "other" if shared is None else shared.lower().replace(" ", "-")
