@@ -50,7 +50,8 @@ def main() -> None:
     recipe = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
 
-    model, tokenizer = recipe.load_model(recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers))
+    model_args = recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers)
+    model, tokenizer, _ = recipe.load_model(model_args)
     train = data.load_conversations("beavertails-sample:train", categories=recipe.CATEGORIES, require=["categories"])
     results = {}
     with tempfile.TemporaryDirectory() as folder:

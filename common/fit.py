@@ -151,3 +151,12 @@ def fresh_modules(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
     """
     owners = {key.rpartition(".")[0] for key in missing}
     return [name for name, _ in model.named_modules() if name in owners]
+
+
+def modules_to_save(fresh: Sequence[str]) -> list[str] | None:
+    """The fresh modules that PEFT has to be told of; a head it trains and saves without being told.
+
+    LoRA would leave the others as they were drawn, and an adapter without them is another model.
+    """
+    others = [name for name in fresh if name.split(".")[0] not in ("classifier", "score")]
+    return others or None

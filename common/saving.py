@@ -13,13 +13,18 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.conversation import UserError, log_odds
@@ -62,7 +67,7 @@ def refuse_to_overwrite(
     folder: Path | str,
     overwrite: bool,
     names: Sequence[str] = FINISHED,
-    flag: str = "--overwrite_output_dir",
+    flag: str = "--overwrite_output_dir true",
 ) -> None:
     """Refuse to train into a folder that holds a model, also where its checkpoints were removed.
 
@@ -157,6 +162,23 @@ def _empty(folder: Path) -> None:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
+def full_state_dict(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every weight, whole, on rank 0: FSDP2, ZeRO-3, data parallel or one process.
+
+    Other ranks may get an empty dict. Collective: every rank must call it.
+    """
+    if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
+        return sharded_state_dict(trainer.model)
+    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    return trainer.accelerator.get_state_dict(wrapped)
+
+
+def sharded_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model that `fully_shard` split, whole, on the CPU of rank 0. Collective."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
 def save_model(
     model: PreTrainedModel,
     state_dict: Mapping[str, torch.Tensor],
@@ -233,6 +255,35 @@ def _dequantized(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor])
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
+
+COMPARED_ROWS = 8
+
+
+def spread(rows: Sequence[Any]) -> list[Any]:
+    """A few rows, spread over all, to compare a model in memory with the folder it was written to."""
+    step = max(1, len(rows) // COMPARED_ROWS)
+    return [rows[i] for i in range(0, len(rows), step)][:COMPARED_ROWS]
+
+
+def predictions(trainer: Trainer, rows: Dataset) -> np.ndarray:
+    """What the model in memory predicts, in the order of the rows, and without measuring it.
+
+    Collective: every rank must call it.
+    """
+    args = trainer.args
+    measure, trainer.compute_metrics = trainer.compute_metrics, None
+    order, args.train_sampling_strategy = args.train_sampling_strategy, "sequential"
+    try:
+        return trainer.predict(rows).predictions
+    finally:
+        trainer.compute_metrics = measure
+        args.train_sampling_strategy = order
+
+
+def free_memory(trainer: Trainer) -> None:
+    """Let go of what only training needs, so that the guard can be loaded beside its model."""
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
 
 
 def check_equal(

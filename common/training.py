@@ -16,9 +16,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
@@ -563,25 +562,3 @@ def warn_of_long_warmup(args: TrainingArguments, steps: int) -> None:
             steps,
             args.learning_rate,
         )
-
-
-def full_state_dict(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Every weight, whole, on rank 0 (other ranks may get an empty dict): FSDP2, ZeRO-3, data parallel or one process.
-
-    Collective: every rank must call it.
-    """
-    if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
-        return sharded_state_dict(trainer.model)
-    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    return trainer.accelerator.get_state_dict(wrapped)
-
-
-def sharded_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The full weights of a model that `fully_shard` split into DTensors, on the CPU of rank 0. Collective."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def save_full(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a model folder that `from_pretrained` loads, from whole weights, on rank 0 only."""
-    if is_main_process():
-        model.save_pretrained(folder, state_dict=state_dict)

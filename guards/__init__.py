@@ -5,16 +5,17 @@ takes a failure for "safe".
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import templates
-from common.conversation import UserError
+from common.conversation import Messages, UserError
 from common.data import taxonomy
 from common.run import expand_home
+from common.saving import is_unfinished
 from guards.base import LONG_INPUTS, Guard
 from guards.card import (
     Card,
@@ -23,6 +24,7 @@ from guards.card import (
     GuardCard,
     LoraCard,
     card_path,
+    check_equal_outputs,
     check_probe,
     check_tokenizer_file,
     has_card,
@@ -60,6 +62,8 @@ def load_guard(spec: str, **options: Any) -> Guard:
     given = {name: expand_home(value) for name, value in options.items() if value is not None}
     if has_card(spec):
         return _from_folder(spec, given)
+    if is_unfinished(spec):
+        raise UserError(f"{spec}: not finished: the saving of a guard was interrupted here; run its train.py again")
     return _by_name(spec, given)
 
 
@@ -100,7 +104,12 @@ def _by_name(spec: str, options: dict[str, Any]) -> Guard:
     return guard
 
 
-def add_probe(folder: Path | str, card: Card | None = None, **options: Any) -> None:
+def add_probe(
+    folder: Path | str,
+    card: Card | None = None,
+    trained: Sequence[tuple[Messages, Mapping[str, float]]] = (),
+    **options: Any,
+) -> Guard | None:
     """Write the card of a folder with a probe: one conversation, and what the guard there says of it.
 
     What trains a guard calls it last: from then on `load_guard` notices when the guard is another one. The guard is
@@ -108,20 +117,26 @@ def add_probe(folder: Path | str, card: Card | None = None, **options: Any) -> N
 
     Args:
         card: what the folder holds; None takes the card that is there.
+        trained: conversations, each with the outputs that the model in memory has for it: what was saved must be that.
         options: of `load_guard`.
 
+    Returns:
+        The guard; None where there was no memory for it.
+
     Raises:
-        UserError: the folder is no guard that can be loaded.
+        UserError: the folder is no guard that can be loaded, or another one than was trained.
     """
     card = card or read_card(folder)
     given = {name: value for name, value in options.items() if value is not None}
-    probe = None
+    guard = probe = None
     try:
         guard = _loaded(str(folder), card, {"progress": False} | given)
+        check_equal_outputs(guard, trained)
         probe = make_probe(guard)
     except torch.OutOfMemoryError:
         logger.warning("%s: too little memory to load the guard; guards.add_probe adds its probe later", folder)
     write_card(folder, card.model_copy(update={"probe": probe}))
+    return guard
 
 
 def _from_folder(folder: str, options: dict[str, Any]) -> Guard:

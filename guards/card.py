@@ -28,6 +28,7 @@ from common.conversation import (
     FARTHEST,
     LABELS,
     Message,
+    Messages,
     UserError,
     Verdict,
     check_messages,
@@ -36,13 +37,13 @@ from common.conversation import (
 )
 from common.keep import fingerprint
 from common.run import write_json
+from common.saving import CARD_FILE, check_equal
 from common.templates import render, template_text
 from guards.base import LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, Guard, seen_of
 from guards.known import zoo
 
 logger = logging.getLogger(__name__)
 NO_PROBE = "%s: has no probe, so that nobody can check base and tokenizer; guards.add_probe(folder) adds one"
-CARD_FILE = "guard.json"
 INPUTS = ("pair", "prompt", "response")
 POOLING = "last attended token"  # where the head of a decoder reads
 
@@ -406,6 +407,23 @@ def make_probe(guard: Guard) -> Probe | None:
             return Probe(messages=messages, scores=outputs(verdict), dtype=guard.dtype)
     logger.warning("%s: gives no verdict on a simple text (%s), so its card has no probe", guard.name, verdict.error)
     return None
+
+
+def check_equal_outputs(guard: Guard, trained: Sequence[tuple[Messages, Mapping[str, float]]]) -> None:
+    """Compare a guard that was loaded from its folder with the model in memory that it was saved from.
+
+    Args:
+        trained: conversations, each with the outputs of the model in memory: label -> probability.
+
+    Raises:
+        UserError: they differ by more than number formats explain, or the guard gives no verdict.
+    """
+    verdicts = guard.judge([messages for messages, _ in trained]) if trained else []
+    for verdict in verdicts:
+        if verdict.error is not None:
+            raise UserError(f"{guard.name}: what was saved gives no verdict ({verdict.error}); nothing is saved")
+    expected = [scores for _, scores in trained]
+    check_equal(expected, [outputs(verdict) for verdict in verdicts], TOLERANCE[guard.dtype])
 
 
 def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: bool = True) -> bool:

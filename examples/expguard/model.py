@@ -1,6 +1,8 @@
 """The base model, its tokenizer with the ExpGuard prompt for chat template, and LoRA adapters."""
 
+import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,12 +48,12 @@ def load_tokenizer(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrain
     return tokenizer
 
 
-def load_model(model_args: ModelArguments, args: ExpGuardConfig, frozen: bool | None = None) -> PreTrainedModel:
+def load_model(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrainedModel:
     """The base: float32 where it is trained (the trainer casts on the fly), bf16 or quantized under LoRA.
 
     FSDP wants one dtype for frozen and trained weights, so there it is float32 in any case.
     """
-    frozen = model_args.use_peft_lora and not args.fsdp if frozen is None else frozen
+    frozen = model_args.use_peft_lora and not args.fsdp
     options: dict[str, Any] = {"dtype": inference_dtype() if frozen else torch.float32}
     quantization = None
     if frozen:
@@ -89,3 +91,30 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
         return get_peft_model(model, config)
     except ValueError as error:  # no module of such a name
         raise UserError(f"--lora_target_modules: {f'{error}'.strip().splitlines()[0]:.200}") from None
+
+
+@torch.inference_mode()
+def verdict_scores(
+    model: PreTrainedModel, sequences: Iterable[dict[str, list[int]]], words: tuple[int, int]
+) -> list[dict[str, float]]:
+    """P(unsafe) at each label of each sequence, by the names of `named_scores`.
+
+    Args:
+        sequences: of `Encoder.verdict_sequences`.
+        words: the tokens at which safe and unsafe part.
+    """
+    safe, unsafe = words
+    scores = []
+    for row in sequences:
+        places = [i for i, label in enumerate(row["labels"]) if label != -100]
+        logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits[0].float()
+        before = torch.tensor(places, device=logits.device) - 1
+        probabilities = (logits[before, unsafe] - logits[before, safe]).sigmoid()
+        scores.append(named_scores(probabilities.tolist()))
+    return scores
+
+
+def named_scores(verdicts: Iterable[float]) -> dict[str, float]:
+    """The verdicts of a sequence by their lines; nan is none."""
+    lines = zip(("first verdict", "second verdict"), verdicts, strict=False)
+    return {line: verdict for line, verdict in lines if not math.isnan(verdict)}

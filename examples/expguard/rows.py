@@ -19,6 +19,7 @@ from common.conversation import Messages, UserError, check_label, check_text, pa
 from common.data import load_conversations, prompt_key, spec_rows
 from common.data.rows import our_names
 from common.data.specs import load_hub
+from common.saving import spread
 from common.templates import Part, encode, render, template_text, token_offsets
 from guards.suite.benchmarks import is_benchmark, load_benchmark
 
@@ -67,8 +68,13 @@ def folder_of(name: str, data_dir: Path) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
+def is_mix(name: str) -> bool:
+    """Whether a name means ExpGuardMix."""
+    return name in (HUB, HUB.partition("/")[2])
+
+
 def _parts(name: str, data_dir: Path) -> Iterator[Iterable[tuple[str, Any]]]:
-    folder, mix = folder_of(name, data_dir), name in (HUB, HUB.partition("/")[2])
+    folder, mix = folder_of(name, data_dir), is_mix(name)
     if folder is None and not mix:
         yield spec_rows(name)[1]
         return
@@ -277,6 +283,29 @@ class Encoder:
                 )
             keep[which] -= min(len(ids) - room, keep[which] - least[which])
 
+    def verdict_sequences(self, row: Row, prompt: list[int]) -> list[dict[str, list[int]]]:
+        """`input_ids` up to the last verdict, and `labels` where there is one: two where the row has a response.
+
+        The second verdict depends on the first: there is one sequence for each.
+        """
+        answered = row["response_unsafe"] is not None
+        sequences = []
+        for first in WORDS if answered else (False,):
+            places = [self.user, self.agent[first]] if answered else [self.user]
+            target = self.targets[first, False if answered else None][: places[-1] + 1]
+            labels = [-100] * (len(prompt) + len(target))
+            for place in places:
+                labels[len(prompt) + place] = self.words[1]
+            sequences.append({"input_ids": prompt + target, "labels": labels})
+        return sequences
+
+    def compared(self, rows: Sequence[Row]) -> Dataset:
+        """The verdicts of a few rows, to compare a model in memory with the folder it was written to."""
+        few = spread(rows)
+        prompts, _ = self.prompts(few)
+        both = zip(few, prompts, strict=True)
+        return Dataset.from_list([one for row, prompt in both for one in self.verdict_sequences(row, prompt)])
+
     def training_set(self, rows: Sequence[Row]) -> tuple[Dataset, dict[str, int]]:
         """`input_ids` and `labels` (-100 but on the verdict lines and EOS) of each row, and what was cut."""
         prompts, facts = self.prompts(rows)
@@ -309,14 +338,7 @@ class Validation:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["messages"]), len(prompts[i])))  # alike in batches
         self.name, self.rows, sequences = name, [rows[i] for i in order], []
         for row, prompt in zip(self.rows, (prompts[i] for i in order), strict=True):
-            answered = row["response_unsafe"] is not None
-            for first in WORDS if answered else (False,):
-                places = [encoder.user, encoder.agent[first]] if answered else [encoder.user]
-                target = encoder.targets[first, False if answered else None][: places[-1] + 1]
-                labels = [-100] * (len(prompt) + len(target))
-                for place in places:
-                    labels[len(prompt) + place] = encoder.words[1]
-                sequences.append({"input_ids": prompt + target, "labels": labels})
+            sequences += encoder.verdict_sequences(row, prompt)
         self.dataset = Dataset.from_list(sequences)
         self.scores: dict[str, tuple[list[bool], list[float]]] = {}
 

@@ -12,18 +12,27 @@ bash scripts/train.sh
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from arguments import DataArguments, ExpGuardConfig, ModelArguments, check
-from model import add_adapters, load_model, load_tokenizer
-from peft import PeftModel
-from rows import Encoder, Validation, describe, evaluation_rows, folder_of, read_rows, stratified_split
+from datasets import Dataset
+from model import add_adapters, load_model, load_tokenizer, named_scores, verdict_scores
+from rows import (
+    HUB,
+    Encoder,
+    Validation,
+    describe,
+    evaluation_rows,
+    folder_of,
+    is_mix,
+    read_rows,
+    stratified_split,
+)
 from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -31,19 +40,26 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from common import metrics, report
 from common.conversation import UserError
 from common.data import overlap
+from common.data.specs import about_data
 from common.fit import check_ids, check_length, fit_causal_lm
 from common.keep import fingerprint
+from common.model_card import Measured, write_model_card
 from common.prefix import shared_prefix_collator
 from common.run import is_main_process, manifest, parse_args, run_cli, write_json
-from common.training import (
-    LengthGroupedTrainer,
-    checkpoint_to_resume,
+from common.saving import (
+    check_equal,
+    free_memory,
     full_state_dict,
-    save_full,
-    start_over,
+    merged_model,
+    predictions,
+    refuse_to_overwrite,
+    save_adapter,
+    save_model,
+    whole_folder,
 )
+from common.training import LengthGroupedTrainer, checkpoint_to_resume, start_over
 from guards import add_probe
-from guards.card import CARD_FILE, GenerativeCard, local_sha256
+from guards.card import TOLERANCE, GenerativeCard, local_sha256
 
 logger = logging.getLogger("expguard")
 
@@ -88,6 +104,10 @@ class GuardTrainer(LengthGroupedTrainer, SFTTrainer):
         finally:
             self.data_collator = training
 
+    def get_test_dataloader(self, test_dataset):
+        """As for validation."""
+        return self.get_eval_dataloader(test_dataset)
+
     def _get_eval_sampler(self, eval_dataset):
         """In order, because a sequence finds its row by its place; the stock sampler would group by length."""
         return SequentialSampler(eval_dataset)
@@ -114,6 +134,8 @@ def main() -> None:
     )
     check(model_args, args)
     checkpoint, max_length = checkpoint_to_resume(args) if args.do_train else None, args.max_length
+    if args.do_train and checkpoint is None:
+        refuse_to_overwrite(args.output_dir, args.overwrite_output_dir)
     set_seed(args.seed)
     rows, held_out, val_name = load_rows(data_args, args)
     facts = {"train": describe(rows)}
@@ -162,8 +184,9 @@ def main() -> None:
     facts["useful_token_share"] = round(trainer.state.epoch * facts["encoded"]["tokens"] / seen, 3) if seen else None
     if validation is not None:
         logger.info("Validation: %s", json.dumps(trainer.evaluate()))  # of the epoch that is kept
-    save_weights(trainer, tokenizer, model_args, max_length)
-    describe_guard(trainer, [model_args, data_args, args], validation, facts, result.metrics, max_length)
+    compared = encoder.compared(rows if held_out is None else held_out)
+    arguments = (model_args, data_args, args)
+    save_guard(trainer, arguments, compared, validation, facts, result.metrics, max_length)
 
 
 def check_layout(model: PreTrainedModel, args: ExpGuardConfig) -> None:
@@ -192,79 +215,105 @@ def load_rows(data_args: DataArguments, args: ExpGuardConfig) -> tuple[list, lis
     return rows, read_rows(given, data_args.data_dir, data_args.bad_rows), name
 
 
-def save_weights(
-    trainer: GuardTrainer, tokenizer: PreTrainedTokenizerBase, args: ModelArguments, max_length: int
-) -> None:
-    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter under adapter/."""
-    folder, state_dict = Path(trainer.args.output_dir), full_state_dict(trainer)  # collective
-    if not is_main_process():
-        return
-    # What describes an earlier guard goes first: it must never stand beside weights that it does not describe.
-    for name in (CARD_FILE, "run.json", "README.md"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if args.use_peft_lora:
-        model.save_pretrained(folder / "adapter", state_dict=state_dict)
-        tokenizer.save_pretrained(folder / "adapter")
-        unset_hf_deepspeed_config()  # the merge is done by this process alone, on whole weights
-        base = load_model(args, trainer.args, frozen=False)
-        model = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-        state_dict = model.state_dict()
-    model.config.use_cache = True
-    save_full(model, state_dict, folder)
-    tokenizer.model_max_length = max_length
-    tokenizer.save_pretrained(folder)
+# --- the guard's folder -----------------------------------------------------------------------------------------------
 
 
-def describe_guard(
+def save_guard(
     trainer: GuardTrainer,
-    arguments: list[Any],
+    arguments: tuple[ModelArguments, DataArguments, ExpGuardConfig],
+    compared: Dataset,
     validation: Validation | None,
     facts: dict[str, Any],
     train_metrics: dict[str, float],
     max_length: int,
 ) -> None:
-    """guard.json (what load_guard needs), run.json (what was run), README.md (the model card). Rank 0 only."""
+    """Save the guard, whole or not at all: weights, tokenizer, run.json, model card, and guard.json last.
+
+    Args:
+        compared: sequences on which the folder has to say what the model in memory says.
+        facts: what is to know about the data.
+    """
+    model_args, data_args, args = arguments
+    trained = [named_scores(row) for row in predictions(trainer, compared).tolist()]  # collective
+    state_dict = full_state_dict(trainer)  # collective
+    free_memory(trainer)
     if not is_main_process():
         return
-    folder, (model_args, data_args, args) = Path(trainer.args.output_dir), arguments
-    measured, thresholds = (validation.measured(), validation.thresholds()) if validation else ({}, {})
-    best, data_name = trainer.state.best_model_checkpoint, " ".join(data_args.dataset_name)
+    measured = validation.measured() if validation else {}
     card = GenerativeCard(
         guard="expguard",  # the entry of guards/zoo.yaml: prompt and verdict words
         max_length=max_length,
-        thresholds=thresholds,
+        thresholds=validation.thresholds() if validation else {},
         base_model=model_args.model_name_or_path,
         base_sha256=local_sha256(model_args.model_name_or_path),
-        data={"train": data_name, "validation": validation and validation.name, **facts},
-    )
-    unset_hf_deepspeed_config()  # the guard is loaded by this process alone
-    add_probe(folder, card)
-    run = manifest(arguments, seed=args.seed, data=facts, train=train_metrics, validation=measured)
-    kept = {"best_checkpoint": best and Path(best).name, "log": trainer.state.log_history}
-    write_json(folder / "run.json", run | kept)
-    report.model_card(
-        folder,
-        title="Domain guard",
-        base_model=model_args.model_name_or_path,
-        task="text-generation",
-        intro=CARD_INTRO.format(data=data_name, rows=facts["train"]["rows"]),
-        usage=CARD_USAGE,
-        sections={
-            f"Measured on {validation.name}" if validation else "Measured": report.metric_table(measured)
-            if measured
-            else "Nothing was measured.",
-            "Limits": "The scores hold for text like the training data. A guard that was trained on sample data shows "
-            "that the recipe runs, not that the guard is good.",
+        data={
+            "train_data": " ".join(data_args.dataset_name),
+            "validation_data": validation.name if validation else None,
+            **facts,
         },
     )
-    logger.info("Saved the guard to %s", folder)
+    quantized = model_args.use_4bit_quantization or model_args.use_8bit_quantization
+    with whole_folder(args.output_dir) as folder:
+        write_weights(trainer, state_dict, model_args, max_length, folder)
+        run = manifest(arguments, seed=args.seed, data=facts, train=train_metrics, validation=measured)
+        best = trainer.state.best_model_checkpoint
+        kept = {"best_checkpoint": best and Path(best).name, "log": trainer.state.log_history}
+        write_json(folder / "run.json", run | kept)
+        write_readme(folder, card, data_args.dataset_name, measured)
+        unset_hf_deepspeed_config()  # the guard is loaded by this process alone
+        guard = add_probe(folder, card, trust_remote_code=args.trust_remote_code)
+        if guard is not None:
+            tolerance = TOLERANCE["4bit" if quantized else guard.dtype]
+            check_equal(trained, verdict_scores(guard.model.model, compared, trainer.words), tolerance)
+    logger.info("Saved the guard to %s; it says there what the model in memory says", args.output_dir)
+
+
+def write_weights(
+    trainer: GuardTrainer,
+    state_dict: dict[str, torch.Tensor],
+    model_args: ModelArguments,
+    max_length: int,
+    folder: Path,
+) -> None:
+    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter in adapter/."""
+    tokenizer = trainer.processing_class
+    tokenizer.model_max_length = max_length
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if model_args.use_peft_lora:
+        save_adapter(model, state_dict, tokenizer, folder / "adapter")
+        model = merged_model(model, state_dict)
+        state_dict = model.state_dict()
+    model.config.use_cache = True
+    save_model(model, state_dict, tokenizer, folder)
+
+
+def write_readme(folder: Path, card: GenerativeCard, dataset_names: list[str], measured: dict[str, Any]) -> None:
+    """README.md, the model card."""
+    train_data = [HUB if is_mix(name) else name for name in dataset_names]
+    names = " ".join(about_data(name)["name"] for name in train_data)
+    validation_data = card.data["validation_data"]
+    heading, table = "Measured", "Nothing was measured."
+    if measured:
+        heading = f"Measured on {about_data(validation_data)['name']}"
+        table = report.metric_table(measured)
+    write_model_card(
+        folder,
+        title="Domain guard",
+        base_model=card.base_model,
+        train_data=train_data,
+        task="text-generation",
+        intro=CARD_INTRO.format(data=names, rows=card.data["train"]["rows"]),
+        usage=CARD_USAGE,
+        measured=Measured(validation_data, measured) if measured else None,
+        sections={heading: table, "Limits": CARD_LIMITS},
+    )
 
 
 CARD_INTRO = """Writes whether a user's message, and the agent's response if there is one, is safe or unsafe (ExpGuard,
 arXiv 2603.02588). Trained on {data} ({rows} rows) by `examples/expguard/train.py`. The licences of the base model and
 the data apply."""
+CARD_LIMITS = """The scores hold for text like the training data. A guard that was trained on sample data shows that the
+recipe runs, not that the guard is good."""
 CARD_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")

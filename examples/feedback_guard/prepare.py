@@ -27,7 +27,8 @@ from common.conversation import Message, UserError
 from common.data import load_conversations, prompt_key
 from common.fit import fit_causal_lm
 from common.run import check_output_folder, inference_dtype, is_main_process, manifest, run_cli, write_json
-from common.training import full_state_dict, save_full, start_over
+from common.saving import full_state_dict, save_model
+from common.training import start_over
 from guards import add_probe, zoo
 from guards.card import GenerativeCard, has_card, local_sha256, read_card
 from guards.generative import GenerativeGuard
@@ -89,8 +90,7 @@ def make_guard(section: PrepareGuard) -> None:
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
         model.config.use_cache = True
-        save_full(trainer.accelerator.unwrap_model(trainer.model), state_dict, folder)
-        encoder.tokenizer.save_pretrained(folder)
+        save_model(trainer.accelerator.unwrap_model(trainer.model), state_dict, encoder.tokenizer, folder)
         run = manifest([asdict(section)], data=facts, validation=measured, log=trainer.state.log_history)
         write_json(folder / "run.json", run)
         _card(folder, section, measured)

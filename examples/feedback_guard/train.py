@@ -50,12 +50,12 @@ from common.run import (
     write_json,
     write_text,
 )
+from common.saving import full_state_dict
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
     checkpoint_to_resume,
     checkpoints,
-    full_state_dict,
     remove_checkpoint,
     start_over,
 )

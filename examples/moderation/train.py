@@ -13,14 +13,15 @@ torchrun --nproc_per_node=8 train.py --config configs/paper.yaml
 import hashlib
 import json
 import logging
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,29 +31,43 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import PredictionOutput
 
 from common import data, metrics, report, templates
 from common.bundled import resolve_model
 from common.conversation import UserError
-from common.fit import check_length, fit_classifier
+from common.data.specs import about_data
+from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save, pooling
 from common.head_start import fit_head
 from common.keep import fingerprint
+from common.model_card import Measured, write_model_card
 from common.run import is_main_process, manifest, parse_args, run_cli, usable_attention, write_json
+from common.saving import (
+    free_memory,
+    full_state_dict,
+    merged_model,
+    predictions,
+    refuse_to_overwrite,
+    save_adapter,
+    save_model,
+    spread,
+    whole_folder,
+)
+from common.templates.chat import chat_template_of
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
     checkpoint_to_resume,
-    full_state_dict,
     refuse_diverged_scores,
-    save_full,
     start_over,
     useful_token_share,
 )
 from guards import add_probe
-from guards.card import CARD_FILE, ClassifierCard, local_sha256
+from guards.card import ClassifierCard, local_sha256
 
 logger = logging.getLogger("moderation")
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
+TEMPLATE = "beavertails"
 
 
 @dataclass
@@ -103,6 +118,8 @@ def main() -> None:
         [ModelArguments, DataArguments, RecipeTrainingArguments], Path(__file__).parent / "configs/quickstart.yaml"
     )
     checkpoint = checkpoint_to_resume(args)
+    if checkpoint is None:
+        refuse_to_overwrite(args.output_dir, args.overwrite_output_dir)
     if data_args.head_fit_rows < 0:
         raise UserError(f"--head_fit_rows {data_args.head_fit_rows}: must be 0 (off) or more")
     if data_args.head_fit_rows and (args.fsdp or args.deepspeed):
@@ -111,7 +128,7 @@ def main() -> None:
 
     train_rows, eval_rows, data_report = load_rows(data_args, args.seed)
     select_best_on_validation(args, data_args)
-    model, tokenizer = load_model(model_args)
+    model, tokenizer, fresh = load_model(model_args)
     train_set, truncated = encode_rows(train_rows, tokenizer, model_args.max_length)
     eval_set = encode_rows(eval_rows, tokenizer, model_args.max_length)[0] if eval_rows else None
     lengths = [len(ids) for ids in train_set["input_ids"]]
@@ -126,7 +143,7 @@ def main() -> None:
         every = -(-len(train_set) // data_args.head_fit_rows)
         fit_head(model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, args.device)
     if model_args.use_peft:
-        model = get_peft_model(model, lora_config(model_args))
+        model = get_peft_model(model, lora_config(model_args, fresh))
     trainer = LengthGroupedTrainer(
         model=model,
         args=args,
@@ -142,8 +159,8 @@ def main() -> None:
         start_over(args)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     validation = trainer.predict(eval_set, metric_key_prefix="eval") if eval_set else None
-    save_weights(trainer, tokenizer, model_args)
-    describe_guard(trainer, model_args, data_args, validation, data_report, result.metrics)
+    compared = spread(eval_rows or train_rows)
+    save_guard(trainer, model_args, data_args, compared, validation, data_report, result.metrics)
 
 
 def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, dict]:
@@ -201,8 +218,11 @@ def select_best_on_validation(args: RecipeTrainingArguments, data_args: DataArgu
         )
 
 
-def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base with a fresh head of 14 labels, in float32 (the trainer casts to bf16 on the fly), and its tokenizer."""
+def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """The base with a fresh head of 14 labels, its tokenizer, and the names of its fresh modules.
+
+    It is in float32; the trainer casts to bf16 on the fly.
+    """
     source = {
         "pretrained_model_name_or_path": resolve_model(args.model_name_or_path),
         "trust_remote_code": args.trust_remote_code,
@@ -210,8 +230,9 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     depth = {} if args.num_hidden_layers is None else {"num_hidden_layers": args.num_hidden_layers}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             **source,
+            output_loading_info=True,
             num_labels=len(CATEGORIES),
             id2label=dict(enumerate(CATEGORIES)),
             label2id={name: i for i, name in enumerate(CATEGORIES)},
@@ -227,7 +248,7 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     fit_classifier(tokenizer, model)  # so that a decoder's score is read at the last attended token: EOS
     check_length(model, args.max_length)
     model.config.use_cache = False
-    return model, tokenizer
+    return model, tokenizer, fresh_modules(model, loading["missing_keys"])
 
 
 def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
@@ -241,7 +262,8 @@ def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
     }
 
 
-def lora_config(args: ModelArguments) -> LoraConfig:
+def lora_config(args: ModelArguments, fresh: list[str]) -> LoraConfig:
+    """LoRA in the base; the head, and other modules that the checkpoint lacks, are trained whole."""
     modules = args.lora_target_modules
     pattern = len(modules) == 1 and (modules[0] == "all-linear" or "*" in modules[0])
     return LoraConfig(
@@ -250,15 +272,27 @@ def lora_config(args: ModelArguments) -> LoraConfig:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=modules[0] if pattern else modules,
+        modules_to_save=modules_to_save(fresh),
     )
 
 
 def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
-    """Token ids and multi-hot float labels, sorted by length (the trainer shuffles), and how many rows were cut."""
+    """`tokenize_rows`, sorted by length (the trainer shuffles), and how many rows were cut."""
+    encoded = tokenize_rows(rows, tokenizer, max_length)
+    truncated = sum(length > max_length for length in encoded["length"])
+    if truncated:
+        logger.warning(
+            "Cut %d of %d rows to %d tokens (the end of the answer; EOS kept).", truncated, len(rows), max_length
+        )
+    return encoded.sort("length").remove_columns("length"), truncated
+
+
+def tokenize_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids and multi-hot float labels of each row, and its `length` before it was cut."""
     control = templates.control_ids(tokenizer)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        ids = templates.encode(tokenizer, [templates.render("beavertails", m, tokenizer) for m in batch["messages"]])
+        ids = templates.encode(tokenizer, [templates.render(TEMPLATE, m, tokenizer) for m in batch["messages"]])
         return {
             "input_ids": [templates.cut(sequence, max_length, control) for sequence in ids],
             "labels": [[float(name in named) for name in CATEGORIES] for named in batch["categories"]],
@@ -266,13 +300,7 @@ def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
         }
 
     # Kept in memory: a cache file per run would fill the disk of everyone who tries a few things.
-    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, desc="tokenizing")
-    truncated = sum(length > max_length for length in encoded["length"])
-    if truncated:
-        logger.warning(
-            "Cut %d of %d rows to %d tokens (the end of the answer; EOS kept).", truncated, len(rows), max_length
-        )
-    return encoded.sort("length").remove_columns("length"), truncated
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, desc="tokenizing")
 
 
 def multilabel_loss(positive_weight: float, flagged_loss: float):
@@ -306,69 +334,142 @@ def compute_metrics(prediction) -> dict[str, float]:
     return {f"{name}/{metric}": v for name, values in results.items() for metric, v in values.items() if v is not None}
 
 
-def save_weights(trainer: LengthGroupedTrainer, tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> None:
-    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter under adapter/."""
-    folder, state_dict = Path(trainer.args.output_dir), full_state_dict(trainer)  # collective
-    if not is_main_process():
-        return
-    # What describes an earlier guard goes first: it must never stand beside weights that it does not describe.
-    for name in (CARD_FILE, "run.json", "README.md"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if args.use_peft:
-        model.save_pretrained(folder / "adapter", state_dict=state_dict)
-        tokenizer.save_pretrained(folder / "adapter")  # from its size PEFT knows that embeddings were added
-        unset_hf_deepspeed_config()  # the merge is done by this process alone, on whole weights
-        model = PeftModel.from_pretrained(load_model(args)[0], folder / "adapter").merge_and_unload()
-        state_dict = model.state_dict()
-    save_full(model, state_dict, folder)
-    tokenizer.model_max_length = args.max_length
-    tokenizer.save_pretrained(folder)
+# --- the guard's folder -----------------------------------------------------------------------------------------------
 
 
-def describe_guard(trainer, model_args, data_args, validation, data_report, train_metrics) -> None:
-    """guard.json (what load_guard needs), run.json (what was run), README.md (the model card). Rank 0 only."""
+def save_guard(
+    trainer: LengthGroupedTrainer,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    rows: Sequence[dict[str, Any]],
+    validation: PredictionOutput | None,
+    facts: dict[str, Any],
+    train_metrics: dict[str, float],
+) -> None:
+    """Save the guard, whole or not at all: weights, tokenizer, run.json, model card, and guard.json last.
+
+    Args:
+        rows: conversations on which the folder has to say what the model in memory says.
+        facts: what is to know about the data.
+    """
+    args, tokenizer = trainer.args, trainer.processing_class
+    encoded = tokenize_rows(Dataset.from_list(rows), tokenizer, model_args.max_length)
+    probabilities = sigmoid(predictions(trainer, encoded))  # collective
+    state_dict = full_state_dict(trainer)  # collective
+    free_memory(trainer)
     if not is_main_process():
         return
-    folder, spec = Path(trainer.args.output_dir), data_args.eval_data_name_or_path
-    spec = spec or f"{data_args.eval_split_ratio} of {data_args.train_data_name_or_path}"
-    threshold, scores = {"value": 0.5, "how": "default", "on": None}, {}
-    if validation is not None:
-        truth, probabilities = validation.label_ids > 0.5, sigmoid(validation.predictions)
-        scores = metrics.multilabel(truth, probabilities, CATEGORIES)
-        if not metrics.is_test(spec) and 0 < truth.any(1).sum() < len(truth):
-            threshold = metrics.fit_threshold(truth.any(1), probabilities.max(1), spec)
-    data = {"train": data_args.train_data_name_or_path, "validation": spec if scores else None, **data_report}
+    said = [dict(zip(CATEGORIES, row, strict=True)) for row in probabilities.tolist()]
+    trained = [(row["messages"], scores) for row, scores in zip(rows, said, strict=True)]
+    threshold, scores = measure(data_args, validation)
     card = ClassifierCard(
-        template="beavertails",
+        template=TEMPLATE,
         labels=CATEGORIES,
         max_length=model_args.max_length,
+        pooling=pooling(trainer.accelerator.unwrap_model(trainer.model)),
         thresholds={"flagged": threshold},
         base_model=model_args.model_name_or_path,
         base_sha256=local_sha256(model_args.model_name_or_path),
         num_hidden_layers=model_args.num_hidden_layers,
-        data=data,
-    )
-    unset_hf_deepspeed_config()  # the guard is loaded by this process alone
-    add_probe(folder, card, trust_remote_code=model_args.trust_remote_code)
-    arguments = [model_args, data_args, trainer.args]
-    run = manifest(arguments, seed=trainer.args.seed, data=data_report, train=train_metrics, validation=scores)
-    write_json(folder / "run.json", run | {"log": trainer.state.log_history})
-    report.model_card(
-        folder,
-        title="QA-moderation guard",
-        base_model=model_args.model_name_or_path,
-        intro=CARD_INTRO.format(data=data_args.train_data_name_or_path, rows=data_report["train_rows"]),
-        usage=CARD_USAGE.format(folder=folder.name, eos=trainer.processing_class.eos_token or ""),
-        sections={
-            f"Measured on {spec}": report.metric_table(scores) if scores else "Nothing was measured.",
-            "Threshold": f"Flagged if any probability is above {threshold['value']:.3f} ({threshold['how']}).",
-            "Limits": "The scores hold for text like the training data: English, one question and one answer. A guard "
-            "that was trained on sample data shows that the recipe runs, not that the guard is good.",
+        data={
+            "train_data": data_args.train_data_name_or_path,
+            "validation_data": validation_spec(data_args) if scores else None,
+            **facts,
         },
     )
-    logger.info("Saved the guard to %s", folder)
+    with whole_folder(args.output_dir) as folder:
+        write_weights(trainer, state_dict, model_args, folder)
+        arguments = [model_args, data_args, args]
+        run = manifest(arguments, seed=args.seed, data=facts, train=train_metrics, validation=scores)
+        write_json(folder / "run.json", run | {"log": trainer.state.log_history})
+        write_readme(folder, card, scores, tokenizer)
+        if model_args.use_peft:
+            write_adapter_readme(folder / "adapter", card)
+        unset_hf_deepspeed_config()  # the guard is loaded by this process alone
+        options = {"trust_remote_code": model_args.trust_remote_code, "long_inputs": "truncate"}
+        add_probe(folder, card, trained, **options)
+    logger.info("Saved the guard to %s; it says there what the model in memory says", args.output_dir)
+
+
+def write_weights(
+    trainer: LengthGroupedTrainer,
+    state_dict: dict[str, torch.Tensor],
+    model_args: ModelArguments,
+    folder: Path,
+) -> None:
+    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter in adapter/."""
+    tokenizer = trainer.processing_class
+    tokenizer.model_max_length = model_args.max_length
+    tokenizer.chat_template = chat_template_of(TEMPLATE, tokenizer)  # the base's own renders a chat
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if model_args.use_peft:
+        save_adapter(model, state_dict, tokenizer, folder / "adapter")
+        model = merged_model(model, state_dict)
+        state_dict = model.state_dict()
+    save_model(model, state_dict, tokenizer, folder)
+
+
+def validation_spec(args: DataArguments) -> str:
+    """What the validation rows are, in words."""
+    return args.eval_data_name_or_path or f"{args.eval_split_ratio} of {args.train_data_name_or_path}"
+
+
+def measure(args: DataArguments, validation: PredictionOutput | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The threshold for "flagged", fitted where there are validation rows for it, and the scores on them by label."""
+    default = {"value": 0.5, "how": "default", "on": None}
+    if validation is None:
+        return default, {}
+    truth, probabilities = validation.label_ids > 0.5, sigmoid(validation.predictions)
+    scores = metrics.multilabel(truth, probabilities, CATEGORIES)
+    flagged, spec = truth.any(1), validation_spec(args)
+    if metrics.is_test(spec) or len(set(flagged.tolist())) < 2:
+        return default, scores
+    return metrics.fit_threshold(flagged, probabilities.max(1), spec), scores
+
+
+def write_readme(
+    folder: Path, card: ClassifierCard, scores: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """README.md, the model card."""
+    train_data, validation = card.data["train_data"], card.data["validation_data"]
+    threshold = card.thresholds["flagged"]
+    measured = None
+    heading, table = "Measured", "Nothing was measured."
+    if scores:
+        measured = Measured(validation, {"flagged": scores["flagged"]})
+        heading, table = f"Measured on {about_data(validation)['name']}", report.metric_table(scores)
+    intro = CARD_INTRO.format(data=about_data(train_data)["name"], rows=card.data["train_rows"])
+    chat = CARD_CHAT if tokenizer.chat_template else "It has no chat template: its tokenizer allows of none."
+    write_model_card(
+        folder,
+        title="QA-moderation guard",
+        base_model=card.base_model,
+        train_data=[train_data],
+        intro=intro,
+        usage=CARD_USAGE.format(eos=tokenizer.eos_token or ""),
+        measured=measured,
+        sections={
+            "The text that it reads": f"{CARD_TEXT} {chat}",
+            heading: table,
+            "Threshold": f"Flagged if any probability is above {threshold.value:.3f} ({threshold.how}).",
+            "Limits": CARD_LIMITS,
+        },
+    )
+
+
+def write_adapter_readme(folder: Path, card: ClassifierCard) -> None:
+    """README.md of the adapter: how stock PEFT reads it."""
+    depth = "" if card.num_hidden_layers is None else f", num_hidden_layers={card.num_hidden_layers}"
+    write_model_card(
+        folder,
+        title="Adapter of a QA-moderation guard",
+        base_model=card.base_model,
+        train_data=[card.data["train_data"]],
+        intro="The guard in the folder above as a PEFT adapter of its base.",
+        usage=ADAPTER_USAGE.format(labels=len(CATEGORIES), depth=depth),
+        sections={"Padding": ADAPTER_PADDING},
+        adapter=True,
+    )
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -379,8 +480,22 @@ CARD_INTRO = """Judges a question together with its answer in 14 harm categories
 Trained on {data} ({rows} rows) by `examples/moderation/train.py`. The licences of the base model and the data apply."""
 CARD_USAGE = """from transformers import pipeline
 
-pipe = pipeline("text-classification", "{folder}", top_k=None, function_to_apply="sigmoid")
+pipe = pipeline("text-classification", ".", top_k=None, function_to_apply="sigmoid")
 pipe("BEGINNING OF CONVERSATION: USER: <question> ASSISTANT:<answer>{eos}")"""
+ADAPTER_USAGE = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained(".", num_labels={labels}{depth})
+tokenizer = AutoTokenizer.from_pretrained(".")
+model.config.pad_token_id = tokenizer.pad_token_id"""
+ADAPTER_PADDING = """The last line is needed: a decoder's score is read before the first pad token, and the base's own
+pad token may be the very token that every text ends with."""
+CARD_TEXT = """The text above is what was trained. `guards.load_guard` writes it, and keeps control tokens out of
+content."""
+CARD_CHAT = """`tokenizer.apply_chat_template` renders it from messages, as vLLM's `/classify` does, with what the
+tokenizer puts around a text: give it to the model without adding special tokens again."""
+CARD_LIMITS = """The scores hold for text like the training data: English, one question and one answer. A guard that was
+trained on sample data shows that the recipe runs, not that the guard is good."""
 
 
 if __name__ == "__main__":
