@@ -89,6 +89,15 @@ def test_options_for_all_go_to_guards_that_take_them(tmp_path, monkeypatch):
     assert given == [{"engine": "vllm"} | code] * 2 + [code, {}, {"engine": "vllm"} | code]
 
 
+def test_how_long_a_server_is_waited_for_says_nothing_of_its_verdicts(arguments):
+    """So what was judged counts with any time-out."""
+    options = {"engine": "server", "server_url": "http://127.0.0.1:1/v1"}
+    given = [evaluate.guard_options(arguments(**options, server_timeout=time)) for time in (9.0, 99.0)]
+    assert [one["server_timeout"] for one in given] == [9.0, 99.0]
+    (one,), (other,) = (judge.candidates(["wildguard"], options) for options in given)
+    assert one.identity == other.identity
+
+
 @pytest.mark.parametrize("option", ["server_url=http://me:pass@host/v1", "base_url=https://host/v1?key=pass"])
 def test_no_password_goes_into_the_results(arguments, option):
     with pytest.raises(UserError, match="without user, query") as caught:
