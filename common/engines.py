@@ -163,16 +163,14 @@ class Engine(ABC):
         skip_special_tokens: bool = True,
     ) -> list[Completion]:
         """`complete` in the order of the prompts; what is not asked any more is an error, too."""
-        found = [Completion()] * len(prompts)
-        waiting = set(range(len(prompts)))
+        found: dict[int, Completion] = {}
+        left = Completion(error="not answered")
         try:
             for i, completion in self.complete(prompts, decoding, skip_special_tokens):
                 found[i] = completion
-                waiting.discard(i)
         except EngineStopped as stopped:
-            for i in waiting:
-                found[i] = Completion(error=f"not asked: {stopped}")
-        return found
+            left = Completion(error=f"not asked: {stopped}")
+        return [found.get(i, left) for i in range(len(prompts))]
 
     def next_token(self, prompts: Sequence[list[int]], candidates: Sequence[int]) -> list[NextToken]:
         """What comes after each prompt, in the order of the prompts.

@@ -14,11 +14,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import UserError, pair
-from common.engines import Decoding, Engine, load_engine
+from common.engines import Decoding, Engine, load_engine, prompts_at_once
 from common.fit import config_positions
 from common.keep import KeptRows
 from common.refusal import classify
-from common.run import device
 from common.templates import encode, render_chat
 
 logger = logging.getLogger("feedback_guard")
@@ -135,7 +134,7 @@ def _together(config: Config) -> int:
     """How many prompts are asked together. Samples depend on it, so that it is the same for a killed run."""
     llama = config.llama
     if llama.engine == "transformers":
-        return llama.batch_size or (24 if device().type == "cpu" else 64)
+        return prompts_at_once(llama.batch_size)
     return 64 if llama.engine == "server" else 512
 
 
