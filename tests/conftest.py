@@ -1,7 +1,9 @@
 """Tokenizers of three families and tiny random models, built in code: no test downloads anything."""
 
+import gc
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import sample_data
 import scripts
 import torch
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -50,6 +53,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("sample_data")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not item.get_closest_marker("sample_data")]
+
+
+def pytest_collection_finish() -> None:
+    """Spare what the imports left in memory from every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -171,13 +184,39 @@ def tiny_classifier() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
+def shared_folder(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`shared_folder(name, make)`: a folder that all workers share; who asks first fills it by `make(folder)`.
+
+    It is not to be changed afterwards.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / f"shared-{name}", root / f"shared-{name}.done"
+        with FileLock(root / f"shared-{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one who failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_base(shared_folder) -> Path:
     """The folder of a tiny random causal LM to fine-tune, whose pad token is its EOS; not to be changed."""
-    folder, tokenizer = tmp_path_factory.mktemp("tiny-base"), bpe_tokenizer()
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def save(folder: Path) -> None:
+        tokenizer = bpe_tokenizer()
+        torch.manual_seed(0)
+        LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return shared_folder("tiny-base", save)
 
 
 CHAT_TEMPLATE = (

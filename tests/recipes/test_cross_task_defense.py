@@ -101,10 +101,9 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "adapter"
-    launch(*command(tiny_base, folder))
-    return folder
+def trained(tiny_base, shared_folder) -> Path:
+    made = shared_folder("cross-task-defense", lambda folder: launch(*command(tiny_base, folder / "adapter")))
+    return made / "adapter"
 
 
 @slow

@@ -51,10 +51,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("lora") / "run"
-    launch(*arguments(tiny_base, folder, "--test-data", "beavertails-sample:test"))
-    return folder
+def trained(tiny_base, shared_folder) -> Path:
+    def train(folder: Path) -> None:
+        launch(*arguments(tiny_base, folder / "run", "--test-data", "beavertails-sample:test"))
+
+    return shared_folder("lora-guard", train) / "run"
 
 
 @slow

@@ -50,11 +50,10 @@ def logits(folder: Path | str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_base, tmp_path_factory) -> Path:
+def trained(tiny_base, shared_folder) -> Path:
     """The folder of one uninterrupted run in one process."""
-    folder = tmp_path_factory.mktemp("trained") / "guard"
-    launch(*tiny_arguments(tiny_base, folder))
-    return folder
+    made = shared_folder("moderation", lambda folder: launch(*tiny_arguments(tiny_base, folder / "guard")))
+    return made / "guard"
 
 
 def test_guard_folder_is_complete_and_loads_in_stock_libraries(trained):

@@ -80,18 +80,28 @@ def tiny(folder: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guards(tmp_path_factory, tiny_classifier) -> dict[str, Path]:
+def guards(shared_folder, tiny_classifier) -> dict[str, Path]:
     """Folders by names of the zoo."""
-    folder = tmp_path_factory.mktemp("guards")
-    made = {name: tiny(folder / family, name) for name, family in FAMILIES.items()}
-    return made | {"beaver-dam-7b": tiny_classifier(folder / "classifier")}
+
+    def make(folder: Path) -> None:
+        for name, family in FAMILIES.items():
+            tiny(folder / family, name)
+        tiny_classifier(folder / "classifier")
+
+    folder = shared_folder("guards", make)
+    return {n: folder / family for n, family in (FAMILIES | {"beaver-dam-7b": "classifier"}).items()}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, str]:
+def files(shared_folder) -> dict[str, str]:
     """Every benchmark's miniature as `name@file`."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    return {name: f"{name}@{write(name, folder)}" for name in benchmark_names()}
+
+    def make(folder: Path) -> None:
+        for name in benchmark_names():
+            write(name, folder)
+
+    folder = shared_folder("benchmarks", make)
+    return {name: f"{name}@{folder / name / MINIATURES[name].file}" for name in benchmark_names()}
 
 
 def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
@@ -120,15 +130,20 @@ def cells_of(out: Path) -> dict[tuple[str, str], dict]:
 
 
 @pytest.fixture(scope="module")
-def suite(guards, files, tmp_path_factory) -> tuple[Path, Counter]:
+def suite(guards, files, shared_folder) -> tuple[Path, Counter]:
     """Every guard on every benchmark, but two on a few, in a run of their own whose results join the table."""
-    first, out = (tmp_path_factory.mktemp("suite") for _ in range(2))
-    two, others = ({n: f for n, f in guards.items() if (n in LONG) == long} for long in (True, False))
-    ended = run(two, [files[name] for name in FEW], first)
-    code, asked = run(others, files.values(), out, "--add_results", first / "results.json")
-    failed = {key: c["reason"] for key, c in cells_of(out).items() if c["status"] == "failed"}
-    assert (ended[0], code, failed) == (0, 0, {})
-    return out, asked
+
+    def make(folder: Path) -> None:
+        first, out = folder / "first", folder / "out"
+        two, others = ({n: f for n, f in guards.items() if (n in LONG) == long} for long in (True, False))
+        ended = run(two, [files[name] for name in FEW], first)
+        code, asked = run(others, files.values(), out, "--add_results", first / "results.json")
+        failed = {key: c["reason"] for key, c in cells_of(out).items() if c["status"] == "failed"}
+        assert (ended[0], code, failed) == (0, 0, {})
+        (folder / "asked.json").write_text(json.dumps(asked))
+
+    folder = shared_folder("suite", make)
+    return folder / "out", Counter(json.loads((folder / "asked.json").read_text()))
 
 
 @pytest.mark.slow
