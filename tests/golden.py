@@ -246,6 +246,8 @@ def write_feedback_config(made: dict[str, Path]) -> None:
 
 # --- Running ----------------------------------------------------------------------------------
 
+TIMED = re.compile(r"_runtime|^\[\d{4}-")  # lines that say how long, or when
+
 
 def record(root: Path, names: list[str]) -> dict[str, Any]:
     """What the runs leave, by name; a run that fails leaves its error."""
@@ -265,7 +267,7 @@ def record(root: Path, names: list[str]) -> dict[str, Any]:
             print(name, *error[-12:], sep="\n", file=sys.stderr)
             found[name] = {"exit code": done.returncode, "error": error[-1:]}
             continue
-        said = [line for line in done.stdout.splitlines(True) if "_runtime" not in line]
+        said = [line for line in done.stdout.splitlines(True) if not TIMED.search(line)]
         (out / "stdout.txt").write_text("".join(said))
         found[name] = folder_digest(out)
         print(f"{name}: {time.time() - start:.1f} s", file=sys.stderr, flush=True)
