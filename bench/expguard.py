@@ -28,6 +28,7 @@ from common.bundled import resolve_model
 from common.conversation import last_turns, pair
 from common.prefix import shared_prefix_collator
 from common.run import device, manifest, run_cli, write_json
+from common.training import answers_loss, read_answers
 
 TARGET = 9.0  # of the better way, at a quarter of the lengths
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "output/bench/expguard.json")
     args = parser.parse_args()
     set_seed(SEED)
-    rows_module, train = recipe_modules("expguard", "rows", "train")
+    (rows_module,) = recipe_modules("expguard", "rows")
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.model))
     encoder = rows_module.Encoder(tokenizer, 4096)
     rows = rows_module.read_rows(str(ROOT / "data/sample/expguard/train.jsonl"), "")
@@ -53,11 +54,8 @@ def main() -> None:
 
     def ours(batches, collate):
         for batch in batches:
-            inputs = on_device(collate(batch))
-            inputs.pop("owner", None)
-            outputs, labels = train.GuardTrainer._read(None, model, inputs)
-            loss = cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-            (loss / verdicts).backward()
+            answers = read_answers(model, on_device(collate(batch)))
+            answers_loss(answers, verdicts).backward()
 
     def original():
         for batch in chunks(rows, args.micro_batch):

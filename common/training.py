@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import ModelOutput
+from trl import SFTTrainer
 
 from common.conversation import UserError
 from common.keep import rows_digest
@@ -248,6 +251,82 @@ class LengthGroupedTrainer(Trainer):
         if self.is_in_train and self.state.global_step == self._initial_global_step:
             logs.pop("train_loss", None)
         super().log(logs, *args, **kwargs)
+
+
+# --- The loss on an answer's tokens -----------------------------------------------------------------------------------
+
+
+class Answers(NamedTuple):
+    """What a model says where some row of a batch has a label to predict."""
+
+    outputs: ModelOutput  # with logits of shape (rows, n, vocabulary)
+    labels: torch.Tensor  # (rows, n), -100 where a row has none
+    starts: torch.Tensor  # (rows, n), whether the label is the first of its answer
+
+
+def read_answers(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Answers:
+    """Run a model with logits where some row has a label, and nowhere else: most of a row is a prompt.
+
+    Args:
+        batch: rows as TRL lays them, padded or end to end, or a tree of rows (`common.prefix`), whose `keep` says
+            which tokens predict its labels and whose `owner` says of which row they are.
+    """
+    labels = batch["labels"][:, 1:]
+    columns = batch.get("keep")
+    if columns is None:
+        columns = (labels != -100).any(0).nonzero()[:, 0]
+        labels = labels[:, columns]
+        starts = batch["labels"][:, columns] == -100
+    else:
+        owner = batch["owner"]
+        starts = torch.ones_like(labels, dtype=torch.bool)
+        starts[0, 1:] = owner[1:] != owner[:-1]
+    inputs = {name: part for name, part in batch.items() if name not in ("labels", "keep", "owner")}
+    return Answers(model(**inputs, use_cache=False, logits_to_keep=columns), labels, starts)
+
+
+def answers_loss(
+    answers: Answers, count: torch.Tensor | int | None = None, first_token_weight: float = 1.0
+) -> torch.Tensor:
+    """Log loss of the labels, summed and divided by `count`.
+
+    Args:
+        count: labels of the whole step, over all processes and accumulated batches; None: those that are here.
+        first_token_weight: how often the first label of an answer counts in the sum.
+    """
+    labels = answers.labels.flatten()
+    losses = cross_entropy(answers.outputs.logits.float().flatten(0, 1), labels, reduction="none")
+    weights = torch.where(answers.starts, first_token_weight, 1.0).flatten()
+    count = (labels != -100).sum() if count is None else torch.as_tensor(count)
+    return (losses * weights).sum() / count.clamp(min=1)
+
+
+class AnswerTrainer(LengthGroupedTrainer, SFTTrainer):
+    """TRL's trainer with a loss that reads logits where an answer is and nowhere else.
+
+    TRL's own scores every position, without Triton three times. What is trained is float32, whatever the base is.
+    """
+
+    shuffle_batches = True  # short rows, such as refusals and prompts alone, would all come at the end
+
+    def __init__(self, *args, first_token_weight: float = 1.0, **kwargs):
+        """Take what the stock trainer takes, and the weight of an answer's first token in the loss."""
+        super().__init__(*args, **kwargs)
+        self.first_token_weight = first_token_weight
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and not self.is_deepspeed_enabled:
+                parameter.data = parameter.data.float()  # TRL makes those of a quantized base bf16
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean log loss of the answers' tokens over the whole step: all processes, all accumulated batches."""
+        answers = read_answers(model, inputs)
+        loss = answers_loss(answers, num_items_in_batch, self.first_token_weight)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
+        return (loss, answers.outputs) if return_outputs else loss
+
+
+# --- The order of rows ------------------------------------------------------------------------------------------------
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):

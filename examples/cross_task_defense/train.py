@@ -24,7 +24,6 @@ from datasets import Dataset
 from flags import run
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from prompts import encode_prompts, load_template, read_rows, split_document
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,7 +41,7 @@ from common.fit import check_ids, check_length, fit_causal_lm
 from common.keep import fingerprint
 from common.run import inference_dtype, is_main_process, manifest, usable_attention, write_json
 from common.templates import Part, encode, token_offsets
-from common.training import LengthGroupedTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
+from common.training import AnswerTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
 
 logger = logging.getLogger("cross_task_defense")
 
@@ -50,32 +49,6 @@ logger = logging.getLogger("cross_task_defense")
 @dataclass
 class DefenceConfig(RecipeTrainingArguments, SFTConfig):
     """TRL's arguments with what this collection adds to transformers' (CPU, dead flags)."""
-
-
-class DefenceTrainer(LengthGroupedTrainer, SFTTrainer):
-    """TRL's trainer: length grouping that resumes, a weight for the deciding token, a loss that is cheap on a CPU."""
-
-    first_token_weight = 1.0
-    shuffle_batches = True  # the short rows, refusals among them, would all come at the end
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's mean log loss of the answers' tokens, the first one of each answer counted `first_token_weight` times.
-
-        Without Triton TRL's own scores every position, three times.
-        """
-        if self.args.device.type != "cpu" and self.first_token_weight == 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        columns = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]  # where some row has a token of its answer to foretell
-        outputs = model(**inputs, use_cache=False, logits_to_keep=columns)
-        targets, before = labels[:, 1:][:, columns], labels[:, :-1][:, columns]
-        losses = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        weights = torch.where(before == -100, self.first_token_weight, 1.0).flatten()
-        count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = (losses * weights).sum() / count
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
-        return (loss, outputs) if return_outputs else loss
 
 
 def train(
@@ -173,22 +146,19 @@ def train(
     check_ids(encoded["input_ids"], tokenizer, model)
     logger.info("Data: %s", json.dumps(facts))
     split = encoded.train_test_split(val_set_size, seed=seed) if val_set_size else {"train": encoded, "test": None}
-    trainer = DefenceTrainer(
+    trainer = AnswerTrainer(
         model=model,
         args=training,
         train_dataset=split["train"],
         eval_dataset=split["test"],
         processing_class=tokenizer,
         settings=run_settings(values),
+        first_token_weight=first_token_weight,
     )
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # TRL makes those of a quantized base bf16
     if checkpoint is None:
         start_over(training)
         if is_main_process():
             model.save_pretrained(Path(output_dir) / "checkpoint-0")
-    trainer.first_token_weight = first_token_weight
     result = trainer.train(resume_from_checkpoint=checkpoint)
     useful = trainer.state.epoch * sum(map(len, split["train"]["input_ids"]))
     facts["useful_token_share"] = round(useful / trainer.state.num_input_tokens_seen, 3)  # the rest is padding

@@ -30,11 +30,9 @@ from rows import (
     read_rows,
     stratified_split,
 )
-from torch.nn.functional import cross_entropy
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from common import metrics, report
@@ -57,17 +55,16 @@ from common.saving import (
     save_model,
     whole_folder,
 )
-from common.training import LengthGroupedTrainer, checkpoint_to_resume, start_over
+from common.training import AnswerTrainer, checkpoint_to_resume, read_answers, start_over
 from guards import add_probe
 from guards.card import TOLERANCE, GenerativeCard, local_sha256
 
 logger = logging.getLogger("expguard")
 
 
-class GuardTrainer(LengthGroupedTrainer, SFTTrainer):
-    """TRL's trainer with logits where a verdict is read and nowhere else, in training and in validation."""
+class GuardTrainer(AnswerTrainer):
+    """A trainer that also validates where a verdict is read and nowhere else."""
 
-    shuffle_batches = True  # prompts alone are the shorter rows: sorted, they would all come at the end
     stop_after_epoch: int | None = None
     words = (0, 0)  # token ids of safe and unsafe
 
@@ -75,24 +72,6 @@ class GuardTrainer(LengthGroupedTrainer, SFTTrainer):
         """The schedule is that of all epochs, the loop that of the first `stop_after_epoch`."""
         epochs, *rest = super().set_initial_training_values(args, dataloader)
         return min(epochs, self.stop_after_epoch or epochs), *rest
-
-    def _read(self, model, inputs):
-        """Outputs with logits where some row has a label, and the labels of the same shape (-100 where it has none)."""
-        labels, columns = inputs.pop("labels")[:, 1:], inputs.pop("keep", None)
-        if columns is None:
-            columns = (labels != -100).any(0).nonzero()[:, 0]
-            labels = labels[:, columns]
-        return model(**inputs, use_cache=False, logits_to_keep=columns), labels
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean log loss of the verdict lines' tokens over the whole step: all processes, all accumulation steps."""
-        inputs.pop("owner", None)
-        outputs, labels = self._read(model, inputs)
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum") / count
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
-        return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Packing and padding-free are for training: here a sequence is a row, or rows share what they begin with."""
@@ -115,9 +94,9 @@ class GuardTrainer(LengthGroupedTrainer, SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """P(unsafe) at each label: `predictions` of shape (sequences, 2), nan where there is no second verdict."""
         inputs = self._prepare_inputs(inputs)
-        owner = inputs.pop("owner", None)
+        owner = inputs.get("owner")
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs, labels = self._read(model, inputs)
+            outputs, labels, _ = read_answers(model, inputs)
         row, column = (labels != -100).nonzero(as_tuple=True)
         logits = outputs.logits[row, column].float()
         owner = row if owner is None else owner
@@ -171,9 +150,6 @@ def main() -> None:
         },
     )
     trainer.stop_after_epoch, trainer.words = args.stop_after_epoch, encoder.words
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad and not trainer.is_deepspeed_enabled:
-            parameter.data = parameter.data.float()  # TRL makes those of a quantized base bf16
     if not args.do_train:
         logger.info("Validation: %s", json.dumps(trainer.evaluate()))
         return

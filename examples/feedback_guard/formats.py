@@ -18,6 +18,7 @@ from common.bundled import resolve_model
 from common.conversation import Message, Messages, UserError, pair
 from common.prefix import shared_prefix_collator
 from common.templates import Part, encode, token_offsets
+from common.training import Answers, read_answers
 from guards import entry_of, load_guard, zoo
 from guards.card import has_card
 from guards.generative import GenerativeGuard
@@ -215,17 +216,16 @@ def tree_batch(rows: Sequence[Row]) -> Batch:
 def padded_batch(rows: Sequence[Row]) -> Batch:
     """The same for any attention: input_ids and attention_mask of shape (rows, longest), padded at the right.
 
-    labels, keep and owner are those of `shared_prefix_collator`; keep counts tokens of the whole batch, row by row.
+    labels are of the same shape, -100 where there is none; owner (k) is the index of each label's row.
     """
-    width = max(len(row["input_ids"]) for row in rows)
-    found = [(i, t, label) for i, row in enumerate(rows) for t, label in enumerate(row["labels"]) if label != -100]
     lengths = [len(row["input_ids"]) for row in rows]
+    missing = [max(lengths) - length for length in lengths]
+    labels = torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, missing, strict=True)])
     return {
-        "input_ids": torch.tensor([row["input_ids"] + [0] * (width - n) for row, n in zip(rows, lengths, strict=True)]),
-        "attention_mask": torch.tensor([[1] * n + [0] * (width - n) for n in lengths]),
-        "labels": torch.tensor([[-100, *(label for _, _, label in found)]]),
-        "keep": torch.tensor([i * width + t - 1 for i, t, _ in found]),
-        "owner": torch.tensor([i for i, _, _ in found]),
+        "input_ids": torch.tensor([row["input_ids"] + [0] * n for row, n in zip(rows, missing, strict=True)]),
+        "attention_mask": (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
+        "labels": labels,
+        "owner": (labels != -100).nonzero()[:, 0],
     } | _columns(rows)
 
 
@@ -233,20 +233,16 @@ def _columns(rows: Sequence[Row]) -> Batch:
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name not in ("input_ids", "labels")}
 
 
-def read(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits, float32, at the batch's k labels: shape (k, vocabulary)."""
+def read(model: torch.nn.Module, batch: Batch) -> Answers:
+    """What the model says at the labels of a batch, whose further columns it does not know."""
     start = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
-    inputs = {name: batch[name] for name in (start, "position_ids", "attention_mask") if name in batch}
-    if "position_ids" in batch:
-        return model(**inputs, use_cache=False, logits_to_keep=batch["keep"]).logits[0].float()
-    return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch["keep"]].float()
+    names = (start, "position_ids", "attention_mask", "labels", "keep", "owner")
+    return read_answers(model, {name: batch[name] for name in names if name in batch})
 
 
-def first_labels(owner: torch.Tensor) -> torch.Tensor:
-    """Which labels are the first of their row, of shape (k): there the verdict is read."""
-    first = torch.ones_like(owner, dtype=torch.bool)
-    first[1:] = owner[1:] != owner[:-1]
-    return first
+def logits_at_labels(answers: Answers) -> torch.Tensor:
+    """Logits, float32, at the k labels of a batch: shape (k, vocabulary)."""
+    return answers.outputs.logits[answers.labels != -100].float()
 
 
 def log_odds(logits: torch.Tensor, tokens: dict[bool, list[int]]) -> torch.Tensor:
@@ -255,7 +251,7 @@ def log_odds(logits: torch.Tensor, tokens: dict[bool, list[int]]) -> torch.Tenso
 
 
 def verdict_loss(
-    logits: torch.Tensor,
+    answers: Answers,
     batch: Mapping[str, torch.Tensor],
     words: tuple[int, int],
     tokens: Mapping[bool, list[int]],
@@ -264,10 +260,12 @@ def verdict_loss(
     """Mean loss of rows with one verdict each.
 
     Args:
-        logits: (k, vocabulary) at the k labels.
-        batch: labels (1, 1 + k), owner (k), target and, with a weight, g0 (rows): P(unsafe) before, or NOTHING.
+        answers: what the model says at the k labels of the batch.
+        batch: owner (k), target and, with a weight, g0 (rows): P(unsafe) before, or NOTHING.
     """
-    first, labels, target = first_labels(batch["owner"]), batch["labels"][0, 1:], batch["target"]
+    logits, target = logits_at_labels(answers), batch["target"]
+    there = answers.labels != -100
+    first, labels = answers.starts[there], answers.labels[there]  # the verdict is read at the first of a row
     logprobs = logits.log_softmax(-1)
     safe, unsafe = (logprobs[first][:, word] for word in words)
     loss = -(target * unsafe + (1 - target) * safe)
@@ -298,32 +296,31 @@ def verdict_states(model: PreTrainedModel, prompts: Sequence[list[int]], batch_s
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     states = []
     try:
-        for _ in _after(model, prompts, batch_size, lambda batch: states.append(_kept(seen.pop(), batch))):
+        for _ in _after(model, prompts, batch_size, lambda there: states.append(seen.pop()[there].float().cpu())):
             pass
     finally:
         hook.remove()
     return torch.cat(states)
 
 
-def _kept(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-    hidden = hidden.flatten(0, 1)
-    return (hidden if "position_ids" in batch else hidden[batch["keep"]]).float().cpu()
-
-
 def _after(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     batch_size: int,
-    then: Callable[[Batch], None] = lambda batch: None,
+    then: Callable[[torch.Tensor], None] = lambda there: None,
 ) -> Iterator[torch.Tensor]:
-    """Logits after the prompts, batch by batch, in their order, without dropout."""
+    """Logits after the prompts, batch by batch, in their order, without dropout.
+
+    Args:
+        then: is called after each forward pass, with where in its columns the prompts end.
+    """
     collate, training = collator_for(model), model.training
     model.eval()
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]  # a label after the last token has the logits read there
         rows = [{"input_ids": [*ids, 0], "labels": [-100] * len(ids) + [0]} for ids in some]
         batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
-        logits = read(model, batch)
-        then(batch)
-        yield logits
+        answers = read(model, batch)
+        then(answers.labels != -100)
+        yield logits_at_labels(answers)
     model.train(training)

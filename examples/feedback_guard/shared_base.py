@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from config import Config
-from formats import log_odds, read
+from formats import log_odds, logits_at_labels, read
 from train import load_base
 from trunk import Trunk
 
@@ -63,7 +63,8 @@ class SharedBase:
         self.trunk.learn(rows)
         with self.trunk.replaced():
             for some in (rows[i : i + BATCH] for i in range(0, len(rows), BATCH)):
-                logits = read(self.model, {name: part.to(device) for name, part in self.trunk.batch(some).items()})
+                batch = {name: part.to(device) for name, part in self.trunk.batch(some).items()}
+                logits = logits_at_labels(read(self.model, batch))
                 scores, tops = log_odds(logits, tokens).sigmoid().tolist(), logits.argmax(-1).tolist()
                 out += [self._answer(p, top, tokens) for p, top in zip(scores, tops, strict=True)]
         return out

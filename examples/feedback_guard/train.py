@@ -32,9 +32,8 @@ from probe import fit_probe
 from process import check_settings
 from records import check_splits, identity, kept_lines, processed_path, read_processed
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 from trunk import Trunk
 
 from common import report
@@ -52,8 +51,9 @@ from common.run import (
 )
 from common.saving import full_state_dict
 from common.training import (
-    LengthGroupedTrainer,
+    AnswerTrainer,
     RecipeTrainingArguments,
+    answers_loss,
     checkpoint_to_resume,
     checkpoints,
     remove_checkpoint,
@@ -85,8 +85,8 @@ class ArmConfig(RecipeTrainingArguments, SFTConfig):
     starts_over_with = "another output_dir"
 
 
-class ArmTrainer(LengthGroupedTrainer, SFTTrainer):
-    """TRL's trainer with logits at the labels alone, and the loss of a guard."""
+class ArmTrainer(AnswerTrainer):
+    """A trainer with the loss of a guard; of the original's texts, with that of their tokens."""
 
     words = (0, 0)  # token ids of safe and unsafe, as training writes them
     tokens: Mapping[bool, list[int]] = {}  # all first tokens of the words for unsafe (True) and safe
@@ -94,12 +94,12 @@ class ArmTrainer(LengthGroupedTrainer, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over rows; over tokens for the original's texts."""
-        logits = read(model, inputs)
+        answers = read(model, inputs)
         if inputs["target"].min() == NOTHING:
-            loss = cross_entropy(logits, inputs["labels"][0, 1:])
+            loss = answers_loss(answers)
         else:
-            loss = verdict_loss(logits, inputs, self.words, self.tokens, self.kl_weight)
-        return (loss, logits) if return_outputs else loss
+            loss = verdict_loss(answers, inputs, self.words, self.tokens, self.kl_weight)
+        return (loss, answers.outputs) if return_outputs else loss
 
 
 def main() -> None:
@@ -367,9 +367,6 @@ def fitted(
     )
     trainer.words, trainer.tokens, trainer.kl_weight = encoder.words, encoder.tokens, kl_weight
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated ones are averaged
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # TRL makes those of a quantized base bf16
     if checkpoint is None:
         start_over(args)
     trainer.train(resume_from_checkpoint=checkpoint)

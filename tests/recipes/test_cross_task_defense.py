@@ -20,6 +20,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from scripts import EXAMPLES, TORCHRUN, module
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 from common.conversation import UserError
 from common.training import EpochLengthGroupedSampler
@@ -156,22 +157,20 @@ def trainer(tiny_base, tmp_path):
         rows = [*read(SAMPLE / "safety.json")[:3], *rows_of(1)]
         encoded, _ = train.encode_rows(rows, prompts.load_template("alpaca"), tokenizer, 10_000, False, True)
         options = {"args": train.training_arguments(values, 1), "train_dataset": encoded, "processing_class": tokenizer}
-        made = train.DefenceTrainer(model=train.add_adapters(model, values).eval(), **options)
-        made.first_token_weight = weight
-        return made
+        adapted = train.add_adapters(model, values).eval()
+        return train.AnswerTrainer(model=adapted, first_token_weight=weight, **options)
 
     return make
 
 
-def loss_of(trainer, kind=None) -> float:
+def loss_of(trainer, kind=train.AnswerTrainer) -> float:
     (batch,) = list(trainer.get_train_dataloader())
-    compute = trainer.compute_loss if kind is None else super(kind, trainer).compute_loss
-    return compute(trainer.model, dict(batch)).item()
+    return kind.compute_loss(trainer, trainer.model, dict(batch)).item()
 
 
 def test_the_loss_is_trls(trainer):
     ours, packed = trainer(), trainer(packing=True, cutoff_len=4096)
-    assert loss_of(ours) == pytest.approx(loss_of(ours, train.DefenceTrainer), rel=1e-5)
+    assert loss_of(ours) == pytest.approx(loss_of(ours, SFTTrainer), rel=1e-5)
     (batch,) = packed.get_train_dataloader()
     assert "attention_mask" not in batch and batch["input_ids"].shape[0] == 1  # laid end to end, yet none sees another
     assert loss_of(packed) == pytest.approx(loss_of(ours), rel=1e-5)
