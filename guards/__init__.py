@@ -40,7 +40,7 @@ __all__ = ["LONG_INPUTS", "Guard", "add_probe", "entry_of", "load_guard", "zoo"]
 templates.FOLDERS.append(Path(__file__).parent / "prompts")
 
 # Options that make another guard of a folder than its card describes, so that the card's probe says nothing of it.
-OTHER_GUARD = ("adapter", "chat_template", "labels", "mode", "template", "unsafe_labels")
+OTHER_GUARD = ("chat_template", "labels", "mode", "template", "unsafe_labels")
 
 
 def load_guard(spec: str, **options: Any) -> Guard:
@@ -61,10 +61,13 @@ def load_guard(spec: str, **options: Any) -> Guard:
     spec = expand_home(spec)
     given = {name: expand_home(value) for name, value in options.items() if value is not None}
     if has_card(spec):
-        return _from_folder(spec, given)
-    if is_unfinished(spec):
+        guard = _loaded(spec, read_card(spec), given)
+    elif is_unfinished(spec):
         raise UserError(f"{spec}: not finished: the saving of a guard was interrupted here; run its train.py again")
-    return _by_name(spec, given)
+    else:
+        guard = _by_name(spec, given)
+    _check(guard, spec, given)
+    return guard
 
 
 def entry_of(spec: str) -> dict[str, Any]:
@@ -139,14 +142,6 @@ def add_probe(
     return guard
 
 
-def _from_folder(folder: str, options: dict[str, Any]) -> Guard:
-    """The guard of a folder with a card, after its probe."""
-    card = read_card(folder)
-    guard = _loaded(folder, card, options)
-    _check(guard, card, folder, options)
-    return guard
-
-
 def _loaded(folder: str, card: Card, options: dict[str, Any]) -> Guard:
     """The guard of a folder with a card, which nobody has checked yet."""
     from guards.classifier import ClassifierGuard
@@ -195,22 +190,43 @@ def _here(spec: str, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _check(guard: Guard, card: GuardCard, folder: str, options: Mapping[str, Any]) -> None:
-    """Judge the probe of the folder, or of the adapter that was put on it; a server is asked later."""
+def _check(guard: Guard, spec: str, options: Mapping[str, Any]) -> None:
+    """Judge the probe of a guard's folder, or of the adapter that was put on it; a server is asked later."""
+    from guards.lora import find_base
+
     adapter = options.get("adapter")
-    if adapter is not None and has_card(adapter):
-        folder, card = adapter, read_card(adapter, GenerativeCard)
-    as_saved = {"mode": "strict", "adapter": adapter} | card.model_dump(include={"template", "labels"})
+    folder = spec if adapter is None else adapter
+    if not has_card(folder):
+        if has_card(spec):
+            logger.info("%s: its probe is not judged, because of %s", spec, adapter)
+        return
+    card = read_card(folder)
+    if adapter is not None:
+        find_base(adapter, card, options.get("model", spec), options.get("trust_remote_code", False))
+    as_saved = {"mode": "strict", "chat_template": _chat_template(folder)}
+    as_saved |= card.model_dump(include={"template", "labels"})
     changed = [name for name in OTHER_GUARD if name in options and options[name] != as_saved.get(name)]
-    if changed or (adapter is not None and folder != adapter):
-        logger.info("%s: its probe is not judged, because of %s", folder, ", ".join(changed) or "adapter")
-        return
-    if options.get("engine") != "server":
+    if changed:
+        logger.info("%s: its probe is not judged, because of %s", folder, ", ".join(changed))
+    elif options.get("engine") == "server":
+        _check_later(guard, card, folder)
+    else:
         check_probe(guard, card, folder)
-        return
+
+
+def _chat_template(folder: str) -> str | None:
+    """The chat template that was saved in a folder."""
+    path = Path(folder) / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _check_later(guard: Guard, card: GuardCard, folder: str) -> None:
+    """Judge the probe before the first verdict: a server may not be up yet.
+
+    Until it answers, its errors are verdicts. Then what it serves is the guard, or nothing is judged.
+    """
 
     def check() -> None:
-        """Until the server answers, its errors are verdicts; and then what it serves is the guard, or nothing is."""
         if not check_probe(guard, card, folder, must_answer=False):
             guard.pending_check = check
 

@@ -18,6 +18,7 @@ from common.run import inference_dtype
 from common.templates import Part
 from guards.card import INPUTS, GenerativeCard, LoraCard, card_path, local_sha256, read_card
 from guards.classifier import ClassifierGuard
+from guards.known import zoo
 
 __all__ = ["INPUTS", "LoraGuard", "find_base", "input_kind", "is_adapter"]
 
@@ -46,7 +47,8 @@ def find_base(
     """The folder or hub id of the base model below the adapters in `folder`.
 
     Args:
-        given: where the user says that it lies; None takes what the card names, or else what PEFT has noted.
+        given: where the user says that it lies; None takes what the card names, or else what PEFT has noted. In all
+            of these it can be called by its name in zoo.yaml.
 
     Raises:
         UserError: it cannot be loaded, or is a folder with another content than the base that was trained on; names
@@ -59,13 +61,14 @@ def find_base(
         path = Path(folder) / CONFIG
         where = f"{path}, field base_model_name_or_path"
         name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    source = resolve_model(str(name))
+    source = resolve_model(zoo().get(name, {}).get("model") or str(name))
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         said = f"{error}".strip().splitlines()[0]
         hint = "if it was moved, say where it is (base_model=…)"
-        raise UserError(f"{where}: {name}: no model that can be loaded; {hint}: {said:.200}") from None
+        shown = name if source == name else f"{name} ({source})"
+        raise UserError(f"{where}: {shown}: no model that can be loaded; {hint}: {said:.200}") from None
     found = local_sha256(source)
     if None not in (card.base_sha256, found) and card.base_sha256 != found:
         raise UserError(

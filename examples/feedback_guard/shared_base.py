@@ -14,6 +14,7 @@ from trunk import Trunk
 from common.conversation import pair
 from common.engines import apply_adapter
 from guards.card import read_card
+from guards.lora import find_base
 
 BATCH = 32  # prompts of a forward pass
 
@@ -33,10 +34,11 @@ class SharedBase:
             return False
         if section.engine != "transformers" or section.load_in_4bit:
             return False
-        base = read_card(line.folder).base_model
+        card = read_card(line.folder)
         known = json.loads((line.folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if base != section.base_model_path or self._load() is None:
+        if card.base_model != section.base_model_path or self._load() is None:
             return False
+        find_base(line.folder, card)  # the same name, and the same content
         return min(known.get("layers_to_transform") or [0]) >= self.trunk.depth
 
     def _load(self) -> Trunk | None:

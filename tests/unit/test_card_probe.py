@@ -127,7 +127,7 @@ def test_what_is_asked_for_is_no_fault(folders, caplog):
     """Another template, or other words for the labels, is another guard by the user's own wish."""
     load(folders / "classifier", template="last_turn")
     load(folders / "classifier", labels=CATEGORIES[::-1])
-    load(folders / "arm", adapter=str(folders / "arm"))
+    load(folders / "generative", chat_template="{{ messages[0]['content'] }}")
     assert "no probe" not in caplog.text
 
 
@@ -287,6 +287,26 @@ def test_another_base_is_told_by_its_fingerprint(folders, kind):
     said = refusal(folders / kind)
     assert said.startswith(f"{folders / kind}/guard.json, field base_sha256: ") and str(base) in said
     load(folders / kind, base_model=str(right))
+
+
+def test_an_adapter_that_is_put_on_its_base(folders, caplog):
+    """As evaluations of arms load it: the base by name, the adapter as an option."""
+    base, arm = folders / "arm-base", folders / "arm"
+    add_probe(base, GenerativeCard(guard="llama-guard", max_length=700))
+    change_card(arm, base_sha256=local_sha256(str(base)))
+    ours = load(base, adapter=str(arm), chat_template=(arm / "chat_template.jinja").read_text())
+    assert ours.judge(TALK) == load(arm).judge(TALK)
+    assert "probe" not in caplog.text
+    other_weights(arm, "adapter_model.safetensors")
+    assert f"{arm}/guard.json, field probe: " in refusal(base, adapter=str(arm))
+    other_weights(base)
+    assert f"{arm}/guard.json, field base_sha256: " in refusal(base, adapter=str(arm))
+
+
+def test_a_base_by_its_name_in_the_zoo(folders):
+    """Which no hub has: the entry says what model that is."""
+    change_card(folders / "arm", base_model="llama-guard", without="probe")
+    assert "meta-llama/LlamaGuard-7b" in refusal(folders / "arm")
 
 
 def test_the_fingerprint_of_a_base():
