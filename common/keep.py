@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from os import stat_result
@@ -68,7 +68,7 @@ def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
     return total.hexdigest()[:16]
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
     """The content of a model, an adapter or a data file, as 64 hexadecimal digits.
 
     A folder with a model counts as the files that say what the model does: weights, configs,
@@ -83,6 +83,7 @@ def fingerprint(path: str | Path) -> str:
         path: a folder, a file, the name of the bundled model, or a hub id. A hub id counts as the
             commit that would be loaded: the hub's, or without a hub that of the local cache. It
             counts as its name alone where neither knows it, and so does any other name.
+        without: names of files of a folder that make no difference.
 
     Raises:
         UserError: a file cannot be read, or is being written.
@@ -92,17 +93,19 @@ def fingerprint(path: str | Path) -> str:
         if place.is_file():
             return _of_file(place)
         if place.is_dir():
-            return _of_folder(place)
+            return _of_folder(place, without)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     identity = f"{path}@{_commit(str(path))}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def _of_folder(folder: Path) -> str:
+def _of_folder(folder: Path, without: Collection[str]) -> str:
     total = hashlib.sha256()
     for file in _files_that_count(folder):
         name = file.relative_to(folder).as_posix()
+        if name in without:
+            continue
         total.update(f"{name}\n{_of_file(file)}\n".encode())
     return total.hexdigest()
 

@@ -346,11 +346,13 @@ def _meaning(location: Sequence[Any]) -> str:
 def local_sha256(base: str) -> str | None:
     """The fingerprint of a base model for `base_sha256`; None for a hub id, whose content is not here to compare.
 
+    A guard can be the base of another one. Its card does not count: it changes no weight, and may get a probe later.
+
     Args:
         base: a folder, the name of the bundled model, or a hub id.
     """
     folder = resolve_model(base)
-    return fingerprint(folder) if Path(folder).is_dir() else None
+    return fingerprint(folder, without=[CARD_FILE]) if Path(folder).is_dir() else None
 
 
 def check_tokenizer_file(folder: Path | str) -> None:

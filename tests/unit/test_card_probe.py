@@ -292,8 +292,8 @@ def test_another_base_is_told_by_its_fingerprint(folders, kind):
 def test_an_adapter_that_is_put_on_its_base(folders, caplog):
     """As evaluations of arms load it: the base by name, the adapter as an option."""
     base, arm = folders / "arm-base", folders / "arm"
-    add_probe(base, GenerativeCard(guard="llama-guard", max_length=700))
     change_card(arm, base_sha256=local_sha256(str(base)))
+    add_probe(base, GenerativeCard(guard="llama-guard", max_length=700))  # changes no weight
     ours = load(base, adapter=str(arm), chat_template=(arm / "chat_template.jinja").read_text())
     assert ours.judge(TALK) == load(arm).judge(TALK)
     assert "probe" not in caplog.text
