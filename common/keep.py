@@ -25,6 +25,8 @@ from tqdm.auto import tqdm
 from common.bundled import cache_folder, resolve_model
 from common.conversation import UserError
 from common.data.files import read_rows
+from common.data.specs import ROOT, parse_spec
+from common.data.tables import sources
 from common.engines import Completion
 from common.run import expand_home, write_json
 
@@ -98,6 +100,25 @@ def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
         raise UserError(f"{path}: cannot be read: {error}") from None
     identity = f"{path}@{_commit(str(path))}"
     return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def data_fingerprint(spec: str) -> str:
+    """The content of the data that a spec names; a data set of the hub counts as its name.
+
+    Args:
+        spec: as for `common.data`, with or without a split.
+
+    Raises:
+        UserError: no spec, or a file cannot be read.
+    """
+    parsed = parse_spec(spec)
+    known = sources()["sources"].get(parsed.name, {})
+    if "path" in known:
+        files = [ROOT / known["path"].format(split=split) for split in known["splits"]]
+        return digest([str(parsed), [fingerprint(file) for file in files]])
+    if parsed.is_file or Path(parsed.name).is_dir():
+        return digest([parsed.split, fingerprint(parsed.name)])
+    return digest(str(parsed))
 
 
 def _of_folder(folder: Path, without: Collection[str]) -> str:
@@ -332,23 +353,30 @@ class KeptRows(Mapping[str, Row]):
             together: whether the rows of a chunk depend on each other, as those of one batch do: by
                 a seed, or by a rounding error. Then a chunk with a missing row is made whole, and
                 what is kept of it stays. Otherwise the missing ones alone are made.
-            again: whether a row that is there is to be made again, as the error of a server is.
+            again: whether a row is to be made again by the next call, as an error is. Such a row is
+                kept for its chunk alone, and where there is none not at all.
             title: what the progress bar calls the job.
             unit: what it calls a row.
         """
         order = list(dict.fromkeys(keys))
-        open_ = len(self.missing(order, again))
-        with tqdm(total=len(order), desc=title, unit=unit, disable=not open_) as bar:
+        lost: dict[str, Row] = {}
+        hidden = not self.missing(order, again)
+        with tqdm(total=len(order), desc=title, unit=unit, disable=hidden) as bar:
             for number, start in enumerate(range(0, len(order), size)):
                 chunk = order[start : start + size]
                 wanted = self.missing(chunk, again)
                 asked = chunk if together and self.missing(chunk) else wanted
                 bar.update(len(chunk) - len(wanted))
                 for row in make(number, asked) if asked else ():
-                    if row[self.key] in wanted:
+                    key = row[self.key]
+                    if key not in wanted:
+                        continue
+                    if again is not None and again(row) and not together:
+                        lost[key] = row
+                    else:
                         self.append(row)
-                        bar.update()
-        return [self._rows[key] for key in keys]
+                    bar.update()
+        return [lost[key] if key in lost else self._rows[key] for key in keys]
 
     def close(self) -> None:
         """Let another process open the file."""
@@ -359,6 +387,11 @@ class KeptRows(Mapping[str, Row]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def failed(row: Row) -> bool:
+    """Whether a row is an error: `again` for rows that have a field `error`."""
+    return row["error"] is not None
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -396,13 +429,10 @@ def generate(
             yield {"key": asked[i], "answer": completion.text, "error": completion.error}
 
     with KeptRows(partial) as kept:
-        done = len(order) - len(kept.missing(order, _failed))
+        done = len(order) - len(kept.missing(order, failed))
         if done:
             logger.info("%d of %d answers are there already.", done, len(order))
-        options = {"together": size is not None, "again": _failed, "unit": "answer"}
-        kept.fill(order, make, size=size or max(1, len(order)), **options)
-        return [Completion(kept[key]["answer"], kept[key]["error"]) for key in keys]
-
-
-def _failed(row: Row) -> bool:
-    return row["error"] is not None
+        options = {"together": size is not None, "again": failed, "unit": "answer"}
+        rows = kept.fill(order, make, size=size or max(1, len(order)), **options)
+    said = dict(zip(order, rows, strict=True))
+    return [Completion(said[key]["answer"], said[key]["error"]) for key in keys]

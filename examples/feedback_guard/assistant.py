@@ -1,27 +1,24 @@
 """Responses of the assistant to prompts: several a prompt, each with its seed, in its own chat template."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from config import Config, engine_options
-from records import Loaded, Row, digest, identity
-from tqdm.auto import tqdm
+from config import Config, LlamaConfig, engine_options
+from records import Loaded, Row
 from transformers import AutoConfig, AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import UserError, pair
-from common.engines import Decoding, Engine, load_engine, prompts_at_once
+from common.engines import CHUNK, Decoding, Engine, load_engine, prompts_at_once
 from common.fit import config_positions
-from common.keep import KeptRows
+from common.keep import KeptRows, digest, failed, fingerprint
 from common.refusal import classify
 from common.templates import encode, render_chat
 
 logger = logging.getLogger("feedback_guard")
-Ids = tuple[int, ...]  # a prompt's tokens
 KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
 
 
@@ -49,10 +46,16 @@ def _response(answer: Row, prompt: str, recorded: bool) -> Row:
     }
 
 
-def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded) -> list[list[Row]]:
+def generated(
+    config: Config,
+    prompts: Sequence[str],
+    path: Path,
+    guard: Loaded,
+) -> list[list[Row]]:
     """`samples` responses {text, seed, error} to each prompt, in the assistant's own chat template.
 
-    What failed is not kept: the next run asks for it again.
+    A batch of transformers has a seed of its own and is made whole, so that a killed run draws the
+    same again. What failed is asked again by the next run.
 
     Raises:
         UserError: a server refuses the key, or fails time after time; what it answered is kept.
@@ -62,80 +65,57 @@ def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded)
     chats = [render_chat(tokenizer, pair(text)) for text in prompts]
     ids = [tuple(one) for one in encode(tokenizer, chats, add_special_tokens=False)]
     room = window - llama.max_tokens
-    fitting = sorted({one for one in ids if len(one) <= room}, key=lambda one: (-len(one), one))
-    with KeptRows(path) as kept:
-        failed = _generate_missing(config, tokenizer, fitting, kept, guard)
-        said = {**kept, **failed}
-    long = f"the prompt is longer than the {room} tokens that the assistant has"
-    key = _key_of(config)
-    out = []
-    for one in ids:
-        if len(one) > room:
-            out.append([{"text": "", "seed": None, "error": long}] * llama.samples)
-        else:
-            out.append([said[key(number, one)] for number in range(llama.samples)])
-    return out
-
-
-def _key_of(config: Config) -> Callable[[int, Ids], str]:
-    """What the key of a response is, by its number and its prompt."""
-    llama = config.llama
-    salt = [identity(llama.model_path), llama.engine, llama.temperature, llama.top_p]
-    salt += [llama.max_tokens, config.seed]
-    return lambda number, ids: digest([salt, number, list(ids)])
-
-
-def _generate_missing(
-    config: Config, tokenizer: Any, prompts: Sequence[Ids], kept: KeptRows, guard: Loaded
-) -> dict[str, Row]:
-    """Generate and keep the responses that are missing; those that failed, by their key.
-
-    Args:
-        prompts: token ids, the longest first.
-        guard: is let go first, because not both models fit into memory.
-    """
-    llama = config.llama
-    size = _together(config)
-    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    order = sorted({one for one in ids if len(one) <= room}, key=lambda one: (-len(one), one))
+    size = chunk_size(llama)
+    salt = [model_identity(llama), llama.engine, llama.temperature, llama.top_p, llama.max_tokens]
+    salt += [config.seed, llama.samples, size]
     decoding = Decoding(llama.max_tokens, temperature=llama.temperature, top_p=llama.top_p)
     engine = Loaded(lambda: assistant(config, tokenizer, size))
-    key, failed = _key_of(config), {}
-    total = len(prompts) * llama.samples
-    with tqdm(total=total, unit="response") as bar:
-        for number, (n, chunk) in product(range(llama.samples), enumerate(chunks)):
-            seed = config.seed + number + llama.samples * n
-            missing = [ids for ids in chunk if key(number, ids) not in kept]
-            bar.update(len(chunk) - len(missing))
-            if not missing:
-                continue
-            # Of transformers a batch is drawn together: drawn again, it must be whole to be the same.
-            asked = chunk if llama.engine == "transformers" else missing
-            guard.free()
-            written = engine.get().complete(list(map(list, asked)), replace(decoding, seed=seed))
-            for i, completion in written:
-                known = key(number, asked[i])
-                if known in kept:
-                    continue
-                row = {"key": known, "text": completion.text.strip(), "seed": seed}
-                if completion.error is None:
-                    kept.append(row)
-                else:
-                    failed[known] = row | {"error": completion.error}
-                bar.update()
+
+    def sample(number: int, kept: KeptRows) -> dict[tuple[int, ...], Row]:
+        """Sample `number` of each prompt."""
+        keys = [digest([salt, number, one]) for one in order]
+        prompt_of = dict(zip(keys, map(list, order), strict=True))
+
+        def write(chunk: int, some: list[str]) -> Iterator[Row]:
+            guard.free()  # not both in memory
+            seed = config.seed + number + llama.samples * chunk
+            asked = [prompt_of[key] for key in some]
+            for i, said in engine.get().complete(asked, replace(decoding, seed=seed)):
+                text = said.text.strip()
+                yield {"key": some[i], "text": text, "seed": seed, "error": said.error}
+
+        title = f"responses, {number + 1} of {llama.samples}"
+        together = llama.engine == "transformers"  # they are drawn together
+        options = {"together": together, "again": failed, "title": title}
+        return dict(zip(order, kept.fill(keys, write, size=size, **options), strict=True))
+
+    with KeptRows(path) as kept:
+        samples = [sample(number, kept) for number in range(llama.samples)]
     engine.free()
-    if failed:
-        first = next(iter(failed.values()))["error"]
-        what = f"{len(failed)} of {total} responses failed ({first})"
-        logger.warning("%s; run process.py again for them", what)
-    return failed
+    errors = [row["error"] for said in samples for row in said.values() if failed(row)]
+    if errors:
+        total = len(order) * llama.samples
+        logger.warning(
+            "%d of %d responses failed (%s); run process.py again for them",
+            *(len(errors), total, errors[0]),
+        )
+    error = f"the prompt is longer than the {room} tokens that the assistant has"
+    long = {"text": "", "seed": None, "error": error}
+    return [[said.get(one, long) for said in samples] for one in ids]
 
 
-def _together(config: Config) -> int:
-    """How many prompts are asked together. Samples depend on it, so that it is the same for a killed run."""
-    llama = config.llama
+def chunk_size(llama: LlamaConfig) -> int:
+    """Prompts that have one seed, and with transformers are drawn together."""
     if llama.engine == "transformers":
         return prompts_at_once(llama.batch_size)
-    return 64 if llama.engine == "server" else 512
+    return 64 if llama.engine == "server" else CHUNK
+
+
+def model_identity(llama: LlamaConfig) -> list[Any]:
+    """What tells an assistant from others: its content, and where it is served."""
+    where = [llama.server_url, llama.server_model] if llama.engine == "server" else []
+    return [fingerprint(llama.model_path), *where]
 
 
 def assistant_tokenizer(name: str) -> tuple[Any, int]:

@@ -6,7 +6,6 @@ python prepare.py --config F.json      # what its section "prepare" asks for: a 
 This is a head start for models that are no guards yet; with Llama Guard itself there is nothing to prepare.
 """
 
-import hashlib
 import json
 import logging
 import random
@@ -21,7 +20,7 @@ from formats import Encoder, template, verdict_probabilities
 from train import ArmConfig, fitted, goes_on
 from transformers import AutoTokenizer, set_seed
 
-from common import metrics, report
+from common import keep, metrics, report
 from common.bundled import resolve_model
 from common.conversation import Message, UserError
 from common.data import load_conversations, prompt_key
@@ -61,8 +60,8 @@ def make_guard(section: PrepareGuard) -> None:
     """
     check_output_folder(section.output_dir)
     items = read_items(section.data)
-    settings = asdict(section) | {"output_dir": None, "held_out": HELD_OUT}
-    fingerprint = hashlib.sha256(json.dumps([settings, items], sort_keys=True).encode()).hexdigest()[:16]
+    settings = asdict(section) | {"output_dir": None, "base_model": None, "held_out": HELD_OUT}
+    fingerprint = keep.digest([settings, keep.fingerprint(section.base_model), template(), items])
     folder = Path(section.output_dir)
     if has_card(folder):
         card = read_card(folder)

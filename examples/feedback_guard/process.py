@@ -26,19 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from arms import arm, unsafe_categories
-from assistant import assistant_tokenizer, respond
+from assistant import assistant_tokenizer, model_identity, respond
 from config import FOLDER, SPLITS, Config, config_from_argv, engine_options
-from formats import check_guard, check_model, load_llama_guard
+from formats import check_guard, check_model, load_llama_guard, template
 from legacy import chatml_parts, reason_of
 from records import (
     Loaded,
     Row,
     _split_up,
     check_splits,
-    digest,
     feedback,
-    identity,
-    kept_lines,
     make_splits,
     passed,
     processed_path,
@@ -47,15 +44,16 @@ from records import (
     refused,
     sample,
 )
-from tqdm.auto import tqdm
 
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import load_conversations
 from common.engines import Completion
+from common.keep import KeptRows, digest, failed
 from common.run import check_output_folder, json_lines, run_cli, write_json, write_text
 from common.templates import encode
 from guards import Guard, load_guard
 from guards.generative import GenerativeGuard
+from guards.identity import guard_identity, is_served
 from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
@@ -95,7 +93,7 @@ def process(config: Config) -> dict[str, Any]:
     parts = processed_path(config, "parts").with_suffix("")
     check_settings(config, parts.parent / "settings.json")
 
-    guard, who = Loaded(lambda: default_guard(config)), guard_identity(config)
+    guard, who = Loaded(lambda: default_guard(config)), default_identity(config)
     everything = [row for split in rows.values() for row in split]
     prompts, again = [pair(row["input"]) for row in everything], config.llama_guard.engine == "server"
     said = judged(guard, who, prompts, "prompt_unsafe", parts / "inputs.jsonl", again)
@@ -140,14 +138,15 @@ def check_settings(config: Config, path: Path, write: bool = True) -> None:
 def settings_of(config: Config) -> Row:
     """What the processed prompts depend on, besides the data."""
     llama, experiment, judge = config.llama, config.experiment, config.evaluation.judge
-    settings = {"llama_guard": guard_identity(config), "llama.use_recorded": llama.use_recorded, "seed": config.seed}
+    settings = {"llama_guard": default_identity(config), "llama.use_recorded": llama.use_recorded, "seed": config.seed}
     settings["experiment.explore_share"] = experiment.explore_share
     if not llama.use_recorded:
-        settings["llama.model_path"] = identity(llama.model_path)
+        settings["llama.model_path"] = model_identity(llama)
         keys = ("temperature", "top_p", "max_tokens", "samples")
         settings |= {f"llama.{key}": getattr(llama, key) for key in keys}
     sizes = experiment.process_sample_size, config.evaluation.max_eval_samples
-    return settings | dict(zip(ADDED, (identity(judge) if judge else None, *sizes), strict=True))
+    judged_by = guard_identity(judge, {}) if judge else None
+    return settings | dict(zip(ADDED, (judged_by, *sizes), strict=True))
 
 
 # --- before any work --------------------------------------------------------------------------------------------------
@@ -224,10 +223,12 @@ def default_guard(config: Config) -> GenerativeGuard:
     return load_llama_guard(section.default_model_path, section.use_official_template, **options)
 
 
-def guard_identity(config: Config) -> list[Any]:
+def default_identity(config: Config) -> list[Any]:
     """What the default guard's verdicts depend on."""
     section = config.llama_guard
-    return [*identity(section.default_model_path), section.use_official_template, section.categories]
+    served = engine_options(section) if section.engine == "server" else {}
+    prompt = None if section.use_official_template else template()
+    return [guard_identity(section.default_model_path, served), prompt, section.categories]
 
 
 def judged(
@@ -236,38 +237,31 @@ def judged(
     conversations: Sequence[Messages],
     label: str,
     path: Path,
-    again: bool = False,
+    served: bool = False,
     categories: bool = False,
 ) -> list[Row]:
-    """Verdicts {unsafe, decided, categories, error, time}; each chunk is kept before the next is judged.
+    """Verdicts {unsafe, decided, categories, error, time}, kept as they come.
 
-    What is kept is not asked for again. A chunk that a kill cut is judged as it was, so that nothing differs by a
-    rounding error.
+    What is kept is not asked for again, but for the errors of a server.
 
     Args:
         who: what the verdicts depend on.
-        again: ask for errors again, as of a server.
+        served: a server judges.
         categories: let the guard name the categories of what is unsafe, where it can.
     """
     keys = [digest([who, label, messages]) for messages in conversations]
-    asked, kept = dict(zip(keys, conversations, strict=True)), kept_lines(path)
-    old = {key for key in asked if key in kept and not (again and kept[key]["error"] is not None)}
-    order = list(asked)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for part in (order[i : i + CHUNK] for i in range(0, len(order), CHUNK)):
-            part = [key for key in part if key not in old] if again else part
-            if not set(part) - old:
-                continue
-            model: Guard = guard.get()
-            model.with_categories = categories
-            verdicts = model.judge([asked[key] for key in part])
-            fresh = {key: {"key": key} | _verdict(verdict, label) for key, verdict in zip(part, verdicts, strict=True)}
-            fresh = {key: line for key, line in fresh.items() if key not in old}
-            file.write(json_lines(fresh.values()))
-            file.flush()
-            kept |= fresh
-    return [kept[key] for key in keys]
+    asked = dict(zip(keys, conversations, strict=True))
+
+    def judge(_: int, some: list[str]) -> list[Row]:
+        model: Guard = guard.get()
+        model.with_categories = categories
+        verdicts = model.judge([asked[key] for key in some])
+        rows = zip(some, verdicts, strict=True)
+        return [{"key": key} | _verdict(verdict, label) for key, verdict in rows]
+
+    again = failed if served else None
+    with KeptRows(path) as kept:
+        return kept.fill(keys, judge, size=CHUNK, together=not served, again=again)
 
 
 def _verdict(verdict: Verdict, label: str) -> Row:
@@ -312,9 +306,8 @@ def judge_responses(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loa
         response |= {key: verdict[key] for key in ("unsafe", "decided", "categories", "error")}
     if name := config.evaluation.judge:
         guard.free()
-        judge = Loaded(lambda: load_guard(name))
-        again = not Path(name).is_dir()  # a service may have failed
-        said = judged(judge, identity(name), conversations, "response_unsafe", parts / "judge.jsonl", again)
+        judge, by, served = Loaded(lambda: load_guard(name)), guard_identity(name, {}), is_served(name, {})
+        said = judged(judge, by, conversations, "response_unsafe", parts / "judge.jsonl", served)
         judge.free()
         for (_, response), verdict in zip(open_, said, strict=True):
             response["judge_unsafe"] = None if verdict["error"] else verdict["unsafe"]
@@ -330,34 +323,30 @@ def add_legacy(config: Config, records: Sequence[Row], guard: Loaded, who: Any, 
     texts = [[record["query"], *(r["text"] for r in record["responses"])] for record in records]
     tokens = config.llama_guard.legacy_new_tokens
     keys = {text: digest([who, tokens, text]) for each in texts for text in each}
-    kept = kept_lines(path)
-    missing = sorted((text for text in keys if keys[text] not in kept), key=len)
-    failed: dict[str, str] = {}
-    with (
-        path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(missing), desc="the original's checks") as bar,
-    ):
-        for part in (missing[i : i + 48] for i in range(0, len(missing), 48)):
-            for text, said in _legacy_checks(guard.get(), part, tokens):
-                if said.error is not None:
-                    failed[text] = said.error
-                    continue
-                line = {"key": keys[text], "text": said.text}
-                file.write(json_lines([line]))
-                kept[line["key"]] = line
-            file.flush()
-            bar.update(len(part))
-    if failed:
+    text_of = {key: text for text, key in keys.items()}
+    served = config.llama_guard.engine == "server"
+
+    def check(_: int, some: list[str]) -> Iterator[Row]:
+        for text, said in _legacy_checks(guard.get(), [text_of[key] for key in some], tokens):
+            yield {"key": keys[text], "text": said.text, "error": said.error}
+
+    order = sorted(text_of, key=lambda key: len(text_of[key]))
+    options = {"together": not served, "again": failed if served else None}
+    with KeptRows(path) as kept:
+        rows = kept.fill(order, check, size=48, title="the original's checks", **options)
+    said = dict(zip(order, rows, strict=True))
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    if errors:
         logger.warning(
             "llama_guard.server_url %s: %d of the original's %d checks failed (%s); run process.py again for them",
-            *(config.llama_guard.server_url, len(failed), len(missing)),
-            next(iter(failed.values())),
+            *(config.llama_guard.server_url, len(errors), len(rows), errors[0]),
         )
     for record, each in zip(records, texts, strict=True):
-        if failed.keys() & set(each):
+        of_record = [said[keys[text]] for text in each]
+        if any(row["error"] is not None for row in of_record):
             record["legacy"] = {"input": "", "outputs": []}
             continue
-        prompt, *responses = (kept[keys[text]]["text"] for text in each)
+        prompt, *responses = (row["text"] for row in of_record)
         record["legacy"] = {"input": prompt, "outputs": responses}
 
 

@@ -6,7 +6,6 @@ store_dir/blocked_inputs.jsonl                      prompts that passed, and who
 """
 
 import gc
-import hashlib
 import json
 import logging
 import random
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from config import SPLITS, Config
 
-from common.bundled import resolve_model
 from common.conversation import UserError, check_label, check_text, last_turns
 from common.data import (
     FILE_TYPES,
@@ -33,8 +31,8 @@ from common.data import (
 )
 from common.data.specs import load_hub
 from common.data.tables import sources
+from common.keep import data_fingerprint, read_json_lines
 from common.run import json_lines, write_json, write_text
-from guards.card import CARD_FILE
 
 logger = logging.getLogger("feedback_guard")
 Row = dict[str, Any]
@@ -70,10 +68,7 @@ def processed_path(config: Config, split: str) -> Path:
 def _read(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path}: not there yet; run process.py with this config first")
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error}); remove it and run process.py again") from None
+    return read_json_lines(path)
 
 
 def passed(row: Mapping) -> bool:
@@ -104,53 +99,6 @@ def feedback(row: Mapping) -> bool:
 def refused(row: Mapping) -> bool:
     """Whether any response refuses: then harmless responses do not say that the prompt is harmless."""
     return any(response["refusal"] in REFUSALS for response in row["responses"])
-
-
-def identity(model: str, adapter: str | None = None) -> list[Any]:
-    """What tells a model from others without reading all of it: the ends of its weight files, wherever they lie.
-
-    Args:
-        model: folder, hub id or name; a folder's name counts for nothing, its content does.
-    """
-    return [_files(Path(resolve_model(name))) or name for name in (model, adapter) if name]
-
-
-def _files(folder: Path) -> list[str]:
-    found = []
-    if folder.is_dir():
-        kept = (".safetensors", ".bin", ".model", ".jinja")
-        names = ("config.json", CARD_FILE, "adapter_config.json", "tokenizer.json")
-        for path in sorted(p for p in folder.iterdir() if p.suffix in kept or p.name in names):
-            with path.open("rb") as file:
-                ends = file.read(1 << 20)
-                file.seek(max(0, path.stat().st_size - (1 << 20)))
-                ends += file.read()
-            found.append(f"{path.name} {path.stat().st_size} {hashlib.sha256(ends).hexdigest()[:16]}")
-    return found
-
-
-def digest(value: Any) -> str:
-    """A key of what is JSON-like."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-def kept_lines(path: Path, key: str = "key") -> dict[str, Row]:
-    """The lines of an append-only file by key, the last of each; a last line that a kill cut off is taken away.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    try:
-        return {row[key]: row for row in map(json.loads, filter(None, whole.decode("utf-8").split("\n")))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what an interrupted run left ({error!r:.80}); remove it") from None
 
 
 class Loaded:
@@ -233,10 +181,16 @@ def check_splits(config: Config) -> None:
 
 
 def _made(config: Config) -> dict[str, Any]:
-    """What splits are made of."""
+    """What splits are made of: settings, and the content of the data."""
     values = config.as_dict()
-    made = {"dataset": values["dataset"] | {"store_dir": None}, "seed": config.seed}
-    return made | {"guard_data": [spec for part in (values["prepare"] or {}).values() if part for spec in part["data"]]}
+    guard_data = [spec for part in (values["prepare"] or {}).values() if part for spec in part["data"]]
+    specs = [config.dataset.path, config.dataset.guard_path, *guard_data]
+    return {
+        "dataset": values["dataset"] | {"store_dir": None},
+        "seed": config.seed,
+        "guard_data": guard_data,
+        "content": [data_fingerprint(spec) for spec in specs if spec],
+    }
 
 
 def seen_keys(config: Config) -> set[str]:

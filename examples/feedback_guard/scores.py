@@ -1,10 +1,8 @@
 """Which guards are evaluated, and what each says of every prompt, kept as it comes so that a killed run goes on."""
 
 import gc
-import hashlib
-import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,18 @@ from typing import Any
 import torch
 from arms import arm, arm_folder
 from config import Config, engine_options
-from formats import load_llama_guard, query_ids
+from formats import load_llama_guard, query_ids, template
 from legacy import legacy_reason, parsed_unsafe
 from probe import probe_scores
-from records import identity, kept_lines
+from records import Row
 from shared_base import SharedBase
 from tqdm.auto import tqdm
 
 from common.conversation import UserError, pair
-from common.run import json_lines
+from common.keep import KeptRows, digest, failed, fingerprint
 from guards.card import ArmOrigin, card_path, has_card, read_card
 from guards.generative import GenerativeGuard
+from guards.identity import guard_identity
 
 logger = logging.getLogger("feedback_guard")
 CHUNK = 64  # prompts between two writes
@@ -154,44 +153,58 @@ def score(
 ) -> dict[str, Answer]:
     """One guard on all prompts. It is loaded only if there is a prompt that it has not judged yet.
 
-    What is kept counts for one prompt, one guard (its weights) and one way of asking alone. A verdict that a server
-    failed to give is not kept, and asked for again.
+    What is kept counts for one prompt, one guard (its weights) and one way of asking alone. A
+    verdict that a server failed to give is asked for again.
     """
-    who = _identity(line, config)
-    keys = {item.id: _hash([who, item.text]) for item in items}
-    path = folder / f"{_asked_as(line).name}.jsonl"
-    kept = kept_lines(path)
-    again = _served(line, config)
-    todo = {keys[i.id]: i for i in items if keys[i.id] not in kept or (again and kept[keys[i.id]]["error"])}
-    if todo:
-        logger.info("%s: %d of %d prompts to be judged", line.name, len(todo), len(keys))
-        kept |= _ask(line, todo, config, path, base)
-    return {item.id: _answer(kept[keys[item.id]], line) for item in items}
+    who, served = _identity(line, config), _served(line, config)
+    keys = {item.id: digest([who, item.text]) for item in items}
+    item_of = {keys[item.id]: item for item in items}
+    judge = LineJudge(line, config, base)
+
+    def make(_: int, some: list[str]) -> Iterator[Row]:
+        said = judge.said([item_of[key].text for key in some])
+        for key, one in zip(some, said, strict=True):
+            yield {"key": key, "id": item_of[key].id} | one
+
+    options = {"together": not served, "again": failed if served else None}
+    with KeptRows(folder / f"{_asked_as(line).name}.jsonl") as kept:
+        missing = kept.missing(item_of, options["again"])
+        if missing:
+            logger.info("%s: %d of %d prompts to be judged", line.name, len(missing), len(item_of))
+        rows = kept.fill(list(item_of), make, size=CHUNK, title=line.name, unit="prompt", **options)
+    judge.free()
+    said = dict(zip(item_of, rows, strict=True))
+    return {item.id: _answer(said[keys[item.id]], line) for item in items}
 
 
-def _ask(line: Line, todo: Mapping[str, Item], config: Config, path: Path, base: SharedBase | None) -> dict[str, dict]:
-    """Judge prompts by key, each chunk written before the next."""
-    shared, served = base is not None and base.serves(line), _served(line, config)
-    if base and not shared:
-        base.free()  # one model at a time
-    guard, out, keys = None if shared else load(line, config), {}, list(todo)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(keys), desc=line.name, unit="prompt") as bar:
-        for chunk in (keys[i : i + CHUNK] for i in range(0, len(keys), CHUNK)):
-            texts = [todo[key].text for key in chunk]
-            said = base.said(line, texts) if guard is None else _raw(line, guard, texts, config)
-            rows = [{"key": key, "id": todo[key].id} | one for key, one in zip(chunk, said, strict=True)]
-            file.write(json_lines(row for row in rows if not (served and row["error"])))
-            file.flush()
-            out |= {row["key"]: row for row in rows}
-            bar.update(len(chunk))
-    if base:
-        base.let_go()
-    del guard
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return out
+class LineJudge:
+    """What judges prompts for a line: the shared base where it can, or a guard that is loaded when it is needed."""
+
+    def __init__(self, line: Line, config: Config, base: SharedBase | None):
+        self.line, self.config, self.base = line, config, base
+        self.guard: GenerativeGuard | None = None
+        self.shared: bool | None = None  # not known yet
+
+    def said(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """What is kept of each prompt."""
+        if self.shared is None:
+            self.shared = self.base is not None and self.base.serves(self.line)
+        if self.shared:
+            return self.base.said(self.line, texts)
+        if self.guard is None:
+            if self.base is not None:
+                self.base.free()  # one model at a time
+            self.guard = load(self.line, self.config)
+        return _raw(self.line, self.guard, texts, self.config)
+
+    def free(self) -> None:
+        """Give the guard's memory back, and the shared base its own weights."""
+        if self.base is not None:
+            self.base.let_go()
+        self.guard = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _served(line: Line, config: Config) -> bool:
@@ -264,13 +277,12 @@ def _asked_as(line: Line) -> Line:
 
 
 def _identity(line: Line, config: Config) -> list[Any]:
+    """What a line's answers depend on."""
     settings = config.llama_guard
-    weights = None if line.folder is None else str(line.folder)
-    asked = [line.query, settings.use_official_template, settings.server_model, settings.legacy_new_tokens]
-    asked += ["4bit"] * (line.folder is not None and settings.load_in_4bit)
-    probe = (line.folder / "probe.json").read_text(encoding="utf-8") if line.probe else None
-    return [identity(_model(line, config), weights), asked, probe]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    served = engine_options(settings) if _served(line, config) else {}
+    models = [guard_identity(_model(line, config), served)]
+    if line.folder is not None:
+        models.append(fingerprint(line.folder))
+    prompt = None if settings.use_official_template else template()
+    quantized = line.folder is not None and settings.load_in_4bit
+    return [models, line.query, prompt, settings.legacy_new_tokens, quantized]

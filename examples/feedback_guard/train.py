@@ -11,7 +11,6 @@ was. Loss of a row: soft cross-entropy on the verdict word, the rest of the line
 training.kl_weight times KL(guard before training || now) on {safe, unsafe}.
 """
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -25,12 +24,12 @@ import torch
 from arms import Arm, Row, arm, arm_folder, build_rows, legacy_facts
 from config import Config, config_from_argv
 from datasets import Dataset
-from formats import NOTHING, Encoder, collator_for, load_llama_guard, read, text_row, verdict_loss
+from formats import NOTHING, Encoder, collator_for, load_llama_guard, read, template, text_row, verdict_loss
 from formats import verdict_probabilities as probabilities
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from probe import fit_probe
 from process import check_settings
-from records import check_splits, identity, kept_lines, processed_path, read_processed
+from records import check_splits, processed_path, read_processed
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig
@@ -39,6 +38,7 @@ from trunk import Trunk
 from common import report
 from common.conversation import UserError
 from common.fit import check_ids, check_length
+from common.keep import digest, read_json_lines
 from common.run import (
     check_output_folder,
     inference_dtype,
@@ -70,6 +70,7 @@ from guards.card import (
     write_card,
 )
 from guards.generative import GenerativeGuard
+from guards.identity import guard_identity
 from guards.known import zoo_name
 
 logger = logging.getLogger("feedback_guard")
@@ -117,7 +118,7 @@ def train(config: Config) -> list[Path]:
     check_splits(config)
     check_settings(config, processed_path(config, "parts").with_suffix("").parent / "settings.json", write=False)
     processed = read_processed(config, config.experiment.process_split)
-    blocked = list(kept_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl", "id").values())
+    blocked = read_json_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl")
     jobs, folders = [], []
     for name in config.training.arms:
         for seed in config.training.seeds_of(name):
@@ -161,10 +162,12 @@ def _fingerprint(config: Config, arm: Arm, rows: Sequence[Row]) -> str:
     values, guard = asdict(config.training), config.llama_guard
     for name in ("output_dir", "arms", "seeds", "headline", "logging_steps", "save_steps", "save_total_limit"):
         values.pop(name)
-    made = [values, identity(guard.base_model_path), guard.use_official_template, guard.load_in_4bit, asdict(arm)]
-    made[-1].pop("question")
-    text = json.dumps([made, [row.as_dict() for row in rows]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    about = asdict(arm)
+    about.pop("question")
+    base = guard_identity(guard.base_model_path, {})
+    prompt = None if guard.use_official_template else template()
+    made = [values, base, prompt, guard.load_in_4bit, about]
+    return digest([made, [row.as_dict() for row in rows]])
 
 
 @dataclass

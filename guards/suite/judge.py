@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import yaml
 from common import data, metrics
 from common.conversation import UserError, Verdict, check_url, last_turns, pair
 from common.data import parse_spec
-from common.keep import KeptRows, Row, digest, fingerprint
+from common.keep import KeptRows, Row, digest
 from common.run import expand_home
-from common.templates import template_text
 from guards import Guard, load_guard, zoo
-from guards.card import has_card, read_card
+from guards.card import has_card
+from guards.identity import described, guard_identity, is_served
 from guards.known import zoo_name
 from guards.suite.benchmarks import Benchmark, benchmark_names, is_benchmark, load_benchmark, row_id
 
@@ -38,9 +38,7 @@ PAPER = {  # what the paper's evaluation runs; it runs no refusal task
     "refusal": ("wildguardtest_refusal", "xstest_response_refusal"),
 }
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
-PATIENCE = {"server_timeout"}  # options that verdicts do not depend on
 NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}  # kind of guard: options for all that it has not
-MODELS = ("model", "adapter", "base_model")  # what a guard is made of, in cards and options
 NOT_SUPPORTED = {"status": "not supported", "reason": "the guard does not judge this label"}
 
 
@@ -78,62 +76,23 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
         spec = expand_home(spec)
         name, folder = (None, spec) if Path(spec).exists() or "=" not in spec else spec.split("=", 1)
         folder = expand_home(folder)
-        described, card = has_card(folder), _known_card(folder)
+        has_own_card = has_card(folder)
         if name and not Path(folder).is_dir():
             raise UserError(f"--guards {text}: {folder} is no folder")
-        if name and not described and name not in zoo():
+        if name and not has_own_card and name not in zoo():
             raise UserError(f"--guards {text}: {folder} has no guard.json, and {name} is no name of the guard zoo")
-        spec, given = (name, given | {"model": folder}) if name and not described else (folder, given)
-        entry = zoo_name(name or spec) or zoo_name(str(card.get("guard")))
-        about = zoo().get(str(card.get("guard")) if described else entry, {}) | card
+        spec, given = (name, given | {"model": folder}) if name and not has_own_card else (folder, given)
+        about = described(spec)
+        entry = zoo_name(name or spec) or zoo_name(str(about.get("guard")))
         unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
         given = {key: value for key, value in options.items() if key not in unwanted} | given
-        shown = name or ("/".join(Path(spec).parts[-2:]) if described else entry or spec)
-        asked = {key: value for key, value in given.items() if key not in PATIENCE}
-        identity = identity_of(spec, asked, about)
-        served = about.get("kind") == "api" or given.get("engine") == "server"
+        shown = name or ("/".join(Path(spec).parts[-2:]) if has_own_card else entry or spec)
+        identity, served = guard_identity(spec, given), is_served(spec, given)
         load = lambda spec=spec, given=given: load_guard(spec, **given, progress=False)  # noqa: E731
         shown = f"{shown} ({own})" if own else shown
-        released = not described and entry is not None
+        released = not has_own_card and entry is not None
         out.append(Candidate(shown, text, identity, load, entry, released, served))
     return out
-
-
-def _known_card(folder: str) -> dict[str, Any]:
-    """A folder's card, empty where there is none; a broken one says so when it is loaded."""
-    with suppress(UserError):
-        if has_card(folder):
-            return read_card(folder).model_dump(exclude_none=True)
-    return {}
-
-
-def identity_of(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """What a guard's verdicts depend on: models by content, texts of its prompt, and options.
-
-    Args:
-        spec: its folder, its name in the zoo, or a hub id.
-        options: of `load_guard`.
-        about: its entry of the zoo, or its guard.json.
-    """
-    known = {**about, **options}
-    models = {key: str(known.pop(key)) for key in MODELS if known.get(key)}
-    if known.get("kind") != "api":  # there a model is a name of the service
-        models = {key: fingerprint(name) for key, name in models.items()}
-    texts = []
-    for name in _texts_of(known):
-        with suppress(UserError):  # an unknown one says so when the guard is loaded
-            texts.append(template_text(name))
-    own = fingerprint(spec) if Path(spec).is_dir() or spec not in zoo() else spec
-    return digest([own, models, texts, known])
-
-
-def _texts_of(known: Mapping[str, Any]) -> list[str]:
-    """The names of the templates that a guard's prompt is made of."""
-    names = [str(known.get("template", "beavertails"))]  # a classifier's, where nothing is said
-    for message in known.get("messages", ()):
-        if "content_file" in message:
-            names.append(str(message["content_file"]))
-    return names
 
 
 def read_benchmarks(

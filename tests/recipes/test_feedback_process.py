@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,8 +11,10 @@ import completions
 import families
 import pytest
 import scripts
+import torch
 from completions import completion
 from feedback_rows import config_writer, prompts, save_models, write
+from safetensors.torch import save_file
 from scripts import EXAMPLES, launch, module
 
 from common.conversation import UserError
@@ -23,6 +26,7 @@ config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 assistant = module("feedback_guard", "assistant")
 process, train = module("feedback_guard", "process"), module("feedback_guard", "train")
+scores = module("feedback_guard", "scores")
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +359,86 @@ def test_a_second_run_asks_nothing(write_config, tmp_path, monkeypatch):
     monkeypatch.setattr(records.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
     run(path)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_touched_guard_is_the_same_and_other_weights_are_not(write_config, models, tmp_path, monkeypatch):
+    """Of the guard, the judge and the assistant; a server is another one at another address."""
+    copies = {}
+    for name in ("guard", "judge", "assistant"):
+        copies[name] = Path(shutil.copytree(models[name], tmp_path / "copies" / name))
+    path = write_config()
+    given = [
+        f"llama_guard.default_model_path={copies['guard']}",
+        f"llama_guard.base_model_path={copies['guard']}",
+        f"llama.model_path={copies['assistant']}",
+        f"evaluation.judge={copies['judge']}",
+    ]
+    run(path, *given)
+    for folder in copies.values():
+        for file in folder.iterdir():
+            file.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(records.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
+        run(path, *given)
+    fields = {
+        "guard": r"llama_guard; remove it",
+        "assistant": r"llama\.model_path; remove it",
+        "judge": r"evaluation\.judge; run process\.py again",
+    }
+    for name, field in fields.items():
+        weights = copies[name] / "model.safetensors"
+        before = weights.read_bytes()
+        changed = bytearray(before)
+        changed[len(changed) * 2 // 3] ^= 1
+        stat = weights.stat()
+        weights.write_bytes(changed)
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with pytest.raises(UserError, match=f"was made with another {field}"):
+            train.train(config_.load_config(path, given))
+        weights.write_bytes(before)
+    servers = []
+    for port in (8000, 8001):
+        url = f"http://127.0.0.1:{port}/v1"
+        for section in ("llama_guard", "llama"):
+            servers.append(f"{section}.engine=server")
+            servers.append(f"{section}.server_url={url}")
+    halves = (servers[:4], servers[4:])
+    one, other = (process.settings_of(config_.load_config(path, server)) for server in halves)
+    assert one["llama_guard"] != other["llama_guard"]
+    assert one["llama.model_path"] != other["llama.model_path"]
+
+
+def test_zeros_in_the_middle_of_large_weights_are_another_guard(write_config, models, tmp_path):
+    """Its first and last MiB stay; verdicts, trained arms and scores know."""
+    folder = Path(shutil.copytree(models["guard"], tmp_path / "large"))
+    tensors = {name: torch.ones(400_000) for name in ("a", "b", "c")}
+    save_file(tensors, folder / "model.safetensors")
+    overrides = [f"llama_guard.{key}={folder}" for key in ("default_model_path", "base_model_path")]
+    config = config_.load_config(write_config(), overrides)
+    arm = train.arm("A4")
+
+    def identities() -> list:
+        lines = [scores.Line("A0"), scores.Line("A0-legacy", query="chatml", parser="strict")]
+        said = [scores._identity(line, config) for line in lines]
+        return [process.default_identity(config), train._fingerprint(config, arm, []), *said]
+
+    before = identities()
+    save_file(tensors | {"b": torch.zeros(400_000)}, folder / "model.safetensors")
+    after = identities()
+    assert all(old != new for old, new in zip(before, after, strict=True))
+
+
+def test_splits_are_of_the_datas_content(write_config, tmp_path):
+    data = write(tmp_path / "own", train=prompts(40), test=prompts(20, 60))
+    path = write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "run")})
+    config = config_.load_config(path, ["llama.use_recorded=true"])
+    records.make_splits(config)
+    file = next(data.glob("train.*"))
+    file.touch()
+    records.make_splits(config)
+    write(data, train=prompts(40, 200), test=prompts(20, 60))
+    with pytest.raises(UserError, match="holds splits of other data, seed or ratios"):
+        records.make_splits(config)
 
 
 @pytest.mark.parametrize("broken", ["inputs", "answers", "outputs", "judge", "legacy"])

@@ -289,6 +289,7 @@ def test_an_error_is_no_answer_and_is_asked_for_again(place):
 
     first = generate(some_fail, prompts, place)
     assert [one.error for one in first] == [None, "refused", None, "refused"]
+    assert "refused" not in place.read_text()
 
     def stops(_, some):
         assert some == [[2], [9], [7]]

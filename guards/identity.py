@@ -1,0 +1,66 @@
+"""What a guard's verdicts depend on: kept verdicts count for the guard that gave them alone."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common.conversation import UserError
+from common.keep import digest, fingerprint
+from common.templates import template_text
+from guards.card import has_card, read_card
+from guards.known import zoo, zoo_name
+from guards.lora import is_adapter
+
+MODELS = ("model", "adapter", "base_model")  # what a guard is made of, in cards and options
+PATIENCE = ("server_timeout",)  # options that verdicts do not depend on
+
+
+def described(spec: str) -> dict[str, Any]:
+    """What a folder's card and zoo.yaml say of a guard; {} if nothing.
+
+    A broken card counts as none: it says so when the guard is loaded.
+    """
+    card: dict[str, Any] = {}
+    name = zoo_name(spec)
+    if has_card(spec):
+        with suppress(UserError):
+            card = read_card(spec).model_dump(exclude_none=True)
+        name = card.get("guard")
+    return {**zoo().get(str(name), {}), **card}
+
+
+def is_served(spec: str, options: Mapping[str, Any]) -> bool:
+    """Whether a guard runs elsewhere: there it may fail now and answer later, without batches."""
+    return described(spec).get("kind") == "api" or options.get("engine") == "server"
+
+
+def guard_identity(spec: str, options: Mapping[str, Any]) -> str:
+    """A key of what a guard's verdicts depend on: models by content, texts of its prompt, options.
+
+    Args:
+        spec, options: as for `load_guard`.
+    """
+    known = {**described(spec), **options}
+    for name in PATIENCE:
+        known.pop(name, None)
+    if has_card(spec) and known.get("kind") != "lora_guard" and not is_adapter(spec):
+        known.pop("base_model", None)  # what was trained is whole, and lies in the folder
+    models = {key: str(known.pop(key)) for key in MODELS if known.get(key)}
+    if known.get("kind") != "api":  # there a model is a name of the service
+        models = {key: fingerprint(name) for key, name in models.items()}
+    texts = []
+    for name in _templates(known):
+        with suppress(UserError):  # an unknown one says so when the guard is loaded
+            texts.append(template_text(name))
+    own = fingerprint(spec) if Path(spec).is_dir() or spec not in zoo() else spec
+    return digest([own, models, texts, known])
+
+
+def _templates(known: Mapping[str, Any]) -> list[str]:
+    """The names of the templates that a guard's prompt is made of."""
+    names = [str(known.get("template", "beavertails"))]  # a classifier's, where nothing is said
+    for message in known.get("messages", ()):
+        if "content_file" in message:
+            names.append(str(message["content_file"]))
+    return names
