@@ -26,6 +26,7 @@ from prompts import TASKS, read_rows, task_instruction, without_cues
 
 from common import data
 from common.conversation import UserError
+from common.keep import fingerprint
 from common.run import check_output_folder, json_text, write_text
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data/sample/cross_task_defense"
@@ -94,7 +95,7 @@ def build(
             manifest = {
                 "counts": counts | {"defence": len(defence), "counter_examples": len(counters), "all": len(rows)},
                 "sources": {name: source or "sample" for name, (_, source) in parts.items()}
-                | {"documents": str(documents or "sample"), "documents_sha256": digest(path.read_text("utf-8"))},
+                | {"documents": str(documents or "sample"), "documents_sha256": fingerprint(path)},
                 "settings": {"task": task, "n_defence": n, "seed": seed, "benign_refusals": benign_refusals}
                 | {"strip_cues": strip_cues},
                 "sha256": digest(text),

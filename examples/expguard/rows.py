@@ -1,6 +1,5 @@
 """ExpGuardMix rows: read, checked, counted, split, and as token ids with labels on the verdict lines alone."""
 
-import hashlib
 import json
 import logging
 import random
@@ -19,6 +18,7 @@ from common.conversation import Messages, UserError, check_label, check_text, pa
 from common.data import load_conversations, prompt_key, spec_rows
 from common.data.rows import our_names
 from common.data.specs import load_hub
+from common.keep import rows_digest
 from common.saving import spread
 from common.templates import Part, encode, render, template_text, token_offsets
 from guards.suite.benchmarks import is_benchmark, load_benchmark
@@ -150,7 +150,7 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "unsafe_prompts_by_domain": dict(Counter(row["domain"] for row in rows if row["prompt_unsafe"])),
         "duplicates": len(rows) - len(labels),
         "conflicting": sum(len(given) > 1 for given in labels.values()),
-        "sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
+        "sha256": rows_digest(rows),
     }
 
 

@@ -43,7 +43,7 @@ from common.bundled import resolve_model
 from common.conversation import UserError
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
-from common.keep import fingerprint
+from common.keep import fingerprint, rows_digest
 from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, usable_attention, write_json
 from common.training import (
     LengthGroupedTrainer,
@@ -130,6 +130,7 @@ def main() -> None:
     eval_set = encoded(eval_rows, eval_name)[0] if eval_rows else None
     test_set = encoded(load(args, args.test_data), args.test_data)[0] if args.test_data else None
     lengths = [len(ids) for ids in train_set["input_ids"]]
+    facts["train_sha256"] = rows_digest(train_rows)
     facts["useful_token_share"] = round(useful_token_share(lengths, args.per_device_batch_size, args.seed), 3)
     logger.info("Data: %s", json.dumps(facts))
 

@@ -10,7 +10,6 @@ launch/lora_1gpu.sh --model_name_or_path Qwen/Qwen2.5-1.5B
 torchrun --nproc_per_node=8 train.py --config configs/paper.yaml
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ from common.conversation import UserError
 from common.data.specs import about_data
 from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save, pooling
 from common.head_start import fit_head
-from common.keep import fingerprint
+from common.keep import fingerprint, rows_digest
 from common.model_card import Measured, write_model_card
 from common.run import is_main_process, manifest, parse_args, run_cli, usable_attention, write_json
 from common.saving import (
@@ -186,8 +185,11 @@ def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, 
             raise UserError(
                 f"--eval_split_ratio {args.eval_split_ratio}: no unsafe row was held out; take a larger share"
             )
-    fingerprint = hashlib.sha256("".join(json.dumps(row, sort_keys=True) for row in train).encode()).hexdigest()
-    facts = {"train_rows": len(train), "train_unsafe": sum(train["response_unsafe"]), "train_sha256": fingerprint[:16]}
+    facts = {
+        "train_rows": len(train),
+        "train_unsafe": sum(train["response_unsafe"]),
+        "train_sha256": rows_digest(train),
+    }
     if held_out is not None:
         facts["validation"] = data.overlap(train, held_out)
         if facts["validation"]["prompt_in_train"]:
