@@ -39,6 +39,11 @@ def hub_id(name_or_path: str) -> str | None:
     return name_or_path if is_id and not Path(name_or_path).exists() else None
 
 
+def public_name(name_or_path: str) -> str:
+    """What a model card calls a model: its hub id, or the name of its folder, never a path."""
+    return hub_id(name_or_path) or Path(name_or_path).name
+
+
 def licence_of_model(name_or_path: str) -> str | None:
     """The licence of a model, where it is known without the hub."""
     return LICENCE if is_bundled(name_or_path) else None

@@ -9,7 +9,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import yaml
 from sklearn.metrics import precision_recall_curve
 
 from common.run import atomic_path, json_lines, json_text, write_text
@@ -84,35 +83,3 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
-
-
-def model_card(
-    folder: Path,
-    *,
-    title: str,
-    base_model: str,
-    intro: str,
-    usage: str,
-    sections: Mapping[str, str],
-    task: str = "text-classification",
-) -> None:
-    """README.md of a checkpoint: a hub model card (front matter, what it is, how to use it, measured numbers)."""
-    front = {"library_name": "transformers", "pipeline_tag": task, "base_model": base_model}
-    front["tags"] = ["guard", "moderation"]
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
-        f"# {title}",
-        "",
-        intro,
-        "",
-        "```python",
-        usage.strip(),
-        "```",
-        "",
-    ]
-    for heading, text in sections.items():
-        lines += [f"## {heading}", "", text.strip(), ""]
-    write_text(Path(folder) / "README.md", "\n".join(lines))

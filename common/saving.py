@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -196,14 +197,21 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Write an adapter folder that stock PEFT loads, from whole weights. One process calls it.
+    """Write an adapter folder that stock PEFT loads, from whole weights, and read it again. One process calls it.
 
     With the tokenizer beside it PEFT knows that embeddings were added. PEFT's own README.md, a form
     to fill in that names a local path, is left out.
+
+    Raises:
+        UserError: the file does not hold the weights that are in memory.
     """
     model.save_pretrained(folder, state_dict=dict(state_dict))
     (folder / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
+    written = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in get_peft_model_state_dict(model, state_dict=dict(state_dict)).items():
+        if name not in written or not torch.equal(written[name], tensor.detach().cpu()):
+            raise UserError(f"{folder}: {name} is not what was trained; nothing is saved")
 
 
 def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:

@@ -39,7 +39,9 @@ from common.conversation import UserError
 from common.engines import quantization_config
 from common.fit import check_ids, check_length, fit_causal_lm
 from common.keep import fingerprint
+from common.model_card import write_model_card
 from common.run import inference_dtype, is_main_process, manifest, usable_attention, write_json
+from common.saving import full_state_dict, refuse_to_overwrite, save_adapter, whole_folder
 from common.templates import Part, encode, token_offsets
 from common.training import AnswerTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
 
@@ -133,8 +135,8 @@ def train(
     values = dict(locals())
     training = training_arguments(values, accumulation=batch_size // step)
     checkpoint = checkpoint_to_resume(training)
-    if checkpoint is None and Path(output_dir, "adapter_config.json").exists() and not overwrite_output_dir:
-        raise UserError(f"{output_dir} holds an adapter; pass --overwrite_output_dir or another name")
+    if checkpoint is None:
+        refuse_to_overwrite(output_dir, overwrite_output_dir, flag="--overwrite_output_dir")
     template, rows = load_template(prompt_template_name), read_rows(Path(data_path))
     if val_set_size >= len(rows):
         raise UserError(f"--val_set_size {val_set_size}: {data_path} has only {len(rows)} rows")
@@ -158,13 +160,17 @@ def train(
     if checkpoint is None:
         start_over(training)
         if is_main_process():
-            model.save_pretrained(Path(output_dir) / "checkpoint-0")
+            untrained = Path(output_dir) / "checkpoint-0"
+            save_adapter(model, model.state_dict(), tokenizer, untrained)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     useful = trainer.state.epoch * sum(map(len, split["train"]["input_ids"]))
     facts["useful_token_share"] = round(useful / trainer.state.num_input_tokens_seen, 3)  # the rest is padding
-    trainer.save_model(output_dir)
+    state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
-        describe(values, facts, result.metrics, trainer)
+        with whole_folder(output_dir, last="adapter_config.json") as folder:
+            save_adapter(trainer.accelerator.unwrap_model(trainer.model), state_dict, tokenizer, folder)
+            describe(values, facts, result.metrics, trainer, folder)
+        logger.info("Saved the adapter to %s", output_dir)
 
 
 def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConfig:
@@ -332,9 +338,15 @@ def shortened(
     return None
 
 
-def describe(values: dict[str, Any], facts: dict[str, int], metrics: dict[str, Any], trainer: SFTTrainer) -> None:
+def describe(
+    values: dict[str, Any],
+    facts: dict[str, int],
+    metrics: dict[str, Any],
+    trainer: SFTTrainer,
+    folder: Path,
+) -> None:
     """run.json and the model card beside the adapter."""
-    folder, kept = Path(values["output_dir"]), trainer.state.best_model_checkpoint
+    kept = trainer.state.best_model_checkpoint
     log = {
         "data": facts,
         "train": metrics,
@@ -344,10 +356,12 @@ def describe(values: dict[str, Any], facts: dict[str, int], metrics: dict[str, A
     write_json(folder / "run.json", manifest([values], **log))
     losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     template = values["prompt_template_name"]
-    report.model_card(
+    write_model_card(
         folder,
         title="Refusal adapter",
         base_model=values["base_model"],
+        train_data=[values["data_path"]],
+        adapter=True,
         task="text-generation",
         intro=f"LoRA adapters that teach a model to refuse harmful documents (arXiv 2405.15202). Trained on "
         f"{Path(values['data_path']).name} by `examples/cross_task_defense/train.py`, prompt template {template}. The "
@@ -355,7 +369,6 @@ def describe(values: dict[str, Any], facts: dict[str, int], metrics: dict[str, A
         usage=CARD_USAGE,
         sections={"Training loss": report.table(losses, ["step", "loss"]) if losses else "Fewer than 10 steps."},
     )
-    logger.info("Saved the adapter to %s", folder)
 
 
 CARD_USAGE = """from peft import AutoPeftModelForCausalLM

@@ -21,15 +21,17 @@ from train import ArmConfig, fitted, goes_on
 from transformers import AutoTokenizer, set_seed
 
 from common import keep, metrics, report
-from common.bundled import resolve_model
+from common.bundled import public_name, resolve_model
 from common.conversation import Message, UserError
 from common.data import load_conversations, prompt_key
+from common.data.specs import about_data
 from common.fit import fit_causal_lm
+from common.model_card import Measured, write_model_card
 from common.run import check_output_folder, inference_dtype, is_main_process, manifest, run_cli, write_json
-from common.saving import full_state_dict, save_model
+from common.saving import check_equal, full_state_dict, save_model, spread, whole_folder
 from common.training import start_over
-from guards import add_probe, zoo
-from guards.card import GenerativeCard, has_card, local_sha256, read_card
+from guards import Guard, add_probe, zoo
+from guards.card import TOLERANCE, GenerativeCard, has_card, local_sha256, read_card
 from guards.generative import GenerativeGuard
 
 logger = logging.getLogger("feedback_guard")
@@ -89,10 +91,6 @@ def make_guard(section: PrepareGuard) -> None:
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
         model.config.use_cache = True
-        save_model(trainer.accelerator.unwrap_model(trainer.model), state_dict, encoder.tokenizer, folder)
-        run = manifest([asdict(section)], data=facts, validation=measured, log=trainer.state.log_history)
-        write_json(folder / "run.json", run)
-        _card(folder, section, measured)
         card = GenerativeCard(
             guard="llama-guard",
             max_length=MAX_LENGTH,
@@ -101,7 +99,12 @@ def make_guard(section: PrepareGuard) -> None:
             base_sha256=local_sha256(section.base_model),
             fingerprint=fingerprint,
         )
-        add_probe(folder, card)
+        with whole_folder(folder) as partial:
+            save_model(trainer.accelerator.unwrap_model(trainer.model), state_dict, encoder.tokenizer, partial)
+            run = manifest([asdict(section)], data=facts, validation=measured, log=trainer.state.log_history)
+            write_json(partial / "run.json", run)
+            _card(partial, section, measured)
+            compare(encoder, held_out or train_items, add_probe(partial, card))
         start_over(args)
         (folder / "unfinished.json").unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
@@ -207,13 +210,37 @@ def _measured(encoder: Encoder, held_out: Sequence[Item], section: PrepareGuard)
     return thresholds, measured
 
 
+def compare(encoder: Encoder, items: Sequence[Item], saved: Guard | None) -> None:
+    """Compare P(unsafe) of the model in memory with that of the guard that was loaded from its folder.
+
+    Args:
+        saved: None where there was no memory for it.
+
+    Raises:
+        UserError: they differ.
+    """
+    if saved is None:
+        return
+    prompts = encoder.guard.prompt_ids([item[0] for item in spread(items)])
+    scores = []
+    for model in (encoder.guard.model.model, saved.model.model):
+        probabilities = verdict_probabilities(model, prompts, encoder.tokens)
+        scores.append([{"unsafe": probability} for probability in probabilities])
+    check_equal(*scores, TOLERANCE[saved.dtype])
+
+
 def _card(folder: Path, section: PrepareGuard, measured: dict[str, Any]) -> None:
-    report.model_card(
+    base = public_name(section.base_model)
+    data = ", ".join(about_data(spec)["name"] for spec in section.data)
+    on = f"{HELD_OUT} of {' '.join(section.data)}"
+    write_model_card(
         folder,
         title="A small guard in the Llama Guard 1 format",
         base_model=section.base_model,
+        train_data=list(section.data),
+        measured=Measured(on, measured) if measured else None,
         task="text-generation",
-        intro=f"{section.base_model}, fine-tuned on {', '.join(section.data)} by `examples/feedback_guard/prepare.py` "
+        intro=f"{base}, fine-tuned on {data} by `examples/feedback_guard/prepare.py` "
         "to write safe or unsafe on a user's message, or on an agent's response to it.",
         usage=CARD_USAGE,
         sections={

@@ -36,9 +36,11 @@ from trl import SFTConfig
 from trunk import Trunk
 
 from common import report
+from common.bundled import public_name
 from common.conversation import UserError
 from common.fit import check_ids, check_length
 from common.keep import digest, read_json_lines
+from common.model_card import write_model_card
 from common.run import (
     check_output_folder,
     inference_dtype,
@@ -49,7 +51,7 @@ from common.run import (
     write_json,
     write_text,
 )
-from common.saving import full_state_dict
+from common.saving import full_state_dict, save_adapter, whole_folder
 from common.training import (
     AnswerTrainer,
     RecipeTrainingArguments,
@@ -197,16 +199,8 @@ class Job:
         """Whether checkpoints of this very arm lie there. Raises UserError when they are another one's."""
         return goes_on(self.folder, self.fingerprint)
 
-    def close(self, card: GenerativeCard | LinearProbeCard, **options: Any) -> None:
-        """Write the card, and remove what only an unfinished arm needs.
-
-        Args:
-            options: with which the arm is loaded for its probe.
-        """
-        if isinstance(card, GenerativeCard):
-            add_probe(self.folder, card, **options)
-        else:
-            write_card(self.folder, card)
+    def close(self) -> None:
+        """Remove what only an unfinished arm needs."""
         for checkpoint in checkpoints(self.folder):
             remove_checkpoint(checkpoint)
         (self.folder / "unfinished.json").unlink(missing_ok=True)
@@ -341,11 +335,12 @@ def train_arm(job: Job, shared: Shared, config: Config, rows: list[dict[str, Any
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
         unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-        unwrapped.save_pretrained(job.folder, state_dict=state_dict)
-        encoder.tokenizer.save_pretrained(job.folder)
-        describe(job, config, {**facts, "log": trainer.state.log_history})
         quantized = config.llama_guard.load_in_4bit
-        job.close(arm_card(job, config), load_in_4bit=True if quantized else None)
+        with whole_folder(job.folder) as folder:
+            save_adapter(unwrapped, state_dict, encoder.tokenizer, folder)
+            describe(job, config, {**facts, "log": trainer.state.log_history}, folder)
+            add_probe(folder, arm_card(job, config), load_in_4bit=True if quantized else None)
+        job.close()
     trainer.accelerator.wait_for_everyone()
     model.unload()
     base.__dict__.pop("forward", None)  # TRL's, wrapped around the one before with every trainer
@@ -379,9 +374,11 @@ def fitted(
 def _fit_probe(job: Job, guard: GenerativeGuard, config: Config) -> None:
     job.resumes()
     if is_main_process():
-        facts = fit_probe(guard, job.rows, job.folder, job.seed)
-        describe(job, config, facts | {"rows": len(job.rows)})
-        job.close(arm_card(job, config))
+        with whole_folder(job.folder) as folder:
+            facts = fit_probe(guard, job.rows, folder, job.seed)
+            describe(job, config, facts | {"rows": len(job.rows)}, folder)
+            write_card(folder, arm_card(job, config))
+        job.close()
 
 
 def arm_card(job: Job, config: Config) -> GenerativeCard | LinearProbeCard:
@@ -395,19 +392,21 @@ def arm_card(job: Job, config: Config) -> GenerativeCard | LinearProbeCard:
     return GenerativeCard(guard=name, max_length=config.training.max_length, **origin)
 
 
-def describe(job: Job, config: Config, facts: Mapping[str, Any]) -> None:
+def describe(job: Job, config: Config, facts: Mapping[str, Any], folder: Path) -> None:
     """training_examples.jsonl, run.json and README.md (the model card)."""
-    write_text(job.folder / "training_examples.jsonl", json_lines(row.as_dict() for row in job.rows))
+    write_text(folder / "training_examples.jsonl", json_lines(row.as_dict() for row in job.rows))
     settings = {"training": asdict(config.training), "llama_guard": asdict(config.llama_guard)}
     run = manifest([settings], seed=job.seed, arm=asdict(job.arm), **facts)
-    write_json(job.folder / "run.json", run)
+    write_json(folder / "run.json", run)
     if job.arm.probe:
         return
-    base, sources = config.llama_guard.base_model_path, facts["sources"]
-    report.model_card(
-        job.folder,
+    base, sources = public_name(config.llama_guard.base_model_path), facts["sources"]
+    write_model_card(
+        folder,
         title=f"Arm {job.arm.name}, seed {job.seed}",
-        base_model=base,
+        base_model=config.llama_guard.base_model_path,
+        train_data=[],  # rows of the guard's own making
+        adapter=True,
         task="text-generation",
         intro=f"A LoRA adapter of {base}, trained by `examples/feedback_guard/train.py` on prompts that it passed and "
         f"whose responses it then blocked. {job.arm.name} asks: {job.arm.question}",

@@ -1,8 +1,7 @@
 """The adapter folder: the head while it trains, writing it, and reading the paper's own `.pt` files."""
 
 import csv
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common import data
 from common.bundled import resolve_model
-from common.conversation import UserError
+from common.conversation import Messages, UserError
 from common.run import atomic_path
+from common.saving import whole_folder
 from guards import add_probe
 from guards.card import LoraCard, Threshold, local_sha256, write_card
 
@@ -48,23 +48,38 @@ def save_adapter(
     folder: Path,
     card: LoraCard,
     trust_remote_code: bool = False,
+    trained: Sequence[tuple[Messages, Mapping[str, float]]] = (),
+    readme: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an adapter folder whole or not at all: stock PEFT files, tokenizer, card. One process calls it.
 
     A stock classifier's head has no bias. Ours goes to guard.json (`head_bias`), so that
-    `AutoPeftModelForSequenceClassification` finds exactly the keys that it knows.
+    `AutoPeftModelForSequenceClassification` finds exactly the keys that it knows. The tokenizer keeps
+    the chat model's chat template, because that is what the chat rides on.
+
+    Args:
+        trained: conversations with what the model in memory says of them, which the folder has to say, too.
+        readme: writes the model card into a folder.
+
+    Raises:
+        UserError: the folder cannot be written, or says something else; what was there is as it was.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, save_embedding_layers=False)
-    (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form
-    tensors = load_file(partial / WEIGHTS)
-    bias = tensors.pop(BIAS, None)
-    save_file(tensors, partial / WEIGHTS, {"format": "pt"})
-    tokenizer.save_pretrained(partial)
-    add_probe(partial, with_bias(card, bias), trust_remote_code=trust_remote_code)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial, save_embedding_layers=False)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        tensors = load_file(partial / WEIGHTS)
+        bias = tensors.pop(BIAS, None)
+        save_file(tensors, partial / WEIGHTS, {"format": "pt"})
+        tokenizer.save_pretrained(partial)
+        if readme is not None:
+            readme(partial)
+        add_probe(
+            partial,
+            with_bias(card, bias),
+            trained,
+            trust_remote_code=trust_remote_code,
+            long_inputs="truncate",
+        )
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None:

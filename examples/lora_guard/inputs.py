@@ -1,7 +1,8 @@
 """From labelled conversations to what LoRA-Guard trains on: pairs, prompts or responses, each with its labels."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from adapter import CATEGORIES
@@ -9,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common import templates
-from common.conversation import UserError, last_turns, pair
+from common.conversation import Messages, UserError, last_turns, pair
 
 logger = logging.getLogger("lora_guard")
 
@@ -56,3 +57,25 @@ def encode_rows(
     order = np.argsort([len(sequence) for sequence in encoded["input_ids"]], kind="stable")
     counts = {kind: {"rows": len(found), "unsafe": int(sum(y[0] for _, y in found))} for kind, found in kinds.items()}
     return encoded.select(order), {**counts, "truncated": truncated}
+
+
+def judged_inputs(rows: Sequence[Mapping[str, Any]], guard_inputs: Sequence[str]) -> list[Messages]:
+    """What the guard judges of a few conversations: of each one the kinds that it is trained on."""
+    inputs = []
+    for row in rows:
+        prompt, response = last_turns(row["messages"])
+        found = {"pair": (prompt, response), "prompt": (prompt, None), "response": (None, response)}
+        for kind in guard_inputs:
+            wanted = {"pair": (prompt, response), "prompt": (prompt,), "response": (response,)}[kind]
+            if None not in wanted:
+                inputs.append(pair(*found[kind]))
+    return inputs
+
+
+def unlabelled_rows(inputs: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids of inputs in their order, with labels that mean nothing."""
+    control = templates.control_ids(tokenizer)
+    parts = [templates.render("lora_guard", messages, tokenizer) for messages in inputs]
+    ids = [templates.cut(one, max_length, control) for one in templates.encode(tokenizer, parts)]
+    nothing = [[0.0] * (1 + len(CATEGORIES))] * len(ids)
+    return Dataset.from_dict({"input_ids": ids, "labels": nothing})

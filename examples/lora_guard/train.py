@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from adapter import CATEGORIES, guard_card, replace_head, save_adapter, with_threshold, write_csv
 from datasets import Dataset
-from inputs import encode_rows
-from objective import PAPER_METRICS, columns, epoch_metrics, guard_loss, paper_metrics
+from inputs import encode_rows, judged_inputs, unlabelled_rows
+from objective import PAPER_METRICS, columns, epoch_metrics, guard_loss, paper_metrics, split_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -40,11 +40,14 @@ from transformers import (
 
 from common import data, metrics, report
 from common.bundled import resolve_model
-from common.conversation import UserError
+from common.conversation import Messages, UserError
+from common.data.specs import about_data
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.keep import fingerprint, rows_digest
+from common.model_card import Measured, write_model_card
 from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, usable_attention, write_json
+from common.saving import predictions, refuse_to_overwrite, spread
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
@@ -53,6 +56,7 @@ from common.training import (
     useful_token_share,
 )
 from guards.card import INPUTS, LoraCard, has_card
+from guards.lora import input_kind
 
 logger = logging.getLogger("lora_guard")
 
@@ -116,7 +120,9 @@ def main() -> None:
         raise UserError(f"--guard-inputs {' '.join(args.guard_inputs)}: expected some of {', '.join(INPUTS)}")
     training = training_arguments(args)
     checkpoint = checkpoint_to_resume(training)
-    refuse_to_overwrite(args, checkpoint)
+    if checkpoint is None:
+        names = ("best", "config.json", "epoch-0")
+        refuse_to_overwrite(args.output_folder, args.overwrite_output_dir, names, "--overwrite-output-dir")
     set_seed(args.seed)
 
     train_rows, eval_rows = load_rows(args)
@@ -163,7 +169,8 @@ def main() -> None:
         start_over(training)
     describe_run(args, model, training, afresh=checkpoint is None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer, args, card, test_set, eval_name, result.metrics)
+    compared = judged_inputs(spread(eval_rows or train_rows), args.guard_inputs)
+    finish(trainer, args, card, compared, test_set, eval_name, result.metrics)
 
 
 def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
@@ -205,15 +212,6 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
         return RecipeTrainingArguments(**values)
     except (ValueError, TypeError) as error:  # such as an unknown schedule
         raise UserError(str(error)) from None
-
-
-def refuse_to_overwrite(args: GuardArguments, checkpoint: str | None) -> None:
-    """A finished run is replaced only when that is asked for, also where its checkpoints were removed."""
-    folder = Path(args.output_folder)
-    if checkpoint is None and not args.overwrite_output_dir:
-        for name in ("best", "config.json", "epoch-0"):
-            if (folder / name).exists():
-                raise UserError(f"{folder} holds {name} of an earlier run; pass --overwrite-output-dir or another name")
 
 
 def run_settings(args: GuardArguments) -> dict:
@@ -317,7 +315,7 @@ class EveryEpoch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A run that was killed between a checkpoint and its adapter folder gets that folder when it is resumed."""
-        if state.global_step and not (Path(args.output_dir) / f"epoch-{round(state.epoch) - 1}").exists():
+        if state.global_step and not has_card(Path(args.output_dir) / f"epoch-{round(state.epoch) - 1}"):
             self.on_save(args, state, control, **kwargs)
 
     def on_save(self, args, state, control, model=None, **kwargs):
@@ -349,57 +347,107 @@ def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainin
     write_json(folder / "parameter_counts.json", {"n_total_parameters": total, "n_trainable_parameters": trainable})
 
 
-def finish(trainer, args: GuardArguments, card: LoraCard, test_set, eval_name: str, train_metrics: dict) -> None:
-    """Write the best epoch's guard to `best`, judge the test rows with it, write run.json and the model card."""
+def finish(
+    trainer: LengthGroupedTrainer,
+    args: GuardArguments,
+    card: LoraCard,
+    compared: list[Messages],
+    test_set: Dataset | None,
+    eval_name: str,
+    train_metrics: dict[str, float],
+) -> None:
+    """Write the best epoch's guard to `best`, judge the test rows with it, write run.json and the model card.
+
+    Args:
+        compared: what the folder has to say the same of as the model in memory.
+    """
     folder, rows = Path(args.output_folder), epoch_metrics(trainer.state)
     test = trainer.predict(test_set, metric_key_prefix="test").metrics if test_set else {}
     test.pop("test_threshold", None)  # thresholds come from validation
+    trained = trained_outputs(trainer, compared, args)  # collective
     if not is_main_process():
         return
     kept = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     steps = max(1, trainer.state.max_steps // args.epochs)
     best = round(int(kept.rpartition("-")[2]) / steps) - 1 if kept else args.epochs - 1
     scores = next((row for row in rows if row["epoch"] == best), {})
-    model = trainer.accelerator.unwrap_model(trainer.model)  # the best epoch's weights, or the last's
-    card = with_threshold(card, scores, eval_name)
-    save_adapter(model, trainer.processing_class, folder / "best", card, args.trust_remote_code)
     found = columns(test, "test", "test")
+    save_adapter(
+        trainer.accelerator.unwrap_model(trainer.model),  # the best epoch's weights, or the last's
+        trainer.processing_class,
+        folder / "best",
+        with_threshold(card, scores, eval_name),
+        args.trust_remote_code,
+        trained,
+        lambda partial: write_readme(partial, args, eval_name, scores, found),
+    )
     write_csv(folder / "metrics.csv", [row | (found if row["epoch"] == best else {}) for row in rows], "epoch")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", config | {"best_epoch": best})
     run = manifest([args, trainer.args], seed=args.seed, train=train_metrics, best_epoch=best, test=test)
     write_json(folder / "run.json", run | {"log": trainer.state.log_history})
-    shown = {f"validation {eval_name}": scores, f"test {args.test_data}": found}
-    lines = [
-        [name, *(values.get(f"{split}/binarized_{m}") for m in PAPER_METRICS)]
-        for (name, values), split in zip(shown.items(), ("val", "test"), strict=True)
-        if values
-    ]
-    report.model_card(
-        folder / "best",
+    saved = folder / "best"
+    logger.info("Best epoch: %d. Saved the guard to %s; it says there what the model in memory says", best, saved)
+
+
+def trained_outputs(
+    trainer: LengthGroupedTrainer, inputs: list[Messages], args: GuardArguments
+) -> list[tuple[Messages, dict[str, float]]]:
+    """Each input with the outputs of the model in memory, as a verdict names them. Collective."""
+    encoded = unlabelled_rows(inputs, trainer.processing_class, args.max_length)
+    logits = torch.from_numpy(predictions(trainer, encoded)).float()
+    unsafe, categories = (part.sigmoid().tolist() for part in split_logits(logits, not args.no_unsafe_head))
+    trained = []
+    for messages, probability, named in zip(inputs, unsafe, categories, strict=True):
+        label = "prompt_unsafe" if input_kind(messages) == "prompt" else "response_unsafe"
+        trained.append((messages, {label: probability, **dict(zip(CATEGORIES, named, strict=True))}))
+    return trained
+
+
+def write_readme(
+    folder: Path,
+    args: GuardArguments,
+    eval_name: str,
+    validation: dict[str, float],
+    test: dict[str, float],
+) -> None:
+    """README.md, the model card."""
+    lines, measured = [], None
+    for spec, values, split in ((eval_name, validation, "val"), (args.test_data, test, "test")):
+        if not values:
+            continue
+        scores = {metric: values.get(f"{split}/binarized_{metric}") for metric in PAPER_METRICS}
+        lines.append([about_data(spec)["name"], *scores.values()])
+        measured = Measured(spec, {"unsafe": scores})  # the test rows', where there are some
+    depth = f", num_hidden_layers={args.guard_layers}" if args.guard_layers else ""
+    write_model_card(
+        folder,
         title="LoRA-Guard adapter",
         base_model=args.hf_model_id,
-        intro=CARD_INTRO.format(data=args.train_data),
-        usage=CARD_USAGE.format(
-            labels=15 - args.no_unsafe_head,
-            depth=f", num_hidden_layers={args.guard_layers}" if args.guard_layers else "",
-        ),
+        train_data=[args.train_data],
+        intro=CARD_INTRO.format(data=about_data(args.train_data)["name"]),
+        usage=CARD_USAGE.format(labels=15 - args.no_unsafe_head, depth=depth),
+        measured=measured,
         sections={
-            "Measured (unsafe, threshold 0.5)": report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing."
+            "Measured (unsafe, threshold 0.5)": report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing.",
+            "Chat template": CARD_CHAT,
         },
+        adapter=True,
     )
-    logger.info("Best epoch: %d. Saved the guard to %s", best, folder / "best")
 
 
 CARD_INTRO = """LoRA adapters and a linear head that turn a chat model into its own guard (arXiv 2407.02987): without
 them it chats as before, with them it judges. Trained on {data} by `examples/lora_guard/train.py`. The licences of
 the base model and the data apply."""
+CARD_CHAT = """The tokenizer's chat template is the chat model's own, for the chat that the guard rides along with.
+It does not render what the guard reads, which is the text above; `guards.load_guard` writes that."""
 CARD_USAGE = """import json, torch
 from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForSequenceClassification.from_pretrained("best", num_labels={labels}{depth})
 tokenizer = AutoTokenizer.from_pretrained("best")
+model.config.pad_token_id = tokenizer.pad_token_id  # the base's own may be the token that texts end with
 bias = json.load(open("best/guard.json"))["head_bias"] or 0.0  # a stock head has no bias
 inputs = tokenizer("user: <question>\\n\\nagent: <answer>", return_tensors="pt")
 print((model(**inputs).logits + torch.tensor(bias)).sigmoid())"""

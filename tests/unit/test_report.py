@@ -5,7 +5,6 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import yaml
 
 from common import metrics, report
 
@@ -92,20 +91,3 @@ def test_every_curve_is_drawn(tmp_path, monkeypatch):
     assert points == {(1.0, 0.5), (1.0, 0.667), (0.5, 0.5), (0.5, 1.0), (0.0, 1.0)}
     assert axes.lines[0].get_drawstyle() == "steps-post"
     assert (axes.get_title(), axes.get_ylabel()) == ("Title", "Precision")
-
-
-@pytest.mark.parametrize("base", ["smollm2-135m-instruct", "folder: with # signs", "'quoted'", "[list]", "123"])
-def test_model_card(tmp_path, base):
-    sections = {"Measured": report.table([["a", 0.5]], ["", "F1 ↑"]), "Limits": "English."}
-    report.model_card(
-        tmp_path, title="A guard", base_model=base, intro="Judges.", usage="\nprint(1)\n", sections=sections
-    )
-    _, front, body = (tmp_path / "README.md").read_text("utf-8").split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "base_model": base,
-        "tags": ["guard", "moderation"],
-    }
-    assert body.startswith("\n# A guard\n\nJudges.\n\n```python\nprint(1)\n```\n\n## Measured\n\n|  | F1 ↑ |\n")
-    assert body.endswith("## Limits\n\nEnglish.\n")
