@@ -5,22 +5,32 @@ before anything is written, are compared with those of its folder: read by `load
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from bases import BASES
+from bases import BASES, DECODERS
+from conftest import tiny_config
 from datasets import Dataset
-from peft import AutoPeftModelForSequenceClassification
-from scripts import EXAMPLES, module
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from expguard_rows import authored, prompt_tokenizer, write_rows
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from scripts import module
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    pipeline,
+)
 
+from common.conversation import UserError
 from common.data import load_conversations, taxonomy
 from common.templates import render
 from guards import load_guard
-from guards.card import ClassifierCard, read_card
+from guards.card import ClassifierCard, LoraCard, read_card
 
 LABELS = taxonomy("beavertails")
 TRAIN, VALIDATION = "beavertails-sample:train", "beavertails-sample:validation"
@@ -125,5 +135,116 @@ def test_moderation_card_says_what_it_is(moderation):
     assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir() if path.is_file()} == {"0o644"}
 
 
-def test_there_are_recipes():
-    assert {"moderation", "lora_guard", "expguard"} <= {folder.name for folder in EXAMPLES.iterdir()}
+# --- the other recipes ------------------------------------------------------------------------------------------------
+
+
+def run(train, monkeypatch, words: list, saving: str, look) -> None:
+    """A recipe's train.py in this process, with a look at the trainer before its function `saving` is called."""
+    save = getattr(train, saving)
+
+    def watched(trainer, *others):
+        look(trainer)
+        return save(trainer, *others)
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    monkeypatch.setattr(train, saving, watched)
+    train.main()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_lora_guard_says_what_was_trained(family, rows, tmp_path, monkeypatch):
+    """`load_guard`, and stock PEFT on the rendered text with the head's bias, as the model card has it."""
+    train, inputs = module("lora_guard", "train"), module("lora_guard", "inputs")
+    seen = {}
+
+    def look(trainer) -> None:
+        encoded = inputs.unlabelled_rows(rows, trainer.processing_class, 512)["input_ids"]
+        seen["scores"] = probabilities(trainer.model, encoded)
+
+    modules = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
+    words = [
+        BASES[family](tmp_path / "base"), tmp_path / "out", "--train-data", TRAIN, "--eval-data", VALIDATION,
+        "--max-train-rows", 16, "--per-device-batch-size", 8, "--learning-rate", 1e-2, "--target-modules", *modules,
+    ]  # fmt: skip
+    run(train, monkeypatch, words, "finish", look)
+    folder, expected = tmp_path / "out/best", seen["scores"]
+    assert np.ptp(expected, axis=0).max() > 0.01
+    verdicts = load_guard(str(folder), progress=False).judge(rows)
+    judged = [[verdict.response_unsafe, *(verdict.categories[name] for name in LABELS)] for verdict in verdicts]
+    np.testing.assert_allclose(judged, expected, atol=2e-5)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=15).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    bias = torch.tensor(read_card(folder, LoraCard).head_bias)
+    texts = ["".join(part.text for part in render("lora_guard", messages)) for messages in rows]
+    with torch.inference_mode():
+        stock = [(model(**tokenizer(text, return_tensors="pt")).logits[0] + bias).sigmoid().tolist() for text in texts]
+    np.testing.assert_allclose(stock, expected, atol=2e-5)
+    card = (folder / "README.md").read_text()
+    assert "chat template is the chat model's own" in card and str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_peft_lora", "--lora_r", 4]], ids=["full", "lora"])
+def test_expguard_says_what_was_trained(flags, tmp_path, monkeypatch):
+    """The stock model, and the stock adapter, give the verdicts of the model in memory."""
+    train, rows_, model_ = (module("expguard", name) for name in ("train", "rows", "model"))
+    monkeypatch.setitem(sys.modules, "arguments", module("expguard", "arguments"))
+    base, data = tmp_path / "base", write_rows(tmp_path / "rows.jsonl", authored(24))
+    tokenizer = prompt_tokenizer()
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    encoder = rows_.Encoder(tokenizer, 400)
+    sequences = encoder.compared(rows_.read_rows(str(data), ""))
+    seen = {}
+
+    def look(trainer) -> None:
+        seen["scores"] = model_.verdict_scores(trainer.model.eval(), sequences, encoder.words)
+
+    words = [
+        "--model_name_or_path", base, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_seq_len", 400,
+        "--learning_rate", 3e-3, "--max_steps", 4, "--disable_checkpointing", "--disable_tqdm", "true", *flags,
+    ]  # fmt: skip
+    run(train, monkeypatch, words, "save_guard", look)
+    stock = [AutoModelForCausalLM.from_pretrained(tmp_path / "out")]
+    if flags:
+        stock.append(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out/adapter"))
+    for model in stock:
+        said = model_.verdict_scores(model.eval(), sequences, encoder.words)
+        for expected, verdicts in zip(seen["scores"], said, strict=True):
+            assert verdicts == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("family", [name for name in DECODERS if name != "gpt2"])
+def test_cross_task_defense_says_what_was_trained(family, tmp_path, monkeypatch):
+    """The adapter on the base, as stock PEFT loads it, gives the logits of the model in memory."""
+    train = module("cross_task_defense", "train")
+    monkeypatch.setitem(sys.modules, "train", train)  # a checkpoint holds the arguments, pickled by that name
+    ids, seen = torch.arange(40, 70)[None], {}
+    data = tmp_path / "rows.json"
+    answers = [("Name a colour.", "Blue."), ("Say hello to them.", "Hello!")]
+    data.write_text(json.dumps([{"instruction": one, "input": "", "output": other} for one, other in answers]))
+    save = train.full_state_dict
+
+    def watched(trainer):
+        with torch.inference_mode():
+            seen["logits"] = trainer.model.eval()(ids).logits
+        return save(trainer)
+
+    monkeypatch.setattr(train, "full_state_dict", watched)
+    train.train(
+        base_model=str(BASES[family](tmp_path / "base")), data_path=str(data), output_dir=str(tmp_path / "out"),
+        batch_size=2, micro_batch_size=2, num_epochs=3, learning_rate=1e-2, cutoff_len=256, warmup_steps=0,
+    )  # fmt: skip
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    untrained = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, seen["logits"], atol=1e-5, rtol=0)
+        assert not torch.allclose(untrained(ids).logits, seen["logits"], atol=1e-4)
+    for folder in ("out", "out/checkpoint-0"):
+        card = tmp_path / folder / "README.md"
+        assert not card.exists() or str(tmp_path) not in card.read_text()
+    shutil.rmtree(tmp_path / "out/checkpoint-3")
+    with pytest.raises(UserError, match=r"holds adapter_config\.json of an earlier run"):
+        train.train(base_model="nowhere", data_path=str(data), output_dir=str(tmp_path / "out"), batch_size=4)
