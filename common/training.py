@@ -16,14 +16,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
-from trl import SFTTrainer
+from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from common.conversation import UserError
 from common.keep import rows_digest
@@ -588,6 +589,45 @@ def refuse_another_run(checkpoint: str | Path, asked: Mapping[str, Any], starts_
             f"--resume_from_checkpoint: {checkpoint} is of another run: {'; '.join(differences)}; "
             f"give what it had, or start over with {starts_over_with}"
         )
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def with_adapters(
+    model: PreTrainedModel, asked: ModelConfig, where: str, layers: Sequence[int] | None = None
+) -> PeftModel:
+    """LoRA over a frozen model, in float32.
+
+    Args:
+        asked: TRL's words for it; `use_peft` must be true. See `target_modules` for what is adapted.
+        where: the flag that names the modules, for the message.
+        layers: those that are adapted; None: all.
+
+    Raises:
+        UserError: there is no such module, or PEFT knows none for this architecture.
+    """
+    config = get_peft_config(asked)
+    config.target_modules = target_modules(asked.lora_target_modules)
+    config.layers_to_transform = None if layers is None else list(layers)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"{where}: {str(error).strip().splitlines()[0]:.200}") from None
+
+
+def target_modules(asked: str | Sequence[str] | None) -> str | set[str] | None:
+    """What PEFT takes for the modules to adapt.
+
+    Args:
+        asked: all-linear; one pattern with .* for whole names; ends of names; None: PEFT's own for the architecture.
+    """
+    if asked is None:
+        return None
+    names = [asked] if isinstance(asked, str) else list(asked)
+    if len(names) == 1 and (names[0] == "all-linear" or "*" in names[0]):
+        return names[0]
+    return set(names)
 
 
 # --- A run that learned nothing, or diverged --------------------------------------------------------------------------

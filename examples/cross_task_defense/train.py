@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from flags import run
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from prompts import encode_prompts, load_template, read_rows, split_document
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from common import report
 from common.bundled import resolve_model
@@ -43,7 +43,7 @@ from common.model_card import write_model_card
 from common.run import inference_dtype, is_main_process, manifest, usable_attention, write_json
 from common.saving import full_state_dict, refuse_to_overwrite, save_adapter, whole_folder
 from common.templates import Part, encode, token_offsets
-from common.training import AnswerTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over
+from common.training import AnswerTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over, with_adapters
 
 logger = logging.getLogger("cross_task_defense")
 
@@ -100,7 +100,7 @@ def train(
         micro_batch_size: rows of a forward pass, of one process.
         cutoff_len: tokens of a row. A longer row loses the end of its document, never instruction or refusal.
         val_set_size: rows held out; the adapter with the lowest loss on them is kept.
-        lora_target_modules: names, or one pattern with .* in it.
+        lora_target_modules: all-linear, one pattern with .* in it, or names.
         train_on_inputs: loss on the prompt, too, as the paper's code has it; without, the paper's conditional loss.
         first_token_weight: how often an answer's first token, which decides between refusal and compliance, counts in
             the loss. With 1, the paper's, it is one of about thirty.
@@ -258,18 +258,14 @@ def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedToken
 
 def add_adapters(model: PreTrainedModel, values: dict[str, Any]) -> PeftModel:
     """LoRA over the frozen model, in float32."""
-    modules = values["lora_target_modules"]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=values["lora_r"],
+    asked = ModelConfig(
+        use_peft=True,
+        lora_r=values["lora_r"],
         lora_alpha=values["lora_alpha"],
         lora_dropout=values["lora_dropout"],
-        target_modules=modules[0] if len(modules) == 1 and "*" in modules[0] else modules,
+        lora_target_modules=values["lora_target_modules"],
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:  # no module of such a name
-        raise UserError(f"--lora_target_modules: {str(error).strip().splitlines()[0]:.200}") from None
+    return with_adapters(model, asked, "--lora_target_modules")
 
 
 def encode_rows(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from arguments import ExpGuardConfig, ModelArguments
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from rows import chat_template
 from transformers import (
     AutoConfig,
@@ -16,11 +16,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from trl import ModelConfig
 
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.engines import quantization_config
 from common.run import inference_dtype
+from common.training import with_adapters
 
 
 def source(model_args: ModelArguments, args: ExpGuardConfig) -> dict[str, Any]:
@@ -78,19 +80,14 @@ def _not_loaded(model_args: ModelArguments, error: Exception) -> UserError:
 
 def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
     """LoRA over the frozen model, in float32."""
-    modules = args.lora_target_modules
-    pattern = len(modules) == 1 and (modules[0] == "all-linear" or "*" in modules[0])
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_r,
+    asked = ModelConfig(
+        use_peft=True,
+        lora_r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=modules[0] if pattern else modules,
+        lora_target_modules=args.lora_target_modules,
     )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:  # no module of such a name
-        raise UserError(f"--lora_target_modules: {f'{error}'.strip().splitlines()[0]:.200}") from None
+    return with_adapters(model, asked, "--lora_target_modules")
 
 
 @torch.inference_mode()

@@ -26,13 +26,13 @@ from config import Config, config_from_argv
 from datasets import Dataset
 from formats import NOTHING, Encoder, collator_for, load_llama_guard, read, template, text_row, verdict_loss
 from formats import verdict_probabilities as probabilities
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import prepare_model_for_kbit_training
 from probe import fit_probe
 from process import check_settings
 from records import check_splits, processed_path, read_processed
 from torch import nn
 from transformers import PreTrainedModel, set_seed
-from trl import SFTConfig
+from trl import ModelConfig, SFTConfig
 from trunk import Trunk
 
 from common import report
@@ -60,6 +60,7 @@ from common.training import (
     checkpoints,
     remove_checkpoint,
     start_over,
+    with_adapters,
 )
 from guards import add_probe
 from guards.card import (
@@ -242,18 +243,14 @@ def add_adapters(model: PreTrainedModel, config: Config) -> nn.Module:
     """LoRA over the frozen model, in float32, in the last `lora_last_layers` layers or in all."""
     values, layers = config.training, model.config.get_text_config().num_hidden_layers
     last = None if values.lora_last_layers is None else list(range(max(0, layers - values.lora_last_layers), layers))
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=values.lora_r,
+    asked = ModelConfig(
+        use_peft=True,
+        lora_r=values.lora_r,
         lora_alpha=values.lora_alpha,
         lora_dropout=values.lora_dropout,
-        target_modules=list(MODULES),
-        layers_to_transform=last,
+        lora_target_modules=list(MODULES),
     )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:  # no module of such a name
-        raise UserError(f"{config.llama_guard.base_model_path}: {str(error).strip().splitlines()[0]:.200}") from None
+    return with_adapters(model, asked, config.llama_guard.base_model_path, last)
 
 
 # --- one arm ----------------------------------------------------------------------------------------------------------

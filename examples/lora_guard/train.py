@@ -26,7 +26,7 @@ from adapter import CATEGORIES, guard_card, replace_head, save_adapter, with_thr
 from datasets import Dataset
 from inputs import encode_rows, judged_inputs, unlabelled_rows
 from objective import PAPER_METRICS, columns, epoch_metrics, guard_loss, paper_metrics, split_logits
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -37,6 +37,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from trl import ModelConfig
 
 from common import data, metrics, report
 from common.bundled import resolve_model
@@ -54,6 +55,7 @@ from common.training import (
     checkpoint_to_resume,
     start_over,
     useful_token_share,
+    with_adapters,
 )
 from guards.card import INPUTS, LoraCard, has_card
 from guards.lora import input_kind
@@ -280,19 +282,15 @@ def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 def add_adapters(model: PreTrainedModel, args: GuardArguments) -> PeftModel:
     """LoRA over the frozen model, in float32. `--head-only` keeps adapters of rank 1 at zero: one folder format."""
-    modules = args.target_modules
-    pattern = modules is not None and len(modules) == 1 and "*" in modules[0]
-    config = LoraConfig(
-        task_type="SEQ_CLS",  # without it PEFT would not save the head
-        r=1 if args.head_only else args.lora_r,
+    asked = ModelConfig(
+        use_peft=True,
+        lora_task_type="SEQ_CLS",  # without it PEFT would not save the head
+        lora_r=1 if args.head_only else args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=modules[0] if pattern else modules,
+        lora_target_modules=args.target_modules,
     )
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:  # no module of such a name, or no default for this architecture
-        raise UserError(f"--target-modules: {str(error).strip().splitlines()[0]:.200}") from None
+    model = with_adapters(model, asked, "--target-modules")
     if args.head_only:
         for name, parameter in model.named_parameters():
             if "lora_" in name:

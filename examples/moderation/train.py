@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PredictionOutput
+from trl import ModelConfig
 
 from common import data, metrics, report, templates
 from common.bundled import resolve_model
@@ -60,6 +61,7 @@ from common.training import (
     refuse_diverged_scores,
     start_over,
     useful_token_share,
+    with_adapters,
 )
 from guards import add_probe
 from guards.card import ClassifierCard, local_sha256
@@ -142,7 +144,7 @@ def main() -> None:
         every = -(-len(train_set) // data_args.head_fit_rows)
         fit_head(model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, args.device)
     if model_args.use_peft:
-        model = get_peft_model(model, lora_config(model_args, fresh))
+        model = add_adapters(model, model_args, fresh)
     trainer = LengthGroupedTrainer(
         model=model,
         args=args,
@@ -264,18 +266,18 @@ def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
     }
 
 
-def lora_config(args: ModelArguments, fresh: list[str]) -> LoraConfig:
+def add_adapters(model: PreTrainedModel, args: ModelArguments, fresh: list[str]) -> PeftModel:
     """LoRA in the base; the head, and other modules that the checkpoint lacks, are trained whole."""
-    modules = args.lora_target_modules
-    pattern = len(modules) == 1 and (modules[0] == "all-linear" or "*" in modules[0])
-    return LoraConfig(
-        task_type="SEQ_CLS",  # without it PEFT would not save the head
-        r=args.lora_r,
+    asked = ModelConfig(
+        use_peft=True,
+        lora_task_type="SEQ_CLS",  # without it PEFT would not save the head
+        lora_r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=modules[0] if pattern else modules,
-        modules_to_save=modules_to_save(fresh),
+        lora_target_modules=args.lora_target_modules,
+        lora_modules_to_save=modules_to_save(fresh),
     )
+    return with_adapters(model, asked, "--lora_target_modules")
 
 
 def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:

@@ -243,6 +243,7 @@ def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
         (["--learning_rat", "1e-5"], "--learning_rat"),
         (["--train_data_name_or_path", "PKU-Alignment/BeaverTails:train"], "330k_train"),
         (["--model_name_or_path", "no/such-folder/here"], "--model_name_or_path"),
+        (["--use_peft", "--lora_target_modules", "nothing"], "--lora_target_modules"),
         (["--eval_split_ratio", "1.5", "--config", "no.yaml"], "no.yaml"),
     ],
 )

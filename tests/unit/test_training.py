@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+from trl import ModelConfig
 
 from common.conversation import UserError
 from common.run import Stopped
@@ -20,6 +21,7 @@ from common.training import (
     checkpoint_to_resume,
     checkpoints,
     start_over,
+    with_adapters,
 )
 
 ROWS = 16
@@ -253,6 +255,37 @@ def test_a_finished_run_has_nothing_left_to_train(make, finished, tmp_path, capl
         result = run(trainer)
     assert "Nothing is left to train: the run ended with step 4" in caplog.text
     assert "train_loss" not in result.metrics and "train_loss" not in trainer.state.log_history[-1]
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "adapted"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "up_proj"], {"q_proj", "up_proj"}),
+        ([r".*layers\.1\..*(q|v)_proj"], {"q_proj", "v_proj"}),
+        (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (None, {"q_proj", "v_proj"}),
+    ],
+)
+def test_the_modules_that_lora_adapts(tiny_base, asked, adapted):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    found = with_adapters(model, ModelConfig(use_peft=True, lora_r=4, lora_target_modules=asked), "--modules")
+    names = [name.split(".lora_A")[0] for name, _ in found.named_parameters() if "lora_A" in name]
+    assert {name.rpartition(".")[2] for name in names} == adapted
+    layers = {name.split("layers.")[1].split(".")[0] for name in names}
+    assert layers == ({"1"} if asked and "*" in asked[0] else {"0", "1"})
+    assert {p.dtype for p in found.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_modules_that_are_not_there_are_one_line(tiny_base):
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    asked = ModelConfig(use_peft=True, lora_target_modules=["nothing"])
+    with pytest.raises(UserError, match=r"^--modules: .*nothing") as raised:
+        with_adapters(model, asked, "--modules")
+    assert "\n" not in str(raised.value)
 
 
 # --- Runs that learn nothing ------------------------------------------------------------------------------------------
