@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation import UserError, pair
 from common.data import prompt_key
+from common.keep import digest
 from guards import load_guard
 
 base, guard, plain, stored = shared.base, shared.guard, shared.plain, shared.settings  # fixtures
@@ -377,6 +378,41 @@ def test_a_head_start_leaves_a_guard_that_stock_libraries_load(head_start, tmp_p
     assert (folder / "guard.json").stat().st_mtime_ns == stamp
     with pytest.raises(UserError, match="holds another guard"):
         prepare.make_guard(head_start(seed=1))
+
+
+def test_a_head_start_of_a_replaced_base_is_another_guard(head_start, plain, tmp_path, monkeypatch):
+    """A base that was touched or copied is the same; the training itself is not what is asked here."""
+    base = Path(shutil.copytree(plain, tmp_path / "base"))
+
+    class Trains(Exception):
+        pass
+
+    def trains(base_model, folder):
+        raise Trains
+
+    made_of = []
+
+    def noted(*values):
+        made_of.append(digest(*values))
+        return made_of[-1]
+
+    monkeypatch.setattr(prepare, "load_encoder", trains)
+    monkeypatch.setattr(prepare.keep, "digest", noted)
+
+    def make(folder):
+        with pytest.raises(Trains):
+            prepare.make_guard(head_start(base_model=str(folder)))
+
+    make(plain)
+    for path in base.iterdir():
+        path.touch()
+    make(base)
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    make(base)
+    assert made_of[0] == made_of[1] != made_of[2]
 
 
 @pytest.mark.slow

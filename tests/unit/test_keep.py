@@ -329,7 +329,7 @@ def batches(kept: KeptRows, keys: list[str], together: bool, asked: list, stop: 
     together=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_killed_job_goes_on_to_the_rows_of_one_that_was_left_alone(place, keys, stop, cut, together):
+def test_a_killed_job_makes_the_rows_of_one_left_alone(place, keys, stop, cut, together):
     """Rows depend on their batch, so a batch that was cut is made whole; what is kept stays."""
     place.unlink(missing_ok=True)
     with KeptRows(place) as kept:
@@ -362,7 +362,9 @@ def test_errors_are_asked_again_and_alone(tmp_path):
         asked.append((number, some))
         return [{"key": key, "error": words[key]} for key in some]
 
-    for expected in ([(0, ["a", "b", "c"]), (1, ["d", "e", "f"])], [(0, ["b"]), (1, ["e"])], [(0, ["b"])]):
+    first = [(0, ["a", "b", "c"]), (1, ["d", "e", "f"])]
+    second = [(0, ["b"]), (1, ["e"])]
+    for expected in (first, second, second[:1]):
         with KeptRows(tmp_path / "kept.jsonl") as kept:
             rows = kept.fill("abcdef", make, size=3, again=lambda row: bool(row["error"]))
         assert asked == expected
