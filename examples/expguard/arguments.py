@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 
 from trl import SFTConfig
@@ -107,6 +107,7 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
         for name, modern in PAPER_NAMES.items():
             value = getattr(self, name)
             if value is not None and value is not False:
+                self._refuse_both(name, modern)
                 setattr(self, modern, value)
         if self.disable_checkpointing:
             self.save_strategy = "no"
@@ -121,6 +122,13 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
         if self.max_length is None or self.max_length < 1 or (self.stop_after_epoch or 1) < 1:
             raise UserError("--max_seq_len, --stop_after_epoch: expected 1 or more")
         super().__post_init__()
+
+    def _refuse_both(self, name: str, modern: str) -> None:
+        """One of two names for a thing would win unseen, such as that of the config over a flag."""
+        value, other = getattr(self, name), getattr(self, modern)
+        default = next(f.default for f in fields(self) if f.name == modern)
+        if other not in (default, value):
+            raise UserError(f"--{name} {value}, --{modern} {other}: two names for one thing; give one of them")
 
 
 def check(model_args: ModelArguments, args: ExpGuardConfig) -> None:

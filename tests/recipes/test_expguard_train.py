@@ -130,6 +130,8 @@ def test_defaults_are_the_papers(monkeypatch):
         (["--use_peft_lora", "--lora_target_modules", "nothing"], "--lora_target_modules"),
         (["--max_seq_len", "0"], "expected 1 or more"),
         (["--stop_after_epoch", "-1"], "expected 1 or more"),
+        (["--num_train_epochs", "5"], "--epochs 2.0, --num_train_epochs 5.0: two names"),
+        (["--max_length", "300"], "--max_seq_len 400, --max_length 300: two names"),
         (["--wandb_mode", "online"], "pip install wandb"),
         (["--share_prefix", "--packing"], "--share_prefix"),
         (["--do_eval", "--val_data", "a/test.jsonl"], "is a test set"),

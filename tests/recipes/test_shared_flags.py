@@ -29,3 +29,25 @@ def test_an_output_folder_that_cannot_be_written_is_found_first(recipe, tmp_path
         words = ["train.py", *COMMANDS[recipe], "/dev/null/out"]
     (line,) = errors(launch(recipe, *words, check=False))
     assert line == "error: /dev/null/out: cannot be written (/dev/null is no folder); choose another output folder"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", COMMANDS)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            [],
+            "checkpoint-4 of an earlier run; pass --resume_from_checkpoint latest or --overwrite_output_dir true",
+        ),
+        (["--resume_from_checkpoint", "none"], "--resume_from_checkpoint none: no such checkpoint"),
+        (["--resume_from_checkpoint", "latest"], "checkpoint-4 is of another run: seed -1 there and"),
+    ],
+    ids=["neither", "no such one", "another run's"],
+)
+def test_checkpoints_are_resumed_by_one_rule(recipe, flags, message, tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4/recipe.json").write_text(json.dumps({"seed": -1}))
+    (line,) = errors(launch(recipe, "train.py", *COMMANDS[recipe], tmp_path, *flags, check=False))
+    assert message in line
