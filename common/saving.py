@@ -301,20 +301,29 @@ def check_equal(
 ) -> None:
     """Compare what the model in memory says with what the folder says that it was written to.
 
+    Rounding moves all scores by a little, and in a 16-bit model a few by more; another model moves
+    most of them. So the mean difference is held to a fifth of the tolerance, the greatest to four
+    times as much. Measured on the bundled model, mixed precision against 16 bits: 0.01 and 0.05.
+
     Args:
         expected: of the model in memory, one dict a row: label -> probability.
         reloaded: of the folder, on the same rows.
-        tolerance: how far log-odds may lie apart.
+        tolerance: how far log-odds may lie apart, by the coarser number format of the two.
 
     Raises:
-        UserError: they differ; the message names label and probabilities.
+        UserError: they differ; the message names label and probabilities where they differ most.
     """
-    for row, (trained, said) in enumerate(zip(expected, reloaded, strict=True)):
+    differences = []
+    for row, (trained, said) in enumerate(zip(expected, reloaded, strict=True), start=1):
         for label, probability in trained.items():
             other = said.get(label, math.nan)
-            apart = abs(log_odds(probability) - log_odds(other))
-            if math.isnan(other) or math.isnan(probability) or apart > tolerance:
-                raise UserError(
-                    f"what was saved is not what was trained: row {row + 1}, {label}: "
-                    f"{probability:.4f} in memory, {other:.4f} from the folder; nothing is saved"
-                )
+            known = math.isfinite(probability) and math.isfinite(other)
+            apart = abs(log_odds(probability) - log_odds(other)) if known else math.inf
+            where = f"row {row}, {label}: {probability:.4f} in memory, {other:.4f} from the folder"
+            differences.append((apart, where))
+    if not differences:
+        return
+    mean = sum(apart for apart, _ in differences) / len(differences)
+    greatest, where = max(differences)
+    if mean > tolerance / 5 or greatest > 4 * tolerance:
+        raise UserError(f"what was saved is not what was trained: {where}; nothing is saved")

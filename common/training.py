@@ -51,7 +51,7 @@ class RecipeTrainingArguments(TrainingArguments):
     )
     report_to: str = field(default="none", metadata={"help": "none | tensorboard | wandb | all"})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start over although output_dir holds checkpoints."}
+        default=False, metadata={"help": "Start over although output_dir holds checkpoints or a finished model."}
     )
     evaluation_strategy: str | None = field(default=None, metadata={"help": DEAD["help"] + "--eval_strategy"})
     warmup_ratio: float | None = field(

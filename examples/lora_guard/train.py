@@ -108,7 +108,7 @@ class GuardArguments:
     attn_implementation: str | None = None
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "latest, or a checkpoint folder"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start over although there are checkpoints."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run."})
 
 
 def main() -> None:

@@ -260,8 +260,18 @@ def test_an_adapter_folder_names_no_local_path_in_a_form(tmp_path, make_tokenize
 
 def test_other_scores_are_named():
     saving.check_equal([{"a": 0.5, "b": 1.0}], [{"a": 0.501, "b": 1.0}], 0.02)
+    saving.check_equal([], [], 0.02)
     with pytest.raises(UserError, match=r"row 2, a: 0.4945 in memory, 0.4557 from the folder; nothing is saved"):
         saving.check_equal([{"a": 0.1}, {"a": 0.4945}], [{"a": 0.1}, {"a": 0.4557}], 0.02)
+
+
+def test_rounding_is_not_another_model():
+    """In 16 bits one score of many may be off by more than the rest; another model moves all of them."""
+    expected = [{"a": 0.5, "b": 0.3, "c": 0.001} for _ in range(8)]
+    rounded = [{"a": 0.503, "b": 0.302, "c": 0.001} for _ in range(7)] + [{"a": 0.5, "b": 0.3, "c": 0.0018}]
+    saving.check_equal(expected, rounded, 0.5)
+    with pytest.raises(UserError, match="not what was trained"):
+        saving.check_equal(expected, [{"a": 0.54, "b": 0.33, "c": 0.0012} for _ in range(8)], 0.5)
 
 
 @pytest.mark.parametrize("said", [{}, {"a": float("nan")}])
