@@ -18,7 +18,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # of torch, in what a test launches
-TIMEOUT = 600  # seconds, for what runs without one of its own
+TIMEOUT = 1200.0  # seconds: a quickstart takes minutes, and three times as many on a busy machine
 SERVER = "GUARDRAIL_TESTS_FORKSERVER"  # names the folder of the server that all workers share
 DATA = "GUARDRAIL_RECIPES_DATA"  # names the folder of real data
 OWNER = "owner"  # the file in that folder that holds the number of the process it ends with
