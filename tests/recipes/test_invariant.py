@@ -135,6 +135,43 @@ def test_moderation_card_says_what_it_is(moderation):
     assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir() if path.is_file()} == {"0o644"}
 
 
+def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_path, monkeypatch):
+    """Without the flag nothing is trained; with it, weights that are not the trained ones are not moved in."""
+    train, folder = module("moderation", "train"), tmp_path / "guard"
+    words = [
+        "train.py", "--model_name_or_path", BASES["qwen2"](tmp_path / "base"), "--output_dir", folder,
+        "--train_data_name_or_path", TRAIN, "--max_train_rows", 16, "--per_device_train_batch_size", 8,
+        "--max_steps", 1, "--save_strategy", "no", "--disable_tqdm", "true",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    train.main()
+    (folder / "notes.txt").write_text("mine")
+    expected = [verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)]
+    with pytest.raises(UserError, match=r"holds guard\.json of an earlier run; pass --overwrite_output_dir true"):
+        train.main()
+
+    save = train.save_model
+
+    def other_weights(model, state_dict, *others):
+        save(model, {name: tensor * 0.9 for name, tensor in state_dict.items()}, *others)
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite_output_dir", "true"])
+    monkeypatch.setattr(train, "save_model", other_weights)
+    with pytest.raises(UserError, match="what was saved is not what was trained"):
+        train.main()
+    assert [verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)] == expected
+    assert not (folder / ".partial").exists()
+
+    (folder / ".partial").mkdir()  # a kill while the files change places
+    (folder / "guard.json").unlink()
+    with pytest.raises(UserError, match="not finished: the saving of a guard was interrupted here"):
+        load_guard(str(folder))
+    monkeypatch.setattr(train, "save_model", save)
+    train.main()
+    assert [verdict.error for verdict in load_guard(str(folder), progress=False).judge(rows)] == [None] * len(rows)
+    assert (folder / "notes.txt").read_text() == "mine" and not (folder / ".partial").exists()
+
+
 # --- the other recipes ------------------------------------------------------------------------------------------------
 
 
