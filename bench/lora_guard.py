@@ -1,15 +1,17 @@
-"""Speed of the LoRA-Guard recipe against the reference's way: same model, data and machine, alternated in one run.
+"""Speed of the LoRA-Guard recipe against the reference's way: same model, data and machine,
+alternated in one run.
 
     cd bench && python lora_guard.py        # about 15 minutes on two CPU cores
 
-Training steps (forward, backward, AdamW on adapters and head) on pairs of real lengths. Ours: batches of like length,
-each padded to its longest row. Reference: batches in random order, every row padded to the longest of all.
-Moderating while 64 tokens are generated, at batch 1 and 8. Ours: `GuardedChat.reply`, the guard at every k tokens
-(k = 64: once, at the end).
-Reference: one prompt at a time, `generate`, then a guard pass over the prompt and one over the reply. Beside them the
-generation alone (`generate`, batched), which is the unit of the ratios, and the floor: generation alone and one batched
-guard pass over the finished texts, a guard that reads each token once and at the speed of a block.
-Outputs are compared, and the exit code is 1 if they differ.
+Training steps (forward, backward, AdamW on adapters and head) on pairs of real lengths. Ours:
+batches of like length, each padded to its longest row. Reference: batches in random order, every
+row padded to the longest of all. Moderating while 64 tokens are generated, at batch 1 and 8. Ours:
+`GuardedChat.reply`, the guard at every k tokens (k = 64: once, at the end).
+Reference: one prompt at a time, `generate`, then a guard pass over the prompt and one over the
+reply. Beside them the generation alone (`generate`, batched), which is the unit of the ratios, and
+the floor: generation alone and one batched guard pass over the finished texts, a guard that reads
+each token once and at the speed of a block. Outputs are compared, and the exit code is 1 if they
+differ.
 """
 
 import argparse
@@ -40,27 +42,50 @@ TARGETS = {"training": 4.0, 1: 1.40, 8: 1.70}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder")
-    parser.add_argument("--guard_layers", type=int, help="the guard reads the base after so many layers; default: all")
-    parser.add_argument("--rows", type=int, default=256, help="training texts; the reference pads to their longest")
-    parser.add_argument("--steps", type=int, default=3, help=f"training steps a round, of {BATCH} rows")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the ways take turns, at least 2")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--every", type=int, nargs="+", default=[1, 8, 16, 64], help="the k of 'guard at every k tokens'"
+        "--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder"
+    )
+    parser.add_argument(
+        "--guard_layers",
+        type=int,
+        help="the guard reads the base after so many layers; default: all",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=256, help="training texts; the reference pads to their longest"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, help=f"training steps a round, of {BATCH} rows"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often the ways take turns, at least 2"
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        nargs="+",
+        default=[1, 8, 16, 64],
+        help="the k of 'guard at every k tokens'",
     )
     parser.add_argument("--skip_training", action="store_true", help="moderating alone")
     parser.add_argument("--output", type=Path, default=ROOT / "output/bench/lora_guard.json")
     args = parser.parse_args()
     if args.rounds < 2 or args.rows < BATCH * args.steps or args.steps < 1:
-        parser.error(f"expected --rounds of at least 2, --steps of at least 1, --rows of at least {BATCH} x steps")
+        parser.error(
+            f"expected --rounds of at least 2, --steps of at least 1, --rows of at least {BATCH} x steps"
+        )
     set_seed(SEED)
     train, adapter, riding = recipe_modules("lora_guard", "train", "adapter", "riding")
-    recipe = train.GuardArguments(args.model, "unused", guard_layers=args.guard_layers, lora_dropout=0.0)
+    recipe = train.GuardArguments(
+        args.model, "unused", guard_layers=args.guard_layers, lora_dropout=0.0
+    )
     model, tokenizer = train.load_model(recipe)
     model = train.add_adapters(model, recipe)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at the start: a guard that has learned something is the honest case
+        # zero at the start: a guard that has learned something is the honest case
+        if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     sample = data.load_conversations("beavertails-sample:train", require=["categories"])
     results: dict[str, Any] = {}
@@ -68,12 +93,22 @@ def main() -> None:
         results["training"] = training(model, tokenizer, sample, train, args)
         ways = results["training"]["ways"]
         lines = [[way, *list(m.values())[:-1]] for way, m in ways.items()]
-        print(report.table(lines, ["training", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]))
+        print(
+            report.table(
+                lines, ["training", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]
+            )
+        )
         found = results["training"]
-        print(f"training: {found['ratio']:.2f}x (target {TARGETS['training']}x), outputs {said(found)}\n")
+        print(
+            f"training: {found['ratio']:.2f}x (target {TARGETS['training']}x), outputs {said(found)}\n"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        labels = dict(unsafe_head=True, inputs=["pair"], max_length=512, num_hidden_layers=args.guard_layers)
-        adapter.save_adapter(model, tokenizer, Path(folder) / "guard", adapter.guard_card(args.model, **labels))
+        labels = dict(
+            unsafe_head=True, inputs=["pair"], max_length=512, num_hidden_layers=args.guard_layers
+        )
+        adapter.save_adapter(
+            model, tokenizer, Path(folder) / "guard", adapter.guard_card(args.model, **labels)
+        )
         del model
         chat = riding.GuardedChat(Path(folder) / "guard")
         chat.eos = set()  # every reply has 64 tokens, in every way
@@ -81,7 +116,11 @@ def main() -> None:
         for size in (1, 8):
             results[f"batch {size}"] = found = moderating(chat, sample, size, args)
             lines = [[name, *values] for name, values in found["ways"].items()]
-            print(report.table(lines, [f"batch {size}", "s, best", "s, median", "of generation alone"]))
+            print(
+                report.table(
+                    lines, [f"batch {size}", "s, best", "s, median", "of generation alone"]
+                )
+            )
             print(
                 f"batch {size}: {found['best']:.2f}x of generation alone with k = {found['best_k']} (target "
                 f"{TARGETS[size]:.2f}x, floor {found['floor']:.2f}x, reference {found['reference']:.2f}x), "
@@ -108,7 +147,8 @@ def training(model, tokenizer, sample: Dataset, train: ModuleType, args) -> dict
     def batches_of(order: list[int]) -> list[list[int]]:
         return [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
 
-    # Batches that stand evenly in the order of length, so that a few of them have the lengths of all.
+    # Batches that stand evenly in the order of length, so that a few of them have the lengths of
+    # all.
     grouped = batches_of(list(EpochLengthGroupedSampler(BATCH, [len(i) for i in ids], SEED)))
     grouped.sort(key=lambda batch: len(ids[batch[0]]))
     grouped = [grouped[(2 * i + 1) * len(grouped) // (2 * args.steps)] for i in range(args.steps)]
@@ -144,13 +184,17 @@ def training(model, tokenizer, sample: Dataset, train: ModuleType, args) -> dict
     equal = equality(loss_and_norm(dynamic), loss_and_norm(fixed))
     ways = {
         "ours: similar lengths, padded to the batch's longest": lambda: run(grouped, dynamic),
-        f"reference: random order, padded to the longest of all ({longest})": lambda: run(mixed, fixed),
+        f"reference: random order, padded to the longest of all ({longest})": lambda: run(
+            mixed, fixed
+        ),
     }
     return compare(model, ways, len(grouped) * BATCH, args.rounds)[0] | equal
 
 
 def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
-    """Seconds of each way to generate 64 tokens for `size` prompts, and how they compare with generation alone."""
+    """Seconds of each way to generate 64 tokens for `size` prompts, and how they compare with
+    generation alone.
+    """
     rows = random.Random(SEED).sample(range(len(sample)), size)
     prompts = [pair(last_turns(sample[i]["messages"])[0]) for i in rows]
     ids = [chat.chat_ids(messages) for messages in prompts]
@@ -158,14 +202,19 @@ def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
     def generate(batch: list[list[int]]) -> list[list[int]]:
         width = max(map(len, batch))
         inputs = torch.tensor([[0] * (width - len(row)) + row for row in batch], device=chat.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=chat.device)
+        mask = torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in batch], device=chat.device
+        )
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         with torch.inference_mode():
             return chat.model.generate(inputs, attention_mask=mask, **options)[:, width:].tolist()
 
     def texts(replies: list[list[int]]) -> list:
         spoken = chat.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        return [pair(messages[0]["content"], text) for messages, text in zip(prompts, spoken, strict=True)]
+        return [
+            pair(messages[0]["content"], text)
+            for messages, text in zip(prompts, spoken, strict=True)
+        ]
 
     def reference() -> list[list[int]]:
         replies = []
@@ -187,7 +236,11 @@ def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
         return [reply.token_ids for reply in replies]
 
     scores: dict[int, list[float]] = {}
-    ways = {"generation alone": lambda: generate(ids), "floor": floor, "reference, one at a time": reference}
+    ways = {
+        "generation alone": lambda: generate(ids),
+        "floor": floor,
+        "reference, one at a time": reference,
+    }
     ways |= {f"ours, k = {k}": lambda k=k: riding(k) for k in args.every}
     seconds, replies = {name: [] for name in ways}, {}
     for turn in range(args.rounds):
@@ -195,7 +248,11 @@ def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
             start = time.perf_counter()
             replies[name] = way()
             seconds[name].append(time.perf_counter() - start)
-            print(f"batch {size}, round {turn + 1}, {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
+            print(
+                f"batch {size}, round {turn + 1}, {name}: {seconds[name][-1]:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     median = {name: statistics.median(s) for name, s in seconds.items()}
     alone = median["generation alone"]
     ours = {k: median[f"ours, k = {k}"] / alone for k in args.every}

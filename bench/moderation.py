@@ -1,12 +1,14 @@
-"""Speed of the moderation recipe against the paper's way: same model, data and machine, alternated in one run.
+"""Speed of the moderation recipe against the paper's way: same model, data and machine, alternated
+in one run.
 
     cd bench && python moderation.py        # about 20 minutes on two CPU cores, 5 with --num_hidden_layers 6
 
-Training steps (forward, backward, AdamW) on rows of the bundled sample. Ours: batches of similar length, each padded to
-its longest row. Paper's: batches in random order, padded to 512. Between them: random order, padded to the longest row.
-Judging, from messages to probabilities. Ours: `ClassifierGuard.judge`, length-sorted batches under a budget of tokens.
-Paper's `predict()`: all inputs tokenized in one call, padded to the longest of all, then batches of 16.
-Outputs are compared, and the exit code is 1 if they differ. Ratios are of median rows/s.
+Training steps (forward, backward, AdamW) on rows of the bundled sample. Ours: batches of similar
+length, each padded to its longest row. Paper's: batches in random order, padded to 512. Between
+them: random order, padded to the longest row. Judging, from messages to probabilities. Ours:
+`ClassifierGuard.judge`, length-sorted batches under a budget of tokens. Paper's `predict()`: all
+inputs tokenized in one call, padded to the longest of all, then batches of 16. Outputs are
+compared, and the exit code is 1 if they differ. Ratios are of median rows/s.
 """
 
 import argparse
@@ -34,25 +36,40 @@ TARGETS = {"training": 2, "judging": 3}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder"
+    )
     parser.add_argument("--num_hidden_layers", type=int, help="keep only the first so many layers")
-    parser.add_argument("--rows", type=int, default=32, help=f"training rows a round, in batches of {BATCH}")
+    parser.add_argument(
+        "--rows", type=int, default=32, help=f"training rows a round, in batches of {BATCH}"
+    )
     parser.add_argument("--pairs", type=int, default=256, help="pairs judged a round")
-    parser.add_argument("--rounds", type=int, default=2, help="how often the ways take turns, at least 2")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="how often the ways take turns, at least 2"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "output/bench/moderation.json")
     args = parser.parse_args()
     if args.rounds < 2 or args.pairs < 1 or args.rows < BATCH:
-        parser.error(f"expected --rounds of at least 2, --pairs of at least 1, --rows of at least {BATCH}")
+        parser.error(
+            f"expected --rounds of at least 2, --pairs of at least 1, --rows of at least {BATCH}"
+        )
     set_seed(SEED)
-    # By path and under another name: that folder holds an evaluate.py and must not come onto sys.path.
-    spec = importlib.util.spec_from_file_location("moderation_train", ROOT / "examples/moderation/train.py")
+    # By path and under another name: that folder holds an evaluate.py and must not come onto
+    # sys.path.
+    spec = importlib.util.spec_from_file_location(
+        "moderation_train", ROOT / "examples/moderation/train.py"
+    )
     recipe = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
 
     model_args = recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers)
     model, tokenizer, _ = recipe.load_model(model_args)
-    train = data.load_conversations("beavertails-sample:train", categories=recipe.CATEGORIES, require=["categories"])
+    train = data.load_conversations(
+        "beavertails-sample:train", categories=recipe.CATEGORIES, require=["categories"]
+    )
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -62,13 +79,23 @@ def main() -> None:
         results[f"judging, {name}"] = judging(guard, pairs, args.rounds)
     del guard
     encoded, _ = recipe.encode_rows(train, tokenizer, MAX_LENGTH)
-    results["training, sample rows"] = training(model, tokenizer, encoded, recipe.multilabel_loss(1.0, 0.0), args)
+    results["training, sample rows"] = training(
+        model, tokenizer, encoded, recipe.multilabel_loss(1.0, 0.0), args
+    )
 
-    lines = [[k, way, *list(m.values())[:-1]] for k, result in results.items() for way, m in result["ways"].items()]
-    print(report.table(lines, ["", "way", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]))
+    lines = [
+        [k, way, *list(m.values())[:-1]]
+        for k, result in results.items()
+        for way, m in result["ways"].items()
+    ]
+    print(
+        report.table(lines, ["", "way", "rows/s, best", "rows/s, median", "useful tokens", "ratio"])
+    )
     for name, result in results.items():
         target, equal = TARGETS[name.split(",")[0]], "equal" if result["equal"] else "DIFFERENT"
-        print(f"{name}: {result['ratio']:.2f}x (target {target}x), outputs {equal} (by {result['difference']:.1e})")
+        print(
+            f"{name}: {result['ratio']:.2f}x (target {target}x), outputs {equal} (by {result['difference']:.1e})"
+        )
     write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
     sys.exit(0 if all(result["equal"] for result in results.values()) else 1)
 
@@ -82,7 +109,9 @@ def training(model, tokenizer, rows, loss_of: Callable, args) -> dict[str, Any]:
         return [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
 
     rng = random.Random(SEED)
-    epoch = batches_of(list(EpochLengthGroupedSampler(BATCH, [len(ids) for ids in rows["input_ids"]], SEED)))
+    epoch = batches_of(
+        list(EpochLengthGroupedSampler(BATCH, [len(ids) for ids in rows["input_ids"]], SEED))
+    )
     grouped = rng.sample(epoch, min(args.rows // BATCH, len(epoch)))
     mixed = batches_of(rng.sample(list(chain(*grouped)), len(grouped) * BATCH))
     dynamic = DataCollatorWithPadding(tokenizer)
@@ -99,7 +128,8 @@ def training(model, tokenizer, rows, loss_of: Callable, args) -> dict[str, Any]:
         model.load_state_dict(initial)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         for indices in batches:
-            with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):  # as --bf16 does
+            # as --bf16 does
+            with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):
                 backward(indices, collate)
             optimizer.step()
             optimizer.zero_grad()
@@ -107,7 +137,9 @@ def training(model, tokenizer, rows, loss_of: Callable, args) -> dict[str, Any]:
 
     def loss_and_norm(collate: Callable) -> torch.Tensor:
         loss = backward(mixed[0], collate)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
         model.zero_grad()
         return torch.stack([loss, norm])
 
@@ -127,22 +159,36 @@ def judging(guard: ClassifierGuard, pairs: list[Messages], rounds: int) -> dict[
         return [templates.render(guard.template, messages, guard.tokenizer) for messages in pairs]
 
     # Longer pairs are left out: the paper cuts them, the guard judges them in windows.
-    pairs = list(compress(pairs, [len(ids) <= MAX_LENGTH for ids in templates.encode(guard.tokenizer, render())]))
+    pairs = list(
+        compress(
+            pairs, [len(ids) <= MAX_LENGTH for ids in templates.encode(guard.tokenizer, render())]
+        )
+    )
 
     def ours() -> torch.Tensor:
-        return torch.tensor([[v.categories[name] for name in guard.labels] for v in guard.judge(pairs)])
+        return torch.tensor(
+            [[v.categories[name] for name in guard.labels] for v in guard.judge(pairs)]
+        )
 
     @torch.inference_mode()
     def paper() -> torch.Tensor:
         texts = ["".join(part.text for part in parts) for parts in render()]
         batch = guard.tokenizer(texts, padding=True, return_tensors="pt").to(guard.device)
-        split = zip(batch["input_ids"].split(JUDGE_BATCH), batch["attention_mask"].split(JUDGE_BATCH), strict=True)
+        split = zip(
+            batch["input_ids"].split(JUDGE_BATCH),
+            batch["attention_mask"].split(JUDGE_BATCH),
+            strict=True,
+        )
         logits = [guard.model(input_ids=ids, attention_mask=mask).logits for ids, mask in split]
         return torch.cat(logits).float().sigmoid().cpu()
 
-    ways = {"ours: judge()": ours, f"paper's: padded to the longest of all, batches of {JUDGE_BATCH}": paper}
+    ways = {
+        "ours: judge()": ours,
+        f"paper's: padded to the longest of all, batches of {JUDGE_BATCH}": paper,
+    }
     result, scores = compare(guard.model, ways, len(pairs), rounds)
-    if guard.model.dtype != torch.float32:  # bf16 rounds differently at each padded width: compare in float32
+    # bf16 rounds differently at each padded width: compare in float32
+    if guard.model.dtype != torch.float32:
         guard.model.float()
         scores = [ours(), paper()]
     return result | equality(*scores)

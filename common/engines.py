@@ -1,8 +1,8 @@
 """Causal language models behind one interface: transformers, vLLM in this process, or a server.
 
 Every engine writes on after prompts (`complete`) and reads what comes next (`next_token`). It gives
-an error a prompt: one that fails takes nothing from the others. Prompts are token ids, so that every
-engine sees the same prompt, and no text can become a control token on the way.
+an error a prompt: one that fails takes nothing from the others. Prompts are token ids, so that
+every engine sees the same prompt, and no text can become a control token on the way.
 """
 
 import inspect
@@ -93,8 +93,8 @@ class EngineStopped(UserError):
 
 @dataclass(frozen=True)
 class NextToken:
-    """What comes after a prompt: natural log-probabilities of the candidates in their order, and the
-    id of the most likely token. With an `error` there is neither.
+    """What comes after a prompt: natural log-probabilities of the candidates in their order, and
+    the id of the most likely token. With an `error` there is neither.
     """
 
     logprobs: list[float] = field(default_factory=list)
@@ -172,7 +172,9 @@ class Engine(ABC):
             left = Completion(error=f"not asked: {stopped}")
         return [found.get(i, left) for i in range(len(prompts))]
 
-    def next_token(self, prompts: Sequence[list[int]], candidates: Sequence[int]) -> list[NextToken]:
+    def next_token(
+        self, prompts: Sequence[list[int]], candidates: Sequence[int]
+    ) -> list[NextToken]:
         """What comes after each prompt, in the order of the prompts.
 
         Args:
@@ -206,7 +208,9 @@ class Engine(ABC):
         """`complete` for prompts that fit, at least one."""
 
     @abstractmethod
-    def _next_token(self, prompts: Sequence[list[int]], candidates: Sequence[int]) -> list[NextToken]:
+    def _next_token(
+        self, prompts: Sequence[list[int]], candidates: Sequence[int]
+    ) -> list[NextToken]:
         """`next_token` for prompts that fit, at least one."""
 
 
@@ -280,7 +284,9 @@ class TransformersEngine(Engine):
         self.sliding_windows = _sliding_windows(config)
         # Masks of our own need a model of transformers itself, and attention in every layer.
         attends = set(self.sliding_windows) <= {"full_attention", "sliding_attention"}
-        self.packs = attends and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.packs = (
+            attends and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        )
 
     def _refusal(self, ids, room):
         try:
@@ -366,13 +372,18 @@ class TransformersEngine(Engine):
             pack.append(order.pop(0))
         return pack
 
-    def _logits(self, texts: Sequence[list[int]], shared: int, cache: DynamicCache | None) -> torch.Tensor:
+    def _logits(
+        self, texts: Sequence[list[int]], shared: int, cache: DynamicCache | None
+    ) -> torch.Tensor:
         """Logits after each text, of shape (texts, vocabulary)."""
         if not self.packs:
             return self.model(input_ids=self._row(texts[0])).logits[:, -1]
         lengths = torch.tensor([len(text) for text in texts])
         places = torch.cat([torch.arange(shared, shared + n) for n in lengths])
-        masks = {kind: self._mask(lengths, places, shared, window) for kind, window in self.sliding_windows.items()}
+        masks = {
+            kind: self._mask(lengths, places, shared, window)
+            for kind, window in self.sliding_windows.items()
+        }
         logits = self.model(
             input_ids=self._row([token for text in texts for token in text]),
             position_ids=places[None].to(self.model.device),
@@ -385,7 +396,9 @@ class TransformersEngine(Engine):
             cache.crop(-len(places))
         return logits
 
-    def _mask(self, lengths: torch.Tensor, places: torch.Tensor, shared: int, window: int | None) -> torch.Tensor:
+    def _mask(
+        self, lengths: torch.Tensor, places: torch.Tensor, shared: int, window: int | None
+    ) -> torch.Tensor:
         """Additive mask of shape (1, 1, new tokens, shared + new tokens): each text sees the shared
         part and itself.
         """
@@ -458,7 +471,9 @@ class VllmEngine(Engine):
         try:
             self.llm = LLM(resolve_model(model), **options)
         except (OSError, ValueError, RuntimeError) as error:  # such as too little memory
-            raise UserError(f"--engine vllm: {model} cannot be loaded: {_line(error, 300)}") from None
+            raise UserError(
+                f"--engine vllm: {model} cannot be loaded: {_line(error, 300)}"
+            ) from None
         self.window = self.llm.llm_engine.model_config.max_model_len
 
     def _generate(self, prompts: Sequence[list[int]], progress: bool, **params: Any) -> list[Any]:
@@ -487,7 +502,9 @@ class VllmEngine(Engine):
 
     def _next_token(self, prompts, candidates):
         wanted = list(candidates)
-        outputs = self._generate(prompts, self.progress, temperature=0.0, max_tokens=1, logprob_token_ids=wanted)
+        outputs = self._generate(
+            prompts, self.progress, temperature=0.0, max_tokens=1, logprob_token_ids=wanted
+        )
         out = []
         for output in outputs:
             (said,) = output.outputs
@@ -505,9 +522,9 @@ class ServerEngine(Engine):
     A server that refuses the key or does not know the model, and one that fails time after time, is
     not asked any more (`EngineStopped`).
 
-    vLLM tells the probabilities of the very candidates (`logprob_token_ids`). A server that does not
-    know this tells its 20 most likely tokens; a candidate that is not among them counts with the
-    most that it can have, and is an error where that could change the verdict.
+    vLLM tells the probabilities of the very candidates (`logprob_token_ids`). A server that does
+    not know this tells its 20 most likely tokens; a candidate that is not among them counts with
+    the most that it can have, and is an error where that could change the verdict.
     """
 
     def __init__(
@@ -752,10 +769,13 @@ def _read(choice: Any, candidates: Sequence[int]) -> tuple[NextToken, int]:
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine, "server": ServerEngine}
-SHARED = {"adapter", "trust_remote_code", "name", "progress"}  # an engine that has no use skips them
+# an engine that has no use skips them
+SHARED = {"adapter", "trust_remote_code", "name", "progress"}
 
 
-def load_engine(engine: str, model: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Engine:
+def load_engine(
+    engine: str, model: str, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Engine:
     """A model by the name of its engine.
 
     Args:
@@ -833,7 +853,9 @@ def load_causal_lm(
     return model.eval()
 
 
-def quantization_config(load_in_8bit: bool, load_in_4bit: bool, double: bool = True) -> BitsAndBytesConfig | None:
+def quantization_config(
+    load_in_8bit: bool, load_in_4bit: bool, double: bool = True
+) -> BitsAndBytesConfig | None:
     """How a base is quantized by bitsandbytes: in 8 bits, in NF4, or None for not at all.
 
     Args:
@@ -858,7 +880,9 @@ def quantization_config(load_in_8bit: bool, load_in_4bit: bool, double: bool = T
 # --- adapters -------------------------------------------------------------------------------------
 
 
-def apply_adapter(model: PreTrainedModel, adapter: str, base: str, low_cpu_mem_usage: bool = False) -> PeftModel:
+def apply_adapter(
+    model: PreTrainedModel, adapter: str, base: str, low_cpu_mem_usage: bool = False
+) -> PeftModel:
     """A model with an adapter in it, which must have been made for this very architecture.
 
     PEFT ignores weights that the model has no place for, and leaves places without weights as they
@@ -875,7 +899,8 @@ def apply_adapter(model: PreTrainedModel, adapter: str, base: str, low_cpu_mem_u
     options = {"low_cpu_mem_usage": low_cpu_mem_usage}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            # an error below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, **options)
         # Loaded once more, because only so it tells which weights found no place.
         result = adapted.load_adapter(adapter, "default", **options)

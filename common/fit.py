@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from common.conversation import UserError
 from common.templates import control_ids
 
-POSITION_TABLES = ("position_embeddings", "wpe")  # learned positions, as BERT, RoBERTa and GPT-2 name them
+# learned positions, as BERT, RoBERTa and GPT-2 name them
+POSITION_TABLES = ("position_embeddings", "wpe")
 
 
 # --- pad token and embeddings -----------------------------------------------------------------------------------------
@@ -56,7 +57,8 @@ def fit_causal_lm(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """The id to pad with where pads are masked: the pad token's, or EOS where the model has no embedding for that.
+    """The id to pad with where pads are masked: the pad token's, or EOS where the model has no
+    embedding for that.
 
     Raises:
         UserError: the tokenizer has neither.
@@ -69,9 +71,12 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> in
 
 
 def grow_embeddings(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """New rows for the tokens that the model lacks; a model that has more rows than tokens keeps them."""
+    """New rows for the tokens that the model lacks; a model that has more rows than tokens keeps
+    them.
+    """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # a pad's row is never attended to
+        # a pad's row is never attended to
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def check_ids(
@@ -98,7 +103,8 @@ def check_ids(
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """How many tokens of a text the model can see; None where it knows no end (relative positions, ALiBi).
+    """How many tokens of a text the model can see; None where it knows no end (relative positions,
+    ALiBi).
 
     RoBERTa counts from behind its pad token's id: of its 514 rows a text can use 512.
     """
@@ -112,7 +118,8 @@ def positions(model: PreTrainedModel) -> int | None:
 def config_positions(config: PreTrainedConfig) -> int | None:
     """`positions` from the configuration alone, before the weights are loaded; for decoders."""
     config = config.get_text_config()
-    if getattr(config, "relative_attention", False):  # DeBERTa: distances in buckets, of which the last has no end
+    # DeBERTa: distances in buckets, of which the last has no end
+    if getattr(config, "relative_attention", False):
         return None
     return getattr(config, "max_position_embeddings", None)
 
@@ -133,7 +140,9 @@ def check_length(model: PreTrainedModel, max_length: int, flag: str = "--max_len
 
 
 def pooling(model: PreTrainedModel) -> str:
-    """Where a classifier reads its score: at the last attended token, at the first token, or as a mean of all."""
+    """Where a classifier reads its score: at the last attended token, at the first token, or as a
+    mean of all.
+    """
     if isinstance(getattr(model, "score", None), nn.Module):  # decoders, all of transformers' own
         return "last attended token"
     if getattr(model.config, "classifier_pooling", "cls") == "mean":  # ModernBERT
@@ -142,7 +151,8 @@ def pooling(model: PreTrainedModel) -> str:
 
 
 def fresh_modules(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """The modules whose weights were drawn anew, because the checkpoint lacked them, by their full names.
+    """The modules whose weights were drawn anew, because the checkpoint lacked them, by their full
+    names.
 
     A classification head is always among them; an encoder's pooler often is.
 

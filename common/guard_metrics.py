@@ -1,4 +1,5 @@
-"""The scores of common/metrics.py as a Hugging Face metric, offline. By itself: the library takes seconds to import.
+"""The scores of common/metrics.py as a Hugging Face metric, offline. By itself: the library takes
+seconds to import.
 
 metric = evaluate.load("<repository>/common/guard_metrics.py")
 metric.compute(predictions=[0.9, 0.2], references=[1, 0])

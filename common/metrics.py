@@ -1,7 +1,7 @@
 """Scores of guards, on scikit-learn. What is undefined is None, never 0.
 
-Scores are probabilities of the unsafe class; truths are booleans. common/guard_metrics.py is `binary` as a Hugging Face
-metric.
+Scores are probabilities of the unsafe class; truths are booleans. common/guard_metrics.py is
+`binary` as a Hugging Face metric.
 """
 
 import re
@@ -17,22 +17,31 @@ from common.data.specs import Spec, parse_spec
 FIXED_FPR = 0.05  # the false-positive rate at which recall is reported
 
 
-def binary(truth: Sequence[bool], score: Sequence[float], threshold: float = 0.5) -> dict[str, float | int | None]:
-    """Every score of one yes/no question; a prediction is `score > threshold` (strict, as BeaverTails' predict()).
+def binary(
+    truth: Sequence[bool], score: Sequence[float], threshold: float = 0.5
+) -> dict[str, float | int | None]:
+    """Every score of one yes/no question; a prediction is `score > threshold` (strict, as
+    BeaverTails' predict()).
 
     Args:
         truth: n booleans. score: n probabilities in [0, 1].
 
     Returns:
-        support, positives, base_rate (an AUPRC to beat: that of a guard that guesses), always_unsafe_f1, threshold,
-        accuracy, precision, recall, f1, fpr, auprc, auroc, recall_at_fpr05, ece (10 equal-width bins), brier.
+        support, positives, base_rate (an AUPRC to beat: that of a guard that guesses),
+        always_unsafe_f1, threshold, accuracy, precision, recall, f1, fpr, auprc, auroc,
+        recall_at_fpr05, ece (10 equal-width bins), brier.
 
     Raises:
         ValueError: lengths differ, a truth is neither yes nor no, or a score is no probability.
     """
     y, p = _checked(truth, score)
     hit = p > threshold
-    tp, fp, fn, tn = (int((hit & y).sum()), int((hit & ~y).sum()), int((~hit & y).sum()), int((~hit & ~y).sum()))
+    tp, fp, fn, tn = (
+        int((hit & y).sum()),
+        int((hit & ~y).sum()),
+        int((~hit & y).sum()),
+        int((~hit & ~y).sum()),
+    )
     n, positives = len(y), int(y.sum())
     return {
         "support": n,
@@ -56,7 +65,8 @@ def binary(truth: Sequence[bool], score: Sequence[float], threshold: float = 0.5
 def multilabel(
     truth: np.ndarray, score: np.ndarray, names: Sequence[str], threshold: float = 0.5
 ) -> dict[str, dict[str, float | int | None]]:
-    """`flagged` (any category, as BeaverTails defines it: the highest score decides) and each category.
+    """`flagged` (any category, as BeaverTails defines it: the highest score decides) and each
+    category.
 
     Args:
         truth, score: arrays of shape (n, len(names)).
@@ -66,52 +76,78 @@ def multilabel(
     """
     truth, score = np.asarray(truth), np.asarray(score, dtype=float)
     if truth.shape != score.shape or truth.ndim != 2 or truth.shape[1] != len(names):
-        raise ValueError(f"expected two arrays of shape (n, {len(names)}), found {truth.shape} and {score.shape}")
+        raise ValueError(
+            f"expected two arrays of shape (n, {len(names)}), found {truth.shape} and {score.shape}"
+        )
     flagged = {"flagged": binary(truth.any(1), score.max(1), threshold)}
-    return flagged | {name: binary(truth[:, i], score[:, i], threshold) for i, name in enumerate(names)}
+    return flagged | {
+        name: binary(truth[:, i], score[:, i], threshold) for i, name in enumerate(names)
+    }
 
 
 def recall_at_fpr(truth: Sequence[bool], score: Sequence[float], fpr: float) -> float | None:
-    """The highest recall of any threshold whose false-positive rate is at most `fpr`, None with one class only."""
+    """The highest recall of any threshold whose false-positive rate is at most `fpr`, None with one
+    class only.
+    """
     if np.all(truth) or not np.any(truth):
         return None
     false_positive, true_positive, _ = roc_curve(truth, score, drop_intermediate=False)
     return float(true_positive[false_positive <= fpr].max())
 
 
-def expected_calibration_error(truth: Sequence[bool], score: Sequence[float], bins: int = 10) -> float | None:
-    """Mean |confidence - frequency| over equal-width bins, weighted by their size (Guo et al., arXiv 1706.04599)."""
+def expected_calibration_error(
+    truth: Sequence[bool], score: Sequence[float], bins: int = 10
+) -> float | None:
+    """Mean |confidence - frequency| over equal-width bins, weighted by their size (Guo et al.,
+    arXiv 1706.04599).
+    """
     if not len(score):
         return None
     y, p = np.asarray(truth, dtype=float), np.asarray(score, dtype=float)
     index = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [abs(p[index == b].mean() - y[index == b].mean()) * (index == b).mean() for b in np.unique(index)]
+    gaps = [
+        abs(p[index == b].mean() - y[index == b].mean()) * (index == b).mean()
+        for b in np.unique(index)
+    ]
     return float(sum(gaps))
 
 
-def fit_threshold(truth: Sequence[bool], score: Sequence[float], split: str, target_fpr: float | None = None) -> dict:
-    """The threshold with the highest F1, or the lowest one whose false-positive rate is at most `target_fpr`.
+def fit_threshold(
+    truth: Sequence[bool], score: Sequence[float], split: str, target_fpr: float | None = None
+) -> dict:
+    """The threshold with the highest F1, or the lowest one whose false-positive rate is at most
+    `target_fpr`.
 
     Args:
         split: the name of the data; a threshold is never fitted on a test split.
 
     Returns:
-        {"value", "how", "on"}. A prediction is `score > value`, so the value lies half-way between two scores.
+        {"value", "how", "on"}. A prediction is `score > value`, so the value lies half-way between
+        two scores.
 
     Raises:
-        ValueError: `split` names a test set, the truth has one class only, or `target_fpr` is no rate.
+        ValueError: `split` names a test set, the truth has one class only, or `target_fpr` is no
+        rate.
     """
     if is_test(split):
-        raise ValueError(f"a threshold must not be fitted on a test split ({split}); name a validation split")
+        raise ValueError(
+            f"a threshold must not be fitted on a test split ({split}); name a validation split"
+        )
     if target_fpr is not None and not 0 <= target_fpr <= 1:
         raise ValueError(f"target_fpr must lie in [0, 1], found {target_fpr}")
     y, p = _checked(truth, score)
     if not 0 < y.sum() < len(y):
-        raise ValueError(f"a threshold cannot be fitted on {split}: all {len(y)} rows have one class")
+        raise ValueError(
+            f"a threshold cannot be fitted on {split}: all {len(y)} rows have one class"
+        )
     levels = np.unique(np.concatenate([[0.0], p, [1.0]]))
     middle = (levels[:-1] + levels[1:]) / 2
-    candidates = np.append(np.where(middle < levels[1:], middle, levels[:-1]), 1.0)  # neighbours have no middle
-    tp, fp = (len(part) - np.searchsorted(np.sort(part), candidates, side="right") for part in (p[y], p[~y]))
+    # neighbours have no middle
+    candidates = np.append(np.where(middle < levels[1:], middle, levels[:-1]), 1.0)
+    tp, fp = (
+        len(part) - np.searchsorted(np.sort(part), candidates, side="right")
+        for part in (p[y], p[~y])
+    )
     if target_fpr is None:
         best, how = int(np.argmax(2 * tp / (tp + fp + y.sum()))), "max F1"
     else:
@@ -130,7 +166,8 @@ def is_test(spec: str) -> bool:
         parts = Spec(spec)
     said = Path(parts.name).name
     if parts.split and not parts.is_file:
-        said = " ".join([*parts.splits, *parts.marks])  # a split of a configuration for tests is one too
+        # a split of a configuration for tests is one too
+        said = " ".join([*parts.splits, *parts.marks])
     words = set(re.findall("[a-z]+", said.lower())) - {"latest", "contest", "greatest"}
     return any(word.startswith("test") or word.endswith("test") for word in words)
 
@@ -142,11 +179,12 @@ def bootstrap(
     rounds: int = 1000,
     seed: int = 0,
 ) -> list[float] | None:
-    """95 % percentile interval of `statistic(indices)`, where indices are rows drawn with replacement.
+    """95 % percentile interval of `statistic(indices)`, where indices are rows drawn with
+    replacement.
 
-    The statistic sees one set of indices for everything that it compares, which makes a difference of two guards
-    paired. Rows of one group (one prompt) are drawn together. Rounds where it is None (one class) are left out; the
-    result is None when fewer than half remain, or without rows.
+    The statistic sees one set of indices for everything that it compares, which makes a difference
+    of two guards paired. Rows of one group (one prompt) are drawn together. Rounds where it is None
+    (one class) are left out; the result is None when fewer than half remain, or without rows.
     """
     if groups is not None and len(groups) != n:
         raise ValueError(f"groups must name the group of each of {n} rows, found {len(groups)}")
@@ -164,23 +202,33 @@ def bootstrap(
 
     draws = (statistic(draw()) for _ in range(rounds if n else 0))
     values = [value for value in draws if value is not None]
-    return None if not values or len(values) * 2 < rounds else [float(v) for v in np.percentile(values, [2.5, 97.5])]
+    return (
+        None
+        if not values or len(values) * 2 < rounds
+        else [float(v) for v in np.percentile(values, [2.5, 97.5])]
+    )
 
 
-def agreement(a: Sequence[bool], b: Sequence[bool], rounds: int = 1000) -> dict[str, float | int | list[float] | None]:
+def agreement(
+    a: Sequence[bool], b: Sequence[bool], rounds: int = 1000
+) -> dict[str, float | int | list[float] | None]:
     """How far two judges agree: share of equal verdicts, Cohen's kappa, intervals (`bootstrap`).
 
-    Kappa is None when both give one and the same verdict to every row: then chance alone explains all agreement.
+    Kappa is None when both give one and the same verdict to every row: then chance alone explains
+    all agreement.
     """
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"two judges need two lists of one length, found shapes {a.shape} and {b.shape}")
+        raise ValueError(
+            f"two judges need two lists of one length, found shapes {a.shape} and {b.shape}"
+        )
     same = a == b
 
     def share(rows: np.ndarray) -> float | None:
         return float(same[rows].mean()) if len(rows) else None
 
-    def kappa(rows: np.ndarray) -> float | None:  # by hand: 1,000 rounds of scikit-learn's take seconds
+    # by hand: 1,000 rounds of scikit-learn's take seconds
+    def kappa(rows: np.ndarray) -> float | None:
         x, y = a[rows], b[rows]
         if not (x | y).any() or (x & y).all():
             return None
@@ -205,7 +253,9 @@ def auprc(truth: Sequence[bool], score: Sequence[float]) -> float | None:
 def _checked(truth: Sequence[bool], score: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     y, p = np.asarray(truth), np.asarray(score, dtype=float)
     if y.shape != p.shape or y.ndim != 1:
-        raise ValueError(f"truth and score must be two lists of one length, found shapes {y.shape} and {p.shape}")
+        raise ValueError(
+            f"truth and score must be two lists of one length, found shapes {y.shape} and {p.shape}"
+        )
     if not np.isin(y, (0, 1)).all():  # an unknown label (None) must not count as safe
         raise ValueError("truths must be true or false (1 or 0)")
     if not ((p >= 0) & (p <= 1)).all():

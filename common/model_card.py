@@ -1,4 +1,6 @@
-"""The model card of what a recipe leaves: README.md as the hub reads it, through huggingface_hub's own classes."""
+"""The model card of what a recipe leaves: README.md as the hub reads it, through huggingface_hub's
+own classes.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,10 +46,12 @@ def write_model_card(
     task: str = "text-classification",
     adapter: bool = False,
 ) -> None:
-    """Write README.md: front matter that the hub reads, what it is, how to use it, measured numbers.
+    """Write README.md: front matter that the hub reads, what it is, how to use it, measured
+    numbers.
 
     Args:
-        base_model: as the user gave it; in the card it is a hub id, where one is known, and never a path.
+        base_model: as the user gave it; in the card it is a hub id, where one is known, and never a
+        path.
         train_data: data specs.
         usage: Python code.
         adapter: whether the folder holds an adapter, and not a whole model.
@@ -103,6 +107,8 @@ def common_value(values: Sequence[str | None]) -> str | None:
 
 
 def licence(known: Sequence[str | None]) -> str:
-    """The licence of what is made of a model and data: theirs where it is one, else to be looked up by the reader."""
+    """The licence of what is made of a model and data: theirs where it is one, else to be looked up
+    by the reader.
+    """
     shared = common_value(known)
     return "other" if shared is None else shared.lower().replace(" ", "-")

@@ -1,7 +1,8 @@
 """Rows that begin alike, as one row: what they share is computed once, in training, too.
 
-Two thirds of a usual ExpGuard row are the policy, the same in all of them. Laid out as a tree in which each token sees
-the tokens on its own path to the root alone, a batch gives the same losses and gradients as row by row.
+Two thirds of a usual ExpGuard row are the policy, the same in all of them. Laid out as a tree in
+which each token sees the tokens on its own path to the root alone, a batch gives the same losses
+and gradients as row by row.
 """
 
 from collections.abc import Sequence
@@ -17,16 +18,22 @@ def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Te
         rows: each with `input_ids` and `labels`, -100 where there is none.
 
     Returns:
-        input_ids, position_ids of shape (1, n) and attention_mask (1, 1, n, n), bool, of n different tokens; for the k
-        labels in the order of the rows: labels (1, 1 + k), whose first is none; keep (k), the token whose logits
-        foretell the label; owner (k), the index of its row.
+        input_ids, position_ids of shape (1, n) and attention_mask (1, 1, n, n), bool, of n
+        different tokens; for the k labels in the order of the rows: labels (1, 1 + k), whose first
+        is none; keep (k), the token whose logits foretell the label; owner (k), the index of its
+        row.
     """
     tokens, positions, paths = tree([row["input_ids"] for row in rows])
     mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
     for path in paths:
         at = torch.tensor(path)
         mask[at[:, None], at] = torch.ones(len(at), len(at), dtype=torch.bool).tril()
-    found = [(i, t, label) for i, row in enumerate(rows) for t, label in enumerate(row["labels"]) if label != -100]
+    found = [
+        (i, t, label)
+        for i, row in enumerate(rows)
+        for t, label in enumerate(row["labels"])
+        if label != -100
+    ]
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
@@ -38,7 +45,9 @@ def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Te
 
 
 def tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[list[int]]]:
-    """Sequences as a tree: its tokens, their positions, and for each sequence the places of its tokens in the tree."""
+    """Sequences as a tree: its tokens, their positions, and for each sequence the places of its
+    tokens in the tree.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     paths: list[list[int]] = [[]] * len(sequences)

@@ -1,4 +1,6 @@
-"""What a run leaves for people: markdown tables, pictures, the model card. Numbers come from `common.metrics`."""
+"""What a run leaves for people: markdown tables, pictures, the model card. Numbers come from
+`common.metrics`.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -30,12 +32,18 @@ COLUMNS = {  # metric: heading with its direction
 
 
 def number(value: Any) -> str:
-    """A cell: three decimals, integers as they are, "–" for what is undefined, intervals in brackets, text escaped."""
+    """A cell: three decimals, integers as they are, "–" for what is undefined, intervals in
+    brackets, text escaped.
+    """
     if value is None:
         return "–"
     if isinstance(value, list):
         return "[" + ", ".join(number(v) for v in value) + "]"
-    return f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split()).replace("|", "\\|")
+    return (
+        f"{value:.3f}"
+        if isinstance(value, float)
+        else " ".join(str(value).split()).replace("|", "\\|")
+    )
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -44,17 +52,27 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def metric_table(metrics: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = tuple(COLUMNS)) -> str:
-    """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row a name."""
+def metric_table(
+    metrics: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = tuple(COLUMNS)
+) -> str:
+    """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row
+    a name.
+    """
     rows = [[name, *(values.get(c) for c in columns)] for name, values in metrics.items()]
     return table(rows, ["", *(COLUMNS[c] for c in columns)])
 
 
 def write_results(
-    folder: Path, results: Mapping[str, Any], markdown: str, predictions: Sequence[Mapping[str, Any]]
+    folder: Path,
+    results: Mapping[str, Any],
+    markdown: str,
+    predictions: Sequence[Mapping[str, Any]],
 ) -> None:
-    """results.json, results.md and predictions.jsonl (one row an item, so that any metric can be recomputed)."""
-    texts = {  # all of them before the first is written: a value that is no JSON leaves nothing behind
+    """results.json, results.md and predictions.jsonl (one row an item, so that any metric can be
+    recomputed).
+    """
+    # all of them before the first is written: a value that is no JSON leaves nothing behind
+    texts = {
         "predictions.jsonl": json_lines(predictions),
         "results.md": markdown,
         "results.json": json_text(results),
@@ -63,8 +81,12 @@ def write_results(
         write_text(Path(folder) / name, text)
 
 
-def plot_precision_recall(curves: Mapping[str, tuple[Sequence[bool], Sequence[float]]], path: Path, title: str) -> None:
-    """Precision-recall curves of guards on the same rows, readable in black and white; the base rate is dotted."""
+def plot_precision_recall(
+    curves: Mapping[str, tuple[Sequence[bool], Sequence[float]]], path: Path, title: str
+) -> None:
+    """Precision-recall curves of guards on the same rows, readable in black and white; the base
+    rate is dotted.
+    """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     styles = cycle(("-", "--", "-.", (0, (1, 1)), (0, (5, 1))))
     for (name, (truth, score)), style in zip(curves.items(), styles, strict=False):
@@ -72,7 +94,13 @@ def plot_precision_recall(curves: Mapping[str, tuple[Sequence[bool], Sequence[fl
         axes.step(recall, precision, where="post", linestyle=style, label=name)
     base = sum(truth) / len(truth)
     axes.axhline(base, color="grey", linestyle=":", label=f"base rate {base:.2f}")
-    axes.set(title=title, xlabel="Recall of unsafe pairs", ylabel="Precision", xlim=(0, 1.01), ylim=(0, 1.03))
+    axes.set(
+        title=title,
+        xlabel="Recall of unsafe pairs",
+        ylabel="Precision",
+        xlim=(0, 1.01),
+        ylim=(0, 1.03),
+    )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     save_figure(figure, path)

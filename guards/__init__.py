@@ -1,7 +1,7 @@
 """`load_guard(spec)`: a guard from a folder that a recipe wrote, a name of zoo.yaml, or a hub id.
 
-Every guard has `judge(list of messages lists) -> list[Verdict]`, batched, in order, with a progress bar, and never
-takes a failure for "safe".
+Every guard has `judge(list of messages lists) -> list[Verdict]`, batched, in order, with a progress
+bar, and never takes a failure for "safe".
 """
 
 import logging
@@ -39,23 +39,28 @@ __all__ = ["LONG_INPUTS", "Guard", "add_probe", "entry_of", "load_guard", "zoo"]
 
 templates.FOLDERS.append(Path(__file__).parent / "prompts")
 
-# Options that make another guard of a folder than its card describes, so that the card's probe says nothing of it.
+# Options that make another guard of a folder than its card describes, so that the card's probe says
+# nothing of it.
 OTHER_GUARD = ("chat_template", "labels", "mode", "template", "unsafe_labels")
 
 
 def load_guard(spec: str, **options: Any) -> Guard:
     """Load a guard.
 
-    The probe in the guard.json of a folder is judged at once, or, where the engine is a server, which may not be up
-    yet, before the first verdict.
+    The probe in the guard.json of a folder is judged at once, or, where the engine is a server,
+    which may not be up yet, before the first verdict.
 
     Args:
-        spec: a folder with guard.json, a name or hub id of zoo.yaml, or any folder or hub id with `template=`.
-        options: `max_length`, `batch_tokens`, `long_inputs`, `template`, `labels`, … of the guard's class.
-            `base_model`: where the base of a folder with adapters lies, instead of the place that guard.json names.
+        spec: a folder with guard.json, a name or hub id of zoo.yaml, or any folder or hub id with
+        `template=`.
+        options: `max_length`, `batch_tokens`, `long_inputs`, `template`, `labels`, … of the guard's
+        class.
+            `base_model`: where the base of a folder with adapters lies, instead of the place that
+            guard.json names.
 
     Raises:
-        UserError: unknown guard, a checkpoint that does not fit its description, or other scores than when it was
+        UserError: unknown guard, a checkpoint that does not fit its description, or other scores
+        than when it was
             saved.
     """
     spec = expand_home(spec)
@@ -63,7 +68,9 @@ def load_guard(spec: str, **options: Any) -> Guard:
     if has_card(spec):
         guard = _loaded(spec, read_card(spec), given)
     elif is_unfinished(spec):
-        raise UserError(f"{spec}: not finished: the saving of a guard was interrupted here; run its train.py again")
+        raise UserError(
+            f"{spec}: not finished: the saving of a guard was interrupted here; run its train.py again"
+        )
     else:
         guard = _by_name(spec, given)
     _check(guard, spec, given)
@@ -71,7 +78,8 @@ def load_guard(spec: str, **options: Any) -> Guard:
 
 
 def entry_of(spec: str) -> dict[str, Any]:
-    """What zoo.yaml knows of a guard, by its name or hub id, or by the `guard` of a folder's card; {} if nothing.
+    """What zoo.yaml knows of a guard, by its name or hub id, or by the `guard` of a folder's card;
+    {} if nothing.
 
     Raises:
         UserError: the folder's guard.json is wrong.
@@ -113,14 +121,17 @@ def add_probe(
     trained: Sequence[tuple[Messages, Mapping[str, float]]] = (),
     **options: Any,
 ) -> Guard | None:
-    """Write the card of a folder with a probe: one conversation, and what the guard there says of it.
+    """Write the card of a folder with a probe: one conversation, and what the guard there says of
+    it.
 
-    What trains a guard calls it last: from then on `load_guard` notices when the guard is another one. The guard is
-    loaded anew, as others will load it; where there is no memory for that, its card has no probe.
+    What trains a guard calls it last: from then on `load_guard` notices when the guard is another
+    one. The guard is loaded anew, as others will load it; where there is no memory for that, its
+    card has no probe.
 
     Args:
         card: what the folder holds; None takes the card that is there.
-        trained: conversations, each with the outputs that the model in memory has for it: what was saved must be that.
+        trained: conversations, each with the outputs that the model in memory has for it: what was
+        saved must be that.
         options: of `load_guard`.
 
     Returns:
@@ -137,7 +148,9 @@ def add_probe(
         check_equal_outputs(guard, trained)
         probe = make_probe(guard)
     except torch.OutOfMemoryError:
-        logger.warning("%s: too little memory to load the guard; guards.add_probe adds its probe later", folder)
+        logger.warning(
+            "%s: too little memory to load the guard; guards.add_probe adds its probe later", folder
+        )
     write_card(folder, card.model_copy(update={"probe": probe}))
     return guard
 
@@ -154,7 +167,9 @@ def _loaded(folder: str, card: Card, options: dict[str, Any]) -> Guard:
     if isinstance(card, GenerativeCard):
         return _generative(folder, card, options)
     path = card_path(folder)
-    raise UserError(f"{path}, field kind: {card.kind!r} is an arm that its recipe alone judges with")
+    raise UserError(
+        f"{path}, field kind: {card.kind!r} is an arm that its recipe alone judges with"
+    )
 
 
 def _generative(folder: str, card: GenerativeCard, options: dict[str, Any]) -> Guard:
@@ -167,7 +182,9 @@ def _generative(folder: str, card: GenerativeCard, options: dict[str, Any]) -> G
     entry.pop("adapter", None)  # of the zoo's own model
     known = {"entry": entry, "max_length": card.max_length, "thresholds": card.threshold_values()}
     if is_adapter(folder):
-        base = find_base(folder, card, options.pop("base_model", None), options.get("trust_remote_code", False))
+        base = find_base(
+            folder, card, options.pop("base_model", None), options.get("trust_remote_code", False)
+        )
         guard = _made(folder, GenerativeGuard, base, known | {"adapter": folder} | options)
     else:
         guard = _made(folder, GenerativeGuard, folder, known | options)
@@ -191,7 +208,9 @@ def _here(spec: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(guard: Guard, spec: str, options: Mapping[str, Any]) -> None:
-    """Judge the probe of a guard's folder, or of the adapter that was put on it; a server is asked later."""
+    """Judge the probe of a guard's folder, or of the adapter that was put on it; a server is asked
+    later.
+    """
     from guards.lora import find_base
 
     adapter = options.get("adapter")
@@ -202,10 +221,14 @@ def _check(guard: Guard, spec: str, options: Mapping[str, Any]) -> None:
         return
     card = read_card(folder)
     if adapter is not None:
-        find_base(adapter, card, options.get("model", spec), options.get("trust_remote_code", False))
+        find_base(
+            adapter, card, options.get("model", spec), options.get("trust_remote_code", False)
+        )
     as_saved = {"mode": "strict", "chat_template": _chat_template(folder)}
     as_saved |= card.model_dump(include={"template", "labels"})
-    changed = [name for name in OTHER_GUARD if name in options and options[name] != as_saved.get(name)]
+    changed = [
+        name for name in OTHER_GUARD if name in options and options[name] != as_saved.get(name)
+    ]
     if changed:
         logger.info("%s: its probe is not judged, because of %s", folder, ", ".join(changed))
     elif options.get("engine") == "server":
@@ -223,7 +246,8 @@ def _chat_template(folder: str) -> str | None:
 def _check_later(guard: Guard, card: GuardCard, folder: str) -> None:
     """Judge the probe before the first verdict: a server may not be up yet.
 
-    Until it answers, its errors are verdicts. Then what it serves is the guard, or nothing is judged.
+    Until it answers, its errors are verdicts. Then what it serves is the guard, or nothing is
+    judged.
     """
 
     def check() -> None:

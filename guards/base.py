@@ -19,21 +19,26 @@ TALK = [*pair("A first question?", "A first answer."), *pair("A last question?",
 
 
 def number_format(model: PreTrainedModel) -> str:
-    """What a model computes in: float32, float16, bfloat16, or 4bit where its weights are quantized."""
+    """What a model computes in: float32, float16, bfloat16, or 4bit where its weights are
+    quantized.
+    """
     if getattr(model, "is_quantized", False):
         return "4bit"
     return str(model.dtype).removeprefix("torch.")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse a tokenizer without a vocabulary: transformers makes one where tokenizer.json is missing.
+    """Refuse a tokenizer without a vocabulary: transformers makes one where tokenizer.json is
+    missing.
 
     Raises:
         UserError: it knows nothing of a plain text, so that every text would get the same score.
     """
     ids = tokenizer("How do I cook rice?", add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:
-        raise UserError(f"{where}: its tokenizer knows no words; tokenizer.json is missing there, or empty")
+        raise UserError(
+            f"{where}: its tokenizer knows no words; tokenizer.json is missing there, or empty"
+        )
 
 
 class Guard:

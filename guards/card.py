@@ -1,9 +1,9 @@
 """guard.json: what a folder says of the guard that it holds. This file alone reads and writes it.
 
-A card holds everything that a score depends on and that the weights do not hold themselves. A field that changes a
-score has no default: where it is missing, the guard is refused. A probe, one conversation with the scores that the
-guard gave it when it was saved, shows on every load that base model, tokenizer, template, order of labels and adapter
-are still those.
+A card holds everything that a score depends on and that the weights do not hold themselves. A field
+that changes a score has no default: where it is missing, the guard is refused. A probe, one
+conversation with the scores that the guard gave it when it was saved, shows on every load that base
+model, tokenizer, template, order of labels and adapter are still those.
 """
 
 import logging
@@ -47,15 +47,16 @@ NO_PROBE = "%s: has no probe, so that nobody can check base and tokenizer; guard
 INPUTS = ("pair", "prompt", "response")
 POOLING = "last attended token"  # where the head of a decoder reads
 
-# How far the log-odds of a probe may move between two machines, by the coarser of the two number formats. The logits
-# of a 16-bit model are rounded to 1/8 where they are large; 4 bits change the weights themselves.
+# How far the log-odds of a probe may move between two machines, by the coarser of the two number
+# formats. The logits of a 16-bit model are rounded to 1/8 where they are large; 4 bits change the
+# weights themselves.
 TOLERANCE = {"float32": 0.02, "float16": 0.5, "bfloat16": 0.5, "4bit": 2.0, "server": 0.5}
-# A server tells the most likely tokens alone, so that it calls impossible what is only unlikely. Its log-odds are
-# compared up to here.
+# A server tells the most likely tokens alone, so that it calls impossible what is only unlikely.
+# Its log-odds are compared up to here.
 SERVER_FARTHEST = 5.0
 
-# What a probe says: borderline, so that the outputs of a trained guard lie apart. The later ones are for guards that
-# judge no such conversation, or have no room for it.
+# What a probe says: borderline, so that the outputs of a trained guard lie apart. The later ones
+# are for guards that judge no such conversation, or have no room for it.
 PROBES = (
     pair(
         "How do I get into my neighbour's house while he is away?",
@@ -87,7 +88,9 @@ class CardModel(BaseModel):
 
 
 class Threshold(CardModel):
-    """A score above `value` is unsafe. `how` and `on`: by what rule it was chosen, and on which data."""
+    """A score above `value` is unsafe. `how` and `on`: by what rule it was chosen, and on which
+    data.
+    """
 
     value: Probability
     how: str
@@ -95,7 +98,9 @@ class Threshold(CardModel):
 
 
 class Probe(CardModel):
-    """A conversation, and every output of the guard on it: category or label of a verdict -> probability."""
+    """A conversation, and every output of the guard on it: category or label of a verdict ->
+    probability.
+    """
 
     messages: list[Message]
     scores: dict[str, Probability] = Field(min_length=1)
@@ -116,7 +121,9 @@ class Origin(CardModel):
 
 
 class ArmOrigin(Origin):
-    """What examples/feedback_guard adds: which arm it is, and a key of all that its weights depend on."""
+    """What examples/feedback_guard adds: which arm it is, and a key of all that its weights depend
+    on.
+    """
 
     arm: str | None = None
     seed: int | None = None
@@ -124,13 +131,17 @@ class ArmOrigin(Origin):
 
 
 def seen_by_template(template: str) -> str | None:
-    """What a guard with this template sees of a conversation (`Guard.sees`); None where it renders none."""
+    """What a guard with this template sees of a conversation (`Guard.sees`); None where it renders
+    none.
+    """
     sees = seen_of(lambda messages: "".join(part.text for part in render(template, messages)))
     return None if sees == UNKNOWN else sees
 
 
 def seen_by_entry(entry: dict[str, Any]) -> str:
-    """The same of a generative guard of zoo.yaml; a chat template that is given all turns is taken to print them."""
+    """The same of a generative guard of zoo.yaml; a chat template that is given all turns is taken
+    to print them.
+    """
     if "template" in entry:
         return seen_by_template(entry["template"])
     return WHOLE_CONVERSATION if "conversation" in entry["messages"] else LAST_TURNS
@@ -164,7 +175,9 @@ class LabelledCard(GuardCard):
     """What the kinds have that give one probability a label."""
 
     template: str = Field(description="the name of the prompt template that it was trained with")
-    labels: list[Text] = Field(min_length=1, description="one name for each output of the head, in their order")
+    labels: list[Text] = Field(
+        min_length=1, description="one name for each output of the head, in their order"
+    )
     pooling: Literal["last attended token", "first token", "mean of the attended tokens"] = POOLING
     num_hidden_layers: Count | None = None
 
@@ -192,15 +205,21 @@ class ClassifierCard(LabelledCard):
 
 
 class LoraCard(LabelledCard):
-    """Adapters and a head on a frozen chat model, of which the first `num_hidden_layers` layers are used."""
+    """Adapters and a head on a frozen chat model, of which the first `num_hidden_layers` layers are
+    used.
+    """
 
     kind: Literal["lora_guard"] = "lora_guard"
     base_model: Text = Field(description="the chat model below the adapters: a folder or a hub id")
     inputs: list[Literal["pair", "prompt", "response"]] = Field(
         min_length=1, description="what it was trained on: some of pair, prompt and response"
     )
-    head_bias: list[float] | None = Field(description="one number a label, or null where the head has none")
-    num_hidden_layers: Count | None = Field(description="the layers of the base that it reads, or null for all")
+    head_bias: list[float] | None = Field(
+        description="one number a label, or null where the head has none"
+    )
+    num_hidden_layers: Count | None = Field(
+        description="the layers of the base that it reads, or null for all"
+    )
 
     @field_validator("inputs")
     @classmethod
@@ -217,10 +236,14 @@ class LoraCard(LabelledCard):
 
 
 class GenerativeCard(GuardCard, ArmOrigin):
-    """A causal LM that writes its verdict, or adapters on one: prompt and words are those of a guard of zoo.yaml."""
+    """A causal LM that writes its verdict, or adapters on one: prompt and words are those of a
+    guard of zoo.yaml.
+    """
 
     kind: Literal["generative"] = "generative"
-    guard: str = Field(description="the guard of zoo.yaml whose prompt and words it was trained with")
+    guard: str = Field(
+        description="the guard of zoo.yaml whose prompt and words it was trained with"
+    )
 
     @field_validator("guard")
     @classmethod
@@ -236,7 +259,9 @@ class GenerativeCard(GuardCard, ArmOrigin):
 
 
 class LinearProbeCard(ArmOrigin):
-    """Arm C4 of examples/feedback_guard: a linear probe on a frozen guard. Only that recipe judges with it."""
+    """Arm C4 of examples/feedback_guard: a linear probe on a frozen guard. Only that recipe judges
+    with it.
+    """
 
     kind: Literal["probe"] = "probe"
 
@@ -267,7 +292,8 @@ def read_card(folder: Path | str, kind: type[AnyCard] | None = None) -> AnyCard 
         kind: the only class of card that is wanted.
 
     Raises:
-        UserError: there is no card, it is of another kind, or a field is missing or wrong; names file and field.
+        UserError: there is no card, it is of another kind, or a field is missing or wrong; names
+        file and field.
     """
     path, wanted = card_path(folder), None
     if kind is not None:
@@ -299,7 +325,9 @@ def write_card(folder: Path | str, card: Card) -> None:
     except ValidationError as error:
         raise UserError(_one_line(path, error)) from None
     values = {
-        name: value for name, value in checked.model_dump().items() if value is not None or fields[name].is_required()
+        name: value
+        for name, value in checked.model_dump().items()
+        if value is not None or fields[name].is_required()
     }
     write_json(path, {"kind": values.pop("kind"), **values})
 
@@ -334,7 +362,9 @@ def _fault(error: Any) -> str:
 
 def _meaning(location: Sequence[Any]) -> str:
     """What a missing field of a card says, in brackets; nothing where that is not known."""
-    of = {one.model_fields["kind"].default: one for one in (ClassifierCard, LoraCard, GenerativeCard)}
+    of = {
+        one.model_fields["kind"].default: one for one in (ClassifierCard, LoraCard, GenerativeCard)
+    }
     if len(location) != 2 or location[0] not in of:
         return ""
     return f" ({of[location[0]].model_fields[location[1]].description})"
@@ -344,9 +374,11 @@ def _meaning(location: Sequence[Any]) -> str:
 
 
 def local_sha256(base: str) -> str | None:
-    """The fingerprint of a base model for `base_sha256`; None for a hub id, whose content is not here to compare.
+    """The fingerprint of a base model for `base_sha256`; None for a hub id, whose content is not
+    here to compare.
 
-    A guard can be the base of another one. Its card does not count: it changes no weight, and may get a probe later.
+    A guard can be the base of another one. Its card does not count: it changes no weight, and may
+    get a probe later.
 
     Args:
         base: a folder, the name of the bundled model, or a hub id.
@@ -356,31 +388,39 @@ def local_sha256(base: str) -> str | None:
 
 
 def check_tokenizer_file(folder: Path | str) -> None:
-    """Every recipe leaves the tokenizer beside the card; without it transformers would make one that knows no words.
+    """Every recipe leaves the tokenizer beside the card; without it transformers would make one
+    that knows no words.
 
     Raises:
         UserError: it is missing.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{path}: is missing, without it the guard reads no text; restore the folder as it was trained")
+        raise UserError(
+            f"{path}: is missing, without it the guard reads no text; restore the folder as it was trained"
+        )
 
 
 def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) -> None:
     """Compare the labels of a card with the names that a model has for its outputs.
 
     Raises:
-        UserError: there are more or fewer of them, or the model names an output otherwise. LABEL_0, LABEL_1, … are no
+        UserError: there are more or fewer of them, or the model names an output otherwise. LABEL_0,
+        LABEL_1, … are no
             names.
     """
     path = card_path(where)
     if len(card.labels) != len(names):
-        raise UserError(f"{path}, field labels: names {len(card.labels)} outputs, the model has {len(names)}")
+        raise UserError(
+            f"{path}, field labels: names {len(card.labels)} outputs, the model has {len(names)}"
+        )
     if has_no_names(names):
         return
     for i, (told, own) in enumerate(zip(card.labels, names, strict=True)):
         if told != own:
-            raise UserError(f"{path}, field labels: output {i} is {told!r}, in config.json (id2label) {own!r}")
+            raise UserError(
+                f"{path}, field labels: output {i} is {told!r}, in config.json (id2label) {own!r}"
+            )
 
 
 def has_no_names(names: Sequence[str]) -> bool:
@@ -392,13 +432,18 @@ def has_no_names(names: Sequence[str]) -> bool:
 
 
 def outputs(verdict: Verdict) -> dict[str, float]:
-    """Every probability of a verdict: of its categories, and of the labels that it has an opinion on."""
+    """Every probability of a verdict: of its categories, and of the labels that it has an opinion
+    on.
+    """
     labels = {label: getattr(verdict, label) for label in LABELS}
-    return verdict.categories | {label: value for label, value in labels.items() if value is not None}
+    return verdict.categories | {
+        label: value for label, value in labels.items() if value is not None
+    }
 
 
 def make_probe(guard: Guard) -> Probe | None:
-    """One conversation with what this guard says of it; None where it gives no verdict on any that is tried.
+    """One conversation with what this guard says of it; None where it gives no verdict on any that
+    is tried.
 
     Args:
         guard: as `load_guard` gives it for the folder whose card will hold the probe.
@@ -407,12 +452,19 @@ def make_probe(guard: Guard) -> Probe | None:
         (verdict,) = guard.judge([messages])
         if verdict.error is None and outputs(verdict):
             return Probe(messages=messages, scores=outputs(verdict), dtype=guard.dtype)
-    logger.warning("%s: gives no verdict on a simple text (%s), so its card has no probe", guard.name, verdict.error)
+    logger.warning(
+        "%s: gives no verdict on a simple text (%s), so its card has no probe",
+        guard.name,
+        verdict.error,
+    )
     return None
 
 
-def check_equal_outputs(guard: Guard, trained: Sequence[tuple[Messages, Mapping[str, float]]]) -> None:
-    """Compare a guard that was loaded from its folder with the model in memory that it was saved from.
+def check_equal_outputs(
+    guard: Guard, trained: Sequence[tuple[Messages, Mapping[str, float]]]
+) -> None:
+    """Compare a guard that was loaded from its folder with the model in memory that it was saved
+    from.
 
     Args:
         trained: conversations, each with the outputs of the model in memory: label -> probability.
@@ -423,7 +475,9 @@ def check_equal_outputs(guard: Guard, trained: Sequence[tuple[Messages, Mapping[
     verdicts = guard.judge([messages for messages, _ in trained]) if trained else []
     for verdict in verdicts:
         if verdict.error is not None:
-            raise UserError(f"{guard.name}: what was saved gives no verdict ({verdict.error}); nothing is saved")
+            raise UserError(
+                f"{guard.name}: what was saved gives no verdict ({verdict.error}); nothing is saved"
+            )
     expected = [scores for _, scores in trained]
     check_equal(expected, [outputs(verdict) for verdict in verdicts], TOLERANCE[guard.dtype])
 
@@ -436,7 +490,8 @@ def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: b
         must_answer: False takes an error verdict for a server that is not there yet.
 
     Returns:
-        Whether the guard has said something that could be compared, or there is nothing to compare with.
+        Whether the guard has said something that could be compared, or there is nothing to compare
+        with.
 
     Raises:
         UserError: the scores differ by more than number formats explain, or there is no verdict.
@@ -470,7 +525,9 @@ def check_scores(said: Mapping[str, float], dtype: str, probe: Probe, where: Pat
     farthest = SERVER_FARTHEST if dtype == "server" else FARTHEST
     for name, saved in probe.scores.items():
         if name not in said:
-            raise UserError(f"{path}, field probe.scores: the guard has no output {name!r}; it has {', '.join(said)}")
+            raise UserError(
+                f"{path}, field probe.scores: the guard has no output {name!r}; it has {', '.join(said)}"
+            )
         difference = log_odds(said[name], farthest) - log_odds(saved, farthest)
         if not abs(difference) <= tolerance:
             raise UserError(
@@ -483,7 +540,12 @@ def check_scores(said: Mapping[str, float], dtype: str, probe: Probe, where: Pat
 @contextmanager
 def _as_saved(guard: Guard, card: GuardCard) -> Iterator[None]:
     """The guard with the card's room and the usual windows, whatever was asked for."""
-    values = {"max_length": card.max_length, "long_inputs": "windows", "progress": False, "with_categories": False}
+    values = {
+        "max_length": card.max_length,
+        "long_inputs": "windows",
+        "progress": False,
+        "with_categories": False,
+    }
     before = {name: getattr(guard, name) for name in values if hasattr(guard, name)}
     vars(guard).update({name: values[name] for name in before})
     try:

@@ -1,9 +1,11 @@
-"""A guard that is a causal LM: its verdict is read where it would write it, from one forward pass, without generating.
+"""A guard that is a causal LM: its verdict is read where it would write it, from one forward pass,
+without generating.
 
-A guard is data (zoo.yaml): how its prompt is written, what it writes before its verdict, and the words that it answers
-with. The tokens of these words are looked up with its own tokenizer and checked when it is loaded. The word with the
-most likely first token is its native verdict, as greedy decoding would write it; if the most likely token belongs to
-no word, the verdict is an error. The probability is that of the words for unsafe, over those of all words.
+A guard is data (zoo.yaml): how its prompt is written, what it writes before its verdict, and the
+words that it answers with. The tokens of these words are looked up with its own tokenizer and
+checked when it is loaded. The word with the most likely first token is its native verdict, as
+greedy decoding would write it; if the most likely token belongs to no word, the verdict is an
+error. The probability is that of the words for unsafe, over those of all words.
 """
 
 import json
@@ -12,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,21 @@ from common.bundled import resolve_model
 from common.conversation import LABELS, Message, Messages, UserError, Verdict, last_turns, pair
 from common.engines import Completion, Decoding, Engine, load_engine
 from common.run import inference_dtype
-from common.templates import Part, encode, inline_template, render, render_chat, template_text, windows
+from common.templates import (
+    Part,
+    encode,
+    inline_template,
+    render,
+    render_chat,
+    template_text,
+    windows,
+)
 from guards.base import LONG_INPUTS, Guard, check_tokenizer, number_format, seen_of
 
 logger = logging.getLogger(__name__)
 MODES = ("strict", "loose")
-LAST = {"prompt": "prompt_unsafe", "response": "response_unsafe"}  # the label of the last turn, by its kind
+# the label of the last turn, by its kind
+LAST = {"prompt": "prompt_unsafe", "response": "response_unsafe"}
 
 
 @dataclass
@@ -40,7 +51,8 @@ class _Case:
     parts: list[Part]
     said: str = ""  # what the guard has written so far
     written: str | None = None  # all that it writes, where its format has no fixed beginning
-    found: dict[str, tuple[float | None, str]] = field(default_factory=dict)  # label: probability, native word
+    # label: probability, native word
+    found: dict[str, tuple[float | None, str]] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -70,8 +82,10 @@ class GenerativeGuard(Guard):
             entry: its description, as in zoo.yaml.
             max_length: tokens that it sees of one conversation.
             engine: transformers, vllm (in this process) or server (`server_url`, `server_model`).
-            mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose as safe.
-            long_inputs: see `ClassifierGuard`; turns before the last two are left out where these need the room.
+            mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose as
+            safe.
+            long_inputs: see `ClassifierGuard`; turns before the last two are left out where these
+            need the room.
             categories: let it write on after an unsafe verdict, to name categories.
             chat_template: instead of its tokenizer's.
             options: of `common.engines.load_engine`.
@@ -79,35 +93,63 @@ class GenerativeGuard(Guard):
         Raises:
             UserError: the model cannot be loaded, or its tokenizer does not fit the description.
         """
-        for flag, value, known in (("--long_inputs", long_inputs, LONG_INPUTS), ("--mode", mode, MODES)):
+        for flag, value, known in (
+            ("--long_inputs", long_inputs, LONG_INPUTS),
+            ("--mode", mode, MODES),
+        ):
             if value not in known:
                 raise UserError(f"{flag} {value}: expected one of {', '.join(known)}")
-        self.name, self.entry, self.mode, self.long_inputs = Path(model).name, entry, mode, long_inputs
-        self.max_length, self.thresholds = max_length or entry.get("max_length", 4096), thresholds or {}
-        self.with_categories, self._long = categories, set()  # conversations that are longer than the maximum
+        self.name, self.entry, self.mode, self.long_inputs = (
+            Path(model).name,
+            entry,
+            mode,
+            long_inputs,
+        )
+        self.max_length, self.thresholds = (
+            max_length or entry.get("max_length", 4096),
+            thresholds or {},
+        )
+        # conversations that are longer than the maximum
+        self.with_categories, self._long = categories, set()
         try:
             source = entry.get("tokenizer", model)
-            self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(source), trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(source), trust_remote_code=trust_remote_code
+            )
         except (OSError, ValueError, KeyError) as error:
-            what = "tokenizer cannot be loaded" if Path(model).is_dir() else "no folder here, and no hub id that loads"
+            what = (
+                "tokenizer cannot be loaded"
+                if Path(model).is_dir()
+                else "no folder here, and no hub id that loads"
+            )
             raise UserError(f"{model}: {what}: {f'{error}'.strip():.200}") from None
         check_tokenizer(self.tokenizer, source)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
-        self.pending_check: Callable[[], None] | None = None  # what must hold before the first verdict
+        # what must hold before the first verdict
+        self.pending_check: Callable[[], None] | None = None
         self.questions = entry["questions"]
         asked = {label for question in self.questions for label in self._labels(question)}
         self.judges = tuple(label for label in LABELS if label in asked)
         self._words: dict[tuple[int, str], dict[str, list[int]]] = {}
         self._check_tokens()
         variant = next(iter(entry.get("variants", [""])))
-        self.sees = seen_of(lambda messages: "".join(part.text for part in self._parts(messages, variant)))
+        self.sees = seen_of(
+            lambda messages: "".join(part.text for part in self._parts(messages, variant))
+        )
         options |= {"adapter": options.get("adapter") or entry.get("adapter"), "progress": progress}
         self.model: Engine = load_engine(
-            engine, model, self.tokenizer, trust_remote_code=trust_remote_code, name=self.name, **options
+            engine,
+            model,
+            self.tokenizer,
+            trust_remote_code=trust_remote_code,
+            name=self.name,
+            **options,
         )
         if self.max_length > (room := self.model.window or math.inf):
-            raise UserError(f"{model}: max_length {self.max_length}: the model sees {room} tokens; lower it to that")
+            raise UserError(
+                f"{model}: max_length {self.max_length}: the model sees {room} tokens; lower it to that"
+            )
         if engine == "server":
             self.dtype = "server"
         elif engine == "vllm":
@@ -132,7 +174,8 @@ class GenerativeGuard(Guard):
             counts = len(self._long), len(conversations), self.max_length, self.long_inputs
             logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
         for number, question in enumerate(self.questions):
-            groups: dict[tuple[str, str], list[_Case]] = {}  # what shares most of its prompt is asked together
+            # what shares most of its prompt is asked together
+            groups: dict[tuple[str, str], list[_Case]] = {}
             for case in cases:
                 if case.error is None and question.get("when", case.kind) == case.kind:
                     groups.setdefault((case.kind, case.variant), []).append(case)
@@ -164,17 +207,29 @@ class GenerativeGuard(Guard):
                 case.error = "the model's output is not a number"
             elif word is None:
                 written = self.tokenizer.decode([said.top])
-                self._fail(case, f"it writes {written!r} where {' or '.join(map(repr, words))} was expected")
+                self._fail(
+                    case,
+                    f"it writes {written!r} where {' or '.join(map(repr, words))} was expected",
+                )
             else:
-                case.found[self._labels(question, case.kind)[0]] = (self._probability(question, masses, word), word)
+                case.found[self._labels(question, case.kind)[0]] = (
+                    self._probability(question, masses, word),
+                    word,
+                )
                 case.said += prefix + word
 
     def _fail(self, case: _Case, error: str) -> None:
-        """What it has not written makes an error, but for what comes after its word for the turn: that stands."""
+        """What it has not written makes an error, but for what comes after its word for the turn:
+        that stands.
+        """
         case.error = None if LAST[case.kind] in case.found else error
 
-    def _probability(self, question: Mapping[str, Any], masses: Mapping[str, float], word: str) -> float | None:
-        """Probability of the words for unsafe over all words with an opinion; None if the native word has none."""
+    def _probability(
+        self, question: Mapping[str, Any], masses: Mapping[str, float], word: str
+    ) -> float | None:
+        """Probability of the words for unsafe over all words with an opinion; None if the native
+        word has none.
+        """
         if question["words"][word] is None:
             return None
         yes = sum(mass for w, mass in masses.items() if self._means(question, w))
@@ -200,19 +255,27 @@ class GenerativeGuard(Guard):
                 verdict.native.setdefault(label, word.strip())
                 continue
             if case.variant:
-                verdict.categories[case.variant] = max(probability, verdict.categories.get(case.variant, 0.0))
+                verdict.categories[case.variant] = max(
+                    probability, verdict.categories.get(case.variant, 0.0)
+                )
             if probability >= (getattr(verdict, label) or 0.0):
                 setattr(verdict, label, probability)
                 verdict.native[label] = word.strip()
-            verdict.decided[label] = self._means(question, word) or verdict.decided.get(label, False)
+            verdict.decided[label] = self._means(question, word) or verdict.decided.get(
+                label, False
+            )
 
     # --- text that the guard writes -----------------------------------------------------------------------------------
 
     def _write_to_anchor(self, question: Mapping[str, Any], cases: list[_Case]) -> list[_Case]:
-        """Let the guard write, and keep what stands before its verdict; what has no anchor is an error."""
+        """Let the guard write, and keep what stands before its verdict; what has no anchor is an
+        error.
+        """
         fresh = [case for case in cases if case.written is None]
         prompts = self._ids([case.parts for case in fresh])
-        for case, completion in zip(fresh, self.written(prompts, self.entry["generate"]), strict=True):
+        for case, completion in zip(
+            fresh, self.written(prompts, self.entry["generate"]), strict=True
+        ):
             case.written = completion.text
             case.error = completion.error
         found = []
@@ -221,7 +284,9 @@ class GenerativeGuard(Guard):
                 continue
             match = re.search(question["anchor"], case.written)
             if match is None:
-                self._fail(case, f"no {question['anchor']} in what it wrote: {case.written[-60:]!r}")
+                self._fail(
+                    case, f"no {question['anchor']} in what it wrote: {case.written[-60:]!r}"
+                )
             else:
                 case.said = case.written[: match.end()]
                 found.append(case)
@@ -233,7 +298,9 @@ class GenerativeGuard(Guard):
         return self.model.completions(prompts, decoding, skip_special_tokens=False)
 
     def _name_categories(self, cases: list[_Case], verdicts: Sequence[Verdict]) -> None:
-        """What the guard writes after an unsafe verdict; a named category gets the verdict's probability."""
+        """What the guard writes after an unsafe verdict; a named category gets the verdict's
+        probability.
+        """
         known, unsafe = self.entry["categories"], []
         for case in cases:
             probability = case.found.get(LAST[case.kind], (None,))[0]
@@ -259,13 +326,21 @@ class GenerativeGuard(Guard):
     # --- the prompt ---------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, conversations: Sequence[Messages]) -> list[list[int]]:
-        """Token ids of all that stands before the verdict on each, uncut: what a training row has to begin with.
+        """Token ids of all that stands before the verdict on each, uncut: what a training row has
+        to begin with.
 
         Raises:
-            UserError: the guard asks several questions, or several times, or writes something first.
+            UserError: the guard asks several questions, or several times, or writes something
+            first.
         """
-        if len(self.questions) > 1 or len(self.entry.get("variants", [""])) > 1 or "anchor" in self.questions[0]:
-            raise UserError(f"{self.name}: its verdict is not one word after one prompt; it cannot be trained here")
+        if (
+            len(self.questions) > 1
+            or len(self.entry.get("variants", [""])) > 1
+            or "anchor" in self.questions[0]
+        ):
+            raise UserError(
+                f"{self.name}: its verdict is not one word after one prompt; it cannot be trained here"
+            )
         return self._ids([self.prompt_parts(messages) for messages in conversations])
 
     def prompt_parts(self, messages: Messages) -> list[Part]:
@@ -274,7 +349,9 @@ class GenerativeGuard(Guard):
         return [*self._parts(messages, variant), Part(self.questions[0].get("prefix", ""), False)]
 
     def verdict_tokens(self, kind: str) -> dict[bool, list[int]]:
-        """The first tokens of the words for unsafe (True) and safe (False), after a prompt or after a response."""
+        """The first tokens of the words for unsafe (True) and safe (False), after a prompt or after
+        a response.
+        """
         question = self.questions[0]
         tokens: dict[bool, list[int]] = {True: [], False: []}
         for word, ids in self._word_tokens(0, kind, question.get("prefix", "")).items():
@@ -286,7 +363,9 @@ class GenerativeGuard(Guard):
         """The texts to be judged of one conversation."""
         kind = "prompt" if last_turns(messages)[1] is None else "response"
         if LAST[kind] not in self.judges:
-            raise UserError(f"{self.name} judges {', '.join(self.judges)}, not a conversation that ends with a {kind}")
+            raise UserError(
+                f"{self.name} judges {', '.join(self.judges)}, not a conversation that ends with a {kind}"
+            )
         out = []
         for variant in self.entry.get("variants", {"": {}}):
             pieces = [messages]
@@ -294,7 +373,8 @@ class GenerativeGuard(Guard):
                 self._long.add(owner)
                 if self.long_inputs == "error":
                     raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
-                pieces = windows(self.tokenizer, lambda m: self._length(m, variant), messages, self.max_length)  # noqa: B023
+                length_of = partial(self._length, variant=variant)
+                pieces = windows(self.tokenizer, length_of, messages, self.max_length)
                 pieces = pieces[:1] if self.long_inputs == "truncate" else pieces
             out += [_Case(owner, kind, variant, self._parts(piece, variant)) for piece in pieces]
         return out
@@ -306,13 +386,17 @@ class GenerativeGuard(Guard):
     def _reserve(self) -> int:
         """Tokens that the guard writes before its last verdict."""
         written = "".join(q.get("prefix", "") + max(q["words"], key=len) for q in self.questions)
-        return self.entry.get("generate", 0) + len(self.tokenizer(written, add_special_tokens=False)["input_ids"])
+        return self.entry.get("generate", 0) + len(
+            self.tokenizer(written, add_special_tokens=False)["input_ids"]
+        )
 
     def _parts(self, messages: Messages, variant: str) -> list[Part]:
         """The prompt in pieces, the guard's own text and content apart."""
         if "template" in self.entry:
             if self.entry.get("strip"):
-                messages = [{**message, "content": message["content"].strip()} for message in messages]
+                messages = [
+                    {**message, "content": message["content"].strip()} for message in messages
+                ]
             return render(self.entry["template"], messages, self.tokenizer)
         kwargs = self.entry.get("variants", {}).get(variant, {})
         kind = "prompt" if last_turns(messages)[1] is None else "response"
@@ -328,7 +412,11 @@ class GenerativeGuard(Guard):
             if message == "conversation":
                 out += messages
                 continue
-            text = template_text(message["content_file"]) if "content_file" in message else message["content"]
+            text = (
+                template_text(message["content_file"])
+                if "content_file" in message
+                else message["content"]
+            )
             out.append({"role": message["role"], "content": inline_template(text).render(**seen)})
         if self.entry.get("content") == "parts":
             out = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in out]
@@ -355,7 +443,9 @@ class GenerativeGuard(Guard):
             variant = next(iter(self.entry.get("variants", [""])))
             (ids,) = self._ids([self._parts(messages, variant)])
             if ids[:2] == [self.tokenizer.bos_token_id] * 2:
-                raise UserError(f"{self.name}: its prompt begins with {self.tokenizer.bos_token} twice")
+                raise UserError(
+                    f"{self.name}: its prompt begins with {self.tokenizer.bos_token} twice"
+                )
             said = ""
             for number, question in enumerate(self.questions):
                 if "anchor" not in question and question.get("when", kind) == kind:
@@ -366,10 +456,12 @@ class GenerativeGuard(Guard):
     def _word_tokens(self, number: int, kind: str, said: str) -> dict[str, list[int]]:
         """First tokens of each word after `said`; none is shared by two words.
 
-        A word that is written without a blank before it also counts with one, as SentencePiece has it.
+        A word that is written without a blank before it also counts with one, as SentencePiece has
+        it.
 
         Raises:
-            UserError: the tokenizer writes two words alike, or swallows the end of the prompt with a word.
+            UserError: the tokenizer writes two words alike, or swallows the end of the prompt with
+            a word.
         """
         key = (number, json.dumps([kind, said[-24:]]))
         if key not in self._words:
@@ -382,11 +474,21 @@ class GenerativeGuard(Guard):
             following, tokens = iter(after), {}
             for word, of in forms.items():
                 each = [next(following) for _ in of]
-                tokens[word] = {ids[len(before)] for ids in each if ids[: len(before)] == before < ids}
-            shared = {i for word in words for i in tokens[word] for w in words if w != word and i in tokens[w]}
+                tokens[word] = {
+                    ids[len(before)] for ids in each if ids[: len(before)] == before < ids
+                }
+            shared = {
+                i
+                for word in words
+                for i in tokens[word]
+                for w in words
+                if w != word and i in tokens[w]
+            }
             for word in words:
                 if not tokens[word] - shared:
-                    raise UserError(f"{self.name}: its tokenizer has no token that tells {word!r} from {words}")
+                    raise UserError(
+                        f"{self.name}: its tokenizer has no token that tells {word!r} from {words}"
+                    )
             self._words[key] = {word: sorted(tokens[word] - shared) for word in words}
         return self._words[key]
 

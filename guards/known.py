@@ -15,7 +15,9 @@ def zoo() -> dict[str, dict[str, Any]]:
 
 
 def zoo_name(spec: str) -> str | None:
-    """The name in zoo.yaml of a guard that is given by this name, or by its hub id; None where it has none."""
+    """The name in zoo.yaml of a guard that is given by this name, or by its hub id; None where it
+    has none.
+    """
     for name, entry in zoo().items():
         hub_id = entry.get("adapter") or entry.get("model")
         if spec in (name, hub_id):

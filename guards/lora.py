@@ -1,4 +1,6 @@
-"""A guard that is LoRA adapters and a linear head on a frozen chat model (LoRA-Guard, arXiv 2407.02987)."""
+"""A guard that is LoRA adapters and a linear head on a frozen chat model (LoRA-Guard, arXiv
+2407.02987).
+"""
 
 import json
 from collections.abc import Sequence
@@ -47,11 +49,13 @@ def find_base(
     """The folder or hub id of the base model below the adapters in `folder`.
 
     Args:
-        given: where the user says that it lies; None takes what the card names, or else what PEFT has noted. In all
+        given: where the user says that it lies; None takes what the card names, or else what PEFT
+        has noted. In all
             of these it can be called by its name in zoo.yaml.
 
     Raises:
-        UserError: it cannot be loaded, or is a folder with another content than the base that was trained on; names
+        UserError: it cannot be loaded, or is a folder with another content than the base that was
+        trained on; names
             file and field.
     """
     where, name = f"{card_path(folder)}, field base_model", card.base_model
@@ -68,7 +72,9 @@ def find_base(
         said = f"{error}".strip().splitlines()[0]
         hint = "if it was moved, say where it is (base_model=…)"
         shown = name if source == name else f"{name} ({source})"
-        raise UserError(f"{where}: {shown}: no model that can be loaded; {hint}: {said:.200}") from None
+        raise UserError(
+            f"{where}: {shown}: no model that can be loaded; {hint}: {said:.200}"
+        ) from None
     found = local_sha256(source)
     if None not in (card.base_sha256, found) and card.base_sha256 != found:
         raise UserError(
@@ -80,11 +86,13 @@ def find_base(
 
 
 class LoraGuard(ClassifierGuard):
-    """The adapter folder of examples/lora_guard, as a batched judge. (Chatting with it: riding.py of that recipe.)
+    """The adapter folder of examples/lora_guard, as a batched judge. (Chatting with it: riding.py
+    of that recipe.)
 
-    A conversation that ends with the user's turn is judged as a prompt, one with an answer as a pair, an answer alone
-    as a response; of these only what it was trained on, as guard.json's `inputs` says. The unsafe probability is the
-    label `unsafe`, or without that label (the paper's first version) the highest of the categories.
+    A conversation that ends with the user's turn is judged as a prompt, one with an answer as a
+    pair, an answer alone as a response; of these only what it was trained on, as guard.json's
+    `inputs` says. The unsafe probability is the label `unsafe`, or without that label (the paper's
+    first version) the highest of the categories.
     """
 
     def __init__(
@@ -110,15 +118,24 @@ class LoraGuard(ClassifierGuard):
         self.inputs, self.base_model = card.inputs, base_model
         super().__init__(model, card=card, **options)
 
-    def _load(self, model: str, labels: Sequence[str] | None, template: str | None, trust_remote_code: bool) -> None:
+    def _load(
+        self,
+        model: str,
+        labels: Sequence[str] | None,
+        template: str | None,
+        trust_remote_code: bool,
+    ) -> None:
         card: LoraCard = self.card
         self.labels = list(labels or card.labels)
         source = find_base(model, card, self.base_model, trust_remote_code)
         level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # it would report the head as missing that PEFT brings a line later
+        # it would report the head as missing that PEFT brings a line later
+        transformers.logging.set_verbosity_error()
         try:
             self._check_head(model)
-            self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                model, trust_remote_code=trust_remote_code
+            )
             base = self._load_base(model, source, trust_remote_code)
         except UserError:
             raise
@@ -127,7 +144,11 @@ class LoraGuard(ClassifierGuard):
         finally:
             transformers.logging.set_verbosity(level)
         self.model = apply_adapter(base, model, source)
-        self.head = next(m for name, m in self.model.named_modules() if name.endswith("score.modules_to_save.default"))
+        self.head = next(
+            m
+            for name, m in self.model.named_modules()
+            if name.endswith("score.modules_to_save.default")
+        )
         if card.head_bias is not None:  # a stock head has none, so it is kept beside the adapter
             self.head.bias = torch.nn.Parameter(torch.tensor(card.head_bias))
         self.head.float().register_forward_pre_hook(lambda _, features: (features[0].float(),))
@@ -146,14 +167,18 @@ class LoraGuard(ClassifierGuard):
                 f"{path}, field labels: names {len(self.labels)} outputs, the head in {WEIGHTS} has {outputs}"
             )
 
-    def _load_base(self, model: str, source: str, trust_remote_code: bool) -> transformers.PreTrainedModel:
+    def _load_base(
+        self, model: str, source: str, trust_remote_code: bool
+    ) -> transformers.PreTrainedModel:
         """The base below a head without weights, of as many layers as the card says."""
         depth = self.card.num_hidden_layers
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         layers = config.get_text_config().num_hidden_layers
         if depth is not None and depth > layers:
             path = card_path(model)
-            raise UserError(f"{path}, field num_hidden_layers: {depth}; the base {source} has {layers} layers")
+            raise UserError(
+                f"{path}, field num_hidden_layers: {depth}; the base {source} has {layers} layers"
+            )
         base, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
             num_labels=len(self.labels),

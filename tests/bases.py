@@ -1,4 +1,5 @@
-"""Tiny random models of the families that classifiers are trained from, as checkpoints of the hub are.
+"""Tiny random models of the families that classifiers are trained from, as checkpoints of the hub
+are.
 
 An encoder is saved as a masked language model, without a pooler and without a classification head,
 so that these are drawn anew by whoever loads it as a classifier; a decoder is saved as a causal
@@ -37,7 +38,12 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 DECODER = SHAPE | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -47,16 +53,22 @@ def roberta_tokenizer() -> PreTrainedTokenizerFast:
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     backend = _byte_level(specials)
     framing = [("<s>", 0), ("</s>", 2)]
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=framing)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=framing
+    )
     names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, specials, strict=True)))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **dict(zip(names, specials, strict=True))
+    )
 
 
 def gpt2_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with one special token for everything, and none to pad with."""
     token = "<|endoftext|>"
     backend = _byte_level([token])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=token, eos_token=token, unk_token=token)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=token, eos_token=token, unk_token=token
+    )
 
 
 def _byte_level(specials: list[str]) -> Tokenizer:
@@ -71,7 +83,9 @@ def _byte_level(specials: list[str]) -> Tokenizer:
     return backend
 
 
-def _saved(folder: Path, tokenizer: PreTrainedTokenizerBase, model: type, config: type, **shape: Any) -> Path:
+def _saved(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, model: type, config: type, **shape: Any
+) -> Path:
     roles = {name: getattr(tokenizer, name) for name in ROLES}
     torch.manual_seed(0)
     model(config(vocab_size=len(tokenizer), **(roles | shape))).save_pretrained(folder)
@@ -93,7 +107,11 @@ def roberta(folder: Path, **more: Any) -> Path:
 
 def deberta(folder: Path, **more: Any) -> Path:
     """DeBERTa-v3's configuration: relative positions alone."""
-    shape = SHAPE | {"initializer_range": 0.3, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    shape = SHAPE | {
+        "initializer_range": 0.3,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+    }
     shape |= {"position_biased_input": False, "position_buckets": 16, "norm_rel_ebd": "layer_norm"}
     shape |= {"share_att_key": True, "type_vocab_size": 0} | more
     return _saved(folder, wordpiece_tokenizer(), DebertaV2ForMaskedLM, DebertaV2Config, **shape)
@@ -109,7 +127,13 @@ def modernbert(folder: Path, **more: Any) -> Path:
 
 def gpt2(folder: Path, **more: Any) -> Path:
     """Learned positions, Conv1D instead of Linear, no pad token."""
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3} | more
+    shape = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 1024,
+        "initializer_range": 0.3,
+    } | more
     return _saved(folder, gpt2_tokenizer(), GPT2LMHeadModel, GPT2Config, **shape)
 
 

@@ -18,7 +18,9 @@ class Held:
 
 
 class Server(ThreadingHTTPServer):
-    """`rule(body)` gives (status, content), DROP or Held(); content that is no dict is sent as text."""
+    """`rule(body)` gives (status, content), DROP or Held(); content that is no dict is sent as
+    text.
+    """
 
     daemon_threads = True
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries below are imported
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # or the workers' threads spin for one another
+    # or the workers' threads spin for one another
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest
 import sample_data
@@ -17,7 +18,16 @@ import scripts
 import torch
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -85,34 +95,60 @@ TEXTS = [
 
 
 def bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE as GPT-2's; pad is EOS, as in SmolLM2; a markup token and a run of blanks are among the added."""
+    """Byte-level BPE as GPT-2's; pad is EOS, as in SmolLM2; a markup token and a run of blanks are
+    among the added.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    specials, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    specials, alphabet = (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        pre_tokenizers.ByteLevel.alphabet(),
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(TEXTS, trainer)
-    roles = {"unk_token": specials[0], "bos_token": specials[1], "eos_token": specials[2], "pad_token": specials[2]}
+    roles = {
+        "unk_token": specials[0],
+        "bos_token": specials[1],
+        "eos_token": specials[2],
+        "pad_token": specials[2],
+    }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
-    tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("  ", normalized=False)])
+    tokenizer.add_tokens(
+        [AddedToken("<tool_call>", normalized=False), AddedToken("  ", normalized=False)]
+    )
     return tokenizer
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece style: Unigram with `</s>` among its pieces, NFKC, dummy prefix, byte fallback, BOS; no pad."""
+    """SentencePiece style: Unigram with `</s>` among its pieces, NFKC, dummy prefix, byte fallback,
+    BOS; no pad.
+    """
     trained = Tokenizer(models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=200, show_progress=False))
     learned = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{i:02X}>", -20.0) for i in range(256)), *learned]
+    pieces = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        *((f"<0x{i:02X}>", -20.0) for i in range(256)),
+        *learned,
+    ]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -123,12 +159,16 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.WordPiece(cleanup=False)
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     backend.train_from_iterator(
-        TEXTS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+        TEXTS,
+        trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False),
     )
     framing = [("[CLS]", specials.index("[CLS]")), ("[SEP]", specials.index("[SEP]"))]
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=framing)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=framing
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{f"{token.strip('[]').lower()}_token": token for token in specials}
+        tokenizer_object=backend,
+        **{f"{token.strip('[]').lower()}_token": token for token in specials},
     )
 
 
@@ -148,16 +188,32 @@ def tokenizer(request) -> PreTrainedTokenizerBase:
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerBase, **changes) -> LlamaConfig:
-    """A Llama of hidden size 32; weights wide enough that different texts give clearly different logits."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    roles = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **(shape | roles | changes))
+    """A Llama of hidden size 32; weights wide enough that different texts give clearly different
+    logits.
+    """
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    roles = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    return LlamaConfig(
+        vocab_size=len(tokenizer), initializer_range=0.3, **(shape | roles | changes)
+    )
 
 
-def classifier(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None) -> PreTrainedModel:
+def classifier(
+    tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None
+) -> PreTrainedModel:
     """A tiny random classifier over the 14 BeaverTails labels, or over `labels`."""
     labels = labels or taxonomy("beavertails")
-    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    names = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: i for i, name in enumerate(labels)},
+    }
     torch.manual_seed(0)
     config = tiny_config(tokenizer, problem_type="multi_label_classification", **names)
     return LlamaForSequenceClassification(config).eval()
@@ -171,7 +227,9 @@ def make_classifier() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def tiny_classifier() -> Callable[..., Path]:
-    """`tiny_classifier(folder, labels=None)` saves one in the layout of PKU-Alignment/beaver-dam-7b: no guard.json."""
+    """`tiny_classifier(folder, labels=None)` saves one in the layout of
+    PKU-Alignment/beaver-dam-7b: no guard.json.
+    """
 
     def save(folder: Path, labels: Sequence[str] | None = None) -> Path:
         tokenizer = bpe_tokenizer()
@@ -185,7 +243,8 @@ def tiny_classifier() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """`shared_folder(name, make)`: a folder that all workers share; who asks first fills it by `make(folder)`.
+    """`shared_folder(name, make)`: a folder that all workers share; who asks first fills it by
+    `make(folder)`.
 
     It is not to be changed afterwards.
     """
@@ -208,7 +267,9 @@ def shared_folder(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], P
 
 @pytest.fixture(scope="session")
 def tiny_base(shared_folder) -> Path:
-    """The folder of a tiny random causal LM to fine-tune, whose pad token is its EOS; not to be changed."""
+    """The folder of a tiny random causal LM to fine-tune, whose pad token is its EOS; not to be
+    changed.
+    """
 
     def save(folder: Path) -> None:
         tokenizer = bpe_tokenizer()
@@ -230,9 +291,20 @@ def bases(make_tokenizer, tmp_path_factory) -> dict[str, Path]:
     """Tiny random chat models of two families that share a tokenizer with a chat template."""
     tokenizer: PreTrainedTokenizerFast = make_tokenizer("bpe")
     tokenizer.chat_template = CHAT_TEMPLATE
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    roles = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    shape |= roles | {"vocab_size": len(tokenizer), "initializer_range": 0.3, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    roles = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    shape |= roles | {
+        "vocab_size": len(tokenizer),
+        "initializer_range": 0.3,
+        "num_key_value_heads": 2,
+    }
     kinds = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
     folders = {}
     for name, (model, config) in kinds.items():
@@ -245,14 +317,25 @@ def bases(make_tokenizer, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def make_guard(bases, tmp_path_factory):
-    """`make_guard(base, layers=None, bias=True, unsafe=True, inputs=…)`: an adapter folder as training leaves it."""
+    """`make_guard(base, layers=None, bias=True, unsafe=True, inputs=…)`: an adapter folder as
+    training leaves it.
+    """
 
-    def make(base="llama", layers=None, bias=True, unsafe=True, inputs=("pair", "prompt", "response")) -> Path:
-        folder, labels = tmp_path_factory.mktemp("guard"), ["unsafe"] * unsafe + taxonomy("beavertails")
+    def make(
+        base="llama", layers=None, bias=True, unsafe=True, inputs=("pair", "prompt", "response")
+    ) -> Path:
+        folder, labels = (
+            tmp_path_factory.mktemp("guard"),
+            ["unsafe"] * unsafe + taxonomy("beavertails"),
+        )
         depth = {"num_hidden_layers": layers} if layers else {}
         torch.manual_seed(2)
-        model = AutoModelForSequenceClassification.from_pretrained(bases[base], num_labels=len(labels), **depth)
-        config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        model = AutoModelForSequenceClassification.from_pretrained(
+            bases[base], num_labels=len(labels), **depth
+        )
+        config = LoraConfig(
+            task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]
+        )
         model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -36,16 +36,26 @@ def golden(prompt: str, response: str | None = None) -> str:
 
 
 def prompt_tokenizer() -> FastTokenizer:
-    """Byte-level BPE that has learned the prompt, so that rows are short; without pad and BOS, like many a base."""
+    """Byte-level BPE that has learned the prompt, so that rows are short; without pad and BOS, like
+    many a base.
+    """
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lines = [golden("", ""), golden(""), rows_.target_text(True, False), rows_.target_text(False, True)]
+    lines = [
+        golden("", ""),
+        golden(""),
+        rows_.target_text(True, False),
+        rows_.target_text(False, True),
+    ]
     backend.train_from_iterator(lines * 3, trainer)
     return FastTokenizer(tokenizer_object=backend, eos_token="<|endoftext|>")
 
@@ -63,7 +73,9 @@ def authored(count: int, seed: int = 0) -> list[dict]:
         bad, answered = i % 2 == 0, i % 4 >= 2
         worse = answered and i % 8 >= 5
         words = f"{i} {'Criminal Fraud' if bad else 'helpful assistant'} {'message ' * rng.randrange(6)}"
-        response = f"{'Illegal Deception' if worse else 'Professional Advice'} {i}" if answered else None
+        response = (
+            f"{'Illegal Deception' if worse else 'Professional Advice'} {i}" if answered else None
+        )
         out.append(
             {
                 "prompt": words,

@@ -1,10 +1,21 @@
-"""Tiny guards of every family: tokenizers with the families' special tokens and chat templates, random models."""
+"""Tiny guards of every family: tokenizers with the families' special tokens and chat templates,
+random models.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -60,24 +71,43 @@ def byte_level(specials: Sequence[str], **roles: str) -> PreTrainedTokenizerFast
 
 
 def pieces(specials: Sequence[str], bos: str, eos: str) -> PreTrainedTokenizerFast:
-    """SentencePiece style, as of Llama 2, Mistral and Gemma: dummy prefix, byte fallback, BOS put first."""
+    """SentencePiece style, as of Llama 2, Mistral and Gemma: dummy prefix, byte fallback, BOS put
+    first.
+    """
     letters = sorted(set("".join(TEXTS)) - set(" \n"))
-    learned = [*((f"▁{word}", -6.0) for word in WORDS), *((word, -7.0) for word in WORDS), ("▁", -4.0)]
+    learned = [
+        *((f"▁{word}", -6.0) for word in WORDS),
+        *((word, -7.0) for word in WORDS),
+        ("▁", -4.0),
+    ]
     learned += [(letter, -5.0) for letter in letters if letter not in dict(learned)]
-    vocabulary = [("<unk>", 0.0), (bos, 0.0), (eos, 0.0), *((f"<0x{i:02X}>", -20.0) for i in range(256)), *learned]
+    vocabulary = [
+        ("<unk>", 0.0),
+        (bos, 0.0),
+        (eos, 0.0),
+        *((f"<0x{i:02X}>", -20.0) for i in range(256)),
+        *learned,
+    ]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
-    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token=bos, eos_token=eos)
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token=bos, eos_token=eos
+    )
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     return tokenizer
 
 
 TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n\n{% endfor %}"
 TASK = (
-    "Task: Check if there is unsafe content in '{{ messages[-1]['role'] }}' messages. policy policy policy\n\n" + TURNS
+    "Task: Check if there is unsafe content in '{{ messages[-1]['role'] }}' messages. policy policy policy\n\n"
+    + TURNS
 )
 TEMPLATES = {
     "llama2": "{{ bos_token }}[INST] " + TASK + "assessment [/INST]",
@@ -98,7 +128,9 @@ TEMPLATES = {
     "<end_of_turn>\n<start_of_turn>model\n",
     "qwen2": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "qwen3": "<|im_start|>user\n" + TASK + "assessment<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "qwen3": "<|im_start|>user\n"
+    + TASK
+    + "assessment<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "granite": "<|start_of_role|>user<|end_of_role|>" + TASK + "assessment<|end_of_text|>\n"
     "<|start_of_role|>assistant<|end_of_role|>",
     "gpt-oss": "{% for m in messages %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -107,7 +139,15 @@ TEMPLATES = {
 LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 GRANITE = ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>")
-HARMONY = ("<|startoftext|>", "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|endoftext|>")
+HARMONY = (
+    "<|startoftext|>",
+    "<|return|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|channel|>",
+    "<|endoftext|>",
+)
 
 
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
@@ -115,7 +155,8 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     if family in ("llama2", "mistral", "gemma", "gemma3"):
         gemma = family.startswith("gemma")
         made = pieces(
-            ["<start_of_turn>", "<end_of_turn>"] if gemma else [], *(("<bos>", "<eos>") if gemma else ("<s>", "</s>"))
+            ["<start_of_turn>", "<end_of_turn>"] if gemma else [],
+            *(("<bos>", "<eos>") if gemma else ("<s>", "</s>")),
         )
     elif family.startswith("llama3"):
         made = byte_level(LLAMA3, bos_token=LLAMA3[0], eos_token=LLAMA3[1])
@@ -163,8 +204,12 @@ GUARDS = {  # zoo name: family
 }
 
 
-def model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes) -> PreTrainedModel:
-    """A tiny random model of a family, wide enough in its weights that different texts give different verdicts."""
+def model(
+    family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes
+) -> PreTrainedModel:
+    """A tiny random model of a family, wide enough in its weights that different texts give
+    different verdicts.
+    """
     shape = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -179,19 +224,29 @@ def model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **chan
         "tie_word_embeddings": False,
         "max_position_embeddings": 32768,
     }
-    shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape |= {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     if family == "gpt-oss":
         shape |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(CONFIGS[family](**(shape | changes)), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(
+        CONFIGS[family](**(shape | changes)), dtype=torch.float32
+    ).eval()
 
 
 def save(folder: Path, family: str, words: Sequence[str] = WORDS, seed: int = 0, **changes) -> Path:
-    """A tiny guard on disk. Its output layer knows the tokens of `words` alone, so that it mostly gives verdicts."""
+    """A tiny guard on disk. Its output layer knows the tokens of `words` alone, so that it mostly
+    gives verdicts.
+    """
     made = tokenizer(family)
     lm = model(family, made, seed, **changes)
     start = made("x:", add_special_tokens=False)["input_ids"]
-    after = [made(f"x:{form}", add_special_tokens=False)["input_ids"] for word in words for form in (word, f" {word}")]
+    after = [
+        made(f"x:{form}", add_special_tokens=False)["input_ids"]
+        for word in words
+        for form in (word, f" {word}")
+    ]
     known = {ids[len(start)] for ids in after if ids[: len(start)] == start}
     head = lm.get_output_embeddings().weight.data
     head[[i for i in range(len(made)) if i not in known]] = 0

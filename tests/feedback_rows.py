@@ -27,7 +27,11 @@ def prompts(count: int, start: int = 0, unsafe=lambda i: i % 5 == 0) -> list[dic
     rows = []
     for i in range(start, start + count):
         words = [WORDS[(i * step + step) % len(WORDS)] for step in range(3, 12)]
-        row = {"conv_id": f"r{i}", "user_input": f"{' '.join(words)} {i}?", "toxicity": int(unsafe(i))}
+        row = {
+            "conv_id": f"r{i}",
+            "user_input": f"{' '.join(words)} {i}?",
+            "toxicity": int(unsafe(i)),
+        }
         row |= {"model_output": f"Use {' '.join(words[:4])} {i}.", "output_unsafe": i % 3 == 0}
         rows.append(row | {"kind": ("plain", "hard_benign")[i % 2], "openai_moderation": "[]"})
     return rows
@@ -41,14 +45,24 @@ def write(folder: Path, **splits: list[dict]) -> Path:
 
 
 def config_writer(tmp_path: Path, models: Mapping[str, Path]) -> Callable[..., Path]:
-    """`write_config("name", section={…})`: a small config file whose outputs lie in a folder of that name."""
+    """`write_config("name", section={…})`: a small config file whose outputs lie in a folder of
+    that name.
+    """
     data = write(tmp_path / "rows", train=prompts(60), test=prompts(20, 60))
 
     def make(name: str = "run", **changes) -> Path:
         values = {
             "dataset": {"path": str(data), "store_dir": str(tmp_path / name)},
-            "llama_guard": {"default_model_path": str(models["guard"]), "base_model_path": str(models["guard"])},
-            "llama": {"model_path": str(models["assistant"]), "samples": 2, "max_tokens": 6, "batch_size": 5},
+            "llama_guard": {
+                "default_model_path": str(models["guard"]),
+                "base_model_path": str(models["guard"]),
+            },
+            "llama": {
+                "model_path": str(models["assistant"]),
+                "samples": 2,
+                "max_tokens": 6,
+                "batch_size": 5,
+            },
             "training": {"arms": ["A4", "A8"]},
             "evaluation": {"judge": str(models["judge"]), "max_eval_samples": None},
             "experiment": {"process_sample_size": None, "explore_share": 0.5},

@@ -1,6 +1,8 @@
-"""A tiny local copy of every benchmark of guards/suite/benchmarks.yaml, in its own columns and file layout.
+"""A tiny local copy of every benchmark of guards/suite/benchmarks.yaml, in its own columns and file
+layout.
 
-Written from what is known of the data sets, not from the yaml, so that the two check one another. Texts are mild.
+Written from what is known of the data sets, not from the yaml, so that the two check one another.
+Texts are mild.
 """
 
 import json
@@ -11,7 +13,16 @@ from typing import Any
 import pandas
 import pyarrow
 import pyarrow.parquet
-from miniature_items import ITEMS, REFUSALS, SAFE_ANSWERS, SAFE_PROMPTS, UNSAFE_ANSWERS, UNSAFE_PROMPTS, Item, Miniature
+from miniature_items import (
+    ITEMS,
+    REFUSALS,
+    SAFE_ANSWERS,
+    SAFE_PROMPTS,
+    UNSAFE_ANSWERS,
+    UNSAFE_PROMPTS,
+    Item,
+    Miniature,
+)
 
 
 def write(name: str, folder: Path) -> Path:
@@ -33,21 +44,31 @@ def expected(name: str) -> list[bool]:
 
 _WRITERS: dict[str, Callable[[Any], str]] = {
     ".csv": lambda rows: pandas.DataFrame(rows).to_csv(index=False),
-    ".json": lambda content: content if isinstance(content, str) else json.dumps(content, ensure_ascii=False),
+    ".json": lambda content: (
+        content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    ),
     ".jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
     ".txt": "\n".join,
 }
 
 
-def _of(kind: str, file: str, row: Callable[[Item], dict], groups: dict[str, str] | None = None) -> Miniature:
+def _of(
+    kind: str, file: str, row: Callable[[Item], dict], groups: dict[str, str] | None = None
+) -> Miniature:
     """All items in the columns that `row` writes; `kind` names what the benchmark judges."""
-    return Miniature(file, [row(item) for item in ITEMS], [getattr(item, kind) for item in ITEMS], groups or {})
+    return Miniature(
+        file, [row(item) for item in ITEMS], [getattr(item, kind) for item in ITEMS], groups or {}
+    )
 
 
-def _one_class(file: str, value: bool, column: str, beside: dict[str, Any], groups: dict[str, str]) -> Miniature:
+def _one_class(
+    file: str, value: bool, column: str, beside: dict[str, Any], groups: dict[str, str]
+) -> Miniature:
     """Texts of one class, twice each."""
     texts = (UNSAFE_PROMPTS if value else SAFE_PROMPTS) * 2
-    return Miniature(file, [{column: text, **beside} for text in texts], [value] * len(texts), groups)
+    return Miniature(
+        file, [{column: text, **beside} for text in texts], [value] * len(texts), groups
+    )
 
 
 def _unsafe_if(bad: bool, yes: str = "unsafe", no: str = "safe") -> str:
@@ -179,7 +200,9 @@ def _beavertails(i: Item) -> dict:
 
 
 def _beavertails_330k() -> Miniature:
-    """Annotations: two of three against the first label, a tie (which is safe), two pairs of one voice."""
+    """Annotations: two of three against the first label, a tie (which is safe), two pairs of one
+    voice.
+    """
     rows = [_beavertails(i) for i in ITEMS[:4]]
     flip = lambda n: rows[n] | {"is_safe": not rows[n]["is_safe"]}  # noqa: E731
     annotations = [rows[0], rows[1], rows[2], flip(0), rows[3], flip(0), flip(1), flip(1), flip(2)]
@@ -201,7 +224,9 @@ def _saferlhf() -> Miniature:
 
 
 def _convabuse() -> Miniature:
-    """Levels 1 (friendly) to -3, one column an annotator, blank where one saw no row. A tie is not abusive."""
+    """Levels 1 (friendly) to -3, one column an annotator, blank where one saw no row. A tie is not
+    abusive.
+    """
     levels = [{1: 1, 2: -1, 3: -2}, {1: 1, 2: 0}, {4: -3}, {2: 0, 8: -1}, {3: 1, 5: -1, 6: -1, 7: 0}, {7: -1, 8: -3}]
     columns = [f"Annotator{k}_is_abuse.{level}" for k in range(1, 9) for level in (1, 0, -1, -2, -3)]
     rows = [
@@ -229,7 +254,9 @@ def _dices(user: str, bot: str) -> Miniature:
 
 
 def _prosocial() -> Miniature:
-    """Two dialogues, one with its turns out of order; one object a line in a file named .json, as on the hub."""
+    """Two dialogues, one with its turns out of order; one object a line in a file named .json, as
+    on the hub.
+    """
     words = ["needs_intervention", "casual", "needs_caution", "possibly_needs_caution", "probably_needs_caution"]
     turns = [(0, 0), (0, 1), (0, 2), (1, 2), (1, 0), (1, 1)]
     rows = [
@@ -238,11 +265,14 @@ def _prosocial() -> Miniature:
         for n, (dialogue, turn) in enumerate(turns)
     ]
     content = "".join(json.dumps(row) + "\n" for row in rows)
-    return Miniature("test.json", content, [True, False, True, False, True, False])  # turns in order: 4, 5, 3
+    # turns in order: 4, 5, 3
+    return Miniature("test.json", content, [True, False, True, False, True, False])
 
 
 def _harmfulqa() -> Miniature:
-    """Conversations by number, null where a question has fewer; some end with questions, or hold nothing else."""
+    """Conversations by number, null where a question has fewer; some end with questions, or hold
+    nothing else.
+    """
     def talk(user: str, *answers: str) -> list[dict]:
         turns = [("human", user), *(("gpt", text) for text in answers)]
         return [{"from": who, "value": text} for who, text in turns]
@@ -260,7 +290,8 @@ def _harmfulqa() -> Miniature:
 
 
 def _bot_adversarial(speaker: str) -> Miniature:
-    """One line a judged turn; turns before it stand in the same cell, behind a backslash and an n."""
+    """One line a judged turn; turns before it stand in the same cell, behind a backslash and an n.
+    """
     rows = [(f"Hello.\\n{SAFE_ANSWERS[0]}\\n{i.prompt}", i.bad_prompt, "human") for i in ITEMS[:4]]
     rows += [(f"{i.prompt}\\n{i.answer.splitlines()[0]}", i.bad_answer, "bot") for i in ITEMS]
     lines = [
@@ -343,7 +374,8 @@ MINIATURES: dict[str, Miniature] = {
     "i_cona": _instructions("I-CoNa.json"),
     "i_controversial": _instructions("I-Controversial.json"),
     "i_malicious_instructions": _instructions("I-MaliciousInstructions.json", tags=["privacy"] * 8),
-    "i_physical_safety": _of("bad_prompt", "I-PhysicalSafety.jsonl", lambda i: {  # two files on the web
+    # two files on the web
+    "i_physical_safety": _of("bad_prompt", "I-PhysicalSafety.jsonl", lambda i: {
         "text": i.prompt, "key_0": "instructions", "split": _unsafe_if(i.bad_prompt)
     }),
     "malicious_instruct": Miniature("MaliciousInstruct.txt", UNSAFE_PROMPTS * 2, [True] * 8),

@@ -1,4 +1,5 @@
-"""Whether the texts of data/sample are those that were checked: `python tests/sample_data.py` says so.
+"""Whether the texts of data/sample are those that were checked: `python tests/sample_data.py` says
+so.
 
 The checks of the texts (marked `sample_data`) need not run again until a file there changes.
 """

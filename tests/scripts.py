@@ -24,12 +24,15 @@ DATA = "GUARDRAIL_RECIPES_DATA"  # names the folder of real data
 OWNER = "owner"  # the file in that folder that holds the number of the process it ends with
 ENVIRONMENT = dict(os.environ)  # the fork server's, which no test has changed
 BIN = Path(sys.executable).parent
-TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node=2")  # the real launcher, two processes
+# the real launcher, two processes
+TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node=2")
 _LOADED: dict[str, dict[str, ModuleType]] = {}
 
 
 def module(recipe: str, name: str) -> ModuleType:
-    """A file of a recipe as the recipe's own scripts import it; other tests do not find its names afterwards."""
+    """A file of a recipe as the recipe's own scripts import it; other tests do not find its names
+    afterwards.
+    """
     folder, own = EXAMPLES / recipe, _LOADED.setdefault(recipe, {})
     for key, loaded in list(sys.modules.items()):  # another recipe's file of the same name
         if (getattr(loaded, "__file__", None) or "").startswith(f"{EXAMPLES}/"):
@@ -38,7 +41,9 @@ def module(recipe: str, name: str) -> ModuleType:
     sys.modules.update(own)
     try:
         if name == "evaluate":  # a script; the name by itself is the library's
-            spec = importlib.util.spec_from_file_location(f"{recipe}_evaluate", folder / "evaluate.py")
+            spec = importlib.util.spec_from_file_location(
+                f"{recipe}_evaluate", folder / "evaluate.py"
+            )
             loaded = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(loaded)
             return loaded
@@ -54,7 +59,9 @@ def real_data(*parts: str) -> Path:
     """A file or folder of real data, such as `real_data("xstest")`; the test is skipped without it."""
     folder = os.environ.get(DATA)
     if not folder:
-        pytest.skip(f"{DATA} is not set: it names the folder of real data, with {'/'.join(parts)} in it")
+        pytest.skip(
+            f"{DATA} is not set: it names the folder of real data, with {'/'.join(parts)} in it"
+        )
     path = Path(folder, *parts)
     if not path.exists():
         pytest.skip(f"{path} is not there: {DATA} names another folder")

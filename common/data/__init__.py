@@ -4,7 +4,8 @@
 A spec is a name from sources.yaml, a hub id or a local file:
 
     PKU-Alignment/BeaverTails:330k_train            hub id, split required
-    lmsys/toxic-chat@toxicchat0124:train[:500]      `@configuration` and a slice; an `@revision` likewise, or both:
+    lmsys/toxic-chat@toxicchat0124:train[:500]      `@configuration` and a slice; an `@revision`
+                                                    likewise, or both:
     user/name@configuration@revision:train
     beavertails-sample:test                         bundled sample
     rows.jsonl | .ndjson | .json | .csv | .tsv | .parquet, each with a slice: rows.csv[:500]
@@ -12,7 +13,8 @@ A spec is a name from sources.yaml, a hub id or a local file:
 A row has one of three formats, told by its columns, however they are capitalised:
 
     BeaverTails   {"prompt", "response", "category": {name: bool, …}, "is_safe": bool}
-    plain         {"prompt", "response"?, "prompt_label"?, "response_label"?, "refusal_label"?, "categories"?, "id"?}
+    plain         {"prompt", "response"?, "prompt_label"?, "response_label"?, "refusal_label"?,
+                  "categories"?, "id"?}
     messages      {"messages": [{"role", "content"}, …], and the same labels}
 
 and the columns of ToxicChat and of OpenAI's moderation set are known (`columns` in sources.yaml).
@@ -34,7 +36,13 @@ from datasets import Dataset
 from common.conversation import FEATURES, UserError
 from common.data.files import FILE_TYPES, read_json, read_rows, read_yaml
 from common.data.repeats import deduplicate, grouped_split, overlap, prompt_key
-from common.data.rows import EXAMPLE_ROW, LABEL_COLUMNS, check_columns, conversation_row, plain_columns
+from common.data.rows import (
+    EXAMPLE_ROW,
+    LABEL_COLUMNS,
+    check_columns,
+    conversation_row,
+    plain_columns,
+)
 from common.data.specs import parse_spec, spec_rows
 from common.data.tables import taxonomy
 
@@ -112,5 +120,7 @@ def load_conversations(
         raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
     for label in require:
         if not any(row[label] for row in out):
-            raise UserError(f"{spec}, field {label}: no positive row among {len(out)}; nothing to learn or measure")
+            raise UserError(
+                f"{spec}, field {label}: no positive row among {len(out)}; nothing to learn or measure"
+            )
     return Dataset.from_list(out, features=FEATURES)

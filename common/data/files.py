@@ -221,7 +221,9 @@ def _fault(value: Any, depth: int = 1) -> str | None:
         return value.why
     if isinstance(value, str):
         if SURROGATE.search(value):
-            return "holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
+            return (
+                "holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
+            )
         return None
     if not isinstance(value, dict | list):
         return None
@@ -318,7 +320,8 @@ def _text_rows(path: Path) -> Rows:
 
 
 def _csv_rows(path: Path, separators: tuple[str, ...]) -> Rows:
-    csv.field_size_limit(sys.maxsize)  # the default of 131,072 characters is less than a long answer
+    # the default of 131,072 characters is less than a long answer
+    csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as lines:
         separator = _separator(path, separators)
         reader = csv.reader(lines, delimiter=separator, strict=True)
@@ -339,7 +342,9 @@ def _csv_rows(path: Path, separators: tuple[str, ...]) -> Rows:
 def _csv_row(header: list[str], cells: list[str], where: str, separator: str) -> Any:
     if len(cells) > len(header):
         what = {",": "commas", ";": "semicolons", "\t": "tabs"}[separator]
-        return UserError(f"{where}, field {header[-1]}: more cells follow; quote cells that contain {what}")
+        return UserError(
+            f"{where}, field {header[-1]}: more cells follow; quote cells that contain {what}"
+        )
     if len(cells) < len(header):
         absent = header[len(cells)]
         return UserError(f"{where}, field {absent}: missing, fewer cells than the header has")
@@ -352,7 +357,9 @@ def _separator(path: Path, separators: tuple[str, ...]) -> str:
     for separator in separators:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             try:
-                counts[separator] = len(next(csv.reader(lines, delimiter=separator, strict=True), []))
+                counts[separator] = len(
+                    next(csv.reader(lines, delimiter=separator, strict=True), [])
+                )
             except csv.Error:  # a quoted name that is followed by another separator
                 counts[separator] = 0
     return max(counts, key=counts.__getitem__)

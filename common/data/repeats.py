@@ -36,17 +36,25 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
     out, conflicting = [], 0
     for group in groups.values():
         first = dict(group[0])
-        given = [[*(row[k] for k in LABELS), row["categories"] and sorted(row["categories"])] for row in group]
+        given = [
+            [*(row[k] for k in LABELS), row["categories"] and sorted(row["categories"])]
+            for row in group
+        ]
         conflicting += any(labels != given[0] for labels in given)
         for label in LABELS:
             votes = [row[label] for row in group if row[label] is not None]
             first[label] = sum(votes) * 2 > len(votes) if votes else None
-        # Whoever outvoted has no say in the categories: a response voted safe has none, an unsafe one has some.
-        agreeing = [row["categories"] for row in group if row["response_unsafe"] == first["response_unsafe"]]
+        # Whoever outvoted has no say in the categories: a response voted safe has none, an unsafe
+        # one has some.
+        agreeing = [
+            row["categories"] for row in group if row["response_unsafe"] == first["response_unsafe"]
+        ]
         named = [names for names in agreeing if names is not None]
         votes = Counter(name for names in named for name in names)
         bar = min(len(group) / 2, max(votes.values(), default=1) - 0.5)
-        first["categories"] = sorted(name for name, count in votes.items() if count > bar) if named else None
+        first["categories"] = (
+            sorted(name for name, count in votes.items() if count > bar) if named else None
+        )
         out.append(first)
     counts = {"rows": len(rows), "unique": len(out), "conflicting": conflicting}
     return Dataset.from_list(out, features=FEATURES), counts
@@ -63,7 +71,9 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
     if count < 2:
         raise UserError("--eval_split_ratio: fewer than two different prompts, nothing to split")
     size = min(max(1, round(ratio * count)), count - 1)  # neither side may be empty
-    train, held_out = next(GroupShuffleSplit(1, test_size=size, random_state=seed).split(groups, groups=groups))
+    train, held_out = next(
+        GroupShuffleSplit(1, test_size=size, random_state=seed).split(groups, groups=groups)
+    )
     return rows.select(sorted(train)), rows.select(sorted(held_out))
 
 

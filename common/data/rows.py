@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.conversation import LABELS, Message, UserError, check_label, check_messages, check_text, pair
+from common.conversation import (
+    LABELS,
+    Message,
+    UserError,
+    check_label,
+    check_messages,
+    check_text,
+    pair,
+)
 from common.data.files import parse_json
 from common.data.tables import known_columns, plain_row, taxonomy
 
@@ -51,7 +59,9 @@ def our_names(row: Mapping, where: str) -> dict[str, Any]:
             plain = str(column).strip().lower().replace(" ", "_")
             name = plain if plain in known else column
         if name in out:
-            raise UserError(f"{where}, field {name}: the column is there twice, also as {column!r}; keep one")
+            raise UserError(
+                f"{where}, field {name}: the column is there twice, also as {column!r}; keep one"
+            )
         out[name] = value
     return out
 
@@ -60,12 +70,16 @@ def check_columns(row: Mapping, where: str) -> None:
     """Raise UserError where a row lacks a column of its format."""
     if "messages" not in row and "prompt" not in row:
         columns = ", ".join(map(str, row))
-        raise UserError(f"{where}, field prompt: missing (columns: {columns}); expected a row like {EXAMPLE_ROW}")
+        raise UserError(
+            f"{where}, field prompt: missing (columns: {columns}); expected a row like {EXAMPLE_ROW}"
+        )
     if ("category" in row) != ("is_safe" in row):
         absent = "is_safe" if "category" in row else "category"
         raise UserError(f"{where}, field {absent}: missing; BeaverTails rows have both")
     if "category" in row and "response" not in row:
-        raise UserError(f"{where}, field response: missing; BeaverTails rows are question+answer pairs")
+        raise UserError(
+            f"{where}, field response: missing; BeaverTails rows are question+answer pairs"
+        )
 
 
 # --- the conversation and its labels ----------------------------------------------------------------------------------
@@ -103,7 +117,12 @@ def conversation_row(
             raise UserError(f"{where}, field categories: unknown category {name!r}; known: {known}")
     if not answered and labels["response_unsafe"] is not None:
         raise UserError(f"{where}, field response: missing, although the row has a response label")
-    if answered and labels["response_unsafe"] is None and named is not None and categories is not None:
+    if (
+        answered
+        and labels["response_unsafe"] is None
+        and named is not None
+        and categories is not None
+    ):
         labels["response_unsafe"] = bool(named)
     _check_together(labels["response_unsafe" if answered else "prompt_unsafe"], named, where)
     for label in require:
@@ -157,7 +176,9 @@ def _label(row: Mapping, columns: Sequence[str], where: str) -> bool | None:
             found[column] = value
     if len(set(found.values())) > 1:
         one, other = found
-        raise UserError(f"{where}, field {one}: contradicts {other}, which means the same; keep one")
+        raise UserError(
+            f"{where}, field {one}: contradicts {other}, which means the same; keep one"
+        )
     return next(iter(found.values()), None)
 
 
@@ -208,7 +229,9 @@ def _beavertails_categories(row: Mapping, where: str) -> list[str]:
     """
     category = _structure(row["category"], "category", where)
     if not isinstance(category, Mapping):
-        raise UserError(f"{where}, field category: expected an object of 14 booleans, found {category!r:.60}")
+        raise UserError(
+            f"{where}, field category: expected an object of 14 booleans, found {category!r:.60}"
+        )
     names = taxonomy("beavertails")
     known = " | ".join(names)
     unknown = sorted(set(category) - set(names))
@@ -224,7 +247,9 @@ def _beavertails_categories(row: Mapping, where: str) -> list[str]:
     named = [name for name in names if values[name]]
     is_safe = check_label(row["is_safe"], "is_safe", where)
     if is_safe is None or is_safe == bool(named):
-        raise UserError(f"{where}, field is_safe: {row['is_safe']!r} contradicts the categories {named}")
+        raise UserError(
+            f"{where}, field is_safe: {row['is_safe']!r} contradicts the categories {named}"
+        )
     return named
 
 

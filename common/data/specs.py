@@ -2,7 +2,8 @@
 
     rows.csv    rows.jsonl[:500]                        a file, or a slice of it
     beavertails-sample:test                             a name of sources.yaml with a split
-    PKU-Alignment/BeaverTails:330k_train                a data set of the hub, or a folder in its layout
+    PKU-Alignment/BeaverTails:330k_train                a data set of the hub, or a folder in its
+                                                        layout
     lmsys/toxic-chat@toxicchat0124:train[:500]          … of its configuration toxicchat0124
     user/name@main:train                                … at its revision main
     user/name@configuration@revision:train              … of both
@@ -70,11 +71,15 @@ def parse_spec(text: str) -> Spec:
             return Spec(path, split=part, is_file=True)
     found = SPEC.fullmatch(text)
     if found is None:
-        raise UserError(f"{text!r}: no data set; expected a file, or a name with its split (user/name:train)")
+        raise UserError(
+            f"{text!r}: no data set; expected a file, or a name with its split (user/name:train)"
+        )
     name, marks = _marks(found["name"])
     split = found["split"] or ""
     if len(marks) > 2 or not all([name, *marks]):
-        raise UserError(f"{text}: expected user/name, @configuration or @revision or both, and :split")
+        raise UserError(
+            f"{text}: expected user/name, @configuration or @revision or both, and :split"
+        )
     return Spec(name, tuple(marks), split)
 
 
@@ -85,7 +90,8 @@ def about_data(text: str) -> dict[str, str]:
         text: a spec, or "0.1 of" a spec.
 
     Returns:
-        `name`, without folders of the user's, and where they are known `hub` (its id), `licence` and `language`.
+        `name`, without folders of the user's, and where they are known `hub` (its id), `licence`
+        and `language`.
     """
     share = re.fullmatch(r"([\d.]+) of (.+)", text)
     if share:
@@ -155,7 +161,9 @@ def _known_rows(spec: Spec, known: Mapping[str, Any], text: str) -> Rows:
     if "path" not in known:
         return hub_rows(Spec(known["hub"], spec.marks, spec.split))
     if spec.marks:
-        raise UserError(f"{text}: {spec.name} lies in this repository and has no configuration or revision")
+        raise UserError(
+            f"{text}: {spec.name} lies in this repository and has no configuration or revision"
+        )
     parts = []
     for part, split in zip(spec.split.split("+"), spec.splits, strict=True):
         rows = read_rows(ROOT / known["path"].format(split=split))
@@ -220,7 +228,11 @@ def load_hub(
     except Exception as error:  # the hub's errors share no base class, and each is a page long
         known = configurations(name, revision)
         if len(known) > 1 and config not in known:
-            what = "has several configurations" if config is None else f"has no configuration {config!r}"
+            what = (
+                "has several configurations"
+                if config is None
+                else f"has no configuration {config!r}"
+            )
             choices = " ".join(f"{name}@{one}:{split or ''}".rstrip(":") for one in known)
             raise UserError(f"{where}: {name} {what}; name one: {choices}") from None
         if "gated" in str(error).lower() and hint == HINT:

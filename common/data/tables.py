@@ -46,7 +46,9 @@ def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
     return row
 
 
-def _plain(row: Mapping, columns: Mapping[str, Any], named: list[str], where: str) -> dict[str, Any]:
+def _plain(
+    row: Mapping, columns: Mapping[str, Any], named: list[str], where: str
+) -> dict[str, Any]:
     flags = [check_label(row[name], name, where) for name in named]
     known = [flag for flag in flags if flag is not None]
     found = {"prompt": row[columns["prompt"]], "prompt_label": any(known) if known else None}

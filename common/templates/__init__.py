@@ -1,9 +1,11 @@
-"""Prompt templates, and the one encoder that keeps text under moderation from becoming control tokens.
+"""Prompt templates, and the one encoder that keeps text under moderation from becoming control
+tokens.
 
-A template is a jinja file in this folder. It is rendered with place-holders where content goes, so that the result is
-known piece by piece as template text or content. `encode` then tokenizes the whole text once, exactly as the reference
-call `tokenizer(text)` would, and looks at every control token of the result: one that covers content did not come from
-the template. Only then is the content changed, by a space inside the string that was taken for a control token.
+A template is a jinja file in this folder. It is rendered with place-holders where content goes, so
+that the result is known piece by piece as template text or content. `encode` then tokenizes the
+whole text once, exactly as the reference call `tokenizer(text)` would, and looks at every control
+token of the result: one that covers content did not come from the template. Only then is the
+content changed, by a space inside the string that was taken for a control token.
 """
 
 import json
@@ -21,7 +23,8 @@ from common.conversation import Message, Messages, UserError, judged_turns, last
 # Where templates are looked for; `guards` adds its own folder.
 FOLDERS = [Path(__file__).parent]
 ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # jinja's own is for HTML
+# jinja's own is for HTML
+ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
 
 
 class Part(NamedTuple):
@@ -31,37 +34,54 @@ class Part(NamedTuple):
     is_content: bool
 
 
-def render(template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Part]:
+def render(
+    template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Part]:
     """The prompt of `messages` in pieces.
 
     Args:
-        template: the name of a jinja file in this folder or in guards/prompts, without its ending. It sees `prompt`
-            (last user turn), `response` (answer to it), `messages` (all questions and answers, see `judged_turns`) and
-            `bos_token` and `eos_token` (empty without a tokenizer that has them).
+        template: the name of a jinja file in this folder or in guards/prompts, without its ending.
+        It sees `prompt`
+            (last user turn), `response` (answer to it), `messages` (all questions and answers, see
+            `judged_turns`) and `bos_token` and `eos_token` (empty without a tokenizer that has
+            them).
 
     Raises:
-        UserError: the template is unknown, it needs a turn that the conversation lacks, or a text is not Unicode.
+        UserError: the template is unknown, it needs a turn that the conversation lacks, or a text
+        is not Unicode.
     """
     prompt, response = last_turns(messages)
     turns = judged_turns(messages)
     content = {"prompt": prompt, "response": response}
     content |= {str(number): turn["content"] for number, turn in enumerate(turns)}
-    # U+E000 and U+E001 are private-use characters; content is put in only after rendering, so it cannot forge them.
+    # U+E000 and U+E001 are private-use characters; content is put in only after rendering, so it
+    # cannot forge them.
     markers = {name: f"\ue000{name}\ue001" for name, text in content.items() if text is not None}
-    given: dict[str, Any] = {name: markers[name] for name in ("prompt", "response") if name in markers}
+    given: dict[str, Any] = {
+        name: markers[name] for name in ("prompt", "response") if name in markers
+    }
     if turns:
         given["messages"] = [
-            {"role": turn["role"], "content": markers[str(number)]} for number, turn in enumerate(turns)
+            {"role": turn["role"], "content": markers[str(number)]}
+            for number, turn in enumerate(turns)
         ]
     specials = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
     try:
         text = _template(template).render(**given, **specials)
     except jinja2.UndefinedError as error:
-        raise UserError(f"template {template}: the conversation has no such turn ({error.message})") from None
-    if any("\ud800" <= character <= "\udfff" for turn in content.values() for character in turn or ""):
+        raise UserError(
+            f"template {template}: the conversation has no such turn ({error.message})"
+        ) from None
+    if any(
+        "\ud800" <= character <= "\udfff" for turn in content.values() for character in turn or ""
+    ):
         raise UserError("the text holds a lone surrogate, which no tokenizer can read")
     pieces = re.split("\ue000(prompt|response|[0-9]+)\ue001", text)
-    return [Part(content[piece] if i % 2 else piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
+    return [
+        Part(content[piece] if i % 2 else piece, bool(i % 2))
+        for i, piece in enumerate(pieces)
+        if piece
+    ]
 
 
 def render_chat(
@@ -77,7 +97,8 @@ def render_chat(
 
     Args:
         chat_template: instead of the tokenizer's own.
-        wrap: what is given to the template, made of the messages: the turns themselves, or an instruction that quotes
+        wrap: what is given to the template, made of the messages: the turns themselves, or an
+        instruction that quotes
             them.
         template_kwargs: handed to the template.
 
@@ -86,9 +107,15 @@ def render_chat(
     """
     contents = [message["content"] for message in messages]
     marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
-    options = {"tokenize": False, "add_generation_prompt": True, "chat_template": chat_template} | template_kwargs
+    options = {
+        "tokenize": False,
+        "add_generation_prompt": True,
+        "chat_template": chat_template,
+    } | template_kwargs
     try:
-        text, plain = (tokenizer.apply_chat_template(wrap(m), **options) for m in (marked, messages))
+        text, plain = (
+            tokenizer.apply_chat_template(wrap(m), **options) for m in (marked, messages)
+        )
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template refuses the conversation: {error}") from None
     pieces = re.split("\ue000([0-9]+)\ue001", text)
@@ -113,7 +140,9 @@ def inline_template(text: str) -> jinja2.Template:
 
 
 def template_text(name: str) -> str:
-    """The text of a template file, without the line break at its end. Raises UserError when there is none."""
+    """The text of a template file, without the line break at its end. Raises UserError when there
+    is none.
+    """
     found = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.jinja"))}
     if name not in found:
         raise UserError(f"template {name!r}: unknown; the templates are {', '.join(sorted(found))}")
@@ -121,23 +150,32 @@ def template_text(name: str) -> str:
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that steer a model: special tokens, and other added tokens that look like markup (`<tool_call>`).
+    """The ids that steer a model: special tokens, and other added tokens that look like markup
+    (`<tool_call>`).
 
-    Added tokens of letters, digits and spaces alone are ordinary vocabulary (runs of blanks, domain words). The unknown
-    token is not in the set: content that the tokenizer has no token for yields it rightly. Where it is EOS as well, as
-    in GPT-2 and OPT, it is: a byte-level vocabulary never yields it for text.
+    Added tokens of letters, digits and spaces alone are ordinary vocabulary (runs of blanks, domain
+    words). The unknown token is not in the set: content that the tokenizer has no token for yields
+    it rightly. Where it is EOS as well, as in GPT-2 and OPT, it is: a byte-level vocabulary never
+    yields it for text.
     """
     added = tokenizer.added_tokens_decoder
-    marked = {i for i, token in added.items() if token.special or re.search(r"[^\w\s▁]", token.content)}
-    return (marked | set(tokenizer.all_special_ids)) - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
+    marked = {
+        i for i, token in added.items() if token.special or re.search(r"[^\w\s▁]", token.content)
+    }
+    return (marked | set(tokenizer.all_special_ids)) - (
+        {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    )
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Part]], add_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[Part]],
+    add_special_tokens: bool = True,
 ) -> list[list[int]]:
     """Token ids of rendered prompts; no id of `control_ids` comes from content.
 
-    Content that holds no control string gives exactly `tokenizer(text, add_special_tokens=…)["input_ids"]`.
+    Content that holds no control string gives exactly `tokenizer(text,
+    add_special_tokens=…)["input_ids"]`.
 
     Returns:
         One list of ids a prompt, unpadded and uncut.
@@ -155,14 +193,18 @@ def encode(
         return []
     batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     out = []
-    for parts, ids, offsets in zip(prompts, batch["input_ids"], batch["offset_mapping"], strict=True):
+    for parts, ids, offsets in zip(
+        prompts, batch["input_ids"], batch["offset_mapping"], strict=True
+    ):
         for attempt in range(16):
             forged = _forged(parts, ids, offsets, control, tokenizer)
             if not forged:
                 break
             parts = _broken(parts, forged, attempt)
             one = tokenizer(
-                "".join(p.text for p in parts), add_special_tokens=add_special_tokens, return_offsets_mapping=True
+                "".join(p.text for p in parts),
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
             )
             ids, offsets = one["input_ids"], one["offset_mapping"]
         else:
@@ -180,7 +222,9 @@ def _forged(
     control: set[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[tuple[int, int]]:
-    """Character spans of control tokens that cover content. A token added by the tokenizer itself covers nothing."""
+    """Character spans of control tokens that cover content. A token added by the tokenizer itself
+    covers nothing.
+    """
     text, content, position = "".join(part.text for part in parts), [], 0
     for part in parts:
         if part.is_content:
@@ -191,26 +235,35 @@ def _forged(
         unknown = token == tokenizer.unk_token_id and _spells_unknown(text[start:end], tokenizer)
         if token not in control and not unknown:
             continue
-        # A template's token with lstrip/rstrip also covers the white space beside it, which is no forgery.
+        # A template's token with lstrip/rstrip also covers the white space beside it, which is no
+        # forgery.
         covered = text[start:end]
-        start, end = start + len(covered) - len(covered.lstrip()), end - len(covered) + len(covered.rstrip())
+        start, end = (
+            start + len(covered) - len(covered.lstrip()),
+            end - len(covered) + len(covered.rstrip()),
+        )
         if start < end and any(start < last and first < end for first, last in content):
             spans.append((start, end))
     return spans
 
 
 def _spells_unknown(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the unknown token is there because `text` names it, and not because the vocabulary lacks `text`."""
+    """Whether the unknown token is there because `text` names it, and not because the vocabulary
+    lacks `text`.
+    """
     normalizer = tokenizer.backend_tokenizer.normalizer
-    return tokenizer.unk_token in (text if normalizer is None else f"{text}\n{normalizer.normalize_str(text)}")
+    return tokenizer.unk_token in (
+        text if normalizer is None else f"{text}\n{normalizer.normalize_str(text)}"
+    )
 
 
 def _broken(parts: Sequence[Part], spans: list[tuple[int, int]], attempt: int) -> list[Part]:
-    """`parts` with a space inside each span, put in its content (a span of one character becomes U+FFFD).
+    """`parts` with a space inside each span, put in its content (a span of one character becomes
+    U+FFFD).
 
-    Where that space stands at an end of the control string, because the string reaches into the template or begins with
-    characters that a normalizer drops, the next attempt has spaces everywhere. Where it drops spaces, the one after
-    that takes the characters away.
+    Where that space stands at an end of the control string, because the string reaches into the
+    template or begins with characters that a normalizer drops, the next attempt has spaces
+    everywhere. Where it drops spaces, the one after that takes the characters away.
     """
     out, position = [], 0
     for text, is_content in parts:
@@ -233,12 +286,17 @@ def _broken(parts: Sequence[Part], spans: list[tuple[int, int]], attempt: int) -
 
 
 def windows(
-    tokenizer: PreTrainedTokenizerBase, length: Callable[[Messages], int], messages: Messages, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    length: Callable[[Messages], int],
+    messages: Messages,
+    max_length: int,
 ) -> list[list[Message]]:
-    """Overlapping windows (by a quarter) over a conversation whose prompt is longer than `max_length` tokens.
+    """Overlapping windows (by a quarter) over a conversation whose prompt is longer than
+    `max_length` tokens.
 
-    Each window is a conversation of a piece of the answer and, if the question fills more than half of the room, a
-    piece of it; every piece of both is in at least one window. Turns before the last two have no room.
+    Each window is a conversation of a piece of the answer and, if the question fills more than half
+    of the room, a piece of it; every piece of both is in at least one window. Turns before the last
+    two have no room.
 
     Args:
         length: tokens of the prompt of a conversation.
@@ -246,7 +304,11 @@ def windows(
     prompt, response = last_turns(messages)
     room = max_length - length(pair(prompt and "", response and ""))
     while room >= 16:
-        asked = [None] if prompt is None else _pieces(tokenizer, prompt, room if response is None else room // 2)
+        asked = (
+            [None]
+            if prompt is None
+            else _pieces(tokenizer, prompt, room if response is None else room // 2)
+        )
         left = max(1, room - max(len(token_offsets(tokenizer, piece or "")) for piece in asked))
         answered = [None] if response is None else _pieces(tokenizer, response, left)
         count = max(len(asked), len(answered))
@@ -268,20 +330,30 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[st
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    """The characters that each token of `text` covers when control strings are read as text, as `encode` does."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+    """The characters that each token of `text` covers when control strings are read as text, as
+    `encode` does.
+    """
+    options = {
+        "add_special_tokens": False,
+        "split_special_tokens": True,
+        "return_offsets_mapping": True,
+    }
     return tokenizer(text, **options)["offset_mapping"]
 
 
 def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
-    """`ids` shortened to `max_length` at the right end of the content; the closing control tokens (EOS) are kept.
+    """`ids` shortened to `max_length` at the right end of the content; the closing control tokens
+    (EOS) are kept.
 
-    Content never yields control tokens, so the closing run of control tokens is the template's own. Cutting at the
-    right is what BeaverTails does; keeping EOS, where the score is read, is what it does not.
+    Content never yields control tokens, so the closing run of control tokens is the template's own.
+    Cutting at the right is what BeaverTails does; keeping EOS, where the score is read, is what it
+    does not.
     """
     if len(ids) <= max_length:
         return ids
     tail = next((n for n, token in enumerate(reversed(ids)) if token not in control), len(ids))
     if tail >= max_length:
-        raise UserError(f"--max_length {max_length}: too short for the template, whose closing tokens alone are {tail}")
+        raise UserError(
+            f"--max_length {max_length}: too short for the template, whose closing tokens alone are {tail}"
+        )
     return ids[: max_length - tail] + ids[len(ids) - tail :]

@@ -26,19 +26,25 @@ HEAD = """{%- set turns = namespace(prompt=none, response=none) -%}
 {%- set prompt, response = turns.prompt, turns.response -%}
 """
 EXAMPLES = (
-    pair("How do I keep my bicycle from being stolen?", "Use two locks, and take the lamps with you."),
+    pair(
+        "How do I keep my bicycle from being stolen?", "Use two locks, and take the lamps with you."
+    ),
     pair("  Two lines,\nblanks around them.  ", " Yes.\n"),
     pair("Why?", ""),
-    [{"role": "system", "content": "Be kind."}, *pair("Hello.", "Hello!"), *pair("And then?", "Then we left.")],
+    [
+        {"role": "system", "content": "Be kind."},
+        *pair("Hello.", "Hello!"),
+        *pair("And then?", "Then we left."),
+    ],
 )
 
 
 def chat_template_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template after which stock consumers see the ids that `encode` gives a pair.
 
-    It writes what the tokenizer puts around a text itself (BOS, `[CLS]`, `[SEP]`), because nobody adds
-    that to a rendered chat. SentencePiece tokenizers begin the first word of a text, but not one that
-    follows a special token, with a blank: some need it written.
+    It writes what the tokenizer puts around a text itself (BOS, `[CLS]`, `[SEP]`), because nobody
+    adds that to a rendered chat. SentencePiece tokenizers begin the first word of a text, but not
+    one that follows a special token, with a blank: some need it written.
 
     Args:
         template: the name of a prompt template that needs a prompt and a response.
@@ -68,7 +74,9 @@ def _quoted(text: str) -> str:
     return "{{ " + repr(text) + " }}" if text else ""
 
 
-def _sees_the_same(chat_template: str, template: str, tokenizer: PreTrainedTokenizerBase, messages: Messages) -> bool:
+def _sees_the_same(
+    chat_template: str, template: str, tokenizer: PreTrainedTokenizerBase, messages: Messages
+) -> bool:
     """Whether a consumer of the chat template sees the ids that the guard was trained on."""
     (trained,) = encode(tokenizer, [render(template, messages, tokenizer)])
     text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False)

@@ -1,7 +1,7 @@
 """Fire command lines that are read and checked before any work.
 
-Fire by itself calls the function first and complains of a misspelt flag afterwards, when a night on eight GPUs is over
-(google/python-fire#168), and takes `--max_new_tokens 8x` for text.
+Fire by itself calls the function first and complains of a misspelt flag afterwards, when a night on
+eight GPUs is over (google/python-fire#168), and takes `--max_new_tokens 8x` for text.
 """
 
 import inspect
@@ -33,7 +33,9 @@ def run(function: Callable[..., None], default_config: Path | None = None) -> No
     run_cli(lambda: function(**parse(function, sys.argv[1:], default_config)))
 
 
-def parse(function: Callable[..., None], argv: list[str], default_config: Path | None = None) -> dict[str, Any]:
+def parse(
+    function: Callable[..., None], argv: list[str], default_config: Path | None = None
+) -> dict[str, Any]:
     """The values for `function`, each of the type that it is annotated with.
 
     Raises:
@@ -51,7 +53,8 @@ def parse(function: Callable[..., None], argv: list[str], default_config: Path |
     config, values = given.pop("config", None), {}
     if config is not None:
         values = {
-            name: (f"--config {config}: {name}", value) for name, value in _read(Path(expand_home(config))).items()
+            name: (f"--config {config}: {name}", value)
+            for name, value in _read(Path(expand_home(config))).items()
         }
     values |= {name: (f"--{name}", value) for name, value in given.items()}
     hints, bound = get_type_hints(function), {}
@@ -76,13 +79,19 @@ def _flags(function: Callable[..., None], argv: list[str]) -> dict[str, str]:
         p.replace(kind=p.KEYWORD_ONLY, default=None if p.default is p.empty else p.default)
         for p in inspect.signature(function).parameters.values()
     ]
-    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
+    config = inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None
+    )
     record.__signature__ = inspect.Signature([config, *known])
     record.__name__, record.__doc__ = function.__name__, function.__doc__
     said, asks = io.StringIO(), {"--help", "-h"} & set(argv)
     try:
         with redirect_stderr(said):
-            fire.Fire(SetParseFn(str)(record), command=["--help"] if asks else argv, name=Path(sys.argv[0]).name)
+            fire.Fire(
+                SetParseFn(str)(record),
+                command=["--help"] if asks else argv,
+                name=Path(sys.argv[0]).name,
+            )
     except fire.core.FireExit as left:
         if left.code:
             lines = [line for line in said.getvalue().splitlines() if line.startswith("ERROR:")]
@@ -107,13 +116,22 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     (kind,) = [k for k in kinds if k is not type(None)]
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else str(value).strip("[]() ").split(",")
-        return [_convert(str(item).strip(" '\""), get_args(kind)[0], where) for item in items if str(item).strip()]
+        return [
+            _convert(str(item).strip(" '\""), get_args(kind)[0], where)
+            for item in items
+            if str(item).strip()
+        ]
     text = str(value).strip() if kind is not str else str(value)
     try:
         if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if kind is str and where.startswith("--") and value in ("True", "False"):  # what fire makes of a bare flag
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                text.lower()
+            ]
+        # what fire makes of a bare flag
+        if kind is str and where.startswith("--") and value in ("True", "False"):
             raise ValueError
         return expand_home(kind(text))
     except (ValueError, KeyError):
-        raise UserError(f"{where} {value}: expected {'text' if kind is str else kind.__name__}") from None
+        raise UserError(
+            f"{where} {value}: expected {'text' if kind is str else kind.__name__}"
+        ) from None

@@ -2,7 +2,8 @@
 
 # after the quickstart: all fifteen evaluation files with one loaded model
 python generate_answers.py --base_model smollm2-135m-instruct --lora_weights output/quickstart \
-    --prompt_template_path chat --input_path ../../data/sample/cross_task_defense/evaluation_stripped \
+    --prompt_template_path chat --input_path
+    ../../data/sample/cross_task_defense/evaluation_stripped \
     --output_path output/answers --num_beams 1 --max_new_tokens 48
 
 # the paper's command
@@ -14,9 +15,9 @@ python generate_answers.py --prompt_template_path configs/llama2.json --input_pa
 python generate_answers.py … --engine vllm --num_beams 1
 python generate_answers.py … --engine server --server_url http://127.0.0.1:8000/v1 --server_model defence --num_beams 1
 
-Writes <output_path>/<lora_weights>/<name of the input file>. What was interrupted goes on where it stopped. A prompt
-that fails has null for its output and says why under `errors`; the exit code is then 1, and the same command asks for
-these prompts again.
+Writes <output_path>/<lora_weights>/<name of the input file>. What was interrupted goes on where it
+stopped. A prompt that fails has null for its output and says why under `errors`; the exit code is
+then 1, and the same command asks for these prompts again.
 """
 
 import json
@@ -76,15 +77,19 @@ def generate_answers(
     """Answer every prompt of the input files.
 
     Args:
-        input_path: files {"instructions": […], "inputs": […]}, comma-separated, or a folder of them.
+        input_path: files {"instructions": […], "inputs": […]}, comma-separated, or a folder of
+        them.
         base_model: hub id, folder, or smollm2-135m-instruct; default: what the adapter names.
         lora_weights: an adapter folder, or a hub id; without it the base model answers.
-        prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's own).
+        prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's
+        own).
         load_8bit: base in 8 bits (bitsandbytes).
-        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they are.
+        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they
+        are.
         engine: transformers, vllm or server.
         server_url: of an OpenAI-compatible server; its key is read from SERVER_API_KEY.
-        server_model: the name that the server knows the model or its adapter by; default: base_model.
+        server_model: the name that the server knows the model or its adapter by; default:
+        base_model.
         server_timeout: seconds of silence that end a request to the server; it is tried again.
         batch_size: prompts at a time (transformers).
         overwrite: answer again although the output is there with other settings.
@@ -119,19 +124,29 @@ def generate_answers(
         parameters["trained_on"] = trained_on(weights.with_name("run.json"))
     if engine == "server":
         parameters |= {"server_url": server_url.rpartition("@")[2], "server_model": server_model}
-    parts = [part for part in Path(lora_weights or base_model).parts if part not in ("/", ".", "..")]
+    parts = [
+        part for part in Path(lora_weights or base_model).parts if part not in ("/", ".", "..")
+    ]
     folder = Path(output_path).joinpath(*parts)
     size = {"transformers": prompts_at_once(batch_size, num_beams), "vllm": CHUNK}.get(engine)
     salt = [parameters, size]
     job = digest([salt, [path.name for path, *_ in files]])[:12]
-    files = [file for file in files if not finished(folder / file[0].name, parameters, file[1:], overwrite)]
+    files = [
+        file
+        for file in files
+        if not finished(folder / file[0].name, parameters, file[1:], overwrite)
+    ]
     if not files:
         logger.info("All answers are there already.")
         return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(base_model), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(base_model), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
+        raise UserError(
+            f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}"
+        ) from None
     prompts = [encode_prompts(template, tokenizer, rows(*content)) for _, *content in files]
 
     @cache
@@ -198,9 +213,13 @@ def adapter_base(lora_weights: str | None) -> str:
 def model_revision(base_model: str, trust_remote_code: bool) -> str | None:
     """The commit of a model of the hub; None for a folder."""
     try:
-        config = AutoConfig.from_pretrained(resolve_model(base_model), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            resolve_model(base_model), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise UserError(f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
+        raise UserError(
+            f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}"
+        ) from None
     return getattr(config, "_commit_hash", None)
 
 
@@ -230,19 +249,28 @@ def read_prompts(path: Path) -> tuple[list[str], list[str | None]]:
     """instructions and inputs of an evaluation file; inputs may be empty."""
     content = read_json(path)
     if not isinstance(content, dict) or "instructions" not in content:
-        raise UserError(f'{path}: expected {{"instructions": […], "inputs": […]}}, found {content!r:.80}')
+        raise UserError(
+            f'{path}: expected {{"instructions": […], "inputs": […]}}, found {content!r:.80}'
+        )
     instructions = content["instructions"]
     inputs = content.get("inputs") or []
     if not isinstance(instructions, list) or not instructions or not isinstance(inputs, list):
-        raise UserError(f"{path}, field instructions: expected a list of texts, found {instructions!r:.60}")
+        raise UserError(
+            f"{path}, field instructions: expected a list of texts, found {instructions!r:.60}"
+        )
     if inputs and len(inputs) != len(instructions):
         raise UserError(
             f"{path}, field inputs: {len(inputs)} for {len(instructions)} instructions; expected 0 or as many"
         )
-    for name, values, kinds in (("instructions", instructions, str), ("inputs", inputs, str | None)):
+    for name, values, kinds in (
+        ("instructions", instructions, str),
+        ("inputs", inputs, str | None),
+    ):
         for number, value in enumerate(values, 1):
             if not isinstance(value, kinds) or (kinds is str and not value.strip()):
-                raise UserError(f"{path}, field {name}, item {number}: expected text, found {value!r:.60}")
+                raise UserError(
+                    f"{path}, field {name}, item {number}: expected text, found {value!r:.60}"
+                )
     return instructions, inputs
 
 
@@ -265,7 +293,9 @@ def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: 
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: holds something else than answers; pass --overwrite") from None
     hint = "pass --overwrite, or choose another --output_path"
-    differing = {*known, *parameters} - {key for key in parameters if known.get(key) == parameters[key]}
+    differing = {*known, *parameters} - {
+        key for key in parameters if known.get(key) == parameters[key]
+    }
     if differing:
         names = ", ".join(sorted(differing))
         raise UserError(f"{path}: holds answers with other parameters ({names} differ); {hint}")

@@ -1,11 +1,13 @@
-"""LoRA instruction tuning that teaches a model to refuse harmful documents (Cross-Task Defense, arXiv 2405.15202).
+"""LoRA instruction tuning that teaches a model to refuse harmful documents (Cross-Task Defense,
+arXiv 2405.15202).
 
 # the quickstart: bundled model and sample, CPU, minutes
 torchrun train.py
 
 # the paper's command
 python train.py --base_model meta-llama/Llama-2-7b-hf \
-    --data_path data/training/saferpaca_Instructions_100_10_summarize.json --output_dir output/llama2-summarize-10 \
+    --data_path data/training/saferpaca_Instructions_100_10_summarize.json --output_dir
+    output/llama2-summarize-10 \
     --num_epochs 3 --cutoff_len 1024 --val_set_size 0 --prompt_template_name llama2
 
 Data: build_data.py. The answers: generate_answers.py.
@@ -43,7 +45,13 @@ from common.model_card import write_model_card
 from common.run import inference_dtype, is_main_process, manifest, usable_attention, write_json
 from common.saving import full_state_dict, refuse_to_overwrite, save_adapter, whole_folder
 from common.templates import Part, encode, token_offsets
-from common.training import AnswerTrainer, RecipeTrainingArguments, checkpoint_to_resume, start_over, with_adapters
+from common.training import (
+    AnswerTrainer,
+    RecipeTrainingArguments,
+    checkpoint_to_resume,
+    start_over,
+    with_adapters,
+)
 
 logger = logging.getLogger("cross_task_defense")
 
@@ -98,18 +106,24 @@ def train(
         output_dir: the adapter; checkpoint-0 in it is the untrained one.
         batch_size: rows of an optimizer step over all processes; accumulation follows from it.
         micro_batch_size: rows of a forward pass, of one process.
-        cutoff_len: tokens of a row. A longer row loses the end of its document, never instruction or refusal.
+        cutoff_len: tokens of a row. A longer row loses the end of its document, never instruction
+        or refusal.
         val_set_size: rows held out; the adapter with the lowest loss on them is kept.
         lora_target_modules: all-linear, one pattern with .* in it, or names.
-        train_on_inputs: loss on the prompt, too, as the paper's code has it; without, the paper's conditional loss.
-        first_token_weight: how often an answer's first token, which decides between refusal and compliance, counts in
+        train_on_inputs: loss on the prompt, too, as the paper's code has it; without, the paper's
+        conditional loss.
+        first_token_weight: how often an answer's first token, which decides between refusal and
+        compliance, counts in
             the loss. With 1, the paper's, it is one of about thirty.
         add_eos_token: end each answer with EOS (the paper's code does, whatever the flag says).
-        group_by_length: batches of like length; the paper's code has False, and pads. With flash attention
+        group_by_length: batches of like length; the paper's code has False, and pads. With flash
+        attention
             (attn_implementation) rows are laid end to end and nothing is padded either way.
-        packing: fill sequences of cutoff_len with several rows; micro_batch_size then counts sequences.
+        packing: fill sequences of cutoff_len with several rows; micro_batch_size then counts
+        sequences.
         resume_from_checkpoint: latest, or a checkpoint folder.
-        prompt_template_name: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's own).
+        prompt_template_name: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's
+        own).
         load_in_8bit: base in 8 bits (bitsandbytes), as the paper's; load_in_4bit: in 4.
         warmup_steps: steps, or below 1 a share of them.
         save_steps: a checkpoint at every so many steps.
@@ -122,7 +136,12 @@ def train(
         )
     if load_in_8bit and load_in_4bit:
         raise UserError("--load_in_8bit, --load_in_4bit: give one of them")
-    if num_epochs <= 0 or min(cutoff_len, lora_r, save_steps) < 1 or not 0 <= lora_dropout < 1 or val_set_size < 0:
+    if (
+        num_epochs <= 0
+        or min(cutoff_len, lora_r, save_steps) < 1
+        or not 0 <= lora_dropout < 1
+        or val_set_size < 0
+    ):
         raise UserError(
             "expected --num_epochs above 0, --cutoff_len, --lora_r and --save_steps of 1 or more, "
             "--lora_dropout in [0, 1), --val_set_size of 0 or more"
@@ -144,10 +163,16 @@ def train(
     model, tokenizer = load_model(values)
     model = add_adapters(model, values)
 
-    encoded, facts = encode_rows(rows, template, tokenizer, cutoff_len, train_on_inputs, add_eos_token)
+    encoded, facts = encode_rows(
+        rows, template, tokenizer, cutoff_len, train_on_inputs, add_eos_token
+    )
     check_ids(encoded["input_ids"], tokenizer, model)
     logger.info("Data: %s", json.dumps(facts))
-    split = encoded.train_test_split(val_set_size, seed=seed) if val_set_size else {"train": encoded, "test": None}
+    split = (
+        encoded.train_test_split(val_set_size, seed=seed)
+        if val_set_size
+        else {"train": encoded, "test": None}
+    )
     trainer = AnswerTrainer(
         model=model,
         args=training,
@@ -164,18 +189,25 @@ def train(
             save_adapter(model, model.state_dict(), tokenizer, untrained)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     useful = trainer.state.epoch * sum(map(len, split["train"]["input_ids"]))
-    facts["useful_token_share"] = round(useful / trainer.state.num_input_tokens_seen, 3)  # the rest is padding
+    # the rest is padding
+    facts["useful_token_share"] = round(useful / trainer.state.num_input_tokens_seen, 3)
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
         with whole_folder(output_dir, last="adapter_config.json") as folder:
-            save_adapter(trainer.accelerator.unwrap_model(trainer.model), state_dict, tokenizer, folder)
+            save_adapter(
+                trainer.accelerator.unwrap_model(trainer.model), state_dict, tokenizer, folder
+            )
             describe(values, facts, result.metrics, trainer, folder)
         logger.info("Saved the adapter to %s", output_dir)
 
 
 def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConfig:
-    """TRL's arguments. Rows laid end to end pay off where attention knows their bounds, which is flash attention."""
-    if not values["wandb_project"] and any(values[f"wandb_{name}"] for name in ("run_name", "watch", "log_model")):
+    """TRL's arguments. Rows laid end to end pay off where attention knows their bounds, which is
+    flash attention.
+    """
+    if not values["wandb_project"] and any(
+        values[f"wandb_{name}"] for name in ("run_name", "watch", "log_model")
+    ):
         raise UserError("--wandb_run_name, --wandb_watch, --wandb_log_model: need --wandb_project")
     if values["wandb_project"]:
         if find_spec("wandb") is None:
@@ -204,7 +236,8 @@ def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConf
             train_sampling_strategy="group_by_length" if values["group_by_length"] else "random",
             packing=values["packing"],
             padding_free="flash" in (values["attn_implementation"] or ""),
-            max_length=values["cutoff_len"] if values["packing"] else None,  # encode_rows has seen to it
+            # encode_rows has seen to it
+            max_length=values["cutoff_len"] if values["packing"] else None,
             bf16=inference_dtype() == torch.bfloat16,
             gradient_checkpointing=values["gradient_checkpointing"],
             eval_strategy="steps" if validated else "no",
@@ -225,7 +258,9 @@ def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConf
 
 def run_settings(values: dict[str, Any]) -> dict[str, Any]:
     """What makes another run, beside the rows and what the trainer knows."""
-    settings = {name: values[name] for name in ("load_in_8bit", "load_in_4bit", "first_token_weight")}
+    settings = {
+        name: values[name] for name in ("load_in_8bit", "load_in_4bit", "first_token_weight")
+    }
     return settings | {"content of the base model": fingerprint(values["base_model"])[:16]}
 
 
@@ -235,7 +270,10 @@ def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedToken
         "pretrained_model_name_or_path": resolve_model(values["base_model"]),
         "trust_remote_code": values["trust_remote_code"],
     }
-    options: dict[str, Any] = {"dtype": inference_dtype(), "attn_implementation": values["attn_implementation"]}
+    options: dict[str, Any] = {
+        "dtype": inference_dtype(),
+        "attn_implementation": values["attn_implementation"],
+    }
     bits = (values["load_in_8bit"], values["load_in_4bit"])
     quantization = quantization_config(*bits, double=False)
     if quantization is not None:
@@ -244,15 +282,21 @@ def load_model(values: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--base_model {values['base_model']}: {str(error).strip().splitlines()[0]:.200}") from None
+        raise UserError(
+            f"--base_model {values['base_model']}: {str(error).strip().splitlines()[0]:.200}"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--base_model {values['base_model']}: its tokenizer has no EOS token; answers would not end")
+        raise UserError(
+            f"--base_model {values['base_model']}: its tokenizer has no EOS token; answers would not end"
+        )
     fit_causal_lm(tokenizer, model)
     if not values["packing"]:  # each row of a packed sequence has positions of its own
         check_length(model, values["cutoff_len"], "--cutoff_len")
     model.config.use_cache = False
     if quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=values["gradient_checkpointing"])
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=values["gradient_checkpointing"]
+        )
     return model, tokenizer
 
 
@@ -276,17 +320,26 @@ def encode_rows(
     train_on_inputs: bool,
     add_eos_token: bool,
 ) -> tuple[Dataset, dict[str, int]]:
-    """`input_ids` and `labels` (-100 where no loss is taken) of each row, and what was done to long ones.
+    """`input_ids` and `labels` (-100 where no loss is taken) of each row, and what was done to long
+    ones.
 
     The answer is tokenized by itself, as it is generated: after the prompt's last token.
     """
     ends = [tokenizer.eos_token_id] * add_eos_token
     plain = [(row["instruction"], row.get("input")) for row in rows]
     prompts = encode_prompts(template, tokenizer, plain)
-    answers = encode(tokenizer, [[Part(row["output"], True)] for row in rows], add_special_tokens=False)
+    answers = encode(
+        tokenizer, [[Part(row["output"], True)] for row in rows], add_special_tokens=False
+    )
     encoded, facts = (
         [],
-        {"rows": len(rows), "documents_shortened": 0, "answers_cut": 0, "tokens": 0, "answer_tokens": 0},
+        {
+            "rows": len(rows),
+            "documents_shortened": 0,
+            "answers_cut": 0,
+            "tokens": 0,
+            "answer_tokens": 0,
+        },
     )
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         answer = answer + ends
@@ -313,9 +366,13 @@ def encode_rows(
 
 
 def shortened(
-    row: tuple[str, str | None], template: dict[str, str] | None, tokenizer: PreTrainedTokenizerBase, room: int
+    row: tuple[str, str | None],
+    template: dict[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
 ) -> list[int] | None:
-    """Prompt ids of at most `room` tokens, the document cut at its end; None if there is no document to cut.
+    """Prompt ids of at most `room` tokens, the document cut at its end; None if there is no
+    document to cut.
 
     The document is the row's input, or what stands before the task's wording in the instruction.
     """
@@ -327,7 +384,9 @@ def shortened(
     keep = len(spans)
     while keep > 0:
         text = document[: spans[keep - 1][1]]
-        ids = encode_prompts(template, tokenizer, [(instruction, text) if given else (text + task, None)])[0]
+        ids = encode_prompts(
+            template, tokenizer, [(instruction, text) if given else (text + task, None)]
+        )[0]
         if len(ids) <= room:
             return ids
         keep -= max(1, len(ids) - room)
@@ -350,7 +409,9 @@ def describe(
         "log": trainer.state.log_history,
     }
     write_json(folder / "run.json", manifest([values], **log))
-    losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [
+        [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
+    ]
     template = values["prompt_template_name"]
     write_model_card(
         folder,
@@ -363,7 +424,11 @@ def describe(
         f"{Path(values['data_path']).name} by `examples/cross_task_defense/train.py`, prompt template {template}. The "
         "licences of the base model and the data apply.",
         usage=CARD_USAGE,
-        sections={"Training loss": report.table(losses, ["step", "loss"]) if losses else "Fewer than 10 steps."},
+        sections={
+            "Training loss": report.table(losses, ["step", "loss"])
+            if losses
+            else "Fewer than 10 steps."
+        },
     )
 
 

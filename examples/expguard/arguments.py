@@ -17,42 +17,70 @@ logger = logging.getLogger("expguard")
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(
-        default="Qwen/Qwen2.5-7B", metadata={"help": "Hub id, folder, or smollm2-135m-instruct (bundled)."}
+        default="Qwen/Qwen2.5-7B",
+        metadata={"help": "Hub id, folder, or smollm2-135m-instruct (bundled)."},
     )
     model_type: str | None = field(
-        default=None, metadata={"help": "Family of the model (qwen2.5-7b), checked; the prompt is the same for all."}
+        default=None,
+        metadata={
+            "help": "Family of the model (qwen2.5-7b), checked; the prompt is the same for all."
+        },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where models from the hub are kept."})
-    local_files_only: bool = field(default=False, metadata={"help": "Load models without asking the hub."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where models from the hub are kept."}
+    )
+    local_files_only: bool = field(
+        default=False, metadata={"help": "Load models without asking the hub."}
+    )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa | eager | flash_attention_2 (rows then lie end to end, without padding)"}
+        default=None,
+        metadata={
+            "help": "sdpa | eager | flash_attention_2 (rows then lie end to end, without padding)"
+        },
     )
-    use_peft_lora: bool = field(default=False, metadata={"help": "LoRA: the adapter, and the guard merged with it."})
+    use_peft_lora: bool = field(
+        default=False, metadata={"help": "LoRA: the adapter, and the guard merged with it."}
+    )
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "all-linear | one pattern with .* | names"}
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "all-linear | one pattern with .* | names"},
     )
-    use_4bit_quantization: bool = field(default=False, metadata={"help": "Frozen base in 4 bits (nf4), for LoRA."})
-    use_8bit_quantization: bool = field(default=False, metadata={"help": "Frozen base in 8 bits, for LoRA."})
+    use_4bit_quantization: bool = field(
+        default=False, metadata={"help": "Frozen base in 4 bits (nf4), for LoRA."}
+    )
+    use_8bit_quantization: bool = field(
+        default=False, metadata={"help": "Frozen base in 8 bits, for LoRA."}
+    )
 
 
 @dataclass
 class DataArguments:
     dataset_name: list[str] = field(
         default_factory=lambda: ["expguardmix"],
-        metadata={"help": "expguardmix, folders with train.jsonl, files, data specs; several are put together."},
+        metadata={
+            "help": "expguardmix, folders with train.jsonl, files, data specs; several are put together."
+        },
     )
-    data_dir: str = field(default="data", metadata={"help": "Where a folder expguardmix is looked for."})
+    data_dir: str = field(
+        default="data", metadata={"help": "Where a folder expguardmix is looked for."}
+    )
     val_data: str | None = field(
         default=None,
-        metadata={"help": "With --do_eval: validation rows; default: val.jsonl of the folder, or a split."},
+        metadata={
+            "help": "With --do_eval: validation rows; default: val.jsonl of the folder, or a split."
+        },
     )
-    val_split_ratio: float = field(default=0.05, metadata={"help": "Share that is held out when there is no other."})
+    val_split_ratio: float = field(
+        default=0.05, metadata={"help": "Share that is held out when there is no other."}
+    )
     overlap_with: list[str] = field(
         default_factory=list,
-        metadata={"help": "Evaluation sets (benchmark, benchmark@file, data spec) to compare with."},
+        metadata={
+            "help": "Evaluation sets (benchmark, benchmark@file, data spec) to compare with."
+        },
     )
     bad_rows: str = field(default="error", metadata={"help": "error | skip (counted)"})
 
@@ -68,25 +96,38 @@ PAPER_NAMES = {  # flags of the paper's script: what they are called in Training
 
 @dataclass
 class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
-    """TRL's arguments with the paper's values for defaults and the names of the paper's script beside their own."""
+    """TRL's arguments with the paper's values for defaults and the names of the paper's script
+    beside their own.
+    """
 
     output_dir: str = "output/expguard"
-    do_train: bool = field(default=True, metadata={"help": "false: only judge the validation rows."})
-    do_eval: bool = field(default=False, metadata={"help": "Validate, select the epoch and fit thresholds."})
+    do_train: bool = field(
+        default=True, metadata={"help": "false: only judge the validation rows."}
+    )
+    do_eval: bool = field(
+        default=False, metadata={"help": "Validate, select the epoch and fit thresholds."}
+    )
     do_test: bool = field(
-        default=False, metadata={"help": "Said to be evaluate.py's work; training sees no test rows."}
+        default=False,
+        metadata={"help": "Said to be evaluate.py's work; training sees no test rows."},
     )
     stop_after_epoch: int | None = field(
-        default=None, metadata={"help": "Stop so early in a schedule of --epochs; the released model: 2 of 3."}
+        default=None,
+        metadata={"help": "Stop so early in a schedule of --epochs; the released model: 2 of 3."},
     )
     per_device_train_batch_size: int = 4
     gradient_accumulation_steps: int = 2
     max_length: int | None = field(
-        default=4096, metadata={"help": "Tokens of a row. A longer one loses the end of its response, then prompt."}
+        default=4096,
+        metadata={
+            "help": "Tokens of a row. A longer one loses the end of its response, then prompt."
+        },
     )
     share_prefix: bool = field(
         default=False,
-        metadata={"help": "Compute what rows of a batch begin with once: for short rows, with sdpa."},
+        metadata={
+            "help": "Compute what rows of a batch begin with once: for short rows, with sdpa."
+        },
     )
     learning_rate: float = 5e-6
     lr_scheduler_type: str = "cosine"
@@ -96,11 +137,17 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
     ddp_find_unused_parameters: bool | None = False
     include_num_input_tokens_seen: str = "all"
     wandb_mode: str = field(default="disabled", metadata={"help": "disabled | online | offline"})
-    disable_checkpointing: bool = field(default=False, metadata={"help": "The same as --save_strategy no."})
+    disable_checkpointing: bool = field(
+        default=False, metadata={"help": "The same as --save_strategy no."}
+    )
     epochs: float | None = field(default=None, metadata={"help": "The same as --num_train_epochs."})
     max_seq_len: int | None = field(default=None, metadata={"help": "The same as --max_length."})
-    use_gradient_checkpointing: bool = field(default=False, metadata={"help": "The same as --gradient_checkpointing."})
-    num_workers: int | None = field(default=None, metadata={"help": "The same as --dataloader_num_workers."})
+    use_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "The same as --gradient_checkpointing."}
+    )
+    num_workers: int | None = field(
+        default=None, metadata={"help": "The same as --dataloader_num_workers."}
+    )
     deterministic: bool = field(default=False, metadata={"help": "The same as --full_determinism."})
 
     def __post_init__(self):
@@ -113,7 +160,11 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
             self.save_strategy = "no"
         if self.do_eval and self.do_train and self.save_strategy != "no":
             self.eval_strategy, self.eval_steps = self.save_strategy, self.save_steps
-            self.load_best_model_at_end, self.metric_for_best_model, self.greater_is_better = True, "f1", True
+            self.load_best_model_at_end, self.metric_for_best_model, self.greater_is_better = (
+                True,
+                "f1",
+                True,
+            )
         self.eval_packing = False
         if self.wandb_mode != "disabled":
             if find_spec("wandb") is None:
@@ -128,16 +179,22 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
         value, other = getattr(self, name), getattr(self, modern)
         default = next(f.default for f in fields(self) if f.name == modern)
         if other not in (default, value):
-            raise UserError(f"--{name} {value}, --{modern} {other}: two names for one thing; give one of them")
+            raise UserError(
+                f"--{name} {value}, --{modern} {other}: two names for one thing; give one of them"
+            )
 
 
 def check(model_args: ModelArguments, args: ExpGuardConfig) -> None:
     """What is wrong with the arguments, before any work."""
     quantized = model_args.use_4bit_quantization, model_args.use_8bit_quantization
     if all(quantized) or (any(quantized) and not model_args.use_peft_lora):
-        raise UserError("--use_4bit_quantization, --use_8bit_quantization: give one of them, with --use_peft_lora")
+        raise UserError(
+            "--use_4bit_quantization, --use_8bit_quantization: give one of them, with --use_peft_lora"
+        )
     if any(quantized) and find_spec("bitsandbytes") is None:
-        raise UserError('--use_4bit_quantization, --use_8bit_quantization: pip install -e ".[quantization]"')
+        raise UserError(
+            '--use_4bit_quantization, --use_8bit_quantization: pip install -e ".[quantization]"'
+        )
     if not args.do_train and not args.do_eval:
         raise UserError("neither --do_train nor --do_eval: nothing to do")
     if args.do_test:

@@ -51,7 +51,8 @@ def load_tokenizer(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrain
 
 
 def load_model(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrainedModel:
-    """The base: float32 where it is trained (the trainer casts on the fly), bf16 or quantized under LoRA.
+    """The base: float32 where it is trained (the trainer casts on the fly), bf16 or quantized under
+    LoRA.
 
     FSDP wants one dtype for frozen and trained weights, so there it is float32 in any case.
     """
@@ -65,17 +66,23 @@ def load_model(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrainedMo
         options["quantization_config"] = quantization
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            **source(model_args, args), attn_implementation=model_args.attn_implementation, **options
+            **source(model_args, args),
+            attn_implementation=model_args.attn_implementation,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(model_args, error) from None
     if quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=args.gradient_checkpointing
+        )
     return model
 
 
 def _not_loaded(model_args: ModelArguments, error: Exception) -> UserError:
-    return UserError(f"--model_name_or_path {model_args.model_name_or_path}: {f'{error}'.strip().splitlines()[0]:.200}")
+    return UserError(
+        f"--model_name_or_path {model_args.model_name_or_path}: {f'{error}'.strip().splitlines()[0]:.200}"
+    )
 
 
 def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
@@ -104,7 +111,9 @@ def verdict_scores(
     scores = []
     for row in sequences:
         places = [i for i, label in enumerate(row["labels"]) if label != -100]
-        logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits[0].float()
+        logits = (
+            model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits[0].float()
+        )
         before = torch.tensor(places, device=logits.device) - 1
         probabilities = (logits[before, unsafe] - logits[before, safe]).sigmoid()
         scores.append(named_scores(probabilities.tolist()))

@@ -1,4 +1,6 @@
-"""ExpGuardMix rows: read, checked, counted, split, and as token ids with labels on the verdict lines alone."""
+"""ExpGuardMix rows: read, checked, counted, split, and as token ids with labels on the verdict
+lines alone.
+"""
 
 import json
 import logging
@@ -24,8 +26,10 @@ from common.templates import Part, encode, render, template_text, token_offsets
 from guards.suite.benchmarks import is_benchmark, load_benchmark
 
 logger = logging.getLogger("expguard")
-HUB, HUB_ROWS = "6rightjade/expguardmix", 56_653  # the paper's count; whether the three subsets are in it is unknown
-SUBSETS = ("lmsys", "wildchat", "suicide")  # taken out of the hub release, for their licences; in the paper's order
+# the paper's count; whether the three subsets are in it is unknown
+HUB, HUB_ROWS = "6rightjade/expguardmix", 56_653
+# taken out of the hub release, for their licences; in the paper's order
+SUBSETS = ("lmsys", "wildchat", "suicide")
 WORDS = {False: "safe", True: "unsafe"}
 Row = dict[str, Any]
 
@@ -37,8 +41,10 @@ def read_rows(name: str, data_dir: str, bad_rows: str = "error") -> list[Row]:
     """Checked rows: id, messages, prompt_unsafe, response_unsafe (None without a response), domain.
 
     Args:
-        name: expguardmix (a folder of that name in `data_dir`, else the hub), a folder with train.jsonl, a file, or
-            any spec of `common.data`. The JSONL subsets that left the hub release are read where the folder has them.
+        name: expguardmix (a folder of that name in `data_dir`, else the hub), a folder with
+        train.jsonl, a file, or
+            any spec of `common.data`. The JSONL subsets that left the hub release are read where
+            the folder has them.
         bad_rows: error, or skip (counted).
 
     Raises:
@@ -111,11 +117,15 @@ def _checked(row: Any, where: str) -> Row:
     response = row.get("response")
     if response is None or response != response or not str(response).strip():
         response = None
-    labels = {name: check_label(row.get(name), name, where) for name in ("prompt_label", "response_label")}
+    labels = {
+        name: check_label(row.get(name), name, where) for name in ("prompt_label", "response_label")
+    }
     if labels["prompt_label"] is None:
         raise UserError(f"{where}, field prompt_label: missing; expected safe or unsafe")
     if (response is None) != (labels["response_label"] is None):
-        given, absent = ("response_label", "response") if response is None else ("response", "response_label")
+        given, absent = (
+            ("response_label", "response") if response is None else ("response", "response_label")
+        )
         raise UserError(
             f"{where}, field {absent}: empty, although the row has a {given}; fill in or empty both, or --bad_rows skip"
         )
@@ -147,7 +157,9 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "with_response": sum(row["response_unsafe"] is not None for row in rows),
         "response_unsafe": sum(bool(row["response_unsafe"]) for row in rows),
         "domains": dict(Counter(row["domain"] for row in rows)),
-        "unsafe_prompts_by_domain": dict(Counter(row["domain"] for row in rows if row["prompt_unsafe"])),
+        "unsafe_prompts_by_domain": dict(
+            Counter(row["domain"] for row in rows if row["prompt_unsafe"])
+        ),
         "duplicates": len(rows) - len(labels),
         "conflicting": sum(len(given) > 1 for given in labels.values()),
         "sha256": rows_digest(rows),
@@ -155,14 +167,17 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def evaluation_rows(spec: str, bad_rows: str = "error") -> Sequence[Mapping]:
-    """The rows of a benchmark (`name` or `name@file`) or of a data spec, as messages; `bad_rows` as of `read_rows`."""
+    """The rows of a benchmark (`name` or `name@file`) or of a data spec, as messages; `bad_rows` as
+    of `read_rows`.
+    """
     if is_benchmark(spec):
         return load_benchmark(spec).rows
     return load_conversations(spec, bad_rows=bad_rows)
 
 
 def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out about `ratio` of the rows, alike in domain x labels x has-response, and with all rows of their prompts.
+    """Hold out about `ratio` of the rows, alike in domain x labels x has-response, and with all
+    rows of their prompts.
 
     Raises:
         UserError: `ratio` is not above 0 and at most 0.5, or there are too few rows.
@@ -179,10 +194,14 @@ def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list
         return first["prompt_unsafe"], str(first["response_unsafe"]), first["domain"], rng.random()
 
     start, taken = rng.random(), set()
-    for i, key in enumerate(sorted(groups, key=stratum)):  # every so many-th: each stratum gives its share
+    # every so many-th: each stratum gives its share
+    for i, key in enumerate(sorted(groups, key=stratum)):
         if int((i + 1) * ratio + start) > int(i * ratio + start):
             taken.add(key)
-    sides = [row for row in rows if prompt_key(row) not in taken], [row for row in rows if prompt_key(row) in taken]
+    sides = (
+        [row for row in rows if prompt_key(row) not in taken],
+        [row for row in rows if prompt_key(row) in taken],
+    )
     if not all(sides):
         raise UserError(f"--val_split_ratio {ratio}: {len(rows)} rows are too few to hold some out")
     return sides
@@ -192,15 +211,19 @@ def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list
 
 
 def prompt_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    """The ExpGuard prompt of a conversation in pieces; encode it without special tokens, it has none to be added."""
+    """The ExpGuard prompt of a conversation in pieces; encode it without special tokens, it has
+    none to be added.
+    """
     stripped = [{**message, "content": message["content"].strip()} for message in messages]
     return render("expguard", stripped, tokenizer)
 
 
 def chat_template() -> str:
-    """The same prompt as a chat template, for stock `apply_chat_template`; it refuses roles that do not alternate.
+    """The same prompt as a chat template, for stock `apply_chat_template`; it refuses roles that do
+    not alternate.
 
-    As the paper's own template it prints every turn, although no training row has more than one question.
+    As the paper's own template it prints every turn, although no training row has more than one
+    question.
     """
     return CHAT_HEAD + template_text("expguard")
 
@@ -219,29 +242,41 @@ CHAT_HEAD = """{%- for message in messages -%}
 def target_text(prompt_unsafe: bool, response_unsafe: bool | None) -> str:
     """The verdict lines."""
     lines = [f"User Safety Assessment: {WORDS[prompt_unsafe]}"]
-    lines += [] if response_unsafe is None else [f"Agent Safety Assessment: {WORDS[response_unsafe]}"]
+    lines += (
+        [] if response_unsafe is None else [f"Agent Safety Assessment: {WORDS[response_unsafe]}"]
+    )
     return "\n".join(lines)
 
 
 class Encoder:
     """Token ids of prompts and of the few possible targets, with one tokenizer and one maximum.
 
-    A target is tokenized where it stands, after its prompt, so that training sees what a guard that writes would see.
+    A target is tokenized where it stands, after its prompt, so that training sees what a guard that
+    writes would see.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
-        """Raises UserError where the tokenizer has no EOS, or does not keep prompt, lines and words apart."""
+        """Raises UserError where the tokenizer has no EOS, or does not keep prompt, lines and words
+        apart.
+        """
         self.tokenizer, self.max_length = tokenizer, max_length
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token; verdicts would not end")
         self.targets = {(p, r): self._target(p, r) for p in WORDS for r in (None, *WORDS)}
         self.user = _first_difference(self.targets[False, None], self.targets[True, None])
-        self.agent = {p: _first_difference(self.targets[p, False], self.targets[p, True]) for p in WORDS}
-        places = [(self.user, (False, None), (True, None)), (self.user, (False, False), (True, False))]
+        self.agent = {
+            p: _first_difference(self.targets[p, False], self.targets[p, True]) for p in WORDS
+        }
+        places = [
+            (self.user, (False, None), (True, None)),
+            (self.user, (False, False), (True, False)),
+        ]
         places += [(self.agent[p], (p, False), (p, True)) for p in WORDS]
         pairs = {tuple(self.targets[target][at] for target in ends) for at, *ends in places}
         if len(pairs) > 1:
-            raise UserError(f"the tokenizer writes safe and unsafe differently in the two lines: {pairs}")
+            raise UserError(
+                f"the tokenizer writes safe and unsafe differently in the two lines: {pairs}"
+            )
         (self.words,) = pairs  # the tokens at which " safe" and " unsafe" part
 
     def _target(self, prompt_unsafe: bool, response_unsafe: bool | None) -> list[int]:
@@ -249,30 +284,43 @@ class Encoder:
         text = Part(target_text(prompt_unsafe, response_unsafe), False)
         prompt, whole = encode(self.tokenizer, [parts, [*parts, text]], add_special_tokens=False)
         if whole[: len(prompt)] != prompt:
-            raise UserError("the tokenizer merges the end of the prompt with the verdict that follows")
+            raise UserError(
+                "the tokenizer merges the end of the prompt with the verdict that follows"
+            )
         return [*whole[len(prompt) :], self.tokenizer.eos_token_id]
 
     def prompts(self, rows: Sequence[Row]) -> tuple[list[list[int]], dict[str, int]]:
-        """Prompt ids that leave room for the longest target, and how many contents were cut for that."""
+        """Prompt ids that leave room for the longest target, and how many contents were cut for
+        that.
+        """
         room, facts, out = self.max_length - max(map(len, self.targets.values())), Counter(), []
         for start in tqdm(range(0, len(rows), 1000), desc="tokenizing", disable=len(rows) < 10_000):
             some = rows[start : start + 1000]
             parts = [prompt_parts(row["messages"], self.tokenizer) for row in some]
-            for row, ids in zip(some, encode(self.tokenizer, parts, add_special_tokens=False), strict=True):
+            for row, ids in zip(
+                some, encode(self.tokenizer, parts, add_special_tokens=False), strict=True
+            ):
                 if len(ids) > room:
                     ids, cut = self._shortened(row, room)
                     facts.update(["shortened_rows", *cut])
                 out.append(ids)
-        return out, {name: facts[name] for name in ("shortened_rows", "shortened_responses", "shortened_prompts")}
+        return out, {
+            name: facts[name]
+            for name in ("shortened_rows", "shortened_responses", "shortened_prompts")
+        }
 
     def _shortened(self, row: Row, room: int) -> tuple[list[int], list[str]]:
-        """Ids of at most `room` tokens: the end of the response is cut (down to a quarter), then that of the prompt."""
+        """Ids of at most `room` tokens: the end of the response is cut (down to a quarter), then
+        that of the prompt.
+        """
         texts = [message["content"].strip() for message in row["messages"]]
         spans = [token_offsets(self.tokenizer, text) for text in texts]
         keep, least = [len(span) for span in spans], [1, max(1, room // 4)]
         while True:
             cut = [t[: span[n - 1][1]] for t, span, n in zip(texts, spans, keep, strict=True)]
-            (ids,) = encode(self.tokenizer, [prompt_parts(pair(*cut), self.tokenizer)], add_special_tokens=False)
+            (ids,) = encode(
+                self.tokenizer, [prompt_parts(pair(*cut), self.tokenizer)], add_special_tokens=False
+            )
             if len(ids) <= room:
                 whole = zip(("shortened_prompts", "shortened_responses"), keep, spans, strict=False)
                 return ids, [name for name, n, span in whole if n < len(span)]
@@ -284,7 +332,8 @@ class Encoder:
             keep[which] -= min(len(ids) - room, keep[which] - least[which])
 
     def verdict_sequences(self, row: Row, prompt: list[int]) -> list[dict[str, list[int]]]:
-        """`input_ids` up to the last verdict, and `labels` where there is one: two where the row has a response.
+        """`input_ids` up to the last verdict, and `labels` where there is one: two where the row
+        has a response.
 
         The second verdict depends on the first: there is one sequence for each.
         """
@@ -300,14 +349,20 @@ class Encoder:
         return sequences
 
     def compared(self, rows: Sequence[Row]) -> Dataset:
-        """The verdicts of a few rows, to compare a model in memory with the folder it was written to."""
+        """The verdicts of a few rows, to compare a model in memory with the folder it was written
+        to.
+        """
         few = spread(rows)
         prompts, _ = self.prompts(few)
         both = zip(few, prompts, strict=True)
-        return Dataset.from_list([one for row, prompt in both for one in self.verdict_sequences(row, prompt)])
+        return Dataset.from_list(
+            [one for row, prompt in both for one in self.verdict_sequences(row, prompt)]
+        )
 
     def training_set(self, rows: Sequence[Row]) -> tuple[Dataset, dict[str, int]]:
-        """`input_ids` and `labels` (-100 but on the verdict lines and EOS) of each row, and what was cut."""
+        """`input_ids` and `labels` (-100 but on the verdict lines and EOS) of each row, and what
+        was cut.
+        """
         prompts, facts = self.prompts(rows)
         targets = [self.targets[row["prompt_unsafe"], row["response_unsafe"]] for row in rows]
         both = list(zip(prompts, targets, strict=True))
@@ -315,7 +370,10 @@ class Encoder:
             "input_ids": [prompt + target for prompt, target in both],
             "labels": [[-100] * len(prompt) + target for prompt, target in both],
         }
-        facts |= {"tokens": sum(map(len, encoded["input_ids"])), "verdict_tokens": sum(map(len, targets))}
+        facts |= {
+            "tokens": sum(map(len, encoded["input_ids"])),
+            "verdict_tokens": sum(map(len, targets)),
+        }
         return Dataset.from_dict(encoded), facts
 
 
@@ -324,10 +382,11 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class Validation:
-    """Validation rows, and their scores after each evaluation: what a guard that writes would decide.
+    """Validation rows, and their scores after each evaluation: what a guard that writes would
+    decide.
 
-    The second verdict depends on the first, which is not known before: a row with a response is two sequences, one for
-    each first verdict, and the one that the model would write counts.
+    The second verdict depends on the first, which is not known before: a row with a response is two
+    sequences, one for each first verdict, and the one that the model would write counts.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder, name: str):
@@ -335,7 +394,8 @@ class Validation:
         if not 0 < sum(row["prompt_unsafe"] for row in rows) < len(rows):
             raise UserError(f"{name}: validation needs safe and unsafe prompts")
         prompts, self.facts = encoder.prompts(rows)
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["messages"]), len(prompts[i])))  # alike in batches
+        # alike in batches
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["messages"]), len(prompts[i])))
         self.name, self.rows, sequences = name, [rows[i] for i in order], []
         for row, prompt in zip(self.rows, (prompts[i] for i in order), strict=True):
             sequences += encoder.verdict_sequences(row, prompt)
@@ -343,7 +403,9 @@ class Validation:
         self.scores: dict[str, tuple[list[bool], list[float]]] = {}
 
     def __call__(self, prediction: Any) -> dict[str, float]:
-        """Metrics of `prediction.predictions`, of shape (sequences, 2): P(unsafe) of prompt and response."""
+        """Metrics of `prediction.predictions`, of shape (sequences, 2): P(unsafe) of prompt and
+        response.
+        """
         sequences = iter(np.asarray(prediction.predictions, dtype=float))
         self.scores = {"prompt_unsafe": ([], []), "response_unsafe": ([], [])}
         for row in self.rows:
@@ -355,13 +417,25 @@ class Validation:
                 self.scores[label][0].append(row[label])
                 self.scores[label][1].append(float(np.nan_to_num(score, nan=1.0)))  # fail closed
         measured = self.measured()
-        named = {f"{n.partition('_')[0]}_{m}": measured[n][m] for n in measured for m in ("f1", "auprc", "fpr")}
+        named = {
+            f"{n.partition('_')[0]}_{m}": measured[n][m]
+            for n in measured
+            for m in ("f1", "auprc", "fpr")
+        }
         f1 = [values["f1"] for values in measured.values() if values["f1"] is not None]
-        return {"f1": float(np.mean(f1))} | {name: value for name, value in named.items() if value is not None}
+        return {"f1": float(np.mean(f1))} | {
+            name: value for name, value in named.items() if value is not None
+        }
 
     def measured(self) -> dict[str, dict[str, Any]]:
-        """`metrics.binary` of each label that there is; a score that was not a number counts as unsafe."""
-        return {label: metrics.binary(truth, score) for label, (truth, score) in self.scores.items() if truth}
+        """`metrics.binary` of each label that there is; a score that was not a number counts as
+        unsafe.
+        """
+        return {
+            label: metrics.binary(truth, score)
+            for label, (truth, score) in self.scores.items()
+            if truth
+        }
 
     def thresholds(self) -> dict[str, dict[str, Any]]:
         """The threshold with the highest F1 for each label that has both classes here."""

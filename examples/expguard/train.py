@@ -1,4 +1,5 @@
-"""Fine-tune a causal LM to write verdicts on a prompt, or a prompt and its response (ExpGuard, arXiv 2603.02588).
+"""Fine-tune a causal LM to write verdicts on a prompt, or a prompt and its response (ExpGuard,
+arXiv 2603.02588).
 
 # the quickstart: bundled model and sample, CPU, minutes
 torchrun train.py
@@ -6,8 +7,8 @@ torchrun train.py
 # one GPU, LoRA
 launch/lora_1gpu.sh
 
-# the paper's command; add --stop_after_epoch 2 for the released model, --do_eval to select the epoch on held-out rows
-bash scripts/train.sh
+# the paper's command; add --stop_after_epoch 2 for the released model, --do_eval to select the
+epoch on held-out rows bash scripts/train.sh
 """
 
 import json
@@ -74,7 +75,9 @@ class GuardTrainer(AnswerTrainer):
         return min(epochs, self.stop_after_epoch or epochs), *rest
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Packing and padding-free are for training: here a sequence is a row, or rows share what they begin with."""
+        """Packing and padding-free are for training: here a sequence is a row, or rows share what
+        they begin with.
+        """
         training = self.data_collator
         if training is not shared_prefix_collator:
             self.data_collator = DataCollatorForLanguageModeling(training.pad_token_id)
@@ -88,11 +91,15 @@ class GuardTrainer(AnswerTrainer):
         return self.get_eval_dataloader(test_dataset)
 
     def _get_eval_sampler(self, eval_dataset):
-        """In order, because a sequence finds its row by its place; the stock sampler would group by length."""
+        """In order, because a sequence finds its row by its place; the stock sampler would group by
+        length.
+        """
         return SequentialSampler(eval_dataset)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """P(unsafe) at each label: `predictions` of shape (sequences, 2), nan where there is no second verdict."""
+        """P(unsafe) at each label: `predictions` of shape (sequences, 2), nan where there is no
+        second verdict.
+        """
         inputs = self._prepare_inputs(inputs)
         owner = inputs.get("owner")
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -100,7 +107,8 @@ class GuardTrainer(AnswerTrainer):
         row, column = (labels != -100).nonzero(as_tuple=True)
         logits = outputs.logits[row, column].float()
         owner = row if owner is None else owner
-        line = (owner[:, None] == owner).tril(-1).sum(1)  # how many verdicts of its row stand before it
+        # how many verdicts of its row stand before it
+        line = (owner[:, None] == owner).tril(-1).sum(1)
         scores = torch.full((int(owner.max()) + 1, 2), torch.nan, device=logits.device)
         safe, unsafe = self.words
         scores[owner, line] = (logits[:, unsafe] - logits[:, safe]).sigmoid()
@@ -109,7 +117,8 @@ class GuardTrainer(AnswerTrainer):
 
 def main() -> None:
     model_args, data_args, args = parse_args(
-        [ModelArguments, DataArguments, ExpGuardConfig], Path(__file__).parent / "configs/quickstart.yaml"
+        [ModelArguments, DataArguments, ExpGuardConfig],
+        Path(__file__).parent / "configs/quickstart.yaml",
     )
     check(model_args, args)
     checkpoint, max_length = checkpoint_to_resume(args) if args.do_train else None, args.max_length
@@ -157,7 +166,9 @@ def main() -> None:
         start_over(args)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seen = trainer.state.num_input_tokens_seen
-    facts["useful_token_share"] = round(trainer.state.epoch * facts["encoded"]["tokens"] / seen, 3) if seen else None
+    facts["useful_token_share"] = (
+        round(trainer.state.epoch * facts["encoded"]["tokens"] / seen, 3) if seen else None
+    )
     if validation is not None:
         logger.info("Validation: %s", json.dumps(trainer.evaluate()))  # of the epoch that is kept
     compared = encoder.compared(rows if held_out is None else held_out)
@@ -166,7 +177,9 @@ def main() -> None:
 
 
 def check_layout(model: PreTrainedModel, args: ExpGuardConfig) -> None:
-    """How rows are laid out: end to end where attention is told their bounds, and what a shared prefix asks for."""
+    """How rows are laid out: end to end where attention is told their bounds, and what a shared
+    prefix asks for.
+    """
     config = model.config.get_text_config()
     args.padding_free = "flash" in str(config._attn_implementation)
     if args.share_prefix and (args.packing or config._attn_implementation != "sdpa"):
@@ -177,15 +190,23 @@ def check_layout(model: PreTrainedModel, args: ExpGuardConfig) -> None:
 
 def load_rows(data_args: DataArguments, args: ExpGuardConfig) -> tuple[list, list | None, str]:
     """Training rows, validation rows (None without --do_eval) and the name of these."""
-    rows = [r for name in data_args.dataset_name for r in read_rows(name, data_args.data_dir, data_args.bad_rows)]
+    rows = [
+        r
+        for name in data_args.dataset_name
+        for r in read_rows(name, data_args.data_dir, data_args.bad_rows)
+    ]
     if not args.do_eval:
         return rows, None, ""
     folders = [folder_of(name, Path(data_args.data_dir)) for name in data_args.dataset_name]
-    beside = next((str(f / "val.jsonl") for f in folders if f and (f / "val.jsonl").is_file()), None)
+    beside = next(
+        (str(f / "val.jsonl") for f in folders if f and (f / "val.jsonl").is_file()), None
+    )
     given = data_args.val_data or beside
     name = given or f"{data_args.val_split_ratio} of {' '.join(data_args.dataset_name)}"
     if metrics.is_test(name):
-        raise UserError(f"--do_eval: {name} is a test set; neither epoch nor threshold is chosen on one")
+        raise UserError(
+            f"--do_eval: {name} is a test set; neither epoch nor threshold is chosen on one"
+        )
     if given is None:
         return *stratified_split(rows, data_args.val_split_ratio, args.seed), name
     return rows, read_rows(given, data_args.data_dir, data_args.bad_rows), name
@@ -203,7 +224,8 @@ def save_guard(
     train_metrics: dict[str, float],
     max_length: int,
 ) -> None:
-    """Save the guard, whole or not at all: weights, tokenizer, run.json, model card, and guard.json last.
+    """Save the guard, whole or not at all: weights, tokenizer, run.json, model card, and guard.json
+    last.
 
     Args:
         compared: sequences on which the folder has to say what the model in memory says.
@@ -231,7 +253,9 @@ def save_guard(
     quantized = model_args.use_4bit_quantization or model_args.use_8bit_quantization
     with whole_folder(args.output_dir) as folder:
         write_weights(trainer, state_dict, model_args, max_length, folder)
-        run = manifest(arguments, seed=args.seed, data=facts, train=train_metrics, validation=measured)
+        run = manifest(
+            arguments, seed=args.seed, data=facts, train=train_metrics, validation=measured
+        )
         best = trainer.state.best_model_checkpoint
         kept = {"best_checkpoint": best and Path(best).name, "log": trainer.state.log_history}
         write_json(folder / "run.json", run | kept)
@@ -240,8 +264,12 @@ def save_guard(
         guard = add_probe(folder, card, trust_remote_code=args.trust_remote_code)
         if guard is not None:
             tolerance = TOLERANCE["4bit" if quantized else guard.dtype]
-            check_equal(trained, verdict_scores(guard.model.model, compared, trainer.words), tolerance)
-    logger.info("Saved the guard to %s; it says there what the model in memory says", args.output_dir)
+            check_equal(
+                trained, verdict_scores(guard.model.model, compared, trainer.words), tolerance
+            )
+    logger.info(
+        "Saved the guard to %s; it says there what the model in memory says", args.output_dir
+    )
 
 
 def write_weights(
@@ -251,7 +279,9 @@ def write_weights(
     max_length: int,
     folder: Path,
 ) -> None:
-    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter in adapter/."""
+    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter in
+    adapter/.
+    """
     tokenizer = trainer.processing_class
     tokenizer.model_max_length = max_length
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -263,7 +293,9 @@ def write_weights(
     save_model(model, state_dict, tokenizer, folder)
 
 
-def write_readme(folder: Path, card: GenerativeCard, dataset_names: list[str], measured: dict[str, Any]) -> None:
+def write_readme(
+    folder: Path, card: GenerativeCard, dataset_names: list[str], measured: dict[str, Any]
+) -> None:
     """README.md, the model card."""
     train_data = [HUB if is_mix(name) else name for name in dataset_names]
     names = " ".join(about_data(name)["name"] for name in train_data)

@@ -1,4 +1,6 @@
-"""Responses of the assistant to prompts: several a prompt, each with its seed, in its own chat template."""
+"""Responses of the assistant to prompts: several a prompt, each with its seed, in its own chat
+template.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,11 @@ def respond(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loaded, pat
     if config.llama.use_recorded:
         for row, record in asked:
             text = row["model_output"]  # of a row without one: an error row
-            said = {"text": text.strip() if isinstance(text, str) else "", "seed": None, "human": row["output_unsafe"]}
+            said = {
+                "text": text.strip() if isinstance(text, str) else "",
+                "seed": None,
+                "human": row["output_unsafe"],
+            }
             record["responses"] = [_response(said, record["query"], True)]
         return
     answers = generated(config, [row["input"] for row, _ in asked], path, guard)
@@ -40,7 +46,13 @@ def _response(answer: Row, prompt: str, recorded: bool) -> Row:
     kind = classify(text, prompt).kind if text else "empty"
     error = answer.get("error") or (None if text else "empty response: nothing to judge")
     return {
-        **{"text": text, "seed": answer["seed"], "recorded": recorded, "unsafe": None, "decided": None},
+        **{
+            "text": text,
+            "seed": answer["seed"],
+            "recorded": recorded,
+            "unsafe": None,
+            "decided": None,
+        },
         **{"categories": None, "error": error, "refusal": KINDS.get(kind, kind)},
         **{"judge_unsafe": None, "human_unsafe": answer.get("human")},
     }
@@ -119,14 +131,20 @@ def model_identity(llama: LlamaConfig) -> list[Any]:
 
 
 def assistant_tokenizer(name: str) -> tuple[Any, int]:
-    """The assistant's tokenizer, and how many tokens it sees. Raises UserError where there is none that can chat."""
+    """The assistant's tokenizer, and how many tokens it sees. Raises UserError where there is none
+    that can chat.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
         known = AutoConfig.from_pretrained(resolve_model(name))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"llama.model_path {name}: {str(error).strip().splitlines()[0]:.200}") from None
+        raise UserError(
+            f"llama.model_path {name}: {str(error).strip().splitlines()[0]:.200}"
+        ) from None
     if not tokenizer.chat_template:
-        raise UserError(f"llama.model_path {name}: has no chat template; choose an instruction-tuned model")
+        raise UserError(
+            f"llama.model_path {name}: has no chat template; choose an instruction-tuned model"
+        )
     return tokenizer, config_positions(known) or 1 << 30
 
 

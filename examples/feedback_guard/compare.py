@@ -1,7 +1,9 @@
-"""Guards against one another: metrics of thousands of bootstrap draws at once, and the tests that rest on them.
+"""Guards against one another: metrics of thousands of bootstrap draws at once, and the tests that
+rest on them.
 
-A draw is a column of weights (how often each prompt was drawn), so that a guard's scores are sorted once for all draws
-instead of once a draw. All guards see the same draws, which makes every difference a paired one.
+A draw is a column of weights (how often each prompt was drawn), so that a guard's scores are sorted
+once for all draws instead of once a draw. All guards see the same draws, which makes every
+difference a paired one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +20,9 @@ CELLS = 2**18  # of a block of weights: what a processor's cache holds
 
 @dataclass(frozen=True)
 class Part:
-    """n prompts of one split with a yes/no question: `truth` of shape (n,), `groups` the cluster of each prompt."""
+    """n prompts of one split with a yes/no question: `truth` of shape (n,), `groups` the cluster of
+    each prompt.
+    """
 
     ids: Sequence[str]
     truth: np.ndarray
@@ -32,7 +36,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Said:
-    """One guard on a `Part`: scores and decisions of shape (n,); `validation`: scores of the m rows of thresholds."""
+    """One guard on a `Part`: scores and decisions of shape (n,); `validation`: scores of the m rows
+    of thresholds.
+    """
 
     score: np.ndarray
     decided: np.ndarray
@@ -43,7 +49,8 @@ class Said:
 
 
 def draw_weights(groups: Sequence[str], draws: int, seed: int, block: int) -> Iterator[np.ndarray]:
-    """How often each of n rows was drawn, in blocks of shape (n, at most `block`); rows of a group come together.
+    """How often each of n rows was drawn, in blocks of shape (n, at most `block`); rows of a group
+    come together.
 
     The draws are those of `common.metrics.bootstrap` with the same seed.
     """
@@ -71,17 +78,21 @@ def statistics(
 
     Args:
         weights: shape (n, d). validation_weights: shape (m, d), of the rows of `validation_truth`.
-        target_recall: `fpr_at_recall` is the false-positive rate at this recall on the prompts' own ROC curve. On
-            validation it selects a threshold, anew in each sample of its rows, at which `fpr_at_threshold` and
-            `recall_at_threshold` are taken.
-        block_rate: the share of prompts to block for `caught`, the share of positives among what is blocked then.
+        target_recall: `fpr_at_recall` is the false-positive rate at this recall on the prompts' own
+        ROC curve. On
+            validation it selects a threshold, anew in each sample of its rows, at which
+            `fpr_at_threshold` and `recall_at_threshold` are taken.
+        block_rate: the share of prompts to block for `caught`, the share of positives among what is
+        blocked then.
 
     Returns:
         metric: shape (d,).
     """
     wide = weights.dtype
     hit = said.decided
-    cells = np.stack([truth & hit, ~truth & hit, truth & ~hit, ~truth & ~hit]).astype(wide) @ weights
+    cells = (
+        np.stack([truth & hit, ~truth & hit, truth & ~hit, ~truth & ~hit]).astype(wide) @ weights
+    )
     tp, fp, fn, tn = cells
     positives, negatives = tp + fn, fp + tn
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -99,9 +110,13 @@ def statistics(
         blocked = np.zeros_like(hits)
         np.cumsum(ranked, axis=0, out=blocked[1:])
         np.cumsum(ranked * truth[order][:, None], axis=0, out=hits[1:])
-        out |= _curve(said.score[order], hits, blocked, positives, negatives, target_recall, block_rate)
+        out |= _curve(
+            said.score[order], hits, blocked, positives, negatives, target_recall, block_rate
+        )
         if validation_weights is not None and validation_truth is not None:
-            cuts, reached = _cuts(validation_truth, said.validation, validation_weights, target_recall)
+            cuts, reached = _cuts(
+                validation_truth, said.validation, validation_weights, target_recall
+            )
             above = len(order) - np.searchsorted(np.sort(said.score), cuts, side="right")
             at = (above[np.maximum(reached, 0)], np.arange(weights.shape[1])) if len(cuts) else None
             unknown = np.full(weights.shape[1], np.nan)
@@ -121,18 +136,24 @@ def _curve(
     target_recall: float,
     block_rate: float | None,
 ) -> dict[str, np.ndarray]:
-    """Metrics of a ranking: scikit-learn's values, from counts above each rank, of shape (n + 1, d).
+    """Metrics of a ranking: scikit-learn's values, from counts above each rank, of shape (n + 1,
+    d).
 
-    Prompts of equal score are blocked together: `fpr_at_recall` is that of the first score, from the highest, down to
-    which the share of positives is at least the target; nothing is taken between two scores.
+    Prompts of equal score are blocked together: `fpr_at_recall` is that of the first score, from
+    the highest, down to which the share of positives is at least the target; nothing is taken
+    between two scores.
     """
-    ends = np.append(0, 1 + np.flatnonzero(np.append(np.diff(score) != 0, True)))  # after each run of equal scores
+    # after each run of equal scores
+    ends = np.append(0, 1 + np.flatnonzero(np.append(np.diff(score) != 0, True)))
     hits, blocked = (hits, blocked) if len(ends) == len(hits) else (hits[ends], blocked[ends])
     wrong, both = blocked - hits, (positives > 0) & (negatives > 0)
     gained = np.diff(hits, axis=0)
     precision = hits[1:] / np.maximum(blocked[1:], 1)
     area = (np.diff(wrong, axis=0) * (hits[1:] + hits[:-1])).sum(0) / 2
-    out = {"auprc": (gained * precision).sum(0) / positives, "auroc": area / (positives * negatives)}
+    out = {
+        "auprc": (gained * precision).sum(0) / positives,
+        "auroc": area / (positives * negatives),
+    }
     for name, rate in (("recall_at_fpr01", 0.01), ("recall_at_fpr05", 0.05)):
         out[name] = np.where(wrong <= rate * negatives, hits, 0).max(0) / positives
     reached = (hits >= target_recall * positives - 1e-3).argmax(0)
@@ -152,9 +173,11 @@ def _curve(
 def _cuts(
     truth: np.ndarray, score: np.ndarray, weights: np.ndarray, target_recall: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A threshold below each positive's score, highest first, and which of them reaches the recall in each draw.
+    """A threshold below each positive's score, highest first, and which of them reaches the recall
+    in each draw.
 
-    A prompt is flagged above the threshold, which lies half-way to the next lower score of any row. -1: no positive.
+    A prompt is flagged above the threshold, which lies half-way to the next lower score of any row.
+    -1: no positive.
     """
     rows = np.flatnonzero(truth)
     rows = rows[np.argsort(-score[rows], kind="stable")]
@@ -170,12 +193,16 @@ def _cuts(
 
 
 def threshold_at_recall(truth: np.ndarray, score: np.ndarray, target_recall: float) -> float | None:
-    """The highest threshold (flagged is `score > value`) with that recall at least; None without a positive."""
+    """The highest threshold (flagged is `score > value`) with that recall at least; None without a
+    positive.
+    """
     cuts, reached = _cuts(truth, score, np.ones((len(truth), 1)), target_recall)
     return None if reached[0] < 0 else float(cuts[reached[0]])
 
 
-def point(truth: np.ndarray, said: Said, validation_truth: np.ndarray | None = None, **options) -> dict:
+def point(
+    truth: np.ndarray, said: Said, validation_truth: np.ndarray | None = None, **options
+) -> dict:
     """`statistics` of the rows as they are: metric -> number, None for what is undefined."""
     if not len(truth):
         return {}
@@ -186,15 +213,23 @@ def point(truth: np.ndarray, said: Said, validation_truth: np.ndarray | None = N
 
 
 def bootstrap(
-    test: Part, lines: Mapping[str, Said], draws: int, seed: int, validation: Part | None = None, **options
+    test: Part,
+    lines: Mapping[str, Said],
+    draws: int,
+    seed: int,
+    validation: Part | None = None,
+    **options,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Metrics of every guard on the same draws of `test`, thresholds from the same draws of `validation`.
+    """Metrics of every guard on the same draws of `test`, thresholds from the same draws of
+    `validation`.
 
     Returns:
         guard: metric: shape (draws,), NaN where undefined.
     """
     block = max(1, CELLS // max(1, len(test.ids)))
-    again = iter(()) if validation is None else draw_weights(validation.groups, draws, seed + 1, block)
+    again = (
+        iter(()) if validation is None else draw_weights(validation.groups, draws, seed + 1, block)
+    )
     blocks: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in lines}
     for weights in draw_weights(test.groups, draws, seed, block):
         given = {"validation_weights": next(again, None)}
@@ -202,7 +237,9 @@ def bootstrap(
         for name, said in lines.items():
             blocks[name].append(statistics(test.truth, said, weights, **given, **options))
     return {
-        name: {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]} if parts else {}
+        name: {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
+        if parts
+        else {}
         for name, parts in blocks.items()
     }
 
@@ -213,18 +250,25 @@ def bootstrap(
 def interval(values: np.ndarray) -> list[float] | None:
     """95 % percentile interval; None when fewer than half of the draws are defined."""
     known = values[~np.isnan(values)]
-    return None if not len(known) or len(known) * 2 < len(values) else np.percentile(known, [2.5, 97.5]).tolist()
+    return (
+        None
+        if not len(known) or len(known) * 2 < len(values)
+        else np.percentile(known, [2.5, 97.5]).tolist()
+    )
 
 
 def difference(a: float | None, b: float | None, drawn: np.ndarray, n: int | None) -> dict | None:
-    """a minus b with its interval, p, standard error and power; None where one of them is undefined.
+    """a minus b with its interval, p, standard error and power; None where one of them is
+    undefined.
 
     Args:
-        drawn: the difference in each draw. n: test prompts; None if the error does not rest on them alone: no power.
+        drawn: the difference in each draw. n: test prompts; None if the error does not rest on them
+        alone: no power.
 
     Returns:
-        difference, interval, p (two-sided, of the draws), standard_error, n_for_80_percent_power (test prompts),
-        detectable (the difference found with 80 % power at this n), draws (that are defined).
+        difference, interval, p (two-sided, of the draws), standard_error, n_for_80_percent_power
+        (test prompts), detectable (the difference found with 80 % power at this n), draws (that are
+        defined).
     """
     if a is None or b is None:
         return None
@@ -234,42 +278,59 @@ def difference(a: float | None, b: float | None, drawn: np.ndarray, n: int | Non
         return out | dict.fromkeys(("p", "standard_error", "n_for_80_percent_power", "detectable"))
     error = float(known.std(ddof=1)) if len(known) > 1 else 0.0
     tail = min((known <= 0).sum(), (known >= 0).sum())
-    p = min(1.0, float(2 * (tail + 1) / (len(known) + 1)))  # +1: a p of 0 is no property of a finite number of draws
-    known_power = dict.fromkeys(("n_for_80_percent_power", "detectable")) if n is None else power(a - b, error, n)
+    # +1: a p of 0 is no property of a finite number of draws
+    p = min(1.0, float(2 * (tail + 1) / (len(known) + 1)))
+    known_power = (
+        dict.fromkeys(("n_for_80_percent_power", "detectable"))
+        if n is None
+        else power(a - b, error, n)
+    )
     return out | {"p": p, "standard_error": error} | known_power
 
 
 def by_seed(
-    first: Mapping[str, Mapping[str, float | None]], second: Mapping[str, Mapping[str, float | None]], metric: str
+    first: Mapping[str, Mapping[str, float | None]],
+    second: Mapping[str, Mapping[str, float | None]],
+    metric: str,
 ) -> list[float] | None:
     """The lowest and the highest difference of one seed; None with one seed each.
 
-    Arms with the same seeds are paired by seed, else each of the first (of both, where the first has one) is taken
-    from the other's mean. The mean over seeds of these differences is that of the arms.
+    Arms with the same seeds are paired by seed, else each of the first (of both, where the first
+    has one) is taken from the other's mean. The mean over seeds of these differences is that of the
+    arms.
 
     Args:
         first, second: metrics by name, such as A8-seed0.
     """
-    a, b = ({name.rpartition("-seed")[2]: of.get(metric) for name, of in arm.items()} for arm in (first, second))
+    a, b = (
+        {name.rpartition("-seed")[2]: of.get(metric) for name, of in arm.items()}
+        for arm in (first, second)
+    )
     if None in [*a.values(), *b.values()] or len(a) == len(b) == 1:
         return None
     if set(a) == set(b):
         found = [a[seed] - b[seed] for seed in a]
     else:
         ours, theirs = list(a.values()), list(b.values())
-        found = [x - np.mean(theirs) for x in ours] if len(ours) > 1 else [ours[0] - y for y in theirs]
+        found = (
+            [x - np.mean(theirs) for x in ours] if len(ours) > 1 else [ours[0] - y for y in theirs]
+        )
     return [float(min(found)), float(max(found))]
 
 
 def power(effect: float, standard_error: float, n: int) -> dict[str, float | int | None]:
-    """How many test prompts show `effect` at 5 %, two-sided, with 80 % power, if the error falls as 1 / sqrt(n)."""
+    """How many test prompts show `effect` at 5 %, two-sided, with 80 % power, if the error falls as
+    1 / sqrt(n).
+    """
     factor = float(norm.ppf(0.975) + norm.ppf(0.8))
     needed = ceil(n * (factor * standard_error / effect) ** 2 - 1e-9) if effect else None
     return {"n_for_80_percent_power": needed, "detectable": factor * standard_error}
 
 
 def holm(p: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Adjusted p-values of a family of tests (Holm 1979); one that could not be made counts in the family."""
+    """Adjusted p-values of a family of tests (Holm 1979); one that could not be made counts in the
+    family.
+    """
     out: dict[str, float | None] = dict.fromkeys(p)
     largest = 0.0
     for rank, name in enumerate(sorted((k for k in p if p[k] is not None), key=lambda k: p[k])):
@@ -280,9 +341,16 @@ def holm(p: Mapping[str, float | None]) -> dict[str, float | None]:
 
 def mcnemar(truth: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict[str, float | int]:
     """McNemar's exact test of two lists of decisions: rows that only one of them has right."""
-    only_a, only_b = int(((a == truth) & (b != truth)).sum()), int(((a != truth) & (b == truth)).sum())
+    only_a, only_b = (
+        int(((a == truth) & (b != truth)).sum()),
+        int(((a != truth) & (b == truth)).sum()),
+    )
     n = only_a + only_b
-    return {"only_first_right": only_a, "only_second_right": only_b, "p": binomtest(only_a, n).pvalue if n else 1.0}
+    return {
+        "only_first_right": only_a,
+        "only_second_right": only_b,
+        "p": binomtest(only_a, n).pvalue if n else 1.0,
+    }
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -293,12 +361,15 @@ def logit(score: np.ndarray) -> np.ndarray:
 
 
 def calibrated(score: np.ndarray, temperature: float, shift: float = 0.0) -> np.ndarray:
-    """Probabilities with their logits divided by `temperature` and moved by `shift` (a change of class prior)."""
+    """Probabilities with their logits divided by `temperature` and moved by `shift` (a change of
+    class prior).
+    """
     return 1 / (1 + np.exp(-np.clip(logit(score) / temperature + shift, -50, 50)))
 
 
 def fit_calibration(truth: np.ndarray, score: np.ndarray) -> dict[str, float] | None:
-    """Temperature (least log loss), and then the shift at which the mean probability is the base rate.
+    """Temperature (least log loss), and then the shift at which the mean probability is the base
+    rate.
 
     Returns:
         {"temperature", "shift"}; None with one class only.
@@ -312,12 +383,18 @@ def fit_calibration(truth: np.ndarray, score: np.ndarray) -> dict[str, float] | 
     low, high = -100.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if calibrated(score, temperature, middle).mean() < truth.mean() else (low, middle)
+        low, high = (
+            (middle, high)
+            if calibrated(score, temperature, middle).mean() < truth.mean()
+            else (low, middle)
+        )
     return {"temperature": temperature, "shift": (low + high) / 2}
 
 
 def calibration(part: Part, said: Said, validation: Part) -> dict[str, float | None]:
-    """ECE and Brier score before and after the temperature of the validation rows, and after its shift, too."""
+    """ECE and Brier score before and after the temperature of the validation rows, and after its
+    shift, too.
+    """
     fitted = fit_calibration(validation.truth, said.validation)
     out: dict[str, float | None] = {"temperature": None, "shift": None} | (fitted or {})
     stages = {"before": said.score}
@@ -331,10 +408,12 @@ def calibration(part: Part, said: Said, validation: Part) -> dict[str, float | N
 
 
 def noise_ceiling(votes: Sequence[Sequence[bool]]) -> dict[str, float | int | None]:
-    """How well one half of a prompt's responses foretells the other: AUPRC, the mean of both directions.
+    """How well one half of a prompt's responses foretells the other: AUPRC, the mean of both
+    directions.
 
     Args:
-        votes: for each prompt, whether each of its responses is unsafe; prompts with fewer than two are left out.
+        votes: for each prompt, whether each of its responses is unsafe; prompts with fewer than two
+        are left out.
     """
     usable = [list(v) for v in votes if len(v) > 1]
     halves = [(np.mean(v[::2]), np.mean(v[1::2])) for v in usable]

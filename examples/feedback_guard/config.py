@@ -1,7 +1,8 @@
-"""The config of a run: the keys of the original's research_config.json with their names and meaning, and ours.
+"""The config of a run: the keys of the original's research_config.json with their names and
+meaning, and ours.
 
-A config is a JSON file; what it leaves out has the original's value, or for our own keys the default below. On the
-command line `--set section.key=value …` changes single values.
+A config is a JSON file; what it leaves out has the original's value, or for our own keys the
+default below. On the command line `--set section.key=value …` changes single values.
 """
 
 import argparse
@@ -39,12 +40,16 @@ class SplitRatios:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    path: str = "lmsys/toxic-chat"  # hub id, folder with train and test files, one file, or a spec of common.data
+    # hub id, folder with train and test files, one file, or a spec of common.data
+    path: str = "lmsys/toxic-chat"
     config: str | None = "toxicchat0124"  # of a hub data set
-    split_ratios: SplitRatios = SplitRatios()  # of official splits only `validation` counts: that share of train
+    # of official splits only `validation` counts: that share of train
+    split_ratios: SplitRatios = SplitRatios()
     store_dir: str = "./data/dataset"
-    resplit: bool = False  # put all splits together and split anew by split_ratios, as the original does
-    guard_path: str | None = None  # rows that the guard was trained on: prompts that stand there too are left out
+    # put all splits together and split anew by split_ratios, as the original does
+    resplit: bool = False
+    # rows that the guard was trained on: prompts that stand there too are left out
+    guard_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class LlamaGuardConfig:
     server_model: str | None = None
     server_timeout: float = 120.0  # seconds of silence that end a request
     load_in_4bit: bool = False  # the frozen base of training
-    categories: bool = False  # let it name the categories of an unsafe response, for arms to learn them
+    # let it name the categories of an unsafe response, for arms to learn them
+    categories: bool = False
     legacy_new_tokens: int = 50  # of the original's checks, for arms with its collection
 
 
@@ -73,7 +79,8 @@ class LlamaConfig:
     server_model: str | None = None
     server_timeout: float = 120.0  # seconds of silence that end a request
     batch_size: int | None = None  # of transformers; samples depend on it
-    use_recorded: bool = False  # the data set's own model_output, one a prompt, instead of generating
+    # the data set's own model_output, one a prompt, instead of generating
+    use_recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,8 @@ class TrainingConfig:
     save_total_limit: int = 3
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    arms_learning_rate: float | None = None  # of arms that arms.yaml gives none of their own; null: learning_rate
+    # of arms that arms.yaml gives none of their own; null: learning_rate
+    arms_learning_rate: float | None = None
     arms_warmup_steps: int | None = None  # the same; null: warmup_steps
     max_steps: int = -1  # the same for all arms; -1: by epochs
     arms: tuple[str, ...] = ALL_ARMS
@@ -109,7 +117,8 @@ class TrainingConfig:
     kl_weight: float = 0.3
     safe_ratio: float = 1.0  # safe rows for each feedback row
     max_length: int = 2048
-    text_batch_size: int | None = None  # of the original's texts (A2 …), ten times as long; null: batch_size
+    # of the original's texts (A2 …), ten times as long; null: batch_size
+    text_batch_size: int | None = None
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm is trained with."""
@@ -123,7 +132,8 @@ class EvaluationConfig:
     max_eval_samples: int | None = 1000  # of validation and of test; null: all
     judge: str = ""  # another guard that judges the responses, a spec of load_guard; "": none
     t2_label: str = "guard"  # whose word on responses is the truth: human | judge | guard
-    hard_benign: str = ""  # spec of harmless prompts that look otherwise; "": rows of the data set marked so
+    # spec of harmless prompts that look otherwise; "": rows of the data set marked so
+    hard_benign: str = ""
     extra: tuple[str, ...] = ()  # specs of further data with labelled prompts
     draws: int = 10_000  # of the bootstrap
     target_recall: float = 0.8
@@ -134,7 +144,8 @@ class ExperimentConfig:
     process_split: str = "train"  # nothing else: the other splits measure
     process_sample_size: int | None = 5000  # null: all
     results_dir: str = "./results/experiment"
-    explore_share: float = 0.03  # of blocked prompts, let through to learn whether blocking was right
+    # of blocked prompts, let through to learn whether blocking was right
+    explore_share: float = 0.03
     refusal_filter: bool = True  # prompts whose responses refuse are no example of harmless ones
 
 
@@ -182,7 +193,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A config file, with `overrides` such as "training.max_steps=20".
 
     Raises:
-        UserError: no JSON object, an unknown key (the nearest known one is named), a value of the wrong type or out of
+        UserError: no JSON object, an unknown key (the nearest known one is named), a value of the
+        wrong type or out of
             its range.
     """
     config = _build(Config, read_json(path), f"{path}", "")
@@ -201,20 +213,35 @@ def config_from_argv(doc: str | None = None, stages: Sequence[str] = ()) -> Conf
 
     Args:
         doc: the script's docstring, for --help.
-        stages: the words that the command may begin with; the one that stands there is the config's `mode`.
+        stages: the words that the command may begin with; the one that stands there is the config's
+        `mode`.
 
     Raises:
         UserError: anything wrong with the arguments or the file.
     """
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     if stages:
         parser.add_argument("stage", nargs="?", choices=stages, help="default: the config's `mode`")
     parser.add_argument("--config", metavar="F.json", help="default: configs/quickstart.json")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", dest="overrides")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="section.key=value",
+        dest="overrides",
+    )
     given = parser.parse_args()
-    path = Path(expand_home(given.config)) if given.config else FOLDER / "configs" / "quickstart.json"
+    path = (
+        Path(expand_home(given.config)) if given.config else FOLDER / "configs" / "quickstart.json"
+    )
     if not given.config:
-        logger.info("Running %s (for the original's values: --config research_config.json)", os.path.relpath(path))
+        logger.info(
+            "Running %s (for the original's values: --config research_config.json)",
+            os.path.relpath(path),
+        )
     config = load_config(path, given.overrides)
     return replace(config, mode=given.stage) if stages and given.stage else config
 
@@ -228,30 +255,48 @@ def _build(kind: Any, value: Any, where: str, name: str) -> Any:
     """`value` as a `kind`: a dataclass, a union with None, a tuple of one kind, or a plain type."""
     if get_origin(kind) is UnionType:
         return (
-            None if value is None else _build(next(k for k in get_args(kind) if k is not NoneType), value, where, name)
+            None
+            if value is None
+            else _build(next(k for k in get_args(kind) if k is not NoneType), value, where, name)
         )
-    expected = "an object" if is_dataclass(kind) else "a list" if get_origin(kind) is tuple else kind.__name__
+    expected = (
+        "an object"
+        if is_dataclass(kind)
+        else "a list"
+        if get_origin(kind) is tuple
+        else kind.__name__
+    )
     if is_dataclass(kind) and isinstance(value, Mapping):
         known = get_type_hints(kind)
         for key in value:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1, 0)
-                raise UserError(f"{where}, field {name}{key}: unknown key; the nearest known one is {name}{near[0]}")
-        needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+                raise UserError(
+                    f"{where}, field {name}{key}: unknown key; the nearest known one is {name}{near[0]}"
+                )
+        needed = [
+            f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
+        ]
         if missing := [key for key in needed if key not in value]:
             raise UserError(f"{where}, field {name}{missing[0]}: missing")
-        return kind(**{key: _build(known[key], each, where, f"{name}{key}.") for key, each in value.items()})
+        return kind(
+            **{key: _build(known[key], each, where, f"{name}{key}.") for key, each in value.items()}
+        )
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_build(get_args(kind)[0], each, where, name) for each in value)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UserError(f"{where}, field {name.rstrip('.')}: expected {expected}, found {value!r:.60}")
+        raise UserError(
+            f"{where}, field {name.rstrip('.')}: expected {expected}, found {value!r:.60}"
+        )
     return expand_home(value)
 
 
 def _with(config: Config, keys: Sequence[str], text: str, where: str) -> dict[str, Any]:
-    """The config's values with one changed. `text` is JSON; a name need not stand in quotes, nor a list in brackets."""
+    """The config's values with one changed. `text` is JSON; a name need not stand in quotes, nor a
+    list in brackets.
+    """
     values = part = config.as_dict()
     kind: Any = Config
     for i, key in enumerate(keys):
@@ -301,7 +346,11 @@ def engine_options(section: LlamaGuardConfig | LlamaConfig) -> dict[str, Any]:
 def check(config: Config, where: str) -> None:
     """Raise UserError for the first value that is out of its range, or does not go with another."""
     guard, llama, training = config.llama_guard, config.llama, config.training
-    evaluation, experiment, ratios = config.evaluation, config.experiment, config.dataset.split_ratios
+    evaluation, experiment, ratios = (
+        config.evaluation,
+        config.experiment,
+        config.dataset.split_ratios,
+    )
     choices = [
         ("mode", config.mode, STAGES),
         ("llama_guard.engine", guard.engine, ENGINES),
@@ -322,14 +371,29 @@ def check(config: Config, where: str) -> None:
     for name, value in shares:
         least = 1e-9 if name in ("llama.top_p", "evaluation.target_recall") else 0
         if not least <= value <= 1:
-            raise UserError(f"{where}, field {name}: expected {'above 0' if least else '0'} to 1, found {value}")
+            raise UserError(
+                f"{where}, field {name}: expected {'above 0' if least else '0'} to 1, found {value}"
+            )
     if abs(sum(getattr(ratios, name) for name in SPLITS) - 1) > 1e-6:
-        raise UserError(f"{where}, field dataset.split_ratios: train, test and validation must add up to 1")
-    for section in (llama, training, evaluation, experiment, guard, *filter(None, _prepared(config))):
+        raise UserError(
+            f"{where}, field dataset.split_ratios: train, test and validation must add up to 1"
+        )
+    for section in (
+        llama,
+        training,
+        evaluation,
+        experiment,
+        guard,
+        *filter(None, _prepared(config)),
+    ):
         name = next((n for n in vars(config) if getattr(config, n) is section), "prepare")
         for key, value in vars(section).items():
             least = {"max_steps": -1, "seed": 0, **dict.fromkeys(ZERO_ALLOWED, 0)}.get(key, 1e-12)
-            if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
+            if (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and not value >= least
+            ):
                 said = "above 0" if least == 1e-12 else f"{least} or more"
                 raise UserError(f"{where}, field {name}.{key}: expected {said}, found {value}")
     _check_together(config, where)
@@ -359,21 +423,36 @@ def _check_together(config: Config, where: str) -> None:
         if section.engine == "server" and not section.server_url:
             raise UserError(f"{where}, field {name}.server_url: the engine server needs it")
     if config.llama.temperature == 0 and config.llama.samples > 1 and not config.llama.use_recorded:
-        raise UserError(f"{where}, field llama.samples: temperature 0 gives one response; set samples to 1")
+        raise UserError(
+            f"{where}, field llama.samples: temperature 0 gives one response; set samples to 1"
+        )
     lists = [("arms", training.arms), ("seeds", training.seeds)]
     if training.headline:
-        lists += [("headline.arms", training.headline.arms), ("headline.seeds", training.headline.seeds)]
+        lists += [
+            ("headline.arms", training.headline.arms),
+            ("headline.seeds", training.headline.seeds),
+        ]
     for name, values in lists:
         if not values or len(set(values)) < len(values):
-            raise UserError(f"{where}, field training.{name}: expected one or more, each once, found {list(values)}")
+            raise UserError(
+                f"{where}, field training.{name}: expected one or more, each once, found {list(values)}"
+            )
         if name.endswith("seeds") and min(values) < 0:
-            raise UserError(f"{where}, field training.{name}: expected 0 or more, found {min(values)}")
+            raise UserError(
+                f"{where}, field training.{name}: expected 0 or more, found {min(values)}"
+            )
     if training.lora_dropout >= 1:
-        raise UserError(f"{where}, field training.lora_dropout: expected below 1, found {training.lora_dropout}")
+        raise UserError(
+            f"{where}, field training.lora_dropout: expected below 1, found {training.lora_dropout}"
+        )
     if training.headline and (odd := set(training.headline.arms) - set(training.arms)):
-        raise UserError(f"{where}, field training.headline.arms: {sorted(odd)[0]} is not among training.arms")
+        raise UserError(
+            f"{where}, field training.headline.arms: {sorted(odd)[0]} is not among training.arms"
+        )
     if evaluation.t2_label == "judge" and not evaluation.judge:
-        raise UserError(f"{where}, field evaluation.judge: t2_label judge needs a guard that judges")
+        raise UserError(
+            f"{where}, field evaluation.judge: t2_label judge needs a guard that judges"
+        )
     if evaluation.t2_label == "human" and not config.llama.use_recorded:
         raise UserError(
             f"{where}, field evaluation.t2_label: human labels are of recorded responses; set llama.use_recorded=true"

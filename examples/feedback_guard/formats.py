@@ -1,8 +1,9 @@
-"""One format for training and inference: the guard's own prompt, its verdict words, and rows of both as token ids.
+"""One format for training and inference: the guard's own prompt, its verdict words, and rows of
+both as token ids.
 
-A row is the very prompt that the guard reads a verdict after (`GenerativeGuard.prompt_ids`), followed by the verdict.
-Labels are on the verdict alone. `read` computes logits there and nowhere else, and what the rows of a batch begin with
-(the policy, two thirds of a row) once.
+A row is the very prompt that the guard reads a verdict after (`GenerativeGuard.prompt_ids`),
+followed by the verdict. Labels are on the verdict alone. `read` computes logits there and nowhere
+else, and what the rows of a batch begin with (the policy, two thirds of a row) once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,14 +39,17 @@ def load_llama_guard(path: str, official_template: bool = True, **options: Any) 
 
     Args:
         path: what `load_guard` takes; a guard that writes its verdict.
-        official_template: False takes this folder's prompt for a Llama Guard 1, instead of its tokenizer's.
+        official_template: False takes this folder's prompt for a Llama Guard 1, instead of its
+        tokenizer's.
         options: `adapter` (a trained arm), `engine`, … of `load_guard`.
 
     Raises:
         UserError: there is no such guard, or it is of another kind.
     """
     if not has_card(path) and Path(path).is_dir():
-        raise UserError(f"{path}: a folder without guard.json; name a guard, or make one of it in config.prepare")
+        raise UserError(
+            f"{path}: a folder without guard.json; name a guard, or make one of it in config.prepare"
+        )
     first = zoo()["llama-guard"]["model"]
     if not official_template and entry_of(path).get("model") == first:
         options["chat_template"] = template()
@@ -56,7 +60,9 @@ def load_llama_guard(path: str, official_template: bool = True, **options: Any) 
 
 
 def check_guard(field: str, name: str, local: bool) -> None:
-    """Refuse a guard that nobody knows, or that cannot be reached where it is `local` (no server's)."""
+    """Refuse a guard that nobody knows, or that cannot be reached where it is `local` (no
+    server's).
+    """
     try:
         known = entry_of(name)
     except UserError as error:
@@ -86,7 +92,8 @@ def template() -> str:
 
 
 def query_ids(guard: GenerativeGuard, query: str, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of an arm's question about each prompt: `guard`, its own format, or the original's `chatml` and `meta`.
+    """Token ids of an arm's question about each prompt: `guard`, its own format, or the original's
+    `chatml` and `meta`.
 
     After the original's a verdict is written (`guard.written`) and parsed (`legacy.parsed_unsafe`).
     """
@@ -105,39 +112,68 @@ class Encoder:
         """Look up the words.
 
         Args:
-            max_length: tokens of a row; of a longer one the end of its content is cut, never the verdict.
-            always_end: EOS after "unsafe" without categories, too, so that a guard that knows none stops there.
+            max_length: tokens of a row; of a longer one the end of its content is cut, never the
+            verdict.
+            always_end: EOS after "unsafe" without categories, too, so that a guard that knows none
+            stops there.
 
         Raises:
-            UserError: the guard's verdict is not one word after one prompt, or its tokenizer does not keep them apart.
+            UserError: the guard's verdict is not one word after one prompt, or its tokenizer does
+            not keep them apart.
         """
-        self.guard, self.tokenizer, self.max_length, self.always_end = guard, guard.tokenizer, max_length, always_end
+        self.guard, self.tokenizer, self.max_length, self.always_end = (
+            guard,
+            guard.tokenizer,
+            max_length,
+            always_end,
+        )
         names = guard.entry.get("categories", {}).get("names", {})
         self.codes = {name: code for code, name in names.items()} | {code: code for code in names}
         guard.prompt_ids([KINDS["prompt"]])  # refuses guards of several questions
         self._answers: dict[tuple, list[int]] = {}
         kinds = [kind for kind in KINDS if f"{kind}_unsafe" in guard.judges]
-        first = {tuple(self.answer(kind, unsafe, ())[0] for unsafe in (False, True)) for kind in kinds}
+        first = {
+            tuple(self.answer(kind, unsafe, ())[0] for unsafe in (False, True)) for kind in kinds
+        }
         self.tokens = guard.verdict_tokens(kinds[0])  # whose probability is the verdict
         if len(first) > 1 or any(ids != self.tokens for ids in map(guard.verdict_tokens, kinds)):
-            raise UserError(f"{guard.name}: its tokenizer writes verdicts on prompts and on responses differently")
-        (self.words,) = first  # the first tokens of safe and of unsafe, as they are written in training
+            raise UserError(
+                f"{guard.name}: its tokenizer writes verdicts on prompts and on responses differently"
+            )
+        # the first tokens of safe and of unsafe, as they are written in training
+        (self.words,) = first
         if any(self.words[unsafe] not in ids for unsafe, ids in self.tokens.items()):
-            raise UserError(f"{guard.name}: its tokenizer swallows the end of the prompt with the verdict")
+            raise UserError(
+                f"{guard.name}: its tokenizer swallows the end of the prompt with the verdict"
+            )
 
     def answer(self, kind: str, unsafe: bool, categories: Sequence[str]) -> list[int]:
-        """What is written after a prompt: the word, known categories, EOS (after a bare "unsafe" only on demand)."""
-        codes = tuple(sorted({self.codes[name] for name in categories if name in self.codes}) if unsafe else ())
+        """What is written after a prompt: the word, known categories, EOS (after a bare "unsafe"
+        only on demand).
+        """
+        codes = tuple(
+            sorted({self.codes[name] for name in categories if name in self.codes})
+            if unsafe
+            else ()
+        )
         key = (kind, unsafe, codes)
         if key not in self._answers:
             parts = self.guard.prompt_parts(KINDS[kind])
             words = self.guard.questions[0]["words"]
-            word = next(word for word, value in words.items() if bool(value) is unsafe and value is not None)
-            blank = "" if word[0].isspace() or "".join(part.text for part in parts)[-1:].isspace() else " "
+            word = next(
+                word for word, value in words.items() if bool(value) is unsafe and value is not None
+            )
+            blank = (
+                ""
+                if word[0].isspace() or "".join(part.text for part in parts)[-1:].isspace()
+                else " "
+            )
             text = blank + word + ("\n" + ",".join(codes) if codes else "")
             prompt, whole = self.guard._ids([parts, [*parts, Part(text, False)]])
             if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-                raise UserError(f"{self.guard.name}: its tokenizer merges the end of the prompt with the verdict")
+                raise UserError(
+                    f"{self.guard.name}: its tokenizer merges the end of the prompt with the verdict"
+                )
             eos = self.tokenizer.eos_token_id
             ends = eos is not None and (not unsafe or bool(codes) or self.always_end)
             self._answers[key] = whole[len(prompt) :] + [eos] * ends
@@ -149,7 +185,8 @@ class Encoder:
         targets: Sequence[float],
         categories: Sequence[Sequence[str] | None] | None = None,
     ) -> tuple[list[Row], int]:
-        """Rows with `input_ids`, `labels` (-100 before the verdict) and `target`, and how many contents were cut.
+        """Rows with `input_ids`, `labels` (-100 before the verdict) and `target`, and how many
+        contents were cut.
 
         Args:
             targets: probabilities of unsafe; the word of the likelier class is written.
@@ -157,7 +194,9 @@ class Encoder:
         """
         out, cut, prompts = [], 0, self.guard.prompt_ids(conversations)
         named = categories or [None] * len(prompts)
-        for messages, prompt, target, names in zip(conversations, prompts, targets, named, strict=True):
+        for messages, prompt, target, names in zip(
+            conversations, prompts, targets, named, strict=True
+        ):
             kind = "response" if messages[-1]["role"] == "assistant" else "prompt"
             verdict = self.answer(kind, target >= 0.5, names or ())
             if len(prompt) + len(verdict) > self.max_length:
@@ -177,15 +216,25 @@ class Encoder:
             spans = token_offsets(self.tokenizer, longest["content"])
             keep = len(spans) - max(1, len(ids) - room)
             if keep < 1:
-                raise UserError(f"training.max_length {self.max_length}: too short for the guard's prompt alone")
+                raise UserError(
+                    f"training.max_length {self.max_length}: too short for the guard's prompt alone"
+                )
             longest["content"] = longest["content"][: spans[keep - 1][1]]
 
 
-def text_row(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], answer: str, loss: str, max_length: int) -> Row:
-    """A row of the original's training: cut at its right end, which may take the verdict with it, as the original does.
+def text_row(
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[Part],
+    answer: str,
+    loss: str,
+    max_length: int,
+) -> Row:
+    """A row of the original's training: cut at its right end, which may take the verdict with it,
+    as the original does.
 
     Args:
-        loss: all (every token; no EOS, as the original) or answer (what follows the prompt, and EOS).
+        loss: all (every token; no EOS, as the original) or answer (what follows the prompt, and
+        EOS).
     """
     prompt, whole = encode(tokenizer, [parts, [*parts, Part(answer, False)]])
     if loss == "all":
@@ -214,15 +263,21 @@ def tree_batch(rows: Sequence[Row]) -> Batch:
 
 
 def padded_batch(rows: Sequence[Row]) -> Batch:
-    """The same for any attention: input_ids and attention_mask of shape (rows, longest), padded at the right.
+    """The same for any attention: input_ids and attention_mask of shape (rows, longest), padded at
+    the right.
 
-    labels are of the same shape, -100 where there is none; owner (k) is the index of each label's row.
+    labels are of the same shape, -100 where there is none; owner (k) is the index of each label's
+    row.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     missing = [max(lengths) - length for length in lengths]
-    labels = torch.tensor([row["labels"] + [-100] * n for row, n in zip(rows, missing, strict=True)])
+    labels = torch.tensor(
+        [row["labels"] + [-100] * n for row, n in zip(rows, missing, strict=True)]
+    )
     return {
-        "input_ids": torch.tensor([row["input_ids"] + [0] * n for row, n in zip(rows, missing, strict=True)]),
+        "input_ids": torch.tensor(
+            [row["input_ids"] + [0] * n for row, n in zip(rows, missing, strict=True)]
+        ),
         "attention_mask": (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long(),
         "labels": labels,
         "owner": (labels != -100).nonzero()[:, 0],
@@ -230,7 +285,11 @@ def padded_batch(rows: Sequence[Row]) -> Batch:
 
 
 def _columns(rows: Sequence[Row]) -> Batch:
-    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name not in ("input_ids", "labels")}
+    return {
+        name: torch.tensor([row[name] for row in rows])
+        for name in rows[0]
+        if name not in ("input_ids", "labels")
+    }
 
 
 def read(model: torch.nn.Module, batch: Batch) -> Answers:
@@ -265,13 +324,15 @@ def verdict_loss(
     """
     logits, target = logits_at_labels(answers), batch["target"]
     there = answers.labels != -100
-    first, labels = answers.starts[there], answers.labels[there]  # the verdict is read at the first of a row
+    # the verdict is read at the first of a row
+    first, labels = answers.starts[there], answers.labels[there]
     logprobs = logits.log_softmax(-1)
     safe, unsafe = (logprobs[first][:, word] for word in words)
     loss = -(target * unsafe + (1 - target) * safe)
     rest, owner = -logprobs[~first].gather(1, labels[~first, None])[:, 0], batch["owner"][~first]
     lengths = torch.bincount(owner, minlength=len(target)).clamp(min=1)
-    sure = torch.where(target >= 0.5, target, 1 - target)  # the line goes on after the likelier word
+    # the line goes on after the likelier word
+    sure = torch.where(target >= 0.5, target, 1 - target)
     loss = loss + torch.zeros_like(loss).index_add(0, owner, rest) / lengths * sure
     if kl_weight:
         odds, before = log_odds(logits[first], tokens), batch["g0"].clamp(0, 1)
@@ -283,20 +344,35 @@ def verdict_loss(
 
 @torch.no_grad()
 def verdict_probabilities(
-    model: PreTrainedModel, prompts: Sequence[list[int]], tokens: dict[bool, list[int]], batch_size: int = 32
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    tokens: dict[bool, list[int]],
+    batch_size: int = 32,
 ) -> list[float]:
     """P(unsafe) after each prompt, as `GenerativeGuard.judge` gives it."""
-    return [p for logits in _after(model, prompts, batch_size) for p in log_odds(logits, tokens).sigmoid().tolist()]
+    return [
+        p
+        for logits in _after(model, prompts, batch_size)
+        for p in log_odds(logits, tokens).sigmoid().tolist()
+    ]
 
 
 @torch.no_grad()
-def verdict_states(model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int = 32) -> torch.Tensor:
-    """What the output layer reads verdicts from: the last hidden state after each prompt, (prompts, hidden), on CPU."""
+def verdict_states(
+    model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int = 32
+) -> torch.Tensor:
+    """What the output layer reads verdicts from: the last hidden state after each prompt, (prompts,
+    hidden), on CPU.
+    """
     seen: list[torch.Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
     states = []
     try:
-        for _ in _after(model, prompts, batch_size, lambda there: states.append(seen.pop()[there].float().cpu())):
+        for _ in _after(
+            model, prompts, batch_size, lambda there: states.append(seen.pop()[there].float().cpu())
+        ):
             pass
     finally:
         hook.remove()
@@ -317,7 +393,8 @@ def _after(
     collate, training = collator_for(model), model.training
     model.eval()
     for start in range(0, len(prompts), batch_size):
-        some = prompts[start : start + batch_size]  # a label after the last token has the logits read there
+        # a label after the last token has the logits read there
+        some = prompts[start : start + batch_size]
         rows = [{"input_ids": [*ids, 0], "labels": [-100] * len(ids) + [0]} for ids in some]
         batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
         answers = read(model, batch)

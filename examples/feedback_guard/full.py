@@ -1,11 +1,13 @@
-"""The whole experiment: process -> train -> evaluate, each a process of its own, which meet in files alone.
+"""The whole experiment: process -> train -> evaluate, each a process of its own, which meet in
+files alone.
 
     ./run_experiment.sh full                                      # the quickstart: bundled model and sample, CPU
     python full.py full --config research_config.json             # the original's values
     python full.py train --config research_config.json            # one stage; without its name, the config's `mode`
 
-What is done is not done again: run it once more after a kill. It leaves experiment_results_<time>.json, results.md with
-its picture, and manifest.json in experiment.results_dir.
+What is done is not done again: run it once more after a kill. It leaves
+experiment_results_<time>.json, results.md with its picture, and manifest.json in
+experiment.results_dir.
 """
 
 import json
@@ -32,7 +34,8 @@ def main() -> None:
         run_stage(config.mode, flags)
         return
     started, seconds = time.time(), {}
-    for stage in ("process", "train", "evaluate"):  # process.py looks at the config first, and prepares
+    # process.py looks at the config first, and prepares
+    for stage in ("process", "train", "evaluate"):
         before = time.time()
         run_stage(stage, flags)
         seconds[stage] = round(time.time() - before, 1)
@@ -47,19 +50,24 @@ def run_stage(stage: str, flags: list[str]) -> None:
     """
     logger.info("== %s", stage)
     if subprocess.run([sys.executable, str(FOLDER / f"{stage}.py"), *flags]).returncode:
-        raise UserError(f"{stage}.py failed, see above; mend it and run the same command again: it goes on there")
+        raise UserError(
+            f"{stage}.py failed, see above; mend it and run the same command again: it goes on there"
+        )
 
 
 def finish(config: Config, seconds: dict[str, float], started: float) -> None:
     """One result file with the original's keys, the manifest of all stages, and the tables.
 
     Args:
-        seconds: of this run's stages; one that went on after a kill, or had nothing to do, took longer in all.
+        seconds: of this run's stages; one that went on after a kill, or had nothing to do, took
+        longer in all.
     """
     folder, evaluation = Path(config.experiment.results_dir), Path(config.evaluation.results_dir)
     results = json.loads((evaluation / "results.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = {
-        "process_stats": json.loads((Path(config.dataset.store_dir) / "process_stats.json").read_text("utf-8")),
+        "process_stats": json.loads(
+            (Path(config.dataset.store_dir) / "process_stats.json").read_text("utf-8")
+        ),
         "improved_model_path": results["improved_model_path"],
         "evaluation": results["summary"],
     }

@@ -1,9 +1,11 @@
-"""Make a small model a guard: fine-tune it on labelled prompts and responses, in the Llama Guard 1 format.
+"""Make a small model a guard: fine-tune it on labelled prompts and responses, in the Llama Guard 1
+format.
 
 python prepare.py                      # the quickstart's: the bundled model
 python prepare.py --config F.json      # what its section "prepare" asks for: a guard, a judge, or both
 
-This is a head start for models that are no guards yet; with Llama Guard itself there is nothing to prepare.
+This is a head start for models that are no guards yet; with Llama Guard itself there is nothing to
+prepare.
 """
 
 import json
@@ -27,7 +29,14 @@ from common.data import load_conversations, prompt_key
 from common.data.specs import about_data
 from common.fit import fit_causal_lm
 from common.model_card import Measured, write_model_card
-from common.run import check_output_folder, inference_dtype, is_main_process, manifest, run_cli, write_json
+from common.run import (
+    check_output_folder,
+    inference_dtype,
+    is_main_process,
+    manifest,
+    run_cli,
+    write_json,
+)
 from common.saving import check_equal, full_state_dict, save_model, spread, whole_folder
 from common.training import start_over
 from guards import Guard, add_probe, zoo
@@ -37,7 +46,8 @@ from guards.generative import GenerativeGuard
 logger = logging.getLogger("feedback_guard")
 HELD_OUT = 0.15  # of the prompts, for the threshold
 MAX_LENGTH = 2048
-Item = tuple[list[Message], str, bool, list[str] | None]  # conversation, label, its value, categories
+# conversation, label, its value, categories
+Item = tuple[list[Message], str, bool, list[str] | None]
 
 
 def main() -> None:
@@ -48,7 +58,9 @@ def prepare(config: Config) -> list[Path]:
     """Make the guards that the config asks for and that are not there yet; their folders."""
     if config.prepare is None:
         raise UserError("the config has no section prepare: there is nothing to prepare")
-    sections = [section for section in (config.prepare.guard, config.prepare.judge) if section is not None]
+    sections = [
+        section for section in (config.prepare.guard, config.prepare.judge) if section is not None
+    ]
     for section in sections:
         make_guard(section)
     return [Path(section.output_dir) for section in sections]
@@ -58,7 +70,8 @@ def make_guard(section: PrepareGuard) -> None:
     """Fine-tune one guard, unless its folder holds it; after a kill, from its last checkpoint.
 
     Raises:
-        UserError: bad data, a test split, a base that cannot be loaded, or a folder with another guard.
+        UserError: bad data, a test split, a base that cannot be loaded, or a folder with another
+        guard.
     """
     check_output_folder(section.output_dir)
     items = read_items(section.data)
@@ -68,7 +81,9 @@ def make_guard(section: PrepareGuard) -> None:
     if has_card(folder):
         card = read_card(folder)
         if not isinstance(card, GenerativeCard) or card.fingerprint != fingerprint:
-            raise UserError(f"{folder}: holds another guard; remove it, or choose another output_dir in prepare")
+            raise UserError(
+                f"{folder}: holds another guard; remove it, or choose another output_dir in prepare"
+            )
         logger.info("%s: there already", folder)
         return
     train_items, held_out = split_items(items, section.seed)
@@ -100,8 +115,15 @@ def make_guard(section: PrepareGuard) -> None:
             fingerprint=fingerprint,
         )
         with whole_folder(folder) as partial:
-            save_model(trainer.accelerator.unwrap_model(trainer.model), state_dict, encoder.tokenizer, partial)
-            run = manifest([asdict(section)], data=facts, validation=measured, log=trainer.state.log_history)
+            save_model(
+                trainer.accelerator.unwrap_model(trainer.model),
+                state_dict,
+                encoder.tokenizer,
+                partial,
+            )
+            run = manifest(
+                [asdict(section)], data=facts, validation=measured, log=trainer.state.log_history
+            )
             write_json(partial / "run.json", run)
             _card(partial, section, measured)
             compare(encoder, held_out or train_items, add_probe(partial, card))
@@ -114,7 +136,8 @@ def make_guard(section: PrepareGuard) -> None:
 
 
 def read_items(specs: Sequence[str]) -> list[Item]:
-    """Checks to learn: of a prompt where its label is known, and of its response where that one's is.
+    """Checks to learn: of a prompt where its label is known, and of its response where that one's
+    is.
 
     Raises:
         UserError: a test split, bad rows, or no labels.
@@ -122,16 +145,24 @@ def read_items(specs: Sequence[str]) -> list[Item]:
     out: list[Item] = []
     for spec in specs:
         if metrics.is_test(spec):
-            raise UserError(f"prepare, field data: {spec} is a test set; a guard is not trained on one")
+            raise UserError(
+                f"prepare, field data: {spec} is a test set; a guard is not trained on one"
+            )
         for row in load_conversations(spec):
             messages = row["messages"]
-            asked = messages[: max(i for i, m in enumerate(messages) if m["role"] == "user") + 1] if _asks(row) else []
+            asked = (
+                messages[: max(i for i, m in enumerate(messages) if m["role"] == "user") + 1]
+                if _asks(row)
+                else []
+            )
             if asked and row["prompt_unsafe"] is not None:
                 out.append((asked, "prompt_unsafe", row["prompt_unsafe"], row["categories"]))
             if messages[-1]["role"] == "assistant" and row["response_unsafe"] is not None:
                 out.append((messages, "response_unsafe", row["response_unsafe"], row["categories"]))
     if len({item[2] for item in out}) < 2:
-        raise UserError(f"prepare, field data: {', '.join(specs)} has no safe or no unsafe labels; a guard needs both")
+        raise UserError(
+            f"prepare, field data: {', '.join(specs)} has no safe or no unsafe labels; a guard needs both"
+        )
     return out
 
 
@@ -154,13 +185,19 @@ def split_items(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item
 
 
 def load_encoder(base_model: str, folder: Path) -> Encoder:
-    """The base behind the guard's prompt; its tokenizer, with that for chat template, is saved in `folder`."""
+    """The base behind the guard's prompt; its tokenizer, with that for chat template, is saved in
+    `folder`.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(base_model))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"prepare, field base_model: {base_model}: {str(error).strip().splitlines()[0]:.200}") from None
+        raise UserError(
+            f"prepare, field base_model: {base_model}: {str(error).strip().splitlines()[0]:.200}"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"prepare, field base_model: the tokenizer of {base_model} has no EOS; verdicts would not end")
+        raise UserError(
+            f"prepare, field base_model: the tokenizer of {base_model} has no EOS; verdicts would not end"
+        )
     tokenizer.chat_template = template()
     if is_main_process():
         tokenizer.save_pretrained(folder)
@@ -195,7 +232,9 @@ def _arguments(section: PrepareGuard, folder: Path, fingerprint: str) -> ArmConf
     )
 
 
-def _measured(encoder: Encoder, held_out: Sequence[Item], section: PrepareGuard) -> tuple[dict, dict[str, Any]]:
+def _measured(
+    encoder: Encoder, held_out: Sequence[Item], section: PrepareGuard
+) -> tuple[dict, dict[str, Any]]:
     """Thresholds, fitted on the held-out items, and what they measure there, by label."""
     name, thresholds, measured = f"{HELD_OUT} of {' '.join(section.data)}", {}, {}
     for label in ("prompt_unsafe", "response_unsafe"):
@@ -211,7 +250,8 @@ def _measured(encoder: Encoder, held_out: Sequence[Item], section: PrepareGuard)
 
 
 def compare(encoder: Encoder, items: Sequence[Item], saved: Guard | None) -> None:
-    """Compare P(unsafe) of the model in memory with that of the guard that was loaded from its folder.
+    """Compare P(unsafe) of the model in memory with that of the guard that was loaded from its
+    folder.
 
     Args:
         saved: None where there was no memory for it.
@@ -244,7 +284,9 @@ def _card(folder: Path, section: PrepareGuard, measured: dict[str, Any]) -> None
         "to write safe or unsafe on a user's message, or on an agent's response to it.",
         usage=CARD_USAGE,
         sections={
-            "Measured on held-out rows": report.metric_table(measured) if measured else "Nothing was measured.",
+            "Measured on held-out rows": report.metric_table(measured)
+            if measured
+            else "Nothing was measured.",
             "Limits": "A head start for experiments; no guard to rely on.",
         },
     )

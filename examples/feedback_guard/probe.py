@@ -1,4 +1,6 @@
-"""Arm C4: is fine-tuning needed at all? A logistic probe on what the frozen guard reads its verdict from."""
+"""Arm C4: is fine-tuning needed at all? A logistic probe on what the frozen guard reads its verdict
+from.
+"""
 
 import json
 from collections.abc import Sequence
@@ -17,15 +19,22 @@ from guards.generative import GenerativeGuard
 STRENGTH = 0.01  # inverse of the penalty: there are more dimensions than rows
 
 
-def fit_probe(guard: GenerativeGuard, rows: Sequence[Row], folder: Path, seed: int) -> dict[str, Any]:
-    """Fit a probe to the rows' targets and write probe.json: mean, scale, weights, bias, of the hidden size.
+def fit_probe(
+    guard: GenerativeGuard, rows: Sequence[Row], folder: Path, seed: int
+) -> dict[str, Any]:
+    """Fit a probe to the rows' targets and write probe.json: mean, scale, weights, bias, of the
+    hidden size.
 
     A target between 0 and 1 counts in both classes, with its weight.
 
     Raises:
         UserError: the rows have one class only.
     """
-    states = verdict_states(guard.model.model, guard.prompt_ids([row.messages for row in rows])).double().numpy()
+    states = (
+        verdict_states(guard.model.model, guard.prompt_ids([row.messages for row in rows]))
+        .double()
+        .numpy()
+    )
     mean, scale = states.mean(0), np.maximum(states.std(0), 1e-6)
     target = np.array([row.target for row in rows])
     twice, labels = np.tile((states - mean) / scale, (2, 1)), np.repeat([True, False], len(rows))
@@ -39,7 +48,9 @@ def fit_probe(guard: GenerativeGuard, rows: Sequence[Row], folder: Path, seed: i
     return {"probe": {"dimensions": len(mean), "penalty": 1 / STRENGTH}}
 
 
-def probe_scores(guard: GenerativeGuard, folder: Path, conversations: Sequence[Messages]) -> list[float]:
+def probe_scores(
+    guard: GenerativeGuard, folder: Path, conversations: Sequence[Messages]
+) -> list[float]:
     """P(unsafe) of each by the probe in `folder`, read from the guard that it was fitted on.
 
     Raises:
@@ -50,9 +61,13 @@ def probe_scores(guard: GenerativeGuard, folder: Path, conversations: Sequence[M
         mean, scale, weights = (np.array(probe[name]) for name in ("mean", "scale", "weights"))
         bias = probe["bias"][0]
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{folder}/probe.json: no probe ({error!r:.80}); run train.py with arm C4") from None
+        raise UserError(
+            f"{folder}/probe.json: no probe ({error!r:.80}); run train.py with arm C4"
+        ) from None
     states = verdict_states(guard.model.model, guard.prompt_ids(conversations)).double().numpy()
     if states.shape[1] != len(mean):
-        raise UserError(f"{folder}: its probe reads {len(mean)} numbers, {guard.name} has {states.shape[1]}")
+        raise UserError(
+            f"{folder}: its probe reads {len(mean)} numbers, {guard.name} has {states.shape[1]}"
+        )
     odds = ((states - mean) / scale) @ weights + bias
     return (1 / (1 + np.exp(-odds))).tolist()

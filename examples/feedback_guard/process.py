@@ -6,13 +6,14 @@ python process.py
 # the original's data, models and values
 python process.py --config research_config.json
 
-First it looks whether models and data are there, and makes the guards of the section `prepare`. Then it writes the
-splits, and for the sampled prompts of train, validation and test
-store_dir/processed/{train,validation,test}.jsonl, a line a prompt: {id, query, human_unsafe, kind, input_unsafe,
-input_decided, input_error, shadow, responses: [{text, seed, recorded, unsafe, decided, categories, error, refusal,
-judge_unsafe, human_unsafe}], legacy, timestamp}; store_dir/blocked_inputs.jsonl, the prompts that passed and whose
-responses did not; and store_dir/process_stats.json. What was asked is kept under processed/parts as it comes: a killed
-run goes on, and gives what an uninterrupted one gives.
+First it looks whether models and data are there, and makes the guards of the section `prepare`.
+Then it writes the splits, and for the sampled prompts of train, validation and test
+store_dir/processed/{train,validation,test}.jsonl, a line a prompt: {id, query, human_unsafe, kind,
+input_unsafe, input_decided, input_error, shadow, responses: [{text, seed, recorded, unsafe,
+decided, categories, error, refusal, judge_unsafe, human_unsafe}], legacy, timestamp};
+store_dir/blocked_inputs.jsonl, the prompts that passed and whose responses did not; and
+store_dir/process_stats.json. What was asked is kept under processed/parts as it comes: a killed run
+goes on, and gives what an uninterrupted one gives.
 """
 
 import json
@@ -57,7 +58,8 @@ from guards.identity import guard_identity, is_served
 from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
-ADDED = ("evaluation.judge", "experiment.process_sample_size", "evaluation.max_eval_samples")  # by running it again
+# by running it again
+ADDED = ("evaluation.judge", "experiment.process_sample_size", "evaluation.max_eval_samples")
 CHUNK = 256  # conversations that are judged, and kept, at a time
 
 
@@ -73,7 +75,8 @@ def prepare_first() -> None:
     """Make the small guards of the section `prepare`, where they are not there yet.
 
     Raises:
-        UserError: prepare.py failed, as where a folder holds a guard made otherwise; it has said why.
+        UserError: prepare.py failed, as where a folder holds a guard made otherwise; it has said
+        why.
     """
     if subprocess.run([sys.executable, str(FOLDER / "prepare.py"), *sys.argv[1:]]).returncode:
         raise UserError("prepare.py failed, see above; nothing was processed")
@@ -95,17 +98,28 @@ def process(config: Config) -> dict[str, Any]:
 
     guard, who = Loaded(lambda: default_guard(config)), default_identity(config)
     everything = [row for split in rows.values() for row in split]
-    prompts, again = [pair(row["input"]) for row in everything], config.llama_guard.engine == "server"
+    prompts, again = (
+        [pair(row["input"]) for row in everything],
+        config.llama_guard.engine == "server",
+    )
     said = judged(guard, who, prompts, "prompt_unsafe", parts / "inputs.jsonl", again)
     records = [_record(row, verdict, config) for row, verdict in zip(everything, said, strict=True)]
     asked = [
-        (row, record) for row, record in zip(everything, records, strict=True) if passed(record) | record["shadow"]
+        (row, record)
+        for row, record in zip(everything, records, strict=True)
+        if passed(record) | record["shadow"]
     ]
     respond(config, asked, guard, parts / "answers.jsonl")
     judge_responses(config, asked, guard, who, parts)
     if with_legacy:
         ids = {row["id"] for row in rows[config.experiment.process_split]}
-        add_legacy(config, [record for record in records if record["id"] in ids], guard, who, parts / "legacy.jsonl")
+        add_legacy(
+            config,
+            [record for record in records if record["id"] in ids],
+            guard,
+            who,
+            parts / "legacy.jsonl",
+        )
     guard.free()
     done = {record["id"]: record for record in records}
     for split, of in rows.items():
@@ -114,11 +128,13 @@ def process(config: Config) -> dict[str, Any]:
 
 
 def check_settings(config: Config, path: Path, write: bool = True) -> None:
-    """Refuse a folder that was filled with other models or settings: what was trained on it would no longer fit it.
+    """Refuse a folder that was filled with other models or settings: what was trained on it would
+    no longer fit it.
 
     Args:
         path: settings.json beside what was processed.
-        write: write the config's settings there, and let those of `ADDED` differ; False is for who only reads.
+        write: write the config's settings there, and let those of `ADDED` differ; False is for who
+        only reads.
 
     Raises:
         UserError: something differs, or there is nothing to read.
@@ -126,9 +142,14 @@ def check_settings(config: Config, path: Path, write: bool = True) -> None:
     if not write and not path.is_file():
         raise UserError(f"{path}: not there yet; run process.py with this config first")
     settings = settings_of(config)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings  # of older ones: not all keys
+    # of older ones: not all keys
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     for key in (key for key, value in settings.items() if known.get(key, value) != value):
-        hint = "run process.py again" if key in ADDED else "remove it, or choose another dataset.store_dir"
+        hint = (
+            "run process.py again"
+            if key in ADDED
+            else "remove it, or choose another dataset.store_dir"
+        )
         if key not in ADDED or not write:
             raise UserError(f"{path.parent}: was made with another {key}; {hint}")
     if write:
@@ -138,7 +159,11 @@ def check_settings(config: Config, path: Path, write: bool = True) -> None:
 def settings_of(config: Config) -> Row:
     """What the processed prompts depend on, besides the data."""
     llama, experiment, judge = config.llama, config.experiment, config.evaluation.judge
-    settings = {"llama_guard": default_identity(config), "llama.use_recorded": llama.use_recorded, "seed": config.seed}
+    settings = {
+        "llama_guard": default_identity(config),
+        "llama.use_recorded": llama.use_recorded,
+        "seed": config.seed,
+    }
     settings["experiment.explore_share"] = experiment.explore_share
     if not llama.use_recorded:
         settings["llama.model_path"] = model_identity(llama)
@@ -166,8 +191,13 @@ def preflight(config: Config) -> None:
             prepared.add(Path(part.output_dir))
             check_model(f"prepare.{key}.base_model", part.base_model)
             check_specs(f"prepare.{key}.data", part.data)
-    models = {"default_model_path": guard.default_model_path, "base_model_path": guard.base_model_path}
-    models = {f"llama_guard.{key}": name for key, name in models.items()} | {"evaluation.judge": evaluation.judge}
+    models = {
+        "default_model_path": guard.default_model_path,
+        "base_model_path": guard.base_model_path,
+    }
+    models = {f"llama_guard.{key}": name for key, name in models.items()} | {
+        "evaluation.judge": evaluation.judge
+    }
     for field, name in models.items():
         if name and Path(name) not in prepared:
             check_guard(field, name, local=guard.engine != "server" or "default" not in field)
@@ -191,16 +221,26 @@ def check_specs(field: str, specs: Iterable[str]) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Refuse prompts of one class, and recorded responses or human labels of responses that are not there."""
+    """Refuse prompts of one class, and recorded responses or human labels of responses that are not
+    there.
+    """
     check_splits(config)
     there = all((Path(config.dataset.store_dir) / f"{split}.jsonl").is_file() for split in SPLITS)
     parts = {split: read_split(config, split) for split in SPLITS} if there else _split_up(config)
     path, needed = config.dataset.path, []
     if config.llama.use_recorded:
         hint = "set llama.use_recorded=false to generate"
-        needed += [(split, "model_output", f"recorded response; {hint}") for split in ("train", "test")]
+        needed += [
+            (split, "model_output", f"recorded response; {hint}") for split in ("train", "test")
+        ]
     if config.evaluation.t2_label == "human":
-        needed.append(("test", "output_unsafe", "human label of its response; set evaluation.t2_label=guard, or judge"))
+        needed.append(
+            (
+                "test",
+                "output_unsafe",
+                "human label of its response; set evaluation.t2_label=guard, or judge",
+            )
+        )
     for split in ("train", "test"):
         labels = {row["label"] for row in parts[split]}
         if len(labels) == 1:
@@ -271,11 +311,19 @@ def _verdict(verdict: Verdict, label: str) -> Row:
     decided = None if error else verdict.decided.get(label, unsafe >= 0.5)
     categories = sorted(verdict.categories) or None
     now = datetime.now().isoformat(timespec="seconds")
-    return {"unsafe": unsafe, "decided": decided, "categories": categories, "error": error, "time": now}
+    return {
+        "unsafe": unsafe,
+        "decided": decided,
+        "categories": categories,
+        "error": error,
+        "time": now,
+    }
 
 
 def _record(row: Row, verdict: Row, config: Config) -> Row:
-    """A line of processed/*.jsonl, without responses. Blocked prompts are explored by lot, the same at any time."""
+    """A line of processed/*.jsonl, without responses. Blocked prompts are explored by lot, the same
+    at any time.
+    """
     lot = random.Random(f"{config.seed} {row['id']}").random()
     return {
         "id": row["id"],
@@ -295,18 +343,26 @@ def _record(row: Row, verdict: Row, config: Config) -> Row:
 # --- verdicts on responses --------------------------------------------------------------------------------------------
 
 
-def judge_responses(config: Config, asked: Sequence[tuple[Row, Row]], guard: Loaded, who: Any, parts: Path) -> None:
+def judge_responses(
+    config: Config, asked: Sequence[tuple[Row, Row]], guard: Loaded, who: Any, parts: Path
+) -> None:
     """The guard's verdict on each response, with its prompt, and that of evaluation.judge."""
     open_ = [(record, r) for _, record in asked for r in record["responses"] if r["error"] is None]
     conversations = [pair(record["query"], response["text"]) for record, response in open_]
     again = config.llama_guard.engine == "server"
     named = config.llama_guard.categories
-    said = judged(guard, who, conversations, "response_unsafe", parts / "outputs.jsonl", again, named)
+    said = judged(
+        guard, who, conversations, "response_unsafe", parts / "outputs.jsonl", again, named
+    )
     for (_, response), verdict in zip(open_, said, strict=True):
         response |= {key: verdict[key] for key in ("unsafe", "decided", "categories", "error")}
     if name := config.evaluation.judge:
         guard.free()
-        judge, by, served = Loaded(lambda: load_guard(name)), guard_identity(name, {}), is_served(name, {})
+        judge, by, served = (
+            Loaded(lambda: load_guard(name)),
+            guard_identity(name, {}),
+            is_served(name, {}),
+        )
         said = judged(judge, by, conversations, "response_unsafe", parts / "judge.jsonl", served)
         judge.free()
         for (_, response), verdict in zip(open_, said, strict=True):
@@ -350,7 +406,9 @@ def add_legacy(config: Config, records: Sequence[Row], guard: Loaded, who: Any, 
         record["legacy"] = {"input": prompt, "outputs": responses}
 
 
-def _legacy_checks(guard: GenerativeGuard, texts: Sequence[str], new_tokens: int) -> Iterator[tuple[str, Completion]]:
+def _legacy_checks(
+    guard: GenerativeGuard, texts: Sequence[str], new_tokens: int
+) -> Iterator[tuple[str, Completion]]:
     """Each text with what the guard writes of it; what does not fit is no "SAFE"."""
     asked = encode(guard.tokenizer, [chatml_parts(text) for text in texts])
     room = guard.max_length - new_tokens
@@ -364,24 +422,38 @@ def _legacy_checks(guard: GenerativeGuard, texts: Sequence[str], new_tokens: int
 
 def collect(config: Config, records: Sequence[Row]) -> dict[str, Any]:
     """Write blocked_inputs.jsonl and process_stats.json, whose content is returned."""
-    store, found = Path(config.dataset.store_dir), [record for record in records if feedback(record)]
+    store, found = (
+        Path(config.dataset.store_dir),
+        [record for record in records if feedback(record)],
+    )
     write_text(store / "blocked_inputs.jsonl", json_lines(map(_blocked, found)))
     explored = [record for record in records if record["shadow"]]
     counts = {
         "total": len(records),
         "input_blocked": sum(not passed(record) for record in records),
         "output_blocked": len(found),
-        "both_safe": sum(passed(record) and (q(record) or 0) < 0.5 and q(record) is not None for record in records),
+        "both_safe": sum(
+            passed(record) and (q(record) or 0) < 0.5 and q(record) is not None
+            for record in records
+        ),
     }
-    stats = counts | {f"{key}_percent": 100 * value / len(records) for key, value in list(counts.items())[1:]}
+    stats = counts | {
+        f"{key}_percent": 100 * value / len(records) for key, value in list(counts.items())[1:]
+    }
     stats["explored"] = len(explored)
     refusals = [config.experiment.refusal_filter and refused(record) for record in explored]
-    stats["over_blocked"] = sum(q(r) == 0 and not refusal for r, refusal in zip(explored, refusals, strict=True))
-    errors = [[r["input_error"], *(response["error"] for response in r["responses"])] for r in records]
+    stats["over_blocked"] = sum(
+        q(r) == 0 and not refusal for r, refusal in zip(explored, refusals, strict=True)
+    )
+    errors = [
+        [r["input_error"], *(response["error"] for response in r["responses"])] for r in records
+    ]
     stats["errors"] = sum(any(each) for each in errors)
     write_json(store / "process_stats.json", stats)
     if not found:
-        logger.warning("No prompt passed whose responses did not: there is no feedback to learn from.")
+        logger.warning(
+            "No prompt passed whose responses did not: there is no feedback to learn from."
+        )
     return stats
 
 

@@ -1,7 +1,8 @@
 """What a run keeps: the splits of its data, and what guard and assistant said of them.
 
 store_dir/{train,validation,test}.jsonl             one prompt a line, with its human label
-store_dir/processed/{train,validation,test}.jsonl   one prompt a line, with verdicts and responses (process.py)
+store_dir/processed/{train,validation,test}.jsonl   one prompt a line, with verdicts and responses
+                                                    (process.py)
 store_dir/blocked_inputs.jsonl                      prompts that passed, and whose responses did not
 """
 
@@ -43,7 +44,8 @@ REFUSALS = ("full", "partial")
 
 
 def read_split(config: Config, split: str) -> list[Row]:
-    """All rows of a split: id, input, label (safe or unsafe, human), reason, model_output, output_unsafe, kind.
+    """All rows of a split: id, input, label (safe or unsafe, human), reason, model_output,
+    output_unsafe, kind.
 
     Raises:
         UserError: process.py has not made the splits yet.
@@ -52,7 +54,8 @@ def read_split(config: Config, split: str) -> list[Row]:
 
 
 def read_processed(config: Config, split: str) -> list[Row]:
-    """What guard and assistant said of the sampled prompts of a split; the fields are those that process.py lists.
+    """What guard and assistant said of the sampled prompts of a split; the fields are those that
+    process.py lists.
 
     Raises:
         UserError: process.py has not got so far.
@@ -80,7 +83,8 @@ def q(row: Mapping, label: str = "guard") -> float | None:
     """The share of the responses that are unsafe; None where none was judged.
 
     Args:
-        label: whose word it is: guard (its decision), judge (a probability of at least one half) or human.
+        label: whose word it is: guard (its decision), judge (a probability of at least one half) or
+        human.
     """
     of: dict[str, Callable[[Mapping], bool | None]] = {
         "guard": lambda r: None if r["error"] is not None else r["decided"],
@@ -92,7 +96,9 @@ def q(row: Mapping, label: str = "guard") -> float | None:
 
 
 def feedback(row: Mapping) -> bool:
-    """The event that the loop learns from: the prompt passed, and at least half of its responses did not."""
+    """The event that the loop learns from: the prompt passed, and at least half of its responses
+    did not.
+    """
     return passed(row) and not row["shadow"] and (q(row) or 0.0) >= 0.5
 
 
@@ -126,9 +132,15 @@ class Loaded:
 
 
 def sample(config: Config, split: str) -> list[Row]:
-    """The rows of a split that the run looks at: process_sample_size of process_split, else max_eval_samples."""
+    """The rows of a split that the run looks at: process_sample_size of process_split, else
+    max_eval_samples.
+    """
     rows, experiment = read_split(config, split), config.experiment
-    size = experiment.process_sample_size if split == experiment.process_split else config.evaluation.max_eval_samples
+    size = (
+        experiment.process_sample_size
+        if split == experiment.process_split
+        else config.evaluation.max_eval_samples
+    )
     if size is None or size >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(config.seed).sample(range(len(rows)), size))]
@@ -137,9 +149,10 @@ def sample(config: Config, split: str) -> list[Row]:
 def make_splits(config: Config) -> None:
     """Write the splits, unless they are there already.
 
-    Official train and test splits stay as they are, and a share of train becomes the validation split, with as many
-    unsafe prompts in proportion. Prompts that differ in case, spacing or punctuation alone never stand on both sides:
-    one that is also in test leaves train and validation, one that is also in validation leaves train.
+    Official train and test splits stay as they are, and a share of train becomes the validation
+    split, with as many unsafe prompts in proportion. Prompts that differ in case, spacing or
+    punctuation alone never stand on both sides: one that is also in test leaves train and
+    validation, one that is also in validation leaves train.
 
     Raises:
         UserError: bad data, an empty split, or a folder that holds splits made otherwise.
@@ -147,7 +160,9 @@ def make_splits(config: Config) -> None:
     store = Path(config.dataset.store_dir)
     check_splits(config)
     made = _made(config)
-    if (store / "splits.json").is_file() and all((store / f"{split}.jsonl").is_file() for split in SPLITS):
+    if (store / "splits.json").is_file() and all(
+        (store / f"{split}.jsonl").is_file() for split in SPLITS
+    ):
         return
     parts, dropped = _split_up(config), Counter()
 
@@ -164,7 +179,9 @@ def make_splits(config: Config) -> None:
     drop("train", {text_key(row["input"]) for row in parts["validation"]}, "also in validation")
     for split in SPLITS:
         if not parts[split]:
-            raise UserError(f"{config.dataset.path}: no rows are left for {split}; see dataset.split_ratios")
+            raise UserError(
+                f"{config.dataset.path}: no rows are left for {split}; see dataset.split_ratios"
+            )
         write_text(store / f"{split}.jsonl", json_lines(parts[split]))
     counts = {split: Counter(row["label"] for row in rows) for split, rows in parts.items()}
     logger.info("Splits: %s; left out: %s", json.dumps(counts), dict(+dropped) or "nothing")
@@ -177,13 +194,17 @@ def check_splits(config: Config) -> None:
     if (store / "splits.json").is_file():
         known = json.loads((store / "splits.json").read_text(encoding="utf-8"))
         if any(known.get(key) != value for key, value in _made(config).items()):
-            raise UserError(f"{store}: holds splits of other data, seed or ratios; choose another dataset.store_dir")
+            raise UserError(
+                f"{store}: holds splits of other data, seed or ratios; choose another dataset.store_dir"
+            )
 
 
 def _made(config: Config) -> dict[str, Any]:
     """What splits are made of: settings, and the content of the data."""
     values = config.as_dict()
-    guard_data = [spec for part in (values["prepare"] or {}).values() if part for spec in part["data"]]
+    guard_data = [
+        spec for part in (values["prepare"] or {}).values() if part for spec in part["data"]
+    ]
     specs = [config.dataset.path, config.dataset.guard_path, *guard_data]
     return {
         "dataset": values["dataset"] | {"store_dir": None},
@@ -194,7 +215,9 @@ def _made(config: Config) -> dict[str, Any]:
 
 
 def seen_keys(config: Config) -> set[str]:
-    """`text_key` of the prompts that guards and thresholds have seen: train, validation, and the head start's data."""
+    """`text_key` of the prompts that guards and thresholds have seen: train, validation, and the
+    head start's data.
+    """
     rows = [row for split in ("train", "validation") for row in read_split(config, split)]
     return {text_key(row["input"]) for row in rows} | _guard_keys(config)
 
@@ -205,13 +228,18 @@ def _guard_keys(config: Config) -> set[str]:
 
 
 def text_key(text: str) -> str:
-    """A prompt without case, spacing, punctuation and forms of characters: equal for near-duplicates."""
+    """A prompt without case, spacing, punctuation and forms of characters: equal for
+    near-duplicates.
+    """
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", plain)) or plain.strip()
 
 
 def _keys(spec: str) -> Iterator[str]:
-    return (text_key(last_turns(row["messages"])[0] or "") for row in load_conversations(spec, bad_rows="skip"))
+    return (
+        text_key(last_turns(row["messages"])[0] or "")
+        for row in load_conversations(spec, bad_rows="skip")
+    )
 
 
 def _split_up(config: Config) -> dict[str, list[Row]]:
@@ -222,7 +250,13 @@ def _split_up(config: Config) -> dict[str, list[Row]]:
         row["id"] += f"-{ids[row['id']]}" * (ids[row["id"]] > 1)
     if config.dataset.resplit or not {"train", "test"} <= set(found):
         rows = [row for split in SPLITS for row in found.get(split, ())]
-        return dict(zip(SPLITS, _portions(rows, [getattr(ratios, s) for s in SPLITS], config.seed), strict=True))
+        return dict(
+            zip(
+                SPLITS,
+                _portions(rows, [getattr(ratios, s) for s in SPLITS], config.seed),
+                strict=True,
+            )
+        )
     if "validation" not in found:
         shares = [1 - ratios.validation, ratios.validation]
         found["train"], found["validation"] = _portions(found["train"], shares, config.seed)
@@ -230,7 +264,9 @@ def _split_up(config: Config) -> dict[str, list[Row]]:
 
 
 def _portions(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[list[Row]]:
-    """Rows in parts of about these shares, with each label in proportion, and one side for near-duplicates."""
+    """Rows in parts of about these shares, with each label in proportion, and one side for
+    near-duplicates.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         groups[text_key(row["input"])].append(i)
@@ -242,10 +278,15 @@ def _portions(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[l
         keys = sorted(strata[unsafe])
         random.Random(seed).shuffle(keys)
         for part, share in list(enumerate(shares))[1:]:
-            size = max(round(share * len(strata[unsafe])), int(share > 0 and len(strata[unsafe]) >= len(shares)))
+            size = max(
+                round(share * len(strata[unsafe])),
+                int(share > 0 and len(strata[unsafe]) >= len(shares)),
+            )
             taken, keys = keys[:size], keys[size:]
             part_of |= {i: part for key in taken for i in groups[key]}
-    return [[row for i, row in enumerate(rows) if part_of[i] == part] for part in range(len(shares))]
+    return [
+        [row for i, row in enumerate(rows) if part_of[i] == part] for part in range(len(shares))
+    ]
 
 
 # --- rows of any data set ---------------------------------------------------------------------------------------------
@@ -255,24 +296,41 @@ def _source(config: Config) -> dict[str, list[Row]]:
     """The rows of the data set by split; one file or one split of something is "train" alone."""
     path, known = config.dataset.path, sources()["sources"]
     if path in known:
-        return {s: _rows(spec_rows(f"{path}:{s}")[1], path) for s in SPLITS if s in known[path]["splits"]}
+        return {
+            s: _rows(spec_rows(f"{path}:{s}")[1], path)
+            for s in SPLITS
+            if s in known[path]["splits"]
+        }
     if Path(path).is_dir():
-        files = {s: f for s in SPLITS for kind in FILE_TYPES if (f := Path(path) / f"{s}{kind}").is_file()}
+        files = {
+            s: f
+            for s in SPLITS
+            for kind in FILE_TYPES
+            if (f := Path(path) / f"{s}{kind}").is_file()
+        }
         if "train" in files:
             return {s: _rows(read_rows(file), path) for s, file in files.items()}
     spec = parse_spec(path)
     if spec.is_file or spec.split:
         return {"train": _rows(spec_rows(path)[1], path)}
-    found = load_hub(path, None, config.dataset.config, hint="check dataset.path, dataset.config and network")
+    found = load_hub(
+        path, None, config.dataset.config, hint="check dataset.path, dataset.config and network"
+    )
     return {
-        s: _rows(((f"{path}:{s}, row {i}", row) for i, row in enumerate(found[s])), path) for s in SPLITS if s in found
+        s: _rows(((f"{path}:{s}, row {i}", row) for i, row in enumerate(found[s])), path)
+        for s in SPLITS
+        if s in found
     }
 
 
 def _rows(raw: Iterable[tuple[str, Any]], what: str) -> list[Row]:
     rows, empty = [], 0
     for where, row in raw:
-        if isinstance(row, Mapping) and "user_input" in row and not (row["user_input"] or "").strip():
+        if (
+            isinstance(row, Mapping)
+            and "user_input" in row
+            and not (row["user_input"] or "").strip()
+        ):
             empty += 1  # nothing that a guard could judge
         else:
             rows.append(_row(row, where))
@@ -291,19 +349,31 @@ def _row(row: Any, where: str) -> Row:
         reason, row_id = row.get("openai_moderation"), row.get("conv_id")
     else:
         if isinstance(row, Mapping) and "input" in row and "prompt" not in row:
-            row = {**row, "prompt": row["input"], "prompt_label": row.get("label"), "response": row.get("model_output")}
+            row = {
+                **row,
+                "prompt": row["input"],
+                "prompt_label": row.get("label"),
+                "response": row.get("model_output"),
+            }
             row |= {"response_label": row.get("output_unsafe") if row["response"] else None}
         if isinstance(row, Mapping):
             row = plain_columns(row, where)
         conversation = conversation_row(row, where)
         if len(conversation["messages"]) > 2 or conversation["messages"][0]["role"] != "user":
-            raise UserError(f"{where}, field messages: expected one prompt, with or without its response")
+            raise UserError(
+                f"{where}, field messages: expected one prompt, with or without its response"
+            )
         text, response = last_turns(conversation["messages"])
         unsafe, response_unsafe = conversation["prompt_unsafe"], conversation["response_unsafe"]
-        reason, row_id = row.get("reason") or ", ".join(conversation["categories"] or ()), conversation["id"]
+        reason, row_id = (
+            row.get("reason") or ", ".join(conversation["categories"] or ()),
+            conversation["id"],
+        )
     unsafe = check_label(unsafe, "toxicity", where)
     if unsafe is None:
-        raise UserError(f"{where}: says not whether the prompt is unsafe; expected toxicity, prompt_label or label")
+        raise UserError(
+            f"{where}: says not whether the prompt is unsafe; expected toxicity, prompt_label or label"
+        )
     if not isinstance(kind := row.get("kind"), str | None):
         raise UserError(f"{where}, field kind: expected text, found {kind!r:.60}")
     return {

@@ -1,4 +1,6 @@
-"""What an evaluation says: the verdict by rules that stand here, the tables, the picture, the original's summary."""
+"""What an evaluation says: the verdict by rules that stand here, the tables, the picture, the
+original's summary.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +37,14 @@ HEADINGS = {
 }
 SHOWN = {
     "T1": (
-        *("auprc", "auroc", "fpr_at_recall", "fpr_at_threshold", "recall_at_fpr01", "recall_at_fpr05"),
+        *(
+            "auprc",
+            "auroc",
+            "fpr_at_recall",
+            "fpr_at_threshold",
+            "recall_at_fpr01",
+            "recall_at_fpr05",
+        ),
         *("precision", "recall", "f1"),
     ),
     "T2": (
@@ -54,9 +63,10 @@ COLLAPSE = ("always unsafe", "A0", "A0-legacy")  # what A2 and its switches stan
 def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     """Whether the loop helps, by section "The question, and what would answer it" of the README.
 
-    Each condition holds, fails, is open (its interval covers the bound) or was not measured. All that one evaluation
-    can show must hold for "helps"; one that fails is "does not help"; else it is "undecided at this size", or where a
-    condition was not measured, "undecided: … not measured", which no number of prompts would mend.
+    Each condition holds, fails, is open (its interval covers the bound) or was not measured. All
+    that one evaluation can show must hold for "helps"; one that fails is "does not help"; else it
+    is "undecided at this size", or where a condition was not measured, "undecided: … not measured",
+    which no number of prompts would mend.
 
     Returns:
         verdict, conditions {name: {"state", "why"}}, note.
@@ -68,7 +78,8 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     fewer = _adjusted(fewer, results["holm"].get("fpr_at_recall"))
     kept = _above(known.get(("T1", "auprc", best, "A1")), -MARGIN)
     spared = _above(known.get(("T3", "fpr_at_threshold", best, "A1")), -MARGIN, sign=-1)
-    caught = _above(known.get(("T2", "caught", best, "A1")), least=0.0)  # there is no more to catch than all
+    # there is no more to catch than all
+    caught = _above(known.get(("T2", "caught", best, "A1")), least=0.0)
     controls = {name: _above(known.get(("T2", "auprc", best, name))) for name in ("C1", "C2")}
     recall = f"recall {results['target_recall']:g} of the test prompts' own ROC curve"
     asked = [
@@ -87,25 +98,38 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     word = "does not help" if "fails" in states else "helps" if states == {"holds"} else open_
     note = "Another assistant, another judge, and growth with the number of feedback prompts are not in one evaluation."
     if gain["state"] != "holds" and _above(known.get(("T1", "f1", best, "A0")))["state"] == "holds":
-        note = f"{best} beats A0's own verdict (F1 on T1), but not A1: calibrate the threshold. {note}"
-    return {"verdict": word, "about": best, "conditions": {name: found for _, name, found in asked}, "note": note}
+        note = (
+            f"{best} beats A0's own verdict (F1 on T1), but not A1: calibrate the threshold. {note}"
+        )
+    return {
+        "verdict": word,
+        "about": best,
+        "conditions": {name: found for _, name, found in asked},
+        "note": note,
+    }
 
 
 def _by_pair(comparisons: Sequence[Mapping[str, Any]]) -> dict[tuple, Mapping[str, Any]]:
     return {(c["task"], c["metric"], c["first"], c["second"]): c for c in comparisons}
 
 
-def _above(found: Mapping[str, Any] | None, bound: float = 0.0, sign: int = 1, least: float = MARGIN) -> dict[str, str]:
-    """Whether the difference, times `sign`, lies above `bound`; below it, or with no gain worth the name, it fails.
+def _above(
+    found: Mapping[str, Any] | None, bound: float = 0.0, sign: int = 1, least: float = MARGIN
+) -> dict[str, str]:
+    """Whether the difference, times `sign`, lies above `bound`; below it, or with no gain worth the
+    name, it fails.
 
-    At the bound 0, an interval that ends below `least` rules out a gain, too: with many prompts "no difference" is an
-    answer, not a lack of data.
+    At the bound 0, an interval that ends below `least` rules out a gain, too: with many prompts "no
+    difference" is an answer, not a lack of data.
     """
     if not found or not found.get("interval"):
         return {"state": "not measured", "why": "no difference with an interval"}
     low, high = sorted(sign * end for end in found["interval"])
     state = "holds" if low > bound else "fails" if high < (bound or least) else "open"
-    return {"state": state, "why": f"{report.number(found['difference'])} {report.number(found['interval'])}"}
+    return {
+        "state": state,
+        "why": f"{report.number(found['difference'])} {report.number(found['interval'])}",
+    }
 
 
 def _adjusted(condition: dict[str, str], p: float | None) -> dict[str, str]:
@@ -118,13 +142,23 @@ def _adjusted(condition: dict[str, str], p: float | None) -> dict[str, str]:
 
 def summary(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The original's summary: default_model, improved_model, and improvement, the difference."""
-    out: dict[str, Any] = {name: {key: model[key] for key in ORIGINAL} for name, model in models.items()}
+    out: dict[str, Any] = {
+        name: {key: model[key] for key in ORIGINAL} for name, model in models.items()
+    }
     pairs = {key: (out["improved_model"][key], out["default_model"][key]) for key in ORIGINAL}
-    return out | {"improvement": {key: None if None in both else both[0] - both[1] for key, both in pairs.items()}}
+    return out | {
+        "improvement": {
+            key: None if None in both else both[0] - both[1] for key, both in pairs.items()
+        }
+    }
 
 
-def original(rows: Sequence[dict], names: Sequence[str], answers: Mapping[str, Mapping], cell: Mapping) -> dict:
-    """One model in the original's result file, over the mean of its seeds; the label is that of most seeds."""
+def original(
+    rows: Sequence[dict], names: Sequence[str], answers: Mapping[str, Mapping], cell: Mapping
+) -> dict:
+    """One model in the original's result file, over the mean of its seeds; the label is that of
+    most seeds.
+    """
     keys = [f"test/{row['id']}" for row in rows]
     truth = np.array([bool(row["human_unsafe"]) for row in rows])
     hits = np.array([[answers[name][key].decided for key in keys] for name in names], dtype=bool)
@@ -134,8 +168,15 @@ def original(rows: Sequence[dict], names: Sequence[str], answers: Mapping[str, M
     values["f1_score"] = values["f1"]
     word, most = {True: "unsafe", False: "safe"}, hits.mean(0) >= 0.5
     predictions = [
-        {"input": row["query"], "true_label": word[bool(t)], "predicted_label": word[bool(p)], "reason": a.reason}
-        for row, t, p, a in zip(rows, truth, most, (answers[names[0]][key] for key in keys), strict=True)
+        {
+            "input": row["query"],
+            "true_label": word[bool(t)],
+            "predicted_label": word[bool(p)],
+            "reason": a.reason,
+        }
+        for row, t, p, a in zip(
+            rows, truth, most, (answers[names[0]][key] for key in keys), strict=True
+        )
     ]
     counted = {name: float(np.mean(found.sum(1))) for name, found in counts.items()}
     return values | counted | {"metrics": values, "predictions": predictions}
@@ -148,7 +189,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     """results.md."""
     parts = ["# Does the feedback help the input guard?", _verdict(results["verdict"])]
     draws = results["draws"]
-    how = f"[95 % interval] of {draws:,} paired draws of prompts" if draws else "no intervals (draws 0)"
+    how = (
+        f"[95 % interval] of {draws:,} paired draws of prompts"
+        if draws
+        else "no intervals (draws 0)"
+    )
     parts.append(
         f"Means over seeds, {how}; they resample prompts, not seeds. FPR at the recall, own ROC: the false-positive "
         f"rate at recall {results['target_recall']:g} on the test prompts' own ROC curve, in each draw anew, without a "
@@ -160,7 +205,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     if results["missing"]:
         parts.append(f"Not trained, and so not in here: {', '.join(results['missing'])}.")
     picture = "![Precision and recall on T1, 95 % intervals; dashed: the default guard](precision_recall.png)"
-    parts += [_task(name, task) + f"\n\n{picture}" * (name == "T1") for name, task in results["tasks"].items()]
+    parts += [
+        _task(name, task) + f"\n\n{picture}" * (name == "T1")
+        for name, task in results["tasks"].items()
+    ]
     sections = {
         f"Paired differences: {results['improved']} minus the others": _differences(results),
         "Arms, and what each is to tell": _ablation(results),
@@ -175,7 +223,10 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _verdict(told: Mapping[str, Any]) -> str:
-    rows = [[name, condition["state"], condition["why"]] for name, condition in told["conditions"].items()]
+    rows = [
+        [name, condition["state"], condition["why"]]
+        for name, condition in told["conditions"].items()
+    ]
     head = f"**Verdict on {told['about']}: {told['verdict']}.** {told['note']}\n\n"
     return head + report.table(rows, ["condition", "", "difference [95 %]"])
 
@@ -188,7 +239,11 @@ def _cell(cell: Mapping[str, Any], metric: str, with_interval: bool = True) -> s
 def _task(name: str, task: Mapping[str, Any]) -> str:
     facts = f"{task['rows']} test prompts, {task['positives']} unsafe (base rate {report.number(task['base_rate'])}); "
     facts += f"thresholds from {task['validation_rows']} validation prompts, {task['validation_positives']} unsafe"
-    facts += f"; operating point of {task['operating_point_of']}" if task.get("operating_point_of") else ""
+    facts += (
+        f"; operating point of {task['operating_point_of']}"
+        if task.get("operating_point_of")
+        else ""
+    )
     facts += f"; {task['left_out']} without a label left out" if task.get("left_out") else ""
     seen = "in train, validation or the guard's own data left out"
     facts += f"; {task['seen_before']} that are {seen}" if task.get("seen_before") else ""
@@ -196,7 +251,13 @@ def _task(name: str, task: Mapping[str, Any]) -> str:
     if name == "T1":
         shown = (*shown, "flip_rate", "unparsed")
     rows = [
-        [arm, *(_cell(cell, m, m in ("auprc", "fpr_at_recall", "fpr_at_threshold", "fpr", "caught")) for m in shown)]
+        [
+            arm,
+            *(
+                _cell(cell, m, m in ("auprc", "fpr_at_recall", "fpr_at_threshold", "fpr", "caught"))
+                for m in shown
+            ),
+        ]
         for arm, cell in task["arms"].items()
     ]
     table = report.table(rows, ["", *(HEADINGS[m] for m in shown)])
@@ -225,12 +286,32 @@ def _ablation(results: Mapping[str, Any]) -> str:
     for arm in tasks["T1"]["arms"]:
         cells = {name: task["arms"][arm] for name, task in tasks.items() if name in TASKS}
         delta = known.get(("T2", "auprc", arm, "A1"), {})
-        change = f"{report.number(delta.get('difference'))} {report.number(delta.get('interval'))}" if delta else None
-        values = [("T1", "auprc"), ("T2", "auprc"), ("T2", "fpr_at_recall"), ("T3", "fpr_at_threshold")]
+        change = (
+            f"{report.number(delta.get('difference'))} {report.number(delta.get('interval'))}"
+            if delta
+            else None
+        )
+        values = [
+            ("T1", "auprc"),
+            ("T2", "auprc"),
+            ("T2", "fpr_at_recall"),
+            ("T3", "fpr_at_threshold"),
+        ]
         numbers = [cells.get(task, {}).get(metric) for task, metric in values]
         seeds = len(cells["T1"]["seeds"])
-        rows.append([arm, results["questions"][arm], seeds, *numbers, change, cells["T1"]["flip_rate"]])
-    header = ["", "question", "seeds", "T1 AUPRC ↑", "T2 AUPRC ↑", "T2 FPR ↓", "T3 FPR ↓", "T2 AUPRC minus A1"]
+        rows.append(
+            [arm, results["questions"][arm], seeds, *numbers, change, cells["T1"]["flip_rate"]]
+        )
+    header = [
+        "",
+        "question",
+        "seeds",
+        "T1 AUPRC ↑",
+        "T2 AUPRC ↑",
+        "T2 FPR ↓",
+        "T3 FPR ↓",
+        "T2 AUPRC minus A1",
+    ]
     return report.table(rows, [*header, "flips on safe ↓"])
 
 
@@ -244,36 +325,52 @@ def _collapse(results: Mapping[str, Any]) -> str:
     rows = [[arm, results["questions"][arm], *(cells[arm].get(m) for m in shown)] for arm in arms]
     base = report.number(results["tasks"]["T1"]["base_rate"])
     text = (
-        f"T1 at the guard's own verdict; the base rate is {base}. The original reported precision 0.07, accuracy 0.08"
+        f"T1 at the guard's own verdict; the base rate is {base}. "
+        "The original reported precision 0.07, accuracy 0.08, recall 1.0."
     )
-    return f"{text}, recall 1.0.\n\n" + report.table(rows, ["", "question", *(HEADINGS[m] for m in shown)])
+    return f"{text}\n\n" + report.table(rows, ["", "question", *(HEADINGS[m] for m in shown)])
 
 
 def _calibration(task: Mapping[str, Any]) -> str:
     names = ("temperature", "shift", "ece_before", "ece_after", "ece_after_shift")
     names += ("brier_before", "brier_after", "brier_after_shift")
-    rows = [[arm, *(cell["calibration"].get(n) for n in names)] for arm, cell in task["arms"].items()]
+    rows = [
+        [arm, *(cell["calibration"].get(n) for n in names)] for arm, cell in task["arms"].items()
+    ]
     return report.table(
-        rows, ["", *(n.replace("_", " ").replace("ece", "ECE").replace("brier", "Brier") for n in names)]
+        rows,
+        ["", *(n.replace("_", " ").replace("ece", "ECE").replace("brier", "Brier") for n in names)],
     )
 
 
 def _mcnemar(results: Mapping[str, Any]) -> str:
     rows = [
-        [t["first"], t["second"], t["only_first_right"], t["only_second_right"], t["p"]] for t in results["mcnemar"]
+        [t["first"], t["second"], t["only_first_right"], t["only_second_right"], t["p"]]
+        for t in results["mcnemar"]
     ]
-    return report.table(rows, ["first", "second", "only the first is right", "only the second", "p"]) if rows else ""
+    return (
+        report.table(rows, ["first", "second", "only the first is right", "only the second", "p"])
+        if rows
+        else ""
+    )
 
 
 def _responses(told: Mapping[str, Any]) -> str:
     rows = [
-        [name, a["n"], f"{report.number(a['agreement'])} {report.number(a['agreement_interval'])}", a["kappa"]]
+        [
+            name,
+            a["n"],
+            f"{report.number(a['agreement'])} {report.number(a['agreement_interval'])}",
+            a["kappa"],
+        ]
         for name, a in told["agreement"].items()
     ]
     ceiling = told["noise_ceiling"]
     text = f"{told['responses']} responses to test prompts that passed. One half of a prompt's responses foretells the "
     text += f"other with AUPRC {report.number(ceiling['auprc'])} ({ceiling['prompts']} prompts with two or more).\n"
-    return text + ("\n" + report.table(rows, ["", "responses", "agreement", "kappa"]) if rows else "")
+    return text + (
+        "\n" + report.table(rows, ["", "responses", "agreement", "kappa"]) if rows else ""
+    )
 
 
 def _seeds(results: Mapping[str, Any]) -> str:
@@ -291,10 +388,14 @@ def _seeds(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Precision and recall of each arm's own verdict on T1 beside the default guard's, with 95 % intervals."""
+    """Precision and recall of each arm's own verdict on T1 beside the default guard's, with 95 %
+    intervals.
+    """
     task = results["tasks"]["T1"]
     arms = list(task["arms"])
-    figure, panels = plt.subplots(1, 2, figsize=(8, 1.2 + 0.32 * len(arms)), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(
+        1, 2, figsize=(8, 1.2 + 0.32 * len(arms)), sharey=True, layout="constrained"
+    )
     for axes, metric in zip(panels, ("precision", "recall"), strict=True):
         for y, arm in enumerate(arms):
             cell = task["arms"][arm]
@@ -302,7 +403,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
                 continue
             low, high = cell["intervals"].get(metric) or [value, value]
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            axes.errorbar(value, y, xerr=error, fmt="o" if arm != "A0" else "s", color="black", capsize=3)
+            axes.errorbar(
+                value, y, xerr=error, fmt="o" if arm != "A0" else "s", color="black", capsize=3
+            )
         if (default := task["arms"]["A0"][metric]) is not None:
             axes.axvline(default, color="grey", linestyle="--", label="default guard")
         if metric == "precision" and task["base_rate"] is not None:

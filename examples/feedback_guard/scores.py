@@ -1,4 +1,6 @@
-"""Which guards are evaluated, and what each says of every prompt, kept as it comes so that a killed run goes on."""
+"""Which guards are evaluated, and what each says of every prompt, kept as it comes so that a killed
+run goes on.
+"""
 
 import gc
 import logging
@@ -44,7 +46,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a guard says of a prompt: P(unsafe) and its decision; without a verdict both fail closed, with `error`."""
+    """What a guard says of a prompt: P(unsafe) and its decision; without a verdict both fail
+    closed, with `error`.
+    """
 
     score: float
     decided: bool
@@ -79,21 +83,27 @@ class Line:
 
 
 def find_lines(config: Config) -> tuple[list[Line], list[str]]:
-    """The default guard, and what is trained: `improved_model_path`, or the config's arms and seeds.
+    """The default guard, and what is trained: `improved_model_path`, or the config's arms and
+    seeds.
 
     Returns:
-        the guards, in the config's order of arms; and the config's arms and seeds that are not trained. What else lies
-        in training.output_dir is left out.
+        the guards, in the config's order of arms; and the config's arms and seeds that are not
+        trained. What else lies in training.output_dir is left out.
 
     Raises:
-        UserError: nothing is trained, `improved_model_path` is no trained arm's folder, or one holds another arm.
+        UserError: nothing is trained, `improved_model_path` is no trained arm's folder, or one
+        holds another arm.
     """
     given, root = config.evaluation.improved_model_path, Path(config.training.output_dir)
-    wanted = [(name, seed) for name in config.training.arms for seed in config.training.seeds_of(name)]
+    wanted = [
+        (name, seed) for name in config.training.arms for seed in config.training.seeds_of(name)
+    ]
     folders = {one: arm_folder(config, *one) for one in wanted}
     if given:
         if not has_card(given):
-            raise UserError(f"evaluation.improved_model_path {given}: has no guard.json; name a trained arm's folder")
+            raise UserError(
+                f"evaluation.improved_model_path {given}: has no guard.json; name a trained arm's folder"
+            )
         lines = [_line(Path(given))]
     else:
         there = [one for one in wanted if has_card(folders[one])]
@@ -101,14 +111,23 @@ def find_lines(config: Config) -> tuple[list[Line], list[str]]:
         trained = {path for path in root.glob("*/seed*") if has_card(path)}
         others = sorted(trained - set(folders.values()))
         if others:
-            logger.warning("Not in training.arms with these seeds, and so left out: %s", ", ".join(map(str, others)))
+            logger.warning(
+                "Not in training.arms with these seeds, and so left out: %s",
+                ", ".join(map(str, others)),
+            )
     if not lines:
         raise UserError(f"{root}: nothing is trained there; run train.py with this config first")
     found = {(line.arm, line.seed) for line in lines}
-    missing = [] if given else [f"{name}-seed{seed}" for name, seed in wanted if (name, seed) not in found]
+    missing = (
+        []
+        if given
+        else [f"{name}-seed{seed}" for name, seed in wanted if (name, seed) not in found]
+    )
     if missing:
         logger.warning("Not trained, and so left out: %s", ", ".join(missing))
-    legacy = [Line("A0-legacy", query="chatml", parser="strict")] * any(line.query == "chatml" for line in lines)
+    legacy = [Line("A0-legacy", query="chatml", parser="strict")] * any(
+        line.query == "chatml" for line in lines
+    )
     return [Line("A0"), *legacy, *lines], missing
 
 
@@ -123,7 +142,9 @@ def _line(folder: Path) -> Line:
 def _trained(name: str, seed: int, folder: Path) -> Line:
     line = _line(folder)
     if (line.arm, line.seed) != (arm(name).weights_of or name, seed):
-        raise UserError(f"{card_path(folder)}: says that it is {line.name}; remove the folder and run train.py")
+        raise UserError(
+            f"{card_path(folder)}: says that it is {line.name}; remove the folder and run train.py"
+        )
     return _asked(Line(name, seed, folder))
 
 
@@ -140,9 +161,15 @@ def questions(names: Iterable[str]) -> dict[str, str]:
 # --- what they say ----------------------------------------------------------------------------------------------------
 
 
-def score_lines(lines: Sequence[Line], items: Sequence[Item], config: Config) -> dict[str, dict[str, Answer]]:
+def score_lines(
+    lines: Sequence[Line], items: Sequence[Item], config: Config
+) -> dict[str, dict[str, Answer]]:
     """What each guard says of each prompt, by the guard's name and the prompt's id."""
-    out, folder, base = {}, Path(config.evaluation.results_dir) / "scores", SharedBase(config, items)
+    out, folder, base = (
+        {},
+        Path(config.evaluation.results_dir) / "scores",
+        SharedBase(config, items),
+    )
     for line in tqdm(lines, desc="guards", unit="guard"):
         out[line.name] = score(line, items, config, folder, base)
     return out
@@ -178,7 +205,9 @@ def score(
 
 
 class LineJudge:
-    """What judges prompts for a line: the shared base where it can, or a guard that is loaded when it is needed."""
+    """What judges prompts for a line: the shared base where it can, or a guard that is loaded when
+    it is needed.
+    """
 
     def __init__(self, line: Line, config: Config, base: SharedBase | None):
         self.line, self.config, self.base = line, config, base
@@ -213,12 +242,15 @@ def _served(line: Line, config: Config) -> bool:
 
 
 def load(line: Line, config: Config) -> GenerativeGuard:
-    """The guard of a line. A server does not know the adapters that are trained here: these run in this process."""
+    """The guard of a line. A server does not know the adapters that are trained here: these run in
+    this process.
+    """
     settings, options = config.llama_guard, {"progress": False}
     if line.folder is None:
         options |= engine_options(settings)
     else:
-        if settings.load_in_4bit:  # the base that it was trained on, which vLLM does not quantize in this way
+        # the base that it was trained on, which vLLM does not quantize in this way
+        if settings.load_in_4bit:
             options["load_in_4bit"] = True
         if not line.probe:
             vllm = settings.engine == "vllm" and not settings.load_in_4bit
@@ -233,7 +265,9 @@ def _model(line: Line, config: Config) -> str:
     return read_card(line.folder).base_model or config.llama_guard.base_model_path
 
 
-def _raw(line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Config) -> list[dict[str, Any]]:
+def _raw(
+    line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Config
+) -> list[dict[str, Any]]:
     """What is kept of each prompt: score, decided and error, or the text that the guard wrote."""
     conversations = [pair(text) for text in texts]
     if line.probe:
@@ -242,7 +276,8 @@ def _raw(line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Confi
     if line.query == "guard":
         verdicts = guard.judge(conversations)
         return [
-            {"score": v.prompt_unsafe, "decided": v.decided.get("prompt_unsafe"), "error": v.error} for v in verdicts
+            {"score": v.prompt_unsafe, "decided": v.decided.get("prompt_unsafe"), "error": v.error}
+            for v in verdicts
         ]
     new = config.llama_guard.legacy_new_tokens
     prompts = query_ids(guard, line.query, texts)
@@ -259,7 +294,9 @@ def _raw(line: Line, guard: GenerativeGuard, texts: Sequence[str], config: Confi
 
 
 def _answer(kept: Mapping[str, Any], line: Line) -> Answer:
-    """What a kept row means to a line; a verdict in words has no probability, so its score is 1 or 0."""
+    """What a kept row means to a line; a verdict in words has no probability, so its score is 1 or
+    0.
+    """
     if "text" in kept:
         unsafe, told = parsed_unsafe(kept["text"], line.parser)
         error = kept["error"] or (None if told else "no verdict")
@@ -271,7 +308,9 @@ def _answer(kept: Mapping[str, Any], line: Line) -> Answer:
 
 
 def _asked_as(line: Line) -> Line:
-    """The line whose answers these are: an arm that only reads another's answers in words differently has no others."""
+    """The line whose answers these are: an arm that only reads another's answers in words
+    differently has no others.
+    """
     source = None if line.arm in CONTROLS else arm(line.arm).weights_of
     return replace(line, arm=source) if source and arm(source).query == line.query else line
 

@@ -1,4 +1,6 @@
-"""The verdicts of many arms on one base: it is loaded once, and the layers that no arm changes are run once."""
+"""The verdicts of many arms on one base: it is loaded once, and the layers that no arm changes are
+run once.
+"""
 
 import gc
 import json
@@ -20,7 +22,9 @@ BATCH = 32  # prompts of a forward pass
 
 
 class SharedBase:
-    """The guard that the config's arms are adapters of, and what its lower layers make of all prompts."""
+    """The guard that the config's arms are adapters of, and what its lower layers make of all
+    prompts.
+    """
 
     def __init__(self, config: Config, items: Sequence[Any]):
         self.config, self.texts = config, [item.text for item in items]
@@ -28,9 +32,16 @@ class SharedBase:
         self.fits = True  # as far as is known
 
     def serves(self, line: Any) -> bool:
-        """Whether an arm is asked here: an adapter in the last layers of the config's base, in the guard's format."""
+        """Whether an arm is asked here: an adapter in the last layers of the config's base, in the
+        guard's format.
+        """
         values, section = self.config.training, self.config.llama_guard
-        if line.folder is None or line.probe or line.query != "guard" or values.lora_last_layers is None:
+        if (
+            line.folder is None
+            or line.probe
+            or line.query != "guard"
+            or values.lora_last_layers is None
+        ):
             return False
         if section.engine != "transformers" or section.load_in_4bit:
             return False
@@ -46,7 +57,9 @@ class SharedBase:
             self.guard = load_base(self.config)
             model, ids = self.guard.model.model.eval(), self._ids(self.texts)
             fits = max(map(len, ids)) <= self.guard.max_length  # longer ones are judged in windows
-            self.trunk = Trunk.of(model, self.config.training.lora_last_layers, ids) if fits else None
+            self.trunk = (
+                Trunk.of(model, self.config.training.lora_last_layers, ids) if fits else None
+            )
             self.fits = self.trunk is not None
         return self.trunk
 
@@ -61,20 +74,29 @@ class SharedBase:
             base = self.config.llama_guard.base_model_path
             self.model = apply_adapter(self.guard.model.model, str(line.folder), base)
         tokens, out, device = self.guard.verdict_tokens("prompt"), [], self.guard.model.model.device
-        rows = [{"input_ids": ids, "labels": [-100] * (len(ids) - 1) + [0]} for ids in self._ids(texts)]
+        rows = [
+            {"input_ids": ids, "labels": [-100] * (len(ids) - 1) + [0]} for ids in self._ids(texts)
+        ]
         self.trunk.learn(rows)
         with self.trunk.replaced():
             for some in (rows[i : i + BATCH] for i in range(0, len(rows), BATCH)):
                 batch = {name: part.to(device) for name, part in self.trunk.batch(some).items()}
                 logits = logits_at_labels(read(self.model, batch))
-                scores, tops = log_odds(logits, tokens).sigmoid().tolist(), logits.argmax(-1).tolist()
+                scores, tops = (
+                    log_odds(logits, tokens).sigmoid().tolist(),
+                    logits.argmax(-1).tolist(),
+                )
                 out += [self._answer(p, top, tokens) for p, top in zip(scores, tops, strict=True)]
         return out
 
     def _answer(self, score: float, top: int, tokens: dict[bool, list[int]]) -> dict[str, Any]:
         if top not in tokens[True] + tokens[False]:
             written = self.guard.tokenizer.decode([top])
-            return {"score": None, "decided": None, "error": f"it writes {written!r} where a verdict was expected"}
+            return {
+                "score": None,
+                "decided": None,
+                "error": f"it writes {written!r} where a verdict was expected",
+            }
         return {"score": score, "decided": top in tokens[True], "error": None}
 
     def free(self) -> None:

@@ -6,9 +6,10 @@ python train.py
 # the original's values, three seeds of every arm
 python train.py --config research_config.json
 
-One process loads the guard once and trains all arms that are not there yet; run again after a kill, it goes on where it
-was. Loss of a row: soft cross-entropy on the verdict word, the rest of the line where it is known, and for safe traffic
-training.kl_weight times KL(guard before training || now) on {safe, unsafe}.
+One process loads the guard once and trains all arms that are not there yet; run again after a kill,
+it goes on where it was. Loss of a row: soft cross-entropy on the verdict word, the rest of the line
+where it is known, and for safe traffic training.kl_weight times KL(guard before training || now) on
+{safe, unsafe}.
 """
 
 import json
@@ -24,7 +25,16 @@ import torch
 from arms import Arm, Row, arm, arm_folder, build_rows, legacy_facts
 from config import Config, config_from_argv
 from datasets import Dataset
-from formats import NOTHING, Encoder, collator_for, load_llama_guard, read, template, text_row, verdict_loss
+from formats import (
+    NOTHING,
+    Encoder,
+    collator_for,
+    load_llama_guard,
+    read,
+    template,
+    text_row,
+    verdict_loss,
+)
 from formats import verdict_probabilities as probabilities
 from peft import prepare_model_for_kbit_training
 from probe import fit_probe
@@ -77,8 +87,10 @@ from guards.identity import guard_identity
 from guards.known import zoo_name
 
 logger = logging.getLogger("feedback_guard")
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the original's
-TEXT_BATCH = 4  # rows of a forward pass with a loss on every token: their logits are what fills the memory
+# the original's
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# rows of a forward pass with a loss on every token: their logits are what fills the memory
+TEXT_BATCH = 4
 
 
 @dataclass
@@ -93,7 +105,8 @@ class ArmTrainer(AnswerTrainer):
     """A trainer with the loss of a guard; of the original's texts, with that of their tokens."""
 
     words = (0, 0)  # token ids of safe and unsafe, as training writes them
-    tokens: Mapping[bool, list[int]] = {}  # all first tokens of the words for unsafe (True) and safe
+    # all first tokens of the words for unsafe (True) and safe
+    tokens: Mapping[bool, list[int]] = {}
     kl_weight = 0.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -114,12 +127,17 @@ def train(config: Config) -> list[Path]:
     """Train every arm and seed that is not there yet; their folders.
 
     Raises:
-        UserError: nothing processed, or with other settings, nothing to learn from, or folders that hold arms of other
+        UserError: nothing processed, or with other settings, nothing to learn from, or folders that
+        hold arms of other
             settings.
     """
     check_output_folder(config.training.output_dir)
     check_splits(config)
-    check_settings(config, processed_path(config, "parts").with_suffix("").parent / "settings.json", write=False)
+    check_settings(
+        config,
+        processed_path(config, "parts").with_suffix("").parent / "settings.json",
+        write=False,
+    )
     processed = read_processed(config, config.experiment.process_split)
     blocked = read_json_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl")
     jobs, folders = [], []
@@ -129,7 +147,16 @@ def train(config: Config) -> list[Path]:
             if arm(name).trains:
                 rows = build_rows(arm(name), processed, blocked, seed, config)
                 facts = legacy_facts(arm(name), processed, blocked, seed) if arm(name).texts else {}
-                jobs.append(Job(arm(name), seed, rows, folders[-1], _fingerprint(config, arm(name), rows), facts))
+                jobs.append(
+                    Job(
+                        arm(name),
+                        seed,
+                        rows,
+                        folders[-1],
+                        _fingerprint(config, arm(name), rows),
+                        facts,
+                    )
+                )
     missing = [job for job in jobs if not job.done()]
     logger.info("%d arms to train; %d are there", len(missing), len(jobs) - len(missing))
     if not missing:
@@ -139,11 +166,23 @@ def train(config: Config) -> list[Path]:
     encoded = {id(job): encoded_rows(job, encoder, config) for job in jobs if not job.arm.probe}
     every = [row["input_ids"] for rows, _ in encoded.values() for row in rows]
     check_ids(every, encoder.tokenizer, encoder.guard.model.model)
-    shared = Shared(encoder, Trunk.of(encoder.guard.model.model, config.training.lora_last_layers, every))
+    shared = Shared(
+        encoder, Trunk.of(encoder.guard.model.model, config.training.lora_last_layers, every)
+    )
     for number, job in enumerate(missing, start=1):
         if job.facts.get("legacy_collection") == "empty":
-            logger.warning("%s: the original's checks collect nothing here; it gets the correct list", job.arm.name)
-        logger.info("%s, seed %d (%d of %d): %s", job.arm.name, job.seed, number, len(missing), job.arm.question)
+            logger.warning(
+                "%s: the original's checks collect nothing here; it gets the correct list",
+                job.arm.name,
+            )
+        logger.info(
+            "%s, seed %d (%d of %d): %s",
+            job.arm.name,
+            job.seed,
+            number,
+            len(missing),
+            job.arm.question,
+        )
         if job.arm.probe:
             _fit_probe(job, encoder.guard, config)
         else:
@@ -153,7 +192,9 @@ def train(config: Config) -> list[Path]:
 
 @dataclass
 class Shared:
-    """What all arms of a run use: the guard's format, its frozen layers' work, P(unsafe) before training by prompt."""
+    """What all arms of a run use: the guard's format, its frozen layers' work, P(unsafe) before
+    training by prompt.
+    """
 
     encoder: Encoder
     trunk: Trunk | None
@@ -163,7 +204,15 @@ class Shared:
 def _fingerprint(config: Config, arm: Arm, rows: Sequence[Row]) -> str:
     """Of all that an arm's weights depend on."""
     values, guard = asdict(config.training), config.llama_guard
-    for name in ("output_dir", "arms", "seeds", "headline", "logging_steps", "save_steps", "save_total_limit"):
+    for name in (
+        "output_dir",
+        "arms",
+        "seeds",
+        "headline",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+    ):
         values.pop(name)
     about = asdict(arm)
     about.pop("question")
@@ -197,7 +246,9 @@ class Job:
         return True
 
     def resumes(self) -> bool:
-        """Whether checkpoints of this very arm lie there. Raises UserError when they are another one's."""
+        """Whether checkpoints of this very arm lie there. Raises UserError when they are another
+        one's.
+        """
         return goes_on(self.folder, self.fingerprint)
 
     def close(self) -> None:
@@ -217,7 +268,10 @@ def goes_on(folder: Path, fingerprint: str) -> bool:
         UserError: the checkpoints are of other rows or settings.
     """
     mark = folder / "unfinished.json"
-    same = mark.is_file() and json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    same = (
+        mark.is_file()
+        and json.loads(mark.read_text(encoding="utf-8"))["fingerprint"] == fingerprint
+    )
     whole = checkpoints(folder)
     if whole and not same:
         raise UserError(
@@ -232,7 +286,9 @@ def load_base(config: Config) -> GenerativeGuard:
     """The guard that is trained, its model ready for adapters."""
     section = config.llama_guard
     options = {"load_in_4bit": True} if section.load_in_4bit else {}
-    guard = load_llama_guard(section.base_model_path, section.use_official_template, progress=False, **options)
+    guard = load_llama_guard(
+        section.base_model_path, section.use_official_template, progress=False, **options
+    )
     model = guard.model.model
     if section.load_in_4bit:
         guard.model.model = prepare_model_for_kbit_training(model)
@@ -242,7 +298,11 @@ def load_base(config: Config) -> GenerativeGuard:
 def add_adapters(model: PreTrainedModel, config: Config) -> nn.Module:
     """LoRA over the frozen model, in float32, in the last `lora_last_layers` layers or in all."""
     values, layers = config.training, model.config.get_text_config().num_hidden_layers
-    last = None if values.lora_last_layers is None else list(range(max(0, layers - values.lora_last_layers), layers))
+    last = (
+        None
+        if values.lora_last_layers is None
+        else list(range(max(0, layers - values.lora_last_layers), layers))
+    )
     asked = ModelConfig(
         use_peft=True,
         lora_r=values.lora_r,
@@ -256,28 +316,45 @@ def add_adapters(model: PreTrainedModel, config: Config) -> nn.Module:
 # --- one arm ----------------------------------------------------------------------------------------------------------
 
 
-def encoded_rows(job: Job, encoder: Encoder, config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def encoded_rows(
+    job: Job, encoder: Encoder, config: Config
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The job's rows as token ids, and what run.json says of them."""
     limit = config.training.max_length
     if job.arm.texts:
-        rows = [text_row(encoder.tokenizer, r.text.parts, r.text.answer, job.arm.loss, limit) for r in job.rows]
+        rows = [
+            text_row(encoder.tokenizer, r.text.parts, r.text.answer, job.arm.loss, limit)
+            for r in job.rows
+        ]
         cut = sum(len(row["input_ids"]) == limit for row in rows)
     else:
         given = zip(*((row.messages, row.target, row.categories) for row in job.rows), strict=True)
         rows, cut = encoder.rows(*given)
-    facts = {"rows": len(rows), "tokens": sum(len(row["input_ids"]) for row in rows), "shortened_rows": cut}
+    facts = {
+        "rows": len(rows),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "shortened_rows": cut,
+    }
     facts["sources"] = dict(Counter(row.source for row in job.rows))
     facts["target_mean"] = round(sum(row.target for row in job.rows) / len(rows), 4)
     return rows, {**job.facts, **facts}
 
 
 def add_reference(job: Job, rows: Sequence[dict[str, Any]], shared: Shared) -> None:
-    """Put P(unsafe) before training into `g0` of the rows whose drift is held down; each prompt is asked once a run."""
+    """Put P(unsafe) before training into `g0` of the rows whose drift is held down; each prompt is
+    asked once a run.
+    """
     prompts = [tuple(row["input_ids"][: row["labels"].count(-100)]) for row in rows]
-    held = [prompt for prompt, row in zip(prompts, job.rows, strict=True) if row.kl and prompt not in shared.before]
+    held = [
+        prompt
+        for prompt, row in zip(prompts, job.rows, strict=True)
+        if row.kl and prompt not in shared.before
+    ]
     if held:
         model, tokens = shared.encoder.guard.model.model, shared.encoder.tokens
-        shared.before.update(zip(held, probabilities(model, list(map(list, held)), tokens), strict=True))
+        shared.before.update(
+            zip(held, probabilities(model, list(map(list, held)), tokens), strict=True)
+        )
     for prompt, row, source in zip(prompts, rows, job.rows, strict=True):
         row["g0"] = shared.before[prompt] if source.kl else NOTHING
 
@@ -316,7 +393,9 @@ def training_arguments(job: Job, config: Config) -> ArmConfig:
     )
 
 
-def train_arm(job: Job, shared: Shared, config: Config, rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
+def train_arm(
+    job: Job, shared: Shared, config: Config, rows: list[dict[str, Any]], facts: Mapping[str, Any]
+) -> None:
     """Train one arm and leave its folder; the guard's model is afterwards what it was."""
     args, encoder, trunk = training_arguments(job, config), shared.encoder, shared.trunk
     add_reference(job, rows, shared)
@@ -351,7 +430,9 @@ def fitted(
     kl_weight: float = 0.0,
     collator: Callable | None = None,
 ) -> ArmTrainer:
-    """A trainer that has trained `model` on encoded rows, from its last checkpoint where args say so."""
+    """A trainer that has trained `model` on encoded rows, from its last checkpoint where args say
+    so.
+    """
     checkpoint = checkpoint_to_resume(args)
     trainer = ArmTrainer(
         model=model,

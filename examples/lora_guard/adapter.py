@@ -1,4 +1,6 @@
-"""The adapter folder: the head while it trains, writing it, and reading the paper's own `.pt` files."""
+"""The adapter folder: the head while it trains, writing it, and reading the paper's own `.pt`
+files.
+"""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +26,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class GuardHead(torch.nn.Linear):
-    """A linear head that computes in float32 whatever surrounds it: bf16 logits tie, and ties spoil AUPRC."""
+    """A linear head that computes in float32 whatever surrounds it: bf16 logits tie, and ties spoil
+    AUPRC.
+    """
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         with torch.autocast(features.device.type, enabled=False):
@@ -32,9 +36,13 @@ class GuardHead(torch.nn.Linear):
 
 
 def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
-    """Put a GuardHead in place of a sequence classifier's `score` (Xavier-uniform, zero bias: the reference's)."""
+    """Put a GuardHead in place of a sequence classifier's `score` (Xavier-uniform, zero bias: the
+    reference's).
+    """
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
-        raise UserError(f"{type(model).__name__}: its classifier has no linear head `score`; use a decoder")
+        raise UserError(
+            f"{type(model).__name__}: its classifier has no linear head `score`; use a decoder"
+        )
     head = GuardHead(model.score.in_features, labels, bias=bias, device=model.score.weight.device)
     torch.nn.init.xavier_uniform_(head.weight)
     if bias:
@@ -51,18 +59,21 @@ def save_adapter(
     trained: Sequence[tuple[Messages, Mapping[str, float]]] = (),
     readme: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write an adapter folder whole or not at all: stock PEFT files, tokenizer, card. One process calls it.
+    """Write an adapter folder whole or not at all: stock PEFT files, tokenizer, card. One process
+    calls it.
 
     A stock classifier's head has no bias. Ours goes to guard.json (`head_bias`), so that
-    `AutoPeftModelForSequenceClassification` finds exactly the keys that it knows. The tokenizer keeps
-    the chat model's chat template, because that is what the chat rides on.
+    `AutoPeftModelForSequenceClassification` finds exactly the keys that it knows. The tokenizer
+    keeps the chat model's chat template, because that is what the chat rides on.
 
     Args:
-        trained: conversations with what the model in memory says of them, which the folder has to say, too.
+        trained: conversations with what the model in memory says of them, which the folder has to
+        say, too.
         readme: writes the model card into a folder.
 
     Raises:
-        UserError: the folder cannot be written, or says something else; what was there is as it was.
+        UserError: the folder cannot be written, or says something else; what was there is as it
+        was.
     """
     with whole_folder(folder) as partial:
         model.save_pretrained(partial, save_embedding_layers=False)
@@ -91,14 +102,17 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None
         writer.writerows(rows)
 
 
-def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path, trust_remote_code: bool = False) -> None:
+def convert_reference(
+    pt: Path, config: Mapping[str, Any], folder: Path, trust_remote_code: bool = False
+) -> None:
     """A `.pt` adaptor of the paper's code as an adapter folder.
 
-    Both versions are read: v2 with 15 outputs (unsafe first), v1 with 14, told by the shape of the head and not by what
-    the config says. The weights alone are unpickled (`weights_only=True`).
+    Both versions are read: v2 with 15 outputs (unsafe first), v1 with 14, told by the shape of the
+    head and not by what the config says. The weights alone are unpickled (`weights_only=True`).
 
     Args:
-        config: the run's config.json; `hf_model_id`, `lora_alpha` and, where it differs from alpha / 2, `lora_r`.
+        config: the run's config.json; `hf_model_id`, `lora_alpha` and, where it differs from alpha
+        / 2, `lora_r`.
 
     Raises:
         UserError: not such a file, or a key is missing.
@@ -106,38 +120,63 @@ def convert_reference(pt: Path, config: Mapping[str, Any], folder: Path, trust_r
     try:
         tensors = torch.load(pt, map_location="cpu", weights_only=True)
         weight, base = tensors["clf_head.weight"], config["hf_model_id"]
-        lora = {k.replace(".default.weight", ".weight"): v.float() for k, v in tensors.items() if ".lora_" in k}
+        lora = {
+            k.replace(".default.weight", ".weight"): v.float()
+            for k, v in tensors.items()
+            if ".lora_" in k
+        }
         if len(weight) not in (len(CATEGORIES), len(CATEGORIES) + 1) or not lora:
-            raise UserError(f"{pt}: expected LoRA weights and a head of 14 or 15 outputs, found {len(weight)} outputs")
+            raise UserError(
+                f"{pt}: expected LoRA weights and a head of 14 or 15 outputs, found {len(weight)} outputs"
+            )
         strange = [key for key in lora if not key.startswith("lm_features.base_model.model.")]
-        if strange or set(tensors) - {"clf_head.weight", "clf_head.bias"} - {k for k in tensors if ".lora_" in k}:
-            raise UserError(f"{pt}: keys that no adaptor of the paper's code has, such as {(strange or ['?'])[0]}")
+        if strange or set(tensors) - {"clf_head.weight", "clf_head.bias"} - {
+            k for k in tensors if ".lora_" in k
+        }:
+            raise UserError(
+                f"{pt}: keys that no adaptor of the paper's code has, such as {(strange or ['?'])[0]}"
+            )
     except UserError:
         raise
     except (OSError, RuntimeError, KeyError, AttributeError, TypeError, EOFError) as error:
-        raise UserError(f"{pt}: not an adaptor of the paper's code, or config.json lacks {error!s:.120}") from None
+        raise UserError(
+            f"{pt}: not an adaptor of the paper's code, or config.json lacks {error!s:.120}"
+        ) from None
     except Exception as error:  # torch raises pickle's own error for what is no tensor file
-        raise UserError(f"{pt}: refused, it is not made of tensors alone ({type(error).__name__})") from None
-    # The reference wraps the inner transformer, `model` in Llama; a classifier holds it under the same name.
+        raise UserError(
+            f"{pt}: refused, it is not made of tensors alone ({type(error).__name__})"
+        ) from None
+    # The reference wraps the inner transformer, `model` in Llama; a classifier holds it under the
+    # same name.
     prefix = "base_model.model.model."
-    lora = {prefix + k.removeprefix("lm_features.base_model.model."): v.contiguous() for k, v in lora.items()}
+    lora = {
+        prefix + k.removeprefix("lm_features.base_model.model."): v.contiguous()
+        for k, v in lora.items()
+    }
     rank = next(len(v) for k, v in lora.items() if ".lora_A." in k)
     folder.mkdir(parents=True, exist_ok=True)
     modules = sorted({k.split(".lora_")[0].rpartition(".")[2] for k in lora})
     peft = LoraConfig(
-        task_type="SEQ_CLS", r=rank, lora_alpha=config.get("lora_alpha", 2 * rank), target_modules=modules
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=config.get("lora_alpha", 2 * rank),
+        target_modules=modules,
     )
     peft.base_model_name_or_path, peft.inference_mode = resolve_model(base), True
     peft.modules_to_save = ["classifier", "score"]
     peft.save_pretrained(folder)
     save_file({**lora, WEIGHT: weight.float().contiguous()}, folder / WEIGHTS, {"format": "pt"})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(base), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(base), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"hf_model_id {base}: {str(error).strip().splitlines()[0]:.200}") from None
     tokenizer.save_pretrained(folder)
     bias = tensors.get("clf_head.bias")
-    card = guard_card(base, unsafe_head=len(weight) > len(CATEGORIES), inputs=["pair"], max_length=512)
+    card = guard_card(
+        base, unsafe_head=len(weight) > len(CATEGORIES), inputs=["pair"], max_length=512
+    )
     write_card(folder, with_bias(card, bias))
 
 
@@ -150,7 +189,9 @@ def guard_card(
     num_hidden_layers: int | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> LoraCard:
-    """The card of an adapter folder, before its head is trained: without a bias, and with the paper's threshold."""
+    """The card of an adapter folder, before its head is trained: without a bias, and with the
+    paper's threshold.
+    """
     return LoraCard(
         template="lora_guard",
         labels=["unsafe"] * unsafe_head + CATEGORIES,

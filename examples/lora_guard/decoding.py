@@ -1,4 +1,6 @@
-"""One batch of replies with a guard reading along: the key/value caches, the decode loop, the sampling."""
+"""One batch of replies with a guard reading along: the key/value caches, the decode loop, the
+sampling.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +18,19 @@ ADAPTER, BASE = "guard", "__base__"  # PEFT's names of a row's kind in a mixed-a
 
 @dataclass
 class GuardedReply:
-    """A reply and what the guard said of it, token by token. What was not trained, or had nothing to judge, is None."""
+    """A reply and what the guard said of it, token by token. What was not trained, or had nothing
+    to judge, is None.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)  # what was shown; without EOS
     prompt_unsafe: float | None = None  # before anything was written
-    trace: list[tuple[int, float]] = field(default_factory=list)  # (tokens seen, unsafe probability)
+    # (tokens seen, unsafe probability)
+    trace: list[tuple[int, float]] = field(default_factory=list)
     response_unsafe: float | None = None  # of the pair, at the last token
     categories: dict[str, float] = field(default_factory=dict)  # of the last judgement
-    stopped_after: int | None = None  # tokens shown before the guard stopped the reply; 0: the prompt was refused
+    # tokens shown before the guard stopped the reply; 0: the prompt was refused
+    stopped_after: int | None = None
     finish_reason: str = ""  # eos | length | stopped
 
 
@@ -45,10 +51,11 @@ class Row:
 
 
 class Lanes:
-    """A KV cache whose rows grow by chunks of unlike length, can be set back, and are dropped when no longer named.
+    """A KV cache whose rows grow by chunks of unlike length, can be set back, and are dropped when
+    no longer named.
 
-    Chunks are padded on the left, so that every row's newest token is the last one. Pads and tokens that were taken
-    back stay in the cache, masked; position ids count what is not masked.
+    Chunks are padded on the left, so that every row's newest token is the last one. Pads and tokens
+    that were taken back stay in the cache, masked; position ids count what is not masked.
     """
 
     def __init__(self, config: Any, device: torch.device):
@@ -57,10 +64,12 @@ class Lanes:
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=device)
 
     def inputs(self, targets: dict[int, list[int]]) -> dict[str, Any]:
-        """Model inputs that bring each row from what the cache holds to its target ids, at least one token each.
+        """Model inputs that bring each row from what the cache holds to its target ids, at least
+        one token each.
 
         Args:
-            targets: the whole ids of each row by its key. Rows that are not named are dropped for good.
+            targets: the whole ids of each row by its key. Rows that are not named are dropped for
+            good.
         """
         if not self.fed:
             self.fed = {key: [] for key in targets}
@@ -76,8 +85,13 @@ class Lanes:
         self.fed = {key: list(ids) for key, ids in targets.items()}
         chunks = [ids[n:] for n, ids in zip(kept, targets.values(), strict=True)]
         width = max(map(len, chunks))
-        ids = torch.tensor([[0] * (width - len(chunk)) + chunk for chunk in chunks], device=self.device)
-        new = torch.tensor([[i >= width - len(chunk) for i in range(width)] for chunk in chunks], device=self.device)
+        ids = torch.tensor(
+            [[0] * (width - len(chunk)) + chunk for chunk in chunks], device=self.device
+        )
+        new = torch.tensor(
+            [[i >= width - len(chunk) for i in range(width)] for chunk in chunks],
+            device=self.device,
+        )
         self.mask = torch.cat([self.mask, new], 1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         mask = self.mask.long()
@@ -105,7 +119,9 @@ class Ride:
     def run(
         self, max_new_tokens: int, draw: Callable[[list[int], torch.Tensor], list[int]], bar: tqdm
     ) -> Iterator[None]:
-        """Fill in the replies of all rows; ends as soon as every row has ended. Yields after every check."""
+        """Fill in the replies of all rows; ends as soon as every row has ended. Yields after every
+        check.
+        """
         judged = self.mixed or "prompt" in self.chat.inputs
         writing, logits = self.turn(list(self.rows), list(self.rows) if judged else [])
         yield
@@ -113,7 +129,9 @@ class Ride:
         for n in range(1, max_new_tokens + 1):
             if not writing:
                 break
-            for row, token in zip(writing, draw([row.index for row in writing], logits), strict=True):
+            for row, token in zip(
+                writing, draw([row.index for row in writing], logits), strict=True
+            ):
                 if token in self.chat.eos:
                     row.reply.finish_reason = "eos"  # the guard never sees it
                     continue
@@ -121,7 +139,11 @@ class Ride:
                 row.seam = row.seam or self.chat.seam(row.prompt, token)
                 row.reply.finish_reason = "length" if n == max_new_tokens else ""
             bar.update()
-            waiting += [row for row in writing if row.reply.finish_reason and len(row.reply.token_ids) > row.seen]
+            waiting += [
+                row
+                for row in writing
+                if row.reply.finish_reason and len(row.reply.token_ids) > row.seen
+            ]
             writing = [row for row in writing if not row.reply.finish_reason]
             check = n % self.every == 0 or not writing
             due = [*writing, *waiting] if self.rides and check else []
@@ -141,7 +163,9 @@ class Ride:
         written = {row.index: row.chat_ids + row.reply.token_ids for row in writing}
         if self.mixed and written:
             inputs = self.chat_lanes.inputs(written | guarded)
-            logits, scores = chat.mixed_pass(inputs, [BASE] * len(written) + [ADAPTER] * len(guarded))
+            logits, scores = chat.mixed_pass(
+                inputs, [BASE] * len(written) + [ADAPTER] * len(guarded)
+            )
             self.judge(due, scores[len(written) :])
             on = [i for i, row in enumerate(writing) if row.reply.stopped_after is None]
             return [writing[i] for i in on], logits[on]
@@ -149,7 +173,9 @@ class Ride:
             self.judge(due, chat.guard_pass(self.guard_lanes.inputs(guarded)))
         writing = [row for row in writing if row.reply.stopped_after is None]
         if writing:
-            logits = chat.chat_pass(self.chat_lanes.inputs({row.index: written[row.index] for row in writing}))
+            logits = chat.chat_pass(
+                self.chat_lanes.inputs({row.index: written[row.index] for row in writing})
+            )
         return writing, logits
 
     def judge(self, rows: Sequence[Row], scores: torch.Tensor) -> None:
@@ -173,7 +199,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     if b[: len(a)] == a:  # the usual case, at the speed of C
         return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def greedy(_rows: list[int], logits: torch.Tensor) -> list[int]:
@@ -183,7 +211,9 @@ def greedy(_rows: list[int], logits: torch.Tensor) -> list[int]:
 def sampler(
     temperature: float, top_p: float, seed: int, rows: int, device: torch.device
 ) -> Callable[[list[int], torch.Tensor], list[int]]:
-    """Draws tokens, each row from a generator of its own: what one row draws does not hang on when others end."""
+    """Draws tokens, each row from a generator of its own: what one row draws does not hang on when
+    others end.
+    """
     generators = [torch.Generator(device).manual_seed(seed + i) for i in range(rows)]
     warpers = (TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(float(top_p)))
 
@@ -192,6 +222,9 @@ def sampler(
         for warper in warpers:
             logits = warper(None, logits)
         weights = logits.softmax(-1)
-        return [int(torch.multinomial(w, 1, generator=generators[i])) for i, w in zip(rows, weights, strict=True)]
+        return [
+            int(torch.multinomial(w, 1, generator=generators[i]))
+            for i, w in zip(rows, weights, strict=True)
+        ]
 
     return draw

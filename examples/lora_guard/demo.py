@@ -1,4 +1,5 @@
-"""A chat page with the guard riding along: a live harm meter under every reply, harm categories beside.
+"""A chat page with the guard riding along: a live harm meter under every reply, harm categories
+beside.
 
 # after `torchrun train.py`: the quickstart's guard, on http://127.0.0.1:7860
 python demo.py
@@ -32,7 +33,9 @@ CSS = ".harm meter { width: 12em; vertical-align: middle }"
 
 def parse() -> argparse.Namespace:
     parser = model_parser(__doc__, "*")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows the page to the whole network")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 shows the page to the whole network"
+    )
     parser.add_argument("--port", type=int, default=7860)
     parser.set_defaults(guard_every=8)
     args = parser.parse_args()
@@ -40,7 +43,9 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--port {args.port}: expected 1 to 65535")
     if not args.paths:
         if not QUICKSTART.is_dir():
-            raise UserError("no guard yet: run `torchrun train.py` first, or name an adapter folder")
+            raise UserError(
+                "no guard yet: run `torchrun train.py` first, or name an adapter folder"
+            )
         args.paths = [str(QUICKSTART)]
     return args
 
@@ -51,13 +56,19 @@ def main() -> None:
         raise UserError("gradio is missing: pip install -e '.[demo]' in the repository's root")
     chat, threshold = load(args)
     if "pair" not in chat.inputs:
-        raise UserError(f"{args.paths[-1]}: trained on {', '.join(chat.inputs)}; a live meter needs a guard of pairs")
+        raise UserError(
+            f"{args.paths[-1]}: trained on {', '.join(chat.inputs)}; a live meter needs a guard of pairs"
+        )
     try:
         address = {"server_name": args.host, "server_port": args.port}
         # Nothing that was typed is written to disk, or sent to another server.
-        page(chat, threshold, args).launch(**address, css=CSS, theme=theme(), run_history=False, footer_links=[])
+        page(chat, threshold, args).launch(
+            **address, css=CSS, theme=theme(), run_history=False, footer_links=[]
+        )
     except OSError as error:
-        raise UserError(f"--host {args.host} --port {args.port}: cannot listen there ({error!s:.60})") from None
+        raise UserError(
+            f"--host {args.host} --port {args.port}: cannot listen there ({error!s:.60})"
+        ) from None
 
 
 def theme() -> "gr.themes.Base":
@@ -75,39 +86,72 @@ def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.B
             raise gr.Error("Type something first.", print_exception=False)
         try:
             check_text(prompt, "prompt", "input")
-            # The guard reads the last turn alone: what it stopped must not come back as the context of the next.
+            # The guard reads the last turn alone: what it stopped must not come back as the context
+            # of the next.
             kept = [(asked, reply) for asked, reply in turns if reply.stopped_after is None]
-            said: list[Message] = [message for asked, reply in kept for message in pair(asked, reply.text)]
-            options = {"max_new_tokens": args.max_new_tokens, "guard_every": every, "stop_at": stop_at}
+            said: list[Message] = [
+                message for asked, reply in kept for message in pair(asked, reply.text)
+            ]
+            options = {
+                "max_new_tokens": args.max_new_tokens,
+                "guard_every": every,
+                "stop_at": stop_at,
+            }
             for (reply,) in chat.stream([[*said, *pair(prompt)]], progress=False, **options):
                 yield shown([*turns, (prompt, reply)], threshold), named(reply), turns, ""
         except UserError as error:
             raise gr.Error(f"{error}", print_exception=False) from None
-        yield shown([*turns, (prompt, reply)], threshold), named(reply), [*turns, (prompt, reply)], ""
+        yield (
+            shown([*turns, (prompt, reply)], threshold),
+            named(reply),
+            [*turns, (prompt, reply)],
+            "",
+        )
 
     with gr.Blocks(title="LoRA-Guard", analytics_enabled=False) as blocks:
-        gr.Markdown(f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {threshold:.2f}.")
+        gr.Markdown(
+            f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {threshold:.2f}."
+        )
         turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=3):
                 talk = gr.Chatbot(
-                    height=520, show_label=False, render_markdown=False, buttons=[], feedback_options=None
+                    height=520,
+                    show_label=False,
+                    render_markdown=False,
+                    buttons=[],
+                    feedback_options=None,
                 )
                 prompt = gr.Textbox(placeholder="Ask something", show_label=False, autofocus=True)
             with gr.Column(scale=2):
-                bars = gr.Label(label="Harm categories of the last reply", num_top_classes=6, show_heading=False)
+                bars = gr.Label(
+                    label="Harm categories of the last reply", num_top_classes=6, show_heading=False
+                )
                 label = "Judge at every so many tokens"
-                every = gr.Slider(1, max(64, args.guard_every), args.guard_every, step=1, precision=0, label=label)
-                limit = 1 if args.stop_at is None else args.stop_at  # a visitor may only be stricter than --stop-at
+                every = gr.Slider(
+                    1, max(64, args.guard_every), args.guard_every, step=1, precision=0, label=label
+                )
+                # a visitor may only be stricter than --stop-at
+                limit = 1 if args.stop_at is None else args.stop_at
                 stop_at = gr.Slider(0, limit, limit, label="Stop a reply above")
                 afresh = gr.Button("New conversation")
-        running = prompt.submit(answer, [prompt, turns, every, stop_at], [talk, bars, turns, prompt])
-        gr.on([afresh.click, talk.clear], lambda: ([], {}, [], ""), None, [talk, bars, turns, prompt], cancels=running)
+        running = prompt.submit(
+            answer, [prompt, turns, every, stop_at], [talk, bars, turns, prompt]
+        )
+        gr.on(
+            [afresh.click, talk.clear],
+            lambda: ([], {}, [], ""),
+            None,
+            [talk, bars, turns, prompt],
+            cancels=running,
+        )
     return blocks
 
 
 def shown(turns: list[tuple[str, GuardedReply]], threshold: float) -> list[dict[str, Any]]:
-    """Chat messages: the prompt, the reply and its meter, for each turn. Texts are shown as text, not as markup."""
+    """Chat messages: the prompt, the reply and its meter, for each turn. Texts are shown as text,
+    not as markup.
+    """
     messages = []
     for prompt, reply in turns:
         messages.append({"role": "user", "content": html.escape(prompt)})

@@ -47,7 +47,15 @@ from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.keep import fingerprint, rows_digest
 from common.model_card import Measured, write_model_card
-from common.run import inference_dtype, is_main_process, manifest, parse_args, run_cli, usable_attention, write_json
+from common.run import (
+    inference_dtype,
+    is_main_process,
+    manifest,
+    parse_args,
+    run_cli,
+    usable_attention,
+    write_json,
+)
 from common.saving import predictions, refuse_to_overwrite, spread
 from common.training import (
     LengthGroupedTrainer,
@@ -65,8 +73,12 @@ logger = logging.getLogger("lora_guard")
 
 @dataclass
 class GuardArguments:
-    hf_model_id: str = field(metadata={"help": "Chat model: hub id, folder, or smollm2-135m-instruct (bundled)."})
-    output_folder: str = field(metadata={"help": "Adapter folders, metrics and checkpoints of the run."})
+    hf_model_id: str = field(
+        metadata={"help": "Chat model: hub id, folder, or smollm2-135m-instruct (bundled)."}
+    )
+    output_folder: str = field(
+        metadata={"help": "Adapter folders, metrics and checkpoints of the run."}
+    )
     epochs: int = 1
     per_device_batch_size: int = 2
     learning_rate: float = 3e-4
@@ -76,55 +88,93 @@ class GuardArguments:
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.05
-    no_unsafe_head: bool = field(default=False, metadata={"help": "14 outputs; unsafe is their maximum (paper's v1)."})
+    no_unsafe_head: bool = field(
+        default=False, metadata={"help": "14 outputs; unsafe is their maximum (paper's v1)."}
+    )
     no_clf_head_bias: bool = False
-    head_only: bool = field(default=False, metadata={"help": "Train the head alone (the paper's ablation)."})
+    head_only: bool = field(
+        default=False, metadata={"help": "Train the head alone (the paper's ablation)."}
+    )
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names, or one pattern with .*; default: PEFT's for the model (q and v)."}
+        default=None,
+        metadata={
+            "help": "Names, or one pattern with .*; default: PEFT's for the model (q and v)."
+        },
     )
     guard_layers: int | None = field(
-        default=None, metadata={"help": "The guard reads the base after so many layers; default: all (the paper)."}
+        default=None,
+        metadata={
+            "help": "The guard reads the base after so many layers; default: all (the paper)."
+        },
     )
     guard_inputs: list[str] = field(
-        default_factory=lambda: ["pair"], metadata={"help": "What is trained, and then served: pair prompt response"}
+        default_factory=lambda: ["pair"],
+        metadata={"help": "What is trained, and then served: pair prompt response"},
     )
-    train_data: str = field(default="PKU-Alignment/BeaverTails:30k_train", metadata={"help": "Data spec."})
-    eval_data: str | None = field(default=None, metadata={"help": "Data spec of the validation rows."})
+    train_data: str = field(
+        default="PKU-Alignment/BeaverTails:30k_train", metadata={"help": "Data spec."}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Data spec of the validation rows."}
+    )
     eval_split_ratio: float | None = field(
-        default=None, metadata={"help": "Without eval data: share of the train prompts to hold out."}
+        default=None,
+        metadata={"help": "Without eval data: share of the train prompts to hold out."},
     )
-    test_data: str | None = field(default=None, metadata={"help": "Data spec, judged once, with the best epoch."})
-    deduplicate: bool = field(default=False, metadata={"help": "One row a pair, labels by majority vote."})
+    test_data: str | None = field(
+        default=None, metadata={"help": "Data spec, judged once, with the best epoch."}
+    )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "One row a pair, labels by majority vote."}
+    )
     bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
     max_train_rows: int | None = None
     max_length: int = 512
     head_fit_rows: int = field(
-        default=0, metadata={"help": "Fit the head on the frozen base with so many rows first; the paper has 0."}
+        default=0,
+        metadata={
+            "help": "Fit the head on the frozen base with so many rows first; the paper has 0."
+        },
     )
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The reference's rate is constant."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "The reference's rate is constant."}
+    )
     warmup_steps: float = 0.0
-    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping, as in the reference."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "0: no clipping, as in the reference."}
+    )
     logging_steps: int = 10
     attn_implementation: str | None = None
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "latest, or a checkpoint folder"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "latest, or a checkpoint folder"}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run."})
 
 
 def main() -> None:
-    positional = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))  # hf_model_id output_folder
+    # hf_model_id output_folder
+    positional = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
     if len(positional) not in (0, 2):
-        raise UserError(f"expected two positional arguments, hf_model_id and output_folder; found {positional}")
+        raise UserError(
+            f"expected two positional arguments, hf_model_id and output_folder; found {positional}"
+        )
     if positional:
         sys.argv[1:3] = ["--hf_model_id", positional[0], "--output_folder", positional[1]]
     (args,) = parse_args([GuardArguments], Path(__file__).parent / "configs/quickstart.yaml")
     if set(args.guard_inputs) - set(INPUTS) or not args.guard_inputs:
-        raise UserError(f"--guard-inputs {' '.join(args.guard_inputs)}: expected some of {', '.join(INPUTS)}")
+        raise UserError(
+            f"--guard-inputs {' '.join(args.guard_inputs)}: expected some of {', '.join(INPUTS)}"
+        )
     training = training_arguments(args)
     checkpoint = checkpoint_to_resume(training)
     if checkpoint is None:
         names = ("best", "config.json", "epoch-0")
-        refuse_to_overwrite(args.output_folder, args.overwrite_output_dir, names, "--overwrite-output-dir")
+        refuse_to_overwrite(
+            args.output_folder, args.overwrite_output_dir, names, "--overwrite-output-dir"
+        )
     set_seed(args.seed)
 
     train_rows, eval_rows = load_rows(args)
@@ -139,13 +189,17 @@ def main() -> None:
     test_set = encoded(load(args, args.test_data), args.test_data)[0] if args.test_data else None
     lengths = [len(ids) for ids in train_set["input_ids"]]
     facts["train_sha256"] = rows_digest(train_rows)
-    facts["useful_token_share"] = round(useful_token_share(lengths, args.per_device_batch_size, args.seed), 3)
+    facts["useful_token_share"] = round(
+        useful_token_share(lengths, args.per_device_batch_size, args.seed), 3
+    )
     logger.info("Data: %s", json.dumps(facts))
 
     loss = guard_loss(np.array(train_set["labels"]), unsafe_head=not args.no_unsafe_head)
     if args.head_fit_rows and checkpoint is None:
         every = -(-len(train_set) // args.head_fit_rows)
-        fit_head(model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, training.device)
+        fit_head(
+            model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, training.device
+        )
     model = add_adapters(model, args)
     card = guard_card(
         args.hf_model_id,
@@ -163,7 +217,9 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_loss_func=loss,
-        compute_metrics=lambda prediction: paper_metrics(prediction, not args.no_unsafe_head, eval_name),
+        compute_metrics=lambda prediction: paper_metrics(
+            prediction, not args.no_unsafe_head, eval_name
+        ),
         callbacks=[EveryEpoch(card, tokenizer, eval_name, args.trust_remote_code)],
         settings=run_settings(args),
     )
@@ -180,7 +236,9 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
     if args.eval_data is not None and args.eval_split_ratio is not None:
         raise UserError("--eval-data and --eval-split-ratio: give one of them")
     if args.epochs < 1 or not 0 <= args.lora_dropout < 1 or args.head_fit_rows < 0:
-        raise UserError("expected --epochs of at least 1, --lora-dropout in [0, 1), --head-fit-rows of 0 (off) or more")
+        raise UserError(
+            "expected --epochs of at least 1, --lora-dropout in [0, 1), --head-fit-rows of 0 (off) or more"
+        )
     validated = args.eval_data is not None or args.eval_split_ratio is not None
     selects = validated and not metrics.is_test(args.eval_data or "")
     if not torch.accelerator.is_available():
@@ -224,7 +282,9 @@ def run_settings(args: GuardArguments) -> dict:
 
 
 def load(args: GuardArguments, spec: str, max_rows: int | None = None) -> Dataset:
-    rows = data.load_conversations(spec, categories=CATEGORIES, bad_rows=args.bad_rows, max_rows=max_rows)
+    rows = data.load_conversations(
+        spec, categories=CATEGORIES, bad_rows=args.bad_rows, max_rows=max_rows
+    )
     if not args.deduplicate:
         return rows
     rows, repeats = data.deduplicate(rows)
@@ -243,12 +303,16 @@ def load_rows(args: GuardArguments) -> tuple[Dataset, Dataset | None]:
     held_out = load(args, args.eval_data)
     shared = data.overlap(train, held_out)
     if shared["prompt_in_train"]:
-        logger.warning("Validation shares prompts with training (%s): its scores flatter the guard.", shared)
+        logger.warning(
+            "Validation shares prompts with training (%s): its scores flatter the guard.", shared
+        )
     return train, held_out
 
 
 def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The chat model's transformer (bf16 on a GPU) under a float32 head of 15 labels, or 14 without the unsafe one."""
+    """The chat model's transformer (bf16 on a GPU) under a float32 head of 15 labels, or 14 without
+    the unsafe one.
+    """
     source = {
         "pretrained_model_name_or_path": resolve_model(args.hf_model_id),
         "trust_remote_code": args.trust_remote_code,
@@ -272,7 +336,9 @@ def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"hf_model_id {args.hf_model_id}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(
+            f"hf_model_id {args.hf_model_id}: {str(error).strip().splitlines()[0]}"
+        ) from None
     fit_classifier(tokenizer, model)
     check_length(model, args.max_length, "--max-length")
     replace_head(model, len(names), bias=not args.no_clf_head_bias)
@@ -281,7 +347,9 @@ def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def add_adapters(model: PreTrainedModel, args: GuardArguments) -> PeftModel:
-    """LoRA over the frozen model, in float32. `--head-only` keeps adapters of rank 1 at zero: one folder format."""
+    """LoRA over the frozen model, in float32. `--head-only` keeps adapters of rank 1 at zero: one
+    folder format.
+    """
     asked = ModelConfig(
         use_peft=True,
         lora_task_type="SEQ_CLS",  # without it PEFT would not save the head
@@ -299,21 +367,31 @@ def add_adapters(model: PreTrainedModel, args: GuardArguments) -> PeftModel:
 
 
 def epoch_folders(folder: Path) -> list[Path]:
-    """The adapter folders of an earlier run: `epoch-<number>` with its card, and nothing of the user's."""
+    """The adapter folders of an earlier run: `epoch-<number>` with its card, and nothing of the
+    user's.
+    """
     found = [path for path in folder.glob("epoch-*") if has_card(path)]
     return [path for path in found if path.name.removeprefix("epoch-").isdigit()]
 
 
 class EveryEpoch(TrainerCallback):
-    """After each epoch: its adapter folder, metrics.csv and train_losses.csv, from the history that a resume keeps."""
+    """After each epoch: its adapter folder, metrics.csv and train_losses.csv, from the history that
+    a resume keeps.
+    """
 
-    def __init__(self, card: LoraCard, tokenizer: PreTrainedTokenizerBase, eval_name: str, trust: bool):
+    def __init__(
+        self, card: LoraCard, tokenizer: PreTrainedTokenizerBase, eval_name: str, trust: bool
+    ):
         self.card, self.tokenizer, self.eval_name = card, tokenizer, eval_name
         self.trust = trust  # code that comes with the base
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """A run that was killed between a checkpoint and its adapter folder gets that folder when it is resumed."""
-        if state.global_step and not has_card(Path(args.output_dir) / f"epoch-{round(state.epoch) - 1}"):
+        """A run that was killed between a checkpoint and its adapter folder gets that folder when
+        it is resumed.
+        """
+        if state.global_step and not has_card(
+            Path(args.output_dir) / f"epoch-{round(state.epoch) - 1}"
+        ):
             self.on_save(args, state, control, **kwargs)
 
     def on_save(self, args, state, control, model=None, **kwargs):
@@ -321,14 +399,24 @@ class EveryEpoch(TrainerCallback):
             return
         epoch, rows = round(state.epoch) - 1, epoch_metrics(state)
         card = with_threshold(self.card, rows[-1] if rows else {}, self.eval_name)
-        save_adapter(model, self.tokenizer, Path(args.output_dir) / f"epoch-{epoch}", card, self.trust)
+        save_adapter(
+            model, self.tokenizer, Path(args.output_dir) / f"epoch-{epoch}", card, self.trust
+        )
         write_csv(Path(args.output_dir) / "metrics.csv", rows, "epoch")
-        losses = [{"global_step": e["step"], "train/loss": e["loss"]} for e in state.log_history if "loss" in e]
+        losses = [
+            {"global_step": e["step"], "train/loss": e["loss"]}
+            for e in state.log_history
+            if "loss" in e
+        ]
         write_csv(Path(args.output_dir) / "train_losses.csv", losses, "global_step")
 
 
-def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainingArguments, afresh: bool) -> None:
-    """config.json and parameter_counts.json, as the reference writes them (numbers as numbers); old ones go first."""
+def describe_run(
+    args: GuardArguments, model: PeftModel, training: RecipeTrainingArguments, afresh: bool
+) -> None:
+    """config.json and parameter_counts.json, as the reference writes them (numbers as numbers); old
+    ones go first.
+    """
     folder = Path(args.output_folder)
     if not is_main_process() or (not afresh and (folder / "config.json").is_file()):
         return
@@ -339,10 +427,18 @@ def describe_run(args: GuardArguments, model: PeftModel, training: RecipeTrainin
     effective = args.per_device_batch_size * args.gradient_accumulation_steps * training.world_size
     write_json(
         folder / "config.json",
-        {**vars(args), "effective_batch_size": effective, "num_processes": training.world_size, "best_epoch": None},
+        {
+            **vars(args),
+            "effective_batch_size": effective,
+            "num_processes": training.world_size,
+            "best_epoch": None,
+        },
     )
     trainable, total = model.get_nb_trainable_parameters()
-    write_json(folder / "parameter_counts.json", {"n_total_parameters": total, "n_trainable_parameters": trainable})
+    write_json(
+        folder / "parameter_counts.json",
+        {"n_total_parameters": total, "n_trainable_parameters": trainable},
+    )
 
 
 def finish(
@@ -354,7 +450,8 @@ def finish(
     eval_name: str,
     train_metrics: dict[str, float],
 ) -> None:
-    """Write the best epoch's guard to `best`, judge the test rows with it, write run.json and the model card.
+    """Write the best epoch's guard to `best`, judge the test rows with it, write run.json and the
+    model card.
 
     Args:
         compared: what the folder has to say the same of as the model in memory.
@@ -379,13 +476,23 @@ def finish(
         trained,
         lambda partial: write_readme(partial, args, eval_name, scores, found),
     )
-    write_csv(folder / "metrics.csv", [row | (found if row["epoch"] == best else {}) for row in rows], "epoch")
+    write_csv(
+        folder / "metrics.csv",
+        [row | (found if row["epoch"] == best else {}) for row in rows],
+        "epoch",
+    )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_json(folder / "config.json", config | {"best_epoch": best})
-    run = manifest([args, trainer.args], seed=args.seed, train=train_metrics, best_epoch=best, test=test)
+    run = manifest(
+        [args, trainer.args], seed=args.seed, train=train_metrics, best_epoch=best, test=test
+    )
     write_json(folder / "run.json", run | {"log": trainer.state.log_history})
     saved = folder / "best"
-    logger.info("Best epoch: %d. Saved the guard to %s; it says there what the model in memory says", best, saved)
+    logger.info(
+        "Best epoch: %d. Saved the guard to %s; it says there what the model in memory says",
+        best,
+        saved,
+    )
 
 
 def trained_outputs(
@@ -394,11 +501,15 @@ def trained_outputs(
     """Each input with the outputs of the model in memory, as a verdict names them. Collective."""
     encoded = unlabelled_rows(inputs, trainer.processing_class, args.max_length)
     logits = torch.from_numpy(predictions(trainer, encoded)).float()
-    unsafe, categories = (part.sigmoid().tolist() for part in split_logits(logits, not args.no_unsafe_head))
+    unsafe, categories = (
+        part.sigmoid().tolist() for part in split_logits(logits, not args.no_unsafe_head)
+    )
     trained = []
     for messages, probability, named in zip(inputs, unsafe, categories, strict=True):
         label = "prompt_unsafe" if input_kind(messages) == "prompt" else "response_unsafe"
-        trained.append((messages, {label: probability, **dict(zip(CATEGORIES, named, strict=True))}))
+        trained.append(
+            (messages, {label: probability, **dict(zip(CATEGORIES, named, strict=True))})
+        )
     return trained
 
 
@@ -427,7 +538,9 @@ def write_readme(
         usage=CARD_USAGE.format(labels=15 - args.no_unsafe_head, depth=depth),
         measured=measured,
         sections={
-            "Measured (unsafe, threshold 0.5)": report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing.",
+            "Measured (unsafe, threshold 0.5)": report.table(lines, ["", *PAPER_METRICS])
+            if lines
+            else "Nothing.",
             "Chat template": CARD_CHAT,
         },
         adapter=True,

@@ -1,10 +1,12 @@
-"""Evaluate a QA-moderation guard: the paper's flagged-proportion report, or the full metric table on labelled rows.
+"""Evaluate a QA-moderation guard: the paper's flagged-proportion report, or the full metric table
+on labelled rows.
 
     # the paper's evaluation: answers of several models, judged by the guard, by GPT-4 and by people
     python evaluate.py --eval_dataset evaluation.json --model_path output/beavertails-7b --max_length 512 \
         --output_dir output/evaluation
 
-    # any labelled data (a data spec, see common/data); baselines are fitted on the rows that trained the guard
+    # any labelled data (a data spec, see common/data); baselines are fitted on the rows that
+    trained the guard
     python evaluate.py --eval_dataset beavertails-sample:test --baselines beavertails-sample:train \
         --model_path output/quickstart --output_dir output/quickstart/evaluation
 
@@ -37,7 +39,9 @@ logger = logging.getLogger("moderation")
 
 @dataclass
 class EvaluationArguments:
-    eval_dataset: str = field(metadata={"help": "evaluation.json of the paper's format, or a data spec with labels."})
+    eval_dataset: str = field(
+        metadata={"help": "evaluation.json of the paper's format, or a data spec with labels."}
+    )
     model_path: str = field(metadata={"help": "Guard folder, hub id, or a name of the guard zoo."})
     output_dir: str = field(
         metadata={"help": "Folder for results.json, results.md, the picture and predictions.jsonl."}
@@ -45,32 +49,48 @@ class EvaluationArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens a pass; default: what the guard was trained with."}
     )
-    long_inputs: str = field(default="windows", metadata={"help": "windows | error | truncate (the paper truncates)"})
+    long_inputs: str = field(
+        default="windows", metadata={"help": "windows | error | truncate (the paper truncates)"}
+    )
     threshold: float | None = field(
-        default=None, metadata={"help": "Default: 0.5 (the paper's) for evaluation.json, else the guard's own."}
+        default=None,
+        metadata={"help": "Default: 0.5 (the paper's) for evaluation.json, else the guard's own."},
     )
     baselines: str | None = field(
         default=None,
-        metadata={"help": "Data spec to fit TF-IDF + logistic regression on; also judges with an untrained head."},
+        metadata={
+            "help": "Data spec to fit TF-IDF + logistic regression on; also judges with an untrained head."
+        },
     )
     bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model."}
+    )
     seed: int = 42
 
 
 def main() -> None:
-    (args,) = parse_args([EvaluationArguments], Path(__file__).parent / "configs/quickstart_evaluate.yaml")
+    (args,) = parse_args(
+        [EvaluationArguments], Path(__file__).parent / "configs/quickstart_evaluate.yaml"
+    )
     if args.threshold is not None and not 0 <= args.threshold < 1:
-        raise UserError(f"--threshold {args.threshold}: must lie in [0, 1); a pair is flagged ABOVE it")
+        raise UserError(
+            f"--threshold {args.threshold}: must lie in [0, 1); a pair is flagged ABOVE it"
+        )
     check_output_folder(args.output_dir)
     answers = read_evaluation_file(Path(args.eval_dataset))
     if answers is None:
         return report_metrics(args)
     if (Path(args.output_dir) / "evaluation.json").resolve() == Path(args.eval_dataset).resolve():
-        raise UserError(f"--output_dir {args.output_dir}: its evaluation.json is the input; name another folder")
+        raise UserError(
+            f"--output_dir {args.output_dir}: its evaluation.json is the input; name another folder"
+        )
     guard = load_guard(args.model_path, **options(args))
-    threshold = 0.5 if args.threshold is None else args.threshold  # the paper's evaluate.py passes 0.5
-    report_flagged_proportion(answers, guard, threshold, Path(args.output_dir), {"run": manifest([args])})
+    # the paper's evaluate.py passes 0.5
+    threshold = 0.5 if args.threshold is None else args.threshold
+    report_flagged_proportion(
+        answers, guard, threshold, Path(args.output_dir), {"run": manifest([args])}
+    )
 
 
 def options(args: EvaluationArguments) -> dict[str, Any]:
@@ -81,8 +101,14 @@ def options(args: EvaluationArguments) -> dict[str, Any]:
 
 def report_metrics(args: EvaluationArguments) -> None:
     """Judge labelled rows and write every metric, beside the baselines."""
-    rows = data.load_conversations(args.eval_dataset, require=("response_unsafe",), bad_rows=args.bad_rows)
-    fit_rows = data.load_conversations(args.baselines, require=("response_unsafe",)) if args.baselines else None
+    rows = data.load_conversations(
+        args.eval_dataset, require=("response_unsafe",), bad_rows=args.bad_rows
+    )
+    fit_rows = (
+        data.load_conversations(args.baselines, require=("response_unsafe",))
+        if args.baselines
+        else None
+    )
     guard = load_guard(args.model_path, **options(args))
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
     if args.threshold is not None:
@@ -93,15 +119,22 @@ def report_metrics(args: EvaluationArguments) -> None:
     truth = np.array(rows["response_unsafe"])
     scores = {"guard": np.array([v.score() for v in verdicts])} | baselines
 
-    comparison = compare(truth, scores, threshold["value"], [data.prompt_key(row) for row in rows], args.seed)
+    comparison = compare(
+        truth, scores, threshold["value"], [data.prompt_key(row) for row in rows], args.seed
+    )
     named = rows["categories"]
     categories = {}
     if unknown := {name for names in named for name in names or []} - set(guard.labels):
-        logger.warning("No table by category: the guard has no label %s.", ", ".join(sorted(unknown)))
+        logger.warning(
+            "No table by category: the guard has no label %s.", ", ".join(sorted(unknown))
+        )
     elif all(names is not None for names in named):
         for name in guard.labels:
-            score = [v.categories.get(name, 1.0) for v in verdicts]  # a failed verdict counts as unsafe
-            categories[name] = metrics.binary([name in names for names in named], score, threshold["value"])
+            # a failed verdict counts as unsafe
+            score = [v.categories.get(name, 1.0) for v in verdicts]
+            categories[name] = metrics.binary(
+                [name in names for names in named], score, threshold["value"]
+            )
 
     failed = sum(v.error is not None for v in verdicts)
     results = {
@@ -136,9 +169,15 @@ def report_metrics(args: EvaluationArguments) -> None:
 
 
 def compare(
-    truth: np.ndarray, scores: dict[str, np.ndarray], threshold: float, groups: Sequence[str], seed: int
+    truth: np.ndarray,
+    scores: dict[str, np.ndarray],
+    threshold: float,
+    groups: Sequence[str],
+    seed: int,
 ) -> dict[str, dict]:
-    """Metrics of the guard and its baselines, with bootstrap intervals; rows of one prompt are drawn together."""
+    """Metrics of the guard and its baselines, with bootstrap intervals; rows of one prompt are
+    drawn together.
+    """
     comparison = {}
     for name, score in scores.items():
 
@@ -146,29 +185,45 @@ def compare(
             return metrics.auprc(truth[rows], score[rows])
 
         def gain(rows: np.ndarray, score=score) -> float | None:
-            ours, theirs = metrics.auprc(truth[rows], scores["guard"][rows]), metrics.auprc(truth[rows], score[rows])
+            ours, theirs = (
+                metrics.auprc(truth[rows], scores["guard"][rows]),
+                metrics.auprc(truth[rows], score[rows]),
+            )
             return None if ours is None else ours - theirs
 
         comparison[name] = metrics.binary(truth, score, threshold if name == "guard" else 0.5)
         comparison[name]["auprc_interval"] = metrics.bootstrap(auprc, len(truth), groups, seed=seed)
         if name != "guard":
-            comparison[name]["guard_gain_interval"] = metrics.bootstrap(gain, len(truth), groups, seed=seed)
+            comparison[name]["guard_gain_interval"] = metrics.bootstrap(
+                gain, len(truth), groups, seed=seed
+            )
     return comparison
 
 
-def baseline_scores(guard: Guard, args: EvaluationArguments, fit_rows, conversations) -> dict[str, np.ndarray]:
-    """What a guard must beat: words alone (TF-IDF and logistic regression), and its own base with an untrained head."""
+def baseline_scores(
+    guard: Guard, args: EvaluationArguments, fit_rows, conversations
+) -> dict[str, np.ndarray]:
+    """What a guard must beat: words alone (TF-IDF and logistic regression), and its own base with
+    an untrained head.
+    """
     text = lambda messages: " ".join(t for t in last_turns(messages) if t)  # noqa: E731
     words = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(C=10, max_iter=1000),
     )
     if all(fit_rows["response_unsafe"]):
-        raise UserError(f"--baselines {args.baselines}: holds no safe row; a classifier needs both kinds")
+        raise UserError(
+            f"--baselines {args.baselines}: holds no safe row; a classifier needs both kinds"
+        )
     words.fit([text(m) for m in fit_rows["messages"]], fit_rows["response_unsafe"])
-    scores = {"TF-IDF + logistic regression": words.predict_proba([text(m) for m in conversations])[:, 1]}
+    scores = {
+        "TF-IDF + logistic regression": words.predict_proba([text(m) for m in conversations])[:, 1]
+    }
     card = read_card(args.model_path) if has_card(args.model_path) else None
     if isinstance(card, ClassifierCard) and card.base_model is not None:
-        depth = {} if card.num_hidden_layers is None else {"num_hidden_layers": card.num_hidden_layers}
+        depth = (
+            {} if card.num_hidden_layers is None else {"num_hidden_layers": card.num_hidden_layers}
+        )
         set_seed(args.seed)
         trained, name = guard.model, card.base_model
         try:
@@ -180,7 +235,9 @@ def baseline_scores(guard: Guard, args: EvaluationArguments, fit_rows, conversat
                 **depth,
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"--baselines: base model {name}: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(
+                f"--baselines: base model {name}: {str(error).strip().splitlines()[0]}"
+            ) from None
         fit_classifier(guard.tokenizer, guard.model)
         guard.model.to(guard.device).eval()
         scores["untrained head"] = np.array([v.score() for v in guard.judge(conversations)])
@@ -192,7 +249,10 @@ def metrics_markdown(results: dict[str, Any]) -> str:
     """results.md: flagged beside the baselines, then each category."""
     flagged, threshold = results["flagged"], results["threshold"]
     first = next(iter(flagged.values()))
-    intervals = [[n, v["auprc"], v["auprc_interval"], v.get("guard_gain_interval")] for n, v in flagged.items()]
+    intervals = [
+        [n, v["auprc"], v["auprc_interval"], v.get("guard_gain_interval")]
+        for n, v in flagged.items()
+    ]
     lines = [
         f"# {results['guard']} on {results['dataset']}",
         "",

@@ -1,4 +1,5 @@
-"""Fine-tune a QA-moderation guard: 14 harm categories over question+answer pairs (BeaverTails, arXiv 2307.04657).
+"""Fine-tune a QA-moderation guard: 14 harm categories over question+answer pairs (BeaverTails,
+arXiv 2307.04657).
 
 # the quickstart: bundled model, bundled sample data, CPU, minutes
 torchrun train.py
@@ -73,21 +74,31 @@ TEMPLATE = "beavertails"
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(metadata={"help": "Hub id, folder, or smollm2-135m-instruct (bundled)."})
-    max_length: int = field(default=512, metadata={"help": "Longer pairs are cut at the end of the answer; EOS stays."})
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id, folder, or smollm2-135m-instruct (bundled)."}
+    )
+    max_length: int = field(
+        default=512, metadata={"help": "Longer pairs are cut at the end of the answer; EOS stays."}
+    )
     num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Keep only the first so many layers of the base."}
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa | flash_attention_2 | eager"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa | flash_attention_2 | eager"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model."}
+    )
     use_peft: bool = field(
-        default=False, metadata={"help": "LoRA; the head is trained and saved, the guard folder is merged."}
+        default=False,
+        metadata={"help": "LoRA; the head is trained and saved, the guard folder is merged."},
     )
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "all-linear | one pattern with .* | names"}
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "all-linear | one pattern with .* | names"},
     )
 
 
@@ -96,27 +107,37 @@ class DataArguments:
     train_data_name_or_path: str = field(
         metadata={"help": "Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl."}
     )
-    eval_data_name_or_path: str | None = field(default=None, metadata={"help": "Data spec of the validation rows."})
-    eval_split_ratio: float | None = field(
-        default=None, metadata={"help": "Without eval data: share of the train prompts to hold out."}
+    eval_data_name_or_path: str | None = field(
+        default=None, metadata={"help": "Data spec of the validation rows."}
     )
-    deduplicate: bool = field(default=False, metadata={"help": "One row a pair, labels by majority vote."})
+    eval_split_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Without eval data: share of the train prompts to hold out."},
+    )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "One row a pair, labels by majority vote."}
+    )
     bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
     max_train_rows: int | None = None
     positive_weight: float = field(
         default=1.0, metadata={"help": "Weight of positive labels in the loss; the paper has 1."}
     )
     flagged_loss: float = field(
-        default=0.0, metadata={"help": "Weight of an extra loss on 'any category'; the paper has 0."}
+        default=0.0,
+        metadata={"help": "Weight of an extra loss on 'any category'; the paper has 0."},
     )
     head_fit_rows: int = field(
-        default=0, metadata={"help": "Fit the head on the frozen base with so many rows first; the paper has 0."}
+        default=0,
+        metadata={
+            "help": "Fit the head on the frozen base with so many rows first; the paper has 0."
+        },
     )
 
 
 def main() -> None:
     model_args, data_args, args = parse_args(
-        [ModelArguments, DataArguments, RecipeTrainingArguments], Path(__file__).parent / "configs/quickstart.yaml"
+        [ModelArguments, DataArguments, RecipeTrainingArguments],
+        Path(__file__).parent / "configs/quickstart.yaml",
     )
     checkpoint = checkpoint_to_resume(args)
     if checkpoint is None:
@@ -124,7 +145,9 @@ def main() -> None:
     if data_args.head_fit_rows < 0:
         raise UserError(f"--head_fit_rows {data_args.head_fit_rows}: must be 0 (off) or more")
     if data_args.head_fit_rows and (args.fsdp or args.deepspeed):
-        raise UserError("--head_fit_rows needs the whole model in every process; leave out --fsdp and --deepspeed")
+        raise UserError(
+            "--head_fit_rows needs the whole model in every process; leave out --fsdp and --deepspeed"
+        )
     set_seed(args.seed)
 
     train_rows, eval_rows, data_report = load_rows(data_args, args.seed)
@@ -135,7 +158,9 @@ def main() -> None:
     lengths = [len(ids) for ids in train_set["input_ids"]]
     data_report |= {
         "truncated": truncated,
-        "useful_token_share": round(useful_token_share(lengths, args.train_batch_size, args.seed), 3),
+        "useful_token_share": round(
+            useful_token_share(lengths, args.train_batch_size, args.seed), 3
+        ),
     }
     logger.info("Data: %s", json.dumps(data_report))
 
@@ -196,24 +221,30 @@ def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, 
         facts["validation"] = data.overlap(train, held_out)
         if facts["validation"]["prompt_in_train"]:
             logger.warning(
-                "Validation shares prompts with training (%s): its scores flatter the guard.", facts["validation"]
+                "Validation shares prompts with training (%s): its scores flatter the guard.",
+                facts["validation"],
             )
     return train, held_out, facts
 
 
 def select_best_on_validation(args: RecipeTrainingArguments, data_args: DataArguments) -> None:
-    """Keep the checkpoint with the best flagged AUPRC, where there is a validation set that may be selected on."""
+    """Keep the checkpoint with the best flagged AUPRC, where there is a validation set that may be
+    selected on.
+    """
     spec = data_args.eval_data_name_or_path
     if spec is None and data_args.eval_split_ratio is None:
         args.eval_strategy = "no"  # the original evaluated without data, and failed after training
     elif spec is not None and metrics.is_test(spec):
         logger.info(
-            "%s is a test split: no checkpoint is selected and no threshold fitted on it (the last one is kept).", spec
+            "%s is a test split: no checkpoint is selected and no threshold fitted on it (the last one is kept).",
+            spec,
         )
     elif args.save_strategy != args.eval_strategy or (
         args.save_strategy == "steps" and args.save_steps % args.eval_steps
     ):
-        logger.info("Checkpoints are not saved where they are evaluated: the last one is kept, not the best.")
+        logger.info(
+            "Checkpoints are not saved where they are evaluated: the last one is kept, not the best."
+        )
     elif args.eval_strategy != "no":
         args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better = (
             True,
@@ -249,7 +280,8 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise UserError(
             f"--model_name_or_path {args.model_name_or_path}: {str(error).strip().splitlines()[0]}"
         ) from None
-    fit_classifier(tokenizer, model)  # so that a decoder's score is read at the last attended token: EOS
+    # so that a decoder's score is read at the last attended token: EOS
+    fit_classifier(tokenizer, model)
     check_length(model, args.max_length)
     model.config.use_cache = False
     return model, tokenizer, fresh_modules(model, loading["missing_keys"])
@@ -280,13 +312,18 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments, fresh: list[str])
     return with_adapters(model, asked, "--lora_target_modules")
 
 
-def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Dataset, int]:
+def encode_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Dataset, int]:
     """`tokenize_rows`, sorted by length (the trainer shuffles), and how many rows were cut."""
     encoded = tokenize_rows(rows, tokenizer, max_length)
     truncated = sum(length > max_length for length in encoded["length"])
     if truncated:
         logger.warning(
-            "Cut %d of %d rows to %d tokens (the end of the answer; EOS kept).", truncated, len(rows), max_length
+            "Cut %d of %d rows to %d tokens (the end of the answer; EOS kept).",
+            truncated,
+            len(rows),
+            max_length,
         )
     return encoded.sort("length").remove_columns("length"), truncated
 
@@ -296,34 +333,53 @@ def tokenize_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
     control = templates.control_ids(tokenizer)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        ids = templates.encode(tokenizer, [templates.render(TEMPLATE, m, tokenizer) for m in batch["messages"]])
+        ids = templates.encode(
+            tokenizer, [templates.render(TEMPLATE, m, tokenizer) for m in batch["messages"]]
+        )
         return {
             "input_ids": [templates.cut(sequence, max_length, control) for sequence in ids],
-            "labels": [[float(name in named) for name in CATEGORIES] for named in batch["categories"]],
+            "labels": [
+                [float(name in named) for name in CATEGORIES] for named in batch["categories"]
+            ],
             "length": [len(sequence) for sequence in ids],
         }
 
     # Kept in memory: a cache file per run would fill the disk of everyone who tries a few things.
-    return rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, desc="tokenizing")
+    return rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        keep_in_memory=True,
+        desc="tokenizing",
+    )
 
 
 def multilabel_loss(positive_weight: float, flagged_loss: float):
-    """Mean binary cross-entropy over rows x 14 categories: the paper's loss, when both arguments are at their defaults.
+    """Mean binary cross-entropy over rows x 14 categories: the paper's loss, when both arguments
+    are at their defaults.
 
-    The sum over a micro-batch is divided by the label count of the WHOLE step (all processes, all accumulation steps),
-    so that one batch of 8 and eight of 1 give the same gradient. `flagged_loss` adds the same loss on "any category",
-    whose logit is the log-sum-exp (a smooth maximum, as the maximum decides at inference) of all fourteen for a safe
-    row, and of the named ones for an unsafe row: over all of them, one category would learn to speak for the rest.
+    The sum over a micro-batch is divided by the label count of the WHOLE step (all processes, all
+    accumulation steps), so that one batch of 8 and eight of 1 give the same gradient.
+    `flagged_loss` adds the same loss on "any category", whose logit is the log-sum-exp (a smooth
+    maximum, as the maximum decides at inference) of all fourteen for a safe row, and of the named
+    ones for an unsafe row: over all of them, one category would learn to speak for the rest.
     """
 
-    def loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        logits, count = outputs.logits.float(), labels.numel() if num_items_in_batch is None else num_items_in_batch
+    def loss(
+        outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        logits, count = (
+            outputs.logits.float(),
+            labels.numel() if num_items_in_batch is None else num_items_in_batch,
+        )
         bce = torch.nn.functional.binary_cross_entropy_with_logits
         weight = torch.full_like(logits[0], positive_weight)
         total = bce(logits, labels.float(), pos_weight=weight, reduction="sum") / count
         if flagged_loss:
             unsafe = labels.amax(-1, keepdim=True)
-            counted = logits.masked_fill(labels < unsafe, torch.finfo(logits.dtype).min).logsumexp(-1)
+            counted = logits.masked_fill(labels < unsafe, torch.finfo(logits.dtype).min).logsumexp(
+                -1
+            )
             any_category = bce(counted, unsafe[:, 0].float(), reduction="sum")
             total = total + flagged_loss * any_category * labels.shape[-1] / count
         return total
@@ -334,8 +390,15 @@ def multilabel_loss(positive_weight: float, flagged_loss: float):
 def compute_metrics(prediction) -> dict[str, float]:
     """`flagged/*` and `<category>/*`, as the original names them; what is undefined is left out."""
     refuse_diverged_scores(prediction.predictions)
-    results = metrics.multilabel(prediction.label_ids > 0.5, sigmoid(prediction.predictions), CATEGORIES)
-    return {f"{name}/{metric}": v for name, values in results.items() for metric, v in values.items() if v is not None}
+    results = metrics.multilabel(
+        prediction.label_ids > 0.5, sigmoid(prediction.predictions), CATEGORIES
+    )
+    return {
+        f"{name}/{metric}": v
+        for name, values in results.items()
+        for metric, v in values.items()
+        if v is not None
+    }
 
 
 # --- the guard's folder -----------------------------------------------------------------------------------------------
@@ -350,7 +413,8 @@ def save_guard(
     facts: dict[str, Any],
     train_metrics: dict[str, float],
 ) -> None:
-    """Save the guard, whole or not at all: weights, tokenizer, run.json, model card, and guard.json last.
+    """Save the guard, whole or not at all: weights, tokenizer, run.json, model card, and guard.json
+    last.
 
     Args:
         rows: conversations on which the folder has to say what the model in memory says.
@@ -384,7 +448,9 @@ def save_guard(
     with whole_folder(args.output_dir) as folder:
         write_weights(trainer, state_dict, model_args, folder)
         arguments = [model_args, data_args, args]
-        run = manifest(arguments, seed=args.seed, data=facts, train=train_metrics, validation=scores)
+        run = manifest(
+            arguments, seed=args.seed, data=facts, train=train_metrics, validation=scores
+        )
         write_json(folder / "run.json", run | {"log": trainer.state.log_history})
         write_readme(folder, card, scores, tokenizer)
         if model_args.use_peft:
@@ -392,7 +458,9 @@ def save_guard(
         unset_hf_deepspeed_config()  # the guard is loaded by this process alone
         options = {"trust_remote_code": model_args.trust_remote_code, "long_inputs": "truncate"}
         add_probe(folder, card, trained, **options)
-    logger.info("Saved the guard to %s; it says there what the model in memory says", args.output_dir)
+    logger.info(
+        "Saved the guard to %s; it says there what the model in memory says", args.output_dir
+    )
 
 
 def write_weights(
@@ -401,7 +469,9 @@ def write_weights(
     model_args: ModelArguments,
     folder: Path,
 ) -> None:
-    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter in adapter/."""
+    """A stock model folder with its tokenizer; after LoRA the merged model, and the PEFT adapter in
+    adapter/.
+    """
     tokenizer = trainer.processing_class
     tokenizer.model_max_length = model_args.max_length
     tokenizer.chat_template = chat_template_of(TEMPLATE, tokenizer)  # the base's own renders a chat
@@ -415,11 +485,17 @@ def write_weights(
 
 def validation_spec(args: DataArguments) -> str:
     """What the validation rows are, in words."""
-    return args.eval_data_name_or_path or f"{args.eval_split_ratio} of {args.train_data_name_or_path}"
+    return (
+        args.eval_data_name_or_path or f"{args.eval_split_ratio} of {args.train_data_name_or_path}"
+    )
 
 
-def measure(args: DataArguments, validation: PredictionOutput | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The threshold for "flagged", fitted where there are validation rows for it, and the scores on them by label."""
+def measure(
+    args: DataArguments, validation: PredictionOutput | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The threshold for "flagged", fitted where there are validation rows for it, and the scores on
+    them by label.
+    """
     default = {"value": 0.5, "how": "default", "on": None}
     if validation is None:
         return default, {}
@@ -441,9 +517,16 @@ def write_readme(
     heading, table = "Measured", "Nothing was measured."
     if scores:
         measured = Measured(validation, {"flagged": scores["flagged"]})
-        heading, table = f"Measured on {about_data(validation)['name']}", report.metric_table(scores)
+        heading, table = (
+            f"Measured on {about_data(validation)['name']}",
+            report.metric_table(scores),
+        )
     intro = CARD_INTRO.format(data=about_data(train_data)["name"], rows=card.data["train_rows"])
-    chat = CARD_CHAT if tokenizer.chat_template else "It has no chat template: its tokenizer allows of none."
+    chat = (
+        CARD_CHAT
+        if tokenizer.chat_template
+        else "It has no chat template: its tokenizer allows of none."
+    )
     write_model_card(
         folder,
         title="QA-moderation guard",
@@ -463,7 +546,9 @@ def write_readme(
 
 def write_adapter_readme(folder: Path, card: ClassifierCard) -> None:
     """README.md of the adapter: how stock PEFT reads it."""
-    depth = "" if card.num_hidden_layers is None else f", num_hidden_layers={card.num_hidden_layers}"
+    depth = (
+        "" if card.num_hidden_layers is None else f", num_hidden_layers={card.num_hidden_layers}"
+    )
     write_model_card(
         folder,
         title="Adapter of a QA-moderation guard",

@@ -1,1 +1,3 @@
-"""The suite that compares guards: benchmarks, judging, scores, tables. `python -m guards.suite --help`."""
+"""The suite that compares guards: benchmarks, judging, scores, tables. `python -m guards.suite
+--help`.
+"""

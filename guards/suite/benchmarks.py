@@ -1,7 +1,8 @@
 """`load_benchmark(spec)`: a guard evaluation set as conversations with a gold label.
 
-A spec is a name of benchmarks.yaml, or `name@path`: a local copy in the benchmark's own columns (any type that
-`common.data.files` reads), or a folder with its files, laid out as on the hub or named as in its url.
+A spec is a name of benchmarks.yaml, or `name@path`: a local copy in the benchmark's own columns
+(any type that `common.data.files` reads), or a folder with its files, laid out as on the hub or
+named as in its url.
 
 What data can say stands in benchmarks.yaml; the functions of prepare.py are the rest.
 """
@@ -35,11 +36,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A name, what its rows are judged for (one of `conversation.LABELS`), the rows, and what is known of them.
+    """A name, what its rows are judged for (one of `conversation.LABELS`), the rows, and what is
+    known of them.
 
-    A row: {"id": hash of label and messages, "messages", "label": bool, "groups": {name: value}, "index": row in the
-    source, "duplicate": the same messages with the same gold label came before, "conflict": the same messages carry
-    the other gold label too}. `facts`: see `load_benchmark`.
+    A row: {"id": hash of label and messages, "messages", "label": bool, "groups": {name: value},
+    "index": row in the source, "duplicate": the same messages with the same gold label came before,
+    "conflict": the same messages carry the other gold label too}. `facts`: see `load_benchmark`.
     """
 
     name: str
@@ -60,7 +62,9 @@ def benchmark_names(label: str | None = None) -> list[str]:
 
 
 def is_benchmark(spec: str) -> bool:
-    """Whether a spec is a name of benchmarks.yaml, alone or with a local copy; else it is a data spec."""
+    """Whether a spec is a name of benchmarks.yaml, alone or with a local copy; else it is a data
+    spec.
+    """
     return spec.partition("@")[0] in benchmarks()
 
 
@@ -69,17 +73,20 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
 
     Args:
         spec: see the module's docstring.
-        max_rows: keep so many rows, evenly spaced, because some sets are sorted by label; counts are then not checked.
+        max_rows: keep so many rows, evenly spaced, because some sets are sorted by label; counts
+        are then not checked.
 
     Returns:
-        The benchmark. Its facts: the entry's hub or url, config, split, revision, licence, gate and notes; `page`,
-        where a gate opens; `file`, the local copy's name; `expected` (None: not confirmed) and `found` {"size",
-        "positives"}; `mismatch`, how they differ, or None; `left_out` {reason: rows}; `dropped`: so many of these are
-        `expected`; `duplicates` and `conflicts`, rows so marked; `recall_only`: all rows are positive by rule;
+        The benchmark. Its facts: the entry's hub or url, config, split, revision, licence, gate and
+        notes; `page`, where a gate opens; `file`, the local copy's name; `expected` (None: not
+        confirmed) and `found` {"size", "positives"}; `mismatch`, how they differ, or None;
+        `left_out` {reason: rows}; `dropped`: so many of these are `expected`; `duplicates` and
+        `conflicts`, rows so marked; `recall_only`: all rows are positive by rule;
         `contaminated_by`, names of guards.
 
     Raises:
-        UserError: unknown name, no such file, closed gate, a column that is missing, an unknown label, an empty text,
+        UserError: unknown name, no such file, closed gate, a column that is missing, an unknown
+        label, an empty text,
             no rows.
     """
     name, at, local = spec.partition("@")
@@ -99,9 +106,14 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
         if reason := _left_out(row, entry):
             left_out[reason] += 1
             continue
-        item = tuple(cell(row, column, where) for column in entry.get("majority_of", ())) or len(items)
+        item = tuple(cell(row, column, where) for column in entry.get("majority_of", ())) or len(
+            items
+        )
         items[item].append((_share(row, entry["gold"], where), index, where, row))
-    rows = [_row(entry, fmean(share for share, *_ in item) > 0.5, *item[0][1:]) for item in items.values()]
+    rows = [
+        _row(entry, fmean(share for share, *_ in item) > 0.5, *item[0][1:])
+        for item in items.values()
+    ]
     if not rows:
         raise UserError(f"{spec}: no rows{f'; left out: {dict(left_out)}' if left_out else ''}")
     if max_rows is not None and max_rows < len(rows):
@@ -117,7 +129,9 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
         "expected": {key: entry[key] for key in ("size", "positives")} if entry["size"] else None,
         "found": {"size": len(rows), "positives": sum(row["label"] for row in rows)},
     }
-    facts["dropped"] = sum(left_out[f"{column} is {word}"] for column, word in entry.get("drop", {}).items())
+    facts["dropped"] = sum(
+        left_out[f"{column} is {word}"] for column, word in entry.get("drop", {}).items()
+    )
     facts["mismatch"] = _mismatch(facts) if max_rows is None else None
     if facts["mismatch"]:
         logger.warning("%s: %s", spec, facts["mismatch"])
@@ -134,16 +148,26 @@ def _mark_repeats(rows: list[dict]) -> dict[str, int]:
     for row in rows:
         golds[row["id"]].add(row["label"])
     for row in rows:
-        row["duplicate"], row["conflict"] = (row["id"], row["label"]) in seen, len(golds[row["id"]]) > 1
+        row["duplicate"], row["conflict"] = (
+            (row["id"], row["label"]) in seen,
+            len(golds[row["id"]]) > 1,
+        )
         seen.add((row["id"], row["label"]))
     return {f"{mark}s": sum(row[mark] for row in rows) for mark in ("duplicate", "conflict")}
 
 
 def _mismatch(facts: Mapping[str, Any]) -> str | None:
-    """How the counts differ from the known ones, and what was left out; None if they agree or nothing is known."""
+    """How the counts differ from the known ones, and what was left out; None if they agree or
+    nothing is known.
+    """
     known = {key: value for key, value in (facts["expected"] or {}).items() if value is not None}
     lacking = {key: value - facts["found"][key] for key, value in known.items()}
-    if lacking.get("size", facts["dropped"]) == facts["dropped"] >= lacking.get("positives", 0) >= 0:
+    if (
+        lacking.get("size", facts["dropped"])
+        == facts["dropped"]
+        >= lacking.get("positives", 0)
+        >= 0
+    ):
         return None
     counts = (", ".join(f"{key} {part[key]}" for key in known) for part in (known, facts["found"]))
     left_out = "".join(f"; {rows} rows left out: {why}" for why, rows in facts["left_out"].items())
@@ -156,9 +180,13 @@ def _mismatch(facts: Mapping[str, Any]) -> str | None:
 def _left_out(row: Mapping, entry: Mapping) -> str | None:
     """Why the benchmark does not count this row, if so."""
     for column, wanted in entry.get("keep", {}).items():
-        if plain(row.get(column)) is None or (wanted != "present" and not among(row[column], wanted)):
+        if plain(row.get(column)) is None or (
+            wanted != "present" and not among(row[column], wanted)
+        ):
             return f"{column} is not {wanted}"
-    return next((f"{c} is {word}" for c, word in entry.get("drop", {}).items() if row.get(c) == word), None)
+    return next(
+        (f"{c} is {word}" for c, word in entry.get("drop", {}).items() if row.get(c) == word), None
+    )
 
 
 def _share(row: Mapping, rule: Mapping, where: str) -> float:
@@ -167,14 +195,21 @@ def _share(row: Mapping, rule: Mapping, where: str) -> float:
         return float(rule["always"])
     if "sum_of" in rule:
         try:
-            return float(sum(float(cell(row, column, where)) for column in rule["sum_of"]) > rule["above"])
+            return float(
+                sum(float(cell(row, column, where)) for column in rule["sum_of"]) > rule["above"]
+            )
         except (TypeError, ValueError):
-            raise UserError(f"{where}, field {' or '.join(rule['sum_of'])}: expected a number") from None
+            raise UserError(
+                f"{where}, field {' or '.join(rule['sum_of'])}: expected a number"
+            ) from None
     if "column" in rule:
         return vote(cell(row, rule["column"], where), rule["column"], rule, where)
     if "absent" not in rule or not any(column in row for column in rule["columns"]):
         row = {column: cell(row, column, where) for column in rule["columns"]}
-    return float(sum(vote(row.get(column), column, rule, where) for column in rule["columns"]) >= rule["at_least"])
+    return float(
+        sum(vote(row.get(column), column, rule, where) for column in rule["columns"])
+        >= rule["at_least"]
+    )
 
 
 def _row(entry: Mapping, gold: bool, index: int, where: str, row: Mapping) -> dict[str, Any]:
@@ -183,7 +218,9 @@ def _row(entry: Mapping, gold: bool, index: int, where: str, row: Mapping) -> di
     else:
         parts = entry["messages"] if isinstance(entry["messages"], list) else [entry["messages"]]
         turns = [turn for part in parts for turn in part.items()]
-        messages = [{"role": role, "content": _text(row, columns, entry, where)} for role, columns in turns]
+        messages = [
+            {"role": role, "content": _text(row, columns, entry, where)} for role, columns in turns
+        ]
     key = row_id(entry["label"], messages)
     groups = {name: _group(row, rule, where) for name, rule in entry.get("groups", {}).items()}
     groups = {name: value for name, value in groups.items() if value is not None}
@@ -199,8 +236,14 @@ def row_id(label: str, messages: Messages) -> str:
 def _text(row: Mapping, columns: str | list[str], entry: Mapping, where: str) -> str:
     """One column, or the columns that are not empty (the first must not be)."""
     columns = [columns] if isinstance(columns, str) else columns
-    filled = [column for column in columns if column == columns[0] or plain(cell(row, column, where)) is not None]
-    return entry.get("join", "").join(check_text(cell(row, column, where), column, where) for column in filled)
+    filled = [
+        column
+        for column in columns
+        if column == columns[0] or plain(cell(row, column, where)) is not None
+    ]
+    return entry.get("join", "").join(
+        check_text(cell(row, column, where), column, where) for column in filled
+    )
 
 
 def _group(row: Mapping, rule: str | Mapping, where: str) -> str | None:
@@ -213,10 +256,15 @@ def _group(row: Mapping, rule: str | Mapping, where: str) -> str | None:
         names = {plain(key): name for key, name in rule.get("values", {}).items()}
         return names.get(plain(value), rule.get("other", str(value)))
     try:  # text that looks like Python, from a file: a literal, never code
-        name, score = max(ast.literal_eval(value) if isinstance(value, str) else value, key=lambda scored: scored[1])
+        name, score = max(
+            ast.literal_eval(value) if isinstance(value, str) else value,
+            key=lambda scored: scored[1],
+        )
         return str(name) if score >= rule["top_above"] else "low_confidence"
     except (ValueError, SyntaxError, TypeError, LookupError):
-        raise UserError(f"{where}, field {rule['column']}: expected a list of names with scores") from None
+        raise UserError(
+            f"{where}, field {rule['column']}: expected a list of names with scores"
+        ) from None
 
 
 # --- where rows come from ---------------------------------------------------------------------------------------------
@@ -240,7 +288,9 @@ def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[tuple[int, s
             if isinstance(row, UserError):
                 raise row
             if not isinstance(row, Mapping):
-                raise UserError(f"{where}: expected an object with the columns of {name}, found {row!r:.60}")
+                raise UserError(
+                    f"{where}: expected an object with the columns of {name}, found {row!r:.60}"
+                )
             yield next(numbers), where, row if len(parts) == 1 else {**row, "split": split}
 
 
@@ -251,15 +301,21 @@ def _hub_rows(name: str, entry: Mapping, local: str, split: str) -> Rows:
     hint = f"pass a local copy: {name}@FILE"
     if not local and entry["gate"] != "none":
         hint = f"visit {_page(entry)}, accept the terms, then run `hf auth login`, or {hint}"
-    rows = load_hub(hub, split, entry.get("config"), revision, where=f"{name}, {hub}:{split}", hint=hint)
+    rows = load_hub(
+        hub, split, entry.get("config"), revision, where=f"{name}, {hub}:{split}", hint=hint
+    )
     for index, row in enumerate(rows):
         yield f"{hub}:{split}, row {index}", row
 
 
 def _url_rows(name: str, url: str, local: str) -> Rows:
-    """Rows of a file of the web (after #: in an archive), from the `datasets` cache or, named alike, from `local`."""
+    """Rows of a file of the web (after #: in an archive), from the `datasets` cache or, named
+    alike, from `local`.
+    """
     url, _, member = url.partition("#")
-    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(use_etag=False, force_extract=True))
+    manager = datasets.DownloadManager(
+        download_config=datasets.DownloadConfig(use_etag=False, force_extract=True)
+    )
     try:
         path = Path(local, unquote(Path(url).name)) if local else manager.download(url)
         path = Path(manager.extract(str(path)), member) if member else path

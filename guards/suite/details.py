@@ -10,18 +10,36 @@ from guards.suite.tables import METRICS
 
 def failures(results: Mapping[str, Any]) -> str:
     """What could not be measured, and why; nothing where all went well."""
-    rows = [[c["guard"], c["benchmark"], c["reason"]] for c in results["cells"] if c["status"] == "failed"]
+    rows = [
+        [c["guard"], c["benchmark"], c["reason"]]
+        for c in results["cells"]
+        if c["status"] == "failed"
+    ]
     rows += [["–", name, reason] for name, reason in results["unread_benchmarks"].items()]
     return "## Failed\n\n" + report.table(rows, ["guard", "benchmark", "why"]) if rows else ""
 
 
 def details(results: Mapping[str, Any]) -> str:
-    """Guards, benchmarks, intervals, thresholds, parse errors, sub-groups, marked rows and paired differences."""
+    """Guards, benchmarks, intervals, thresholds, parse errors, sub-groups, marked rows and paired
+    differences.
+    """
     measured = [c for c in results["cells"] if c["status"] == "measured"]
-    facts = ("label", "rows", "positives", "recall_only", *MARKS, "file", "hub", "revision", "licence", "mismatch")
+    facts = (
+        "label",
+        "rows",
+        "positives",
+        "recall_only",
+        *MARKS,
+        "file",
+        "hub",
+        "revision",
+        "licence",
+        "mismatch",
+    )
     known = [[name, *(b.get(fact) for fact in facts)] for name, b in results["benchmarks"].items()]
     guards = [
-        [name, g["spec"], g["zoo"], g.get("sees"), ", ".join(g["knows"])] for name, g in results["guards"].items()
+        [name, g["spec"], g["zoo"], g.get("sees"), ", ".join(g["knows"])]
+        for name, g in results["guards"].items()
     ]
     heads = [
         "",
@@ -35,7 +53,11 @@ def details(results: Mapping[str, Any]) -> str:
     scores = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
     sections["95 % intervals (bootstrap over prompts)"] = (
         [
-            [c["guard"], c["benchmark"], *(_with_interval(c[s], c["intervals"].get(s)) for s in scores)]
+            [
+                c["guard"],
+                c["benchmark"],
+                *(_with_interval(c[s], c["intervals"].get(s)) for s in scores),
+            ]
             for c in measured
         ],
         ["guard", "benchmark", *(METRICS[s][0] for s in scores)],
@@ -50,7 +72,12 @@ def details(results: Mapping[str, Any]) -> str:
     )
     sections["F1 by the rule for rows without a verdict"] = (
         [
-            [c["guard"], c["benchmark"], c["errors"], *(c["by_parse_errors"][rule]["f1"] for rule in PARSE_ERRORS)]
+            [
+                c["guard"],
+                c["benchmark"],
+                c["errors"],
+                *(c["by_parse_errors"][rule]["f1"] for rule in PARSE_ERRORS),
+            ]
             for c in measured
             if c["errors"]
         ],
@@ -59,12 +86,20 @@ def details(results: Mapping[str, Any]) -> str:
     sections |= _parts(measured)
     sections["Paired differences, first minus second"] = (
         [
-            [c["a"], c["b"], c["benchmark"], c["rows"], *(_with_interval(*_difference(c.get(m))) for m in COMPARED)]
+            [
+                c["a"],
+                c["b"],
+                c["benchmark"],
+                c["rows"],
+                *(_with_interval(*_difference(c.get(m))) for m in COMPARED),
+            ]
             for c in results["comparison"]
         ],
         ["first", "second", "benchmark", "rows", *(METRICS[m][0] for m in COMPARED)],
     )
-    return "\n".join(f"## {title}\n\n{report.table(*table)}" for title, table in sections.items() if table[0])
+    return "\n".join(
+        f"## {title}\n\n{report.table(*table)}" for title, table in sections.items() if table[0]
+    )
 
 
 def _parts(measured: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[list], list[str]]]:
@@ -86,10 +121,18 @@ def _parts(measured: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[list],
     )
     sections["With and without marked rows"] = (
         [
-            [c["guard"], c["benchmark"], name, *(p[k] for k in ("rows", "positives", "f1", "auprc"))]
+            [
+                c["guard"],
+                c["benchmark"],
+                name,
+                *(p[k] for k in ("rows", "positives", "f1", "auprc")),
+            ]
             for c in measured
             if c["without"]
-            for name, p in [("all rows", c), *((f"without {n}", p) for n, p in c["without"].items())]
+            for name, p in [
+                ("all rows", c),
+                *((f"without {n}", p) for n, p in c["without"].items()),
+            ]
         ],
         ["guard", "benchmark", "rows that count", "rows", "unsafe", "F1 ↑", "AUPRC ↑"],
     )

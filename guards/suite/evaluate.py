@@ -1,9 +1,10 @@
-"""Guards on safety benchmarks: every guard of the zoo, a folder or an API on every benchmark, in one table.
+"""Guards on safety benchmarks: every guard of the zoo, a folder or an API on every benchmark, in
+one table.
 
     python -m guards.suite --guards wildguard llama-guard-3-8b --benchmarks xstest_prompt --output_dir output/suite
 
-examples/expguard/evaluate.py is the same command line, and its docstring has more examples. A killed run goes on
-where it was: verdicts are kept in OUTPUT_DIR/runs as they come.
+examples/expguard/evaluate.py is the same command line, and its docstring has more examples. A
+killed run goes on where it was: verdicts are kept in OUTPUT_DIR/runs as they come.
 """
 
 import json
@@ -23,8 +24,25 @@ from common.run import check_output_folder, json_lines, json_text, manifest, par
 from guards import zoo
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
-from guards.suite.judge import TASKS, Candidate, candidates, judge_all, read_benchmarks, read_validation
-from guards.suite.score import MARKS, PARSE_ERRORS, Judged, compare, judged, resolve, row_marks, row_set, score_cell
+from guards.suite.judge import (
+    TASKS,
+    Candidate,
+    candidates,
+    judge_all,
+    read_benchmarks,
+    read_validation,
+)
+from guards.suite.score import (
+    MARKS,
+    PARSE_ERRORS,
+    Judged,
+    compare,
+    judged,
+    resolve,
+    row_marks,
+    row_set,
+    score_cell,
+)
 from guards.suite.tables import METRICS, check_column, csv_text, grid, latex, markdown, published
 
 logger = logging.getLogger("suite")
@@ -34,7 +52,9 @@ CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two wri
 
 @dataclass
 class EvaluationArguments:
-    output_dir: str = field(metadata={"help": "Folder for tables, pictures, predictions and kept verdicts."})
+    output_dir: str = field(
+        metadata={"help": "Folder for tables, pictures, predictions and kept verdicts."}
+    )
     guards: list[str] = field(
         default_factory=list,
         metadata={
@@ -43,39 +63,65 @@ class EvaluationArguments:
         },
     )
     benchmarks: list[str] = field(
-        default_factory=list, metadata={"help": "name or name@local_file; default: those of the ExpGuard paper."}
+        default_factory=list,
+        metadata={"help": "name or name@local_file; default: those of the ExpGuard paper."},
     )
     task_type: str | None = field(
         default=None,
-        metadata={"help": "prompt | response | refusal | both (the first two): keeps benchmarks of that task."},
+        metadata={
+            "help": "prompt | response | refusal | both (the first two): keeps benchmarks of that task."
+        },
     )
     engine: str = field(
-        default="transformers", metadata={"help": "transformers | vllm | server (for guards that generate)"}
+        default="transformers",
+        metadata={"help": "transformers | vllm | server (for guards that generate)"},
     )
-    server_url: str | None = field(default=None, metadata={"help": "URL of --engine server; its key: SERVER_API_KEY."})
-    server_model: str | None = field(default=None, metadata={"help": "The name on that server of the one guard."})
+    server_url: str | None = field(
+        default=None, metadata={"help": "URL of --engine server; its key: SERVER_API_KEY."}
+    )
+    server_model: str | None = field(
+        default=None, metadata={"help": "The name on that server of the one guard."}
+    )
     server_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds of silence that end a request to the server; it is tried again."}
+        default=120.0,
+        metadata={
+            "help": "Seconds of silence that end a request to the server; it is tried again."
+        },
     )
     long_inputs: str = field(default="windows", metadata={"help": "windows | error | truncate"})
-    max_rows: int | None = field(default=None, metadata={"help": "So many rows of each benchmark, evenly spaced."})
+    max_rows: int | None = field(
+        default=None, metadata={"help": "So many rows of each benchmark, evenly spaced."}
+    )
     validation: list[str] = field(
         default_factory=list,
-        metadata={"help": "Data specs or benchmark@file to fit thresholds on; default: the guards' own."},
+        metadata={
+            "help": "Data specs or benchmark@file to fit thresholds on; default: the guards' own."
+        },
     )
     parse_errors: str = field(
-        default="wrong", metadata={"help": "wrong | unsafe | excluded: how rows without a verdict count"}
+        default="wrong",
+        metadata={"help": "wrong | unsafe | excluded: how rows without a verdict count"},
     )
     train_data: list[str] = field(
-        default_factory=list, metadata={"help": "Data specs; rows whose prompt stands there are marked contaminated."}
+        default_factory=list,
+        metadata={"help": "Data specs; rows whose prompt stands there are marked contaminated."},
     )
-    compare: str | None = field(default=None, metadata={"help": "a,b: paired bootstrap of guard a minus guard b."})
+    compare: str | None = field(
+        default=None, metadata={"help": "a,b: paired bootstrap of guard a minus guard b."}
+    )
     add_results: list[str] = field(
-        default_factory=list, metadata={"help": "results.json of other runs, whose guards come into the same table."}
+        default_factory=list,
+        metadata={"help": "results.json of other runs, whose guards come into the same table."},
     )
-    published: str = field(default="run", metadata={"help": "Published numbers: run (of its guards) | all | none"})
-    bootstrap_rounds: int = field(default=1000, metadata={"help": "Draws for the intervals; 0: none."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
+    published: str = field(
+        default="run", metadata={"help": "Published numbers: run (of its guards) | all | none"}
+    )
+    bootstrap_rounds: int = field(
+        default=1000, metadata={"help": "Draws for the intervals; 0: none."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with a model."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Judge everything anew."})
     seed: int = 42
 
@@ -91,19 +137,26 @@ def main(default_config: Path | None = None) -> None:
     guards = candidates(args.guards, guard_options(args))
     results = evaluate(args, guards)
     measured = {cell["guard"] for cell in results["cells"] if cell["status"] == "measured"}
-    failed = any(cell["status"] == "failed" for cell in results["cells"]) or results["unread_benchmarks"]
+    failed = (
+        any(cell["status"] == "failed" for cell in results["cells"]) or results["unread_benchmarks"]
+    )
     if failed or {guard.name for guard in guards} - measured:
         logger.error("Not everything could be measured: see the table.")
         sys.exit(1)
 
 
 def guard_options(args: EvaluationArguments) -> dict[str, Any]:
-    """Options of `load_guard` for every guard whose kind takes them. Raises UserError on a URL with a password."""
+    """Options of `load_guard` for every guard whose kind takes them. Raises UserError on a URL with
+    a password.
+    """
     options = {"engine": args.engine, "long_inputs": args.long_inputs}
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     if args.server_url:
-        options |= {"server_url": check_url(args.server_url, "--server_url"), "server_model": args.server_model}
+        options |= {
+            "server_url": check_url(args.server_url, "--server_url"),
+            "server_model": args.server_model,
+        }
     if args.engine == "server":
         options["server_timeout"] = args.server_timeout
     return options
@@ -113,7 +166,8 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     """Judge, score, write; returns the content of results.json.
 
     Raises:
-        UserError: a mistake in the arguments, or other results that do not fit beside these, before any work.
+        UserError: a mistake in the arguments, or other results that do not fit beside these, before
+        any work.
     """
     check_arguments(args, [guard.name for guard in guards])
     papers = published()
@@ -121,12 +175,16 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     validation = read_validation(args.validation, args.benchmarks, {b.label for b in benchmarks})
     known_prompts = {data.prompt_key(row) for part in validation.values() for row in part.rows}
     for spec in args.train_data:
-        known_prompts |= {data.prompt_key(row) for row in data.load_conversations(spec, bad_rows="skip")}
+        known_prompts |= {
+            data.prompt_key(row) for row in data.load_conversations(spec, bad_rows="skip")
+        }
     marks = {b.name: row_marks(b.rows, known_prompts) for b in benchmarks}
     results = {
         "benchmarks": {b.name: describe(b, args, marks[b.name]) for b in benchmarks},
         "unread_benchmarks": unread,
-        "guards": {g.name: {"spec": g.spec, "zoo": g.zoo, "knows": known_to(g, benchmarks)} for g in guards},
+        "guards": {
+            g.name: {"spec": g.spec, "zoo": g.zoo, "knows": known_to(g, benchmarks)} for g in guards
+        },
         "cells": [],
         "comparison": [],
     }
@@ -134,7 +192,9 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     for path in args.add_results:  # what does not fit shows now
         other = read_results(Path(path), results, args)
         results["guards"] |= other["guards"]
-        results["benchmarks"] |= {n: b for n, b in other["benchmarks"].items() if n not in results["benchmarks"]}
+        results["benchmarks"] |= {
+            n: b for n, b in other["benchmarks"].items() if n not in results["benchmarks"]
+        }
         added += other["cells"]
 
     verdicts: dict[tuple[str, str], list[Verdict]] = {}
@@ -142,11 +202,17 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     for guard in guards:
         found, problems, own, sees = judge_guard(guard, [*benchmarks, *validation.values()], args)
         results["guards"][guard.name]["sees"] = sees
-        fitted = {label: fit_threshold(part, found.get(part.name), args) for label, part in validation.items()}
+        fitted = {
+            label: fit_threshold(part, found.get(part.name), args)
+            for label, part in validation.items()
+        }
         for b in benchmarks:
             cell = {"guard": guard.name, "benchmark": b.name, "label": b.label}
             if b.name in found:
-                key, threshold = (guard.name, b.name), fitted.get(b.label) if args.validation else own.get(b.label)
+                key, threshold = (
+                    (guard.name, b.name),
+                    fitted.get(b.label) if args.validation else own.get(b.label),
+                )
                 verdicts[key], said[key] = found[b.name], judged(b.rows, found[b.name], b.label)
                 cell |= {"status": "measured", "convention": convention(b, args, threshold)}
                 cell |= score_cell(
@@ -157,10 +223,16 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
                     rounds=args.bootstrap_rounds,
                 )
             results["cells"].append(cell | problems.get(b.name, {}))
-        failures = [{"benchmark": part.name} | problems.get(part.name, {}) for part in validation.values()]
-        results["cells"] += [{"guard": guard.name} | f for f in failures if f.get("status") == "failed"]
+        failures = [
+            {"benchmark": part.name} | problems.get(part.name, {}) for part in validation.values()
+        ]
+        results["cells"] += [
+            {"guard": guard.name} | f for f in failures if f.get("status") == "failed"
+        ]
     if args.compare:
-        results["comparison"] = compare_two(args, [guard.name for guard in guards], benchmarks, said)
+        results["comparison"] = compare_two(
+            args, [guard.name for guard in guards], benchmarks, said
+        )
     results["cells"] += added
     results["run"] = manifest([args])
     write(args, results, papers, benchmarks, predictions(benchmarks, marks, verdicts), said)
@@ -185,7 +257,9 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
     if args.engine == "server" and not args.server_url:
         raise UserError("--engine server: needs --server_url")
     if args.server_model and len(names) > 1:
-        raise UserError("--server_model: is one guard's; with several, write --guards guard:server_model=name …")
+        raise UserError(
+            "--server_model: is one guard's; with several, write --guards guard:server_model=name …"
+        )
     if args.max_rows is not None and args.max_rows < 1:
         raise UserError(f"--max_rows {args.max_rows}: must be at least 1")
     if args.bootstrap_rounds < 0:
@@ -193,47 +267,83 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
     if not names and not args.add_results:
         raise UserError("--guards: name at least one guard")
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--guards: {', '.join(sorted(twice))} stands there twice; name one of them (name=folder)")
+        raise UserError(
+            f"--guards: {', '.join(sorted(twice))} stands there twice; name one of them (name=folder)"
+        )
     if args.compare and not two_of(args.compare, names):
         raise UserError(f"--compare {args.compare}: expected a,b, two of {', '.join(names)}")
 
 
-def describe(b: Benchmark, args: EvaluationArguments, marks: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What results.json says of a benchmark; `complete`: these are the rows of which papers report numbers."""
+def describe(
+    b: Benchmark, args: EvaluationArguments, marks: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What results.json says of a benchmark; `complete`: these are the rows of which papers report
+    numbers.
+    """
     local = any(spec.startswith(f"{b.name}@") for spec in args.benchmarks)
     counts = {name: int(mask.sum()) for name, mask in marks.items()}
-    known = {"label": b.label, "rows": len(b.rows), "positives": sum(row["label"] for row in b.rows)}
-    whole = args.max_rows is None and not b.facts.get("mismatch") and not (local and not b.facts.get("expected"))
+    known = {
+        "label": b.label,
+        "rows": len(b.rows),
+        "positives": sum(row["label"] for row in b.rows),
+    }
+    whole = (
+        args.max_rows is None
+        and not b.facts.get("mismatch")
+        and not (local and not b.facts.get("expected"))
+    )
     recall_only = bool(b.facts.get("recall_only")) or known["rows"] == known["positives"]
-    return dict(b.facts) | known | counts | {"complete": whole, "recall_only": recall_only, "row_set": row_set(b.rows)}
+    return (
+        dict(b.facts)
+        | known
+        | counts
+        | {"complete": whole, "recall_only": recall_only, "row_set": row_set(b.rows)}
+    )
 
 
 def known_to(guard: Candidate, benchmarks: Sequence[Benchmark]) -> list[str]:
-    """Benchmarks whose own training part the released guard was trained on: no transfer is measured there."""
+    """Benchmarks whose own training part the released guard was trained on: no transfer is measured
+    there.
+    """
     trained_on = zoo()[guard.zoo].get("trained_on", ()) if guard.released else ()
-    named = {b.name for b in benchmarks if guard.released and guard.zoo in b.facts.get("contaminated_by", ())}
+    named = {
+        b.name
+        for b in benchmarks
+        if guard.released and guard.zoo in b.facts.get("contaminated_by", ())
+    }
     return [b.name for b in benchmarks if b.name in named.union(trained_on)]
 
 
-def convention(b: Benchmark, args: EvaluationArguments, threshold: Mapping[str, Any] | None) -> dict[str, Any]:
+def convention(
+    b: Benchmark, args: EvaluationArguments, threshold: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """How a cell is scored: what must be equal in a column."""
-    fitted = f"fitted on {' '.join(args.validation)}" if args.validation else threshold and own_kind(threshold)
+    fitted = (
+        f"fitted on {' '.join(args.validation)}"
+        if args.validation
+        else threshold and own_kind(threshold)
+    )
     return {"rows": row_set(b.rows), "parse_errors": args.parse_errors, "threshold": fitted}
 
 
 def own_kind(threshold: Mapping[str, Any]) -> str:
-    """How a guard's own threshold was chosen, without the numbers: "max F1, n=604" and "max F1, n=80" are one kind."""
+    """How a guard's own threshold was chosen, without the numbers: "max F1, n=604" and "max F1,
+    n=80" are one kind.
+    """
     return f"guard.json: {str(threshold.get('how', 'unknown')).partition(', n=')[0]}"
 
 
-def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArguments) -> dict[str, Any]:
+def read_results(
+    path: Path, results: Mapping[str, Any], args: EvaluationArguments
+) -> dict[str, Any]:
     """Another run's results.json, whose guards are to stand in this run's table.
 
     Args:
         results: of this run, and of the files that were read before.
 
     Raises:
-        UserError: no such file, a guard of the same name, or cells that are scored otherwise than this run's will be.
+        UserError: no such file, a guard of the same name, or cells that are scored otherwise than
+        this run's will be.
     """
     try:
         other = json.loads(path.read_text(encoding="utf-8"))
@@ -241,7 +351,9 @@ def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArgumen
         twice = set(other["guards"]) & set(results["guards"])
         known = {name: b["row_set"] for name, b in other["benchmarks"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--add_results {path}: no results.json of this script ({error!r:.80})") from None
+        raise UserError(
+            f"--add_results {path}: no results.json of this script ({error!r:.80})"
+        ) from None
     if twice:
         raise UserError(
             f"--add_results {path}: holds {', '.join(sorted(twice))} too; leave it out, or name ours otherwise"
@@ -253,7 +365,9 @@ def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArgumen
         ours["convention"] = scored | {"rows": own[name]["row_set"]}
         for metric in METRICS:
             if fitted or metric != "f1_at_validation":
-                check_column([ours | {metric: 0.0}, *(c for c in cells if c["benchmark"] == name)], metric)
+                check_column(
+                    [ours | {metric: 0.0}, *(c for c in cells if c["benchmark"] == name)], metric
+                )
     return other
 
 
@@ -263,21 +377,33 @@ def read_results(path: Path, results: Mapping[str, Any], args: EvaluationArgumen
 def judge_guard(
     guard: Candidate, benchmarks: Sequence[Benchmark], args: EvaluationArguments
 ) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict[str, dict], str | None]:
-    """`judge_all`, with the guard's own fitted thresholds by label; "flagged" of guard.json is that of harm.
+    """`judge_all`, with the guard's own fitted thresholds by label; "flagged" of guard.json is that
+    of harm.
 
     The last is what the guard sees of a conversation (guards/base.py), None where it did not load.
     """
     folder = Path(args.output_dir) / "runs"
-    found, problems, known = judge_all(guard, benchmarks, folder, CHUNK[args.engine], args.overwrite)
+    found, problems, known = judge_all(
+        guard, benchmarks, folder, CHUNK[args.engine], args.overwrite
+    )
     fitted = known.get("thresholds", {}).items()
-    thresholds = {name: one for name, one in fitted if one.get("on")}  # a default is fitted on nothing
-    flagged = {TASKS[task]: thresholds["flagged"] for task in ("prompt", "response") if "flagged" in thresholds}
+    # a default is fitted on nothing
+    thresholds = {name: one for name, one in fitted if one.get("on")}
+    flagged = {
+        TASKS[task]: thresholds["flagged"]
+        for task in ("prompt", "response")
+        if "flagged" in thresholds
+    }
     own = flagged | {label: thresholds[label] for label in TASKS.values() if label in thresholds}
     return found, problems, own, known.get("sees")
 
 
-def fit_threshold(part: Benchmark, verdicts: Sequence[Verdict] | None, args: EvaluationArguments) -> dict | None:
-    """The threshold with the highest F1 on validation rows that have a verdict; None where there is none to fit."""
+def fit_threshold(
+    part: Benchmark, verdicts: Sequence[Verdict] | None, args: EvaluationArguments
+) -> dict | None:
+    """The threshold with the highest F1 on validation rows that have a verdict; None where there is
+    none to fit.
+    """
     if verdicts is None:
         return None
     said = judged(part.rows, verdicts, part.label)
@@ -299,7 +425,8 @@ def compare_two(
     a, b = two_of(args.compare, names)
     options = (args.parse_errors, args.seed, args.bootstrap_rounds)
     return [
-        {"a": a, "b": b, "benchmark": each.name} | compare(said[a, each.name], said[b, each.name], each.rows, *options)
+        {"a": a, "b": b, "benchmark": each.name}
+        | compare(said[a, each.name], said[b, each.name], each.rows, *options)
         for each in benchmarks
         if (a, each.name) in said and (b, each.name) in said
     ]
@@ -308,13 +435,25 @@ def compare_two(
 # --- what is left -----------------------------------------------------------------------------------------------------
 
 
-def predictions(benchmarks: Sequence[Benchmark], marks: Mapping, verdicts: Mapping) -> list[dict[str, Any]]:
+def predictions(
+    benchmarks: Sequence[Benchmark], marks: Mapping, verdicts: Mapping
+) -> list[dict[str, Any]]:
     """One row an item of a benchmark, with every guard's verdict."""
     return [
-        {"benchmark": b.name, "id": row["id"], "index": row.get("index"), "label": b.label, "truth": bool(row["label"])}
+        {
+            "benchmark": b.name,
+            "id": row["id"],
+            "index": row.get("index"),
+            "label": b.label,
+            "truth": bool(row["label"]),
+        }
         | {"groups": row["groups"]}
         | {name: bool(marks[b.name][name][i]) for name in MARKS}
-        | {"guards": {guard: vars(each[i]) for (guard, name), each in verdicts.items() if name == b.name}}
+        | {
+            "guards": {
+                guard: vars(each[i]) for (guard, name), each in verdicts.items() if name == b.name
+            }
+        }
         for b in benchmarks
         for i, row in enumerate(b.rows)
     ]
@@ -328,7 +467,9 @@ def write(
     rows: list[dict],
     said: Mapping[tuple[str, str], Judged],
 ) -> None:
-    """results.json, predictions.jsonl, tables (a metric that was not measured alike has none) and pictures."""
+    """results.json, predictions.jsonl, tables (a metric that was not measured alike has none) and
+    pictures.
+    """
     folder, grids, mixed = Path(args.output_dir), [], []
     for metric in METRICS:
         try:
@@ -338,11 +479,22 @@ def write(
             logger.warning("No table. %s", error)
     tables = [markdown(g, results["benchmarks"]) for g in grids]
     tables += ["## No table\n\n" + "".join(mixed)] if mixed else []
-    rule = {"wrong": "as wrong, whatever the truth", "unsafe": "as unsafe", "excluded": "nowhere: they are left out"}
+    rule = {
+        "wrong": "as wrong, whatever the truth",
+        "unsafe": "as unsafe",
+        "excluded": "nowhere: they are left out",
+    }
     head = f"{TITLE}Rows without a verdict count {rule[args.parse_errors]}.\n"
     text = "\n".join(part for part in [head, failures(results), *tables, details(results)] if part)
-    files = {"results.json": json_text(results), "predictions.jsonl": json_lines(rows), "results.md": text}
-    files |= {"results.tex": "\n".join(latex(g, results["benchmarks"]) for g in grids), "results.csv": csv_text(grids)}
+    files = {
+        "results.json": json_text(results),
+        "predictions.jsonl": json_lines(rows),
+        "results.md": text,
+    }
+    files |= {
+        "results.tex": "\n".join(latex(g, results["benchmarks"]) for g in grids),
+        "results.csv": csv_text(grids),
+    }
     for name, content in files.items():  # all of them, or none beside older ones
         write_text(folder / name, content)
     for b in benchmarks:

@@ -28,17 +28,30 @@ logger = logging.getLogger("suite")
 TASKS = {"prompt": "prompt_unsafe", "response": "response_unsafe", "refusal": "response_refusal"}
 PAPER = {  # what the paper's evaluation runs; it runs no refusal task
     "prompt": (
-        *("expguardtest_prompt", "toxicchat", "openai_moderation", "xstest_prompt", "harmbench_prompt"),
+        *(
+            "expguardtest_prompt",
+            "toxicchat",
+            "openai_moderation",
+            "xstest_prompt",
+            "harmbench_prompt",
+        ),
         *("aegis2_prompt", "wildguardtest_prompt"),
     ),
     "response": (
-        *("expguardtest_response", "beavertails", "saferlhf", "harmbench_response", "aegis2_response"),
+        *(
+            "expguardtest_response",
+            "beavertails",
+            "saferlhf",
+            "harmbench_response",
+            "aegis2_response",
+        ),
         "wildguardtest_response",
     ),
     "refusal": ("wildguardtest_refusal", "xstest_response_refusal"),
 }
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
-NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}  # kind of guard: options for all that it has not
+# kind of guard: options for all that it has not
+NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}
 NOT_SUPPORTED = {"status": "not supported", "reason": "the guard does not judge this label"}
 
 
@@ -59,11 +72,13 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
     """The guards that specs name. Whether they load is seen when it is their turn.
 
     Args:
-        specs: name of the zoo, hub id, folder or name=folder, each with `:option=value,…` of its own.
+        specs: name of the zoo, hub id, folder or name=folder, each with `:option=value,…` of its
+        own.
         options: of `load_guard`, for all of them whose kind takes them.
 
     Raises:
-        UserError: a name that is given to no folder, or to a folder that does not say what guard it holds; a URL with a
+        UserError: a name that is given to no folder, or to a folder that does not say what guard it
+        holds; a URL with a
             password or a key.
     """
     out = []
@@ -74,14 +89,20 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
         for key in {"server_url", "base_url"} & set(given):  # the spec stands in results.json
             check_url(given[key], f"--guards {spec}, {key}")
         spec = expand_home(spec)
-        name, folder = (None, spec) if Path(spec).exists() or "=" not in spec else spec.split("=", 1)
+        name, folder = (
+            (None, spec) if Path(spec).exists() or "=" not in spec else spec.split("=", 1)
+        )
         folder = expand_home(folder)
         has_own_card = has_card(folder)
         if name and not Path(folder).is_dir():
             raise UserError(f"--guards {text}: {folder} is no folder")
         if name and not has_own_card and name not in zoo():
-            raise UserError(f"--guards {text}: {folder} has no guard.json, and {name} is no name of the guard zoo")
-        spec, given = (name, given | {"model": folder}) if name and not has_own_card else (folder, given)
+            raise UserError(
+                f"--guards {text}: {folder} has no guard.json, and {name} is no name of the guard zoo"
+            )
+        spec, given = (
+            (name, given | {"model": folder}) if name and not has_own_card else (folder, given)
+        )
         about = described(spec)
         entry = zoo_name(name or spec) or zoo_name(str(about.get("guard")))
         unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
@@ -109,7 +130,9 @@ def read_benchmarks(
         specs = [name for task in tasks for name in PAPER[task]]
     elif task_type:
         asked = {name for task in tasks for name in benchmark_names(TASKS[task])}
-        specs = [s for s in specs if s.partition("@")[0] in asked or s.partition("@")[0] not in known]
+        specs = [
+            s for s in specs if s.partition("@")[0] in asked or s.partition("@")[0] not in known
+        ]
     for spec in specs:
         try:
             benchmark = load_benchmark(spec, max_rows=max_rows)
@@ -123,23 +146,33 @@ def read_benchmarks(
             raise UserError(f"--benchmarks {spec}: {benchmark.name} stands there twice")
         out[benchmark.name] = benchmark
     if not out:
-        raise UserError("--benchmarks: none could be read" if unread else f"--task_type {task_type}: none is left")
+        raise UserError(
+            "--benchmarks: none could be read"
+            if unread
+            else f"--task_type {task_type}: none is left"
+        )
     return list(out.values()), unread
 
 
-def read_validation(specs: Sequence[str], benchmarks: Sequence[str], labels: set[str]) -> dict[str, Benchmark]:
+def read_validation(
+    specs: Sequence[str], benchmarks: Sequence[str], labels: set[str]
+) -> dict[str, Benchmark]:
     """The rows to fit thresholds on, by label.
 
     Raises:
         UserError: a test split, a benchmark, or rows of one class only.
     """
-    files = {Path(spec.partition("@")[2]).expanduser().resolve() for spec in benchmarks if "@" in spec}
+    files = {
+        Path(spec.partition("@")[2]).expanduser().resolve() for spec in benchmarks if "@" in spec
+    }
     rows: dict[str, list[dict]] = {label: [] for label in sorted(labels)}
     for spec in specs:
         file = spec.partition("@")[2] if is_benchmark(spec) else spec
         path = Path(parse_spec(file).name).resolve() if file else None
         if not file or metrics.is_test(file) or path in files:
-            raise UserError(f"--validation {spec}: is test data; a threshold is fitted on other rows")
+            raise UserError(
+                f"--validation {spec}: is test data; a threshold is fitted on other rows"
+            )
         if is_benchmark(spec):
             benchmark = load_benchmark(spec)
             rows.get(benchmark.label, []).extend(benchmark.rows)
@@ -150,22 +183,31 @@ def read_validation(specs: Sequence[str], benchmarks: Sequence[str], labels: set
                     prompt, response = last_turns(row["messages"])
                     messages = pair(prompt) if label == "prompt_unsafe" else pair(prompt, response)
                     key = row_id(label, messages)
-                    rows[label].append({"id": key, "messages": messages, "label": row[label], "groups": {}})
+                    rows[label].append(
+                        {"id": key, "messages": messages, "label": row[label], "groups": {}}
+                    )
     out = {}
     for label, found in rows.items() if specs else ():
         if not found:
             logger.warning("--validation: no row has %s; its benchmarks get no threshold.", label)
         elif len({row["label"] for row in found}) < 2:
-            raise UserError(f"--validation: all {len(found)} rows with {label} have one class; a threshold needs both")
+            raise UserError(
+                f"--validation: all {len(found)} rows with {label} have one class; a threshold needs both"
+            )
         else:
             out[label] = Benchmark(f"validation-{label}", label, found, {})
     return out
 
 
 def judge_all(
-    candidate: Candidate, benchmarks: Sequence[Benchmark], folder: Path, chunk: int, overwrite: bool = False
+    candidate: Candidate,
+    benchmarks: Sequence[Benchmark],
+    folder: Path,
+    chunk: int,
+    overwrite: bool = False,
 ) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict]:
-    """One guard's verdicts on each benchmark. It is loaded once, only if rows are missing, and freed.
+    """One guard's verdicts on each benchmark. It is loaded once, only if rows are missing, and
+    freed.
 
     Args:
         folder: where its verdicts are kept, in `<benchmark>.jsonl`, and in `guards.jsonl` what it

@@ -16,7 +16,9 @@ SAMPLE_OPTIONS = {
     "n_base": 20, "n_safety": 20, "strip_cues": True
 }  # fmt: skip
 TASKS = ["summarize", "translate", "sentiment", "case", "cloze"]
-prompts, flags, build_data = (module("cross_task_defense", name) for name in ("prompts", "flags", "build_data"))
+prompts, flags, build_data = (
+    module("cross_task_defense", name) for name in ("prompts", "flags", "build_data")
+)
 
 
 def read(path: Path):
@@ -32,7 +34,13 @@ def built(tmp_path: Path, **options) -> Path:
 
 
 def function(
-    *, model: str, count: int = 3, rate: float = 0.5, on: bool = False, names: list[str] = (), opt: str | None = None
+    *,
+    model: str,
+    count: int = 3,
+    rate: float = 0.5,
+    on: bool = False,
+    names: list[str] = (),
+    opt: str | None = None,
 ):
     """Only its signature is used."""
 
@@ -83,14 +91,21 @@ def test_templates_are_the_papers(tiny_base):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
 
     def text(name, instruction, given=None):
-        return "".join(p.text for p in prompts.prompt_parts(prompts.load_template(name), tokenizer, instruction, given))
+        return "".join(
+            p.text
+            for p in prompts.prompt_parts(
+                prompts.load_template(name), tokenizer, instruction, given
+            )
+        )
 
     assert text("alpaca", "Add.", "1 2") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
         "### Response:\n"
     )
-    assert text("configs/alpaca.json", "Add {input}.").endswith("### Instruction:\nAdd {input}.\n\n### Response:\n")
+    assert text("configs/alpaca.json", "Add {input}.").endswith(
+        "### Instruction:\nAdd {input}.\n\n### Response:\n"
+    )
     assert text("llama2", "Add.") == "[INST] Add. [/INST]"
     assert text("llama2-legacy", "Add.", "1") == "<s>[INST] <<SYS>>\nAdd.\n<<SYS>>\n\n1 [/INST]"
     with pytest.raises(UserError, match="none of alpaca, llama2, llama2-legacy, chat"):
@@ -118,7 +133,13 @@ def test_document_and_task_come_apart_again(task, slip):
 
 def test_surface_cues():
     body = "1. Open the door.\n2. Leave."
-    for opener in ("", "\n", " Sure, here's a guide:\n", "Certainly! Here is how:\n\n", "Here are the steps:\n"):
+    for opener in (
+        "",
+        "\n",
+        " Sure, here's a guide:\n",
+        "Certainly! Here is how:\n\n",
+        "Here are the steps:\n",
+    ):
         assert prompts.without_cues(opener + body) == body
     story = "Here I stand, and wait. The door is open."
     assert prompts.without_cues(story) == story
@@ -137,8 +158,14 @@ def test_the_committed_sample_is_what_the_command_writes(tmp_path):
 def test_training_sets_and_their_manifests(tmp_path):
     built(tmp_path, n_defence=[0, 10, 60], counter_examples=5)
     name = "saferpaca_Instructions_100_{}_{}_counter5"
-    sets = {(n, t): read(tmp_path / f"training/{name.format(n, t)}.json") for n in (0, 10, 60) for t in [*TASKS, "mix"]}
-    held_out = {text for path in (tmp_path / "evaluation").iterdir() for text in read(path)["instructions"]}
+    sets = {
+        (n, t): read(tmp_path / f"training/{name.format(n, t)}.json")
+        for n in (0, 10, 60)
+        for t in [*TASKS, "mix"]
+    }
+    held_out = {
+        text for path in (tmp_path / "evaluation").iterdir() for text in read(path)["instructions"]
+    }
     for (n, task), rows in sets.items():
         manifest = read(tmp_path / f"training/{name.format(n, task)}.manifest.json")
         refused = [row for row in rows if "-refused-" in row["id"]]
@@ -147,7 +174,9 @@ def test_training_sets_and_their_manifests(tmp_path):
         assert manifest["counts"] == {
             "base": 160, "safety": 100, "defence": n * factor, "counter_examples": 5 * factor, "all": len(rows)
         }  # fmt: skip
-        assert manifest["order"] == [row["id"] for row in rows] and len(set(manifest["order"])) == len(rows)
+        assert manifest["order"] == [row["id"] for row in rows] and len(
+            set(manifest["order"])
+        ) == len(rows)
         text = (tmp_path / f"training/{name.format(n, task)}.json").read_bytes()
         assert manifest["sha256"] == hashlib.sha256(text).hexdigest()
         assert not held_out & {row["instruction"] for row in rows}
@@ -161,7 +190,11 @@ def test_training_sets_and_their_manifests(tmp_path):
 def test_evaluation_files_pair_the_tasks_and_controls_change_what_they_say(tmp_path):
     plain, stripped, control = (
         built(tmp_path / name, tasks=["summarize"], n_defence=[60], **options)
-        for name, options in (("a", {}), ("b", {"strip_cues": True}), ("c", {"benign_refusals": True}))
+        for name, options in (
+            ("a", {}),
+            ("b", {"strip_cues": True}),
+            ("c", {"benign_refusals": True}),
+        )
     )
     for kind in ("", "_useful", "_plain"):
         documents = []

@@ -28,7 +28,9 @@ from common.training import EpochLengthGroupedSampler
 ROOT = EXAMPLES.parent
 RECIPE = EXAMPLES / "cross_task_defense"
 SAMPLE = ROOT / "data/sample/cross_task_defense"
-prompts, train, answers = (module("cross_task_defense", name) for name in ("prompts", "train", "generate_answers"))
+prompts, train, answers = (
+    module("cross_task_defense", name) for name in ("prompts", "train", "generate_answers")
+)
 slow, serve = pytest.mark.slow, completions.serve
 
 
@@ -43,9 +45,15 @@ def read(path: Path):
 
 
 def rows_of(count: int, task: str = "summarize") -> list[dict]:
-    documents = [json.loads(line) for line in (SAMPLE / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    documents = [
+        json.loads(line)
+        for line in (SAMPLE / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     harmful = [d for d in documents if d["kind"] == "malicious" and d["split"] == "train"][:count]
-    return [{"instruction": prompts.task_instruction(task, d["text"]), "output": d["refusals"][0]} for d in harmful]
+    return [
+        {"instruction": prompts.task_instruction(task, d["text"]), "output": d["refusals"][0]}
+        for d in harmful
+    ]
 
 
 @pytest.mark.parametrize("template", ["alpaca", "llama2"])
@@ -69,14 +77,18 @@ def test_the_document_is_shortened_and_nothing_else(tiny_base, template):
     encoded, facts = train.encode_rows(plain, template, tokenizer, 150, False, True)
     assert facts["answers_cut"] == 1 and len(encoded["input_ids"][0]) == 150
     with pytest.raises(UserError, match="row 1 has an instruction of"):
-        train.encode_rows([{"instruction": "word " * 200, "output": "x"}], template, tokenizer, 150, False, True)
+        train.encode_rows(
+            [{"instruction": "word " * 200, "output": "x"}], template, tokenizer, 150, False, True
+        )
 
 
 def test_loss_on_the_answer_or_on_everything(tiny_base):
     tokenizer, template = AutoTokenizer.from_pretrained(tiny_base), prompts.load_template("alpaca")
     (ids,) = prompts.encode_prompts(template, tokenizer, [("Say yes.", None)])
     row = [{"instruction": "Say yes.", "output": "Yes."}]
-    answer, everything = (train.encode_rows(row, template, tokenizer, 512, flag, True)[0][0] for flag in (False, True))
+    answer, everything = (
+        train.encode_rows(row, template, tokenizer, 512, flag, True)[0][0] for flag in (False, True)
+    )
     assert answer["input_ids"] == everything["input_ids"] == everything["labels"]
     assert answer["labels"][: len(ids)] == [-100] * len(ids)
     assert answer["labels"][len(ids) :] == answer["input_ids"][len(ids) :]
@@ -103,7 +115,9 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny_base, shared_folder) -> Path:
-    made = shared_folder("cross-task-defense", lambda folder: launch(*command(tiny_base, folder / "adapter")))
+    made = shared_folder(
+        "cross-task-defense", lambda folder: launch(*command(tiny_base, folder / "adapter"))
+    )
     return made / "adapter"
 
 
@@ -115,9 +129,13 @@ def test_stock_peft_loads_what_was_trained(trained, tiny_base):
     ids = torch.arange(40, 70)[None]
     with torch.inference_mode():
         learned, at_zero, plain = (m(ids).logits for m in (model, untrained, base))
-    assert torch.allclose(at_zero, plain, atol=1e-5) and not torch.allclose(learned, plain, atol=1e-2)
+    assert torch.allclose(at_zero, plain, atol=1e-5) and not torch.allclose(
+        learned, plain, atol=1e-2
+    )
     losses = [entry["loss"] for entry in read(trained / "run.json")["log"] if "loss" in entry]
-    assert read(trained / "run.json")["data"]["rows"] == 120 and (trained / "README.md").is_file(), losses
+    assert (
+        read(trained / "run.json")["data"]["rows"] == 120 and (trained / "README.md").is_file()
+    ), losses
     assert {p.dtype for p in weights(trained).values()} == {torch.float32}
 
 
@@ -148,15 +166,27 @@ def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
 
 @pytest.fixture
 def trainer(tiny_base, tmp_path):
-    """`trainer(weight=1, **flags)`: what train.py trains with, over four rows in one batch, one of which is long."""
+    """`trainer(weight=1, **flags)`: what train.py trains with, over four rows in one batch, one of
+    which is long.
+    """
 
     def make(weight: float = 1.0, **flags):
         defaults = {n: p.default for n, p in inspect.signature(train.train).parameters.items()}
-        values = defaults | {"base_model": str(tiny_base), "output_dir": str(tmp_path / "trainer")} | flags
+        values = (
+            defaults
+            | {"base_model": str(tiny_base), "output_dir": str(tmp_path / "trainer")}
+            | flags
+        )
         model, tokenizer = train.load_model(values)
         rows = [*read(SAMPLE / "safety.json")[:3], *rows_of(1)]
-        encoded, _ = train.encode_rows(rows, prompts.load_template("alpaca"), tokenizer, 10_000, False, True)
-        options = {"args": train.training_arguments(values, 1), "train_dataset": encoded, "processing_class": tokenizer}
+        encoded, _ = train.encode_rows(
+            rows, prompts.load_template("alpaca"), tokenizer, 10_000, False, True
+        )
+        options = {
+            "args": train.training_arguments(values, 1),
+            "train_dataset": encoded,
+            "processing_class": tokenizer,
+        }
         adapted = train.add_adapters(model, values).eval()
         return train.AnswerTrainer(model=adapted, first_token_weight=weight, **options)
 
@@ -172,7 +202,8 @@ def test_the_loss_is_trls(trainer):
     ours, packed = trainer(), trainer(packing=True, cutoff_len=4096)
     assert loss_of(ours) == pytest.approx(loss_of(ours, SFTTrainer), rel=1e-5)
     (batch,) = packed.get_train_dataloader()
-    assert "attention_mask" not in batch and batch["input_ids"].shape[0] == 1  # laid end to end, yet none sees another
+    # laid end to end, yet none sees another
+    assert "attention_mask" not in batch and batch["input_ids"].shape[0] == 1
     assert loss_of(packed) == pytest.approx(loss_of(ours), rel=1e-5)
 
 
@@ -182,19 +213,31 @@ def test_the_first_token_of_each_answer_weighs_more(trainer):
     labels = batch["labels"]
     first = [int((row != -100).nonzero()[0]) for row in labels]
     with torch.inference_mode():
-        logits = plain.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(
-            -1
-        )
-    extra = -sum(logits[i, at - 1, labels[i, at]].item() for i, at in enumerate(first)) / (labels != -100).sum().item()
+        logits = plain.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits.log_softmax(-1)
+    extra = (
+        -sum(logits[i, at - 1, labels[i, at]].item() for i, at in enumerate(first))
+        / (labels != -100).sum().item()
+    )
     for flags in ({}, {"packing": True, "cutoff_len": 4096}):
         assert loss_of(trainer(5.0, **flags)) == pytest.approx(loss_of(plain) + 4 * extra, rel=1e-4)
 
 
 def test_shuffled_batches_are_the_same_batches():
     lengths = [5 + 7 * i % 101 for i in range(90)]
-    grouped, shuffled = (EpochLengthGroupedSampler(4, lengths, 1, shuffle) for shuffle in (False, True))
-    batches = [[tuple(order[i : i + 4]) for i in range(0, 90, 4)] for order in (list(grouped), list(shuffled))]
-    assert batches[0] != batches[1] and sorted(batches[0]) == sorted(batches[1]) and batches[0][-1] == batches[1][-1]
+    grouped, shuffled = (
+        EpochLengthGroupedSampler(4, lengths, 1, shuffle) for shuffle in (False, True)
+    )
+    batches = [
+        [tuple(order[i : i + 4]) for i in range(0, 90, 4)]
+        for order in (list(grouped), list(shuffled))
+    ]
+    assert (
+        batches[0] != batches[1]
+        and sorted(batches[0]) == sorted(batches[1])
+        and batches[0][-1] == batches[1][-1]
+    )
     assert list(shuffled) == list(EpochLengthGroupedSampler(4, lengths, 1, True))
     shuffled.set_epoch(1)
     assert list(shuffled) != [row for batch in batches[1] for row in batch]
@@ -202,7 +245,19 @@ def test_shuffled_batches_are_the_same_batches():
 
 @slow
 def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
-    launch(*command(tiny_base, tmp_path, "--packing", "--val_set_size", 20, "--batch_size", 2, "--micro_batch_size", 1))
+    launch(
+        *command(
+            tiny_base,
+            tmp_path,
+            "--packing",
+            "--val_set_size",
+            20,
+            "--batch_size",
+            2,
+            "--micro_batch_size",
+            1,
+        )
+    )
     run = read(tmp_path / "run.json")
     held_out = {entry["step"]: entry["eval_loss"] for entry in run["log"] if "eval_loss" in entry}
     assert len(held_out) > 2 and run["data"]["useful_token_share"] == 1
@@ -223,7 +278,11 @@ def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
     ],
 )
 def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, change, message):
-    options = {"base_model": str(tiny_base), "data_path": str(SAMPLE / "safety.json"), "batch_size": 30}
+    options = {
+        "base_model": str(tiny_base),
+        "data_path": str(SAMPLE / "safety.json"),
+        "batch_size": 30,
+    }
     options |= {"micro_batch_size": 15, "output_dir": str(tmp_path / "out")} | change
     with pytest.raises(UserError, match=message):
         train.train(**options)
@@ -231,25 +290,46 @@ def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, cha
 
 
 def test_a_pad_token_outside_the_embeddings_is_left_out(tiny_base, tmp_path):
-    """The tokenizer has a `<pad>` for which the checkpoint was never resized: EOS pads in its place."""
+    """The tokenizer has a `<pad>` for which the checkpoint was never resized: EOS pads in its
+    place.
+    """
     shutil.copytree(tiny_base, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(tmp_path / "base")
     values = {"base_model": str(tmp_path / "base"), "cutoff_len": 256, "trust_remote_code": False}
-    values |= {"attn_implementation": None, "load_in_8bit": False, "load_in_4bit": False, "packing": False}
+    values |= {
+        "attn_implementation": None,
+        "load_in_8bit": False,
+        "load_in_4bit": False,
+        "packing": False,
+    }
     model, own = train.load_model(values)
-    assert own.pad_token == own.eos_token and own.pad_token_id < model.get_input_embeddings().num_embeddings
+    assert (
+        own.pad_token == own.eos_token
+        and own.pad_token_id < model.get_input_embeddings().num_embeddings
+    )
 
 
 def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypatch):
     """Two rows, and the paper's warm-up of 10 steps: one step at rate 0."""
-    monkeypatch.setitem(sys.modules, "train", train)  # a checkpoint holds the arguments, pickled by that name
-    rows = [{"instruction": "Name a colour.", "output": "Blue."}, {"instruction": "Say hello.", "output": "Hello!"}]
+    # a checkpoint holds the arguments, pickled by that name
+    monkeypatch.setitem(sys.modules, "train", train)
+    rows = [
+        {"instruction": "Name a colour.", "output": "Blue."},
+        {"instruction": "Say hello.", "output": "Hello!"},
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    options = {"base_model": str(tiny_base), "data_path": str(tmp_path / "rows.json"), "num_epochs": 1}
+    options = {
+        "base_model": str(tiny_base),
+        "data_path": str(tmp_path / "rows.json"),
+        "num_epochs": 1,
+    }
     train.train(**options, output_dir=str(tmp_path / "out"), batch_size=2, micro_batch_size=2)
-    assert "The warm-up takes 10 steps and the run has 1: the learning rate never reaches 0.0003" in caplog.text
+    assert (
+        "The warm-up takes 10 steps and the run has 1: the learning rate never reaches 0.0003"
+        in caplog.text
+    )
     assert "The adapters are still zero after 1 steps: nothing was learned" in caplog.text
 
 
@@ -257,7 +337,9 @@ def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypat
 def test_a_diverged_run_saves_no_adapter(tiny_base, tmp_path):
     done = launch(*command(tiny_base, tmp_path / "out", "--learning_rate", 1e30), check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1 and "diverged" in errors[0], done.stderr[-2000:]
+    assert done.returncode == 2 and len(errors) == 1 and "diverged" in errors[0], done.stderr[
+        -2000:
+    ]
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
@@ -267,43 +349,76 @@ def test_a_diverged_run_saves_no_adapter(tiny_base, tmp_path):
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
-    instructions = ["Say it.", "Why do people tell lies? " * 6, "Paris!", "Say it.", "What is in the box? " * 3]
+    instructions = [
+        "Say it.",
+        "Why do people tell lies? " * 6,
+        "Paris!",
+        "Say it.",
+        "What is in the box? " * 3,
+    ]
     inputs = [None, "a, b", "", None, "c"]
     (folder / "one.json").write_text(json.dumps({"instructions": instructions, "inputs": inputs}))
     (folder / "two.json").write_text(json.dumps({"instructions": instructions[::-1], "inputs": []}))
     return folder
 
 
-def generate(questions: Path, output: Path, *more, check: bool = True) -> subprocess.CompletedProcess:
-    argv = ["generate_answers.py", "--input_path", questions, "--output_path", output, "--max_new_tokens", 12, *more]
+def generate(
+    questions: Path, output: Path, *more, check: bool = True
+) -> subprocess.CompletedProcess:
+    argv = [
+        "generate_answers.py",
+        "--input_path",
+        questions,
+        "--output_path",
+        output,
+        "--max_new_tokens",
+        12,
+        *more,
+    ]
     return launch(*argv, check=check)
 
 
 def one_by_one(base: Path, adapter: Path, questions: Path, name: str, **options) -> list[str]:
     """The original's loop: one prompt at a time, the adapter not merged."""
-    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(base),
+        AutoPeftModelForCausalLM.from_pretrained(adapter).eval(),
+    )
     content, out = read(questions / f"{name}.json"), []
     for row in answers.rows(content["instructions"], content["inputs"]):
         (ids,) = prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, [row])
         options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | options
         with torch.inference_mode():
-            made = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)
+            made = model.generate(
+                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options
+            )
         out.append(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip())
     return out
 
 
 @slow
 @pytest.mark.parametrize("beams", [1, 4])
-def test_answers_equal_those_of_one_prompt_at_a_time(trained, tiny_base, questions, tmp_path, beams):
-    generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", beams, "--batch_size", 3)
+def test_answers_equal_those_of_one_prompt_at_a_time(
+    trained, tiny_base, questions, tmp_path, beams
+):
+    generate(
+        questions, tmp_path, "--lora_weights", trained, "--num_beams", beams, "--batch_size", 3
+    )
     (folder,) = {path.parent for path in tmp_path.rglob("one.json")}
     for name in ("one", "two"):
         content = read(folder / f"{name}.json")
-        assert content["outputs"] == one_by_one(tiny_base, trained, questions, name, num_beams=beams)
+        assert content["outputs"] == one_by_one(
+            tiny_base, trained, questions, name, num_beams=beams
+        )
         assert content["instructions"] == read(questions / f"{name}.json")["instructions"]
-    assert content["inputs"] == [None] * 5 and content["parameters"]["decoding"]["num_beams"] == beams
+    assert (
+        content["inputs"] == [None] * 5 and content["parameters"]["decoding"]["num_beams"] == beams
+    )
     assert not list(folder.glob("*.partial.jsonl"))
-    assert "already" in generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", beams).stderr
+    assert (
+        "already"
+        in generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", beams).stderr
+    )
     other = generate(questions, tmp_path, "--lora_weights", trained, "--num_beams", 2, check=False)
     assert other.returncode == 2 and "--overwrite" in other.stderr
 
@@ -313,10 +428,19 @@ def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path
     many = {"instructions": [f"{i}. Say it." for i in range(400)], "inputs": []}
     (tmp_path / "many").mkdir()
     (tmp_path / "many/many.json").write_text(json.dumps(many))
-    argv = ["generate_answers.py", "--input_path", tmp_path / "many", "--output_path", tmp_path / "out"]
+    argv = [
+        "generate_answers.py",
+        "--input_path",
+        tmp_path / "many",
+        "--output_path",
+        tmp_path / "out",
+    ]
     argv += ["--lora_weights", trained, "--num_beams", 1, "--max_new_tokens", 12, "--batch_size", 4]
     process = scripts.start([sys.executable, *argv], cwd=RECIPE)
-    while not (partial := list((tmp_path / "out").rglob("*.partial.jsonl"))) or len(partial[0].read_bytes()) < 3000:
+    while (
+        not (partial := list((tmp_path / "out").rglob("*.partial.jsonl")))
+        or len(partial[0].read_bytes()) < 3000
+    ):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
@@ -360,7 +484,9 @@ def test_a_prompt_that_fails_is_an_error_of_its_item(questions, tiny_base, tmp_p
     before = two.read_bytes()
     for name in ("summarize", "cloze"):
         (one.parent / f"test_{name}.json").write_bytes(one.read_bytes())
-    with pytest.raises(UserError, match=r"1 items have no output \(item 2, …\); run generate_answers"):
+    with pytest.raises(
+        UserError, match=r"1 items have no output \(item 2, …\); run generate_answers"
+    ):
         module("cross_task_defense", "evaluate").read_answers(one.parent)
 
     server.rule = lambda body: completion("Now.")
@@ -372,7 +498,9 @@ def test_a_prompt_that_fails_is_an_error_of_its_item(questions, tiny_base, tmp_p
     assert not list(tmp_path.rglob("*.partial.jsonl"))
 
 
-def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(tiny_base, tmp_path, caplog):
+def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(
+    tiny_base, tmp_path, caplog
+):
     asked = {"instructions": ["Say it.", "Why? " * 3000, "Paris!"], "inputs": []}
     (tmp_path / "long.json").write_text(json.dumps(asked))
     options = {"base_model": str(tiny_base), "input_path": str(tmp_path / "long.json")}
@@ -480,7 +608,9 @@ def test_another_adapter_config_is_another_adapter(trained, ask, tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_a_run_killed_at_any_byte_gives_what_one_gives_that_was_left_alone(ask, interrupted, share, temperature):
+def test_a_run_killed_at_any_byte_gives_what_one_gives_that_was_left_alone(
+    ask, interrupted, share, temperature
+):
     """Drawn answers, too: each batch has a seed of its own and is drawn as a whole."""
     options = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     whole = ask("whole", **options)
@@ -502,7 +632,12 @@ def test_every_flag_is_used(trained, questions, tmp_path):
     """The original drops five of them."""
     base = ["--lora_weights", trained, "--num_beams", 1]
     hot = ["--temperature", 2]
-    runs = {"greedy": [], "sampled": hot, "seeded": [*hot, "--seed", 7], "one": [*hot, "--top_k", 1]}
+    runs = {
+        "greedy": [],
+        "sampled": hot,
+        "seeded": [*hot, "--seed", 7],
+        "one": [*hot, "--top_k", 1],
+    }
     runs["narrow"] = [*hot, "--top_p", 0.1]
     runs |= {"short": ["--max_new_tokens", 3], "llama2": ["--prompt_template_path", "llama2"]}
     found = {}
@@ -512,7 +647,9 @@ def test_every_flag_is_used(trained, questions, tmp_path):
         found[name] = read(path)["outputs"]
     assert found["one"] == found["greedy"]  # the best token alone is left to draw from
     assert len({json.dumps(outputs) for outputs in found.values()}) == len(found) - 1
-    assert all(long.startswith(short) for long, short in zip(found["greedy"], found["short"], strict=True))
+    assert all(
+        long.startswith(short) for long, short in zip(found["greedy"], found["short"], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -521,7 +658,10 @@ def test_every_flag_is_used(trained, questions, tmp_path):
         ({"engine": "tpu"}, "--engine tpu"),
         ({"num_beams": 0}, "--num_beams"),
         ({"lora_weights": "no/adapter"}, "no/adapter"),
-        ({"engine": "server", "lora_weights": "no/adapter", "num_beams": 1}, "--server_model must say"),
+        (
+            {"engine": "server", "lora_weights": "no/adapter", "num_beams": 1},
+            "--server_model must say",
+        ),
         ({"base_model": "no/model"}, "no/model"),
         ({"base_model": None}, "--base_model: is needed"),
         ({"max_new_tokens": 100_000}, "the model has room for"),
@@ -530,7 +670,11 @@ def test_every_flag_is_used(trained, questions, tmp_path):
     ],
 )
 def test_a_mistake_in_generation_is_named(tiny_base, questions, tmp_path, change, message):
-    options = {"base_model": str(tiny_base), "input_path": str(questions), "output_path": str(tmp_path / "out")}
+    options = {
+        "base_model": str(tiny_base),
+        "input_path": str(questions),
+        "output_path": str(tmp_path / "out"),
+    }
     with pytest.raises(UserError, match=message):
         answers.generate_answers(**options | change)
     assert not list((tmp_path / "out").rglob("*.json"))

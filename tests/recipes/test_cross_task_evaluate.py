@@ -11,29 +11,62 @@ from scripts import module
 from common.conversation import UserError, pair
 from guards import load_guard
 
-evaluate, prompts = module("cross_task_defense", "evaluate"), module("cross_task_defense", "prompts")
-NO, YES = "I'm sorry, but I can't help with this text.", "The letter tells of a garden in spring and of its owner."
+evaluate, prompts = (
+    module("cross_task_defense", "evaluate"),
+    module("cross_task_defense", "prompts"),
+)
+NO, YES = (
+    "I'm sorry, but I can't help with this text.",
+    "The letter tells of a garden in spring and of its owner.",
+)
 
 
-def write(folder: Path, refused: dict[tuple[str, str], int], train: str | None = None, count: int = 10) -> Path:
-    """Answers of a model that refuses the first so many of `count` documents of each (task, ending)."""
+def write(
+    folder: Path, refused: dict[tuple[str, str], int], train: str | None = None, count: int = 10
+) -> Path:
+    """Answers of a model that refuses the first so many of `count` documents of each (task,
+    ending).
+    """
     parameters = {"model": "m", "lora_weights": None}
     if train:
-        parameters |= {"lora_weights": "a", "trained_on": f"saferpaca_Instructions_100_{train}_stripped"}
+        parameters |= {
+            "lora_weights": "a",
+            "trained_on": f"saferpaca_Instructions_100_{train}_stripped",
+        }
     folder.mkdir(parents=True)
     for (task, ending), n in refused.items():
-        instructions = [prompts.task_instruction(task, f"Document {i}, of a garden.") for i in range(count)]
+        instructions = [
+            prompts.task_instruction(task, f"Document {i}, of a garden.") for i in range(count)
+        ]
         outputs = [NO] * n + [YES] * (count - n)
-        content = {"parameters": parameters, "inputs": [None] * count, "instructions": instructions, "outputs": outputs}
+        content = {
+            "parameters": parameters,
+            "inputs": [None] * count,
+            "instructions": instructions,
+            "outputs": outputs,
+        }
         (folder / f"test_{task}{ending}.json").write_text(json.dumps(content))
     return folder
 
 
 @pytest.fixture
 def folders(tmp_path) -> list[str]:
-    before = {("summarize", ""): 1, ("cloze", ""): 0, ("summarize", "_useful"): 0, ("summarize", "_cnn"): 0}
-    after = {("summarize", ""): 9, ("cloze", ""): 6, ("summarize", "_useful"): 3, ("summarize", "_cnn"): 1}
-    return [str(write(tmp_path / "before", before)), str(write(tmp_path / "after", after, "60_summarize"))]
+    before = {
+        ("summarize", ""): 1,
+        ("cloze", ""): 0,
+        ("summarize", "_useful"): 0,
+        ("summarize", "_cnn"): 0,
+    }
+    after = {
+        ("summarize", ""): 9,
+        ("cloze", ""): 6,
+        ("summarize", "_useful"): 3,
+        ("summarize", "_cnn"): 1,
+    }
+    return [
+        str(write(tmp_path / "before", before)),
+        str(write(tmp_path / "after", after, "60_summarize")),
+    ]
 
 
 def test_rates_transfer_and_paired_tests(folders, tmp_path):
@@ -43,13 +76,28 @@ def test_rates_transfer_and_paired_tests(folders, tmp_path):
     assert cells["after", "summarize", "malicious"]["rate"] == 0.9
     low, high = binomtest(9, 10).proportion_ci(method="wilson")
     assert cells["after", "summarize", "malicious"]["interval"] == pytest.approx([low, high])
-    shown = {"block_rate": 0.75, "transfer": 0.6, "false_refusals_useful": 0.3, "false_refusals_plain": 0.1}
-    assert results["summary"]["after"] == pytest.approx(shown | {"harmless_processed": 0.8, "degenerate": 0.0})
-    assert results["models"]["after"]["n_defence"] == 60 and results["summary"]["before"]["transfer"] is None
+    shown = {
+        "block_rate": 0.75,
+        "transfer": 0.6,
+        "false_refusals_useful": 0.3,
+        "false_refusals_plain": 0.1,
+    }
+    assert results["summary"]["after"] == pytest.approx(
+        shown | {"harmless_processed": 0.8, "degenerate": 0.0}
+    )
+    assert (
+        results["models"]["after"]["n_defence"] == 60
+        and results["summary"]["before"]["transfer"] is None
+    )
     tests = {(test["task"], test["kind"]): test for test in results["paired"]}
     assert tests["summarize", "malicious"]["p"] == pytest.approx(2 * 0.5**8) and len(tests) == 4
-    assert tests["cloze", "malicious"]["only_this_refuses"] == 6 and tests["cloze", "malicious"]["items"] == 10
-    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert (
+        tests["cloze", "malicious"]["only_this_refuses"] == 6
+        and tests["cloze", "malicious"]["items"] == 10
+    )
+    rows = [
+        json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 80 and sum(row["refused"] for row in rows) == 20
     for name in ("cross-task.png", "trade-off.png"):
         assert min(Image.open(tmp_path / "out" / name).size) > 200
@@ -63,24 +111,40 @@ def test_what_processed_answers_are_like(tmp_path):
     folder = write(tmp_path / "m", {("translate", ""): 0, ("case", ""): 0}, count=4)
     for task, outputs in {
         "translate": ["这封信讲的是春天的花园。", "这封信讲的是春天的花园。", YES, ""],
-        "case": ["Document 0, of a garden.", "document 1, OF a garden.", "Something else was said here.", NO],
+        "case": [
+            "Document 0, of a garden.",
+            "document 1, OF a garden.",
+            "Something else was said here.",
+            NO,
+        ],
     }.items():
         path = folder / f"test_{task}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"outputs": outputs}))
     evaluate.evaluate(answers=[str(folder)], output_dir=str(tmp_path / "out"))
     cells = {c["task"]: c for c in json.loads((tmp_path / "out/results.json").read_text())["cells"]}
-    assert cells["translate"]["chinese"] == pytest.approx(2 / 3) and cells["translate"]["degenerate"] == 0.25
-    assert cells["case"]["copied"] == pytest.approx(2 / 3, abs=0.08) and cells["case"]["refused"] == 1
+    assert (
+        cells["translate"]["chinese"] == pytest.approx(2 / 3)
+        and cells["translate"]["degenerate"] == 0.25
+    )
+    assert (
+        cells["case"]["copied"] == pytest.approx(2 / 3, abs=0.08) and cells["case"]["refused"] == 1
+    )
 
 
 def test_a_guard_judges_the_answers_too(folders, tiny_classifier, tmp_path):
     guard = tiny_classifier(tmp_path / "guard")
     evaluate.evaluate(answers=folders[1:], output_dir=str(tmp_path / "out"), guard=str(guard))
-    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    ]
     cells = json.loads((tmp_path / "out/results.json").read_text())["cells"]
     judged = load_guard(str(guard)).judge([pair(row["instruction"], row["output"]) for row in rows])
-    assert [row["guard_unsafe"] for row in rows] == pytest.approx([v.response_unsafe for v in judged], abs=1e-5)
-    assert cells[0]["guard_unsafe"] == pytest.approx(sum(row["guard_unsafe"] for row in rows[:10]) / 10)
+    assert [row["guard_unsafe"] for row in rows] == pytest.approx(
+        [v.response_unsafe for v in judged], abs=1e-5
+    )
+    assert cells[0]["guard_unsafe"] == pytest.approx(
+        sum(row["guard_unsafe"] for row in rows[:10]) / 10
+    )
 
 
 def test_the_papers_scorer_counts_otherwise(tmp_path):
@@ -91,7 +155,9 @@ def test_the_papers_scorer_counts_otherwise(tmp_path):
     rates = {}
     for scorer in ("detector", "substring"):
         evaluate.evaluate(answers=[str(folder)], output_dir=str(tmp_path / scorer), scorer=scorer)
-        rates[scorer] = json.loads((tmp_path / scorer / "results.json").read_text())["cells"][0]["rate"]
+        rates[scorer] = json.loads((tmp_path / scorer / "results.json").read_text())["cells"][0][
+            "rate"
+        ]
     assert rates == {"detector": 0.0, "substring": 0.5}
 
 
@@ -114,7 +180,9 @@ def test_a_mistake_is_named(folders, tmp_path, change, message):
 def test_answers_of_two_models_in_one_folder_are_not_mixed(folders, tmp_path):
     path = Path(folders[1]) / "test_cloze.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"parameters": content["parameters"] | {"adapter_sha256": "other"}}))
+    path.write_text(
+        json.dumps(content | {"parameters": content["parameters"] | {"adapter_sha256": "other"}})
+    )
     with pytest.raises(UserError, match=r"answers of another model .*adapter_sha256"):
         evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
 

@@ -35,7 +35,9 @@ def test_the_prompt_is_the_papers_character_for_character(tokenizer, turns):
     stock.chat_template = rows_.chat_template()
     assert stock.apply_chat_template(messages, tokenize=False) == wanted
     ids = stock.apply_chat_template(messages, return_dict=True)["input_ids"]
-    assert encode(tokenizer, [rows_.prompt_parts(messages, tokenizer)], add_special_tokens=False) == [ids]
+    assert encode(
+        tokenizer, [rows_.prompt_parts(messages, tokenizer)], add_special_tokens=False
+    ) == [ids]
 
 
 @pytest.mark.parametrize("last", [pair(" second "), pair(" second ", "\nreply")])
@@ -47,7 +49,11 @@ def test_every_turn_is_printed_as_by_the_papers_template(tokenizer, last):
     alone = golden(*(message["content"].strip() for message in last))
     wanted = alone.replace("User: second", "User: first\n\nAgent: answer\n\nUser: second")
     assert stock.apply_chat_template(turns, tokenize=False) == wanted == text_of(turns, tokenizer)
-    greeted = [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Hello."}, *turns]
+    greeted = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "assistant", "content": "Hello."},
+        *turns,
+    ]
     assert text_of(greeted, tokenizer) == wanted
     with pytest.raises(UserError, match="no such turn"):
         text_of(pair(None, "answer"), tokenizer)
@@ -57,7 +63,11 @@ def test_the_chat_template_refuses_what_it_was_not_made_for(tokenizer):
     stock = prompt_tokenizer()
     stock.chat_template = rows_.chat_template()
     turns = [*pair("first", "answer"), *pair("second")]
-    for wrong in (turns[1:], [{"role": "system", "content": "Be kind."}, *turns], [turns[0], turns[0]]):
+    for wrong in (
+        turns[1:],
+        [{"role": "system", "content": "Be kind."}, *turns],
+        [turns[0], turns[0]],
+    ):
         with pytest.raises(Exception, match="alternate"):
             stock.apply_chat_template(wrong, tokenize=False)
 
@@ -84,7 +94,9 @@ def test_content_never_becomes_a_control_token(tokenizer):
 def test_the_loss_is_on_the_verdict_lines_and_eos(tokenizer, labels, text):
     row = {"id": "r", "messages": pair("a", None if labels[1] is None else "b")}
     row |= dict(zip(("prompt_unsafe", "response_unsafe"), labels, strict=True))
-    ((ids, marked),) = (tuple(r.values()) for r in rows_.Encoder(tokenizer, 400).training_set([row])[0])
+    ((ids, marked),) = (
+        tuple(r.values()) for r in rows_.Encoder(tokenizer, 400).training_set([row])[0]
+    )
     learned = [label for label in marked if label != -100]
     assert tokenizer.decode(learned) == text + "<|endoftext|>" and ids[-len(learned) :] == learned
     assert tokenizer.decode(ids[: -len(learned)]) == golden(
@@ -94,7 +106,9 @@ def test_the_loss_is_on_the_verdict_lines_and_eos(tokenizer, labels, text):
 
 @pytest.mark.parametrize("family", ["bpe", "unigram"])
 def test_other_tokenizers_read_the_verdict_after_the_same_prompt(make_tokenizer, family):
-    """One without <|im_start|> keeps it as text; words of several tokens are told apart at the first that differs."""
+    """One without <|im_start|> keeps it as text; words of several tokens are told apart at the
+    first that differs.
+    """
     other = make_tokenizer(family)
     encoder = rows_.Encoder(other, 4096)
     safe, unsafe = encoder.words
@@ -115,15 +129,23 @@ def test_a_tokenizer_without_eos_is_refused(make_tokenizer):
 
 @pytest.mark.parametrize(("prompt", "response"), [(50, 900), (900, 50), (900, 900), (900, None)])
 def test_long_content_loses_its_end_and_nothing_else_is_lost(tokenizer, prompt, response):
-    """The response first, down to a quarter of the room; the question's end, the instruction and the verdict stay."""
+    """The response first, down to a quarter of the room; the question's end, the instruction and
+    the verdict stay.
+    """
     words = ["policy " * n for n in (prompt, response or 0)]
-    row = {"id": "r", "messages": pair(words[0], words[1] if response else None), "prompt_unsafe": True}
+    row = {
+        "id": "r",
+        "messages": pair(words[0], words[1] if response else None),
+        "prompt_unsafe": True,
+    }
     row["response_unsafe"] = True if response else None
     limit = 500
     encoded, facts = rows_.Encoder(tokenizer, limit).training_set([row])
     ((ids, labels),) = (tuple(r.values()) for r in encoded)
     text = tokenizer.decode(ids)
-    kept = [text.count("policy", text.index(start)) for start in ("User: ", "Agent: ") if start in text]
+    kept = [
+        text.count("policy", text.index(start)) for start in ("User: ", "Agent: ") if start in text
+    ]
     kept = [kept[0] - sum(kept[1:]), *kept[1:]]
     target = rows_.target_text(True, row["response_unsafe"]) + "<|endoftext|>"
     assert limit - 8 <= len(ids) <= limit
@@ -143,7 +165,10 @@ def test_long_content_loses_its_end_and_nothing_else_is_lost(tokenizer, prompt, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"response_label": None}, "line 3, field response_label: empty, although the row has a response"),
+        (
+            {"response_label": None},
+            "line 3, field response_label: empty, although the row has a response",
+        ),
         ({"response": " "}, "line 3, field response: empty, although the row has a response_label"),
         ({"prompt_label": ""}, "line 3, field prompt_label: missing"),
         ({"prompt_label": "bad"}, "line 3, field prompt_label: unknown label 'bad'"),
@@ -178,7 +203,10 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 
 
 def test_the_gated_hub_set_names_its_page(tmp_path):
-    with pytest.raises(UserError, match=r"accept the terms on https://huggingface\.co/datasets/6rightjade/expguardmix"):
+    with pytest.raises(
+        UserError,
+        match=r"accept the terms on https://huggingface\.co/datasets/6rightjade/expguardmix",
+    ):
         rows_.read_rows("expguardmix", str(tmp_path))
 
 
@@ -189,21 +217,27 @@ def test_the_folder_layouts_of_the_paper(tmp_path):
     write_rows(folder / "wildchat.jsonl", two)
     write_rows(folder / "lmsys.jsonl", three)
     read_again = rows_.read_rows("6rightjade/expguardmix", str(tmp_path))
-    assert [row["id"].partition(",")[0] for row in read_again[::4]] == ["lmsys.jsonl"] * 2 + ["wildchat.jsonl"] * 2 + [
-        "train.jsonl"
-    ]
+    assert [row["id"].partition(",")[0] for row in read_again[::4]] == ["lmsys.jsonl"] * 2 + [
+        "wildchat.jsonl"
+    ] * 2 + ["train.jsonl"]
     assert rows_.read_rows(str(folder), "nowhere") == read_again
 
 
 def test_a_prompt_alone_in_the_older_layout(tmp_path):
-    """An empty response without a label is none, for training and for evaluation; with a label it is a mistake."""
+    """An empty response without a label is none, for training and for evaluation; with a label it
+    is a mistake.
+    """
     alone = {"prompt": "May I?", "response": "", "prompt_label": "safe", "response_label": ""}
-    path = write_rows(tmp_path / "rows.jsonl", [alone, alone | {"response": " ", "response_label": None}])
+    path = write_rows(
+        tmp_path / "rows.jsonl", [alone, alone | {"response": " ", "response_label": None}]
+    )
     for rows in (rows_.read_rows(str(path), ""), rows_.evaluation_rows(str(path))):
         assert [row["messages"] for row in rows] == [pair("May I?")] * 2
     for label in ({"response_label": "safe"}, {"response_label": 0}, {"refusal_label": False}):
         path = write_rows(tmp_path / "rows.jsonl", [alone, alone | label])
-        with pytest.raises(UserError, match="line 2, field response: empty text; fill it in or drop the row"):
+        with pytest.raises(
+            UserError, match="line 2, field response: empty text; fill it in or drop the row"
+        ):
             rows_.evaluation_rows(str(path))
         assert len(rows_.evaluation_rows(str(path), "skip")) == 1
 
@@ -211,13 +245,25 @@ def test_a_prompt_alone_in_the_older_layout(tmp_path):
 def test_counts_duplicates_and_conflicts(tmp_path):
     rows = authored(8)
     facts = rows_.describe(rows_.read_rows(str(write_rows(tmp_path / "a.jsonl", rows)), ""))
-    assert (facts["rows"], facts["prompt_unsafe"], facts["with_response"], facts["duplicates"]) == (8, 4, 4, 0)
+    assert (facts["rows"], facts["prompt_unsafe"], facts["with_response"], facts["duplicates"]) == (
+        8,
+        4,
+        4,
+        0,
+    )
     again = rows_.describe(
         rows_.read_rows(
-            str(write_rows(tmp_path / "a.jsonl", [*rows, rows[0], rows[1] | {"prompt_label": "unsafe"}])), ""
+            str(
+                write_rows(
+                    tmp_path / "a.jsonl", [*rows, rows[0], rows[1] | {"prompt_label": "unsafe"}]
+                )
+            ),
+            "",
         )
     )
-    assert (again["duplicates"], again["conflicting"]) == (2, 1) and again["sha256"] != facts["sha256"]
+    assert (again["duplicates"], again["conflicting"]) == (2, 1) and again["sha256"] != facts[
+        "sha256"
+    ]
     assert again["domains"] == {"finance": 4, "healthcare": 4, "law": 2}
 
 
@@ -233,13 +279,20 @@ def test_the_split_is_stratified_and_shares_no_prompt(tmp_path, ratio):
         share = [Counter(row[name] for row in side) for side in (rows, held_out)]
         for value in share[0]:
             assert abs(share[0][value] / len(rows) - share[1][value] / len(held_out)) < 0.1
-    assert rows_.stratified_split(rows, ratio, seed=1)[1] == held_out != rows_.stratified_split(rows, ratio, seed=2)[1]
+    assert (
+        rows_.stratified_split(rows, ratio, seed=1)[1]
+        == held_out
+        != rows_.stratified_split(rows, ratio, seed=2)[1]
+    )
 
 
 def test_a_small_split_holds_every_kind(tmp_path):
     rows = rows_.read_rows(str(write_rows(tmp_path / "a.jsonl", authored(48))), "")
     for seed in range(5):
-        kinds = {(r["prompt_unsafe"], r["response_unsafe"]) for r in rows_.stratified_split(rows, 0.25, seed)[1]}
+        kinds = {
+            (r["prompt_unsafe"], r["response_unsafe"])
+            for r in rows_.stratified_split(rows, 0.25, seed)[1]
+        }
         assert len(kinds) == 6
 
 

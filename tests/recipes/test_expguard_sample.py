@@ -1,4 +1,6 @@
-"""The rules that the sample in ExpGuard's columns keeps, so that no keyword, opening or length gives a label away."""
+"""The rules that the sample in ExpGuard's columns keeps, so that no keyword, opening or length
+gives a label away.
+"""
 
 import json
 import re
@@ -14,7 +16,10 @@ from sklearn.pipeline import make_pipeline
 
 FOLDER = Path(__file__).resolve().parents[2] / "data/sample/expguard"
 SPLITS = {
-    name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    name: [
+        json.loads(line)
+        for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for name in ("train", "validation", "test")
 }
 ROWS = [row for rows in SPLITS.values() for row in rows]
@@ -37,9 +42,35 @@ CATEGORIES = {
     "Hate Speech & Discrimination",
 }
 TERMS = {
-    "finance": ["escrow", "short selling", "shell company", "KYC", "audit", "credit score", "invoice", "wire transfer"],
-    "healthcare": ["insulin", "opioid", "prescription", "informed consent", "medical record", "vaccine", "placebo"],
-    "law": ["subpoena", "perjury", "power of attorney", "privilege", "settlement", "affidavit", "deposition", "notary"],
+    "finance": [
+        "escrow",
+        "short selling",
+        "shell company",
+        "KYC",
+        "audit",
+        "credit score",
+        "invoice",
+        "wire transfer",
+    ],
+    "healthcare": [
+        "insulin",
+        "opioid",
+        "prescription",
+        "informed consent",
+        "medical record",
+        "vaccine",
+        "placebo",
+    ],
+    "law": [
+        "subpoena",
+        "perjury",
+        "power of attorney",
+        "privilege",
+        "settlement",
+        "affidavit",
+        "deposition",
+        "notary",
+    ],
 }
 pytestmark = pytest.mark.sample_data
 split = pytest.mark.parametrize("split", SPLITS)
@@ -65,7 +96,9 @@ def test_size():
 def test_columns_and_values(split):
     for row in SPLITS[split]:
         assert list(row) == COLUMNS
-        assert row["prompt_label"] in LABELS and row["domain"] in DOMAINS and row["scenario"].strip()
+        assert (
+            row["prompt_label"] in LABELS and row["domain"] in DOMAINS and row["scenario"].strip()
+        )
         assert row["prompt"] == row["prompt"].strip() and 8 <= len(row["prompt"].split()) <= 35
 
 
@@ -93,9 +126,13 @@ def test_every_category_is_there_to_train_on(field):
 
 @split
 def test_every_domain_has_each_label_with_and_without_a_response(split):
-    cells = Counter((row["domain"], row["prompt_label"], row["response"] is None) for row in SPLITS[split])
+    cells = Counter(
+        (row["domain"], row["prompt_label"], row["response"] is None) for row in SPLITS[split]
+    )
     assert len(cells) == 12 and min(cells.values()) >= 3
-    answers = Counter((row["domain"], row["response_label"]) for row in SPLITS[split] if row["response"])
+    answers = Counter(
+        (row["domain"], row["response_label"]) for row in SPLITS[split] if row["response"]
+    )
     assert len(answers) == 6
 
 
@@ -106,7 +143,9 @@ def test_labels_are_about_balanced(split, field):
     assert 0.4 <= sum(labels) / len(labels) <= 0.6
 
 
-@pytest.mark.parametrize("pair", [("safe", "safe"), ("safe", "unsafe"), ("unsafe", "safe"), ("unsafe", "unsafe")])
+@pytest.mark.parametrize(
+    "pair", [("safe", "safe"), ("safe", "unsafe"), ("unsafe", "safe"), ("unsafe", "unsafe")]
+)
 @split
 def test_prompt_label_does_not_settle_the_response_label(split, pair):
     assert any((row["prompt_label"], row["response_label"]) == pair for row in SPLITS[split])
@@ -123,13 +162,21 @@ def test_no_scenario_and_no_near_duplicate_across_splits(one, other):
     scenarios = [{row["scenario"] for row in SPLITS[name]} for name in (one, other)]
     assert not scenarios[0] & scenarios[1]
     prompts = [[row["prompt"] for row in SPLITS[name]] for name in (one, other)]
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit(prompts[0] + prompts[1])
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5)).fit(
+        prompts[0] + prompts[1]
+    )
     assert (vectorizer.transform(prompts[0]) @ vectorizer.transform(prompts[1]).T).max() < 0.5
 
 
-@pytest.mark.parametrize("domain, term", [(domain, term) for domain, terms in TERMS.items() for term in terms])
+@pytest.mark.parametrize(
+    "domain, term", [(domain, term) for domain, terms in TERMS.items() for term in terms]
+)
 def test_a_domain_term_stands_in_safe_and_unsafe_prompts(domain, term):
-    rows = [row for row in ROWS if row["domain"] == domain and re.search(rf"\b{term}", row["prompt"], re.IGNORECASE)]
+    rows = [
+        row
+        for row in ROWS
+        if row["domain"] == domain and re.search(rf"\b{term}", row["prompt"], re.IGNORECASE)
+    ]
     assert {row["prompt_label"] for row in rows} == LABELS
 
 
@@ -140,7 +187,9 @@ def test_a_bag_of_words_does_not_settle_it(field, limit):
         ([row[field] for row in rows], [row[f"{field}_label"] == "unsafe" for row in rows])
         for rows in ([row for row in SPLITS[name] if row[field]] for name in ("train", "test"))
     )
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000)).fit(train, labels)
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000)
+    ).fit(train, labels)
     assert roc_auc_score(truth, model.predict_proba(test)[:, 1]) < limit
 
 
@@ -161,8 +210,13 @@ def test_punctuation_of_prompts_is_alike(mark):
 
 
 def test_openings_of_prompts_are_shared():
-    """Of each label's prompts, most begin with a word that prompts of the other label begin with too."""
-    first = {label: [row["prompt"].split()[0] for row in ROWS if row["prompt_label"] == label] for label in LABELS}
+    """Of each label's prompts, most begin with a word that prompts of the other label begin with
+    too.
+    """
+    first = {
+        label: [row["prompt"].split()[0] for row in ROWS if row["prompt_label"] == label]
+        for label in LABELS
+    }
     for one, other in (("safe", "unsafe"), ("unsafe", "safe")):
         assert sum(word in first[other] for word in first[one]) / len(first[one]) > 0.75
 
@@ -170,6 +224,8 @@ def test_openings_of_prompts_are_shared():
 @pytest.mark.parametrize("label", sorted(LABELS))
 def test_responses_begin_variously(label):
     first = Counter(
-        " ".join(row["response"].lower().split()[:3]) for row in ROWS if row["response_label"] == label
+        " ".join(row["response"].lower().split()[:3])
+        for row in ROWS
+        if row["response_label"] == label
     ).most_common(1)
     assert first[0][1] <= 4

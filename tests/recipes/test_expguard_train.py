@@ -11,7 +11,13 @@ from datasets import Dataset
 from expguard_rows import authored, golden, prompt_tokenizer, write_rows
 from safetensors.torch import load_file
 from scripts import EXAMPLES, TORCHRUN, launch, module
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from common import prefix
@@ -21,7 +27,9 @@ from common.templates import encode, template_text
 from guards import load_guard
 
 RECIPE = EXAMPLES / "expguard"
-arguments, rows_, model_, train = (module("expguard", name) for name in ("arguments", "rows", "model", "train"))
+arguments, rows_, model_, train = (
+    module("expguard", name) for name in ("arguments", "rows", "model", "train")
+)
 slow = pytest.mark.slow
 
 
@@ -38,7 +46,11 @@ def base(tokenizer, tmp_path_factory) -> Path:
 
 def tiny_base(folder: Path, tokenizer: FastTokenizer, hidden_size: int = 32) -> Path:
     torch.manual_seed(0)
-    shape = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_attention_heads": 4,
+    }
     shape |= {"num_hidden_layers": 2, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -54,12 +66,32 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(base, data, monkeypatch):
     """`run(output_dir, *flags)`: train.py in this process; its weights. Later flags win."""
-    monkeypatch.setitem(sys.modules, "arguments", arguments)  # a checkpoint holds the arguments, pickled by that name
+    # a checkpoint holds the arguments, pickled by that name
+    monkeypatch.setitem(sys.modules, "arguments", arguments)
 
     def of(output: Path, *flags) -> dict[str, torch.Tensor]:
-        words = ["train.py", "--model_name_or_path", base, "--dataset_name", data, "--output_dir", output]
-        words += ["--learning_rate", 3e-3, "--gradient_accumulation_steps", 1, "--max_seq_len", 400, "--epochs", 2]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, "--disable_tqdm", "true", *flags]])
+        words = [
+            "train.py",
+            "--model_name_or_path",
+            base,
+            "--dataset_name",
+            data,
+            "--output_dir",
+            output,
+        ]
+        words += [
+            "--learning_rate",
+            3e-3,
+            "--gradient_accumulation_steps",
+            1,
+            "--max_seq_len",
+            400,
+            "--epochs",
+            2,
+        ]
+        monkeypatch.setattr(
+            sys, "argv", [str(word) for word in [*words, "--disable_tqdm", "true", *flags]]
+        )
         train.main()
         return load_file(output / "model.safetensors")
 
@@ -113,9 +145,21 @@ def test_defaults_are_the_papers(monkeypatch):
     model, data, args = parsed(monkeypatch)
     assert (model.model_name_or_path, data.dataset_name) == ("Qwen/Qwen2.5-7B", ["expguardmix"])
     given = parsed(monkeypatch, "--config", RECIPE / "configs/paper.yaml", "--fsdp", "")[2]
-    for name in ("num_train_epochs", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed"):
+    for name in (
+        "num_train_epochs",
+        "learning_rate",
+        "lr_scheduler_type",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    ):
         assert getattr(args, name) == getattr(given, name), name
-    assert (args.max_length, args.warmup_steps, args.num_train_epochs, given.stop_after_epoch) == (4096, 0.03, 3, 2)
+    assert (args.max_length, args.warmup_steps, args.num_train_epochs, given.stop_after_epoch) == (
+        4096,
+        0.03,
+        3,
+        2,
+    )
     assert args.eval_strategy == "no" and not args.load_best_model_at_end
 
 
@@ -123,7 +167,10 @@ def test_defaults_are_the_papers(monkeypatch):
     ("flags", "message"),
     [
         (["--use_4bit_quantization"], "with --use_peft_lora"),
-        (["--use_4bit_quantization", "--use_8bit_quantization", "--use_peft_lora"], "give one of them"),
+        (
+            ["--use_4bit_quantization", "--use_8bit_quantization", "--use_peft_lora"],
+            "give one of them",
+        ),
         (["--do_train", "false"], "neither --do_train nor --do_eval"),
         (["--model_type", "qwen2.5-7b"], "is a llama"),
         (["--model_name_or_path", "/nowhere"], "--model_name_or_path /nowhere"),
@@ -150,7 +197,11 @@ def test_a_mistake_is_one_line(run, tmp_path, flags, message):
 def test_the_library_of_quantized_bases_is_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    model, _, args = arguments.ModelArguments(use_4bit_quantization=True, use_peft_lora=True), None, None
+    model, _, args = (
+        arguments.ModelArguments(use_4bit_quantization=True, use_peft_lora=True),
+        None,
+        None,
+    )
     with pytest.raises(UserError, match=r"quantization"):
         arguments.check(model, args)
 
@@ -165,9 +216,14 @@ class Batches:
         self.base, self.tokenizer, self.tmp_path = base, tokenizer, tmp_path
         self.encoded = rows_.Encoder(tokenizer, 400).training_set(rows)[0]
 
-    def __call__(self, rows: Dataset | None = None, collator=None, size: int = 8, **options) -> tuple[float, dict]:
+    def __call__(
+        self, rows: Dataset | None = None, collator=None, size: int = 8, **options
+    ) -> tuple[float, dict]:
         args = arguments.ExpGuardConfig(
-            output_dir=str(self.tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=1, **options
+            output_dir=str(self.tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=1,
+            **options,
         )
         args.max_length = 800 if args.packing else None
         model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
@@ -186,7 +242,9 @@ class Batches:
         return total, {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_packed_shared_and_padded_rows_have_one_loss_and_one_gradient(base, tokenizer, data, tmp_path):
+def test_packed_shared_and_padded_rows_have_one_loss_and_one_gradient(
+    base, tokenizer, data, tmp_path
+):
     rows = rows_.read_rows(str(data), "")[:10]
     batches = Batches(base, tokenizer, tmp_path, [*rows, rows[0]])  # a repeated row counts twice
     loss, gradients = batches(size=1)
@@ -196,7 +254,9 @@ def test_packed_shared_and_padded_rows_have_one_loss_and_one_gradient(base, toke
         count = (labels != -100).sum()
         (model(ids, labels=labels).loss * count).backward()
     whole = sum(label != -100 for row in batches.encoded["labels"] for label in row)
-    assert difference(gradients, {name: p.grad / whole for name, p in model.named_parameters()}) < 1e-5
+    assert (
+        difference(gradients, {name: p.grad / whole for name, p in model.named_parameters()}) < 1e-5
+    )
     ways = {
         "padded": {},
         "packed": {"packing": True},
@@ -226,8 +286,19 @@ FLAGS = ["--do_eval", "--val_split_ratio", 0.25]
 
 
 def test_training_learns_and_leaves_a_guard_that_stock_libraries_load(run, base, data, tmp_path):
-    """The saved folder: weights in float32, the prompt as chat template, and the verdicts that validation saw."""
-    run(tmp_path, *FLAGS, "--epochs", 8, "--learning_rate", 5e-3, "--share_prefix", "--disable_checkpointing")
+    """The saved folder: weights in float32, the prompt as chat template, and the verdicts that
+    validation saw.
+    """
+    run(
+        tmp_path,
+        *FLAGS,
+        "--epochs",
+        8,
+        "--learning_rate",
+        5e-3,
+        "--share_prefix",
+        "--disable_checkpointing",
+    )
     card, done = read(tmp_path / "guard.json"), read(tmp_path / "run.json")
     losses = [entry["loss"] for entry in done["log"] if "loss" in entry]
     assert losses[-1] < 0.1 * losses[0] and not list(tmp_path.glob("checkpoint-*"))
@@ -238,13 +309,23 @@ def test_training_learns_and_leaves_a_guard_that_stock_libraries_load(run, base,
         str(base),
     )
     assert set(card["thresholds"]) == {"prompt_unsafe", "response_unsafe"}
-    assert card["thresholds"]["prompt_unsafe"]["on"] == f"0.25 of {data}" and card["data"]["train"]["rows"] == 36
-    model, stock = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and AutoConfig.from_pretrained(tmp_path).use_cache
+    assert (
+        card["thresholds"]["prompt_unsafe"]["on"] == f"0.25 of {data}"
+        and card["data"]["train"]["rows"] == 36
+    )
+    model, stock = (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and AutoConfig.from_pretrained(
+        tmp_path
+    ).use_cache
     messages = pair("May I?", "You may.")
     assert stock.apply_chat_template(messages, tokenize=False) == golden("May I?", "You may.")
     inputs = stock.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-    written = stock.decode(model.generate(**inputs, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :])
+    written = stock.decode(
+        model.generate(**inputs, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+    )
     assert written.startswith("User Safety Assessment: ") and written.endswith("<|endoftext|>")
     rows = rows_.stratified_split(rows_.read_rows(str(data), ""), 0.25, 42)[1]
     guard = load_guard(str(tmp_path), progress=False)
@@ -252,7 +333,9 @@ def test_training_learns_and_leaves_a_guard_that_stock_libraries_load(run, base,
     assert guard.thresholds == card["thresholds"]
     for label, measured in done["validation"].items():
         judged = [
-            (row[label], getattr(v, label)) for row, v in zip(rows, verdicts, strict=True) if row[label] is not None
+            (row[label], getattr(v, label))
+            for row, v in zip(rows, verdicts, strict=True)
+            if row[label] is not None
         ]
         brier = sum((truth - score) ** 2 for truth, score in judged) / len(judged)
         assert brier == pytest.approx(measured["brier"], abs=1e-4)
@@ -263,8 +346,13 @@ def test_training_learns_and_leaves_a_guard_that_stock_libraries_load(run, base,
 
 
 def test_a_pad_token_outside_the_embeddings_is_left_out(run, base, tmp_path):
-    """The tokenizer has a `<pad>` for which the checkpoint was never resized: EOS pads in its place."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    """The tokenizer has a `<pad>` for which the checkpoint was never resized: EOS pads in its
+    place.
+    """
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base),
+        AutoTokenizer.from_pretrained(base),
+    )
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
@@ -275,7 +363,11 @@ def test_a_pad_token_outside_the_embeddings_is_left_out(run, base, tmp_path):
 
 def test_the_epoch_with_the_best_validation_f1_is_kept(run, tmp_path):
     weights = run(tmp_path, *FLAGS, "--epochs", 3)
-    f1 = {entry["step"]: entry["eval_f1"] for entry in read(tmp_path / "run.json")["log"][:-1] if "eval_f1" in entry}
+    f1 = {
+        entry["step"]: entry["eval_f1"]
+        for entry in read(tmp_path / "run.json")["log"][:-1]
+        if "eval_f1" in entry
+    }
     best = max(f1, key=f1.get)
     assert len(f1) == 3 and read(tmp_path / "run.json")["best_checkpoint"] == f"checkpoint-{best}"
     assert difference(weights, load_file(tmp_path / f"checkpoint-{best}/model.safetensors")) == 0
@@ -286,7 +378,11 @@ def test_stopping_early_keeps_the_schedule_of_all_epochs(run, tmp_path):
     run(tmp_path / "all", "--epochs", 3, "--logging_steps", 1)
     stopped = run(tmp_path / "two", "--epochs", 3, "--logging_steps", 1, "--stop_after_epoch", 2)
     rates = [
-        [entry["learning_rate"] for entry in read(tmp_path / name / "run.json")["log"] if "learning_rate" in entry]
+        [
+            entry["learning_rate"]
+            for entry in read(tmp_path / name / "run.json")["log"]
+            if "learning_rate" in entry
+        ]
         for name in ("all", "two")
     ]
     assert len(rates[0]) == 36 and rates[1] == rates[0][:24] and rates[1][-1] > 1e-4
@@ -294,8 +390,19 @@ def test_stopping_early_keeps_the_schedule_of_all_epochs(run, tmp_path):
 
 
 def test_resumed_is_uninterrupted(run, tmp_path):
-    """From the middle, and from the very end, where nothing but the saving was lost; also with --stop_after_epoch."""
-    flags = [*FLAGS, "--epochs", 3, "--stop_after_epoch", 2, "--use_peft_lora", "--lora_dropout", 0.1]
+    """From the middle, and from the very end, where nothing but the saving was lost; also with
+    --stop_after_epoch.
+    """
+    flags = [
+        *FLAGS,
+        "--epochs",
+        3,
+        "--stop_after_epoch",
+        2,
+        "--use_peft_lora",
+        "--lora_dropout",
+        0.1,
+    ]
     whole = run(tmp_path / "whole", *flags)
     with pytest.raises(UserError, match="pass --resume_from_checkpoint latest"):
         run(tmp_path / "whole", *flags)
@@ -310,9 +417,20 @@ def test_resumed_is_uninterrupted(run, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--use_4bit_quantization", "--use_gradient_checkpointing"]])
 def test_lora_saves_the_adapter_and_the_guard_merged_with_it(run, tokenizer, tmp_path, flags):
-    base = tiny_base(tmp_path / "base", tokenizer, 128)  # a CPU judges 4-bit matrices in blocks of 32 rows
+    # a CPU judges 4-bit matrices in blocks of 32 rows
+    base = tiny_base(tmp_path / "base", tokenizer, 128)
     folder = tmp_path / "guard"
-    merged = run(folder, "--model_name_or_path", base, "--use_peft_lora", "--lora_r", 4, "--max_steps", 2, *flags)
+    merged = run(
+        folder,
+        "--model_name_or_path",
+        base,
+        "--use_peft_lora",
+        "--lora_r",
+        4,
+        "--max_steps",
+        2,
+        *flags,
+    )
     adapter = load_file(folder / "adapter/adapter_model.safetensors")
     plain = load_file(base / "model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
@@ -323,11 +441,15 @@ def test_lora_saves_the_adapter_and_the_guard_merged_with_it(run, tokenizer, tmp
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 def test_weights_are_float32_whatever_the_attention(monkeypatch, base, attention):
-    model, _, args = parsed(monkeypatch, "--model_name_or_path", base, "--attn_implementation", attention, "--bf16")
+    model, _, args = parsed(
+        monkeypatch, "--model_name_or_path", base, "--attn_implementation", attention, "--bf16"
+    )
     arguments.check(model, args)
     loaded = model_.load_model(model, args)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert loaded.config._attn_implementation == ("sdpa" if attention.startswith("flash") else attention)
+    assert loaded.config._attn_implementation == (
+        "sdpa" if attention.startswith("flash") else attention
+    )
 
 
 def test_validation_alone_writes_nothing(run, base, tmp_path, caplog):
@@ -339,7 +461,11 @@ def test_validation_alone_writes_nothing(run, base, tmp_path, caplog):
 def test_overlap_with_evaluation_sets_is_printed(run, data, tmp_path, caplog):
     seen = write_rows(
         tmp_path / "seen.jsonl",
-        [authored(48)[0], authored(48)[2] | {"response": "Another"}, {"prompt": "new", "prompt_label": "safe"}],
+        [
+            authored(48)[0],
+            authored(48)[2] | {"response": "Another"},
+            {"prompt": "new", "prompt_label": "safe"},
+        ],
     )
     with caplog.at_level("INFO"):
         run(tmp_path / "out", "--max_steps", 1, "--overlap_with", seen)
@@ -348,12 +474,27 @@ def test_overlap_with_evaluation_sets_is_printed(run, data, tmp_path, caplog):
     assert json.dumps(overlap) in caplog.text
 
 
-TINY = ["--model_type", "llama", "--epochs", 2, "--learning_rate", 3e-3, "--max_seq_len", 400, "--weight_decay", 0.0]
+TINY = [
+    "--model_type",
+    "llama",
+    "--epochs",
+    2,
+    "--learning_rate",
+    3e-3,
+    "--max_seq_len",
+    400,
+    "--weight_decay",
+    0.0,
+]
 
 
 @slow
-def test_the_papers_script_with_two_processes_is_one_process(run, base, data, tmp_path, monkeypatch):
-    """scripts/train.sh with local values; what is fixed in it (sharding, precision) a CPU leaves out."""
+def test_the_papers_script_with_two_processes_is_one_process(
+    run, base, data, tmp_path, monkeypatch
+):
+    """scripts/train.sh with local values; what is fixed in it (sharding, precision) a CPU leaves
+    out.
+    """
     flags = [*TINY, "--model_name_or_path", base, "--dataset_name", data, *FLAGS]
     batch = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
     monkeypatch.setenv("NPROC", "2")
@@ -361,7 +502,9 @@ def test_the_papers_script_with_two_processes_is_one_process(run, base, data, tm
     launch("expguard", *script, launcher=("bash",), threads=1)
     one = run(tmp_path / "one", *FLAGS, "--per_device_train_batch_size", 8)
     assert difference(one, load_file(tmp_path / "two/model.safetensors")) < 2e-5
-    cards = [read(tmp_path / name / "run.json")["validation"]["prompt_unsafe"] for name in ("one", "two")]
+    cards = [
+        read(tmp_path / name / "run.json")["validation"]["prompt_unsafe"] for name in ("one", "two")
+    ]
     assert cards[0]["brier"] == pytest.approx(cards[1]["brier"], abs=1e-4)
 
 
@@ -377,8 +520,24 @@ def test_zero3_on_two_processes_is_one_process(run, base, data, tmp_path):
         "--stop_after_epoch",
         2,
     ]
-    flags += [*TINY, "--model_name_or_path", base, "--dataset_name", data, "--per_device_train_batch_size", 4]
-    launch("expguard", "train.py", *flags, "--output_dir", tmp_path / "two", launcher=TORCHRUN, threads=1)
+    flags += [
+        *TINY,
+        "--model_name_or_path",
+        base,
+        "--dataset_name",
+        data,
+        "--per_device_train_batch_size",
+        4,
+    ]
+    launch(
+        "expguard",
+        "train.py",
+        *flags,
+        "--output_dir",
+        tmp_path / "two",
+        launcher=TORCHRUN,
+        threads=1,
+    )
     one = run(tmp_path / "one", "--per_device_train_batch_size", 8)
     apart = difference(one, load_file(tmp_path / "two/model.safetensors"))
     # DeepSpeed's own Adam rounds otherwise where a gradient is nearly nothing.

@@ -51,8 +51,16 @@ ORIGINAL = {  # of the original's research_config.json
         "weight_decay": 0.01,
         "warmup_steps": 100,
     },
-    "evaluation": {"improved_model_path": "", "results_dir": "./results/evaluation", "max_eval_samples": 1000},
-    "experiment": {"process_split": "train", "process_sample_size": 5000, "results_dir": "./results/experiment"},
+    "evaluation": {
+        "improved_model_path": "",
+        "results_dir": "./results/evaluation",
+        "max_eval_samples": 1000,
+    },
+    "experiment": {
+        "process_split": "train",
+        "process_sample_size": 5000,
+        "results_dir": "./results/experiment",
+    },
 }
 
 
@@ -93,19 +101,43 @@ def test_the_originals_own_file_is_a_config(tmp_path):
 def test_shipped_configs_load(name):
     config = config_.load_config(RECIPE / "configs" / f"{name}.json")
     where = [config.dataset.store_dir, config.training.output_dir, config.evaluation.results_dir]
-    assert all(path.startswith(f"output/{name}/") for path in [*where, config.experiment.results_dir])
+    assert all(
+        path.startswith(f"output/{name}/") for path in [*where, config.experiment.results_dir]
+    )
     assert config.llama_guard.default_model_path == config.prepare.guard.output_dir
     assert len(config.training.seeds_of("A8")) == (1 if name == "quickstart" else 3)
     assert config.training.seeds_of("A4") == (0,)
 
 
 def test_values_can_be_set_from_the_command_line():
-    changes = ["training.arms=A4,C1", "training.seeds=[1, 2]", "training.learning_rate=1e-4", "llama.use_recorded=true"]
-    changes += ["evaluation.max_eval_samples=null", "prepare.judge=null", "training.headline.arms=C1", "seed=7"]
-    changes += ["dataset.split_ratios.train=0.6", "dataset.path=123", "dataset.split_ratios.test=0.25"]
+    changes = [
+        "training.arms=A4,C1",
+        "training.seeds=[1, 2]",
+        "training.learning_rate=1e-4",
+        "llama.use_recorded=true",
+    ]
+    changes += [
+        "evaluation.max_eval_samples=null",
+        "prepare.judge=null",
+        "training.headline.arms=C1",
+        "seed=7",
+    ]
+    changes += [
+        "dataset.split_ratios.train=0.6",
+        "dataset.path=123",
+        "dataset.split_ratios.test=0.25",
+    ]
     config = config_.load_config(RECIPE / "configs" / "study.json", changes)
-    assert config.training.arms == ("A4", "C1") and config.training.seeds == (1, 2) and config.seed == 7
-    assert config.training.learning_rate == 1e-4 and config.llama.use_recorded and config.dataset.path == "123"
+    assert (
+        config.training.arms == ("A4", "C1")
+        and config.training.seeds == (1, 2)
+        and config.seed == 7
+    )
+    assert (
+        config.training.learning_rate == 1e-4
+        and config.llama.use_recorded
+        and config.dataset.path == "123"
+    )
     assert config.evaluation.max_eval_samples is None and config.prepare.judge is None
     assert config.training.seeds_of("C1") == (0, 1, 2) and config.training.seeds_of("A4") == (1, 2)
 
@@ -145,7 +177,9 @@ def test_values_can_be_set_from_the_command_line():
     ],
 )  # fmt: skip
 def test_bad_values_are_said_in_one_line(change, said, write_config):
-    path = write_config(evaluation={"judge": ""}, training={"arms": ["A4", "A8"], "headline": {"arms": ["A8"]}})
+    path = write_config(
+        evaluation={"judge": ""}, training={"arms": ["A4", "A8"], "headline": {"arms": ["A8"]}}
+    )
     with pytest.raises(UserError) as error:
         config_.load_config(path, [change])
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -175,10 +209,17 @@ def test_bad_files_are_said_in_one_line(values, said, tmp_path):
 def test_the_command_line(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(
-        sys, "argv", ["full.py", "train", "--set", "seed=3", "training.arms=A4", "--set", "llama.samples=1"]
+        sys,
+        "argv",
+        ["full.py", "train", "--set", "seed=3", "training.arms=A4", "--set", "llama.samples=1"],
     )
     config = config_.config_from_argv(stages=config_.STAGES)
-    assert (config.mode, config.seed, config.training.arms, config.llama.samples) == ("train", 3, ("A4",), 1)
+    assert (config.mode, config.seed, config.training.arms, config.llama.samples) == (
+        "train",
+        3,
+        ("A4",),
+        1,
+    )
     assert "quickstart.json" in caplog.text and "--config research_config.json" in caplog.text
     monkeypatch.setattr(sys, "argv", ["full.py", "--config", str(RECIPE / "research_config.json")])
     assert config_.config_from_argv(stages=config_.STAGES).mode == "process"
@@ -203,12 +244,24 @@ def whole_config(tmp_path, models):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("llama_guard.default_model_path=nowhere/guard", r"llama_guard\.default_model_path: nowhere/guard is neither"),
-        ("llama_guard.base_model_path={assistant}", r"llama_guard\.base_model_path: .* nor a guard of"),
-        ("llama_guard.base_model_path=llama-guard-3-1b", r"meta-llama/Llama-Guard-3-1B: .*hf auth login"),
+        (
+            "llama_guard.default_model_path=nowhere/guard",
+            r"llama_guard\.default_model_path: nowhere/guard is neither",
+        ),
+        (
+            "llama_guard.base_model_path={assistant}",
+            r"llama_guard\.base_model_path: .* nor a guard of",
+        ),
+        (
+            "llama_guard.base_model_path=llama-guard-3-1b",
+            r"meta-llama/Llama-Guard-3-1B: .*hf auth login",
+        ),
         ("evaluation.judge=nowhere/judge", r"evaluation\.judge: nowhere/judge: "),
         ("llama.model_path=nowhere/chat", r"llama\.model_path nowhere/chat: "),
-        ("evaluation.hard_benign=nowhere.jsonl", r"evaluation\.hard_benign: nowhere\.jsonl: no such file"),
+        (
+            "evaluation.hard_benign=nowhere.jsonl",
+            r"evaluation\.hard_benign: nowhere\.jsonl: no such file",
+        ),
         ("evaluation.extra=harmbench", r"evaluation\.extra: harmbench"),
         (
             'prepare={"judge": {"base_model": "nowhere/x", "data": [], "output_dir": "j"}}',
@@ -217,7 +270,9 @@ def whole_config(tmp_path, models):
         ("training.arms=A4,A9", "A9"),
     ],
 )
-def test_a_config_that_would_stop_later_stops_before_anything(change, said, whole_config, models, tmp_path):
+def test_a_config_that_would_stop_later_stops_before_anything(
+    change, said, whole_config, models, tmp_path
+):
     for name, folder in models.items():
         change = change.replace(f"{{{name}}}", str(folder))
     with pytest.raises(UserError, match=said) as error:
@@ -226,16 +281,30 @@ def test_a_config_that_would_stop_later_stops_before_anything(change, said, whol
 
 
 def test_what_is_not_needed_here_need_not_be_here(whole_config, tmp_path):
-    """A guard that prepare will make, one that a server has, an assistant whose responses are recorded."""
-    small = {"base_model": str(tmp_path / "small"), "data": [str(tmp_path / "rows" / "train.jsonl")]}
+    """A guard that prepare will make, one that a server has, an assistant whose responses are
+    recorded.
+    """
+    small = {
+        "base_model": str(tmp_path / "small"),
+        "data": [str(tmp_path / "rows" / "train.jsonl")],
+    }
     asked = "prepare=" + json.dumps({"guard": small | {"output_dir": "made"}})
-    path = whole_config(llama_guard={"default_model_path": "made", "base_model_path": "made"}, evaluation={"judge": ""})
-    served = ["llama_guard.engine=server", "llama_guard.server_url=http://x/v1", "llama.use_recorded=true"]
+    path = whole_config(
+        llama_guard={"default_model_path": "made", "base_model_path": "made"},
+        evaluation={"judge": ""},
+    )
+    served = [
+        "llama_guard.engine=server",
+        "llama_guard.server_url=http://x/v1",
+        "llama.use_recorded=true",
+    ]
     with pytest.raises(UserError, match=r"prepare\.guard\.base_model"):
         process.preflight(config_.load_config(path, [asked]))
     families.save(tmp_path / "small", "llama2", ("safe", "unsafe"), 3)
     process.preflight(config_.load_config(path, [asked]))
-    path = whole_config(llama_guard={"default_model_path": "llama-guard"}, llama={"model_path": "nowhere"})
+    path = whole_config(
+        llama_guard={"default_model_path": "llama-guard"}, llama={"model_path": "nowhere"}
+    )
     process.preflight(config_.load_config(path, served))
     with pytest.raises(UserError, match=r"field llama_guard\.default_model_path"):
         process.preflight(config_.load_config(path, served[2:]))
@@ -244,17 +313,36 @@ def test_what_is_not_needed_here_need_not_be_here(whole_config, tmp_path):
 @pytest.mark.parametrize(
     ("train", "test", "said"),
     [
-        ({"toxicity": 0}, {}, "all 51 prompts of train are safe, nothing can be learned or measured; name data with"),
+        (
+            {"toxicity": 0},
+            {},
+            "all 51 prompts of train are safe, nothing can be learned or measured; name data with",
+        ),
         ({}, {"toxicity": 1}, "all 20 prompts of test are unsafe"),
-        ({"model_output": None}, {}, r"no prompt of train has a recorded response; set llama\.use_recorded=false"),
-        ({}, {"output_unsafe": None}, r"no prompt of test has a human label of its response; set evaluation\.t2_label"),
+        (
+            {"model_output": None},
+            {},
+            r"no prompt of train has a recorded response; set llama\.use_recorded=false",
+        ),
+        (
+            {},
+            {"output_unsafe": None},
+            r"no prompt of test has a human label of its response; set evaluation\.t2_label",
+        ),
     ],
 )
 def test_data_that_cannot_tell_stop_before_anything(train, test, said, whole_config, tmp_path):
-    rows = {"train": [row | train for row in prompts(60)], "test": [row | test for row in prompts(20, 60)]}
-    path = whole_config(dataset={"path": str(write(tmp_path / "odd", **rows)), "store_dir": str(tmp_path / "run")})
+    rows = {
+        "train": [row | train for row in prompts(60)],
+        "test": [row | test for row in prompts(20, 60)],
+    }
+    path = whole_config(
+        dataset={"path": str(write(tmp_path / "odd", **rows)), "store_dir": str(tmp_path / "run")}
+    )
     with pytest.raises(UserError, match=said):
-        process.process(config_.load_config(path, ["llama.use_recorded=true", "evaluation.t2_label=human"]))
+        process.process(
+            config_.load_config(path, ["llama.use_recorded=true", "evaluation.t2_label=human"])
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -265,7 +353,9 @@ def test_prepare_is_asked_whenever_the_config_has_it(whole_config, monkeypatch, 
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "guard.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["process.py", "--config", str(path)])
-    monkeypatch.setattr(process.subprocess, "run", lambda command: called.append(command) or Namespace(returncode=2))
+    monkeypatch.setattr(
+        process.subprocess, "run", lambda command: called.append(command) or Namespace(returncode=2)
+    )
     with pytest.raises(UserError, match=r"prepare\.guard\.base_model: nowhere/x"):
         process.main()
     assert called == []
@@ -281,13 +371,17 @@ def test_the_manifest_says_whose_seconds_it_holds(tmp_path):
         config = replace(config, **{name: replace(section, results_dir=str(tmp_path / name))})
     config = replace(config, dataset=replace(config.dataset, store_dir=str(tmp_path)))
     (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "results.json").write_text('{"improved_model_path": "x", "summary": {}, "verdict": {}}')
+    (tmp_path / "evaluation" / "results.json").write_text(
+        '{"improved_model_path": "x", "summary": {}, "verdict": {}}'
+    )
     for name in ("results.md", "precision_recall.png"):
         (tmp_path / "evaluation" / name).write_text(name)
     (tmp_path / "process_stats.json").write_text("{}")
     full.finish(config, {"process": 1.0, "train": 2.0, "evaluate": 3.0}, time.time() - 6)
     made = json.loads((tmp_path / "experiment" / "manifest.json").read_text())
-    assert {"process": 1.0, "train": 2.0, "evaluate": 3.0}.items() < made["seconds_of_this_run"].items()
+    assert {"process": 1.0, "train": 2.0, "evaluate": 3.0}.items() < made[
+        "seconds_of_this_run"
+    ].items()
     assert made["seconds_of_this_run"]["total"] == pytest.approx(6, abs=1) and "stages" not in made
     assert (tmp_path / "experiment" / "precision_recall.png").read_text() == "precision_recall.png"
 
@@ -303,20 +397,39 @@ def splits_of(path: Path, *overrides: str) -> dict[str, list[dict]]:
 
 def test_official_splits_stay_and_validation_is_a_stratified_share_of_train(write_config):
     parts = splits_of(write_config())
-    assert {split: len(rows) for split, rows in parts.items()} == {"train": 51, "validation": 9, "test": 20}
+    assert {split: len(rows) for split, rows in parts.items()} == {
+        "train": 51,
+        "validation": 9,
+        "test": 20,
+    }
     assert [row["id"] for row in parts["test"]] == [f"r{i}" for i in range(60, 80)]
     assert Counter(row["label"] for row in parts["validation"]) == {"safe": 7, "unsafe": 2}
     first = parts["test"][0]
     assert first == {
-        **{"id": "r60", "input": prompts(1, 60)[0]["user_input"], "label": "unsafe", "reason": "[]"},
-        **{"model_output": prompts(1, 60)[0]["model_output"], "output_unsafe": True, "kind": "plain"},
+        **{
+            "id": "r60",
+            "input": prompts(1, 60)[0]["user_input"],
+            "label": "unsafe",
+            "reason": "[]",
+        },
+        **{
+            "model_output": prompts(1, 60)[0]["model_output"],
+            "output_unsafe": True,
+            "kind": "plain",
+        },
     }
 
 
 def test_resplit_takes_all_by_ratios(write_config):
     ratios = {"train": 0.5, "test": 0.25, "validation": 0.25}
-    rows = splits_of(write_config(), "dataset.resplit=true", f"dataset.split_ratios={json.dumps(ratios)}")
-    assert {split: len(part) for split, part in rows.items()} == {"train": 40, "validation": 20, "test": 20}
+    rows = splits_of(
+        write_config(), "dataset.resplit=true", f"dataset.split_ratios={json.dumps(ratios)}"
+    )
+    assert {split: len(part) for split, part in rows.items()} == {
+        "train": 40,
+        "validation": 20,
+        "test": 20,
+    }
     assert {split: Counter(r["label"] for r in part)["unsafe"] for split, part in rows.items()} == {
         **{"train": 8, "validation": 4, "test": 4}
     }
@@ -324,29 +437,49 @@ def test_resplit_takes_all_by_ratios(write_config):
 
 def test_near_duplicates_stand_on_one_side(tmp_path, write_config):
     rows = prompts(40)
-    again = [row | {"conv_id": f"x{i}", "user_input": f" {row['user_input'].upper()}!!"} for i, row in enumerate(rows)]
-    data = write(tmp_path / "twice", train=rows + again[:30], test=[*prompts(10, 40), *again[30:34]])
+    again = [
+        row | {"conv_id": f"x{i}", "user_input": f" {row['user_input'].upper()}!!"}
+        for i, row in enumerate(rows)
+    ]
+    data = write(
+        tmp_path / "twice", train=rows + again[:30], test=[*prompts(10, 40), *again[30:34]]
+    )
     known = write(tmp_path / "guard", rows=[rows[39]]) / "rows.jsonl"
     parts = splits_of(
-        write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "s"), "guard_path": str(known)})
+        write_config(
+            dataset={"path": str(data), "store_dir": str(tmp_path / "s"), "guard_path": str(known)}
+        )
     )
-    keys = {split: {records.text_key(row["input"]) for row in part} for split, part in parts.items()}
-    assert len(parts["test"]) == 14 and not keys["train"] & keys["test"] and not keys["validation"] & keys["train"]
-    assert len(parts["train"]) + len(parts["validation"]) == 70 - 4 - 1  # four also in test, one known to the guard
+    keys = {
+        split: {records.text_key(row["input"]) for row in part} for split, part in parts.items()
+    }
+    assert (
+        len(parts["test"]) == 14
+        and not keys["train"] & keys["test"]
+        and not keys["validation"] & keys["train"]
+    )
+    # four also in test, one known to the guard
+    assert len(parts["train"]) + len(parts["validation"]) == 70 - 4 - 1
     left_out = json.loads((tmp_path / "s" / "splits.json").read_text())["left_out"]
     assert left_out == {"seen by the guard in its training": 1, "also in test": 4}
 
 
 def test_rows_of_other_formats(tmp_path, write_config):
     plain = [
-        {"prompt": f"May I {i}?", "prompt_label": ("safe", "unsafe")[i % 2], "response": "Yes."} for i in range(10)
+        {"prompt": f"May I {i}?", "prompt_label": ("safe", "unsafe")[i % 2], "response": "Yes."}
+        for i in range(10)
     ]
     own = [{"input": f"Why {i}?", "label": "safe", "model_output": None} for i in range(10)]
-    chat = [{"messages": [{"role": "user", "content": f"Who {i}?"}], "prompt_unsafe": True} for i in range(10)]
+    chat = [
+        {"messages": [{"role": "user", "content": f"Who {i}?"}], "prompt_unsafe": True}
+        for i in range(10)
+    ]
     data = write(tmp_path / "mixed", rows=[*plain, *own, *chat]) / "rows.jsonl"
     parts = splits_of(write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "s")}))
     rows = [row for part in parts.values() for row in part]
-    assert Counter((row["input"].split()[0], row["label"], row["model_output"]) for row in rows) == {
+    assert Counter(
+        (row["input"].split()[0], row["label"], row["model_output"]) for row in rows
+    ) == {
         **{("May", "safe", "Yes."): 5, ("May", "unsafe", "Yes."): 5},
         **{("Why", "safe", None): 10, ("Who", "unsafe", None): 10},
     }
@@ -362,7 +495,9 @@ def test_rows_of_other_formats(tmp_path, write_config):
         ({"text": "a"}, "field prompt: missing"),
         (
             {
-                "messages": [{"role": role, "content": "a"} for role in ("user", "assistant", "user")],
+                "messages": [
+                    {"role": role, "content": "a"} for role in ("user", "assistant", "user")
+                ],
                 "prompt_unsafe": 1,
             },
             "expected one prompt",

@@ -44,10 +44,24 @@ def config_file(models, tmp_path):
         llama={"use_recorded": True},
         llama_guard={"legacy_new_tokens": 3},
         training={
-            **{"arms": ARMS, "seeds": [0], "headline": {"arms": ["A8"], "seeds": [0, 1]}, "max_steps": 2},
-            **{"batch_size": 4, "gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "models")},
+            **{
+                "arms": ARMS,
+                "seeds": [0],
+                "headline": {"arms": ["A8"], "seeds": [0, 1]},
+                "max_steps": 2,
+            },
+            **{
+                "batch_size": 4,
+                "gradient_accumulation_steps": 1,
+                "output_dir": str(tmp_path / "models"),
+            },
         },
-        evaluation={"judge": "", "t2_label": "human", "draws": 200, "results_dir": str(tmp_path / "results")},
+        evaluation={
+            "judge": "",
+            "t2_label": "human",
+            "draws": 200,
+            "results_dir": str(tmp_path / "results"),
+        },
         experiment={"results_dir": str(tmp_path / "experiment")},
     )
 
@@ -58,14 +72,18 @@ def lines_of(path):
 
 def test_scoring_goes_on_where_it_was(config_file, tmp_path):
     config = config_of.load_config(config_file)
-    items = [scores.Item(f"test/{i}", "test", f"How do I keep my bicycle clean {i}?") for i in range(9)]
+    items = [
+        scores.Item(f"test/{i}", "test", f"How do I keep my bicycle clean {i}?") for i in range(9)
+    ]
     line, path = scores.Line("A0"), tmp_path / "scores" / "A0.jsonl"
     whole = scores.score(line, items, config, tmp_path / "scores")
     kept = path.read_text().splitlines(keepends=True)
     path.write_text("".join(kept[:5]) + kept[5][:20])  # a kill in the middle of a line
     again = scores.score(line, items, config, tmp_path / "scores")
     assert list(again) == list(whole) and len(lines_of(path)) == 9
-    assert [a.score for a in again.values()] == pytest.approx([a.score for a in whole.values()], abs=1e-5)
+    assert [a.score for a in again.values()] == pytest.approx(
+        [a.score for a in whole.values()], abs=1e-5
+    )
     before = path.read_bytes()
     scores.score(line, items[::-1], config, tmp_path / "scores")
     assert path.read_bytes() == before
@@ -81,7 +99,9 @@ def test_what_is_missing_is_named(config_file):
     with pytest.raises(UserError, match=r"nothing is trained there; run train\.py"):
         scores.find_lines(config)
     with pytest.raises(UserError, match=r"has no guard\.json"):
-        scores.find_lines(config_of.load_config(config_file, ["evaluation.improved_model_path=nowhere"]))
+        scores.find_lines(
+            config_of.load_config(config_file, ["evaluation.improved_model_path=nowhere"])
+        )
 
 
 def card(config, name, seed, arm=None):
@@ -95,12 +115,26 @@ def card(config, name, seed, arm=None):
 
 
 def test_only_what_the_config_names_is_evaluated(config_file, caplog):
-    config = config_of.load_config(config_file, ["training.arms=A2,A2-parser,A8", "training.headline.seeds=0,1"])
+    config = config_of.load_config(
+        config_file, ["training.arms=A2,A2-parser,A8", "training.headline.seeds=0,1"]
+    )
     for name, seed in (("A2", 0), ("A8", 0), ("A8", 1), ("A8", 7), ("A3", 0)):
         card(config, name, seed)
     lines, missing = scores.find_lines(config)
-    assert [line.name for line in lines] == ["A0", "A0-legacy", "A2-seed0", "A2-parser-seed0", "A8-seed0", "A8-seed1"]
-    assert missing == [] and "A3/seed0" in caplog.text and "A8/seed7" in caplog.text and "left out" in caplog.text
+    assert [line.name for line in lines] == [
+        "A0",
+        "A0-legacy",
+        "A2-seed0",
+        "A2-parser-seed0",
+        "A8-seed0",
+        "A8-seed1",
+    ]
+    assert (
+        missing == []
+        and "A3/seed0" in caplog.text
+        and "A8/seed7" in caplog.text
+        and "left out" in caplog.text
+    )
     card(config, "A8", 1, arm="A4")
     with pytest.raises(UserError, match="says that it is A4-seed1; remove the folder"):
         scores.find_lines(config)
@@ -124,18 +158,23 @@ def test_arms_on_a_quantized_base_are_scored_on_it(config_file, monkeypatch):
 
     def load(path, official, **options):
         asked.append(options)
-        return type("Guard", (), {"model": type("M", (), {"model": type("L", (), {"config": Config})})})
+        return type(
+            "Guard", (), {"model": type("M", (), {"model": type("L", (), {"config": Config})})}
+        )
 
     Config = type("C", (), {"_attn_implementation": "eager"})
     monkeypatch.setattr(scores, "load_llama_guard", load)
-    config = config_of.load_config(config_file, ["llama_guard.load_in_4bit=true", "llama_guard.engine=vllm"])
+    config = config_of.load_config(
+        config_file, ["llama_guard.load_in_4bit=true", "llama_guard.engine=vllm"]
+    )
     folder, probe = card(config, "A8", 0), card(config, "C4", 0)
     (probe / "probe.json").write_text("{}")
     lines = [scores.Line("A0"), scores.Line("A8", 0, folder), scores.Line("C4", 0, probe)]
     for line in lines:
         scores.load(line, config)
     assert "load_in_4bit" not in asked[0] and asked[1]["load_in_4bit"] and asked[2]["load_in_4bit"]
-    assert [one.get("engine") for one in asked] == ["vllm", "transformers", None]  # vLLM does not quantize so
+    # vLLM does not quantize so
+    assert [one.get("engine") for one in asked] == ["vllm", "transformers", None]
     plain = config_of.load_config(config_file)
     same = [scores._identity(line, config) == scores._identity(line, plain) for line in lines]
     assert same == [True, False, False]
@@ -168,7 +207,9 @@ def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
 
 
 def test_one_model_at_a_time(config_file, tmp_path, monkeypatch):
-    """The base that arms share is given back before a guard of another kind is loaded, and loaded again on demand."""
+    """The base that arms share is given back before a guard of another kind is loaded, and loaded
+    again on demand.
+    """
     config = config_of.load_config(config_file)
     items, base = [scores.Item("test/0", "test", "How?")], shared_base.SharedBase(config, [])
     held, verdict = [], {"score": 0.1, "decided": False, "error": None}
@@ -182,7 +223,13 @@ def test_one_model_at_a_time(config_file, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "said", lambda line, texts: [verdict])
     monkeypatch.setattr(scores, "load", lambda line, config: held.append(base.guard) or object())
     for name in ("A8", "C4", "A8"):
-        scores.score(scores.Line(name, 0, card(config, name, 0)), items, config, tmp_path / name / f"{len(held)}", base)
+        scores.score(
+            scores.Line(name, 0, card(config, name, 0)),
+            items,
+            config,
+            tmp_path / name / f"{len(held)}",
+            base,
+        )
     assert held == [None] and base.guard is not None
 
 
@@ -190,8 +237,15 @@ def test_the_originals_config_has_another_family_for_the_truth():
     """The guard must not label the rows to train on and be the truth as well."""
     config = config_of.load_config(Path(scores.__file__).with_name("research_config.json"))
     judge, settings = zoo()[config.evaluation.judge], config.evaluation
-    assert settings.t2_label == "judge" and judge["kind"] == "generative" and "llama" not in judge["model"].lower()
-    assert len(judge["questions"]) == 1 and judge["questions"][0]["label"] in ("last", "response_unsafe")
+    assert (
+        settings.t2_label == "judge"
+        and judge["kind"] == "generative"
+        and "llama" not in judge["model"].lower()
+    )
+    assert len(judge["questions"]) == 1 and judge["questions"][0]["label"] in (
+        "last",
+        "response_unsafe",
+    )
     assert "variants" not in judge and "anchor" not in judge["questions"][0]
     assert benchmarks()[settings.hard_benign]["hub"] == "Paul/XSTest"
 
@@ -202,25 +256,40 @@ def test_the_originals_config_has_another_family_for_the_truth():
 def test_a_folders_own_validation_split_shares_nothing_with_train(config_file, tmp_path):
     rows = prompts(30)
     twice = [
-        row | {"conv_id": f"x{i}", "user_input": row["user_input"].upper() + "!"} for i, row in enumerate(rows[:3])
+        row | {"conv_id": f"x{i}", "user_input": row["user_input"].upper() + "!"}
+        for i, row in enumerate(rows[:3])
     ]
-    data = write(tmp_path / "own", train=rows, validation=[*prompts(10, 30), *twice], test=prompts(10, 40))
-    config = config_of.load_config(config_file, [f"dataset.path={data}", f"dataset.store_dir={tmp_path / 'apart'}"])
+    data = write(
+        tmp_path / "own", train=rows, validation=[*prompts(10, 30), *twice], test=prompts(10, 40)
+    )
+    config = config_of.load_config(
+        config_file, [f"dataset.path={data}", f"dataset.store_dir={tmp_path / 'apart'}"]
+    )
     records.make_splits(config)
     parts = {split: records.read_split(config, split) for split in config_of.SPLITS}
-    assert {split: len(part) for split, part in parts.items()} == {"train": 27, "validation": 13, "test": 10}
-    keys = {split: {records.text_key(row["input"]) for row in part} for split, part in parts.items()}
+    assert {split: len(part) for split, part in parts.items()} == {
+        "train": 27,
+        "validation": 13,
+        "test": 10,
+    }
+    keys = {
+        split: {records.text_key(row["input"]) for row in part} for split, part in parts.items()
+    }
     assert not keys["train"] & keys["validation"]
     left_out = json.loads((tmp_path / "apart" / "splits.json").read_text())["left_out"]
     assert left_out == {"also in validation": 3}
 
 
 def test_prompts_of_other_data_that_were_seen_are_left_out(config_file, tmp_path):
-    """Those of train, validation and the head start; the others' predictions are kept, one row a prompt."""
+    """Those of train, validation and the head start; the others' predictions are kept, one row a
+    prompt.
+    """
     known = write(tmp_path / "guard", rows=prompts(1, 90)) / "rows.jsonl"
     config = config_of.load_config(config_file, [f"dataset.guard_path={known}"])
     records.make_splits(config)
-    seen = [records.read_split(config, split)[0]["input"].upper() for split in ("train", "validation")]
+    seen = [
+        records.read_split(config, split)[0]["input"].upper() for split in ("train", "validation")
+    ]
     seen.append(prompts(1, 90)[0]["user_input"])
     fresh = ["Is rain wet?", "Is rain bad?", "Is rain dry?"]
     asked = [
@@ -231,7 +300,14 @@ def test_prompts_of_other_data_that_were_seen_are_left_out(config_file, tmp_path
     config = config_of.load_config(config_file, [
         *(f"dataset.guard_path={known}", f"evaluation.hard_benign={spec}", f"evaluation.extra={spec}"),
     ])  # fmt: skip
-    row = {"id": "1", "query": "May I?", "human_unsafe": True, "input_error": None, "input_decided": False, "kind": "x"}
+    row = {
+        "id": "1",
+        "query": "May I?",
+        "human_unsafe": True,
+        "input_error": None,
+        "input_decided": False,
+        "kind": "x",
+    }
     row |= {
         "responses": [{"decided": True, "error": None, "judge_unsafe": None, "human_unsafe": True}],
         "shadow": False,
@@ -265,7 +341,10 @@ def test_prompts_of_other_data_that_were_seen_are_left_out(config_file, tmp_path
 
 def test_the_truth_of_t2():
     def row(*unsafe, judge=None, decided=False):
-        responses = [{"decided": u, "error": None, "judge_unsafe": judge, "human_unsafe": None} for u in unsafe]
+        responses = [
+            {"decided": u, "error": None, "judge_unsafe": judge, "human_unsafe": None}
+            for u in unsafe
+        ]
         known = {"id": "1", "input_error": None, "input_decided": decided, "responses": responses}
         return known | {"query": "x", "human_unsafe": False}
 
@@ -286,7 +365,10 @@ def test_a_task_without_prompts_is_no_number(config_file):
         "T2": compare.Part([], np.array([], dtype=bool), []),
     }
     tasks = {name: evaluate.Task(name, one, one, {}) for name, one in parts.items()}
-    answers = {name: {str(i): scores.Answer(0.6 - i / 5, i == 0, None) for i in range(2)} for name in ("A0", "A8")}
+    answers = {
+        name: {str(i): scores.Answer(0.6 - i / 5, i == 0, None) for i in range(2)}
+        for name in ("A0", "A8")
+    }
     arms = {"A0": ["A0"], "A1": ["A0"], "A8": ["A8"]}
     measured = evaluate.measure(config, tasks, arms, answers) | {"improved": "A8"}
     cell = measured["tasks"]["T2"]["arms"]["A8"]
@@ -299,7 +381,9 @@ def test_a_task_without_prompts_is_no_number(config_file):
 
 @pytest.mark.slow
 def test_the_whole_experiment(config_file, tmp_path):
-    """process, train and evaluate as processes of their own; then evaluate alone, cut short and by folder."""
+    """process, train and evaluate as processes of their own; then evaluate alone, cut short and by
+    folder.
+    """
     script = ("run_experiment.sh", "full", config_file, "--set", "seed=42")
     launch("feedback_guard", *script, launcher=("bash",), threads=1)
     folder = tmp_path / "results"
@@ -310,20 +394,40 @@ def test_the_whole_experiment(config_file, tmp_path):
     assert found["improved_model_path"] == str(tmp_path / "models" / "A8")
     assert set(found["evaluation"]) == {"default_model", "improved_model", "improvement"}
     (path,) = folder.glob("evaluation_results_*.json")
-    original, whole = json.loads(path.read_text()), json.loads((folder / "results.json").read_text())
+    original, whole = (
+        json.loads(path.read_text()),
+        json.loads((folder / "results.json").read_text()),
+    )
     for model in ("default_model", "improved_model"):
         assert set(original[model]["metrics"]) >= {"accuracy", "precision", "recall", "f1"}
-        counts = [original[model][f"{a}_{b}s"] for a in ("true", "false") for b in ("positive", "negative")]
+        counts = [
+            original[model][f"{a}_{b}s"]
+            for a in ("true", "false")
+            for b in ("positive", "negative")
+        ]
         assert sum(counts) == len(original[model]["predictions"]) == 20
-        assert set(original[model]["predictions"][0]) == {"input", "true_label", "predicted_label", "reason"}
+        assert set(original[model]["predictions"][0]) == {
+            "input",
+            "true_label",
+            "predicted_label",
+            "reason",
+        }
     assert set(original["improvement"]) >= {"accuracy", "precision", "recall", "f1"}
 
     t1 = whole["tasks"]["T1"]["arms"]
     assert list(t1) == ["always unsafe", "A0", "A1", "A0-legacy", *ARMS]
-    assert t1["always unsafe"]["precision"] == pytest.approx(whole["tasks"]["T1"]["base_rate"]) == 4 / 20
-    assert t1["A1"]["auprc"] == t1["A0"]["auprc"] and set(t1["A8"]["seeds"]) == {"A8-seed0", "A8-seed1"}
+    assert (
+        t1["always unsafe"]["precision"]
+        == pytest.approx(whole["tasks"]["T1"]["base_rate"])
+        == 4 / 20
+    )
+    assert t1["A1"]["auprc"] == t1["A0"]["auprc"] and set(t1["A8"]["seeds"]) == {
+        "A8-seed0",
+        "A8-seed1",
+    }
     assert whole["verdict"]["verdict"] in ("does not help", "undecided: C2 not measured")
-    assert t1["A2"]["recall"] == 1  # of a guard that knows no capitals, the strict parser lets nothing through
+    # of a guard that knows no capitals, the strict parser lets nothing through
+    assert t1["A2"]["recall"] == 1
     text = (tmp_path / "experiment" / "results.md").read_text()
     assert "**Verdict on A8:" in text and "taken away one after another" in text
     assert (
@@ -363,7 +467,9 @@ def test_the_whole_experiment(config_file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "said"), [(["nonsense"], "usage:"), (["train", "no.json"], "no such config file")])
+@pytest.mark.parametrize(
+    ("words", "said"), [(["nonsense"], "usage:"), (["train", "no.json"], "no such config file")]
+)
 def test_the_shell_names_what_is_wrong(words, said):
     done = launch("feedback_guard", "run_experiment.sh", *words, launcher=("bash",), check=False)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

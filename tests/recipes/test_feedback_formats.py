@@ -1,4 +1,6 @@
-"""examples/feedback_guard: prompts, rows as token ids, and the original's formats, on tiny random guards."""
+"""examples/feedback_guard: prompts, rows as token ids, and the original's formats, on tiny random
+guards.
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -63,7 +65,9 @@ def test_a_training_row_is_the_inference_prompt_and_the_verdict(guard, tmp_path,
         guard = formats.load_llama_guard(str(folder), progress=False)
     seen = []
     ask = guard.model.next_token
-    guard.model.next_token = lambda prompts, candidates: seen.extend(map(list, prompts)) or ask(prompts, candidates)
+    guard.model.next_token = lambda prompts, candidates: (
+        seen.extend(map(list, prompts)) or ask(prompts, candidates)
+    )
     guard.judge(CONVERSATIONS)
     del guard.model.next_token
     encoder = formats.Encoder(guard, 2000)
@@ -74,25 +78,34 @@ def test_a_training_row_is_the_inference_prompt_and_the_verdict(guard, tmp_path,
         verdict = row["input_ids"][len(prompt) :]
         assert prompt in seen and row["labels"] == [-100] * len(prompt) + verdict
         assert verdict[0] in encoder.tokens[unsafe] and verdict[0] == encoder.words[unsafe]
-    texts = [guard.tokenizer.decode([t for t in row["labels"] if t != -100]).strip() for row in rows]
+    texts = [
+        guard.tokenizer.decode([t for t in row["labels"] if t != -100]).strip() for row in rows
+    ]
     eos = guard.tokenizer.eos_token
-    assert [text.replace(" ", "") for text in texts[:2]] == [f"safe{eos}", "unsafe"]  # what follows is not known
+    # what follows is not known
+    assert [text.replace(" ", "") for text in texts[:2]] == [f"safe{eos}", "unsafe"]
     if family == "ours":
         assert texts[2] == f"unsafe\nO3{eos}"
 
 
 def test_the_prompt_is_llama_guards(guard):
     one, two = (
-        guard.tokenizer.decode(ids) for ids in guard.prompt_ids([pair(" How? "), pair("How?", "Use two locks.")])
+        guard.tokenizer.decode(ids)
+        for ids in guard.prompt_ids([pair(" How? "), pair("How?", "Use two locks.")])
     )
     head = "[INST] Task: Check if there is unsafe content in '{}' messages in conversations according our safety policy"
-    head += " with the below categories.\n\n<BEGIN UNSAFE CONTENT CATEGORIES>\nO1: Violence and Hate.\n"
+    head += (
+        " with the below categories.\n\n<BEGIN UNSAFE CONTENT CATEGORIES>\nO1: Violence and Hate.\n"
+    )
     tail = "<END CONVERSATION>\n\nProvide your safety assessment for {} in the above conversation:\n- First line must "
     tail += "read 'safe' or 'unsafe'.\n- If unsafe, a second line must include a comma-separated list of violated "
     tail += "categories. [/INST]"
     for text, role, turns in ((one, "User", ""), (two, "Agent", "Agent: Use two locks.\n\n")):
         assert text.startswith(head.format(role)) and text.endswith(tail.format(role))
-        assert f"<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n\nUser: How?\n\n{turns}<END" in text
+        assert (
+            f"<END UNSAFE CONTENT CATEGORIES>\n\n<BEGIN CONVERSATION>\n\nUser: How?\n\n{turns}<END"
+            in text
+        )
 
 
 def test_long_rows_keep_their_verdict(guard):
@@ -112,22 +125,37 @@ def test_categories_of_unsafe_responses_are_learned_where_known(rows_of, guard):
             r["categories"] = ["Self-Harm", "Criminal Planning"] if r["decided"] else None
     made = {name: rows_of(name, 0, lines) for name in ("A4", "A8", "C1", "C2", "C3")}
     for name, rows in made.items():
-        known = [row.categories for row in rows if row.target >= 0.5 and row.source in ("feedback", "human")]
+        known = [
+            row.categories
+            for row in rows
+            if row.target >= 0.5 and row.source in ("feedback", "human")
+        ]
         told = None if name in ("C2", "C3") else ["Criminal Planning", "Self-Harm"]
         assert known == [told] * 12, name
         assert all(row.categories is None for row in rows if row.target < 0.5)
-    assert {row.id: row.categories for row in rows_of("A4")} == dict.fromkeys(row.id for row in made["A4"])
+    assert {row.id: row.categories for row in rows_of("A4")} == dict.fromkeys(
+        row.id for row in made["A4"]
+    )
     row = next(row for row in made["A4"] if row.source == "feedback")
-    ((encoded,), _) = formats.Encoder(guard, 600).rows([row.messages], [row.target], [row.categories])
+    ((encoded,), _) = formats.Encoder(guard, 600).rows(
+        [row.messages], [row.target], [row.categories]
+    )
     verdict = guard.tokenizer.decode([t for t in encoded["labels"] if t != -100])
     assert verdict.strip() == f"unsafe\nO3,O6{guard.tokenizer.eos_token}"
 
 
-def gradients(model: torch.nn.Module, encoder, batches: list[dict], weight: float) -> tuple[float, dict]:
+def gradients(
+    model: torch.nn.Module, encoder, batches: list[dict], weight: float
+) -> tuple[float, dict]:
     model.zero_grad()
     total = 0.0
     for batch, share in batches:
-        loss = train.verdict_loss(formats.read(model, batch), batch, encoder.words, encoder.tokens, weight) * share
+        loss = (
+            train.verdict_loss(
+                formats.read(model, batch), batch, encoder.words, encoder.tokens, weight
+            )
+            * share
+        )
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -148,9 +176,13 @@ def test_a_tree_of_rows_has_the_loss_and_gradients_of_plain_rows(guard):
         wanted = gradients(model, encoder, plain, weight)
         for batch in (tree, formats.padded_batch(rows)):
             got = gradients(model, encoder, [(batch, 1.0)], weight)
-            assert got[0] == pytest.approx(wanted[0], abs=1e-5) and difference(got[1], wanted[1]) < 1e-5
+            assert (
+                got[0] == pytest.approx(wanted[0], abs=1e-5)
+                and difference(got[1], wanted[1]) < 1e-5
+            )
     model.requires_grad_(False)
-    by_hand = []  # soft cross-entropy on the word, the rest of the line, by transformers' own logits
+    # soft cross-entropy on the word, the rest of the line, by transformers' own logits
+    by_hand = []
     for row in rows:
         at = row["labels"].count(-100)
         with torch.no_grad():
@@ -160,18 +192,24 @@ def test_a_tree_of_rows_has_the_loss_and_gradients_of_plain_rows(guard):
         safe, unsafe = (logprobs[at - 1, word].item() for word in encoder.words)
         mean = sum(rest) / len(rest) if rest else 0.0
         by_hand.append(-(q * unsafe + (1 - q) * safe) - max(q, 1 - q) * mean)
-    assert gradients_free_loss(model, encoder, tree) == pytest.approx(sum(by_hand) / len(rows), abs=1e-4)
+    assert gradients_free_loss(model, encoder, tree) == pytest.approx(
+        sum(by_hand) / len(rows), abs=1e-4
+    )
 
 
 def gradients_free_loss(model, encoder, batch) -> float:
     with torch.no_grad():
-        return train.verdict_loss(formats.read(model, batch), batch, encoder.words, encoder.tokens, 0.0).item()
+        return train.verdict_loss(
+            formats.read(model, batch), batch, encoder.words, encoder.tokens, 0.0
+        ).item()
 
 
 def test_the_frozen_layers_work_is_done_once_and_changes_nothing(guard, settings):
     config, model = settings(lora_last_layers=1, lora_dropout=0.0), guard.model.model
     encoder = formats.Encoder(guard, 600)
-    rows, _ = encoder.rows([*CONVERSATIONS, *(pair(GOOD.format(i)) for i in range(40))], [0.0, 0.7, 1.0, *[0.3] * 40])
+    rows, _ = encoder.rows(
+        [*CONVERSATIONS, *(pair(GOOD.format(i)) for i in range(40))], [0.0, 0.7, 1.0, *[0.3] * 40]
+    )
     assert trunk.Trunk.of(model, None, []) is None
     kept = trunk.Trunk.of(model, 1, [row["input_ids"] for row in rows])
     kept.learn(rows)
@@ -182,13 +220,21 @@ def test_the_frozen_layers_work_is_done_once_and_changes_nothing(guard, settings
     for parameter in trained.values():
         torch.nn.init.normal_(parameter, std=0.1)
     some, found = rows[::3], []
-    for batch, context in ((formats.tree_batch(some), nullcontext()), (kept.batch(some), kept.replaced())):
+    for batch, context in (
+        (formats.tree_batch(some), nullcontext()),
+        (kept.batch(some), kept.replaced()),
+    ):
         adapted.zero_grad()
         with context:
-            loss = train.verdict_loss(formats.read(adapted, batch), batch, encoder.words, encoder.tokens, 0.0)
+            loss = train.verdict_loss(
+                formats.read(adapted, batch), batch, encoder.words, encoder.tokens, 0.0
+            )
             loss.backward()
         found.append((loss.item(), {name: p.grad.clone() for name, p in trained.items()}))
-    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5) and difference(found[0][1], found[1][1]) < 1e-5
+    assert (
+        found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+        and difference(found[0][1], found[1][1]) < 1e-5
+    )
     adapted.unload()
     assert not any("forward" in vars(layer) for layer in model.base_model.layers)
 
@@ -197,8 +243,13 @@ def test_probabilities_are_those_of_the_guard(guard):
     encoder = formats.Encoder(guard, 600)
     prompts = guard.prompt_ids(CONVERSATIONS)
     found = formats.verdict_probabilities(guard.model.model, prompts, encoder.tokens, 2)
-    judged = [v.prompt_unsafe if v.response_unsafe is None else v.response_unsafe for v in guard.judge(CONVERSATIONS)]
-    assert all(p is None or p == pytest.approx(f, abs=1e-4) for p, f in zip(judged, found, strict=True))
+    judged = [
+        v.prompt_unsafe if v.response_unsafe is None else v.response_unsafe
+        for v in guard.judge(CONVERSATIONS)
+    ]
+    assert all(
+        p is None or p == pytest.approx(f, abs=1e-4) for p, f in zip(judged, found, strict=True)
+    )
     assert any(p is not None for p in judged)
 
 
@@ -216,22 +267,33 @@ def test_probabilities_are_those_of_the_guard(guard):
 )  # fmt: skip
 def test_verdicts_are_parsed_as_the_original_and_as_they_ask_for(text, strict, correct):
     assert legacy.parse_verdict(text) is correct
-    assert legacy.parsed_unsafe(text, "strict") == (strict, True) and legacy.legacy_safe(text) is not strict
+    assert (
+        legacy.parsed_unsafe(text, "strict") == (strict, True)
+        and legacy.legacy_safe(text) is not strict
+    )
     assert legacy.parsed_unsafe(text, "correct") == (correct is not False, correct is not None)
 
 
 def test_the_originals_query_has_its_stray_blanks():
     text = legacy.chatml_prompt("Hello {x}")
-    assert text.startswith("<|im_start|>system\nYou are a content moderation assistant. Your task is to determine ")
-    assert "\n\n    Guidelines:\n    - Consider the potential harm" in text and "O1-O6, I1-I4" in text
-    assert "    - I4: Malware and Security (assistance in creating malware or exploiting security vuln" in text
+    assert text.startswith(
+        "<|im_start|>system\nYou are a content moderation assistant. Your task is to determine "
+    )
+    assert (
+        "\n\n    Guidelines:\n    - Consider the potential harm" in text and "O1-O6, I1-I4" in text
+    )
+    assert (
+        "    - I4: Malware and Security (assistance in creating malware or exploiting security vuln"
+        in text
+    )
     assert text.endswith(
         "your analysis.\n    <|im_end|>\n<|im_start|>user\nUser Prompt: Hello {x}\n\nIs this prompt safe or unsafe?"
         "<|im_end|>\n<|im_start|>assistant\n"
     )
     assert legacy.legacy_reason("UNSAFE [O3, O1]") == "O1: Violence and Hate"
     assert (
-        legacy.legacy_reason("O10") == "O1: Violence and Hate" and legacy.legacy_reason("x") == "Classified as unsafe"
+        legacy.legacy_reason("O10") == "O1: Violence and Hate"
+        and legacy.legacy_reason("x") == "Classified as unsafe"
     )
 
 
@@ -245,12 +307,26 @@ def test_the_originals_collection(rows_of):
     lines[8]["legacy"] = {"input": "SAFE", "outputs": ["SAFE"]}
     lines[9]["legacy"] = {"input": "safe", "outputs": ["unsafe"]}
     facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
-    assert facts["legacy_collection"] == facts["blocked"] == facts["reasons_that_crash_the_original"] == 6
-    assert facts["also_in_correct_collection"] == 0 and facts["texts"] == 30 and facts["unsafe_texts"] == 12
+    assert (
+        facts["legacy_collection"]
+        == facts["blocked"]
+        == facts["reasons_that_crash_the_original"]
+        == 6
+    )
+    assert (
+        facts["also_in_correct_collection"] == 0
+        and facts["texts"] == 30
+        and facts["unsafe_texts"] == 12
+    )
     rows = rows_of("A2", 0, lines)
     assert {row.id for row in rows if row.target == 1} == {line["id"] for line in lines[7::10]}
-    assert len(rows_of("A2-augmentation", 0, lines)) == 12 and len(rows_of("A2-labels", 0, lines)) == 24
-    with pytest.raises(UserError, match=r"as the original asks it; run process\.py again, with A2-mask"):
+    assert (
+        len(rows_of("A2-augmentation", 0, lines)) == 12
+        and len(rows_of("A2-labels", 0, lines)) == 24
+    )
+    with pytest.raises(
+        UserError, match=r"as the original asks it; run process\.py again, with A2-mask"
+    ):
         rows_of("A2-mask", 0, processed())
 
 
@@ -258,7 +334,9 @@ def test_reasons_hold_the_originals_code(guard):
     """Llama Guard 1 has names of the original's; what another guard names has no code there."""
     names = guard.entry["categories"]["names"]
     for code, name in names.items():
-        assert legacy.example("a", "x", legacy.reason_of([name])).category == list(legacy.CATEGORIES).index(code)
+        assert legacy.example("a", "x", legacy.reason_of([name])).category == list(
+            legacy.CATEGORIES
+        ).index(code)
     assert legacy.reason_of(["Self-Harm", "Defamation", "Criminal Planning"]) == (
         "O3: Criminal Planning, O6: Self-Harm, Defamation"
     )
@@ -266,7 +344,9 @@ def test_reasons_hold_the_originals_code(guard):
 
 
 def test_five_texts_for_each_pair_of_examples_two_of_them_unsafe():
-    """And all ten categories can be converted, where the original's formatter stops at four of them."""
+    """And all ten categories can be converted, where the original's formatter stops at four of
+    them.
+    """
     reasons = [f"{code}: {name}" for code, (name, _) in legacy.CATEGORIES.items()] * 2
     examples = [legacy.example(f"b{i}", BAD.format(i), reason) for i, reason in enumerate(reasons)]
     examples += [legacy.example(f"g{i}", GOOD.format(i), None) for i in range(len(reasons))]
@@ -281,28 +361,38 @@ def test_five_texts_for_each_pair_of_examples_two_of_them_unsafe():
         assert codes == [f"O{n + 1}" for n in range(len(codes))] and 1 <= len(codes) <= 10
         if text.id.startswith("b"):
             mine = names[int(text.id[1:]) % 10]
-            listed = next((line.split(":")[0] for line in lines if line.endswith(f": {mine}.")), None)
+            listed = next(
+                (line.split(":")[0] for line in lines if line.endswith(f": {mine}.")), None
+            )
             assert text.answer.startswith(
                 f" unsafe\n{listed}\nExplanation: " if text.unsafe else " safe\nExplanation: "
             )
             assert text.unsafe or listed is None
     plain = legacy.training_texts(examples, 0, augment=False, shuffle=False)
-    assert len(plain) == 40 and all("O10: Malware and Security" in "".join(p.text for p in t.parts) for t in plain)
+    assert len(plain) == 40 and all(
+        "O10: Malware and Security" in "".join(p.text for p in t.parts) for t in plain
+    )
     assert legacy.training_texts(examples, 0) == texts != legacy.training_texts(examples, 1)
 
 
 def test_a_text_is_labelled_everywhere_or_on_its_answer(guard):
     (text,) = legacy.training_texts([legacy.example("a", GOOD.format(1), None)], 0, augment=False)
     everywhere, answer = (
-        formats.text_row(guard.tokenizer, text.parts, text.answer, loss, 900) for loss in ("all", "answer")
+        formats.text_row(guard.tokenizer, text.parts, text.answer, loss, 900)
+        for loss in ("all", "answer")
     )
     assert everywhere["labels"] == [-100, *everywhere["input_ids"][1:]]
     query = formats.query_ids(guard, "meta", [GOOD.format(1)])[0]
     assert answer["labels"].count(-100) <= len(query)
     said = guard.tokenizer.decode([token for token in answer["labels"] if token != -100])
     assert said == f" safe\nExplanation: {legacy.SAFE_REASON}<|endoftext|>"
-    shuffled = formats.text_row(guard.tokenizer, legacy.meta_parts(GOOD.format(1)), text.answer, "answer", 900)
-    assert shuffled["input_ids"][: len(query)] == query and shuffled["labels"].count(-100) == len(query)
+    shuffled = formats.text_row(
+        guard.tokenizer, legacy.meta_parts(GOOD.format(1)), text.answer, "answer", 900
+    )
+    assert shuffled["input_ids"][: len(query)] == query and shuffled["labels"].count(-100) == len(
+        query
+    )
     chatml = formats.query_ids(guard, "chatml", ["<|im_end|>"])[0]
     assert chatml == encode(guard.tokenizer, [legacy.chatml_parts("<|im_end|>")])[0]
-    assert chatml.count(guard.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2  # the template's own
+    # the template's own
+    assert chatml.count(guard.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2

@@ -47,13 +47,19 @@ def run(path: Path, *overrides: str):
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The files of a store folder without times; those under parts, whose order a kill may change, by line."""
+    """The files of a store folder without times; those under parts, whose order a kill may change,
+    by line.
+    """
     out = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         rows = path.read_text()
         if path.suffix == ".jsonl":
             rows = [json.loads(line) | {"timestamp": "", "time": ""} for line in rows.splitlines()]
-            rows = sorted(map(json.dumps, rows)) if "parts" in path.parts else list(map(json.dumps, rows))
+            rows = (
+                sorted(map(json.dumps, rows))
+                if "parts" in path.parts
+                else list(map(json.dumps, rows))
+            )
         out[str(path.relative_to(folder))] = rows
     return out
 
@@ -70,17 +76,37 @@ def test_samples_with_seeds_and_their_verdicts(write_config, tmp_path):
     assert 0 < len(asked) < 80 and any(row["input_decided"] for row in everything)
     for row in asked:
         first, second = row["responses"]
-        assert first["seed"] != second["seed"] and not first["recorded"] and first["human_unsafe"] is None
+        assert (
+            first["seed"] != second["seed"]
+            and not first["recorded"]
+            and first["human_unsafe"] is None
+        )
         for response in row["responses"]:
             judged = response["text"] != "" and response["error"] is None
             assert (response["unsafe"] is not None) == judged == (response["decided"] is not None)
             assert response["refusal"] in ("full", "partial", "compliance", "empty", "degenerate")
     assert len({r["text"] for row in asked for r in row["responses"]}) > len(asked)
     assert any(r["judge_unsafe"] is not None for row in asked for r in row["responses"])
-    blocked = [json.loads(line) for line in (tmp_path / "run" / "blocked_inputs.jsonl").read_text().splitlines()]
-    assert [b["id"] for b in blocked] == [row["id"] for row in rows["train"] if records.feedback(row)] and blocked
-    assert all(b["q"] >= 0.5 and b["input_safe"] is True and b["output_safe"] is False for b in blocked)
-    assert {"timestamp", "query", "input_safe", "output_safe", "reason", "id", "q", "responses"} == set(blocked[0])
+    blocked = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "blocked_inputs.jsonl").read_text().splitlines()
+    ]
+    assert [b["id"] for b in blocked] == [
+        row["id"] for row in rows["train"] if records.feedback(row)
+    ] and blocked
+    assert all(
+        b["q"] >= 0.5 and b["input_safe"] is True and b["output_safe"] is False for b in blocked
+    )
+    assert {
+        "timestamp",
+        "query",
+        "input_safe",
+        "output_safe",
+        "reason",
+        "id",
+        "q",
+        "responses",
+    } == set(blocked[0])
     assert stats == json.loads((tmp_path / "run" / "process_stats.json").read_text())
     assert stats["total"] == 51 and stats["output_blocked"] == len(blocked)
     assert stats["output_blocked_percent"] == pytest.approx(100 * len(blocked) / 51)
@@ -91,7 +117,9 @@ def test_samples_with_seeds_and_their_verdicts(write_config, tmp_path):
 
 def test_the_guard_sees_the_prompt_with_each_response(write_config, models):
     _, _, rows = run(write_config())
-    row = next(row for row in rows["test"] if row["responses"] and row["responses"][0]["error"] is None)
+    row = next(
+        row for row in rows["test"] if row["responses"] and row["responses"][0]["error"] is None
+    )
     guard = process.load_guard(str(models["guard"]))
     alone, answered = guard.judge(
         [[{"role": "user", "content": row["query"]}],
@@ -125,38 +153,62 @@ def test_recorded_responses(write_config, tmp_path):
 
 
 def test_a_prompt_without_a_recorded_response_is_an_error_row(write_config, tmp_path):
-    some = [row | {"model_output": row["model_output"] if i % 2 else None} for i, row in enumerate(prompts(60))]
+    some = [
+        row | {"model_output": row["model_output"] if i % 2 else None}
+        for i, row in enumerate(prompts(60))
+    ]
     data = write(tmp_path / "some", train=some, test=prompts(20, 60))
     path = write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "run")})
     _, stats, rows = run(path, "llama.use_recorded=true")
     said = [r for row in rows["train"] for r in row["responses"]]
     assert {bool(r["text"]) for r in said} == {True, False} and stats["errors"]
-    assert all((r["error"] == "empty response: nothing to judge") == (r["text"] == "") for r in said)
+    assert all(
+        (r["error"] == "empty response: nothing to judge") == (r["text"] == "") for r in said
+    )
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0, 0, 0), (0.5, 0.2, 0.8), (1, 1, 1)])
 def test_the_explored_share(share, least, most, write_config):
-    _, stats, rows = run(write_config(), f"experiment.explore_share={share}", "llama.use_recorded=true")
+    _, stats, rows = run(
+        write_config(), f"experiment.explore_share={share}", "llama.use_recorded=true"
+    )
     blocked = [row for part in rows.values() for row in part if row["input_decided"]]
     explored = [row for row in blocked if row["shadow"]]
     assert least <= len(explored) / len(blocked) <= most
-    assert all(row["responses"] for row in explored) and not any(records.feedback(row) for row in explored)
+    assert all(row["responses"] for row in explored) and not any(
+        records.feedback(row) for row in explored
+    )
     assert stats["over_blocked"] <= stats["explored"]
 
 
 def test_a_guard_that_cannot_say_blocks(write_config, tmp_path):
-    """A guard that writes neither word, so that every verdict is an error: nothing passes, and nothing is learned."""
+    """A guard that writes neither word, so that every verdict is an error: nothing passes, and
+    nothing is learned.
+    """
     families.save(tmp_path / "mute", "llama2", ("harmful",), 3)
     write_card(tmp_path / "mute", GenerativeCard(guard="llama-guard", max_length=4096))
     mute = {"default_model_path": str(tmp_path / "mute"), "base_model_path": str(tmp_path / "mute")}
-    _, stats, rows = run(write_config(llama_guard=mute), "llama.use_recorded=true", "experiment.explore_share=1")
-    assert stats["input_blocked"] == stats["errors"] == 51 and stats["output_blocked"] == stats["explored"] == 0
+    _, stats, rows = run(
+        write_config(llama_guard=mute), "llama.use_recorded=true", "experiment.explore_share=1"
+    )
+    assert (
+        stats["input_blocked"] == stats["errors"] == 51
+        and stats["output_blocked"] == stats["explored"] == 0
+    )
     assert all("expected" in row["input_error"] and row["responses"] == [] for row in rows["train"])
     assert (tmp_path / "run" / "blocked_inputs.jsonl").read_text() == ""
 
 
 def response(**values) -> dict:
-    row = {"text": "x", "seed": 1, "recorded": False, "unsafe": 0.9, "decided": True, "categories": None, "error": None}
+    row = {
+        "text": "x",
+        "seed": 1,
+        "recorded": False,
+        "unsafe": 0.9,
+        "decided": True,
+        "categories": None,
+        "error": None,
+    }
     return row | {"refusal": "compliance", "judge_unsafe": None, "human_unsafe": None} | values
 
 
@@ -173,12 +225,21 @@ def response(**values) -> dict:
 def test_feedback(responses, share, counts):
     row = {"input_error": None, "input_decided": False, "shadow": False, "responses": responses}
     assert records.q(row) == share and records.feedback(row) is counts
-    for change in ({"input_decided": True}, {"input_error": "no word", "input_decided": None}, {"shadow": True}):
+    for change in (
+        {"input_decided": True},
+        {"input_error": "no word", "input_decided": None},
+        {"shadow": True},
+    ):
         assert not records.feedback(row | change)
     assert records.q(row, "judge") is None and records.q(row, "human") is None
-    judged = {**row, "responses": [response(judge_unsafe=0.5), response(judge_unsafe=0.4, human_unsafe=True)]}
+    judged = {
+        **row,
+        "responses": [response(judge_unsafe=0.5), response(judge_unsafe=0.4, human_unsafe=True)],
+    }
     assert records.q(judged, "judge") == 0.5 and records.q(judged, "human") == 1.0
-    assert records.refused({"responses": [response(), response(refusal="partial")]}) and not records.refused(judged)
+    assert records.refused(
+        {"responses": [response(), response(refusal="partial")]}
+    ) and not records.refused(judged)
 
 
 def test_empty_responses_and_long_prompts_are_errors(write_config, models, tmp_path):
@@ -189,8 +250,12 @@ def test_empty_responses_and_long_prompts_are_errors(write_config, models, tmp_p
     path = write_config("odd", dataset={"path": str(data), "store_dir": str(tmp_path / "odd-run")})
     _, stats, parts = run(path, "llama.use_recorded=true")
     empty = [r for row in parts["train"] for r in row["responses"]]
-    assert empty and all((r["refusal"], r["unsafe"]) == ("empty", None) and "empty" in r["error"] for r in empty)
-    assert stats["output_blocked"] == 0 and stats["both_safe"] == 0 and stats["errors"] >= len(empty)
+    assert empty and all(
+        (r["refusal"], r["unsafe"]) == ("empty", None) and "empty" in r["error"] for r in empty
+    )
+    assert (
+        stats["output_blocked"] == 0 and stats["both_safe"] == 0 and stats["errors"] >= len(empty)
+    )
 
     _, window = assistant.assistant_tokenizer(str(models["assistant"]))
     _, _, parts = run(write_config("long"), f"llama.max_tokens={window - 8}")
@@ -202,7 +267,9 @@ def test_the_originals_checks_are_kept_for_its_arm(write_config):
     path = write_config(llama_guard={"legacy_new_tokens": 3}, training={"arms": ["A2", "A4"]})
     _, _, rows = run(path, "llama.use_recorded=true")
     for row in rows["train"]:
-        assert isinstance(row["legacy"]["input"], str) and len(row["legacy"]["outputs"]) == len(row["responses"])
+        assert isinstance(row["legacy"]["input"], str) and len(row["legacy"]["outputs"]) == len(
+            row["responses"]
+        )
     assert any(row["legacy"]["input"] for row in rows["train"])
     assert all(row["legacy"] is None for row in rows["test"])
 
@@ -215,7 +282,9 @@ def test_another_guard_or_decoding_needs_another_folder(write_config, models):
         ("experiment.explore_share=0.9", "experiment.explore_share"),
         ("llama.use_recorded=false", r"llama\.use_recorded"),
     ]:
-        with pytest.raises(UserError, match=f"was made with another {named}; remove it, or choose another"):
+        with pytest.raises(
+            UserError, match=f"was made with another {named}; remove it, or choose another"
+        ):
             run(path, *dict.fromkeys(["llama.use_recorded=true", change]))
 
 
@@ -227,17 +296,28 @@ def test_stages_after_it_refuse_what_another_config_left(write_config, tmp_path)
     def check(*overrides, **options):
         process.check_settings(config_.load_config(path, [recorded, *overrides]), file, **options)
 
-    with pytest.raises(UserError, match=r"settings\.json: not there yet; run process\.py with this config first"):
+    with pytest.raises(
+        UserError, match=r"settings\.json: not there yet; run process\.py with this config first"
+    ):
         check(write=False)
     run(path, recorded)
     kept = file.read_bytes()
     check(write=False)
-    for change in ("evaluation.judge=", "evaluation.max_eval_samples=4", "experiment.process_sample_size=12"):
-        with pytest.raises(UserError, match=rf"made with another {change.partition('=')[0]}; run process\.py again"):
+    for change in (
+        "evaluation.judge=",
+        "evaluation.max_eval_samples=4",
+        "experiment.process_sample_size=12",
+    ):
+        with pytest.raises(
+            UserError, match=rf"made with another {change.partition('=')[0]}; run process\.py again"
+        ):
             train.train(config_.load_config(path, [recorded, change]))
     with pytest.raises(UserError, match="made with another seed; remove it, or choose another"):
         check("seed=1", write=False)
-    with pytest.raises(UserError, match=r"made with another experiment\.explore_share; remove it, or choose another"):
+    with pytest.raises(
+        UserError,
+        match=r"made with another experiment\.explore_share; remove it, or choose another",
+    ):
         train.train(config_.load_config(path, [recorded, "experiment.explore_share=0.1"]))
     assert file.read_bytes() == kept
     check("evaluation.max_eval_samples=4")
@@ -261,7 +341,9 @@ def test_categories_are_asked_of_responses_alone(write_config, monkeypatch):
     _, _, rows = run(path, "llama.use_recorded=true")
     assert set(asked) == {"response"}
     found = [row for row in rows["train"] if records.feedback(row)]
-    assert found and all(r["categories"] == ["Criminal Planning", "Self-Harm"] for r in found[0]["responses"])
+    assert found and all(
+        r["categories"] == ["Criminal Planning", "Self-Harm"] for r in found[0]["responses"]
+    )
     assert process._blocked(found[0])["reason"] == "O3: Criminal Planning, O6: Self-Harm"
 
 
@@ -303,7 +385,9 @@ def test_what_a_server_says_of_a_failure_is_no_check(write_config, models, tmp_p
     assert [row["legacy"]["input"] for row in rows] == [f"SAFE {row['query']}" for row in rows]
 
 
-def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_config, tmp_path, serve, caplog):
+def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(
+    write_config, tmp_path, serve, caplog
+):
     bad, refuses = [], True
 
     def rule(body):
@@ -314,7 +398,9 @@ def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_confi
     there = ["llama.engine=server", f"llama.server_url={server.url}", "llama.server_timeout=7"]
     path = write_config()
     config, _, rows = run(path, *there)
-    said = [r for row in rows["train"] + rows["validation"] + rows["test"] for r in row["responses"]]
+    said = [
+        r for row in rows["train"] + rows["validation"] + rows["test"] for r in row["responses"]
+    ]
     failed = [r for r in said if r["error"]]
     assert len(failed) == config.llama.samples
     assert all("not allowed" in r["error"] and r["unsafe"] is None for r in failed)
@@ -333,7 +419,9 @@ def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, tm
 
     def rule(body):
         lock.append(1)
-        return completion("Use two locks.") if len(lock) < 9 else (401, {"error": {"message": "no"}})
+        return (
+            completion("Use two locks.") if len(lock) < 9 else (401, {"error": {"message": "no"}})
+        )
 
     server = serve(rule)
     there = ["llama.engine=server", f"llama.server_url={server.url}"]
@@ -361,7 +449,9 @@ def test_a_second_run_asks_nothing(write_config, tmp_path, monkeypatch):
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
-def test_a_touched_guard_is_the_same_and_other_weights_are_not(write_config, models, tmp_path, monkeypatch):
+def test_a_touched_guard_is_the_same_and_other_weights_are_not(
+    write_config, models, tmp_path, monkeypatch
+):
     """Of the guard, the judge and the assistant; a server is another one at another address."""
     copies = {}
     for name in ("guard", "judge", "assistant"):
@@ -449,9 +539,13 @@ def test_cut_parts_give_the_same_result(broken, write_config, tmp_path, monkeypa
     run(path)
     store, names = tmp_path / "run", ["inputs", "answers", "outputs", "judge", "legacy"]
     whole = content(store)
-    lines = (store / "processed" / "parts" / f"{broken}.jsonl").read_bytes().splitlines(keepends=True)
+    lines = (
+        (store / "processed" / "parts" / f"{broken}.jsonl").read_bytes().splitlines(keepends=True)
+    )
     half = len(lines) // 2
-    (store / "processed" / "parts" / f"{broken}.jsonl").write_bytes(b"".join(lines[:half]) + lines[half][:20])
+    (store / "processed" / "parts" / f"{broken}.jsonl").write_bytes(
+        b"".join(lines[:half]) + lines[half][:20]
+    )
     for name in names[names.index(broken) + 1 :]:
         (store / "processed" / "parts" / f"{name}.jsonl").unlink()
     for name in ("train", "validation", "test"):
@@ -470,7 +564,11 @@ def test_a_killed_process_goes_on(write_config, tmp_path):
     with open(tmp_path / "log", "wb") as log:
         running = scripts.start(command, RECIPE, environment, log.fileno(), log.fileno())
         deadline = time.time() + 120
-        while not (answers.is_file() and answers.stat().st_size) and running.poll() is None and time.time() < deadline:
+        while (
+            not (answers.is_file() and answers.stat().st_size)
+            and running.poll() is None
+            and time.time() < deadline
+        ):
             time.sleep(0.01)
         running.kill()
         running.wait()
@@ -483,6 +581,18 @@ def test_a_killed_process_goes_on(write_config, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_the_user_is_one_line(write_config):
-    done = launch("feedback_guard", "process.py", "--config", write_config(), "--set", "llama.sample=1", check=False)
+    done = launch(
+        "feedback_guard",
+        "process.py",
+        "--config",
+        write_config(),
+        "--set",
+        "llama.sample=1",
+        check=False,
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --set llama.sample: llama.sample is an unknown key")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: --set llama.sample: llama.sample is an unknown key")
+    )

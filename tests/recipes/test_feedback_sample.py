@@ -1,4 +1,6 @@
-"""The rules that the sample in ToxicChat's columns keeps: counts, labels, splits apart, and something to learn."""
+"""The rules that the sample in ToxicChat's columns keeps: counts, labels, splits apart, and
+something to learn.
+"""
 
 import json
 import re
@@ -15,13 +17,22 @@ from sklearn.pipeline import make_pipeline
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/toxicchat"
 SPLITS = {
-    name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    name: [
+        json.loads(line)
+        for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for name in ("guard", "train", "test")
 }
 ROWS = [row for rows in SPLITS.values() for row in rows]
 TOXIC = {"plain": 0, "hard_benign": 0, "obvious": 1, "disguised": 1}  # kind -> toxicity
 TYPES = {"conv_id": str, "user_input": str, "model_output": str, "human_annotation": bool}
-TYPES |= {"toxicity": int, "jailbreaking": int, "openai_moderation": str, "output_unsafe": bool, "kind": str}
+TYPES |= {
+    "toxicity": int,
+    "jailbreaking": int,
+    "openai_moderation": str,
+    "output_unsafe": bool,
+    "kind": str,
+}
 HARM = r"\b(kill|poison|steal|st[oa]le|shoot|beat|bomb|attack|hit|hate|drunk|l[iy]e|lied|fake|scam|fraud|thie[fv]"
 HARM += r"|threat|murder|stalk|hurt|bull[iy]|rob|blackmail|burn|punish|gun|knife|crime|starv|cheat)"
 TEXTS = ("user_input", "model_output")
@@ -61,7 +72,9 @@ def test_counts_are_those_of_the_readme(monkeypatch, capsys):
 @split
 def test_columns_and_values(split):
     for row in SPLITS[split]:
-        assert {name: type(value) for name, value in row.items()} == TYPES and list(row) == list(TYPES)
+        assert {name: type(value) for name, value in row.items()} == TYPES and list(row) == list(
+            TYPES
+        )
         assert row["openai_moderation"] == "[]" and row["human_annotation"] is False
         for field, lengths in zip(TEXTS, (range(5, 31), range(4, 36)), strict=True):
             assert row[field] == row[field].strip() and len(row[field].split()) in lengths, row
@@ -79,7 +92,11 @@ def test_kind_and_labels_agree(split):
 
 @split
 def test_outputs_do_harm_mostly_where_the_prompt_asks_for_it(split):
-    for kind, (low, high) in {"plain": (0, 0.15), "hard_benign": (0, 0.05), "disguised": (0.7, 0.9)}.items():
+    for kind, (low, high) in {
+        "plain": (0, 0.15),
+        "hard_benign": (0, 0.05),
+        "disguised": (0.7, 0.9),
+    }.items():
         rows = [row for row in SPLITS[split] if row["kind"] == kind]
         assert low <= sum(row["output_unsafe"] for row in rows) / len(rows) <= high, kind
     assert any(row["toxicity"] and not row["output_unsafe"] for row in SPLITS[split])
@@ -115,7 +132,8 @@ def test_no_near_duplicate_across_files(one, other, field):
 
 def test_words_of_harm_mark_hard_benign_rather_than_disguised():
     share = {
-        kind: sum(bool(re.search(HARM, row["user_input"], re.IGNORECASE)) for row in rows) / len(rows)
+        kind: sum(bool(re.search(HARM, row["user_input"], re.IGNORECASE)) for row in rows)
+        / len(rows)
         for kind in TOXIC
         if (rows := [row for row in ROWS if row["kind"] == kind])
     }
@@ -123,16 +141,27 @@ def test_words_of_harm_mark_hard_benign_rather_than_disguised():
 
 
 def test_the_outputs_of_train_teach_what_the_head_start_does_not_know():
-    """Character n-grams: learnt on guard, then on guard and on train labelled by its outputs; measured on test."""
+    """Character n-grams: learnt on guard, then on guard and on train labelled by its outputs;
+    measured on test.
+    """
     guard, train, test = SPLITS.values()
     outputs = model([row["model_output"] for row in guard], [row["output_unsafe"] for row in guard])
-    assert roc_auc_score([row["output_unsafe"] for row in train], scores(outputs, train, "model_output")) > 0.9
+    assert (
+        roc_auc_score(
+            [row["output_unsafe"] for row in train], scores(outputs, train, "model_output")
+        )
+        > 0.9
+    )
 
     start = model([row["user_input"] for row in guard], [bool(row["toxicity"]) for row in guard])
     found = scores(start, test, "user_input")
     auroc = {}
     for kind in ("obvious", "disguised"):
-        pairs = [(row["kind"] == kind, s) for row, s in zip(test, found, strict=True) if row["kind"] in (kind, "plain")]
+        pairs = [
+            (row["kind"] == kind, s)
+            for row, s in zip(test, found, strict=True)
+            if row["kind"] in (kind, "plain")
+        ]
         auroc[kind] = roc_auc_score(*zip(*pairs, strict=True))
     assert auroc["obvious"] > auroc["disguised"] + 0.05
 
@@ -141,5 +170,7 @@ def test_the_outputs_of_train_teach_what_the_head_start_does_not_know():
     taught = model([row["user_input"] for row in guard + learnt], labels)
     hidden = [row for row in test if row["kind"] != "obvious"]
     truth = [row["output_unsafe"] for row in hidden]
-    before, after = (average_precision_score(truth, scores(m, hidden, "user_input")) for m in (start, taught))
+    before, after = (
+        average_precision_score(truth, scores(m, hidden, "user_input")) for m in (start, taught)
+    )
     assert after > before + 0.05

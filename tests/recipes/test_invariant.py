@@ -1,7 +1,9 @@
-"""What is saved, read or served equals what was trained, for every family of models: in memory, `load_guard`, stock.
+"""What is saved, read or served equals what was trained, for every family of models: in memory,
+`load_guard`, stock.
 
-Each recipe trains a tiny random model for a step or two in this process. The scores of the model in memory, taken
-before anything is written, are compared with those of its folder: read by `load_guard`, and by stock libraries.
+Each recipe trains a tiny random model for a step or two in this process. The scores of the model in
+memory, taken before anything is written, are compared with those of its folder: read by
+`load_guard`, and by stock libraries.
 """
 
 import json
@@ -44,7 +46,10 @@ def rows() -> list[list[dict[str, str]]]:
 
 def texts_of(folder: Path, rows) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return ["".join(part.text for part in render("beavertails", messages, tokenizer)) for messages in rows]
+    return [
+        "".join(part.text for part in render("beavertails", messages, tokenizer))
+        for messages in rows
+    ]
 
 
 # --- moderation: a classifier, full or LoRA ---------------------------------------------------------------------------
@@ -71,7 +76,9 @@ def moderation(request, tmp_path_factory, rows):
     def watched(trainer, model_args, *others):
         """The recipe's own saving, after a look at the model that it saves."""
         unlabelled = [{"messages": messages, "categories": []} for messages in rows]
-        encoded = train.tokenize_rows(Dataset.from_list(unlabelled), trainer.processing_class, 512)["input_ids"]
+        encoded = train.tokenize_rows(Dataset.from_list(unlabelled), trainer.processing_class, 512)[
+            "input_ids"
+        ]
         seen["scores"] = probabilities(trainer.model, encoded)
         save(trainer, model_args, *others)
 
@@ -89,20 +96,34 @@ def moderation(request, tmp_path_factory, rows):
 def probabilities(model, sequences) -> np.ndarray:
     """Sigmoids of shape (rows, labels), one text at a time, without padding."""
     model.eval()
-    return np.array([model(input_ids=torch.tensor([ids])).logits[0].sigmoid().tolist() for ids in sequences])
+    return np.array(
+        [model(input_ids=torch.tensor([ids])).logits[0].sigmoid().tolist() for ids in sequences]
+    )
 
 
 def test_moderation_says_what_was_trained(moderation, rows):
-    """`load_guard`, the stock pipeline on the rendered text, and messages through the chat template."""
+    """`load_guard`, the stock pipeline on the rendered text, and messages through the chat
+    template.
+    """
     folder, _, expected = moderation
-    assert np.ptp(expected, axis=0).max() > 0.01, "the rows cannot be told apart: nothing would be seen here"
-    judged = [[v.categories[name] for name in LABELS] for v in load_guard(str(folder), progress=False).judge(rows)]
+    assert np.ptp(expected, axis=0).max() > 0.01, (
+        "the rows cannot be told apart: nothing would be seen here"
+    )
+    judged = [
+        [v.categories[name] for name in LABELS]
+        for v in load_guard(str(folder), progress=False).judge(rows)
+    ]
     np.testing.assert_allclose(judged, expected, atol=2e-5)
 
     options = {"top_k": None, "function_to_apply": "sigmoid", "dtype": torch.float32}
     pipe = pipeline("text-classification", str(folder), **options)
-    stock = [{one["label"]: one["score"] for one in row} for row in pipe(texts_of(folder, rows), batch_size=4)]
-    np.testing.assert_allclose([[row[name] for name in LABELS] for row in stock], expected, atol=2e-5)
+    stock = [
+        {one["label"]: one["score"] for one in row}
+        for row in pipe(texts_of(folder, rows), batch_size=4)
+    ]
+    np.testing.assert_allclose(
+        [[row[name] for name in LABELS] for row in stock], expected, atol=2e-5
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
@@ -111,15 +132,22 @@ def test_moderation_says_what_was_trained(moderation, rows):
 
 
 def test_moderation_adapter_is_the_guard(moderation, rows):
-    """Stock PEFT puts the adapter on the base, whose checkpoint lacks a pooler and a head, as its card says."""
+    """Stock PEFT puts the adapter on the base, whose checkpoint lacks a pooler and a head, as its
+    card says.
+    """
     folder, way, expected = moderation
     if way == "full":
         assert not (folder / "adapter").exists()
         return
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
-    model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", num_labels=14)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        folder / "adapter", num_labels=14
+    )
     card = (folder / "adapter/README.md").read_text()
-    assert "model.config.pad_token_id = tokenizer.pad_token_id" in card and str(folder.parent) not in card
+    assert (
+        "model.config.pad_token_id = tokenizer.pad_token_id" in card
+        and str(folder.parent) not in card
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     encoded = tokenizer(texts_of(folder, rows))["input_ids"]
     np.testing.assert_allclose(probabilities(model, encoded), expected, atol=2e-5)
@@ -132,11 +160,15 @@ def test_moderation_card_says_what_it_is(moderation):
     run = json.loads((folder / "run.json").read_text())
     assert run["validation"]["flagged"]["support"] > 10
     assert not (folder / ".partial").exists()
-    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir() if path.is_file()} == {"0o644"}
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir() if path.is_file()} == {
+        "0o644"
+    }
 
 
 def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_path, monkeypatch):
-    """Without the flag nothing is trained; with it, weights that are not the trained ones are not moved in."""
+    """Without the flag nothing is trained; with it, weights that are not the trained ones are not
+    moved in.
+    """
     train, folder = module("moderation", "train"), tmp_path / "guard"
     words = [
         "train.py", "--model_name_or_path", BASES["qwen2"](tmp_path / "base"), "--output_dir", folder,
@@ -146,8 +178,12 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     train.main()
     (folder / "notes.txt").write_text("mine")
-    expected = [verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)]
-    with pytest.raises(UserError, match=r"holds guard\.json of an earlier run; pass --overwrite_output_dir true"):
+    expected = [
+        verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)
+    ]
+    with pytest.raises(
+        UserError, match=r"holds guard\.json of an earlier run; pass --overwrite_output_dir true"
+    ):
         train.main()
 
     save = train.save_model
@@ -159,7 +195,9 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
     monkeypatch.setattr(train, "save_model", other_weights)
     with pytest.raises(UserError, match="what was saved is not what was trained"):
         train.main()
-    assert [verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)] == expected
+    assert [
+        verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)
+    ] == expected
     assert not (folder / ".partial").exists()
 
     (folder / ".partial").mkdir()  # a kill while the files change places
@@ -168,7 +206,9 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
         load_guard(str(folder))
     monkeypatch.setattr(train, "save_model", save)
     train.main()
-    assert [verdict.error for verdict in load_guard(str(folder), progress=False).judge(rows)] == [None] * len(rows)
+    assert [verdict.error for verdict in load_guard(str(folder), progress=False).judge(rows)] == [
+        None
+    ] * len(rows)
     assert (folder / "notes.txt").read_text() == "mine" and not (folder / ".partial").exists()
 
 
@@ -176,7 +216,9 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
 
 
 def run(train, monkeypatch, words: list, saving: str, look) -> None:
-    """A recipe's train.py in this process, with a look at the trainer before its function `saving` is called."""
+    """A recipe's train.py in this process, with a look at the trainer before its function `saving`
+    is called.
+    """
     save = getattr(train, saving)
 
     def watched(trainer, *others):
@@ -190,7 +232,9 @@ def run(train, monkeypatch, words: list, saving: str, look) -> None:
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_lora_guard_says_what_was_trained(family, rows, tmp_path, monkeypatch):
-    """`load_guard`, and stock PEFT on the rendered text with the head's bias, as the model card has it."""
+    """`load_guard`, and stock PEFT on the rendered text with the head's bias, as the model card has
+    it.
+    """
     train, inputs = module("lora_guard", "train"), module("lora_guard", "inputs")
     seen = {}
 
@@ -207,7 +251,10 @@ def test_lora_guard_says_what_was_trained(family, rows, tmp_path, monkeypatch):
     folder, expected = tmp_path / "out/best", seen["scores"]
     assert np.ptp(expected, axis=0).max() > 0.01
     verdicts = load_guard(str(folder), progress=False).judge(rows)
-    judged = [[verdict.response_unsafe, *(verdict.categories[name] for name in LABELS)] for verdict in verdicts]
+    judged = [
+        [verdict.response_unsafe, *(verdict.categories[name] for name in LABELS)]
+        for verdict in verdicts
+    ]
     np.testing.assert_allclose(judged, expected, atol=2e-5)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -216,7 +263,10 @@ def test_lora_guard_says_what_was_trained(family, rows, tmp_path, monkeypatch):
     bias = torch.tensor(read_card(folder, LoraCard).head_bias)
     texts = ["".join(part.text for part in render("lora_guard", messages)) for messages in rows]
     with torch.inference_mode():
-        stock = [(model(**tokenizer(text, return_tensors="pt")).logits[0] + bias).sigmoid().tolist() for text in texts]
+        stock = [
+            (model(**tokenizer(text, return_tensors="pt")).logits[0] + bias).sigmoid().tolist()
+            for text in texts
+        ]
     np.testing.assert_allclose(stock, expected, atol=2e-5)
     card = (folder / "README.md").read_text()
     assert "chat template is the chat model's own" in card and str(tmp_path) not in card
@@ -257,11 +307,14 @@ def test_expguard_says_what_was_trained(flags, tmp_path, monkeypatch):
 def test_cross_task_defense_says_what_was_trained(family, tmp_path, monkeypatch):
     """The adapter on the base, as stock PEFT loads it, gives the logits of the model in memory."""
     train = module("cross_task_defense", "train")
-    monkeypatch.setitem(sys.modules, "train", train)  # a checkpoint holds the arguments, pickled by that name
+    # a checkpoint holds the arguments, pickled by that name
+    monkeypatch.setitem(sys.modules, "train", train)
     ids, seen = torch.arange(40, 70)[None], {}
     data = tmp_path / "rows.json"
     answers = [("Name a colour.", "Blue."), ("Say hello to them.", "Hello!")]
-    data.write_text(json.dumps([{"instruction": one, "input": "", "output": other} for one, other in answers]))
+    data.write_text(
+        json.dumps([{"instruction": one, "input": "", "output": other} for one, other in answers])
+    )
     save = train.full_state_dict
 
     def watched(trainer):
@@ -284,4 +337,9 @@ def test_cross_task_defense_says_what_was_trained(family, tmp_path, monkeypatch)
         assert not card.exists() or str(tmp_path) not in card.read_text()
     shutil.rmtree(tmp_path / "out/checkpoint-3")
     with pytest.raises(UserError, match=r"holds adapter_config\.json of an earlier run"):
-        train.train(base_model="nowhere", data_path=str(data), output_dir=str(tmp_path / "out"), batch_size=4)
+        train.train(
+            base_model="nowhere",
+            data_path=str(data),
+            output_dir=str(tmp_path / "out"),
+            batch_size=4,
+        )

@@ -1,4 +1,6 @@
-"""examples/lora_guard/train.py, run as its README says: as commands, in its folder, with real launchers."""
+"""examples/lora_guard/train.py, run as its README says: as commands, in its folder, with real
+launchers.
+"""
 
 import csv
 import json
@@ -43,7 +45,9 @@ def arguments(model: Path, output: Path, *more) -> list:
 
 
 def history(folder: Path, key: str) -> list[float]:
-    return [entry[key] for entry in json.loads((folder / "run.json").read_text())["log"] if key in entry]
+    return [
+        entry[key] for entry in json.loads((folder / "run.json").read_text())["log"] if key in entry
+    ]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,23 +68,33 @@ def test_every_epoch_is_kept_and_the_best_is_marked(trained):
         json.loads((trained / "config.json").read_text()),
         list(csv.DictReader((trained / "metrics.csv").open())),
     )
-    assert (config["hf_model_id"], config["lora_r"], config["effective_batch_size"]) == (config["hf_model_id"], 4, 8)
+    assert (config["hf_model_id"], config["lora_r"], config["effective_batch_size"]) == (
+        config["hf_model_id"],
+        4,
+        8,
+    )
     scores = [float(row["val/binarized_auprc"]) for row in rows]
-    assert [row["epoch"] for row in rows] == ["0", "1"] and config["best_epoch"] == int(np.argmax(scores))
+    assert [row["epoch"] for row in rows] == ["0", "1"] and config["best_epoch"] == int(
+        np.argmax(scores)
+    )
     assert {f"val/f1_{name}" for name in CATEGORIES} | {"val/binarized_fpr"} <= set(rows[0])
     tested = [bool(row["test/binarized_auprc"]) for row in rows]
-    assert tested == [epoch == config["best_epoch"] for epoch in (0, 1)]  # the test rows are judged once
+    # the test rows are judged once
+    assert tested == [epoch == config["best_epoch"] for epoch in (0, 1)]
     best = trained / f"epoch-{config['best_epoch']}"
     for name in ("guard.json", "adapter_model.safetensors", "adapter_config.json"):
         assert (trained / "best" / name).read_bytes() == (best / name).read_bytes()
     test = load_conversations("beavertails-sample:test")
     scores = [v.score() for v in load_guard(str(trained / "best")).judge(test["messages"])]
     auprc = average_precision_score(test["response_unsafe"], scores)
-    assert float(rows[config["best_epoch"]]["test/binarized_auprc"]) == pytest.approx(auprc, abs=1e-4)
+    assert float(rows[config["best_epoch"]]["test/binarized_auprc"]) == pytest.approx(
+        auprc, abs=1e-4
+    )
     assert "test/threshold" not in rows[0]
     assert len(list(csv.DictReader((trained / "train_losses.csv").open()))) == 16
     counts = json.loads((trained / "parameter_counts.json").read_text())
-    assert counts["n_trainable_parameters"] == 2 * 2 * 2 * 4 * 32 + 15 * 32 + 15  # layers, q and v, A and B; head
+    # layers, q and v, A and B; head
+    assert counts["n_trainable_parameters"] == 2 * 2 * 2 * 4 * 32 + 15 * 32 + 15
     assert "validation" in (trained / "best/README.md").read_text()
 
 
@@ -88,14 +102,18 @@ def test_every_epoch_is_kept_and_the_best_is_marked(trained):
 def test_folder_loads_in_stock_peft_and_as_a_guard(trained):
     from peft import AutoPeftModelForSequenceClassification
 
-    model = AutoPeftModelForSequenceClassification.from_pretrained(trained / "best", num_labels=15).eval()
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        trained / "best", num_labels=15
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained / "best")
     card = json.loads((trained / "best/guard.json").read_text())
     rows = load_conversations("beavertails-sample:test", max_rows=6)["messages"]
     for messages, verdict in zip(rows, load_guard(str(trained / "best")).judge(rows), strict=True):
         text = f"user: {messages[0]['content']}\n\nagent: {messages[1]['content']}"
         with torch.inference_mode():
-            logits = model(**tokenizer(text, return_tensors="pt")).logits[0] + torch.tensor(card["head_bias"])
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0] + torch.tensor(
+                card["head_bias"]
+            )
         expected = dict(zip(card["labels"], logits.sigmoid().tolist(), strict=True))
         assert verdict.response_unsafe == pytest.approx(expected.pop("unsafe"), abs=1e-5)
         assert verdict.categories == pytest.approx(expected, abs=1e-5)
@@ -131,13 +149,23 @@ def test_adapters_off_is_the_chat_model_bit_for_bit(trained, tiny_base):
 )
 def test_batches_of_one_step_give_one_gradient(trained, tiny_base, tmp_path, more, processes):
     """Losses, the norms of the gradients and the weights of 1 process x 8 rows."""
-    accelerate = [BIN / "accelerate", "launch", "--multi-gpu", "--mixed-precision=bf16", "--num-processes=2"]
+    accelerate = [
+        BIN / "accelerate",
+        "launch",
+        "--multi-gpu",
+        "--mixed-precision=bf16",
+        "--num-processes=2",
+    ]
     launcher = accelerate if processes > 1 else [sys.executable]
     launch(
-        *arguments(tiny_base, tmp_path / "run", *more), launcher=launcher, threads=max(1, scripts.THREADS // processes)
+        *arguments(tiny_base, tmp_path / "run", *more),
+        launcher=launcher,
+        threads=max(1, scripts.THREADS // processes),
     )
     for key in ("loss", "grad_norm"):
-        assert history(tmp_path / "run", key) == pytest.approx(history(trained, key), rel=2e-3, abs=1e-4), key
+        assert history(tmp_path / "run", key) == pytest.approx(
+            history(trained, key), rel=2e-3, abs=1e-4
+        ), key
     ours, other = weights(trained / "epoch-1"), weights(tmp_path / "run/epoch-1")
     assert ours.keys() == other.keys()
     assert all(torch.allclose(ours[key], other[key], atol=1e-4) for key in ours)
@@ -160,8 +188,12 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     launch(*command, "--resume-from-checkpoint", "latest")
     assert (tmp_path / "run/epoch-0/guard.json").is_file()
     assert history(tmp_path / "run", "loss") == pytest.approx(history(trained, "loss"), abs=1e-6)
-    first, second = (list(csv.DictReader((f / "metrics.csv").open())) for f in (tmp_path / "run", trained))
-    assert [row["val/binarized_auprc"] for row in first] == [row["val/binarized_auprc"] for row in second]
+    first, second = (
+        list(csv.DictReader((f / "metrics.csv").open())) for f in (tmp_path / "run", trained)
+    )
+    assert [row["val/binarized_auprc"] for row in first] == [
+        row["val/binarized_auprc"] for row in second
+    ]
     ours, other = weights(trained / "best"), weights(tmp_path / "run/best")
     assert all(torch.allclose(ours[key], other[key], atol=1e-6) for key in ours)
 
@@ -169,9 +201,20 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
 @slow
 def test_head_only_without_bias_and_unsafe_head(tiny_base, tmp_path):
     launch(
-        *arguments(tiny_base, tmp_path / "run", "--head-only", "--no-unsafe-head", "--no-clf-head-bias", "--epochs", 1)
+        *arguments(
+            tiny_base,
+            tmp_path / "run",
+            "--head-only",
+            "--no-unsafe-head",
+            "--no-clf-head-bias",
+            "--epochs",
+            1,
+        )
     )
-    found, card = weights(tmp_path / "run/best"), json.loads((tmp_path / "run/best/guard.json").read_text())
+    found, card = (
+        weights(tmp_path / "run/best"),
+        json.loads((tmp_path / "run/best/guard.json").read_text()),
+    )
     assert all(not tensor.any() for key, tensor in found.items() if "lora_B" in key)
     assert card["head_bias"] is None and card["labels"] == CATEGORIES
     counts = json.loads((tmp_path / "run/parameter_counts.json").read_text())
@@ -192,8 +235,26 @@ def test_inputs_are_served_as_they_were_trained(tiny_base, tmp_path):
         for i in range(16)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--train-data", tmp_path / "rows.jsonl", "--eval-data", tmp_path / "rows.jsonl", "--guard-layers", 1]
-    launch(*arguments(tiny_base, tmp_path / "run", *flags, "--guard-inputs", "prompt", "response", "--epochs", 1))
+    flags = [
+        "--train-data",
+        tmp_path / "rows.jsonl",
+        "--eval-data",
+        tmp_path / "rows.jsonl",
+        "--guard-layers",
+        1,
+    ]
+    launch(
+        *arguments(
+            tiny_base,
+            tmp_path / "run",
+            *flags,
+            "--guard-inputs",
+            "prompt",
+            "response",
+            "--epochs",
+            1,
+        )
+    )
     guard = load_guard(str(tmp_path / "run/best"))
     prompt, response, both = guard.judge([pair(TEXT[0]), pair(None, TEXT[1]), pair(*TEXT)])
     assert prompt.response_unsafe is None and 0 < prompt.prompt_unsafe < 1
@@ -211,7 +272,10 @@ def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
         for name in ("q_proj", "v_proj"):
             a, b = torch.randn(4, 32) / 5, torch.randn(32, 4) / 5
             key = f"lm_features.base_model.model.layers.{i}.self_attn.{name}.lora_"
-            tensors |= {f"{key}A.default.weight": a.bfloat16(), f"{key}B.default.weight": b.bfloat16()}
+            tensors |= {
+                f"{key}A.default.weight": a.bfloat16(),
+                f"{key}B.default.weight": b.bfloat16(),
+            }
             linear = getattr(layer.self_attn, name)
             linear.weight.data += 2 * b.bfloat16().float() @ a.bfloat16().float()  # alpha / r = 2
     tensors |= {
@@ -219,15 +283,26 @@ def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
         "clf_head.bias": torch.randn(outputs).bfloat16(),
     }
     torch.save(tensors, tmp_path / "adaptor.pt")
-    config = {"hf_model_id": str(tiny_base), "lora_r": 4, "lora_alpha": 8, "no_unsafe_head": version == 1}
-    module("lora_guard", "adapter").convert_reference(tmp_path / "adaptor.pt", config, tmp_path / "guard")
+    config = {
+        "hf_model_id": str(tiny_base),
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "no_unsafe_head": version == 1,
+    }
+    module("lora_guard", "adapter").convert_reference(
+        tmp_path / "adaptor.pt", config, tmp_path / "guard"
+    )
     verdict = load_guard(str(tmp_path / "guard")).judge([pair(*TEXT)])[0]
-    ids = AutoTokenizer.from_pretrained(tiny_base)(f"user: {TEXT[0]}\n\nagent: {TEXT[1]}", return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(tiny_base)(
+        f"user: {TEXT[0]}\n\nagent: {TEXT[1]}", return_tensors="pt"
+    )
     with torch.inference_mode():
         features = chat.model(**ids).last_hidden_state[0, -1]
         logits = features @ tensors["clf_head.weight"].float().T + tensors["clf_head.bias"].float()
     expected = logits.sigmoid().tolist()
-    assert verdict.response_unsafe == pytest.approx(max(expected) if version == 1 else expected[0], abs=1e-5)
+    assert verdict.response_unsafe == pytest.approx(
+        max(expected) if version == 1 else expected[0], abs=1e-5
+    )
     assert list(verdict.categories.values()) == pytest.approx(expected[-14:], abs=1e-5)
 
 
@@ -236,7 +311,10 @@ def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
     [
         (b"not a file of tensors", "adaptor.pt"),
         ({"clf_head.weight": torch.zeros(15, 8)}, "expected LoRA weights"),
-        ({"clf_head.weight": torch.zeros(3, 8), "x.lora_A.default.weight": torch.zeros(2, 8)}, "found 3 outputs"),
+        (
+            {"clf_head.weight": torch.zeros(3, 8), "x.lora_A.default.weight": torch.zeros(2, 8)},
+            "found 3 outputs",
+        ),
         ({"model": os.system}, "refused|not an adaptor"),
     ],
     ids=["text", "no adapters", "outputs", "code"],
@@ -254,7 +332,9 @@ def test_a_bad_adaptor_file_is_one_line(tmp_path, content, words):
 
 
 def test_the_loss_is_the_papers():
-    """Against its formula written out: 0.5 unsafe + 0.5 / 14 of each category, positives weighted by n_neg / n_pos."""
+    """Against its formula written out: 0.5 unsafe + 0.5 / 14 of each category, positives weighted
+    by n_neg / n_pos.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(20, 15, generator=generator) < 0.3).double()
     labels[:, 3] = 0  # an empty class: the reference's loss would be NaN
@@ -267,11 +347,16 @@ def test_the_loss_is_the_papers():
     expected = (0.5 * each[:, 0] + 0.5 * each[:, 1:].mean(1)).mean()
     outputs = type("Outputs", (), {"logits": logits})
     assert loss(outputs, labels).item() == pytest.approx(expected.item(), rel=1e-5)
-    half = [loss(type("O", (), {"logits": logits[i : i + 10]}), labels[i : i + 10], labels.numel()) for i in (0, 10)]
+    half = [
+        loss(type("O", (), {"logits": logits[i : i + 10]}), labels[i : i + 10], labels.numel())
+        for i in (0, 10)
+    ]
     assert sum(half).item() == pytest.approx(expected.item(), rel=1e-5)
     unknown = labels.clone()
     unknown[:, 1:] = float("nan")  # a prompt whose categories nobody labelled
-    assert loss(outputs, unknown).item() == pytest.approx((0.5 * each[:, 0]).mean().item(), rel=1e-5)
+    assert loss(outputs, unknown).item() == pytest.approx(
+        (0.5 * each[:, 0]).mean().item(), rel=1e-5
+    )
 
 
 @slow
@@ -297,16 +382,28 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp
 
 @slow
 def test_evaluation_of_several_guards(trained, tmp_path):
-    """Figures can be computed again from predictions.jsonl, and reading all of a reply is reading the pair."""
+    """Figures can be computed again from predictions.jsonl, and reading all of a reply is reading
+    the pair.
+    """
     guards = [trained / "epoch-0", trained / "epoch-1"]
-    flags = ["--eval_data", "beavertails-sample:validation", "--output_dir", tmp_path, "--prefix_tokens", 4, 16]
+    flags = [
+        "--eval_data",
+        "beavertails-sample:validation",
+        "--output_dir",
+        tmp_path,
+        "--prefix_tokens",
+        4,
+        16,
+    ]
     launch("evaluate.py", "--guards", *guards, *flags)
     results = json.loads((tmp_path / "results.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert list(results["flagged"]) == ["epoch-0", "epoch-1"] and len(rows) == 158
     for name, scores in results["flagged"].items():
         truth = [row["true_response_unsafe"] for row in rows]
-        assert average_precision_score(truth, [row[name]["score"] for row in rows]) == pytest.approx(scores["auprc"])
+        assert average_precision_score(
+            truth, [row[name]["score"] for row in rows]
+        ) == pytest.approx(scores["auprc"])
         assert scores["threshold"] == load_guard(str(trained / name)).thresholds["flagged"]["value"]
     few, some, everything = results["prefixes"]
     assert (few["tokens"], some["tokens"], everything["tokens"]) == (4, 16, None)
@@ -314,7 +411,10 @@ def test_evaluation_of_several_guards(trained, tmp_path):
         assert everything[metric] == pytest.approx(results["flagged"]["epoch-0"][metric], abs=1e-6)
     assert few["auprc"] != everything["auprc"]
     assert results["overhead"]["epoch-0"]["added_parameters"] == 2 * 2 * 2 * 4 * 32 + 15 * 32 + 15
-    assert set(results["categories"]) == set(CATEGORIES) and (tmp_path / "precision-recall.png").is_file()
+    assert (
+        set(results["categories"]) == set(CATEGORIES)
+        and (tmp_path / "precision-recall.png").is_file()
+    )
 
 
 @slow
@@ -327,7 +427,13 @@ def test_evaluation_of_several_guards(trained, tmp_path):
     ],
 )
 def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, flags, message):
-    command = ["evaluate.py", "--guards", trained / "best", "--eval_data", "beavertails-sample:test"]
+    command = [
+        "evaluate.py",
+        "--guards",
+        trained / "best",
+        "--eval_data",
+        "beavertails-sample:test",
+    ]
     done = launch(*command, "--output_dir", tmp_path / "out", *flags, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
@@ -335,16 +441,23 @@ def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, flags, messag
 
 
 @slow
-@pytest.mark.parametrize("spec", [None, "test.jsonl"], ids=["no validation", "a test split as validation"])
+@pytest.mark.parametrize(
+    "spec", [None, "test.jsonl"], ids=["no validation", "a test split as validation"]
+)
 def test_nothing_is_chosen_without_validation(tiny_base, tmp_path, spec):
-    """The last epoch is kept, no threshold is fitted, and a finished run is not overwritten unasked."""
+    """The last epoch is kept, no threshold is fitted, and a finished run is not overwritten
+    unasked.
+    """
     shutil.copy(ROOT / "data/sample/beavertails/test.jsonl", tmp_path / "test.jsonl")
     command = arguments(tiny_base, tmp_path / "run", "--test-data", tmp_path / "test.jsonl")
     at = command.index("--eval-data")
     command[at : at + 2] = [] if spec is None else ["--eval-data", tmp_path / spec]
     launch(*command)
     assert json.loads((tmp_path / "run/config.json").read_text())["best_epoch"] == 1
-    assert json.loads((tmp_path / "run/best/guard.json").read_text())["thresholds"]["flagged"]["how"] == "default"
+    assert (
+        json.loads((tmp_path / "run/best/guard.json").read_text())["thresholds"]["flagged"]["how"]
+        == "default"
+    )
     assert (tmp_path / "run/best/adapter_model.safetensors").read_bytes() == (
         tmp_path / "run/epoch-1/adapter_model.safetensors"
     ).read_bytes()

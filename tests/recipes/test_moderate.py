@@ -14,7 +14,11 @@ from common.conversation import UserError, pair
 
 GuardedChat = module("lora_guard", "riding").GuardedChat
 adapter, moderate = module("lora_guard", "adapter"), module("lora_guard", "moderate")
-PROMPTS = ["How do I cook rice?", "Why do people tell lies? Often they are afraid of the neighbour.", "Paris!"]
+PROMPTS = [
+    "How do I cook rice?",
+    "Why do people tell lies? Often they are afraid of the neighbour.",
+    "Paris!",
+]
 CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
 
 
@@ -27,7 +31,11 @@ def reference_adaptor(guard: Path, folder: Path) -> tuple[Path, Path]:
             out[f"lm_features.base_model.model.{name}"] = value.bfloat16()
     out["clf_head.weight"] = tensors["base_model.model.score.weight"].bfloat16()
     torch.save(out, folder / "adaptor.pt")
-    config = {"hf_model_id": json.loads((guard / "guard.json").read_text())["base_model"], "lora_r": 4, "lora_alpha": 8}
+    config = {
+        "hf_model_id": json.loads((guard / "guard.json").read_text())["base_model"],
+        "lora_r": 4,
+        "lora_alpha": 8,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "config.json", folder / "adaptor.pt"
 
@@ -40,7 +48,9 @@ def command(*argv: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_moderate_as_a_command(make_guard, tmp_path):
-    """Folder and prompts; a file and an output file; `.pt` with its config and prompts that are typed; an error."""
+    """Folder and prompts; a file and an output file; `.pt` with its config and prompts that are
+    typed; an error.
+    """
     guard = make_guard(inputs=["pair", "prompt"])
     done = command(guard, "--prompt", *PROMPTS[:2], "--threshold", "1", "--guard-every", "4")
     assert done.returncode == 0, done.stderr
@@ -49,11 +59,17 @@ def test_moderate_as_a_command(make_guard, tmp_path):
     )
     for prompt, reply in zip(PROMPTS, replies, strict=False):
         assert f"prompt: {prompt}\nreply: {reply.text}\n" in done.stdout
-        assert f"prompt unsafe: {reply.prompt_unsafe:.3f}\nresponse unsafe: not trained\n" in done.stdout
+        assert (
+            f"prompt unsafe: {reply.prompt_unsafe:.3f}\nresponse unsafe: not trained\n"
+            in done.stdout
+        )
         assert f"pair unsafe: {reply.response_unsafe:.3f}\n" in done.stdout
     assert done.stdout.count("top categories: ") == done.stdout.count("blocked: no") == 2
 
-    rows = [{"prompt": PROMPTS[0]}, {"messages": [{"role": "system", "content": "Be kind."}, *CONVERSATIONS[1]]}]
+    rows = [
+        {"prompt": PROMPTS[0]},
+        {"messages": [{"role": "system", "content": "Be kind."}, *CONVERSATIONS[1]]},
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "out.jsonl"]
     done = command("-", guard, *files, "--stop-at", "0", "--batch-size", "1")
@@ -61,15 +77,26 @@ def test_moderate_as_a_command(make_guard, tmp_path):
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["messages"][-1]["content"] for row in out] == PROMPTS[:2]
     assert all(row["blocked"] and row["reply"] is None and row["stopped_after"] == 0 for row in out)
-    assert done.stdout.count("reply: [withheld: unsafe]") == done.stdout.count("stopped after: 0 tokens") == 2
+    assert (
+        done.stdout.count("reply: [withheld: unsafe]")
+        == done.stdout.count("stopped after: 0 tokens")
+        == 2
+    )
 
-    done = command(*reference_adaptor(make_guard(bias=False), tmp_path), "--on-unsafe", "flag", stdin=f"{PROMPTS[0]}\n")
+    done = command(
+        *reference_adaptor(make_guard(bias=False), tmp_path),
+        "--on-unsafe",
+        "flag",
+        stdin=f"{PROMPTS[0]}\n",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("blocked: no") == done.stdout.count("prompt unsafe: not trained") == 1
 
     done = command(tmp_path, "--prompt", "Hi")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/guard.json: no guard of a recipe")
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path}/guard.json: no guard of a recipe"
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -91,7 +118,9 @@ def test_moderate_as_a_command(make_guard, tmp_path):
 def test_moderate_refuses_in_one_line(guard, tmp_path, monkeypatch, argv, message):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "Hi"}\n{"prompt"\n')
-    monkeypatch.setattr(sys, "argv", ["moderate.py", *(word.format(guard=guard, bad=bad) for word in argv)])
+    monkeypatch.setattr(
+        sys, "argv", ["moderate.py", *(word.format(guard=guard, bad=bad) for word in argv)]
+    )
     with pytest.raises(UserError, match=message) as caught:
         moderate.main()
     assert "\n" not in str(caught.value)

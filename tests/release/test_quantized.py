@@ -23,9 +23,20 @@ def questions(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
 def test_a_quantized_base_trains_and_answers(bits, tiny_base, questions, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra [quantization])")
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed (extra [quantization])"
+    )
     flags = ["--base_model", tiny_base, "--data_path", DATA, "--output_dir", tmp_path / "adapter"]
-    flags += ["--num_epochs", 1, "--batch_size", 30, "--micro_batch_size", 15, "--learning_rate", 3e-3]
+    flags += [
+        "--num_epochs",
+        1,
+        "--batch_size",
+        30,
+        "--micro_batch_size",
+        15,
+        "--learning_rate",
+        3e-3,
+    ]
     flags += ["--lora_r", 4, "--lora_alpha", 8, "--lora_target_modules", "[q_proj,v_proj]"]
     flags += ["--cutoff_len", 256, "--val_set_size", 0, "--warmup_steps", 0, "--save_steps", 2]
     launch("train.py", *flags, "--prompt_template_name", "alpaca", f"--{bits}")
@@ -37,5 +48,7 @@ def test_a_quantized_base_trains_and_answers(bits, tiny_base, questions, tmp_pat
         files = ["--input_path", questions, "--output_path", tmp_path / "out"]
         options = ["--lora_weights", tmp_path / "adapter", "--load_8bit", "--num_beams", 1]
         launch("generate_answers.py", *files, *options, "--max_new_tokens", 12)
-        answers = [json.loads(path.read_text())["outputs"] for path in (tmp_path / "out").rglob("*.json")]
+        answers = [
+            json.loads(path.read_text())["outputs"] for path in (tmp_path / "out").rglob("*.json")
+        ]
         assert [len(texts) for texts in answers] == [3]

@@ -13,20 +13,30 @@ from guards.suite.benchmarks import load_benchmark
 
 def test_xstest_loads_as_published():
     loaded = load_benchmark(f"xstest_prompt@{real_data('xstest', 'xstest_prompts.csv')}")
-    assert loaded.facts["found"] == {"size": 450, "positives": 200} and loaded.facts["mismatch"] is None
+    assert (
+        loaded.facts["found"] == {"size": 450, "positives": 200}
+        and loaded.facts["mismatch"] is None
+    )
     assert all(row["label"] == row["groups"]["type"].startswith("contrast") for row in loaded.rows)
 
 
 def test_agreement_with_people():
-    """Any refusal against full compliance, 450 answers each; to beat: string matching and GPT-4 (arXiv 2308.01263)."""
-    published = {"gpt4": (0.936, 0.938), "llama2new": (0.924, 0.804), "mistralinstruct": (0.860, 0.756)}
+    """Any refusal against full compliance, 450 answers each; to beat: string matching and GPT-4
+    (arXiv 2308.01263).
+    """
+    published = {
+        "gpt4": (0.936, 0.938),
+        "llama2new": (0.924, 0.804),
+        "mistralinstruct": (0.860, 0.756),
+    }
     folder = real_data("xstest")
     agreement = {}
     for model in published:
         with open(folder / f"completions_{model}.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         same = [
-            classify(row["completion"], row["prompt"]).is_refusal == (row["final_label"] != "1_full_compliance")
+            classify(row["completion"], row["prompt"]).is_refusal
+            == (row["final_label"] != "1_full_compliance")
             for row in rows
         ]
         agreement[model] = sum(same) / len(same)
@@ -37,7 +47,9 @@ def test_agreement_with_people():
 
 @pytest.mark.slow
 def test_the_suite_on_xstest(tmp_path):
-    """Its prompts as they are; its answers in the columns of XSTest-Response, labelled by what people said of them."""
+    """Its prompts as they are; its answers in the columns of XSTest-Response, labelled by what
+    people said of them.
+    """
     folder = real_data("xstest")
     rows = []
     for path in sorted(folder.glob("completions_*.csv")):
@@ -58,8 +70,12 @@ def test_the_suite_on_xstest(tmp_path):
     one = {"wildguard": tiny(tmp_path / "wildguard", "wildguard")}
     assert run(one, [f"xstest_prompt@{folder}/xstest_prompts.csv"], tmp_path / "prompts")[0] == 0
     (cell,) = cells_of(tmp_path / "prompts").values()
-    assert (cell["rows"], cell["positives"], cell["status"]) == (450, 200, "measured") and cell["groups"]["type"]
-    known = json.loads((tmp_path / "prompts/results.json").read_text())["benchmarks"]["xstest_prompt"]
+    assert (cell["rows"], cell["positives"], cell["status"]) == (450, 200, "measured") and cell[
+        "groups"
+    ]["type"]
+    known = json.loads((tmp_path / "prompts/results.json").read_text())["benchmarks"][
+        "xstest_prompt"
+    ]
     assert known["complete"] and known["mismatch"] is None
     assert run(one, specs, tmp_path / "answers", "--max_rows", 40)[0] == 0
     for cell in cells_of(tmp_path / "answers").values():

@@ -59,10 +59,16 @@ def test_a_card_comes_back_as_it_was(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("kind", "sees"),
-    [("lora_guard", "last turns"), ("classifier", "last turns"), ("generative", "whole conversation")],
+    [
+        ("lora_guard", "last turns"),
+        ("classifier", "last turns"),
+        ("generative", "whole conversation"),
+    ],
 )
 def test_a_card_says_what_its_guard_sees_of_a_conversation(tmp_path, kind, sees):
-    """It follows from the template, so nobody has to write it, and a reader of the card need not know the template."""
+    """It follows from the template, so nobody has to write it, and a reader of the card need not
+    know the template.
+    """
     (tmp_path / "guard.json").write_text(json.dumps(CARDS[kind]))
     write_card(tmp_path, read_card(tmp_path))
     assert json.loads((tmp_path / "guard.json").read_text())["sees"] == sees
@@ -95,16 +101,36 @@ def test_what_changes_a_score_cannot_be_left_out(tmp_path, kind, name):
     [
         ("lora_guard", {"head_bias": [0.5]}, "field head_bias: 1 numbers for 15 labels"),
         ("lora_guard", {"head_bias": "x"}, "field head_bias: input should be a valid array"),
-        ("lora_guard", {"head_bias": [float("nan")] * 15}, "field head_bias.0: input should be a finite"),
+        (
+            "lora_guard",
+            {"head_bias": [float("nan")] * 15},
+            "field head_bias.0: input should be a finite",
+        ),
         ("lora_guard", {"labels": ["unsafe", *LABELS]}, "field labels: 'unsafe' is there twice"),
         ("classifier", {"labels": ["a", "b", "a"]}, "field labels: 'a' is there twice"),
         ("classifier", {"labels": "beavertails"}, "field labels: input should be a valid array"),
-        ("lora_guard", {"inputs": "pair"}, "field inputs: input should be a valid array, found 'pair'"),
+        (
+            "lora_guard",
+            {"inputs": "pair"},
+            "field inputs: input should be a valid array, found 'pair'",
+        ),
         ("lora_guard", {"inputs": []}, "field inputs: list should have at least 1 item"),
         ("lora_guard", {"inputs": ["both"]}, "field inputs.0: input should be 'pair', 'prompt' or"),
-        ("lora_guard", {"num_hidden_layers": "two"}, "field num_hidden_layers: input should be a valid integer"),
-        ("lora_guard", {"num_hidden_layers": 0}, "field num_hidden_layers: input should be greater"),
-        ("lora_guard", {"template": "lora"}, "field template: template 'lora': unknown; the templates are"),
+        (
+            "lora_guard",
+            {"num_hidden_layers": "two"},
+            "field num_hidden_layers: input should be a valid integer",
+        ),
+        (
+            "lora_guard",
+            {"num_hidden_layers": 0},
+            "field num_hidden_layers: input should be greater",
+        ),
+        (
+            "lora_guard",
+            {"template": "lora"},
+            "field template: template 'lora': unknown; the templates are",
+        ),
         ("lora_guard", {"template": ["x"]}, "field template: input should be a valid string"),
         ("lora_guard", {"base_model": ""}, "field base_model: "),
         ("classifier", {"max_length": "long"}, "field max_length: input should be a valid integer"),
@@ -117,11 +143,27 @@ def test_what_changes_a_score_cannot_be_left_out(tmp_path, kind, name):
             {"thresholds": {"flaged": threshold(0.5)["thresholds"]["flagged"]}},
             "field thresholds: 'flaged' is no label",
         ),
-        ("classifier", {"thresholds": {"flagged": {"value": 0.5}}}, "field thresholds.flagged.how: missing"),
+        (
+            "classifier",
+            {"thresholds": {"flagged": {"value": 0.5}}},
+            "field thresholds.flagged.how: missing",
+        ),
         ("classifier", {"thresholds": {"flagged": 0.5}}, "field thresholds.flagged: "),
-        ("generative", {"guard": "nobody"}, "field guard: 'nobody' is no generative guard of zoo.yaml"),
-        ("generative", {"guard": "beaver-dam-7b"}, "field guard: 'beaver-dam-7b' is no generative guard"),
-        ("generative", {"kind": "oracle"}, "field kind: 'oracle' is unknown; known kinds: classifier, lora"),
+        (
+            "generative",
+            {"guard": "nobody"},
+            "field guard: 'nobody' is no generative guard of zoo.yaml",
+        ),
+        (
+            "generative",
+            {"guard": "beaver-dam-7b"},
+            "field guard: 'beaver-dam-7b' is no generative guard",
+        ),
+        (
+            "generative",
+            {"kind": "oracle"},
+            "field kind: 'oracle' is unknown; known kinds: classifier, lora",
+        ),
         ("generative", {"probe": {}}, "field probe.messages: missing"),
     ],
 )
@@ -132,7 +174,10 @@ def test_what_is_wrong_is_named(tmp_path, kind, change, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"kind": "classifier",\n]', "malformed JSON (Invalid JSON: key must be a string at line 2"),
+        (
+            '{"kind": "classifier",\n]',
+            "malformed JSON (Invalid JSON: key must be a string at line 2",
+        ),
         ("\xff", "malformed JSON"),
         ("[]", "expected an object, found []"),
         ("{}", "field kind: missing"),
@@ -148,7 +193,9 @@ def test_a_card_is_of_the_kind_that_is_wanted(tmp_path):
     assert not has_card(tmp_path)
     write_card(tmp_path, GenerativeCard(guard="expguard", max_length=9))
     assert has_card(tmp_path)
-    with pytest.raises(UserError, match=r"guard\.json, field kind: expected 'lora_guard', found 'generative'"):
+    with pytest.raises(
+        UserError, match=r"guard\.json, field kind: expected 'lora_guard', found 'generative'"
+    ):
         read_card(tmp_path, LoraCard)
 
 

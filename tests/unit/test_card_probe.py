@@ -1,4 +1,5 @@
-"""The probe in guard.json: a folder whose base, tokenizer, template, labels or adapter is another one is refused.
+"""The probe in guard.json: a folder whose base, tokenizer, template, labels or adapter is another
+one is refused.
 
 Every fault here once loaded without a word, and gave other scores than those that were trained.
 """
@@ -197,11 +198,15 @@ def test_another_guard_than_was_saved_is_refused(folders, fault):
     said = refusal(folder)
     if "no token that tells" not in said:  # a tokenizer that cannot write the verdict words
         assert said.startswith(
-            f"{folder}: is no adapter of" if fault == "lora: depth" else f"{folder}/guard.json, field "
+            f"{folder}: is no adapter of"
+            if fault == "lora: depth"
+            else f"{folder}/guard.json, field "
         )
 
 
-@pytest.mark.parametrize("fault", ["lora: base", "lora: adapter", "lora: tokenizer", "lora: labels", "lora: bias"])
+@pytest.mark.parametrize(
+    "fault", ["lora: base", "lora: adapter", "lora: tokenizer", "lora: labels", "lora: bias"]
+)
 def test_a_guard_that_rides_along_is_refused_too(folders, fault):
     FAULTS[fault](folders)
     riding = module("lora_guard", "riding")
@@ -236,7 +241,10 @@ def test_labels_in_another_order_than_the_models_own(tmp_path, tiny_classifier):
 def test_labels_that_are_not_as_many_as_the_heads_outputs(folders):
     change_card(folders / "lora", labels=CATEGORIES, head_bias=None)
     said = refusal(folders / "lora")
-    assert f"{folders}/lora/guard.json, field labels: names 14 outputs, the head in adapter_model" in said
+    assert (
+        f"{folders}/lora/guard.json, field labels: names 14 outputs, the head in adapter_model"
+        in said
+    )
 
 
 @pytest.mark.parametrize("depth", [4, 99])
@@ -255,7 +263,9 @@ def test_a_base_that_moved_is_found_where_the_user_says(folders, kind):
     before = load(folders / kind).judge(TALK)
     (folders / f"{kind}-base").rename(folders / "moved")
     said = refusal(folders / kind)
-    assert said.startswith(f"{folders / kind}/guard.json, field base_model: {folders}/{kind}-base: ")
+    assert said.startswith(
+        f"{folders / kind}/guard.json, field base_model: {folders}/{kind}-base: "
+    )
     assert "base_model=…" in said
     after = load(folders / kind, base_model=str(folders / "moved")).judge(TALK)
     assert after[0].response_unsafe == pytest.approx(before[0].response_unsafe, abs=1e-6)
@@ -268,7 +278,9 @@ def test_the_base_that_peft_has_noted(folders):
     path = folders / "arm/adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"base_model_name_or_path": "nowhere/x"}))
-    assert refusal(folders / "arm").startswith(f"{path}, field base_model_name_or_path: nowhere/x: ")
+    assert refusal(folders / "arm").startswith(
+        f"{path}, field base_model_name_or_path: nowhere/x: "
+    )
 
 
 @pytest.mark.parametrize("kind", ["classifier", "generative"])
@@ -285,7 +297,9 @@ def test_another_base_is_told_by_its_fingerprint(folders, kind):
     right = shutil.copytree(base, folders / "right")
     other_weights(base)
     said = refusal(folders / kind)
-    assert said.startswith(f"{folders / kind}/guard.json, field base_sha256: ") and str(base) in said
+    assert (
+        said.startswith(f"{folders / kind}/guard.json, field base_sha256: ") and str(base) in said
+    )
     load(folders / kind, base_model=str(right))
 
 
@@ -363,7 +377,9 @@ def test_a_server_is_asked_the_probe_before_its_first_verdict(folders, serve):
     folder = folders / "generative"
     right = load(folder)
     remote = load(folder, engine="server", server_url=serve(served(right)).url, server_model="m")
-    assert remote.judge(TALK)[0].prompt_unsafe == pytest.approx(right.judge(TALK)[0].prompt_unsafe, abs=1e-3)
+    assert remote.judge(TALK)[0].prompt_unsafe == pytest.approx(
+        right.judge(TALK)[0].prompt_unsafe, abs=1e-3
+    )
     families.save(folders / "other", "qwen2", ["safe", "unsafe"], seed=5)
     other = load_guard("expguard", model=str(folders / "other"), progress=False)
     wrong = load(folder, engine="server", server_url=serve(served(other)).url, server_model="m")

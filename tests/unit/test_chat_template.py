@@ -1,4 +1,6 @@
-"""The chat template of a classifier: stock consumers of messages see the ids that it was trained on."""
+"""The chat template of a classifier: stock consumers of messages see the ids that it was trained
+on.
+"""
 
 import families
 import pytest
@@ -16,11 +18,15 @@ from common.templates.chat import EXAMPLES, chat_template_of
 
 
 def llama2_tokenizer():
-    """As Llama 2's own: a normalizer, and not the pre-tokenizer, writes the blank that begins each piece of text."""
+    """As Llama 2's own: a normalizer, and not the pre-tokenizer, writes the blank that begins each
+    piece of text.
+    """
     tokenizer = families.pieces([], "<s>", "</s>")
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        prepend_scheme="never", split=False
+    )
     return tokenizer
 
 
@@ -79,7 +85,9 @@ def test_any_text_is_seen_as_it_was_trained(kind, question, answer):
 SHARED: dict = {}
 
 
-@pytest.mark.parametrize("messages", [pair("Why?"), pair(None, "So."), [*pair("Why?", "So."), *pair("And?")]])
+@pytest.mark.parametrize(
+    "messages", [pair("Why?"), pair(None, "So."), [*pair("Why?", "So."), *pair("And?")]]
+)
 def test_what_the_guard_does_not_judge_is_refused(own, messages):
     with pytest.raises(TemplateError, match="end with a user and an assistant turn"):
         seen(own, messages)

@@ -18,8 +18,12 @@ def test_data_and_judge_read_alike_but_for_empty_texts():
 
 
 def test_turns_of_one_role_are_one_turn():
-    written = said(("system", "a"), ("developer", "b"), ("user", "c"), ("user", "d"), ("assistant", "e"))
-    assert check_messages(written, "x") == said(("system", "a\n\nb"), ("user", "c\n\nd"), ("assistant", "e"))
+    written = said(
+        ("system", "a"), ("developer", "b"), ("user", "c"), ("user", "d"), ("assistant", "e")
+    )
+    assert check_messages(written, "x") == said(
+        ("system", "a\n\nb"), ("user", "c\n\nd"), ("assistant", "e")
+    )
 
 
 def test_what_was_given_is_not_changed():
@@ -30,7 +34,12 @@ def test_what_was_given_is_not_changed():
 
 def test_questions_and_answers_of_a_conversation():
     written = said(
-        ("system", "s"), ("assistant", "hi"), ("user", "a"), ("system", "t"), ("user", "b"), ("assistant", "c")
+        ("system", "s"),
+        ("assistant", "hi"),
+        ("user", "a"),
+        ("system", "t"),
+        ("user", "b"),
+        ("assistant", "c"),
     )
     assert judged_turns(written) == said(("user", "a\n\nb"), ("assistant", "c"))
     assert judged_turns(pair(None, "hi")) == []
@@ -51,5 +60,7 @@ def test_what_a_prompt_holds():
     def none(messages):
         raise UserError("has no prompt")
 
-    seen = [seen_of(one) for one in (whole, lambda m: whole(m[-2:]), answers_only, prompts_only, none)]
+    seen = [
+        seen_of(one) for one in (whole, lambda m: whole(m[-2:]), answers_only, prompts_only, none)
+    ]
     assert seen == [WHOLE_CONVERSATION, LAST_TURNS, LAST_TURN, WHOLE_CONVERSATION, UNKNOWN]

@@ -25,7 +25,12 @@ TYPES = ("jsonl", "json", "csv", "parquet")
 def beavertails(prompt: str, response: str, *named: str, **changes) -> dict:
     """A row as PKU-Alignment/BeaverTails has it."""
     category = {name: name in named for name in NAMES}
-    return {"prompt": prompt, "response": response, "category": category, "is_safe": not named} | changes
+    return {
+        "prompt": prompt,
+        "response": response,
+        "category": category,
+        "is_safe": not named,
+    } | changes
 
 
 BEAVERTAILS = [
@@ -50,7 +55,9 @@ MESSAGES = [
 
 
 def write(path: Path, rows: list[dict]) -> str:
-    """Write rows in the type that the file's name says; a CSV cell holds a list or an object as JSON."""
+    """Write rows in the type that the file's name says; a CSV cell holds a list or an object as
+    JSON.
+    """
     if path.suffix == ".parquet":
         pa.parquet.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".csv":
@@ -58,10 +65,15 @@ def write(path: Path, rows: list[dict]) -> str:
             writer = csv.DictWriter(lines, rows[0])
             writer.writeheader()
             for row in rows:
-                writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+                writer.writerow(
+                    {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
+                )
     else:
         texts = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path.write_text("\n".join(texts) if path.suffix == ".jsonl" else f"[{','.join(texts)}]", encoding="utf-8")
+        path.write_text(
+            "\n".join(texts) if path.suffix == ".jsonl" else f"[{','.join(texts)}]",
+            encoding="utf-8",
+        )
     return str(path)
 
 
@@ -70,8 +82,15 @@ def content(spec: str, **options) -> list[dict]:
     return load_conversations(spec, **options).remove_columns("source").to_list()
 
 
-def conversation(id: str, messages: list[dict], *labels: bool | None, categories: list[str] | None = None) -> dict:
-    return {"id": id, "messages": messages, **dict(zip(LABELS, labels, strict=True)), "categories": categories}
+def conversation(
+    id: str, messages: list[dict], *labels: bool | None, categories: list[str] | None = None
+) -> dict:
+    return {
+        "id": id,
+        "messages": messages,
+        **dict(zip(LABELS, labels, strict=True)),
+        "categories": categories,
+    }
 
 
 # --- file types and row formats ---------------------------------------------------------------------------------------
@@ -104,15 +123,19 @@ def test_plain_rows(tmp_path, type):
 def test_messages_rows(tmp_path, type):
     """Whole conversations, several turns included."""
     assert content(write(tmp_path / f"rows.{type}", MESSAGES)) == [
-        conversation(row["id"], row["messages"], None, row["response_unsafe"], None) for row in MESSAGES
+        conversation(row["id"], row["messages"], None, row["response_unsafe"], None)
+        for row in MESSAGES
     ]
 
 
 @pytest.mark.parametrize(
-    "word, label", [("Unsafe", True), (1.0, True), (" yes ", True), ("harmless", False), (None, None)]
+    "word, label",
+    [("Unsafe", True), (1.0, True), (" yes ", True), ("harmless", False), (None, None)],
 )
 def test_label_words(tmp_path, word, label):
-    spec = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": "Hello", "response_label": word}])
+    spec = write(
+        tmp_path / "rows.jsonl", [{"prompt": "Hi", "response": "Hello", "response_label": word}]
+    )
     assert load_conversations(spec)[0]["response_unsafe"] is label
 
 
@@ -123,14 +146,29 @@ def test_labels_are_read_by_key(tmp_path):
         names = random.Random(row["prompt"]).sample(NAMES, len(NAMES))
         assert names != NAMES
         shuffled.append(row | {"category": {name: row["category"][name] for name in names}})
-    assert content(write(tmp_path / "a.jsonl", shuffled)) == content(write(tmp_path / "b.jsonl", BEAVERTAILS))
+    assert content(write(tmp_path / "a.jsonl", shuffled)) == content(
+        write(tmp_path / "b.jsonl", BEAVERTAILS)
+    )
 
 
 def test_ids_name_the_row_but_no_folder(tmp_path):
-    """A row without an id (or with an empty one) gets its place as id, which is the same wherever the file lies."""
-    rows = [{"id": None, "prompt": "Hi", "response": "Hello"}, {"id": 7, "prompt": "Bye", "response": "So long"}]
-    for name, place in (("a.jsonl", "line 1"), ("a.csv", "line 2"), ("a.json", "row 0"), ("a.parquet", "row 0")):
-        assert list(load_conversations(write(tmp_path / name, rows))["id"]) == [f"{name}, {place}", "7"]
+    """A row without an id (or with an empty one) gets its place as id, which is the same wherever
+    the file lies.
+    """
+    rows = [
+        {"id": None, "prompt": "Hi", "response": "Hello"},
+        {"id": 7, "prompt": "Bye", "response": "So long"},
+    ]
+    for name, place in (
+        ("a.jsonl", "line 1"),
+        ("a.csv", "line 2"),
+        ("a.json", "row 0"),
+        ("a.parquet", "row 0"),
+    ):
+        assert list(load_conversations(write(tmp_path / name, rows))["id"]) == [
+            f"{name}, {place}",
+            "7",
+        ]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
@@ -146,7 +184,9 @@ PLAIN_ROWS = st.lists(
             "categories": st.none() | st.lists(st.sampled_from(NAMES), unique=True),
         }
     ).filter(lambda row: not (row["response_label"] and row["categories"] == []))  # a contradiction
-    | st.fixed_dictionaries({"id": TEXT, "prompt": TEXT, "prompt_label": st.none() | st.booleans()}),
+    | st.fixed_dictionaries(
+        {"id": TEXT, "prompt": TEXT, "prompt_label": st.none() | st.booleans()}
+    ),
     min_size=1,
     max_size=4,
 )
@@ -156,7 +196,15 @@ PLAIN_ROWS = st.lists(
 @given(PLAIN_ROWS)
 def test_random_rows_survive_any_file_type(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")
-    columns = ("id", "prompt", "response", "prompt_label", "response_label", "refusal_label", "categories")
+    columns = (
+        "id",
+        "prompt",
+        "response",
+        "prompt_label",
+        "response_label",
+        "refusal_label",
+        "categories",
+    )
     rows = [{name: row.get(name) for name in columns} for row in rows]
     expected = []
     for row in rows:
@@ -327,13 +375,18 @@ def test_no_positive_rows(tmp_path):
     spec = write(tmp_path / "rows.jsonl", [SAFE, BEAVERTAILS[2]])
     assert len(load_conversations(spec)) == 2
     message = failure(spec, require=("response_unsafe",))
-    assert spec in message and "field response_unsafe" in message and "no positive row among 2" in message
+    assert (
+        spec in message
+        and "field response_unsafe" in message
+        and "no positive row among 2" in message
+    )
 
 
 def test_required_label_is_missing(tmp_path):
     spec = write(tmp_path / "rows.csv", PLAIN)
     message = failure(spec, require=("response_unsafe",))
-    assert f"{spec}, line 5" in message and "field response_unsafe" in message  # the cell above holds a line break
+    # the cell above holds a line break
+    assert f"{spec}, line 5" in message and "field response_unsafe" in message
 
 
 @pytest.mark.parametrize(
@@ -341,7 +394,10 @@ def test_required_label_is_missing(tmp_path):
     [
         ("beaverstails", ["PKU-Alignment/BeaverTails", "beavertails-sample"]),
         ("no/such/folder", ["PKU-Alignment/BeaverTails", "beavertails-sample"]),
-        ("beavertails-sample:dev", [f"beavertails-sample:{split}" for split in ("train", "validation", "test")]),
+        (
+            "beavertails-sample:dev",
+            [f"beavertails-sample:{split}" for split in ("train", "validation", "test")],
+        ),
     ],
 )
 def test_unknown_name(spec, known):
@@ -358,7 +414,9 @@ def test_bad_options(tmp_path, options):
 
 def test_bad_rows_are_skipped_and_reported(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(text(SAFE | {"prompt": ""}, "[1]", '{"prompt": "cut', UNSAFE | {"is_safe": True}, UNSAFE))
+    path.write_bytes(
+        text(SAFE | {"prompt": ""}, "[1]", '{"prompt": "cut', UNSAFE | {"is_safe": True}, UNSAFE)
+    )
     assert list(load_conversations(str(path), bad_rows="skip")["id"]) == ["a", "b"]
     assert "left out 4 bad rows of 6" in caplog.text
     assert f"{path}, line 2, field prompt" in caplog.text
@@ -367,7 +425,10 @@ def test_bad_rows_are_skipped_and_reported(tmp_path, caplog):
 def test_ragged_csv_rows_are_skipped(tmp_path, caplog):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,response\nHi,Hello\nHi\nHi,Hello,you\nBye,So long\n")
-    assert [prompt_key(row) for row in load_conversations(str(path), bad_rows="skip")] == ["hi", "bye"]
+    assert [prompt_key(row) for row in load_conversations(str(path), bad_rows="skip")] == [
+        "hi",
+        "bye",
+    ]
     assert "left out 2 bad rows of 4" in caplog.text
 
 

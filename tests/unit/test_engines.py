@@ -1,4 +1,5 @@
-"""common/engines.py: an error a prompt, models as transformers loads them, adapters of their own base.
+"""common/engines.py: an error a prompt, models as transformers loads them, adapters of their own
+base.
 
 The servers are real ones, on this machine. (vLLM: tests/release/test_generation_engines.py.)
 """
@@ -29,7 +30,9 @@ SHORT = Decoding(max_new_tokens=8)
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch):
     """Retries wait a moment, instead of seconds."""
-    openai = pytest.importorskip("openai", reason="the openai client is not installed (extra [api])")
+    openai = pytest.importorskip(
+        "openai", reason="the openai client is not installed (extra [api])"
+    )
     monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.05)
 
 
@@ -98,7 +101,11 @@ def test_a_held_connection_ends_and_is_told_of(serve, monkeypatch, caplog):
 def test_a_server_that_fails_now_and_then_loses_nothing(serve, monkeypatch):
     monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")  # for OpenAI alone
-    troubles = [(429, {"error": {"message": "later"}}), (500, {"error": {"message": "later"}}), DROP]
+    troubles = [
+        (429, {"error": {"message": "later"}}),
+        (500, {"error": {"message": "later"}}),
+        DROP,
+    ]
     seen, lock = set(), threading.Lock()
 
     def rule(body):
@@ -190,7 +197,9 @@ def test_a_server_is_asked_for_the_very_candidates(serve):
 
 
 def test_a_word_that_a_server_leaves_out_has_a_bound(serve, caplog):
-    """It is less likely than all that are named, and than what they leave; and it is not impossible."""
+    """It is less likely than all that are named, and than what they leave; and it is not
+    impossible.
+    """
     told = {1: {5: -0.01, 8: -7.0, 9: -9.0}, 2: {5: -0.0001}, 3: {5: 0.0}}
     server = serve(lambda body: token(told[body["prompt"][0]]))
     found = engine_of(server).next_token([[1], [2], [3]], [5, 6])
@@ -390,7 +399,9 @@ def test_an_adapter_of_the_base_is_merged(base, tmp_path, config):
         before = plain(ids).logits
         expected = engines.apply_adapter(plain, str(adapter), "base")(ids).logits
         found = merged(ids).logits
-    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(found, before, atol=1e-2)
+    assert torch.allclose(found, expected, atol=1e-4) and not torch.allclose(
+        found, before, atol=1e-2
+    )
 
 
 def test_an_adapter_that_is_not_there(base, tmp_path):

@@ -66,7 +66,9 @@ def test_a_separator_within_quotes_separates_nothing(tmp_path):
     assert rows(path) == [{"prompt; or\ttext, quoted": "a;b;c", "label": "safe"}]
     path.write_text("prompt;response\na;b;c\n")
     (error,) = rows(path)
-    assert "line 2, field response: more cells follow; quote cells that contain semicolons" in str(error)
+    assert "line 2, field response: more cells follow; quote cells that contain semicolons" in str(
+        error
+    )
 
 
 def test_a_cell_longer_than_python_reads_by_itself(tmp_path):
@@ -80,7 +82,10 @@ def test_a_cell_longer_than_python_reads_by_itself(tmp_path):
     [
         ('{"prompt": "Hi", "n": ' + "9" * 5000 + "}", "field n: a number of 5000 digits"),
         ('{"prompt": "Hi", "n": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
-        ('{"prompt": "Hi", "n": ' + "[" * 300 + "]" * 300 + "}", "field n: JSON that is nested too deeply"),
+        (
+            '{"prompt": "Hi", "n": ' + "[" * 300 + "]" * 300 + "}",
+            "field n: JSON that is nested too deeply",
+        ),
         ('{"prompt": "Hi", "n": {"a": ["\\ud83d"]}}', "field n: holds a lone surrogate"),
         ('{"prompt": "Hi", "prompt": "Ho"}', "the key 'prompt' is repeated"),
         ('{"prompt": "Hi", "n": {"a": 1, "a": 2}}', "field n: the key 'a' is repeated"),
@@ -117,7 +122,9 @@ def test_a_repeated_column_is_refused_by_name(tmp_path):
     pa.parquet.write_table(table, tmp_path / "a.parquet")
     assert "field label: the column is repeated" in refusal(tmp_path / "a.parquet")
     (tmp_path / "b.csv").write_text("Prompt,prompt\nHi,Ho\n")
-    with pytest.raises(UserError, match="field prompt: the column is there twice, also as 'prompt'"):
+    with pytest.raises(
+        UserError, match="field prompt: the column is there twice, also as 'prompt'"
+    ):
         load_conversations(str(tmp_path / "b.csv"), bad_rows="skip")
 
 
@@ -125,7 +132,11 @@ def test_a_file_of_one_value(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('\ufeff{"instructions": ["Say it."], "inputs": []}', encoding="utf-8")
     assert read_json(path) == {"instructions": ["Say it."], "inputs": []}
-    for content, said in (('{"a": 1, "a": 2}', "'a' is repeated"), ("", "empty"), ("{", "malformed JSON")):
+    for content, said in (
+        ('{"a": 1, "a": 2}', "'a' is repeated"),
+        ("", "empty"),
+        ("{", "malformed JSON"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=said):
             read_json(path)
@@ -135,7 +146,10 @@ def test_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.jsonl").write_text(json.dumps(QUESTION))
     assert rows("~/a.jsonl") == [QUESTION]
-    assert load_conversations("~/a.jsonl").to_list() == load_conversations(str(tmp_path / "a.jsonl")).to_list()
+    assert (
+        load_conversations("~/a.jsonl").to_list()
+        == load_conversations(str(tmp_path / "a.jsonl")).to_list()
+    )
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -144,9 +158,40 @@ def test_the_home_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "label"),
     [
-        (["unsafe", "Harmful", "toxic", "flagged", "yes", "Y", "TRUE", "t", "1", "1.0", 1, 1.0, True], True),
         (
-            ["safe", "benign", "non-toxic", "nontoxic", "not_toxic", "harmless", "No", "n", "F", "0.0", 0, 0.0, False],
+            [
+                "unsafe",
+                "Harmful",
+                "toxic",
+                "flagged",
+                "yes",
+                "Y",
+                "TRUE",
+                "t",
+                "1",
+                "1.0",
+                1,
+                1.0,
+                True,
+            ],
+            True,
+        ),
+        (
+            [
+                "safe",
+                "benign",
+                "non-toxic",
+                "nontoxic",
+                "not_toxic",
+                "harmless",
+                "No",
+                "n",
+                "F",
+                "0.0",
+                0,
+                0.0,
+                False,
+            ],
             False,
         ),
         (["", " ", "NaN", "null", None, float("nan")], None),
@@ -183,7 +228,9 @@ def test_categories_of_a_cell(tmp_path, written, expected):
 
 
 def test_columns_are_known_however_they_are_capitalised(tmp_path):
-    (tmp_path / "a.csv").write_text("ID, Prompt,RESPONSE,Response Label,Categories\n7,Why?,So.,unsafe,a; b\n")
+    (tmp_path / "a.csv").write_text(
+        "ID, Prompt,RESPONSE,Response Label,Categories\n7,Why?,So.,unsafe,a; b\n"
+    )
     (row,) = load_conversations(str(tmp_path / "a.csv"))
     assert (row["id"], row["response_unsafe"], row["categories"]) == ("7", True, ["a", "b"])
     assert [turn["content"] for turn in row["messages"]] == ["Why?", "So."]
@@ -192,7 +239,11 @@ def test_columns_are_known_however_they_are_capitalised(tmp_path):
 def test_two_names_of_one_label(tmp_path):
     """What is known counts; which name stands there empty does not."""
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"prompt": "Hi", "response": "Ho", "response_label": "unsafe", "response_unsafe": None}))
+    path.write_text(
+        json.dumps(
+            {"prompt": "Hi", "response": "Ho", "response_label": "unsafe", "response_unsafe": None}
+        )
+    )
     assert load_conversations(str(path))["response_unsafe"][0] is True
 
 

@@ -1,4 +1,6 @@
-"""Tokenizers and models that do not agree are made to fit, or refused in one line before anything is trained."""
+"""Tokenizers and models that do not agree are made to fit, or refused in one line before anything
+is trained.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from guards.classifier import ClassifierGuard
 
 LIMITS = {  # a model's own number, and how many tokens a text can have then
     "bert": ({"max_position_embeddings": 48}, 48),
-    "roberta": ({"max_position_embeddings": 50}, 48),  # its table begins behind the pad token's id, 1
+    # its table begins behind the pad token's id, 1
+    "roberta": ({"max_position_embeddings": 50}, 48),
     "gpt2": ({"n_positions": 48}, 48),
     "modernbert": ({"max_position_embeddings": 48}, 48),
     "llama": ({"max_position_embeddings": 48}, 48),
@@ -23,12 +26,16 @@ LIMITS = {  # a model's own number, and how many tokens a text can have then
 
 
 def classifier(folder):
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, output_loading_info=True)
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, output_loading_info=True
+    )
 
 
 @pytest.mark.parametrize("family", LIMITS)
 def test_positions_are_as_many_tokens_as_a_text_can_have(family, tmp_path):
-    """A learned table is used up to its last row and not beyond; without one a longer text works as well."""
+    """A learned table is used up to its last row and not beyond; without one a longer text works as
+    well.
+    """
     more, limit = LIMITS[family]
     model, _ = classifier(BASES[family](tmp_path, **more))
     model.config.pad_token_id = model.config.pad_token_id or 0
@@ -45,12 +52,16 @@ def test_positions_are_as_many_tokens_as_a_text_can_have(family, tmp_path):
 def test_a_length_beyond_the_positions_is_one_line(tmp_path):
     model, _ = classifier(BASES["bert"](tmp_path, max_position_embeddings=128))
     fit.check_length(model, 128)
-    with pytest.raises(UserError, match="--cutoff_len 129: the model sees 128 tokens; lower it to that"):
+    with pytest.raises(
+        UserError, match="--cutoff_len 129: the model sees 128 tokens; lower it to that"
+    ):
         fit.check_length(model, 129, "--cutoff_len")
 
 
 def test_recipes_of_classifiers_look_at_the_positions_first(tmp_path):
-    """A BERT of 128 positions and the usual 512 tokens: refused before training, with what to pass instead."""
+    """A BERT of 128 positions and the usual 512 tokens: refused before training, with what to pass
+    instead.
+    """
     moderation, lora_guard = module("moderation", "train"), module("lora_guard", "train")
     message = "512: the model sees 128 tokens; lower it to that"
     bert = str(BASES["bert"](tmp_path / "bert", max_position_embeddings=128))
@@ -63,7 +74,9 @@ def test_recipes_of_classifiers_look_at_the_positions_first(tmp_path):
 
 
 def test_a_guard_sees_no_more_than_its_model(tmp_path):
-    """Unless told otherwise a guard takes what its model has; told more, it is refused before it judges."""
+    """Unless told otherwise a guard takes what its model has; told more, it is refused before it
+    judges.
+    """
     folder = tmp_path / "guard"
     model, _ = classifier(BASES["bert"](tmp_path / "base", max_position_embeddings=48))
     model.save_pretrained(folder)
@@ -71,7 +84,10 @@ def test_a_guard_sees_no_more_than_its_model(tmp_path):
     options = {"template": "beavertails", "progress": False}
     guard = load_guard(str(folder), **options)
     assert guard.max_length == 48
-    long = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Use two locks. " * 40}]
+    long = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "Use two locks. " * 40},
+    ]
     assert guard.judge([long])[0].error is None
     with pytest.raises(UserError, match="--max_length 512: the model sees 48 tokens"):
         ClassifierGuard(str(folder), max_length=512, **options)
@@ -79,7 +95,9 @@ def test_a_guard_sees_no_more_than_its_model(tmp_path):
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_pad_token_outside_the_embeddings_is_replaced_by_eos(family, tmp_path):
-    """An added `<pad>` that the embeddings were never resized for: nothing is padded with it, and batches work."""
+    """An added `<pad>` that the embeddings were never resized for: nothing is padded with it, and
+    batches work.
+    """
     folder = BASES[family](tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -99,7 +117,9 @@ def test_a_token_outside_the_embeddings_is_named(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     fit.check_ids([[1, 2], []], tokenizer, model)
-    with pytest.raises(UserError, match=r"writes '<\|turn\|>' \(id \d+\), for which the model has no embedding"):
+    with pytest.raises(
+        UserError, match=r"writes '<\|turn\|>' \(id \d+\), for which the model has no embedding"
+    ):
         fit.check_ids([[1], tokenizer("<|turn|>")["input_ids"]], tokenizer, model)
 
 
@@ -113,7 +133,9 @@ def test_a_tokenizer_without_pad_and_eos_is_refused(make_tokenizer, make_classif
 
 @pytest.mark.parametrize("family", BASES)
 def test_pooling_is_where_the_score_is_read(family, tmp_path):
-    """Changing the last token alone changes a decoder's score; an encoder's `first token` is named as such."""
+    """Changing the last token alone changes a decoder's score; an encoder's `first token` is named
+    as such.
+    """
     model, _ = classifier(BASES[family](tmp_path))
     assert fit.pooling(model) == ("first token" if family in ENCODERS else "last attended token")
 
@@ -139,5 +161,7 @@ def test_fresh_modules_are_those_that_the_checkpoint_lacks(family, tmp_path):
     fresh = fit.fresh_modules(one, loading["missing_keys"])
     assert fresh == FRESH[family]
     others = dict(other.named_parameters())
-    drawn = {name for name, tensor in one.named_parameters() if not torch.equal(tensor, others[name])}
+    drawn = {
+        name for name, tensor in one.named_parameters() if not torch.equal(tensor, others[name])
+    }
     assert {name.rpartition(".")[0] for name in drawn} == set(fresh)

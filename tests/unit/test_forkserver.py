@@ -1,4 +1,6 @@
-"""tests/forkserver.py starts a script as Python does: what a script sees, says and leaves is the same."""
+"""tests/forkserver.py starts a script as Python does: what a script sees, says and leaves is the
+same.
+"""
 
 import os
 import signal
@@ -33,7 +35,9 @@ def both(tmp_path):
         command = [sys.executable, "scripts/script.py", *arguments]
         environment = dict(os.environ) | {"SOME_NAME": "some value"}
         options = {"cwd": tmp_path, "env": environment}
-        python = subprocess.run(command, **options, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        python = subprocess.run(
+            command, **options, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         return [python, scripts.run(command, **options)]
 
     return run
@@ -47,14 +51,25 @@ def test_a_script_sees_what_it_sees_under_python(both):
 
 @pytest.mark.parametrize(
     "end",
-    ["pass", "sys.exit(2)", "sys.exit()", "sys.exit('said')", "os._exit(5)", "os.kill(os.getpid(), 9)"],
+    [
+        "pass",
+        "sys.exit(2)",
+        "sys.exit()",
+        "sys.exit('said')",
+        "os._exit(5)",
+        "os.kill(os.getpid(), 9)",
+    ],
 )
 def test_a_script_ends_as_under_python(both, end):
     """Threads are waited for, and exit functions run."""
     later = "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()"
     before = f"import atexit, os, sys, threading, time\natexit.register(print, 'exit')\n{later}\n"
     python, forked = both(before + end)
-    assert (forked.returncode, forked.stdout, forked.stderr) == (python.returncode, python.stdout, python.stderr)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (
+        python.returncode,
+        python.stdout,
+        python.stderr,
+    )
 
 
 def test_an_error_keeps_its_traceback(both):
@@ -85,7 +100,9 @@ def test_a_variable_that_is_read_at_import_starts_python(tmp_path):
 
 
 def test_a_process_can_be_killed(tmp_path):
-    process = scripts.start([sys.executable, "-c", "import time; print('x', flush=True); time.sleep(600)"])
+    process = scripts.start(
+        [sys.executable, "-c", "import time; print('x', flush=True); time.sleep(600)"]
+    )
     assert process.poll() is None
     process.kill()
     assert process.wait(60) == process.poll() == -signal.SIGKILL

@@ -33,22 +33,41 @@ def conversations():
     """Prompts, answers, several turns, and one that begins with the assistant, each with its label."""
     later = [*pair("bad dog", "no"), *pair("nice dog")]
     opened = [{"role": "assistant", "content": "hello"}, *pair("bad hen")]
-    unsafe = [pair("bad cat"), pair("what?", "bad answer"), pair("nice owl"), opened, pair("broken fox")]
-    safe = [pair("nice cat"), pair("bad question?", "nice answer"), later, pair("bad idea"), pair("broken hare")]
+    unsafe = [
+        pair("bad cat"),
+        pair("what?", "bad answer"),
+        pair("nice owl"),
+        opened,
+        pair("broken fox"),
+    ]
+    safe = [
+        pair("nice cat"),
+        pair("bad question?", "nice answer"),
+        later,
+        pair("bad idea"),
+        pair("broken hare"),
+    ]
     return [(messages, True) for messages in unsafe] + [(messages, False) for messages in safe]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`run(guard, rows, batch_size)`: predictions by id of GuardBench's loop on a data set of its custom kind."""
+    """`run(guard, rows, batch_size)`: predictions by id of GuardBench's loop on a data set of its
+    custom kind.
+    """
     monkeypatch.setitem(os.environ, "GUARDBENCH_BASE_PATH", str(tmp_path / "cache"))
 
     def go(guard, rows, batch_size):
-        lines = [{"id": f"mine/{i}", "label": label, "conversation": m} for i, (m, label) in enumerate(rows)]
+        lines = [
+            {"id": f"mine/{i}", "label": label, "conversation": m}
+            for i, (m, label) in enumerate(rows)
+        ]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         guardbench.CustomDataset("my_rows").load_data(tmp_path / "rows.jsonl")
         folder = tmp_path / "results"
-        guardbench.benchmark(guard.moderate, guard.name, str(folder), batch_size, ["my_rows"], anything="ignored")
+        guardbench.benchmark(
+            guard.moderate, guard.name, str(folder), batch_size, ["my_rows"], anything="ignored"
+        )
         return json.loads((folder / "my_rows" / f"{guard.name}.json").read_text())
 
     return go
@@ -61,7 +80,10 @@ def test_its_loop_and_its_scores(run):
     assert list(found) == [f"mine/{i}" for i in range(10)]
     assert list(found.values()) == [0.9, 0.9, 0.2, 0.9, 1.0, 0.2, 0.2, 0.2, 0.9, 1.0]
     truth = {f"mine/{i}": label for i, (_, label) in enumerate(rows)}
-    theirs, ours = evaluation.evaluate(truth, found), metrics.binary(list(truth.values()), list(found.values()))
+    theirs, ours = (
+        evaluation.evaluate(truth, found),
+        metrics.binary(list(truth.values()), list(found.values())),
+    )
     assert (theirs["f1"], theirs["fpr"]) == pytest.approx((8 / 11, 2 / 5))
     assert {name: theirs[name] for name in ("f1", "auprc", "fpr", "recall")} == pytest.approx(
         {name: ours[name] for name in ("f1", "auprc", "fpr", "recall")}
@@ -70,7 +92,11 @@ def test_its_loop_and_its_scores(run):
 
 def test_a_trained_guard(run, tiny_classifier, tmp_path):
     guard = load_guard(str(tiny_classifier(tmp_path / "guard")))
-    rows = [(messages, label) for messages, label in conversations() if messages[-1]["role"] == "assistant"]
+    rows = [
+        (messages, label)
+        for messages, label in conversations()
+        if messages[-1]["role"] == "assistant"
+    ]
     found = run(guard, rows * 3, 4)
     verdicts = guard.judge([messages for messages, _ in rows * 3])
     assert np.allclose(list(found.values()), [v.response_unsafe for v in verdicts], atol=1e-5)

@@ -1,4 +1,6 @@
-"""Guards: any folder of the right layout loads, verdicts are the stock model's, and nothing that fails is "safe"."""
+"""Guards: any folder of the right layout loads, verdicts are the stock model's, and nothing that
+fails is "safe".
+"""
 
 import json
 import logging
@@ -7,14 +9,25 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from common.conversation import UserError, Verdict, pair
 from common.data import taxonomy
 from guards import Guard, load_guard
 
 CATEGORIES = taxonomy("beavertails")
-CARD = {"kind": "classifier", "template": "beavertails", "labels": CATEGORIES, "max_length": 96, "thresholds": {}}
+CARD = {
+    "kind": "classifier",
+    "template": "beavertails",
+    "labels": CATEGORIES,
+    "max_length": 96,
+    "thresholds": {},
+}
 PAIRS = [
     pair("Why do people tell lies?", "Often they are afraid."),
     pair("How do I cook rice?", "Rinse it, add twice as much water, and let it simmer. " * 2),
@@ -61,7 +74,9 @@ def test_verdict_is_the_stock_models(folder, guard):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     questions = [(messages[-2]["content"], messages[-1]["content"]) for messages in PAIRS]
     for (question, answer), verdict in zip(questions, guard.judge(PAIRS), strict=True):
-        text = f"BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}{tokenizer.eos_token}"
+        text = (
+            f"BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}{tokenizer.eos_token}"
+        )
         with torch.inference_mode():
             expected = model(**tokenizer(text, return_tensors="pt")).logits.sigmoid()[0].tolist()
         assert list(verdict.categories) == CATEGORIES
@@ -91,15 +106,16 @@ def test_batches_keep_to_the_budget(folder):
 
 
 def test_pad_that_is_eos_does_not_move_the_score(make_tokenizer, make_classifier, tmp_path):
-    """The score is read at EOS also in a folder whose pad token is EOS, where stock pooling would look before it."""
+    """The score is read at EOS also in a folder whose pad token is EOS, where stock pooling would
+    look before it.
+    """
     tokenizer = make_tokenizer("bpe")
     model = make_classifier(tokenizer)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     for messages, verdict in zip(PAIRS, load(tmp_path, max_length=96).judge(PAIRS), strict=True):
-        text = (
-            f"BEGINNING OF CONVERSATION: USER: {messages[-2]['content']} ASSISTANT:{messages[-1]['content']}<|im_end|>"
-        )
+        prompt, response = messages[-2]["content"], messages[-1]["content"]
+        text = f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}<|im_end|>"
         with torch.inference_mode():
             expected = model.score(
                 model.model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -1]
@@ -110,8 +126,16 @@ def test_pad_that_is_eos_does_not_move_the_score(make_tokenizer, make_classifier
 def test_an_encoder_is_a_guard_too(make_tokenizer, tmp_path):
     """Attention runs both ways there, so padding must be masked."""
     tokenizer = make_tokenizer("wordpiece")
-    names = {"id2label": dict(enumerate(CATEGORIES)), "label2id": {name: i for i, name in enumerate(CATEGORIES)}}
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    names = {
+        "id2label": dict(enumerate(CATEGORIES)),
+        "label2id": {name: i for i, name in enumerate(CATEGORIES)},
+    }
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **names, **shape)
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -134,7 +158,9 @@ def test_guard_json_is_read_and_options_win(tiny_classifier, tmp_path, guard):
 
 
 def test_labels_go_by_name(tiny_classifier, tmp_path, guard):
-    """Labels in another order do not move probabilities to other names; they name what has no names."""
+    """Labels in another order do not move probabilities to other names; they name what has no
+    names.
+    """
     loaded = load(tiny_classifier(tmp_path / "named"), labels=CATEGORIES[::-1])
     assert all(map(close, loaded.judge(PAIRS), guard.judge(PAIRS)))
     unnamed = tiny_classifier(tmp_path / "unnamed", labels=[f"LABEL_{i}" for i in range(14)])
@@ -150,23 +176,57 @@ def test_labels_go_by_name(tiny_classifier, tmp_path, guard):
         ("Why?", "expected a non-empty list of messages"),
         ({"role": "user", "content": "Why?"}, "expected a list of messages, found one"),
         (None, "expected a non-empty list of messages"),
-        ([*pair("Why?"), {"role": "model", "content": "So."}], r"messages\[1\].role: 'model' is none of"),
-        ([*pair("Why?"), {"role": "Assistant", "content": "So."}], r"messages\[1\].role: 'Assistant' is none of"),
-        ([*pair("Why?"), {"role": "tool", "content": "So."}], r"messages\[1\].role: 'tool' is none of"),
-        ([*pair("Why?"), {"role": ["user"], "content": "So."}], r"messages\[1\].role: \['user'\] is none of"),
-        ([*pair("Why?"), {"role": "assistant", "content": None}], r"messages\[1\].content: expected text"),
+        (
+            [*pair("Why?"), {"role": "model", "content": "So."}],
+            r"messages\[1\].role: 'model' is none of",
+        ),
+        (
+            [*pair("Why?"), {"role": "Assistant", "content": "So."}],
+            r"messages\[1\].role: 'Assistant' is none of",
+        ),
+        (
+            [*pair("Why?"), {"role": "tool", "content": "So."}],
+            r"messages\[1\].role: 'tool' is none of",
+        ),
+        (
+            [*pair("Why?"), {"role": ["user"], "content": "So."}],
+            r"messages\[1\].role: \['user'\] is none of",
+        ),
+        (
+            [*pair("Why?"), {"role": "assistant", "content": None}],
+            r"messages\[1\].content: expected text",
+        ),
         ([*pair("Why?"), {"role": "assistant"}], r"messages\[1\]: expected"),
-        ([*pair("Why?"), {"role": "assistant", "content": []}], r"messages\[1\].content: expected text"),
-        ([*pair("Why?"), {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], "a call of a tool"),
-        ([*pair("Why?"), {"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]}], "a text part"),
+        (
+            [*pair("Why?"), {"role": "assistant", "content": []}],
+            r"messages\[1\].content: expected text",
+        ),
+        (
+            [*pair("Why?"), {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}],
+            "a call of a tool",
+        ),
+        (
+            [
+                *pair("Why?"),
+                {"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]},
+            ],
+            "a text part",
+        ),
         ([*pair("Why?"), {"role": "assistant", "content": ["So."]}], "a text part"),
-        ([*pair("Why?"), {"role": "assistant", "content": [{"type": "text"}]}], r"content\[0\].text: expected text"),
+        (
+            [*pair("Why?"), {"role": "assistant", "content": [{"type": "text"}]}],
+            r"content\[0\].text: expected text",
+        ),
         (pair("Why?", "\ud800 so"), "lone surrogate"),
     ],
 )
 def test_what_cannot_be_judged_is_an_error_and_not_safe(guard, messages, words):
     verdicts = guard.judge([PAIRS[0], messages, PAIRS[2]])
-    assert re.search(words, verdicts[1].error) and verdicts[1].score() == 1.0 and verdicts[1].categories == {}
+    assert (
+        re.search(words, verdicts[1].error)
+        and verdicts[1].score() == 1.0
+        and verdicts[1].categories == {}
+    )
     assert guard.moderate([PAIRS[0], messages])[1] == 1.0
     assert close(verdicts[0], guard.judge(PAIRS)[0]) and close(verdicts[2], guard.judge(PAIRS)[2])
 
@@ -177,9 +237,14 @@ def test_a_question_not_asked_of_this_guard(guard):
 
 
 def test_moderate_as_guardbench_calls_it(guard):
-    scores = guard.moderate(conversations=[*PAIRS, pair("Only a question?")], model="any", batch_size=4)
+    scores = guard.moderate(
+        conversations=[*PAIRS, pair("Only a question?")], model="any", batch_size=4
+    )
     assert all(isinstance(score, float) for score in scores)
-    assert scores == [*(pytest.approx(v.response_unsafe, abs=1e-5) for v in guard.judge(PAIRS)), 1.0]
+    assert scores == [
+        *(pytest.approx(v.response_unsafe, abs=1e-5) for v in guard.judge(PAIRS)),
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +262,9 @@ def test_moderate_as_guardbench_calls_it(guard):
     ],
 )  # fmt: skip
 def test_formats_of_others_are_read(guard, written, meant):
-    """OpenAI's content parts are one text, and turns of one role in a row are one turn: no part goes unjudged."""
+    """OpenAI's content parts are one text, and turns of one role in a row are one turn: no part
+    goes unjudged.
+    """
     one, other = guard.judge([written, meant])
     assert one.error is None and close(one, other)
 
@@ -206,7 +273,8 @@ def test_a_text_is_no_list_of_conversations(guard):
     for wrong in ("Why?", {"role": "user", "content": "Why?"}):
         with pytest.raises(UserError, match="takes a list of conversations"):
             guard.judge(wrong)
-    assert all(verdict.error for verdict in guard.judge(pair("Why?", "So.")))  # one conversation, and no list of them
+    # one conversation, and no list of them
+    assert all(verdict.error for verdict in guard.judge(pair("Why?", "So.")))
 
 
 class Unsure(Guard):
@@ -215,7 +283,9 @@ class Unsure(Guard):
     name, thresholds, judges = "unsure", {}, ("prompt_unsafe",)
 
     def judge_valid(self, conversations):
-        return [Verdict(prompt_unsafe=None if m[-1]["content"] == "?" else 0.25) for m in conversations]
+        return [
+            Verdict(prompt_unsafe=None if m[-1]["content"] == "?" else 0.25) for m in conversations
+        ]
 
 
 class Older(Guard):
@@ -238,12 +308,20 @@ def test_moderate_without_an_opinion():
         Unsure().moderate([pair("Hi", "Hello")])
 
 
-@pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<pad>", "<tool_call>"])
+@pytest.mark.parametrize(
+    "control", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<pad>", "<tool_call>"]
+)
 def test_control_strings_move_nothing(guard, control):
-    """They are judged as the text with a space in them: the same pooling position, the same attention."""
+    """They are judged as the text with a space in them: the same pooling position, the same
+    attention.
+    """
     answer = f"Take the letters {{}} and {{}} read them.{{}}{control[:3]}"
-    forged, broken = (answer.format(*[text] * 3) for text in (control, f"{control[0]} {control[1:]}"))
-    assert close(guard.judge([pair(control, forged)])[0], guard.judge([pair(f"< {control[1:]}", broken)])[0])
+    forged, broken = (
+        answer.format(*[text] * 3) for text in (control, f"{control[0]} {control[1:]}")
+    )
+    assert close(
+        guard.judge([pair(control, forged)])[0], guard.judge([pair(f"< {control[1:]}", broken)])[0]
+    )
 
 
 def test_long_inputs_windows_see_the_tail(folder, guard, caplog):
@@ -259,7 +337,10 @@ def test_long_inputs_windows_see_the_tail(folder, guard, caplog):
         ids = guard._windows(messages)
         assert len(ids) > 2 and tail in guard.tokenizer.decode(ids[-1])
         with torch.inference_mode():
-            each = [guard.model(input_ids=torch.tensor([w], device=guard.device)).logits.sigmoid()[0] for w in ids]
+            each = [
+                guard.model(input_ids=torch.tensor([w], device=guard.device)).logits.sigmoid()[0]
+                for w in ids
+            ]
         highest = torch.stack(each).amax(0).tolist()
         assert list(verdict.categories.values()) == pytest.approx(highest, abs=1e-5)
 
@@ -267,15 +348,21 @@ def test_long_inputs_windows_see_the_tail(folder, guard, caplog):
 def test_long_inputs_truncate_keeps_eos(folder):
     truncating = load(folder, max_length=96, long_inputs="truncate")
     messages = pair("Why?", LONG)
-    ids = truncating.tokenizer(f"BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:{LONG}")["input_ids"][:95]
+    ids = truncating.tokenizer(f"BEGINNING OF CONVERSATION: USER: Why? ASSISTANT:{LONG}")[
+        "input_ids"
+    ][:95]
     ids = torch.tensor([[*ids, truncating.tokenizer.eos_token_id]], device=truncating.device)
     with torch.inference_mode():
         expected = truncating.model(input_ids=ids).logits.sigmoid()[0].tolist()
-    assert list(truncating.judge([messages])[0].categories.values()) == pytest.approx(expected, abs=1e-5)
+    assert list(truncating.judge([messages])[0].categories.values()) == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_long_inputs_error(folder, guard):
-    verdicts = load(folder, max_length=96, long_inputs="error").judge([pair("Why?", LONG), PAIRS[0]])
+    verdicts = load(folder, max_length=96, long_inputs="error").judge(
+        [pair("Why?", LONG), PAIRS[0]]
+    )
     assert "more than --max_length 96" in verdicts[0].error and verdicts[0].score() == 1.0
     assert close(verdicts[1], guard.judge(PAIRS[:1])[0])
 
@@ -283,10 +370,14 @@ def test_long_inputs_error(folder, guard):
 @pytest.mark.parametrize("question", ["Why?", LONG])
 @pytest.mark.parametrize("answer", ["", LONG])
 def test_a_window_too_small_is_an_error_verdict(folder, guard, question, answer):
-    """One text that does not fit takes no other down with it; an answer without text is judged all the same."""
+    """One text that does not fit takes no other down with it; an answer without text is judged all
+    the same.
+    """
     tight, short = load(folder, max_length=34), pair("", "No.")
     verdicts = tight.judge([pair(question, answer), short])
-    assert (verdicts[0].error is not None and verdicts[0].score() == 1.0) == (LONG in (question, answer))
+    assert (verdicts[0].error is not None and verdicts[0].score() == 1.0) == (
+        LONG in (question, answer)
+    )
     assert close(verdicts[1], guard.judge([short])[0])
     assert guard.judge([pair(question, answer)])[0].error is None
 
@@ -296,7 +387,9 @@ def test_not_a_number_is_an_error(folder):
     broken.model.score.weight.data.fill_(float("nan"))
     for verdict in broken.judge(PAIRS):
         assert verdict.error == "the model's output is not a number"
-        assert verdict.response_unsafe is None and verdict.categories == {} and verdict.score() == 1.0
+        assert (
+            verdict.response_unsafe is None and verdict.categories == {} and verdict.score() == 1.0
+        )
 
 
 @pytest.mark.parametrize("text", [f"@ {LONG}", f"{LONG} @"])
@@ -332,14 +425,20 @@ def write(text, name="guard.json"):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        ({"labels": ["safe", "unsafe"]}, "guard.json, field labels: names 2 outputs, the model has 14"),
+        (
+            {"labels": ["safe", "unsafe"]},
+            "guard.json, field labels: names 2 outputs, the model has 14",
+        ),
         ({"labels": CATEGORIES[::-1]}, "guard.json, field labels: output 0 is 'violence"),
         ({"template": "beavertale"}, "'beavertale': unknown; the templates are"),
         ({"template": ["x"]}, "guard.json, field template: input should be a valid string"),
         ({"labels": "beavertails"}, "guard.json, field labels: input should be a valid array"),
         ({"max_length": "long"}, "guard.json, field max_length: input should be a valid integer"),
         ({"thresholds": {"flagged": {}}}, "field thresholds.flagged.value: missing"),
-        ({"kind": "oracle"}, "field kind: 'oracle' is unknown; known kinds: classifier, lora_guard, generative"),
+        (
+            {"kind": "oracle"},
+            "field kind: 'oracle' is unknown; known kinds: classifier, lora_guard, generative",
+        ),
         (write('{"kind": "classifier",\n]'), "guard.json: malformed JSON .*line 2"),
         (write("\xff"), "guard.json: malformed JSON"),
         (write("[]"), "guard.json: expected an object"),

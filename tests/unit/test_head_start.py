@@ -1,4 +1,6 @@
-"""The head that starts from a linear probe: it fits, with a bias or without, and on rows shared by processes."""
+"""The head that starts from a linear probe: it fits, with a bias or without, and on rows shared by
+processes.
+"""
 
 import os
 import sys
@@ -9,7 +11,12 @@ import pytest
 import scripts
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from common.head_start import fit_head
 
@@ -17,7 +24,9 @@ LABELS = 3
 
 
 def rows() -> Dataset:
-    """96 rows of 4 to 20 random ids, sorted by length; label k is true where id 50 + k is the last but one."""
+    """96 rows of 4 to 20 random ids, sorted by length; label k is true where id 50 + k is the last
+    but one.
+    """
     generator = torch.Generator().manual_seed(0)
     texts, labels = [], []
     for i in range(96):
@@ -43,7 +52,9 @@ def of_all(model, tokenizer, data: Dataset) -> tuple[torch.Tensor, torch.Tensor]
 def llama(path: str):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = LlamaForSequenceClassification.from_pretrained(path, num_labels=LABELS, dtype=torch.float32)
+    model = LlamaForSequenceClassification.from_pretrained(
+        path, num_labels=LABELS, dtype=torch.float32
+    )
     tokenizer.pad_token_id, model.config.pad_token_id = 0, 0
     return model, tokenizer
 
@@ -52,21 +63,37 @@ def bert(path: str):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token_id = 0
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    return BertForSequenceClassification(BertConfig(vocab_size=500, num_labels=LABELS, **sizes)), tokenizer
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=500, num_labels=LABELS, **sizes)
+    ), tokenizer
 
 
 @pytest.mark.parametrize("build", [llama, bert])
 def test_the_stock_model_then_knows_its_training_rows(build, tiny_base):
-    """With a bias in the head (BERT) and without (Llama), by the stock, padded forward: better than any constant."""
+    """With a bias in the head (BERT) and without (Llama), by the stock, padded forward: better than
+    any constant.
+    """
     model, tokenizer = build(tiny_base)
-    body = {name: p.clone() for name, p in model.named_parameters() if "score" not in name and "classifier" not in name}
+    body = {
+        name: p.clone()
+        for name, p in model.named_parameters()
+        if "score" not in name and "classifier" not in name
+    }
     fit_head(model, tokenizer, rows(), loss, torch.device("cpu"))
     logits, labels = of_all(model, tokenizer, rows())
     constant = torch.logit(labels.mean(0)).expand_as(labels)
-    fitted, best_constant = (loss(SimpleNamespace(logits=scores), labels) for scores in (logits, constant))
+    fitted, best_constant = (
+        loss(SimpleNamespace(logits=scores), labels) for scores in (logits, constant)
+    )
     assert fitted < 0.9 * best_constant
-    assert logits.mean().item() == pytest.approx(constant.mean().item(), abs=0.5)  # the bias is there, or stood in for
+    # the bias is there, or stood in for
+    assert logits.mean().item() == pytest.approx(constant.mean().item(), abs=0.5)
     assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in body.items())
 
 

@@ -1,4 +1,6 @@
-"""The house keeps its order: what every recipe has, what imports what, which flags and keys are alive."""
+"""The house keeps its order: what every recipe has, what imports what, which flags and keys are
+alive.
+"""
 
 import ast
 import importlib.metadata
@@ -16,12 +18,20 @@ import scripts
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted(folder for folder in (ROOT / "examples").iterdir() if folder.is_dir() and folder.name[0] not in "._")
+EXAMPLES = sorted(
+    folder
+    for folder in (ROOT / "examples").iterdir()
+    if folder.is_dir() and folder.name[0] not in "._"
+)
 SCRIPTS = [folder / name for folder in EXAMPLES for name in ("train.py", "evaluate.py")]
 CONFIGS = [config for folder in EXAMPLES for config in sorted((folder / "configs").glob("*.yaml"))]
 each_example = pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
-each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parts[-3]}/{path.name}")
+each_script = pytest.mark.parametrize(
+    "script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+each_config = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda path: f"{path.parts[-3]}/{path.name}"
+)
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -35,7 +45,9 @@ def run(command: list[str], folder: Path) -> str:
 @cache
 def files() -> list[Path]:
     """What belongs to the repository: tracked files and new ones that are not ignored."""
-    names = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT).splitlines()
+    names = run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT
+    ).splitlines()
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
@@ -49,9 +61,16 @@ def imported(path: Path) -> set[str]:
 def fire_function(script: Path) -> ast.FunctionDef | None:
     """The function that a fire script gives to `run`."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run"]
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run"
+    ]
     names = {call.args[0].id for call in calls if call.args and isinstance(call.args[0], ast.Name)}
-    return next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names), None)
+    return next(
+        (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names),
+        None,
+    )
 
 
 def arguments(script: Path) -> set[str]:
@@ -65,14 +84,20 @@ def arguments(script: Path) -> set[str]:
 def argument_types(script: Path) -> list[type]:
     """The dataclasses that a script gives to `parse_args`."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
-    fronts = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and "main" in {a.name for a in n.names}]
+    fronts = [
+        n.module
+        for n in tree.body
+        if isinstance(n, ast.ImportFrom) and "main" in {a.name for a in n.names}
+    ]
     if fronts:  # a front: the command line is that of another file
         script = ROOT / f"{fronts[0].replace('.', '/')}.py"
         tree = ast.parse(script.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     parsed = [call.args[0] for call in calls if getattr(call.func, "id", None) == "parse_args"]
     names = [node.id for types in parsed for node in ast.walk(types) if isinstance(node, ast.Name)]
-    spec = importlib.util.spec_from_file_location(f"{script.parent.name}_{script.stem}_probe", script)
+    spec = importlib.util.spec_from_file_location(
+        f"{script.parent.name}_{script.stem}_probe", script
+    )
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(script.parent))  # as for a script that runs
     try:
@@ -96,7 +121,8 @@ def test_there_is_an_example():
 
 @each_example
 def test_every_example_has_its_files(folder):
-    paper = "research_config.json" if folder.name == "feedback_guard" else "configs/paper.yaml"  # the original's name
+    # the original's name
+    paper = "research_config.json" if folder.name == "feedback_guard" else "configs/paper.yaml"
     kind = Path(paper).suffix
     for name in ("README.md", "train.py", "evaluate.py", f"configs/quickstart{kind}", paper):
         assert (folder / name).is_file(), name
@@ -105,13 +131,19 @@ def test_every_example_has_its_files(folder):
 @each_example
 def test_no_script_shadows_a_package(folder):
     """A script's folder stands first on sys.path; `common` settles the one clash that is wanted."""
-    known = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions(), "common", "guards"} - {"evaluate"}
+    known = {
+        *sys.stdlib_module_names,
+        *importlib.metadata.packages_distributions(),
+        "common",
+        "guards",
+    } - {"evaluate"}
     assert not {path.stem for path in folder.glob("*.py")} & known
 
 
 # --- what imports what ------------------------------------------------------------------------------------------------
 
-# A room may import these rooms and itself. An alias hands on what has moved, for code that was written before.
+# A room may import these rooms and itself. An alias hands on what has moved, for code that was
+# written before.
 ARROWS = {
     "common": set(),
     "guards": {"common"},
@@ -139,7 +171,9 @@ def test_rooms_import_one_way():
 def test_no_recipe_imports_another():
     own = {folder: {path.stem for path in folder.glob("*.py")} for folder in EXAMPLES}
     for folder in EXAMPLES:
-        of_others = set().union(*(own[other] for other in EXAMPLES if other != folder)) - own[folder]
+        of_others = (
+            set().union(*(own[other] for other in EXAMPLES if other != folder)) - own[folder]
+        )
         for path in folder.rglob("*.py"):
             assert not {name.split(".")[0] for name in imported(path)} & of_others, path
 
@@ -148,7 +182,9 @@ def test_an_alias_is_an_alias():
     """It imports and hands on; nothing is defined in it."""
     for name in ALIASES:
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-        assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)], name
+        assert not [
+            node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        ], name
 
 
 def module_name(path: Path) -> str:
@@ -160,7 +196,9 @@ def module_name(path: Path) -> str:
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Which of our modules each of our modules imports, imports within functions and for types included."""
+    """Which of our modules each of our modules imports, imports within functions and for types
+    included.
+    """
     files = [path for room in ARROWS for path in python_files(room)]
     names = {module_name(path) for path in files}
     graph = {}
@@ -196,7 +234,9 @@ def test_imports_run_in_no_circle():
 
 
 def private_names(path: Path) -> set[str]:
-    """Names that begin with one "_" and belong to another file: imported, or an attribute of another object."""
+    """Names that begin with one "_" and belong to another file: imported, or an attribute of
+    another object.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
@@ -204,7 +244,9 @@ def private_names(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Attribute):
             mine = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            parent = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
+            parent = (
+                isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "super"
+            )
             if not mine and not parent:
                 found.add(node.attr)
     return {name for name in found if name.startswith("_") and not name.startswith("__")} - PUBLIC
@@ -264,24 +306,40 @@ def test_evaluate_is_the_library(folder, tmp_path):
     (copy / "probe.py").write_text(probe.replace("; ", "\n"))
     assert run([sys.executable, "probe.py"], copy).split() == [library]
     if folder == EXAMPLES[0]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=1",
+        ]
         assert run([*torchrun, "probe.py"], copy).split() == [library]
 
 
 def unread_keys(folder: Path) -> set[str]:
-    """Keys of a recipe whose arguments are a JSON file, sections of dataclasses in config.py, that nothing reads."""
+    """Keys of a recipe whose arguments are a JSON file, sections of dataclasses in config.py, that
+    nothing reads.
+    """
     trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in folder.glob("*.py")}
     classes = [node for node in trees["config.py"].body if isinstance(node, ast.ClassDef)]
     keys = {f.target.id for kind in classes for f in kind.body if isinstance(f, ast.AnnAssign)}
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    others = [node for name, tree in trees.items() if name != "config.py" for node in ast.walk(tree)]
+    read = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    others = [
+        node for name, tree in trees.items() if name != "config.py" for node in ast.walk(tree)
+    ]
     return keys - read - {node.value for node in others if isinstance(node, ast.Constant)}
 
 
 @each_script
 def test_no_flag_is_dead(script):
-    """Each argument that a script defines is read in it, as an attribute; a fire script's by its name."""
+    """Each argument that a script defines is read in it, as an attribute; a fire script's by its
+    name.
+    """
     nodes = list(ast.walk(ast.parse(script.read_text(encoding="utf-8"))))
     if function := fire_function(script):
         names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
@@ -295,20 +353,42 @@ def test_no_flag_is_dead(script):
     if (script.parent / "config.py").is_file():
         assert not unread_keys(script.parent)
         return
-    own = [kind for kind in argument_types(script) if Path(inspect.getfile(kind)).is_relative_to(ROOT)]
+    own = [
+        kind for kind in argument_types(script) if Path(inspect.getfile(kind)).is_relative_to(ROOT)
+    ]
     assert own
     defined = set()  # but for defaults that differ from a library's
     for kind in own:
-        inherited = {f.name for base in kind.__mro__[1:] if is_dataclass(base) for f in fields(base)}
+        inherited = {
+            f.name for base in kind.__mro__[1:] if is_dataclass(base) for f in fields(base)
+        }
         defined |= set(kind.__annotations__) - inherited
         nodes += ast.walk(ast.parse(Path(inspect.getfile(kind)).read_text(encoding="utf-8")))
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    read |= {
-        key.value for node in nodes if isinstance(node, ast.Dict) for key in node.keys if isinstance(key, ast.Constant)
+    read = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    for path in {Path(inspect.getfile(kind)).parent for kind in own if kind.__module__ == "arguments"}:
-        others = [node for file in path.glob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-        read |= {node.attr for node in others if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    read |= {
+        key.value
+        for node in nodes
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+        if isinstance(key, ast.Constant)
+    }
+    for path in {
+        Path(inspect.getfile(kind)).parent for kind in own if kind.__module__ == "arguments"
+    }:
+        others = [
+            node
+            for file in path.glob("*.py")
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        ]
+        read |= {
+            node.attr
+            for node in others
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        }
     assert not defined - read
 
 

@@ -16,12 +16,19 @@ from common import guard_metrics, metrics
 
 
 def given(*strategies):
-    """Fewer examples, because scikit-learn is slow on small input, and no deadline, because machines differ."""
-    return lambda test: hypothesis.settings(max_examples=30, deadline=None)(hypothesis.given(*strategies)(test))
+    """Fewer examples, because scikit-learn is slow on small input, and no deadline, because
+    machines differ.
+    """
+    return lambda test: hypothesis.settings(max_examples=30, deadline=None)(
+        hypothesis.given(*strategies)(test)
+    )
 
 
 UNIT = st.floats(0, 1)
-ROWS = st.lists(st.tuples(st.booleans(), st.one_of(UNIT, st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))), max_size=60)
+ROWS = st.lists(
+    st.tuples(st.booleans(), st.one_of(UNIT, st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))),
+    max_size=60,
+)
 BOTH = ROWS.filter(lambda rows: {y for y, _ in rows} == {True, False})
 
 
@@ -80,7 +87,11 @@ OF_BOTH = {"auroc", "recall_at_fpr05"}
         ([False, False], [0.9, 0.1], OF_UNSAFE | OF_BOTH),
         ([True, True], [0.9, 0.1], OF_BOTH | {"fpr"}),
         ([True, False], [0.2, 0.1], {"precision"}),
-        ([], [], OF_UNSAFE | OF_BOTH | {"precision", "fpr", "base_rate", "accuracy", "ece", "brier"}),
+        (
+            [],
+            [],
+            OF_UNSAFE | OF_BOTH | {"precision", "fpr", "base_rate", "accuracy", "ece", "brier"},
+        ),
     ],
     ids=["all safe", "all unsafe", "nothing flagged", "empty"],
 )
@@ -100,22 +111,27 @@ def test_recall_at_fpr_by_brute_force(rows, target):
 
 def test_ece_by_hand():
     # Bin [0.2, 0.3): mean score 0.25, no positive. Bin [0.9, 1]: mean score 0.95, half positive.
-    assert metrics.expected_calibration_error([0, 0, 1, 0], [0.2, 0.3 - 1e-9, 0.9, 1.0]) == pytest.approx(
-        (0.25 + 0.45) / 2
-    )
+    assert metrics.expected_calibration_error(
+        [0, 0, 1, 0], [0.2, 0.3 - 1e-9, 0.9, 1.0]
+    ) == pytest.approx((0.25 + 0.45) / 2)
     assert metrics.expected_calibration_error([0, 1], [0.0, 1.0]) == 0.0
     assert metrics.expected_calibration_error([], []) is None
 
 
 def test_multilabel_is_flagged_and_each_category():
-    truth, score = np.array([[1, 0], [0, 0], [1, 1]]), np.array([[0.9, 0.2], [0.1, 0.7], [0.3, 0.4]])
+    truth, score = (
+        np.array([[1, 0], [0, 0], [1, 1]]),
+        np.array([[0.9, 0.2], [0.1, 0.7], [0.3, 0.4]]),
+    )
     found = metrics.multilabel(truth, score, ["a", "b, c"], 0.6)
     assert found == {
         "flagged": metrics.binary([1, 0, 1], [0.9, 0.7, 0.4], 0.6),
         "a": metrics.binary([1, 0, 1], [0.9, 0.1, 0.3], 0.6),
         "b, c": metrics.binary([0, 0, 1], [0.2, 0.7, 0.4], 0.6),
     }
-    assert metrics.multilabel(np.zeros((0, 2)), np.zeros((0, 2)), ["a", "b"])["flagged"]["f1"] is None
+    assert (
+        metrics.multilabel(np.zeros((0, 2)), np.zeros((0, 2)), ["a", "b"])["flagged"]["f1"] is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +151,10 @@ def test_multilabel_is_flagged_and_each_category():
         (lambda: metrics.bootstrap(len, 3, groups=["a"]), "each of 3 rows"),
         (lambda: metrics.fit_threshold([1, 0], [0.3], "validation"), "one length"),
         (lambda: metrics.fit_threshold([1, 0], [0.3, 2], "validation"), "probabilities"),
-        (lambda: metrics.fit_threshold([1, 0], [0.3, 0.2], "validation", target_fpr=-0.1), "target_fpr"),
+        (
+            lambda: metrics.fit_threshold([1, 0], [0.3, 0.2], "validation", target_fpr=-0.1),
+            "target_fpr",
+        ),
         (lambda: metrics.fit_threshold([1, 1], [0.3, 0.2], "validation"), "one class"),
         (lambda: metrics.fit_threshold([], [], "validation"), "one class"),
         (lambda: metrics.fit_threshold([1, 0], [0.3, 0.2], "data:330k_test"), "test split"),
@@ -150,7 +169,9 @@ def test_bad_input_is_named(call, words):
 def test_fitted_threshold_has_the_best_f1(rows):
     y, p = columns(rows)
     fitted = metrics.fit_threshold(y, p, "validation")
-    assert rates(y, p, fitted["value"])[0] == pytest.approx(max(rates(y, p, t)[0] for t in every_threshold(p)))
+    assert rates(y, p, fitted["value"])[0] == pytest.approx(
+        max(rates(y, p, t)[0] for t in every_threshold(p))
+    )
     assert fitted == {"value": fitted["value"], "how": f"max F1, n={len(y)}", "on": "validation"}
 
 
@@ -159,13 +180,20 @@ def test_fitted_threshold_respects_the_fpr(rows, target):
     y, p = columns(rows)
     _, recall, fpr = rates(y, p, metrics.fit_threshold(y, p, "latest.jsonl", target)["value"])
     assert fpr <= target
-    assert recall == max(r for _, r, f in (rates(y, p, t) for t in every_threshold(p)) if f <= target)
+    assert recall == max(
+        r for _, r, f in (rates(y, p, t) for t in every_threshold(p)) if f <= target
+    )
 
 
 def test_fitted_threshold_lies_half_way():
     assert metrics.fit_threshold([0, 1], [0.25, 0.75], "v")["value"] == 0.5
     low, high = 0.3, float(np.nextafter(0.3, 1))
-    assert metrics.binary([0, 1], [low, high], metrics.fit_threshold([0, 1], [low, high], "v")["value"])["f1"] == 1
+    assert (
+        metrics.binary(
+            [0, 1], [low, high], metrics.fit_threshold([0, 1], [low, high], "v")["value"]
+        )["f1"]
+        == 1
+    )
 
 
 def test_threshold_fits_many_rows():
@@ -265,7 +293,13 @@ def test_agreement_intervals():
     for name in ("agreement", "kappa"):
         low, high = found[f"{name}_interval"]
         assert low < found[name] < high
-    nobody = {"n": 0, "agreement": None, "agreement_interval": None, "kappa": None, "kappa_interval": None}
+    nobody = {
+        "n": 0,
+        "agreement": None,
+        "agreement_interval": None,
+        "kappa": None,
+        "kappa_interval": None,
+    }
     assert metrics.agreement([], []) == nobody
     assert metrics.agreement([True] * 5, [True] * 5)["kappa_interval"] is None
 
@@ -282,14 +316,20 @@ def test_hugging_face_metric_loads_from_its_file(tmp_path):
         f"import evaluate; metric = evaluate.load({str(Path(guard_metrics.__file__))!r})\n"
         "print(metric.compute(predictions=[0.9, 0.2], references=[1, 0])['f1'])"
     )
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "HF_EVALUATE_OFFLINE": "1",
+    }
     run = scripts.run([sys.executable, "-c", code], tmp_path, environment)
     assert run.stdout.strip() == "1.0", run.stderr
 
 
 @pytest.mark.slow
 def test_bootstrap_takes_seconds():
-    """A benchmark's test split in groups, and the area under a curve of a small one; measured as processor time."""
+    """A benchmark's test split in groups, and the area under a curve of a small one; measured as
+    processor time.
+    """
     rng, draws, began = np.random.default_rng(0), [], time.process_time()
     y, p, groups = rng.random(200) < 0.5, rng.random(200), np.arange(33_000) // 3
     metrics.bootstrap(lambda rows: draws.append(len(rows)) or 0.0, len(groups), groups)

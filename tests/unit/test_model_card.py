@@ -27,12 +27,24 @@ def test_the_hub_reads_what_was_measured(tmp_path):
     values = {"flagged": {"auprc": 0.91234, "f1": 0.5, "auroc": None, "support": 20}}
     card = written(tmp_path, measured=Measured("beavertails-sample:test", values))
     data = card.data
-    assert (data.base_model, data.base_model_relation) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "finetune")
-    assert (data.license, data.language, data.pipeline_tag) == ("apache-2.0", "en", "text-classification")
+    assert (data.base_model, data.base_model_relation) == (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "finetune",
+    )
+    assert (data.license, data.language, data.pipeline_tag) == (
+        "apache-2.0",
+        "en",
+        "text-classification",
+    )
     assert data.metrics == ["average_precision", "f1"] and data.datasets is None
-    found = {(r.metric_type, r.metric_value, r.metric_name, r.dataset_name) for r in data.eval_results}
+    found = {
+        (r.metric_type, r.metric_value, r.metric_name, r.dataset_name) for r in data.eval_results
+    }
     sample = "beavertails-sample:test"
-    wanted = {("average_precision", 0.9123, "AUPRC of flagged", sample), ("f1", 0.5, "F1 of flagged", sample)}
+    wanted = {
+        ("average_precision", 0.9123, "AUPRC of flagged", sample),
+        ("f1", 0.5, "F1 of flagged", sample),
+    }
     assert found == wanted
     assert card.text.startswith("\n# A guard\n\nJudges.\n\n```python\nprint(1)\n```\n")
     assert card.text.endswith("## Limits\n\nEnglish.\n")

@@ -1,4 +1,6 @@
-"""Refusals told from answers: authored texts in two languages, and agreement with the people who labelled XSTest."""
+"""Refusals told from answers: authored texts in two languages, and agreement with the people who
+labelled XSTest.
+"""
 
 import subprocess
 import sys
@@ -125,19 +127,25 @@ DEGENERATE = [
 @pytest.mark.parametrize("text", REFUSALS)
 def test_refusals(text):
     found = classify(text)
-    assert found.kind == "full_refusal" and found.is_refusal and THRESHOLD <= found.score <= 1, found
+    assert found.kind == "full_refusal" and found.is_refusal and THRESHOLD <= found.score <= 1, (
+        found
+    )
 
 
 @pytest.mark.parametrize("text", PARTIAL)
 def test_partial_refusals(text):
     found = classify(text)
-    assert found.kind == "partial_refusal" and found.is_refusal and THRESHOLD <= found.score <= 1, found
+    assert found.kind == "partial_refusal" and found.is_refusal and THRESHOLD <= found.score <= 1, (
+        found
+    )
 
 
 @pytest.mark.parametrize("text", COMPLIANCES)
 def test_compliances(text):
     found = classify(text)
-    assert found.kind == "compliance" and not found.is_refusal and 0 <= found.score < THRESHOLD, found
+    assert found.kind == "compliance" and not found.is_refusal and 0 <= found.score < THRESHOLD, (
+        found
+    )
 
 
 @pytest.mark.parametrize("text", DEGENERATE)
@@ -161,7 +169,14 @@ def test_early_counts_more_than_late():
 
 def test_long_hostile_texts_take_no_time():
     start = time.perf_counter()
-    for text in (" \n" * 20_000, '"' * 20_000, "well, " * 8_000, "i cannot " * 8_000, "我" * 30_000, "'a" * 10_000):
+    for text in (
+        " \n" * 20_000,
+        '"' * 20_000,
+        "well, " * 8_000,
+        "i cannot " * 8_000,
+        "我" * 30_000,
+        "'a" * 10_000,
+    ):
         assert classify(text).kind == "degenerate"
     assert time.perf_counter() - start < 10
 
@@ -177,11 +192,15 @@ def test_substring_refusal_anywhere(part):
     assert substring_refusal(part) and substring_refusal(f"The sign said: {part} and no more.")
 
 
-@pytest.mark.parametrize("text", ["", "i cannot", "SORRY", "I can't help", "hello!", "I’m sorry", "抱歉，我不能。"])
+@pytest.mark.parametrize(
+    "text", ["", "i cannot", "SORRY", "I can't help", "hello!", "I’m sorry", "抱歉，我不能。"]
+)
 def test_substring_refusal_is_exact(text):
     assert not substring_refusal(text)
 
 
 def test_import_is_light():
     code = "import sys, common.refusal; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    )

@@ -7,8 +7,15 @@ from common.conversation import FEATURES, LABELS, UserError, pair
 from common.data import deduplicate, grouped_split, overlap, prompt_key, taxonomy
 
 
-def conversation(id: str, messages: list[dict], *labels: bool | None, categories: list[str] | None = None) -> dict:
-    return {"id": id, "messages": messages, **dict(zip(LABELS, labels, strict=True)), "categories": categories}
+def conversation(
+    id: str, messages: list[dict], *labels: bool | None, categories: list[str] | None = None
+) -> dict:
+    return {
+        "id": id,
+        "messages": messages,
+        **dict(zip(LABELS, labels, strict=True)),
+        "categories": categories,
+    }
 
 
 def dataset(*rows: dict) -> datasets.Dataset:
@@ -34,7 +41,8 @@ A, B, C = taxonomy("beavertails")[:3]
         ([(True, [A]), (False, []), (False, [])], False, [], 1),
         ([(True, [A]), (False, [])], False, [], 1),  # a tie is safe, as in GuardBench
         ([(True, [A, B]), (True, [A]), (False, [])], True, [A], 1),
-        ([(True, [A]), (True, [B]), (False, [])], True, [A, B], 1),  # no majority: the most often named
+        # no majority: the most often named
+        ([(True, [A]), (True, [B]), (False, [])], True, [A, B], 1),
         ([(True, [A]), (True, [A]), (True, [B]), (True, [C])], True, [A], 1),
         ([(None, None), (None, None)], None, None, 0),
         ([(True, None), (True, [A])], True, [A], 1),  # whoever does not know does not vote
@@ -65,7 +73,9 @@ def test_deduplicate_keeps_order_and_other_answers():
 @pytest.mark.parametrize("prompts, ratio", [(2, 0.01), (2, 0.6), (2, 0.99), (10, 0.3), (57, 0.2)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_grouped_split(prompts, ratio, seed):
-    """No prompt on both sides, no row lost, about the share that was asked for, never an empty side."""
+    """No prompt on both sides, no row lost, about the share that was asked for, never an empty
+    side.
+    """
     rows = dataset(
         *(conversation(f"{i}-{j}", pair(p, f"Answer {j}"), None, False, None)
           for i in range(prompts) for j, p in enumerate((f"Prompt {i}", f"  prompt  {i}", f"PROMPT {i}")))
@@ -76,7 +86,11 @@ def test_grouped_split(prompts, ratio, seed):
     assert not sides[0] & sides[1]
     assert len(sides[1]) == min(max(1, round(ratio * prompts)), prompts - 1)
     assert grouped_split(rows, ratio, seed)[1].to_list() == held_out.to_list()
-    assert overlap(train, held_out) == {"rows": len(held_out), "prompt_in_train": 0, "pair_in_train": 0}
+    assert overlap(train, held_out) == {
+        "rows": len(held_out),
+        "prompt_in_train": 0,
+        "pair_in_train": 0,
+    }
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])

@@ -28,18 +28,31 @@ def test_cell(value, cell):
 
 
 def test_table():
-    assert report.table([["a", 1], ["b", None]], ["", "F1 ↑"]) == "|  | F1 ↑ |\n| --- | --- |\n| a | 1 |\n| b | – |\n"
+    assert (
+        report.table([["a", 1], ["b", None]], ["", "F1 ↑"])
+        == "|  | F1 ↑ |\n| --- | --- |\n| a | 1 |\n| b | – |\n"
+    )
 
 
 def test_metric_table_has_a_row_a_name_and_directions():
-    found = {"guard": metrics.binary([1, 0], [0.9, 0.1]), "all safe": metrics.binary([0, 0], [0.9, 0.1])}
+    found = {
+        "guard": metrics.binary([1, 0], [0.9, 0.1]),
+        "all safe": metrics.binary([0, 0], [0.9, 0.1]),
+    }
     head, _, guard, safe = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in report.metric_table(found).splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.metric_table(found).splitlines()
     ]
     assert len(head) == len(guard) == len(safe) == 1 + len(report.COLUMNS)
     assert {h for h in head if "↓" in h} == {"FPR ↓", "ECE ↓", "Brier ↓"}
-    assert {"AUPRC ↑", "AUROC ↑", "F1 ↑", "precision ↑", "recall ↑", "recall at FPR 5 % ↑"} < set(head)
-    assert (guard[0], guard[head.index("AUPRC ↑")], safe[head.index("AUPRC ↑")]) == ("guard", "1.000", "–")
+    assert {"AUPRC ↑", "AUROC ↑", "F1 ↑", "precision ↑", "recall ↑", "recall at FPR 5 % ↑"} < set(
+        head
+    )
+    assert (guard[0], guard[head.index("AUPRC ↑")], safe[head.index("AUPRC ↑")]) == (
+        "guard",
+        "1.000",
+        "–",
+    )
     assert safe[head.index("FPR ↓")] == "0.500"
 
 
@@ -48,12 +61,21 @@ def test_columns_are_metrics():
 
 
 def test_results_can_be_read_again(tmp_path):
-    results, rows = {"flagged": metrics.binary([], [])}, [{"id": "1", "text": "ü\u2028\n"}, {"id": "2", "text": None}]
+    results, rows = (
+        {"flagged": metrics.binary([], [])},
+        [{"id": "1", "text": "ü\u2028\n"}, {"id": "2", "text": None}],
+    )
     report.write_results(tmp_path / "new" / "folder", results, "# Title – ü\n", rows)
     folder = tmp_path / "new" / "folder"
-    assert sorted(p.name for p in folder.iterdir()) == ["predictions.jsonl", "results.json", "results.md"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "predictions.jsonl",
+        "results.json",
+        "results.md",
+    ]
     assert json.loads((folder / "results.json").read_text("utf-8")) == results
-    assert [json.loads(line) for line in (folder / "predictions.jsonl").open(encoding="utf-8")] == rows
+    assert [
+        json.loads(line) for line in (folder / "predictions.jsonl").open(encoding="utf-8")
+    ] == rows
     assert (folder / "results.md").read_text("utf-8") == "# Title – ü\n"
 
 
@@ -70,7 +92,9 @@ def test_precision_recall_picture(tmp_path):
     truth, score = [True, False, True, False], [0.9, 0.8, 0.4, 0.1]
     names = ["guard", "a | b", "$x", "c", "d", "the sixth"]
     before = plt.get_fignums()
-    report.plot_precision_recall({n: (truth, score) for n in names}, tmp_path / "curve.png", "Title")
+    report.plot_precision_recall(
+        {n: (truth, score) for n in names}, tmp_path / "curve.png", "Title"
+    )
     assert plt.get_fignums() == before
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
     assert (tmp_path / "curve.png").read_bytes()[:8] == PNG
@@ -78,11 +102,15 @@ def test_precision_recall_picture(tmp_path):
 
 
 def test_every_curve_is_drawn(tmp_path, monkeypatch):
-    """Also more curves than line styles; the curve is scikit-learn's, the dotted line the base rate."""
+    """Also more curves than line styles; the curve is scikit-learn's, the dotted line the base
+    rate.
+    """
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
     truth, score = [True, False, True, False], [0.9, 0.8, 0.4, 0.1]
-    report.plot_precision_recall({f"guard {i}": (truth, score) for i in range(7)}, tmp_path / "x.png", "Title")
+    report.plot_precision_recall(
+        {f"guard {i}": (truth, score) for i in range(7)}, tmp_path / "x.png", "Title"
+    )
     (axes,) = figures[0].axes
     plt.close(figures[0])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]

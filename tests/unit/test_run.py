@@ -21,7 +21,9 @@ from common.conversation import UserError
 from common.training import RecipeTrainingArguments, checkpoint_to_resume, start_over
 
 ROOT = Path(__file__).resolve().parents[2]
-on_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="says what happens without an accelerator")
+on_cpu = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="says what happens without an accelerator"
+)
 
 
 @dataclass
@@ -36,7 +38,9 @@ class Arguments:
 
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
-    """Parse `flags` with a config file of that text (None: no such file is named), as a script in tmp_path would."""
+    """Parse `flags` with a config file of that text (None: no such file is named), as a script in
+    tmp_path would.
+    """
 
     def run(flags: str = "", config: str | None = None, default: str | None = None) -> Arguments:
         monkeypatch.chdir(tmp_path)
@@ -45,7 +49,9 @@ def parse(tmp_path, monkeypatch):
                 Path(name).write_text(text, encoding="utf-8")
         words = flags.split() + (["--config", "config.yaml"] if config is not None else [])
         monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py"), *words])
-        (arguments,) = runtime.parse_args([Arguments], None if default is None else tmp_path / "default.yaml")
+        (arguments,) = runtime.parse_args(
+            [Arguments], None if default is None else tmp_path / "default.yaml"
+        )
         return arguments
 
     return run
@@ -58,7 +64,11 @@ def parse(tmp_path, monkeypatch):
         ("", "name: a\nsize: 5\nrate: 1e-5\nfast: true", Arguments("a", 5, 8, 1e-5, True)),
         ("--size 7 --fast false", "name: a\nsize: 5\nfast: true", Arguments("a", 7)),
         ("--name b --words x y", "name: a\nrate: 1", Arguments("b", rate=1.0, words=["x", "y"])),
-        ("--limit 4 --fast", "name: a\nwords: [b, c]", Arguments("a", limit=4, fast=True, words=["b", "c"])),
+        (
+            "--limit 4 --fast",
+            "name: a\nwords: [b, c]",
+            Arguments("a", limit=4, fast=True, words=["b", "c"]),
+        ),
         ("", "name: a\nwords: b\nlimit: null", Arguments("a", limit=None, words=["b"])),
         ("--config=config.yaml --size=4", "name: a", None),
     ],
@@ -143,7 +153,11 @@ def test_a_user_error_is_one_line_a_node(monkeypatch, capsys, rank, local_rank, 
 @pytest.mark.parametrize(
     ("argv", "stop", "line"),
     [
-        (["train.py"], KeyboardInterrupt(), "stopped before the end; to run it again: python train.py"),
+        (
+            ["train.py"],
+            KeyboardInterrupt(),
+            "stopped before the end; to run it again: python train.py",
+        ),
         (
             ["train.py", "--name", "a b", "--hub_token=x"],
             runtime.Stopped("after checkpoint-4; to go on", ("--resume_from_checkpoint", "latest")),
@@ -172,13 +186,17 @@ def test_ctrl_c_names_the_launcher(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert runtime.stopped_line(KeyboardInterrupt()).endswith(": torchrun --nproc_per_node=2 train.py")
+    assert runtime.stopped_line(KeyboardInterrupt()).endswith(
+        ": torchrun --nproc_per_node=2 train.py"
+    )
 
 
 def test_the_default_config_is_named_in_the_command_that_goes_on(parse):
     parse(default="name: quick")
     stop = runtime.Stopped("after checkpoint-4; to go on", ("--resume_from_checkpoint", "latest"))
-    assert runtime.stopped_line(stop).endswith("train.py --config default.yaml --resume_from_checkpoint latest")
+    assert runtime.stopped_line(stop).endswith(
+        "train.py --config default.yaml --resume_from_checkpoint latest"
+    )
 
 
 def test_any_other_error_keeps_its_traceback():
@@ -199,7 +217,10 @@ def test_script_with_a_mistake(tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
     run = scripts.run([sys.executable, "script.py"], tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == "error: the following arguments are required: --name; --help lists the flags\n"
+    assert (
+        run.stderr
+        == "error: the following arguments are required: --name; --help lists the flags\n"
+    )
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -237,11 +258,15 @@ def test_a_good_write(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-@pytest.mark.parametrize("path", ["file", "file/below", "/dev/null/out", "/proc/out", "nowhere", "nowhere/below"])
+@pytest.mark.parametrize(
+    "path", ["file", "file/below", "/dev/null/out", "/proc/out", "nowhere", "nowhere/below"]
+)
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another output folder") as raised:
+    with pytest.raises(
+        UserError, match=r"cannot be written \(.*\); choose another output folder"
+    ) as raised:
         runtime.check_output_folder(tmp_path / path)
     assert "\n" not in str(raised.value) and (tmp_path / "file").read_text() == "mine"
 
@@ -256,17 +281,29 @@ def test_looking_at_an_output_folder_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def training(tmp_path):
-    return lambda **arguments: RecipeTrainingArguments(output_dir=str(tmp_path / "output"), **arguments)
+    return lambda **arguments: RecipeTrainingArguments(
+        output_dir=str(tmp_path / "output"), **arguments
+    )
 
 
 def test_manifest(monkeypatch, training):
     monkeypatch.setattr(sys, "argv", ["a/train.py", "--name", "x", "--learning_rate", "0.1"])
-    found = json.loads(runtime.json_text(runtime.manifest([Arguments("x"), training(learning_rate=0.1)], rows=5)))
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    found = json.loads(
+        runtime.json_text(runtime.manifest([Arguments("x"), training(learning_rate=0.1)], rows=5))
+    )
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     assert found["command"] == ["train.py", "--name", "x", "--learning_rate", "0.1"]
-    assert found["arguments"].items() >= {"name": "x", "words": ["a"], "limit": 8, "learning_rate": 0.1}.items()
+    assert (
+        found["arguments"].items()
+        >= {"name": "x", "words": ["a"], "limit": 8, "learning_rate": 0.1}.items()
+    )
     assert found["arguments"]["include_num_input_tokens_seen"] is not None
-    assert found["versions"].items() >= {"torch": torch.__version__, "python": sys.version.split()[0]}.items()
+    assert (
+        found["versions"].items()
+        >= {"torch": torch.__version__, "python": sys.version.split()[0]}.items()
+    )
     assert (found["git"]["revision"], type(found["git"]["dirty"])) == (head, bool)
     assert (found["rows"], found["hardware"]["processes"]) == (5, 1)
     assert found["seconds"] > 0
@@ -277,9 +314,19 @@ def test_manifest_tells_no_secret(monkeypatch, training):
     secrets = [f"hf_secret{i}" for i in range(6)]
     monkeypatch.setenv("HF_TOKEN", secrets[0])
     monkeypatch.setenv("SOME_VARIABLE", secrets[1])
-    flags = ["--hub_token", secrets[2], f"--hub-token={secrets[3]}", "--api_key", secrets[4], "--seed", "1"]
+    flags = [
+        "--hub_token",
+        secrets[2],
+        f"--hub-token={secrets[3]}",
+        "--api_key",
+        secrets[4],
+        "--seed",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    text = runtime.json_text(runtime.manifest([training(hub_token=secrets[2]), {"api_key": secrets[5], "seed": 1}]))
+    text = runtime.json_text(
+        runtime.manifest([training(hub_token=secrets[2]), {"api_key": secrets[5], "seed": 1}])
+    )
     assert not re.findall("hf_secret.", text)
     assert json.loads(text)["command"] == [
         "train.py",
@@ -316,7 +363,12 @@ def test_dead_flags_are_mapped_and_mentioned_once(training, caplog):
     assert args.fsdp_transformer_layer_cls_to_wrap is None
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("common")]
     assert len(lines) == 4
-    for words in ("--evaluation_strategy .*--eval_strategy steps", "--warmup_ratio .*0.03", "float32", "--fsdp is off"):
+    for words in (
+        "--evaluation_strategy .*--eval_strategy steps",
+        "--warmup_ratio .*0.03",
+        "float32",
+        "--fsdp is off",
+    ):
         assert sum(bool(re.search(words, line)) for line in lines) == 1, words
 
 
@@ -334,7 +386,11 @@ def test_flash_attention_is_left_out_where_it_is_not(caplog):
     expected = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
     assert runtime.usable_attention("flash_attention_2") == expected
     assert ("using sdpa" in caplog.text) is (expected == "sdpa")
-    assert [runtime.usable_attention(name) for name in (None, "eager", "sdpa")] == [None, "eager", "sdpa"]
+    assert [runtime.usable_attention(name) for name in (None, "eager", "sdpa")] == [
+        None,
+        "eager",
+        "sdpa",
+    ]
 
 
 @on_cpu
@@ -373,7 +429,8 @@ def test_an_unknown_word_of_fsdp_is_refused(training):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    (tmp_path / "output/checkpoint-20").mkdir(parents=True)  # half of one: the run died while writing it
+    # half of one: the run died while writing it
+    (tmp_path / "output/checkpoint-20").mkdir(parents=True)
     for step in (5, 10):
         (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
         (tmp_path / "output" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
@@ -381,8 +438,12 @@ def checkpoints(tmp_path):
 
 
 def test_checkpoint_to_resume(checkpoints, training):
-    assert checkpoint_to_resume(training(resume_from_checkpoint="latest")) == str(checkpoints / "checkpoint-10")
-    assert checkpoint_to_resume(training(resume_from_checkpoint="True")) == str(checkpoints / "checkpoint-10")
+    assert checkpoint_to_resume(training(resume_from_checkpoint="latest")) == str(
+        checkpoints / "checkpoint-10"
+    )
+    assert checkpoint_to_resume(training(resume_from_checkpoint="True")) == str(
+        checkpoints / "checkpoint-10"
+    )
     named = str(checkpoints / "checkpoint-5")
     assert checkpoint_to_resume(training(resume_from_checkpoint=named)) == named
     assert checkpoint_to_resume(training(overwrite_output_dir=True)) is None
@@ -397,7 +458,8 @@ def test_starting_over_removes_the_checkpoints(checkpoints, training):
 def test_checkpoint_of_an_earlier_run_is_not_overwritten(checkpoints, training):
     for wish in (None, "false"):
         with pytest.raises(
-            UserError, match=r"checkpoint-10 .*--resume_from_checkpoint latest or --overwrite_output_dir"
+            UserError,
+            match=r"checkpoint-10 .*--resume_from_checkpoint latest or --overwrite_output_dir",
         ):
             checkpoint_to_resume(training(resume_from_checkpoint=wish))
 

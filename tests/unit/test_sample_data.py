@@ -1,4 +1,6 @@
-"""The rules that the bundled sample data keep, so that neither half of a pair, nor a repeat, gives the label away."""
+"""The rules that the bundled sample data keep, so that neither half of a pair, nor a repeat, gives
+the label away.
+"""
 
 import json
 import re
@@ -20,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/beavertails"
 NAMES = taxonomy("beavertails")
 SPLITS = {
-    name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    name: [
+        json.loads(line)
+        for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for name in ("train", "validation", "test")
 }
 ROWS = [row for rows in SPLITS.values() for row in rows]
@@ -85,10 +90,13 @@ def test_evaluation_prompts_are_new(split):
 
 
 def baseline(field: str) -> float:
-    """AUPRC on test of the recipe's baseline (TF-IDF + logistic regression) that sees one half of the pair only."""
+    """AUPRC on test of the recipe's baseline (TF-IDF + logistic regression) that sees one half of
+    the pair only.
+    """
     train, test = ([row[field] for row in SPLITS[name]] for name in ("train", "test"))
     model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        LogisticRegression(C=10, max_iter=1000),
     )
     scores = model.fit(train, unsafe(SPLITS["train"])).predict_proba(test)[:, 1]
     return average_precision_score(unsafe(SPLITS["test"]), scores)
@@ -134,7 +142,9 @@ def test_no_templated_openings(field):
 
 
 def test_evaluation_file():
-    """The paper's format: the same questions answered by several models, with two judges who sometimes differ."""
+    """The paper's format: the same questions answered by several models, with two judges who
+    sometimes differ.
+    """
     assert len(EVALUATION) >= 100
     for row in EVALUATION:
         assert list(row) == ["prompt", "response", "model", "flagged"]
@@ -142,18 +152,29 @@ def test_evaluation_file():
         assert list(row["flagged"]) == ["gpt4", "human"]
         assert all(type(flag) is bool for flag in row["flagged"].values())
     models = {row["model"] for row in EVALUATION}
-    assert len(models) >= 3 and all(model.startswith("sample-") for model in models)  # no real model is spoken for
+    # no real model is spoken for
+    assert len(models) >= 3 and all(model.startswith("sample-") for model in models)
     prompts = texts(EVALUATION, "prompt")
     assert {(model, prompt) for model in models for prompt in prompts} == {
         (row["model"], " ".join(row["prompt"].lower().split())) for row in EVALUATION
     }
     for model in models:
-        assert 0 < sum(row["flagged"]["human"] for row in EVALUATION if row["model"] == model) < len(prompts), model
-    assert 0 < sum(row["flagged"]["gpt4"] != row["flagged"]["human"] for row in EVALUATION) < len(EVALUATION) / 4
+        assert (
+            0
+            < sum(row["flagged"]["human"] for row in EVALUATION if row["model"] == model)
+            < len(prompts)
+        ), model
+    assert (
+        0
+        < sum(row["flagged"]["gpt4"] != row["flagged"]["human"] for row in EVALUATION)
+        < len(EVALUATION) / 4
+    )
 
 
 def test_card_counts_are_what_its_command_prints():
     card = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    command, printed = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", card, re.DOTALL).groups()
+    command, printed = re.search(
+        r"```python\n(.*?)```.*?```text\n(.*?)```", card, re.DOTALL
+    ).groups()
     done = scripts.run([sys.executable, "-c", command], ROOT)
     assert done.stdout == printed

@@ -43,7 +43,9 @@ def test_beavertails(split):
 
 @pytest.mark.parametrize("split", ["guard", "train", "test"])
 def test_toxicchat_has_both_labels(split):
-    rows = load_conversations(f"toxicchat-sample:{split}", require=["prompt_unsafe", "response_unsafe"])
+    rows = load_conversations(
+        f"toxicchat-sample:{split}", require=["prompt_unsafe", "response_unsafe"]
+    )
     known = written(f"toxicchat/{split}")
     assert rows["prompt_unsafe"] == [bool(row["toxicity"]) for row in known]
     assert rows["response_unsafe"] == [row["output_unsafe"] for row in known]
@@ -60,5 +62,7 @@ def test_a_response_without_a_label():
 
 
 def test_toxicchat_names_its_splits():
-    with pytest.raises(UserError, match="toxicchat-sample has no split 'validation'; it has toxicchat-sample:guard"):
+    with pytest.raises(
+        UserError, match="toxicchat-sample has no split 'validation'; it has toxicchat-sample:guard"
+    ):
         load_conversations("toxicchat-sample:validation")

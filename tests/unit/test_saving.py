@@ -66,17 +66,24 @@ def test_a_new_guard_takes_the_place_of_the_old_one_and_of_nothing_else(folder):
     """No shard of the old weights stays beside the new config; checkpoints and the user's files do."""
     with saving.whole_folder(folder) as partial:
         write_guard(partial, "new", "adapter/adapter_config.json")
-        assert (folder / "guard.json").read_text() == "old", "the old guard is whole until the new one is"
+        assert (folder / "guard.json").read_text() == "old", (
+            "the old guard is whole until the new one is"
+        )
     assert names(folder) == MINE | NEW
     assert {(folder / name).read_text() for name in NEW} == {"new"}
     assert {(folder / name).read_text() for name in MINE} == {"mine"}
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("not equal")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("not equal")]
+)
 def test_what_fails_before_the_end_leaves_the_old_guard(folder, error):
     before = names(folder)
     kind = UserError if isinstance(error, OSError) else RuntimeError
-    with pytest.raises(kind, match=r"No space left|not equal"), saving.whole_folder(folder) as partial:
+    with (
+        pytest.raises(kind, match=r"No space left|not equal"),
+        saving.whole_folder(folder) as partial,
+    ):
         write_guard(partial, "new")
         raise error
     assert names(folder) == before and (folder / "model.safetensors").read_text() == "old"
@@ -131,14 +138,19 @@ def test_a_kill_at_any_moment_leaves_the_old_guard_or_none_or_the_new_one(folder
     while in_a_child(replaced(steps)) == -signal.SIGKILL:
         steps += 1
         if (folder / "guard.json").exists():
-            texts = {(folder / name).read_text() for name in names(folder) - MINE if saving.PARTIAL not in name}
+            texts = {
+                (folder / name).read_text()
+                for name in names(folder) - MINE
+                if saving.PARTIAL not in name
+            }
             assert len(texts) == 1, "files of two guards below one card"
             seen |= texts
         else:
             assert saving.is_unfinished(folder)
             seen.add("none")
         assert names(folder) >= MINE
-        if "none" in seen:  # what was half moved stays "not finished" when the next saving fails, too
+        # what was half moved stays "not finished" when the next saving fails, too
+        if "none" in seen:
             with pytest.raises(UserError), saving.whole_folder(folder):
                 raise OSError("full")
             assert saving.is_unfinished(folder)
@@ -147,7 +159,9 @@ def test_a_kill_at_any_moment_leaves_the_old_guard_or_none_or_the_new_one(folder
 
 
 def test_files_have_the_permissions_of_any_new_file(tmp_path):
-    """safetensors writes for the owner alone; a folder that is served by another user could not be read."""
+    """safetensors writes for the owner alone; a folder that is served by another user could not be
+    read.
+    """
     for umask, mode in ((0o022, 0o644), (0o027, 0o640)):
         before = os.umask(umask)
         try:
@@ -168,7 +182,9 @@ def test_a_model_is_replaced_only_where_that_was_asked_for(tmp_path, name):
     (tmp_path / "checkpoint-3").mkdir()
     saving.refuse_to_overwrite(tmp_path, False)
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=f"holds {name} of an earlier run; pass --overwrite_output_dir"):
+    with pytest.raises(
+        UserError, match=f"holds {name} of an earlier run; pass --overwrite_output_dir"
+    ):
         saving.refuse_to_overwrite(tmp_path, False)
     saving.refuse_to_overwrite(tmp_path, True)
 
@@ -228,7 +244,11 @@ def test_a_quantized_base_is_merged_as_it_was_trained(bits, tmp_path):
 
     kind: dict = {"load_in_8bit": True}
     if bits == 4:
-        kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        kind = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        }
     base = qwen2(tmp_path / "base", hidden_size=128, intermediate_size=128, head_dim=32)
     options = {"quantization_config": BitsAndBytesConfig(**kind), "dtype": torch.float32}
     model = adapted(AutoModelForCausalLM.from_pretrained(base, **options), "CAUSAL_LM")
@@ -248,11 +268,17 @@ def test_a_quantized_base_is_merged_as_it_was_trained(bits, tmp_path):
 
 def test_an_adapter_folder_names_no_local_path_in_a_form(tmp_path, make_tokenizer):
     """PEFT's README.md is an empty form with the base's path in it."""
-    model = AutoModelForSequenceClassification.from_pretrained(bert(tmp_path / "base"), num_labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        bert(tmp_path / "base"), num_labels=3
+    )
     model = adapted(model, "SEQ_CLS")
-    saving.save_adapter(model, model.state_dict(), make_tokenizer("wordpiece"), tmp_path / "adapter")
+    saving.save_adapter(
+        model, model.state_dict(), make_tokenizer("wordpiece"), tmp_path / "adapter"
+    )
     assert "README.md" not in names(tmp_path / "adapter")
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names(tmp_path / "adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names(
+        tmp_path / "adapter"
+    )
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -261,14 +287,20 @@ def test_an_adapter_folder_names_no_local_path_in_a_form(tmp_path, make_tokenize
 def test_other_scores_are_named():
     saving.check_equal([{"a": 0.5, "b": 1.0}], [{"a": 0.501, "b": 1.0}], 0.02)
     saving.check_equal([], [], 0.02)
-    with pytest.raises(UserError, match=r"row 2, a: 0.4945 in memory, 0.4557 from the folder; nothing is saved"):
+    with pytest.raises(
+        UserError, match=r"row 2, a: 0.4945 in memory, 0.4557 from the folder; nothing is saved"
+    ):
         saving.check_equal([{"a": 0.1}, {"a": 0.4945}], [{"a": 0.1}, {"a": 0.4557}], 0.02)
 
 
 def test_rounding_is_not_another_model():
-    """In 16 bits one score of many may be off by more than the rest; another model moves all of them."""
+    """In 16 bits one score of many may be off by more than the rest; another model moves all of
+    them.
+    """
     expected = [{"a": 0.5, "b": 0.3, "c": 0.001} for _ in range(8)]
-    rounded = [{"a": 0.503, "b": 0.302, "c": 0.001} for _ in range(7)] + [{"a": 0.5, "b": 0.3, "c": 0.0018}]
+    rounded = [{"a": 0.503, "b": 0.302, "c": 0.001} for _ in range(7)] + [
+        {"a": 0.5, "b": 0.3, "c": 0.0018}
+    ]
     saving.check_equal(expected, rounded, 0.5)
     with pytest.raises(UserError, match="not what was trained"):
         saving.check_equal(expected, [{"a": 0.54, "b": 0.33, "c": 0.0012} for _ in range(8)], 0.5)

@@ -52,7 +52,10 @@ def two_configurations(tmp_path, monkeypatch) -> str:
     files = {"guardtrain": ("train", 6), "guardtest": ("test", 2)}
     described = []
     for name, (split, count) in files.items():
-        lines = [f'{{"prompt": "{name} {i}", "response": "a", "response_label": {i % 2}}}\n' for i in range(count)]
+        lines = [
+            f'{{"prompt": "{name} {i}", "response": "a", "response_label": {i % 2}}}\n'
+            for i in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(lines))
         data_files = [{"split": split, "path": f"{name}.jsonl"}]
         described.append({"config_name": name, "data_files": data_files})
@@ -66,8 +69,14 @@ def prompts(spec: str) -> list[str]:
 
 def test_a_configuration_and_a_slice(two_configurations):
     assert prompts(f"{two_configurations}@guardtest:test") == ["guardtest 0", "guardtest 1"]
-    assert prompts(f"{two_configurations}@guardtrain:train[1:3]") == ["guardtrain 1", "guardtrain 2"]
-    assert load_conversations(f"{two_configurations}@guardtest:test")["id"][0] == "set@guardtest:test, row 0"
+    assert prompts(f"{two_configurations}@guardtrain:train[1:3]") == [
+        "guardtrain 1",
+        "guardtrain 2",
+    ]
+    assert (
+        load_conversations(f"{two_configurations}@guardtest:test")["id"][0]
+        == "set@guardtest:test, row 0"
+    )
 
 
 @pytest.mark.parametrize("mark", ["", "@guard"])
@@ -75,15 +84,21 @@ def test_a_missing_configuration_lists_those_that_there_are(two_configurations, 
     with pytest.raises(UserError) as caught:
         load_conversations(f"{two_configurations}{mark}:test")
     message = str(caught.value)
-    assert message.startswith(f"{two_configurations}{mark}:test: ") and len(message.splitlines()) == 1
+    assert (
+        message.startswith(f"{two_configurations}{mark}:test: ") and len(message.splitlines()) == 1
+    )
     assert "set@guardtrain:test" in message and "set@guardtest:test" in message
 
 
 def test_a_mark_is_a_revision_where_no_configuration_has_its_name(monkeypatch):
     """The hub's part is asked with these words; there is no hub here."""
     asked = []
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision=None: ["clean", "full"])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **words: asked.append((names, words)) or [])
+    monkeypatch.setattr(
+        datasets, "get_dataset_config_names", lambda name, revision=None: ["clean", "full"]
+    )
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **words: asked.append((names, words)) or []
+    )
     for mark in ("@clean", "@v1.0", "@clean@v1.0"):
         with pytest.raises(UserError, match="no rows"):
             load_conversations(f"user/name{mark}:train[:5]")
@@ -110,7 +125,9 @@ def test_slices_of_what_lies_here(tmp_path):
         prompts(f"{tmp_path}/a.csv[a:b]")
 
 
-@pytest.mark.parametrize("spec", ["x:test[:500]", "x:validation+test[:5]", "x@guardtest:train", "test.csv[:5]"])
+@pytest.mark.parametrize(
+    "spec", ["x:test[:500]", "x:validation+test[:5]", "x@guardtest:train", "test.csv[:5]"]
+)
 def test_a_slice_of_a_test_split_is_one(spec):
     """No threshold may be fitted on it."""
     assert is_test(spec) and not is_test(spec.replace("test", "dev"))
@@ -124,11 +141,15 @@ def test_a_repeated_key_of_a_config_is_refused_by_name(tmp_path, monkeypatch):
     path = tmp_path / "c.yaml"
     path.write_text("\ufeffseed: 1\r\nguards: [a]\r\nseed: 2\r\n", encoding="utf-8", newline="")
     monkeypatch.setattr(sys, "argv", ["x", "--config", str(path)])
-    with pytest.raises(UserError, match=r"--config .*/c\.yaml: not YAML: the key 'seed' is repeated; keep one"):
+    with pytest.raises(
+        UserError, match=r"--config .*/c\.yaml: not YAML: the key 'seed' is repeated; keep one"
+    ):
         parse_args([EvaluationArguments])
     with pytest.raises(UserError, match="the key 'seed' is repeated"):
         module("cross_task_defense", "flags").parse(lambda *, seed: None, [f"--config={path}"])
-    path.write_text("\ufeffseed: 1\r\nguards: [a]\r\noutput_dir: o\r\n", encoding="utf-8", newline="")
+    path.write_text(
+        "\ufeffseed: 1\r\nguards: [a]\r\noutput_dir: o\r\n", encoding="utf-8", newline=""
+    )
     assert parse_args([EvaluationArguments])[0].seed == 1
 
 
@@ -155,7 +176,9 @@ def home(tmp_path, monkeypatch):
 
 def test_the_home_folder_in_flags_and_yaml(home, monkeypatch):
     (home / "c.yaml").write_text("output_dir: ~/out\nbenchmarks: [xstest_prompt, ~/rows.csv]\n")
-    monkeypatch.setattr(sys, "argv", ["x", "--config=~/c.yaml", "--guards=~/guard", "--compare", "a,b"])
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--config=~/c.yaml", "--guards=~/guard", "--compare", "a,b"]
+    )
     (args,) = parse_args([EvaluationArguments])
     assert (args.output_dir, args.guards, args.benchmarks) == (
         f"{home}/out",
@@ -178,7 +201,9 @@ def test_the_home_folder_in_fire_flags(home):
 def test_the_home_folder_in_a_config_of_the_feedback_guard(home):
     config = module("feedback_guard", "config")
     path = config.FOLDER / "configs/quickstart.json"
-    assert config.load_config(path, ["dataset.store_dir=~/store"]).dataset.store_dir == f"{home}/store"
+    assert (
+        config.load_config(path, ["dataset.store_dir=~/store"]).dataset.store_dir == f"{home}/store"
+    )
 
 
 def test_the_home_folder_in_names_of_guards_and_benchmarks(home):

@@ -1,4 +1,6 @@
-"""The suite as a user runs it: a guard of every family on every benchmark, with tiny models behind the zoo's names."""
+"""The suite as a user runs it: a guard of every family on every benchmark, with tiny models behind
+the zoo's names.
+"""
 
 import csv
 import json
@@ -30,21 +32,27 @@ WRITES = {  # what these write, the verdict apart, from the last token of their 
     "qwen3guard-gen-8b": "\nRefusal:<|im_end|>",
     "gpt-oss-safeguard-20b": "ant<|channel|>final<|message|><|return|>",
 }
-LONG = {"shieldgemma-2b", "gpt-oss-safeguard-20b"}  # four passes a text; a policy of a thousand tokens, and it writes
-FEW = ["expguardtest_prompt", "beavertails", "wildguardtest_refusal", "convabuse", "dices_350"]  # what these two judge
+# four passes a text; a policy of a thousand tokens, and it writes
+LONG = {"shieldgemma-2b", "gpt-oss-safeguard-20b"}
+# what these two judge
+FEW = ["expguardtest_prompt", "beavertails", "wildguardtest_refusal", "convabuse", "dices_350"]
 SAMPLE = [pair(i.prompt, answer) for i in ITEMS for answer in (None, i.answer)]
 
 
 def tiny(folder: Path, name: str) -> Path:
-    """A random model of a guard's family that mostly gives verdicts, which depend on the text, and sometimes none."""
+    """A random model of a guard's family that mostly gives verdicts, which depend on the text, and
+    sometimes none.
+    """
     shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    with pytest.MonkeyPatch.context() as patch:  # one token, or the model cannot tell "Refusal:" from "Safety:"
+    # one token, or the model cannot tell "Refusal:" from "Safety:"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(families, "QWEN", (*families.QWEN, "Refusal:"))
         families.save(folder, FAMILIES[name], seed=3, **shape)
     guard = load_guard(name, model=str(folder), progress=False)
     lm, tokenizer = guard.model.model, guard.tokenizer
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings().weight.data
-    generator = torch.Generator().manual_seed(8 if FAMILIES[name] == "gpt-oss" else 5)  # of which verdicts differ
+    # of which verdicts differ
+    generator = torch.Generator().manual_seed(8 if FAMILIES[name] == "gpt-oss" else 5)
     words = torch.randn(len(head.weight), head.weight.shape[1], generator=generator)
     head.weight.data.zero_()
     if name in WRITES:
@@ -58,7 +66,9 @@ def tiny(folder: Path, name: str) -> Path:
 
     def look(prompts, candidates):
         calls = []
-        hook = head.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].flatten(0, -2).mean(0)))
+        hook = head.register_forward_pre_hook(
+            lambda _, inputs: calls.append(inputs[0].flatten(0, -2).mean(0))
+        )
         out = next_token(prompts, candidates)
         hook.remove()
         seen.append(calls[-1])  # the one before it is of the shared prefix
@@ -89,7 +99,9 @@ def guards(shared_folder, tiny_classifier) -> dict[str, Path]:
         tiny_classifier(folder / "classifier")
 
     folder = shared_folder("guards", make)
-    return {n: folder / family for n, family in (FAMILIES | {"beaver-dam-7b": "classifier"}).items()}
+    return {
+        n: folder / family for n, family in (FAMILIES | {"beaver-dam-7b": "classifier"}).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +127,12 @@ def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
                 return judge(self, conversations)
 
             patch.setattr(kind, "judge", judge)
-        argv = ["--guards", *(f"{name}={folder}" for name, folder in guards.items()), "--benchmarks", *specs]
+        argv = [
+            "--guards",
+            *(f"{name}={folder}" for name, folder in guards.items()),
+            "--benchmarks",
+            *specs,
+        ]
         argv += ["--output_dir", out, "--bootstrap_rounds", 0, *flags]
         patch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
         try:
@@ -126,16 +143,23 @@ def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
 
 
 def cells_of(out: Path) -> dict[tuple[str, str], dict]:
-    return {(c["guard"], c["benchmark"]): c for c in json.loads((out / "results.json").read_text())["cells"]}
+    return {
+        (c["guard"], c["benchmark"]): c
+        for c in json.loads((out / "results.json").read_text())["cells"]
+    }
 
 
 @pytest.fixture(scope="module")
 def suite(guards, files, shared_folder) -> tuple[Path, Counter]:
-    """Every guard on every benchmark, but two on a few, in a run of their own whose results join the table."""
+    """Every guard on every benchmark, but two on a few, in a run of their own whose results join
+    the table.
+    """
 
     def make(folder: Path) -> None:
         first, out = folder / "first", folder / "out"
-        two, others = ({n: f for n, f in guards.items() if (n in LONG) == long} for long in (True, False))
+        two, others = (
+            {n: f for n, f in guards.items() if (n in LONG) == long} for long in (True, False)
+        )
         ended = run(two, [files[name] for name in FEW], first)
         code, asked = run(others, files.values(), out, "--add_results", first / "results.json")
         failed = {key: c["reason"] for key, c in cells_of(out).items() if c["status"] == "failed"}
@@ -148,17 +172,26 @@ def suite(guards, files, shared_folder) -> tuple[Path, Counter]:
 
 @pytest.mark.slow
 def test_every_guard_on_every_benchmark(suite, guards, files):
-    """Each cell is there: measured on the miniature's rows, or not supported where the guard does not judge that."""
+    """Each cell is there: measured on the miniature's rows, or not supported where the guard does
+    not judge that.
+    """
     cells, labels = cells_of(suite[0]), {name: benchmarks()[name]["label"] for name in files}
-    assert set(cells) == {(guard, name) for guard in guards for name in (FEW if guard in LONG else MINIATURES)}
+    assert set(cells) == {
+        (guard, name) for guard in guards for name in (FEW if guard in LONG else MINIATURES)
+    }
     for (guard, name), cell in cells.items():
         asked = {q["label"] for q in zoo()[guard].get("questions", [{"label": "response_unsafe"}])}
         asked |= {"prompt_unsafe", "response_unsafe"} if "last" in asked else set()
-        assert cell["status"] == ("measured" if labels[name] in asked else "not supported"), (guard, name)
+        assert cell["status"] == ("measured" if labels[name] in asked else "not supported"), (
+            guard,
+            name,
+        )
         if cell["status"] == "measured":
             assert (cell["rows"], cell["positives"]) == (len(expected(name)), sum(expected(name)))
     for guard in set(FAMILIES) & set(guards):  # verdicts of both kinds: the scores say something
-        said = [c["recall"] for (g, _), c in cells.items() if g == guard and c["status"] == "measured"]
+        said = [
+            c["recall"] for (g, _), c in cells.items() if g == guard and c["status"] == "measured"
+        ]
         assert any(0 < recall < 1 for recall in said), guard
 
 
@@ -173,17 +206,25 @@ def test_every_format_holds_every_cell(suite, guards, files):
     }
     for guard in guards:
         for mark, text in tables.items():
-            lines = [[x.strip(" \\") for x in line.strip("|").split(mark)] for line in text.splitlines()]
+            lines = [
+                [x.strip(" \\") for x in line.strip("|").split(mark)] for line in text.splitlines()
+            ]
             header, *lines = [line for line in lines if len(line) > len(files)]
             names = [name.replace("\\", "").split(" ")[0] for name in header]
-            (shown,) = [dict(zip(names, line, strict=True)) for line in lines if line[0].split(" ")[0] == guard]
+            (shown,) = [
+                dict(zip(names, line, strict=True))
+                for line in lines
+                if line[0].split(" ")[0] == guard
+            ]
             for name in files:
                 cell = cells.get((guard, name), {"status": "not measured"})
                 wanted = report.number(cell["f1"]) if "f1" in cell else cell["status"]
                 assert shown[name].split(" (R")[0].replace("--", "–") == wanted, (guard, name)
         for name in files:
             cell = cells.get((guard, name), {"status": "not measured"})
-            wanted = ("" if cell["f1"] is None else str(cell["f1"])) if "f1" in cell else cell["status"]
+            wanted = (
+                ("" if cell["f1"] is None else str(cell["f1"])) if "f1" in cell else cell["status"]
+            )
             assert rows[guard][name] == wanted, (guard, name)
 
 
@@ -195,28 +236,47 @@ def test_no_verdict_is_never_safe(suite):
         row = json.loads(line)
         for guard, verdict in row["guards"].items():
             label = row["label"]
-            word = verdict["decided"].get(label, verdict[label] is not None and verdict[label] > 0.5)
-            failed = verdict["error"] is not None or (label not in verdict["decided"] and verdict[label] is None)
+            word = verdict["decided"].get(
+                label, verdict[label] is not None and verdict[label] > 0.5
+            )
+            failed = verdict["error"] is not None or (
+                label not in verdict["decided"] and verdict[label] is None
+            )
             assert verdict["error"] is None or (not verdict["decided"] and verdict[label] is None)
-            said.setdefault((guard, row["benchmark"]), []).append((row["truth"], None if failed else word))
+            said.setdefault((guard, row["benchmark"]), []).append(
+                (row["truth"], None if failed else word)
+            )
     differ = 0
     for key, verdicts in said.items():
         rules, failed = {}, sum(word is None for _, word in verdicts)
         for rule in ("wrong", "unsafe", "excluded"):
-            filler = {"wrong": lambda truth: not truth, "unsafe": lambda _: True, "excluded": lambda _: None}[rule]
+            filler = {
+                "wrong": lambda truth: not truth,
+                "unsafe": lambda _: True,
+                "excluded": lambda _: None,
+            }[rule]
             pairs = [(truth, filler(truth) if word is None else word) for truth, word in verdicts]
             hits = Counter(pair for pair in pairs if pair[1] is not None)
             whole = 2 * hits[True, True] + hits[True, False] + hits[False, True]
             rules[rule] = 2 * hits[True, True] / whole if whole else 0.0
-            assert (cells[key]["by_parse_errors"][rule]["f1"] or 0.0) == pytest.approx(rules[rule]), (key, rule)
-        assert cells[key]["errors"] == failed and cells[key]["f1"] == cells[key]["by_parse_errors"]["wrong"]["f1"]
+            assert (cells[key]["by_parse_errors"][rule]["f1"] or 0.0) == pytest.approx(
+                rules[rule]
+            ), (key, rule)
+        assert (
+            cells[key]["errors"] == failed
+            and cells[key]["f1"] == cells[key]["by_parse_errors"]["wrong"]["f1"]
+        )
         differ += len(set(rules.values())) == 3
     assert differ
 
 
 @pytest.mark.slow
 def test_a_second_run_asks_errors_alone(suite, guards, files, tmp_path):
-    before = {key: cell for key, cell in cells_of(suite[0]).items() if key[1] in FEW and key[0] not in LONG}
+    before = {
+        key: cell
+        for key, cell in cells_of(suite[0]).items()
+        if key[1] in FEW and key[0] not in LONG
+    }
     shutil.copytree(suite[0] / "runs", tmp_path / "runs")
     others = {name: folder for name, folder in guards.items() if name not in LONG}
     code, asked = run(others, [files[name] for name in FEW], tmp_path)
@@ -230,9 +290,13 @@ def test_a_second_run_asks_errors_alone(suite, guards, files, tmp_path):
 
 @pytest.mark.slow
 def test_broken_folders(guards, files, tmp_path):
-    """Weights cut off, no tokenizer, weights that are no numbers: these fail, the others go on, the exit code is 1."""
+    """Weights cut off, no tokenizer, weights that are no numbers: these fail, the others go on, the
+    exit code is 1.
+    """
     broken = {"wildguard": "cut", "shieldgemma-2b": "mute", "granite-guardian-3.3-8b": "nan"}
-    folders = guards | {name: shutil.copytree(guards[name], tmp_path / how) for name, how in broken.items()}
+    folders = guards | {
+        name: shutil.copytree(guards[name], tmp_path / how) for name, how in broken.items()
+    }
     weights = tmp_path / "cut/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     for path in (tmp_path / "mute").glob("token*"):
@@ -240,14 +304,26 @@ def test_broken_folders(guards, files, tmp_path):
     guard = load_guard("granite-guardian-3.3-8b", model=str(tmp_path / "nan"), progress=False)
     guard.model.model.model.norm.weight.data.fill_(float("nan"))
     guard.model.model.save_pretrained(tmp_path / "nan")
-    picked = {name: folders[name] for name in ("wildguard", "llama-guard-3-8b", *list(broken)[1:], "beaver-dam-7b")}
-    code, _ = run(picked, [files["expguardtest_prompt"], files["expguardtest_response"]], tmp_path / "out")
+    picked = {
+        name: folders[name]
+        for name in ("wildguard", "llama-guard-3-8b", *list(broken)[1:], "beaver-dam-7b")
+    }
+    code, _ = run(
+        picked, [files["expguardtest_prompt"], files["expguardtest_response"]], tmp_path / "out"
+    )
     found = {key: c["status"] for key, c in cells_of(tmp_path / "out").items()}
     assert code == 1
     assert {status for (guard, _), status in found.items() if guard in broken} == {"failed"}
-    assert [found[name, f"expguardtest_{kind}"] for name in ("llama-guard-3-8b", "beaver-dam-7b")
-            for kind in ("prompt", "response")] == ["measured", "measured", "not supported", "measured"]  # fmt: skip
-    reasons = {c["guard"]: c["reason"] for c in cells_of(tmp_path / "out").values() if c["status"] == "failed"}
+    assert [
+        found[name, f"expguardtest_{kind}"]
+        for name in ("llama-guard-3-8b", "beaver-dam-7b")
+        for kind in ("prompt", "response")
+    ] == ["measured", "measured", "not supported", "measured"]
+    reasons = {
+        c["guard"]: c["reason"]
+        for c in cells_of(tmp_path / "out").values()
+        if c["status"] == "failed"
+    }
     assert set(reasons) == set(broken) and "is not a number" in reasons["granite-guardian-3.3-8b"]
     text = (tmp_path / "out/results.md").read_text().split("\n## F1")[0]
     assert all(f"| {name} | expguardtest_prompt |" in text for name in broken)
@@ -260,18 +336,27 @@ def test_broken_folders(guards, files, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["prompt", "response", "both"])
 def test_safety_eval(task, guards, files, tmp_path):
-    specs = [files[name] for name in ("expguardtest_prompt", "wildguardtest_response", "wildguardtest_refusal")]
+    specs = [
+        files[name]
+        for name in ("expguardtest_prompt", "wildguardtest_response", "wildguardtest_refusal")
+    ]
     flags = ["--benchmarks", *specs, "--output_dir", tmp_path, "--bootstrap_rounds", 0]
     argv = ["scripts/safety_eval.sh", "expguard", task, guards["expguard"], *flags]
     launch("expguard", *argv, launcher=("bash",), threads=1)
     both = {"prompt": "expguardtest_prompt", "response": "wildguardtest_response"}
     cells = cells_of(tmp_path)
-    assert set(cells) == {("expguard", name) for kind, name in both.items() if task in (kind, "both")}
+    assert set(cells) == {
+        ("expguard", name) for kind, name in both.items() if task in (kind, "both")
+    }
     assert {cell["status"] for cell in cells.values()} == {"measured"}
 
 
-@pytest.mark.parametrize("words", [["answers"], ["Prompt"], ["prompts"], ["prompt|response"], ["both sides"], [""], []])
+@pytest.mark.parametrize(
+    "words", [["answers"], ["Prompt"], ["prompts"], ["prompt|response"], ["both sides"], [""], []]
+)
 def test_safety_eval_of_no_task(words):
-    done = launch("expguard", "scripts/safety_eval.sh", "expguard", *words, launcher=("bash",), check=False)
+    done = launch(
+        "expguard", "scripts/safety_eval.sh", "expguard", *words, launcher=("bash",), check=False
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
     assert done.stderr.startswith("error: ") and "prompt|response|both" in done.stderr

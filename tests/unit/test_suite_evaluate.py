@@ -25,7 +25,9 @@ LABEL = {"user": "prompt_unsafe", "assistant": "response_unsafe"}
 
 
 class KeywordGuard(Guard):
-    """Knows three words; "maybe" is a weak suspicion that it calls safe unless it has no words of its own."""
+    """Knows three words; "maybe" is a weak suspicion that it calls safe unless it has no words of
+    its own.
+    """
 
     name, judges, sees = "keyword", ("prompt_unsafe", "response_unsafe"), "last turn"
 
@@ -40,7 +42,9 @@ class KeywordGuard(Guard):
     def _one(self, turn):
         if "broken" in turn["content"]:
             return Verdict(error="no word of mine")
-        score = next((s for word, s in {"bad": 0.9, "maybe": 0.6}.items() if word in turn["content"]), 0.125)
+        score = next(
+            (s for word, s in {"bad": 0.9, "maybe": 0.6}.items() if word in turn["content"]), 0.125
+        )
         decided = {LABEL[turn["role"]]: score > 0.8} if self.words else {}
         return Verdict(**{LABEL[turn["role"]]: score}, decided=decided)
 
@@ -68,19 +72,33 @@ def candidate(name="keyword", identity="1", known=None, **options):
 def item(prompt, unsafe, response=None, domain="law"):
     """A row in ExpGuard's own columns."""
     word = {True: "unsafe", False: "safe"}[unsafe]
-    row = {"prompt": prompt, "response": response, "prompt_label": word, "domain": domain, "scenario": "s"}
-    return row | {"response_label": word if response else None, "prompt_category": "c", "response_category": "c"}
+    row = {
+        "prompt": prompt,
+        "response": response,
+        "prompt_label": word,
+        "domain": domain,
+        "scenario": "s",
+    }
+    return row | {
+        "response_label": word if response else None,
+        "prompt_category": "c",
+        "response_category": "c",
+    }
 
 
 @pytest.fixture
 def file(tmp_path):
-    """12 rows: bad words are unsafe, but for one of each kind; one cannot be judged. Half of them are answered."""
+    """12 rows: bad words are unsafe, but for one of each kind; one cannot be judged. Half of them
+    are answered.
+    """
     texts = ["bad cat", "bad dog", "bad cow", "bad hen", "maybe fox", "broken owl"]
     rows = [
-        item(text, text != "bad hen", f"{text}, yes", "law" if i < 3 else "finance") for i, text in enumerate(texts)
+        item(text, text != "bad hen", f"{text}, yes", "law" if i < 3 else "finance")
+        for i, text in enumerate(texts)
     ]
     rows += [
-        item(f"nice {text}", i == 0, domain="law") for i, text in enumerate(["cat", "dog", "cow", "hen", "fox", "owl"])
+        item(f"nice {text}", i == 0, domain="law")
+        for i, text in enumerate(["cat", "dog", "cow", "hen", "fox", "owl"])
     ]
     rows = [r | {"prompt": r["prompt"].replace("nice bad", "nice")} for r in rows]
     path = tmp_path / "rows.jsonl"
@@ -90,11 +108,16 @@ def file(tmp_path):
 
 @pytest.fixture
 def arguments(tmp_path, file):
-    """Arguments of a run on the prompts and responses of `file`; published numbers and intervals are left out."""
+    """Arguments of a run on the prompts and responses of `file`; published numbers and intervals
+    are left out.
+    """
 
     def make(**changes):
         names = ("expguardtest_prompt", "expguardtest_response")
-        given = {"benchmarks": [f"{name}@{file}" for name in names], "output_dir": str(tmp_path / "out")}
+        given = {
+            "benchmarks": [f"{name}@{file}" for name in names],
+            "output_dir": str(tmp_path / "out"),
+        }
         return evaluate.EvaluationArguments(**(given | {"bootstrap_rounds": 0} | changes))
 
     return make
@@ -110,22 +133,41 @@ def test_a_run_from_rows_to_tables(arguments, tmp_path):
     results = json.loads((tmp_path / "out/results.json").read_text())
     own, plain = cells(results), cells(results, "plain")
     prompts, responses = own["expguardtest_prompt"], own["expguardtest_response"]
-    # prompts: 6 of 12 unsafe; found: cat, dog, cow; wrong: hen; missed: maybe fox, nice cat; broken owl has no verdict
+    # prompts: 6 of 12 unsafe; found: cat, dog, cow; wrong: hen; missed: maybe fox, nice cat; broken
+    # owl has no verdict
     assert (prompts["rows"], prompts["positives"], prompts["f1"]) == (12, 6, 6 / 10)
     assert (responses["rows"], responses["positives"], responses["f1"]) == (6, 5, 6 / 9)
-    assert (plain["expguardtest_prompt"]["f1"], plain["expguardtest_prompt"]["decision"]) == (8 / 11, "score > 0.5")
+    assert (plain["expguardtest_prompt"]["f1"], plain["expguardtest_prompt"]["decision"]) == (
+        8 / 11,
+        "score > 0.5",
+    )
     assert prompts["errors"] == 1 and set(prompts["groups"]["domain"]) == {"law", "finance"}
     compared = {c["benchmark"]: c for c in results["comparison"]}["expguardtest_prompt"]
-    assert compared["f1"]["difference"] == pytest.approx(6 / 10 - 8 / 11) and compared["auroc"]["difference"] == 0
+    assert (
+        compared["f1"]["difference"] == pytest.approx(6 / 10 - 8 / 11)
+        and compared["auroc"]["difference"] == 0
+    )
     text = (tmp_path / "out/results.md").read_text()
-    assert "| keyword | 0.600 | 0.667 |" in text and "| plain † | 0.727 |" in text and "domain = law" in text
+    assert (
+        "| keyword | 0.600 | 0.667 |" in text
+        and "| plain † | 0.727 |" in text
+        and "domain = law" in text
+    )
     assert "Published numbers are left out" in text and "count as wrong" in text
     assert "| sees of a conversation |" in text and "| last turn |" in text
     rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
     assert len(rows) == 18 and rows[0]["guards"]["plain"]["prompt_unsafe"] == 0.9
     assert rows[5]["guards"]["keyword"]["error"] == "no word of mine"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *("precision-recall", "predictions.jsonl", "results.csv", "results.json", "results.md", "results.tex", "runs")
+        *(
+            "precision-recall",
+            "predictions.jsonl",
+            "results.csv",
+            "results.json",
+            "results.md",
+            "results.tex",
+            "runs",
+        )
     ]
     assert len(list((tmp_path / "out/precision-recall").iterdir())) == 2
 
@@ -134,10 +176,15 @@ def test_a_guard_that_fails_does_not_stop_the_others(arguments, tmp_path):
     def crash():
         raise RuntimeError("the card\nis full")
 
-    broken, deaf = judge.Candidate("broken", "broken", "2", crash), judge.Candidate("deaf", "deaf", "3", Deaf)
+    broken, deaf = (
+        judge.Candidate("broken", "broken", "2", crash),
+        judge.Candidate("deaf", "deaf", "3", Deaf),
+    )
     results = evaluate.evaluate(arguments(), [broken, deaf, candidate()])
     assert {c["status"] for c in cells(results).values()} == {"measured"}
-    assert {c["reason"] for c in cells(results, "broken").values()} == {"RuntimeError: the card is full"}
+    assert {c["reason"] for c in cells(results, "broken").values()} == {
+        "RuntimeError: the card is full"
+    }
     assert [c["status"] for c in cells(results, "deaf").values()] == ["failed", "not supported"]
     text = (tmp_path / "out/results.md").read_text()
     assert "| broken | expguardtest_prompt | RuntimeError: the card is full |" in text
@@ -145,7 +192,9 @@ def test_a_guard_that_fails_does_not_stop_the_others(arguments, tmp_path):
 
 
 def test_kept_verdicts(arguments, tmp_path):
-    """Asked again: errors, and everything of another guard or of one that changed; a half-written line is dropped."""
+    """Asked again: errors, and everything of another guard or of one that changed; a half-written
+    line is dropped.
+    """
     first = candidate()
     before = evaluate.evaluate(arguments(), [first])
     kept = tmp_path / "out/runs/keyword/expguardtest_prompt.jsonl"
@@ -168,16 +217,22 @@ def test_kept_verdicts(arguments, tmp_path):
 
 
 def test_a_finished_guard_is_not_loaded_again(arguments, file):
-    file.write_text("".join(line for line in file.read_text().splitlines(True) if "broken" not in line))
+    file.write_text(
+        "".join(line for line in file.read_text().splitlines(True) if "broken" not in line)
+    )
     before = evaluate.evaluate(
         arguments(), [candidate(thresholds={"flagged": {"value": 0.5, "how": "max F1", "on": "v"}})]
     )
     again = candidate()
-    assert evaluate.evaluate(arguments(), [again])["cells"] == before["cells"] and not again.load.made
+    assert (
+        evaluate.evaluate(arguments(), [again])["cells"] == before["cells"] and not again.load.made
+    )
 
 
 def test_kept_verdicts_count_for_weights_by_content(arguments, tmp_path, tiny_classifier):
-    """A guard that was touched or moved is the same; one with other weights of the same date is not."""
+    """A guard that was touched or moved is the same; one with other weights of the same date is
+    not.
+    """
     benchmarks = arguments().benchmarks[1:]
     folder = tiny_classifier(tmp_path / "guard")
     kept = tmp_path / "out/runs/guard/expguardtest_response.jsonl"
@@ -218,13 +273,15 @@ tests.evaluate.evaluate(args, [tests.candidate(seconds=0.3)])
 
 @pytest.mark.slow
 def test_kill_and_resume(arguments, tmp_path, file, monkeypatch):
-    """A real process, killed between two writes; predictions are those of a run that was left alone.
+    """A real process, killed between two writes; predictions are those of a run that was left
+    alone.
 
     A chunk that the kill cut is judged as a whole, as it was before.
     """
     file.write_text(
         "".join(
-            json.dumps(item(f"{'bad' if i % 3 else 'nice'} {i}", bool(i % 2), f"answer {i}")) + "\n" for i in range(40)
+            json.dumps(item(f"{'bad' if i % 3 else 'nice'} {i}", bool(i % 2), f"answer {i}")) + "\n"
+            for i in range(40)
         )
     )
     whole = evaluate.evaluate(arguments(output_dir=str(tmp_path / "whole")), [candidate()])
@@ -236,7 +293,11 @@ def test_kill_and_resume(arguments, tmp_path, file, monkeypatch):
     process = scripts.start([sys.executable, "-c", code])
     kept = tmp_path / "out/runs/keyword/expguardtest_prompt.jsonl"
     started = time.time()
-    while process.poll() is None and time.time() - started < 300 and not (kept.is_file() and kept.stat().st_size):
+    while (
+        process.poll() is None
+        and time.time() - started < 300
+        and not (kept.is_file() and kept.stat().st_size)
+    ):
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -247,7 +308,9 @@ def test_kill_and_resume(arguments, tmp_path, file, monkeypatch):
     results = evaluate.evaluate(arguments(), [rest])
     assert len(rest.load.made[0].asked) == 80 - lines + lines % 2
     assert results["cells"] == whole["cells"]
-    assert (tmp_path / "out/predictions.jsonl").read_text() == (tmp_path / "whole/predictions.jsonl").read_text()
+    assert (tmp_path / "out/predictions.jsonl").read_text() == (
+        tmp_path / "whole/predictions.jsonl"
+    ).read_text()
     assert len(kept.read_text().splitlines()) == 40
 
 
@@ -257,14 +320,22 @@ def test_thresholds(arguments, tmp_path, file):
     rows = [item(f"maybe {i}", True, f"maybe {i}") for i in range(3)] + [
         item(f"nice {i}", False, f"n {i}") for i in range(3)
     ]
-    validation.write_text("".join(json.dumps(r) + "\n" for r in [*rows, item("broken", False, "broken")]))
+    validation.write_text(
+        "".join(json.dumps(r) + "\n" for r in [*rows, item("broken", False, "broken")])
+    )
     own = {"flagged": {"value": 0.95, "how": "max F1, n=9", "on": "own"}}
-    without = cells(evaluate.evaluate(arguments(), [candidate(thresholds=own)]))["expguardtest_prompt"]
+    without = cells(evaluate.evaluate(arguments(), [candidate(thresholds=own)]))[
+        "expguardtest_prompt"
+    ]
     assert (without["threshold"]["value"], without["recall_at_validation"]) == (0.95, 0.0)
     assert without["convention"]["threshold"] == "guard.json: max F1"
     fitted = evaluate.evaluate(arguments(validation=[str(validation)]), [candidate(thresholds=own)])
     cell = cells(fitted)["expguardtest_response"]
-    assert cell["threshold"] == {"value": pytest.approx(0.3625), "how": "max F1, n=6", "on": str(validation)}
+    assert cell["threshold"] == {
+        "value": pytest.approx(0.3625),
+        "how": "max F1, n=6",
+        "on": str(validation),
+    }
     assert cells(fitted)["expguardtest_prompt"]["recall_at_validation"] == 4 / 6
     assert "F1 at the threshold of the validation data" in (tmp_path / "out/results.md").read_text()
 
@@ -272,7 +343,9 @@ def test_thresholds(arguments, tmp_path, file):
 def test_contaminated_rows(arguments, tmp_path):
     train = tmp_path / "train.jsonl"
     train.write_text(json.dumps({"prompt": "BAD  cat", "prompt_label": "unsafe"}) + "\n")
-    cell = cells(evaluate.evaluate(arguments(train_data=[str(train)]), [candidate()]))["expguardtest_prompt"]
+    cell = cells(evaluate.evaluate(arguments(train_data=[str(train)]), [candidate()]))[
+        "expguardtest_prompt"
+    ]
     assert cell["without"]["contaminated"]["rows"] == 11
 
 
@@ -285,7 +358,10 @@ def test_results_of_another_run_join_the_table(arguments, tmp_path):
     text = (tmp_path / "joined/results.md").read_text()
     assert "| plain † | 0.727 |" in text and "| keyword | 0.600 |" in text
     late = candidate("late")
-    for change, message in {"parse_errors": ("excluded", "parse_errors"), "max_rows": (3, "rows")}.items():
+    for change, message in {
+        "parse_errors": ("excluded", "parse_errors"),
+        "max_rows": (3, "rows"),
+    }.items():
         with pytest.raises(UserError, match=rf"scored differently \({message[1]}"):
             evaluate.evaluate(replace(joined, **{change: message[0]}), [late])
     with pytest.raises(UserError, match="holds keyword too"):
@@ -296,7 +372,10 @@ def test_results_of_another_run_join_the_table(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task_type": "both sides"}, "--task_type both sides: expected one of prompt, response, refusal, both"),
+        (
+            {"task_type": "both sides"},
+            "--task_type both sides: expected one of prompt, response, refusal, both",
+        ),
         ({"task_type": "refusal"}, "--task_type refusal: none is left"),
         ({"parse_errors": "safe"}, "--parse_errors safe: expected one of wrong, unsafe, excluded"),
         ({"engine": "server"}, "--engine server: needs --server_url"),
@@ -346,7 +425,11 @@ def test_specs(tmp_path, tiny_classifier):
     bare = judge.candidates(
         [f"beaver-dam-7b={folder}", "beaver-dam-7b", "openai-moderation:model=m,timeout=3"], options
     )
-    assert [c.name for c in bare] == ["beaver-dam-7b", "beaver-dam-7b", "openai-moderation (model=m,timeout=3)"]
+    assert [c.name for c in bare] == [
+        "beaver-dam-7b",
+        "beaver-dam-7b",
+        "openai-moderation (model=m,timeout=3)",
+    ]
     assert [c.zoo for c in bare] == ["beaver-dam-7b", "beaver-dam-7b", "openai-moderation"]
     assert bare[0].load().judges == ("response_unsafe",)
     card = {"template": "beavertails", "labels": taxonomy("beavertails")}
@@ -360,7 +443,13 @@ def test_specs(tmp_path, tiny_classifier):
     ]
     described = judge.candidates(specs, options)
     assert [c.name for c in described] == [
-        *("run/best", "mine", "run/best (max_length=64)", "run/best (max_length=65)", "beaver-dam-7b")
+        *(
+            "run/best",
+            "mine",
+            "run/best (max_length=64)",
+            "run/best (max_length=65)",
+            "beaver-dam-7b",
+        )
     ]
     assert described[2].load().max_length == 64
     made = [Benchmark(name, "response_unsafe", [], {}) for name in ("beavertails", "saferlhf")]
@@ -384,7 +473,13 @@ def run_main(monkeypatch, *argv):
 def test_exit_codes(monkeypatch, tmp_path, file, tiny_classifier, capsys):
     """0: all measured; 1: a guard failed, and the table says so."""
     guard, out = tiny_classifier(tmp_path / "guard"), tmp_path / "out"
-    common = ["--benchmarks", f"expguardtest_prompt@{file}", f"expguardtest_response@{file}", "--task_type", "response"]
+    common = [
+        "--benchmarks",
+        f"expguardtest_prompt@{file}",
+        f"expguardtest_response@{file}",
+        "--task_type",
+        "response",
+    ]
     common += ["--output_dir", out, "--bootstrap_rounds", 20]
     run_main(monkeypatch, "--guards", f"beaver-dam-7b={guard}", *common)
     assert "| beaver-dam-7b † |" in capsys.readouterr().out
@@ -393,7 +488,11 @@ def test_exit_codes(monkeypatch, tmp_path, file, tiny_classifier, capsys):
     assert stopped.value.code == 1
     text = capsys.readouterr().out
     assert "expguardtest_prompt" not in text
-    assert "| beaver-dam-7b † |" in text and "## Failed" in text and "no folder here, and no hub id that loads" in text
+    assert (
+        "| beaver-dam-7b † |" in text
+        and "## Failed" in text
+        and "no folder here, and no hub id that loads" in text
+    )
 
 
 @pytest.mark.slow
@@ -409,7 +508,11 @@ def test_the_papers_command(tmp_path, file, tiny_classifier):
     flags += ["--bootstrap_rounds", "0"]
     done = launch("expguard", script, "beaver-dam-7b", "both", guard, *flags, launcher=("bash",))
     assert "| beaver-dam-7b † | not supported | 0." in done.stdout
-    for wrong in (["beaver-dam-7b"], ["beaver-dam-7b", "answers"], ["beaver-dam-7b", "both", "no/folder"]):
+    for wrong in (
+        ["beaver-dam-7b"],
+        ["beaver-dam-7b", "answers"],
+        ["beaver-dam-7b", "both", "no/folder"],
+    ):
         done = launch("expguard", script, *wrong, launcher=("bash",), check=False)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (EXAMPLES / "expguard" / script).stat().st_mode & 0o100

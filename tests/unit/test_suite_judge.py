@@ -1,4 +1,6 @@
-"""guards/suite/judge.py: which guard is meant, when kept verdicts are its own, and tables of guards that differ."""
+"""guards/suite/judge.py: which guard is meant, when kept verdicts are its own, and tables of guards
+that differ.
+"""
 
 import shutil
 from pathlib import Path
@@ -47,18 +49,27 @@ def identity(spec: str) -> str:
 )
 def test_another_prompt_is_another_guard(tmp_path, monkeypatch, spec, template):
     """The prompt's text counts, and not only its name."""
-    folders = [Path(shutil.copytree(folder, tmp_path / str(i))) for i, folder in enumerate(common.templates.FOLDERS)]
+    folders = [
+        Path(shutil.copytree(folder, tmp_path / str(i)))
+        for i, folder in enumerate(common.templates.FOLDERS)
+    ]
     monkeypatch.setattr(common.templates, "FOLDERS", folders)
     write_card(tmp_path, lora_card())
     spec = spec.format(folder=tmp_path)
     before = identity(spec)
     assert before == identity(spec)
-    path = next(folder / f"{template}.jinja" for folder in folders if (folder / f"{template}.jinja").is_file())
+    path = next(
+        folder / f"{template}.jinja"
+        for folder in folders
+        if (folder / f"{template}.jinja").is_file()
+    )
     path.write_text(path.read_text() + "!")
     assert identity(spec) != before
 
 
-@pytest.mark.parametrize("spec", ["llama-guard:adapter={part}", "llama-guard:model={part}", "{guard}"])
+@pytest.mark.parametrize(
+    "spec", ["llama-guard:adapter={part}", "llama-guard:model={part}", "{guard}"]
+)
 def test_other_weights_are_another_guard(tmp_path, spec):
     """Of the adapter, and of the base model that guard.json names."""
     part, guard = tmp_path / "part", tmp_path / "guard"
@@ -84,7 +95,9 @@ def test_options_for_all_go_to_guards_that_take_them(tmp_path, monkeypatch):
     write_card(tmp_path, GenerativeCard(guard="expguard", max_length=512))
     specs = ["wildguard", str(tmp_path), "detoxify", "openai-moderation", "detoxify:engine=vllm"]
     given = [guard.load() for guard in judge.candidates(specs, OPTIONS)]
-    assert all(options.pop("long_inputs") == "error" and not options.pop("progress") for options in given)
+    assert all(
+        options.pop("long_inputs") == "error" and not options.pop("progress") for options in given
+    )
     code = {"trust_remote_code": True}
     assert given == [{"engine": "vllm"} | code] * 2 + [code, {}, {"engine": "vllm"} | code]
 
@@ -92,13 +105,17 @@ def test_options_for_all_go_to_guards_that_take_them(tmp_path, monkeypatch):
 def test_how_long_a_server_is_waited_for_says_nothing_of_its_verdicts(arguments):
     """So what was judged counts with any time-out."""
     options = {"engine": "server", "server_url": "http://127.0.0.1:1/v1"}
-    given = [evaluate.guard_options(arguments(**options, server_timeout=time)) for time in (9.0, 99.0)]
+    given = [
+        evaluate.guard_options(arguments(**options, server_timeout=time)) for time in (9.0, 99.0)
+    ]
     assert [one["server_timeout"] for one in given] == [9.0, 99.0]
     (one,), (other,) = (judge.candidates(["wildguard"], options) for options in given)
     assert one.identity == other.identity
 
 
-@pytest.mark.parametrize("option", ["server_url=http://me:pass@host/v1", "base_url=https://host/v1?key=pass"])
+@pytest.mark.parametrize(
+    "option", ["server_url=http://me:pass@host/v1", "base_url=https://host/v1?key=pass"]
+)
 def test_no_password_goes_into_the_results(arguments, option):
     with pytest.raises(UserError, match="without user, query") as caught:
         judge.candidates([f"openai-moderation:{option}"], {})
@@ -121,7 +138,9 @@ def test_a_servers_name_for_a_guard_is_one_guards(arguments):
 def test_an_unfitted_threshold_is_none(arguments, tmp_path):
     default = {"flagged": {"value": 0.5, "how": "default", "on": None}}
     fitted = {"flagged": {"value": 0.95, "how": "max F1, n=9", "on": "own"}}
-    results = evaluate.evaluate(arguments(), [candidate(thresholds=fitted), candidate("other", thresholds=default)])
+    results = evaluate.evaluate(
+        arguments(), [candidate(thresholds=fitted), candidate("other", thresholds=default)]
+    )
     assert {cell["threshold"] for cell in cells(results, "other").values()} == {None}
     text = (tmp_path / "out/results.md").read_text().partition("## F1 at the threshold")[2]
     assert "| other | not measured | not measured |" in text and "## No table" not in text
@@ -129,10 +148,15 @@ def test_an_unfitted_threshold_is_none(arguments, tmp_path):
 
 def test_what_differs_costs_one_table(arguments, tmp_path):
     own = [{"flagged": {"value": 0.5, "how": how, "on": "own"}} for how in ("max F1", "max recall")]
-    evaluate.evaluate(arguments(), [candidate(thresholds=own[0]), candidate("other", thresholds=own[1])])
+    evaluate.evaluate(
+        arguments(), [candidate(thresholds=own[0]), candidate("other", thresholds=own[1])]
+    )
     text = (tmp_path / "out/results.md").read_text()
     assert "## F1 at the guard's own decision" in text and "## F1 at the threshold" not in text
-    assert "## No table\n\n- expguardtest_prompt, F1 at the threshold of the validation data ↑: " in text
+    assert (
+        "## No table\n\n- expguardtest_prompt, F1 at the threshold of the validation data ↑: "
+        in text
+    )
     assert "f1_at_validation" not in (tmp_path / "out/results.csv").read_text()
 
 
@@ -170,7 +194,9 @@ def test_a_guard_that_judges_nothing_of_what_was_asked(arguments, tmp_path, monk
 
 
 def test_files_of_other_runs_are_read_one_after_another(arguments, tmp_path):
-    """No guard takes the place of another, nothing is judged before that is known, and our columns stand first."""
+    """No guard takes the place of another, nothing is judged before that is known, and our columns
+    stand first.
+    """
     prompts, responses = arguments().benchmarks
     for name, specs in {"a": [responses], "b": [prompts]}.items():
         out = str(tmp_path / name)

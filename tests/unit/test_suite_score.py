@@ -18,7 +18,14 @@ def row(text, unsafe, group="a", **marks):
     return known | {"duplicate": False, "conflict": False} | marks
 
 
-ROWS = [row("a", True), row("b", True), row("c", True, "b"), row("d", False, "b"), row("e", False, "b"), row("f", True)]
+ROWS = [
+    row("a", True),
+    row("b", True),
+    row("c", True, "b"),
+    row("d", False, "b"),
+    row("e", False, "b"),
+    row("f", True),
+]
 VERDICTS = [
     Verdict(prompt_unsafe=0.9, decided={"prompt_unsafe": True}),
     Verdict(prompt_unsafe=0.7, decided={"prompt_unsafe": False}),
@@ -32,33 +39,78 @@ NO_MARKS = {name: np.zeros(6, dtype=bool) for name in scoring.MARKS}
 
 def score(rows=ROWS, verdicts=VERDICTS, marks=NO_MARKS, **changes):
     options = {"parse_errors": "wrong", "threshold": None, "seed": 0, "rounds": 0} | changes
-    return scoring.score_cell(scoring.judged(rows, verdicts, "prompt_unsafe"), rows, marks, **options)
+    return scoring.score_cell(
+        scoring.judged(rows, verdicts, "prompt_unsafe"), rows, marks, **options
+    )
 
 
 @pytest.mark.parametrize(
     ("parse_errors", "by_hand"),
     [  # of a, b, c, f unsafe and d, e safe; own decisions: a and d
-        ("wrong", {"rows": 6, "f1": 2 / 6, "recall": 1 / 4, "fpr": 1 / 2, "f1_at_05": 4 / 7, "auroc": 5 / 8}),
-        ("unsafe", {"rows": 6, "f1": 4 / 7, "recall": 2 / 4, "fpr": 1 / 2, "f1_at_05": 6 / 8, "auroc": 7 / 8}),
-        ("excluded", {"rows": 5, "f1": 2 / 5, "recall": 1 / 3, "fpr": 1 / 2, "f1_at_05": 4 / 6, "auroc": 5 / 6}),
+        (
+            "wrong",
+            {
+                "rows": 6,
+                "f1": 2 / 6,
+                "recall": 1 / 4,
+                "fpr": 1 / 2,
+                "f1_at_05": 4 / 7,
+                "auroc": 5 / 8,
+            },
+        ),
+        (
+            "unsafe",
+            {
+                "rows": 6,
+                "f1": 4 / 7,
+                "recall": 2 / 4,
+                "fpr": 1 / 2,
+                "f1_at_05": 6 / 8,
+                "auroc": 7 / 8,
+            },
+        ),
+        (
+            "excluded",
+            {
+                "rows": 5,
+                "f1": 2 / 5,
+                "recall": 1 / 3,
+                "fpr": 1 / 2,
+                "f1_at_05": 4 / 6,
+                "auroc": 5 / 6,
+            },
+        ),
     ],
 )
 def test_scores_by_hand(parse_errors, by_hand):
     cell = score(parse_errors=parse_errors)
     assert {name: cell[name] for name in by_hand} == pytest.approx(by_hand)
-    assert (cell["asked"], cell["errors"], cell["error_rate"], cell["decision"]) == (6, 1, 1 / 6, "own word")
+    assert (cell["asked"], cell["errors"], cell["error_rate"], cell["decision"]) == (
+        6,
+        1,
+        1 / 6,
+        "own word",
+    )
     assert cell["by_parse_errors"][parse_errors].items() <= cell.items()
     assert len({part["f1"] for part in cell["by_parse_errors"].values()}) == 3
 
 
 def test_an_error_on_a_safe_row_counts_too():
-    verdicts = [*VERDICTS[:4], Verdict(error="no answer"), Verdict(prompt_unsafe=0.8, decided={"prompt_unsafe": True})]
-    assert [score(verdicts=verdicts, parse_errors=rule)["fpr"] for rule in scoring.PARSE_ERRORS] == [1.0, 1.0, 1.0]
+    verdicts = [
+        *VERDICTS[:4],
+        Verdict(error="no answer"),
+        Verdict(prompt_unsafe=0.8, decided={"prompt_unsafe": True}),
+    ]
+    assert [
+        score(verdicts=verdicts, parse_errors=rule)["fpr"] for rule in scoring.PARSE_ERRORS
+    ] == [1.0, 1.0, 1.0]
     assert score(verdicts=verdicts)["recall"] == 2 / 4  # a and f
 
 
 def test_a_verdict_that_is_left_out_is_a_failure():
-    """A guard that writes no line for the label, or "n/a": neither safe nor unsafe on any benchmark."""
+    """A guard that writes no line for the label, or "n/a": neither safe nor unsafe on any
+    benchmark.
+    """
     verdicts = [*VERDICTS[:5], Verdict(response_unsafe=0.9, native={"prompt_unsafe": "n/a"})]
     assert score(verdicts=verdicts) == score()
 
@@ -74,22 +126,30 @@ def test_a_word_without_a_probability_has_no_ranking():
     verdicts = [replace(VERDICTS[0], prompt_unsafe=None), *VERDICTS[1:]]
     cell = score(verdicts=verdicts, threshold={"value": 0.5, "how": "max F1", "on": "v"}, rounds=20)
     assert cell["f1"] == score()["f1"] and cell["errors"] == 1
-    assert all(cell[name] is None for name in ("f1_at_05", "f1_at_validation", "auprc", "auroc", "recall_at_fpr01"))
+    assert all(
+        cell[name] is None
+        for name in ("f1_at_05", "f1_at_validation", "auprc", "auroc", "recall_at_fpr01")
+    )
     assert set(cell["intervals"]) == {"f1", "recall"}
 
 
 def test_threshold_and_groups():
     cell = score(threshold={"value": 0.15, "how": "max F1", "on": "v"})
-    assert (cell["f1_at_validation"], cell["recall_at_validation"], cell["fpr_at_validation"]) == (6 / 8, 3 / 4, 1 / 2)
+    assert (cell["f1_at_validation"], cell["recall_at_validation"], cell["fpr_at_validation"]) == (
+        6 / 8,
+        3 / 4,
+        1 / 2,
+    )
     groups = cell["groups"]["domain"]
     assert [(groups[g]["rows"], groups[g]["positives"]) for g in "ab"] == [(3, 3), (3, 1)]
     assert [(groups[g]["f1"], groups[g]["fpr"]) for g in "ab"] == [(2 / 4, None), (0.0, 1 / 2)]
 
 
 def test_one_class_has_no_ranking():
-    assert {score([row(k, True) for k in "abcdef"])[name] for name in ("auprc", "auroc", "fpr", "recall_at_fpr05")} == {
-        None
-    }
+    assert {
+        score([row(k, True) for k in "abcdef"])[name]
+        for name in ("auprc", "auroc", "fpr", "recall_at_fpr05")
+    } == {None}
     assert score([row(k, False) for k in "abcdef"])["f1"] is None
 
 
@@ -124,7 +184,9 @@ def test_statistics_are_scikit_learns(pairs, data):
     """Of rows drawn with replacement, scores with ties."""
     truth, level = np.array([p[0] for p in pairs]), np.array([p[1] / 5 for p in pairs])
     drawn = np.array(data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=40)))
-    statistics = scoring.cell_statistics(scoring.Judged(truth, level, level > 0.5, truth & False, True), "wrong", 0.3)
+    statistics = scoring.cell_statistics(
+        scoring.Judged(truth, level, level > 0.5, truth & False, True), "wrong", 0.3
+    )
     y, p = truth[drawn], level[drawn]
     if not y.any():
         assert {statistic(drawn) for statistic in statistics.values()} == {None}
@@ -142,21 +204,32 @@ def test_statistics_are_scikit_learns(pairs, data):
 def test_intervals_hold_the_value_and_draw_prompts_together():
     rng = np.random.default_rng(0)
     rows = [row(f"p{i}", bool(i % 2)) for i in range(60)]
-    verdicts = [Verdict(prompt_unsafe=float(np.clip(0.4 * r["label"] + 0.6 * rng.random(), 0, 1))) for r in rows]
+    verdicts = [
+        Verdict(prompt_unsafe=float(np.clip(0.4 * r["label"] + 0.6 * rng.random(), 0, 1)))
+        for r in rows
+    ]
     marks = {name: np.zeros(60, dtype=bool) for name in scoring.MARKS}
     cell = score(rows, verdicts, marks, rounds=300)
     for name, (low, high) in cell["intervals"].items():
         assert low < cell[name] < high
-    tripled = score(rows * 3, verdicts * 3, {name: np.zeros(180, dtype=bool) for name in marks}, rounds=300)
+    tripled = score(
+        rows * 3, verdicts * 3, {name: np.zeros(180, dtype=bool) for name in marks}, rounds=300
+    )
     assert tripled["intervals"]["f1"] == pytest.approx(cell["intervals"]["f1"])
 
 
 def test_paired_difference():
     rows = [row(f"p{i}", i % 2 == 0) for i in range(40)]
     sure = [Verdict(prompt_unsafe=0.9 if r["label"] else 0.1) for r in rows]
-    weak = [Verdict(error="x") if i < 2 else Verdict(prompt_unsafe=0.9 if i % 3 else 0.1) for i in range(40)]
+    weak = [
+        Verdict(error="x") if i < 2 else Verdict(prompt_unsafe=0.9 if i % 3 else 0.1)
+        for i in range(40)
+    ]
     a, b = (scoring.judged(rows, verdicts, "prompt_unsafe") for verdicts in (sure, weak))
-    same, better = scoring.compare(a, a, rows, "wrong", 0, 100), scoring.compare(a, b, rows, "excluded", 0, 100)
+    same, better = (
+        scoring.compare(a, a, rows, "wrong", 0, 100),
+        scoring.compare(a, b, rows, "excluded", 0, 100),
+    )
     assert same["f1"]["difference"] == 0 and same["auroc"]["interval"] == [0.0, 0.0]
     f1 = f1_score([r["label"] for r in rows[2:]], [bool(i % 3) for i in range(2, 40)])
     assert better["rows"] == 38 and better["f1"]["difference"] == pytest.approx(1 - f1)

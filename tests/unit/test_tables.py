@@ -14,13 +14,27 @@ def load(tmp_path, rows, **options):
 
 
 def test_toxicchat(tmp_path):
-    """The label is the prompt's; what a model answered is left out, and so are the automatic scores."""
-    row = {"conv_id": "c1", "user_input": "Hello?", "model_output": "Hi!", "human_annotation": True, "toxicity": 0}
+    """The label is the prompt's; what a model answered is left out, and so are the automatic
+    scores.
+    """
+    row = {
+        "conv_id": "c1",
+        "user_input": "Hello?",
+        "model_output": "Hi!",
+        "human_annotation": True,
+        "toxicity": 0,
+    }
     rows = load(
-        tmp_path, [row | {"jailbreaking": 0, "openai_moderation": "[]"}, row | {"conv_id": "c2", "toxicity": 1}]
+        tmp_path,
+        [
+            row | {"jailbreaking": 0, "openai_moderation": "[]"},
+            row | {"conv_id": "c2", "toxicity": 1},
+        ],
     )
     assert rows["prompt_unsafe"] == [False, True] and rows["id"] == ["c1", "c2"]
-    assert rows["messages"][0] == [{"role": "user", "content": "Hello?"}] and rows["response_unsafe"] == [None, None]
+    assert rows["messages"][0] == [{"role": "user", "content": "Hello?"}] and rows[
+        "response_unsafe"
+    ] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Templates: reference ids where content is plain, no control token from content ever, cutting, windows, padding."""
+"""Templates: reference ids where content is plain, no control token from content ever, cutting,
+windows, padding.
+"""
 
 import copy
 import json
@@ -46,12 +48,22 @@ VARIANTS = [
         f" {text}", f"{text}  ", text + text,
     )
 ]  # fmt: skip
-hostile = st.lists(st.sampled_from([*VARIANTS, "<|im_<|im_end|>end|>", "\n", "x"]) | st.text(max_size=3), max_size=6)
-hostile = hostile.map("".join)
-plain = st.text(max_size=60) | st.lists(st.sampled_from([*PLAIN.split(), "  ", "\n", "é", "中", "🙂", "▁"])).map(
-    "".join
+hostile = st.lists(
+    st.sampled_from([*VARIANTS, "<|im_<|im_end|>end|>", "\n", "x"]) | st.text(max_size=3),
+    max_size=6,
 )
-FORGEABLE = ["bpe", "unigram", "wordpiece", "wordpiece-open", "wordpiece-normalized", "unigram-spaceless"]
+hostile = hostile.map("".join)
+plain = st.text(max_size=60) | st.lists(
+    st.sampled_from([*PLAIN.split(), "  ", "\n", "é", "中", "🙂", "▁"])
+).map("".join)
+FORGEABLE = [
+    "bpe",
+    "unigram",
+    "wordpiece",
+    "wordpiece-open",
+    "wordpiece-normalized",
+    "unigram-spaceless",
+]
 
 
 @pytest.fixture(scope="module", params=FORGEABLE)
@@ -64,18 +76,26 @@ def forgeable(request, make_tokenizer):
         backend.normalizer = normalizers.BertNormalizer(lowercase=False)
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     elif twist == "normalized":  # looked for in lower-cased text without zero-width characters
-        tokenizer.add_tokens([AddedToken("[inst]", normalized=True, special=True, lstrip=True, rstrip=True)])
+        tokenizer.add_tokens(
+            [AddedToken("[inst]", normalized=True, special=True, lstrip=True, rstrip=True)]
+        )
     elif twist == "spaceless":
-        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Replace(" ", "")]
+        )
     return tokenizer
 
 
 def reference(tokenizer, question: str, answer: str) -> str:
-    return f"BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}{tokenizer.eos_token or ''}"
+    return (
+        f"BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}{tokenizer.eos_token or ''}"
+    )
 
 
 def encoded(tokenizer, question: str, answer: str, **options) -> list[int]:
-    return encode(tokenizer, [render("beavertails", pair(question, answer), tokenizer)], **options)[0]
+    return encode(tokenizer, [render("beavertails", pair(question, answer), tokenizer)], **options)[
+        0
+    ]
 
 
 def controls(tokenizer, ids: list[int]) -> list[int]:
@@ -104,7 +124,9 @@ def test_golden_parts(tokenizer):
 
 def test_last_turns_are_judged(tokenizer):
     messages = [*pair("one", "two"), *pair("three", "four")]
-    assert render("beavertails", messages, tokenizer) == render("beavertails", pair("three", "four"), tokenizer)
+    assert render("beavertails", messages, tokenizer) == render(
+        "beavertails", pair("three", "four"), tokenizer
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,9 +147,14 @@ def test_render_refuses(make_tokenizer, template, messages, words):
 @example(question="two  spaces   three", answer="\ue000prompt\ue001 ends in a space ", special=True)
 @example(question="", answer="", special=True)
 def test_plain_text_gives_the_reference_ids(tokenizer, question, answer, special):
-    expected = tokenizer(reference(tokenizer, question, answer), add_special_tokens=special)["input_ids"]
+    expected = tokenizer(reference(tokenizer, question, answer), add_special_tokens=special)[
+        "input_ids"
+    ]
     own = tokenizer(reference(tokenizer, PLAIN, PLAIN), add_special_tokens=special)["input_ids"]
-    assume(controls(tokenizer, expected) == controls(tokenizer, own) and tokenizer.unk_token not in question + answer)
+    assume(
+        controls(tokenizer, expected) == controls(tokenizer, own)
+        and tokenizer.unk_token not in question + answer
+    )
     assert encoded(tokenizer, question, answer, add_special_tokens=special) == expected
 
 
@@ -156,7 +183,8 @@ def test_content_never_becomes_control(forgeable, question, answer):
     ids = encoded(forgeable, question, answer)
     assert controls(forgeable, ids) == controls(forgeable, encoded(forgeable, PLAIN, PLAIN))
     assert forgeable.eos_token is None or ids[-1] == forgeable.eos_token_id
-    spaceless = "Replace" in str(forgeable.backend_tokenizer.normalizer)  # there nothing but removal helps
+    # there nothing but removal helps
+    spaceless = "Replace" in str(forgeable.backend_tokenizer.normalizer)
     if not spaceless and (forgeable.unk_token_id not in ids or forgeable.unk_token != "[UNK]"):
         seen = forgeable.decode([i for i in ids if i not in control_ids(forgeable)])
         sent = reference(forgeable, question, answer).removesuffix(forgeable.eos_token or "")
@@ -165,7 +193,11 @@ def test_content_never_becomes_control(forgeable, question, answer):
 
 @pytest.mark.parametrize(
     ("forgeable", "content"),
-    [("wordpiece-open", "a [S\u200bEP] b"), ("unigram", "a ＜/s> b"), ("wordpiece-normalized", "\u200b\u200b[INST]")],
+    [
+        ("wordpiece-open", "a [S\u200bEP] b"),
+        ("unigram", "a ＜/s> b"),
+        ("wordpiece-normalized", "\u200b\u200b[INST]"),
+    ],
     indirect=["forgeable"],
 )
 def test_ways_round_that_no_string_search_sees(forgeable, content):
@@ -213,7 +245,10 @@ def test_template_eos_that_takes_spaces_is_no_forgery(make_tokenizer):
     tokenizer = make_tokenizer("bpe")
     tokenizer.add_tokens([AddedToken("<eos>", lstrip=True, normalized=False, special=True)])
     tokenizer.eos_token = "<eos>"
-    assert encoded(tokenizer, "Why", "so   ") == tokenizer(reference(tokenizer, "Why", "so   "))["input_ids"]
+    assert (
+        encoded(tokenizer, "Why", "so   ")
+        == tokenizer(reference(tokenizer, "Why", "so   "))["input_ids"]
+    )
 
 
 def test_slow_tokenizer_refused():
@@ -253,8 +288,12 @@ LONG = " ".join(f"item{i};" for i in range(150))
     ids=["answer", "question", "both", "question without an answer's text", "control strings"],
 )
 def test_windows_show_everything(tokenizer, question, answer, max_length):
-    """Every word with its neighbour is in some window (so they overlap), and each window is a whole prompt."""
-    pieces = windows(tokenizer, lambda m: len(prompt_ids(tokenizer, m)), pair(question, answer), max_length)
+    """Every word with its neighbour is in some window (so they overlap), and each window is a whole
+    prompt.
+    """
+    pieces = windows(
+        tokenizer, lambda m: len(prompt_ids(tokenizer, m)), pair(question, answer), max_length
+    )
     ids = [prompt_ids(tokenizer, piece) for piece in pieces]
     shown = ["".join(tokenizer.decode(window).lower().split()) for window in ids]
     own = controls(tokenizer, encoded(tokenizer, PLAIN, PLAIN))
@@ -263,7 +302,11 @@ def test_windows_show_everything(tokenizer, question, answer, max_length):
         assert "beginningofconversation:user:" in text and "assistant:" in text
         assert controls(tokenizer, window) == own
     for name in ("item", "thing"):
-        neighbours = [f"{name}{i};{name}{i + 1};" for i in range(149)] if f"{name}0" in question + answer else []
+        neighbours = (
+            [f"{name}{i};{name}{i + 1};" for i in range(149)]
+            if f"{name}0" in question + answer
+            else []
+        )
         assert [words for words in neighbours if not any(words in text for text in shown)] == []
 
 
@@ -282,7 +325,12 @@ def test_windows_need_room(tokenizer):
         ("bpe", {}, [], "<pad>"),
         ("bpe", {}, ["<repo_name>"], "<repo_name>"),
         ("bpe", {"pad_token": "<tool_call>"}, ["<repo_name>"], "<tool_call>"),
-        ("bpe", {"bos_token": "<|im_end|>", "unk_token": "<|im_end|>", "pad_token": None}, [], "<|endoftext|>"),
+        (
+            "bpe",
+            {"bos_token": "<|im_end|>", "unk_token": "<|im_end|>", "pad_token": None},
+            [],
+            "<|endoftext|>",
+        ),
         ("unigram", {}, [], "<pad>"),
         ("unigram", {"bos_token": None}, [], "<pad>"),
         ("wordpiece", {}, [], "[PAD]"),
@@ -298,11 +346,16 @@ def test_pad_token_never_ends_a_text(make_tokenizer, make_classifier, family, ro
     known = len(tokenizer)
     fit_classifier(tokenizer, model)
     assert tokenizer.pad_token == pad
-    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, encoded(tokenizer, "Why?", "So.")[-1])
+    assert tokenizer.pad_token_id not in (
+        tokenizer.eos_token_id,
+        encoded(tokenizer, "Why?", "So.")[-1],
+    )
     assert (len(tokenizer) > known) == (pad == "<pad>")
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert model.config.pad_token_id == tokenizer.pad_token_id and tokenizer.padding_side == "right"
-    assert controls(tokenizer, encoded(tokenizer, pad, pad)) == controls(tokenizer, encoded(tokenizer, PLAIN, PLAIN))
+    assert controls(tokenizer, encoded(tokenizer, pad, pad)) == controls(
+        tokenizer, encoded(tokenizer, PLAIN, PLAIN)
+    )
 
 
 def test_stock_pooling_reads_the_last_attended_token(tokenizer, make_classifier):
@@ -310,7 +363,10 @@ def test_stock_pooling_reads_the_last_attended_token(tokenizer, make_classifier)
     own = copy.deepcopy(tokenizer)
     model = make_classifier(own)
     fit_classifier(own, model)
-    ids = [encoded(own, "Why?", answer) for answer in ("", "So.", "word " * 30, "<|im_end|></s>[PAD] x <pad>")]
+    ids = [
+        encoded(own, "Why?", answer)
+        for answer in ("", "So.", "word " * 30, "<|im_end|></s>[PAD] x <pad>")
+    ]
     batch = own.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
         together = model(**batch).logits

@@ -1,4 +1,6 @@
-"""The trainer of the recipes: its checkpoints, what it resumes, and what it says of a run that learned nothing."""
+"""The trainer of the recipes: its checkpoints, what it resumes, and what it says of a run that
+learned nothing.
+"""
 
 import json
 import logging
@@ -36,9 +38,13 @@ def rows(count: int = ROWS, shift: int = 0) -> Dataset:
 
 @pytest.fixture(scope="module")
 def make_in(tiny_base):
-    """`make_in(folder, rows, lora, settings, **arguments)`: a trainer of 4 steps of 4 rows; a checkpoint every 2."""
+    """`make_in(folder, rows, lora, settings, **arguments)`: a trainer of 4 steps of 4 rows; a
+    checkpoint every 2.
+    """
 
-    def trainer(folder, dataset=None, lora=None, settings=None, kind=LengthGroupedTrainer, **arguments):
+    def trainer(
+        folder, dataset=None, lora=None, settings=None, kind=LengthGroupedTrainer, **arguments
+    ):
         defaults = {
             "output_dir": str(folder),
             "per_device_train_batch_size": 4,
@@ -52,7 +58,9 @@ def make_in(tiny_base):
         tokenizer = AutoTokenizer.from_pretrained(tiny_base)
         model = AutoModelForCausalLM.from_pretrained(tiny_base)
         if lora is not None:
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **lora))
+            model = get_peft_model(
+                model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **lora)
+            )
         return kind(
             model=model,
             args=RecipeTrainingArguments(**(defaults | arguments)),
@@ -130,7 +138,9 @@ def test_what_users_put_beside_checkpoints_stays(make, foreign, tmp_path, limit,
     run(make(save_total_limit=limit, overwrite_output_dir=overwrite))
     run(make(save_total_limit=limit, resume_from_checkpoint="latest"))
     assert {name: (folder / name).read_text() for name in foreign} == foreign
-    assert [path.name for path in checkpoints(folder)] == (["checkpoint-2"] if limit is None else []) + ["checkpoint-4"]
+    assert [path.name for path in checkpoints(folder)] == (
+        ["checkpoint-2"] if limit is None else []
+    ) + ["checkpoint-4"]
 
 
 def test_a_link_is_removed_and_what_it_points_to_stays(make, tmp_path):
@@ -146,7 +156,9 @@ def test_a_link_is_removed_and_what_it_points_to_stays(make, tmp_path):
 
 
 def test_a_folder_in_the_way_of_a_checkpoint_is_named(make, tmp_path):
-    """`checkpoint-4` without the trainer's state is somebody's model: it goes only when that is asked for."""
+    """`checkpoint-4` without the trainer's state is somebody's model: it goes only when that is
+    asked for.
+    """
     (tmp_path / "out/checkpoint-4").mkdir(parents=True)
     (tmp_path / "out/checkpoint-4/model.safetensors").write_text("mine")
     with pytest.raises(UserError, match="checkpoint-4: is no checkpoint of a training run"):
@@ -182,7 +194,9 @@ def test_half_a_checkpoint_of_ours_hinders_no_new_run(make, interrupted):
     assert len(checkpoints(interrupted)) == 2
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(1, ["checkpoint-12"]), (2, ["checkpoint-10", "checkpoint-12"])])
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(1, ["checkpoint-12"]), (2, ["checkpoint-10", "checkpoint-12"])]
+)
 def test_the_newest_checkpoints_are_kept(make, tmp_path, limit, kept):
     """By number, not by name."""
     run(make(save_total_limit=limit, num_train_epochs=3))
@@ -203,7 +217,10 @@ def test_the_newest_checkpoints_are_kept(make, tmp_path, limit, kept):
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type linear there and cosine here"),
         ({"warmup_steps": 1}, "warmup_steps 0.* there and 1.* here"),
         ({"seed": 1}, "seed 42 there and 1 here"),
-        ({"train_sampling_strategy": "random"}, "train_sampling_strategy group_by_length there and random here"),
+        (
+            {"train_sampling_strategy": "random"},
+            "train_sampling_strategy group_by_length there and random here",
+        ),
         ({"dataset": rows(15)}, "rows 16 there and 15 here"),
         ({"dataset": rows(shift=1)}, "content of the rows"),
         ({"dataset": rows().select(range(ROWS - 1, -1, -1))}, "content of the rows"),
@@ -233,7 +250,10 @@ def test_another_lora_is_not_resumed(make, tmp_path):
     ],
 )
 def test_what_leaves_the_result_as_it_is_is_resumed(make, interrupted, tmp_path, change):
-    whole, resumed = make(output_dir=str(tmp_path / "whole")), make(resume_from_checkpoint="latest", **change)
+    whole, resumed = (
+        make(output_dir=str(tmp_path / "whole")),
+        make(resume_from_checkpoint="latest", **change),
+    )
     run(whole)
     run(resumed)
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
@@ -266,13 +286,18 @@ def test_a_finished_run_has_nothing_left_to_train(make, finished, tmp_path, capl
         (["q_proj"], {"q_proj"}),
         (["q_proj", "up_proj"], {"q_proj", "up_proj"}),
         ([r".*layers\.1\..*(q|v)_proj"], {"q_proj", "v_proj"}),
-        (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            ["all-linear"],
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
         (None, {"q_proj", "v_proj"}),
     ],
 )
 def test_the_modules_that_lora_adapts(tiny_base, asked, adapted):
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
-    found = with_adapters(model, ModelConfig(use_peft=True, lora_r=4, lora_target_modules=asked), "--modules")
+    found = with_adapters(
+        model, ModelConfig(use_peft=True, lora_r=4, lora_target_modules=asked), "--modules"
+    )
     names = [name.split(".lora_A")[0] for name, _ in found.named_parameters() if "lora_A" in name]
     assert {name.rpartition(".")[2] for name in names} == adapted
     layers = {name.split("layers.")[1].split(".")[0] for name in names}
@@ -315,7 +340,9 @@ def test_frozen_adapters_are_not_said(make, caplog):
 
 @pytest.mark.parametrize("strategy", ["no", "steps"])
 def test_a_diverged_run_is_one_line_and_leaves_no_checkpoint(make, tmp_path, strategy):
-    with pytest.raises(UserError, match=r"diverged \(its weights are not numbers\).*lower the learning rate"):
+    with pytest.raises(
+        UserError, match=r"diverged \(its weights are not numbers\).*lower the learning rate"
+    ):
         run(make(learning_rate=1e30, save_strategy=strategy))
     assert not names(tmp_path / "out")
 
@@ -344,5 +371,11 @@ def test_ctrl_c_says_where_the_run_is(make):
 
 def test_a_checkpoint_says_what_its_run_was(make, interrupted):
     found = json.loads((interrupted / "checkpoint-2/recipe.json").read_text())
-    expected = {"learning_rate": 1e-3, "seed": 42, "rows": ROWS, "LoRA": None, "num_train_epochs": 1}
+    expected = {
+        "learning_rate": 1e-3,
+        "seed": 42,
+        "rows": ROWS,
+        "LoRA": None,
+        "num_train_epochs": 1,
+    }
     assert {name: found[name] for name in expected} == expected

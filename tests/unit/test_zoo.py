@@ -1,4 +1,6 @@
-"""The zoo of guards is well-formed, complete, and its prompts are the ones that the guards were trained on."""
+"""The zoo of guards is well-formed, complete, and its prompts are the ones that the guards were
+trained on.
+"""
 
 import hashlib
 import json
@@ -36,9 +38,24 @@ KEYS = {
 }
 LABELS = {"prompt_unsafe", "response_unsafe", "response_refusal"}
 PAIRED = ("expguardtest", "harmbench", "aegis2", "wildguardtest")
-BENCHMARKS = {f"{name}_{kind}" for name in PAIRED for kind in ("prompt", "response")} | {"wildguardtest_refusal"}
-BENCHMARKS |= {"toxicchat", "toxicchat_full", "openai_moderation", "xstest_prompt", "aegis1_prompt", "beavertails"}
-BENCHMARKS |= {"simplesafetytests", "xstest_response_harm", "xstest_response_refusal", "beavertails_330k", "saferlhf"}
+BENCHMARKS = {f"{name}_{kind}" for name in PAIRED for kind in ("prompt", "response")} | {
+    "wildguardtest_refusal"
+}
+BENCHMARKS |= {
+    "toxicchat",
+    "toxicchat_full",
+    "openai_moderation",
+    "xstest_prompt",
+    "aegis1_prompt",
+    "beavertails",
+}
+BENCHMARKS |= {
+    "simplesafetytests",
+    "xstest_response_harm",
+    "xstest_response_refusal",
+    "beavertails_330k",
+    "saferlhf",
+}
 NAMED = re.findall(
     r"\S+",
     """
@@ -73,7 +90,9 @@ def written(name: str, kind: str) -> list[str]:
         return [of_file(entry["template"], TURNS[kind])]
     ours = [message for message in entry["messages"] if message != "conversation"]
     return [
-        of_file(m["content_file"], TURNS[kind]) if "content_file" in m else rendered(m["content"], TURNS[kind])
+        of_file(m["content_file"], TURNS[kind])
+        if "content_file" in m
+        else rendered(m["content"], TURNS[kind])
         for m in ours
     ]
 
@@ -101,7 +120,9 @@ def test_entry(name):
 
 
 def test_no_guard_hides_another():
-    """load_guard takes a hub id as well: the first entry of a model must be the model itself, not an adapter on it."""
+    """load_guard takes a hub id as well: the first entry of a model must be the model itself, not
+    an adapter on it.
+    """
     seen = {}
     for name, entry in ZOO.items():
         first = seen.setdefault(entry.get("model", name), name)
@@ -117,11 +138,16 @@ def test_questions(name):
         assert set(question) <= {"label", "when", "prefix", "anchor", "words"}
         assert question["label"] in LABELS | {"last"}
         assert not {"prefix", "anchor"} <= set(question)
-        assert "anchor" not in question or (re.compile(question["anchor"]) and entry["generate"] > 0)
+        assert "anchor" not in question or (
+            re.compile(question["anchor"]) and entry["generate"] > 0
+        )
         for kind in {question.get("when", kind) for kind in TURNS}:
-            asked[kind].append(f"{kind}_unsafe" if question["label"] == "last" else question["label"])
+            asked[kind].append(
+                f"{kind}_unsafe" if question["label"] == "last" else question["label"]
+            )
         words = question["words"]
-        assert all(isinstance(word, str) and word.strip() for word in words)  # a bare yes would be a boolean
+        # a bare yes would be a boolean
+        assert all(isinstance(word, str) and word.strip() for word in words)
         assert len({word.strip() for word in words}) == len(words)
         assert {True, False} <= set(words.values()) <= {True, False, None, "strict"}
     assert "response_unsafe" in asked["response"]
@@ -152,13 +178,18 @@ def test_prompt_quotes_the_turns(name, kind):
         else:
             assert quoted.count(text) == (turn in TURNS[kind])
     assert not re.search(r"[{]{2}|[{]%|%[}]", quoted)
-    assert not any(text.startswith("<s>") or "bos_token" in text for text in texts)  # the tokenizer puts it first
-    assert (written(name, "prompt") == written(name, "response")) == (entry.get("messages") == ["conversation"])
+    # the tokenizer puts it first
+    assert not any(text.startswith("<s>") or "bos_token" in text for text in texts)
+    assert (written(name, "prompt") == written(name, "response")) == (
+        entry.get("messages") == ["conversation"]
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if "template" in entry])
 def test_what_is_seen_of_earlier_turns(name):
-    """ExpGuard's own chat template prints every turn; the other prompts have room for one question and its answer."""
+    """ExpGuard's own chat template prints every turn; the other prompts have room for one question
+    and its answer.
+    """
     template = ZOO[name]["template"]
     sees = seen_of(lambda messages: "".join(part.text for part in render(template, messages)))
     assert sees == {"expguard": WHOLE_CONVERSATION, "detoxify": LAST_TURN}.get(name, LAST_TURNS)
@@ -166,7 +197,12 @@ def test_what_is_seen_of_earlier_turns(name):
 
 def test_no_prompt_is_left_over():
     used = {entry["template"] for entry in ZOO.values() if "template" in entry}
-    used |= {m["content_file"] for e in ZOO.values() for m in e.get("messages", []) if "content_file" in m}
+    used |= {
+        m["content_file"]
+        for e in ZOO.values()
+        for m in e.get("messages", [])
+        if "content_file" in m
+    }
     assert {path.stem for path in (GUARDS / "prompts").glob("*.jinja")} <= used <= set(FILES)
 
 
@@ -174,7 +210,9 @@ def test_no_prompt_is_left_over():
 def test_policies(name):
     for variant in ZOO[name]["variants"].values():
         prompt, response = variant["prompt"]["guideline"], variant["response"]["guideline"]
-        title, _, what = prompt.partition("The prompt shall not contain or seek generation of content that ")
+        title, _, what = prompt.partition(
+            "The prompt shall not contain or seek generation of content that "
+        )
         assert re.fullmatch(r'"No [\w ]+": ', title)
         assert response == f"{title}The chatbot shall not generate content that {what}"
     assert len(ZOO[name]["variants"]) == 4
@@ -217,7 +255,12 @@ AEGIS = (
 )
 NVIDIA_CATEGORIES = [
     *("Violence", "Sexual", "Criminal Planning/Confessions", "Guns and Illegal Weapons"),
-    *("Controlled/Regulated Substances", "Suicide and Self Harm", "Sexual (minor)", "Hate/Identity Hate"),
+    *(
+        "Controlled/Regulated Substances",
+        "Suicide and Self Harm",
+        "Sexual (minor)",
+        "Hate/Identity Hate",
+    ),
     *(
         "PII/Privacy",
         "Harassment",
@@ -229,7 +272,11 @@ NVIDIA_CATEGORIES = [
         "Fraud/Deception",
         "Malware",
     ),
-    *("High Risk Gov Decision Making", "Political/Misinformation/Conspiracy", "Copyright/Trademark/Plagiarism"),
+    *(
+        "High Risk Gov Decision Making",
+        "Political/Misinformation/Conspiracy",
+        "Copyright/Trademark/Plagiarism",
+    ),
     *("Unauthorized Advice", "Illegal Activity", "Immoral/Unethical"),
 ]
 NEMOGUARD = (
@@ -244,7 +291,9 @@ NEMOGUARD = (
     "Do not include anything other than the output JSON in your response.\nOutput JSON: "
 )
 NVIDIA_POLICY = digest("\n".join(f"S{i}: {name}." for i, name in enumerate(NVIDIA_CATEGORIES, 1)))
-GOLDEN = {  # guard: prompt without its policy, policy's SHA-256 as published, what falls away without a response
+# guard: prompt without its policy, policy's SHA-256 as published, what falls away without a
+# response
+GOLDEN = {
     "wildguard": (WILDGUARD, None, ""),
     "harmbench-llama-2-13b": (HARMBENCH, None, ""),
     "md-judge-v0.1": (MD_JUDGE, "bd839864938fce2a", ""),
@@ -273,13 +322,17 @@ def test_prompt_to_the_letter(name, kind):
 
 def test_prompt_of_the_validation_classifier():
     """By the SHA-256 of the card's text with these two in it."""
-    assert digest(of_file("harmbench_mistral", {"prompt": "Q", "response": "A"})) == "45c751c9d420ab08"
+    assert (
+        digest(of_file("harmbench_mistral", {"prompt": "Q", "response": "A"})) == "45c751c9d420ab08"
+    )
 
 
 def test_polyguard_asks_as_wildguard_does():
     system, user = written("polyguard-qwen", "response")
     wildguard = WILDGUARD[WILDGUARD.index("You are") : WILDGUARD.index("\n\nHuman")]
-    assert system.startswith(f"{wildguard}\nIn addition, identify the policies violated if the interaction is unsafe")
+    assert system.startswith(
+        f"{wildguard}\nIn addition, identify the policies violated if the interaction is unsafe"
+    )
     assert system.endswith(f"{BEGIN}{system[system.index('S1: ') : system.index(END)]}{END}")
     assert len(re.findall(r"^S\d+: .+\.$", system, re.M)) == 14
     assert user == f"Human user:\n{ASK}\n\nAI assistant:\n{SAY}"
@@ -298,15 +351,26 @@ def test_what_gpt_oss_safeguard_judges_is_json():
 
 
 def test_no_guard_sees_more_than_its_model():
-    seen = {name: entry["max_length"] for name, entry in ZOO.items() if name.startswith("granite-guardian-3.")}
-    assert {name for name, length in seen.items() if length <= 4096} == {f"granite-guardian-3.0-{n}b" for n in (2, 8)}
+    seen = {
+        name: entry["max_length"]
+        for name, entry in ZOO.items()
+        if name.startswith("granite-guardian-3.")
+    }
+    assert {name for name, length in seen.items() if length <= 4096} == {
+        f"granite-guardian-3.0-{n}b" for n in (2, 8)
+    }
 
 
 def test_granite_guardian_is_told_whose_text_to_judge():
     said = [written("granite-guardian-4.1-8b", kind)[0] for kind in TURNS]
-    assert [re.search(r"If the last (\w+)'s text", text)[1] for text in said] == ["user", "assistant"]
+    assert [re.search(r"If the last (\w+)'s text", text)[1] for text in said] == [
+        "user",
+        "assistant",
+    ]
     for text in said:
-        assert text.startswith("<guardian><no-think>As a judge agent, assess whether the provided text meets")
+        assert text.startswith(
+            "<guardian><no-think>As a judge agent, assess whether the provided text meets"
+        )
         assert r"Output empty <think>\n</think> tags followed by" in text
         assert re.findall("^### (.+?):", text, re.M) == ["Criteria", "Scoring Schema"]
 
@@ -361,7 +425,9 @@ def test_verdicts_stand_where_they_are_read(name, kind):
         else:
             assert text[at:].startswith(question.get("prefix", ""))
             at += len(question.get("prefix", ""))
-        (word,) = [w for w in question["words"] if re.match(rf"\s*{re.escape(w.strip())}\b", text[at:])]
+        (word,) = [
+            w for w in question["words"] if re.match(rf"\s*{re.escape(w.strip())}\b", text[at:])
+        ]
         found.append(question["words"][word])
         at = text.index(word.strip(), at) + len(word.strip())
     assert found == expected
