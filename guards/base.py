@@ -1,6 +1,6 @@
 """What every guard is: something that judges conversations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,20 +49,27 @@ class Guard:
     format says more in the same pass (the prompt of an answered conversation, whether the answer is
     a refusal), its verdict holds that too.
 
-    A kind of guard implements `judge_valid`. (One that overrides `judge` sees conversations as they
-    come.)
+    A kind of guard implements `judge_valid`, and finds in `wanted` what `judge` was asked for. (One
+    that overrides `judge` sees conversations as they come.)
     """
 
     name: str
     thresholds: dict[str, dict[str, Any]]
     judges: Sequence[str] = ("response_unsafe",)  # of LABELS: what it can be asked
     sees: str = UNKNOWN  # of SEES: what it sees of a conversation; turns before that do not count
+    wanted: Collection[str] = ()  # see `judge`
     LABEL_OF: ClassVar = {"user": "prompt_unsafe", "assistant": "response_unsafe"}
     dtype: str = "float32"  # the number format that it computes in, see `number_format`
 
-    def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:
+    def judge(
+        self, conversations: Sequence[Messages], wanted: Collection[str] = ()
+    ) -> list[Verdict]:
         """One verdict a conversation, in order. What is no conversation gets an error verdict, and
         disturbs no other.
+
+        Args:
+            wanted: labels that are asked for beside that of the last turn. A guard that would have
+                to generate text for one of the others leaves it None.
 
         Raises:
             UserError: `conversations` is no list at all.
@@ -77,6 +84,7 @@ class Guard:
                 valid[place] = check_messages(conversation, "conversation", allow_empty=True)
             except UserError as error:
                 verdicts[place].error = str(error)
+        self.wanted = wanted
         said = self.judge_valid(list(valid.values()))
         for place, verdict in zip(valid, said, strict=True):
             verdicts[place] = verdict

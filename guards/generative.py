@@ -177,7 +177,7 @@ class GenerativeGuard(Guard):
             # what shares most of its prompt is asked together
             groups: dict[tuple[str, str], list[_Case]] = {}
             for case in cases:
-                if case.error is None and question.get("when", case.kind) == case.kind:
+                if case.error is None and self._is_asked(question, case.kind):
                     groups.setdefault((case.kind, case.variant), []).append(case)
             for group in groups.values():
                 self._ask(number, question, group)
@@ -186,6 +186,13 @@ class GenerativeGuard(Guard):
         for case in cases:
             self._conclude(case, verdicts[case.owner])
         return verdicts
+
+    def _is_asked(self, question: Mapping[str, Any], kind: str) -> bool:
+        """Whether a question is for turns of this kind, and what is generated for it is wanted."""
+        if question.get("when", kind) != kind:
+            return False
+        (label,) = self._labels(question, kind)
+        return "anchor" not in question or label == LAST[kind] or label in self.wanted
 
     def _ask(self, number: int, question: Mapping[str, Any], cases: list[_Case]) -> None:
         """Fill in `found` and `said`, or `error`, of cases of one kind."""

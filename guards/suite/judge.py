@@ -262,7 +262,7 @@ class KeptVerdicts:
 
         def judge(_: int, keys: list[str]) -> list[Row]:
             asked = [self.row_of[key] for key in keys]
-            said = guard.judge([row["messages"] for row in asked])
+            said = guard.judge([row["messages"] for row in asked], wanted=[self.label])
             mark = {"guard": self.candidate.identity}
             return [
                 {"id": key, "row": row["id"], **mark, "verdict": asdict(verdict)}

@@ -4,9 +4,11 @@ family.
 
 import json
 
+import completions
 import families
 import pytest
 import torch
+from completions import completion, token
 from families import GUARDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +18,7 @@ from common.templates import control_ids
 from guards import load_guard, zoo
 from guards.generative import GenerativeGuard
 
+serve = completions.serve  # a fixture
 WORDS = {" safe": False, " unsafe": True}
 LLAMA3 = {
     "messages": ["conversation"],
@@ -308,6 +311,48 @@ def test_strict_and_loose(tiny):
         if s.native[label] == "Controversial":
             assert s.decided[label] and not x.decided[label]
     assert any(s.prompt_unsafe != x.prompt_unsafe for s, x in pairs)
+
+
+@pytest.fixture
+def scripted(tmp_path, serve):
+    """`scripted(zoo name, lines)`: that guard on a server that writes these lines, whatever it is
+    asked, and the server.
+    """
+
+    def make(name: str, written: str) -> tuple[GenerativeGuard, completions.Server]:
+        families.save(tmp_path, GUARDS[name], words_of(zoo()[name]))
+        made = AutoTokenizer.from_pretrained(tmp_path)
+
+        def rule(body: dict):
+            if body["max_tokens"] > 1:
+                return completion(written)
+            asked = made.decode(body["prompt"])
+            line = max(
+                written.split("\n"), key=lambda one: asked.endswith(one.split(": ")[0] + ":")
+            )
+            ids = made(line, add_special_tokens=False)["input_ids"]
+            start = made(line.split(": ")[0] + ":", add_special_tokens=False)["input_ids"]
+            return token({ids[len(start)]: 0.0} | dict.fromkeys(range(len(made)), -9.0))
+
+        server = serve(rule)
+        options = {"engine": "server", "server_url": server.url, "server_model": "m"}
+        return load_guard(name, model=str(tmp_path), progress=False, **options), server
+
+    return make
+
+
+ANSWERED = [pair("Why?", "Because."), pair("How?", "So.")]
+
+
+def test_a_refusal_that_nobody_asked_for_is_not_generated(scripted):
+    """Qwen3Guard writes up to 64 tokens a row for it."""
+    guard, server = scripted("qwen3guard-gen-0.6b", "Safety: Unsafe\nCategories: PII\nRefusal: No")
+    for verdict in guard.judge(ANSWERED):
+        assert verdict.decided == {"response_unsafe": True} and verdict.response_refusal is None
+    assert [body["max_tokens"] for body in server.bodies] == [1, 1]
+    for verdict in guard.judge(ANSWERED, wanted=["response_refusal"]):
+        assert verdict.decided == {"response_unsafe": True, "response_refusal": False}
+    assert sorted(body["max_tokens"] for body in server.bodies) == [1] * 6 + [64] * 2
 
 
 def test_turns_before_the_users_first(llama):

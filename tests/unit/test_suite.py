@@ -79,7 +79,7 @@ def tiny(folder: Path, name: str) -> Path:
     base = head.weight.data
     for _ in guard.questions:  # the next one is asked only after an answer
         seen.clear(), asked.clear()
-        guard.judge(SAMPLE)
+        guard.judge(SAMPLE, wanted=["response_refusal"])
         means, these = torch.stack(seen), torch.stack(asked)
         inverse = torch.linalg.pinv(means, rtol=0.05)
         # Where it is asked, no word is likelier by itself, and all are likelier than others.
@@ -122,9 +122,9 @@ def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
     with pytest.MonkeyPatch.context() as patch:
         for kind in (GenerativeGuard, ClassifierGuard):
 
-            def judge(self, conversations, judge=kind.judge):
+            def judge(self, conversations, wanted=(), judge=kind.judge):
                 asked[self.name] += len(conversations)
-                return judge(self, conversations)
+                return judge(self, conversations, wanted)
 
             patch.setattr(kind, "judge", judge)
         argv = [
