@@ -12,9 +12,10 @@ Message = dict[str, str]
 Messages = Sequence[Message]
 
 ROLES = ("system", "user", "assistant")
-OTHER_ROLES = {"developer": "system"}  # of OpenAI's format
-# type: its field
+# The parts of a content in OpenAI's format that are text, and the field where it stands.
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = "holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
 FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
 LABELS = ("prompt_unsafe", "response_unsafe", "response_refusal")
 
@@ -67,9 +68,8 @@ class Verdict:
             return 1.0
         value = getattr(self, label)
         if value is None:
-            raise UserError(
-                f"this guard does not judge {label}; it judges {[n for n in LABELS if getattr(self, n) is not None]}"
-            )
+            known = [name for name in LABELS if getattr(self, name) is not None]
+            raise UserError(f"this guard does not judge {label}; it judges {known}")
         return value
 
 
@@ -113,64 +113,65 @@ def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list
         UserError: it is no conversation, or holds what a guard of text does not see (images, tool
             calls, tools' results, other roles). Names the field.
     """
+    place = f"{where}, field messages"
     if isinstance(value, Mapping):
-        raise UserError(
-            f"{where}, field messages: expected a list of messages, found one: {value!r:.60}"
-        )
+        raise UserError(f"{place}: expected a list of messages, found one: {value!r:.60}")
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UserError(
-            f"{where}, field messages: expected a non-empty list of messages, found {value!r:.60}"
-        )
-    turns: list[Message] = []
+        raise UserError(f"{place}: expected a non-empty list of messages, found {value!r:.60}")
+    turns = []
     for index, message in enumerate(value):
-        turn = _turn(message, f"messages[{index}]", where, allow_empty)
-        if turns and turns[-1]["role"] == turn["role"]:
-            turns[-1]["content"] += "\n\n" + turn["content"]
-        else:
-            turns.append(turn)
+        turns.append(_turn(message, f"messages[{index}]", where, allow_empty))
     if turns[-1]["role"] == "system":
         raise UserError(
-            f"{where}, field messages: ends with a system turn; a guard judges the last user or assistant turn"
+            f"{place}: ends with a system turn; a guard judges the last user or assistant turn"
         )
-    return turns
+    return _joined(turns)
+
+
+def _joined(turns: Messages) -> list[Message]:
+    """Turns of one role in a row as one turn."""
+    out: list[Message] = []
+    for turn in turns:
+        if out and out[-1]["role"] == turn["role"]:
+            out[-1]["content"] += "\n\n" + turn["content"]
+        else:
+            out.append(dict(turn))
+    return out
 
 
 def _turn(message: Any, name: str, where: str, allow_empty: bool) -> Message:
     """One message, with its role by our name and its content as one text."""
+    place = f"{where}, field {name}"
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise UserError(
-            f'{where}, field {name}: expected {{"role": …, "content": …}}, not {message!r:.60}'
-        )
+        raise UserError(f'{place}: expected {{"role": …, "content": …}}, not {message!r:.60}')
     role = message["role"]
-    role = OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+    if role == "developer":  # OpenAI's word
+        role = "system"
     if role not in ROLES:
-        known = ", ".join((*ROLES, *OTHER_ROLES))
-        raise UserError(f"{where}, field {name}.role: {role!r} is none of {known}")
+        known = ", ".join(ROLES)
+        raise UserError(f"{place}.role: {role!r} is none of {known}, developer")
     for key in ("tool_calls", "function_call"):
         if message.get(key):
-            raise UserError(
-                f"{where}, field {name}.{key}: a call of a tool is no text that a guard could judge"
-            )
-    content = _joined_parts(message["content"], f"{name}.content", where)
-    return {
-        "role": role,
-        "content": check_text(content, f"{name}.content", where, allow_empty=allow_empty),
-    }
+            raise UserError(f"{place}.{key}: a call of a tool is no text that a guard could judge")
+    content = message["content"]
+    if isinstance(content, list | tuple) and content:
+        content = _joined_parts(content, f"{name}.content", where)
+    text = check_text(content, f"{name}.content", where, allow_empty=allow_empty)
+    return {"role": role, "content": text}
 
 
-def _joined_parts(content: Any, name: str, where: str) -> Any:
-    """The text of a list of OpenAI's content parts; any other content as it is."""
-    if not isinstance(content, list | tuple) or not content:
-        return content
+def _joined_parts(parts: Sequence[Any], name: str, where: str) -> str:
+    """The text of a list of OpenAI's content parts."""
     texts = []
-    for index, part in enumerate(content):
+    for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in TEXT_PARTS:
             raise UserError(
-                f"{where}, field {name}[{index}]: expected a text part, not {part!r:.60}; guards judge text alone"
+                f"{where}, field {name}[{index}]: expected a text part, not {part!r:.60}; "
+                "guards judge text alone"
             )
-        field = f"{name}[{index}].{TEXT_PARTS[kind]}"
-        texts.append(check_text(part.get(TEXT_PARTS[kind]), field, where, allow_empty=True))
+        key = TEXT_PARTS[kind]
+        texts.append(check_text(part.get(key), f"{name}[{index}].{key}", where, allow_empty=True))
     return "\n".join(texts)
 
 
@@ -179,33 +180,25 @@ def judged_turns(messages: Messages) -> list[Message]:
 
     System turns are no part of it, and neither is a greeting before the first question.
     """
-    turns: list[Message] = []
-    for message in messages:
-        if message["role"] == "system" or (not turns and message["role"] == "assistant"):
-            continue
-        if turns and turns[-1]["role"] == message["role"]:
-            joined = turns[-1]["content"] + "\n\n" + message["content"]
-            turns[-1] = {**turns[-1], "content": joined}
-        else:
-            turns.append(message)
-    return turns
+    turns = [message for message in messages if message["role"] != "system"]
+    while turns and turns[0]["role"] == "assistant":
+        turns.pop(0)
+    return _joined(turns)
 
 
 def check_text(value: Any, name: str, where: str, *, allow_empty: bool = False) -> str:
     """`value` as it is, or a UserError when it is no text or, unless that is allowed, only white
     space.
     """
+    place = f"{where}, field {name}"
     if not isinstance(value, str):
-        raise UserError(
-            f"{where}, field {name}: expected text, found {type(value).__name__} {value!r:.60}"
-        )
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise UserError(
-            f"{where}, field {name}: holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
-        )
+        raise UserError(f"{place}: expected text, found {type(value).__name__} {value!r:.60}")
+    if SURROGATE.search(value):
+        raise UserError(f"{place}: {LONE_SURROGATE}")
     if not allow_empty and not value.strip():
         raise UserError(
-            f"{where}, field {name}: empty text; fill it in or drop the row (--bad_rows skip, in scripts that have it)"
+            f"{place}: empty text; fill it in or drop the row "
+            "(--bad_rows skip, in scripts that have it)"
         )
     return value
 
@@ -219,36 +212,12 @@ def check_url(url: str, name: str) -> str:
     return url
 
 
-UNSAFE_WORDS = (
-    "1",
-    "true",
-    "t",
-    "yes",
-    "y",
-    "unsafe",
-    "not safe",
-    "harmful",
-    "toxic",
-    "malicious",
-    "flagged",
-)
+UNSAFE_WORDS = "1, true, t, yes, y, unsafe, not safe, harmful, toxic, malicious, flagged, refusal"
 SAFE_WORDS = (
-    "0",
-    "false",
-    "f",
-    "no",
-    "n",
-    "safe",
-    "not unsafe",
-    "unharmful",
-    "harmless",
-    "not harmful",
-    "non harmful",
+    "0, false, f, no, n, safe, not unsafe, unharmful, harmless, not harmful, non harmful, "
+    "nontoxic, non toxic, not toxic, benign, unflagged, not flagged, compliance"
 )
-SAFE_WORDS += ("nontoxic", "non toxic", "not toxic", "benign", "unflagged", "not flagged")
-LABEL_WORDS = dict.fromkeys((*UNSAFE_WORDS, "refusal"), True) | dict.fromkeys(
-    (*SAFE_WORDS, "compliance"), False
-)
+UNKNOWN_WORDS = ("", "nan", "null")
 
 
 def check_label(value: Any, name: str, where: str) -> bool | None:
@@ -259,14 +228,15 @@ def check_label(value: Any, name: str, where: str) -> bool | None:
     Raises:
         UserError: it is no label. The message begins with `where` and names the field `name`.
     """
-    if value is None or value != value:
-        return None
-    word = re.sub(r"[\s_-]+", " ", str(value).strip().lower())
+    word = re.sub(r"[\s_-]+", " ", f"{value}".strip().lower())
     word = re.sub(r"^([01])\.0*$", r"\1", word)
-    if word in ("", "nan", "null"):
+    if value is None or word in UNKNOWN_WORDS:
         return None
-    if word not in LABEL_WORDS:
-        raise UserError(
-            f"{where}, field {name}: unknown label {value!r:.60}; use true/false, 1/0, unsafe/safe, or leave it empty"
-        )
-    return LABEL_WORDS[word]
+    if word in UNSAFE_WORDS.split(", "):
+        return True
+    if word in SAFE_WORDS.split(", "):
+        return False
+    raise UserError(
+        f"{where}, field {name}: unknown label {value!r:.60}; "
+        "use true/false, 1/0, unsafe/safe, or leave it empty"
+    )

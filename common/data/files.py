@@ -16,24 +16,26 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import yaml
 
-from common.conversation import UserError
+from common.conversation import LONE_SURROGATE, SURROGATE, UserError
 
 Rows = Iterator[tuple[str, Any]]
 
-TEXT_TYPES = (".txt",)
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-SEPARATORS = {".csv": (",", ";", "\t"), ".tsv": ("\t",)}
-MAX_DIGITS = 4300  # Python refuses to convert longer numbers, because that takes quadratic time
+ENCODING = "utf-8-sig"  # UTF-8, and a byte order mark is no text
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 MAX_DEPTH = 100
 TOO_DEEP = f"JSON that is nested too deeply; at most {MAX_DEPTH} levels are read"
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_rows(path: Path | str, *, suffix: str | None = None, nested: bool = False) -> Rows:
@@ -55,27 +57,16 @@ def read_rows(path: Path | str, *, suffix: str | None = None, nested: bool = Fal
         UserError: the file is missing, of an unknown type, or cannot be read as a whole.
     """
     path = Path(path).expanduser()
-    known = FILE_TYPES + TEXT_TYPES
-    if suffix is None or path.suffix.lower() in known:
-        suffix = path.suffix.lower()
-    if suffix not in known:
-        raise UserError(f"{path}: unknown file type; expected {', '.join(known)}")
-    _check_file(path)
-    try:
-        if suffix == ".json":
-            yield from _json_rows(path, nested)
-        elif suffix in (".jsonl", ".ndjson"):
-            yield from _json_line_rows(path)
-        elif suffix == ".parquet":
-            yield from _parquet_rows(path)
-        elif suffix == ".txt":
-            yield from _text_rows(path)
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        kind = suffix or kind
+    if kind not in READERS:
+        raise UserError(f"{path}: unknown file type; expected {', '.join(READERS)}")
+    with _one_line_errors(path):
+        if nested and kind == ".json":
+            yield from _json_rows(path, nested=True)
         else:
-            yield from _csv_rows(path, SEPARATORS[suffix])
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+            yield from READERS[kind](path)
 
 
 def read_json(path: Path | str) -> Any:
@@ -85,27 +76,8 @@ def read_json(path: Path | str) -> Any:
         UserError: the file is missing, is no JSON, or holds what no row may hold (`parse_json`).
     """
     path = Path(path).expanduser()
-    _check_file(path)
-    try:
-        return parse_json(path.read_text(encoding="utf-8-sig"), str(path))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is repeated, of which YAML's loader takes the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen and key.value != "<<":
-                problem = f"the key {key.value!r} is repeated; keep one"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    with _one_line_errors(path):
+        return parse_json(path.read_text(ENCODING), str(path))
 
 
 def read_yaml(path: Path | str) -> Any:
@@ -115,17 +87,55 @@ def read_yaml(path: Path | str) -> Any:
         UserError: the file is missing, is no YAML, or repeats a key.
     """
     path = Path(path).expanduser()
-    if not path.exists():
+    with _one_line_errors(path):
+        try:
+            return yaml.load(path.read_text(ENCODING), Loader=_UniqueKeys)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: not YAML: {reason}") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is repeated, of which YAML's loader takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [(key.tag, str(key.value)) for key, _ in node.value if key.value != "<<"]
+        repeated = _repeated(keys)
+        if repeated:
+            problem = f"the key {repeated[1]!r} is repeated; keep one"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """What keeps a file from being read, as a `UserError`."""
+    if not path.is_file():
         raise UserError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
     try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_UniqueKeys)
+        yield
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+        # The position in the error counts from the start of a block of the file.
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if line.decode(errors="ignore").encode() != line:
+                break
+        where = f"{path}, line {number}"
+        raise UserError(f"{where}: not UTF-8 ({error.reason}); re-encode the file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not YAML: {reason}") from None
+
+
+def _repeated(names: Iterable[Any]) -> Any:
+    """The first name that is there more than once, or None."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            return name
+    return None
+
+
+# --- JSON -------------------------------------------------------------------------------------
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -140,133 +150,84 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
-    """Says in which line; the position in `error` counts from the start of a block of the file."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.decode(errors="ignore").encode() != line:
-                where = f"{path}, line {number}"
-                return UserError(f"{where}: not UTF-8 ({error.reason}); re-encode the file")
-    return UserError(f"{path}: holds text that is not UTF-8 ({error.reason})")
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """Stands in a parsed value for what may not be there."""
-
-    why: str
-
-
 def _object(pairs: list[tuple[str, Any]]) -> Any:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    keys = [key for key, _ in pairs]
-    repeated = next(key for key in keys if keys.count(key) > 1)
-    return _Fault(f"the key {repeated!r} is repeated; keep one")
+    repeated = _repeated(name for name, _ in pairs)
+    return UserError(f"the key {repeated!r} is repeated; keep one")
 
 
 def _integer(digits: str) -> Any:
-    if len(digits) > MAX_DIGITS:
-        return _Fault(f"a number of {len(digits)} digits; at most {MAX_DIGITS} are read")
-    return int(digits)
+    try:
+        return int(digits)
+    except ValueError:  # to convert a long number takes quadratic time, so Python refuses
+        most = sys.get_int_max_str_digits()
+        return UserError(f"a number of {len(digits)} digits; at most {most} are read")
 
 
-# Python's parser, with a `_Fault` in the place of what it would read wrongly or not at all.
+# Python's parser, with a `UserError` in the place of what it would read wrongly or not at all.
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
-def _decode(text: str, where: str, line: int | None = None) -> Any:
-    """The value of a JSON text, which may hold faults; `line` is where it begins in its file.
-
-    Raises:
-        UserError: malformed JSON, or nesting that is far too deep.
-    """
+def _decode(text: str, where: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        place = f"{where}, line {(line or 1) + error.lineno - 1}, column {error.colno}"
+        line = f", line {error.lineno}" if "\n" in text else ""
+        place = f"{where}{line}, column {error.colno}"
         raise UserError(f"{place}: malformed JSON ({error.msg})") from None
     except RecursionError:
-        place = where if line is None else f"{where}, line {line}"
-        raise UserError(f"{place}: {TOO_DEEP}") from None
+        raise UserError(f"{where}: {TOO_DEEP}") from None
 
 
-def _refuse_faults(value: Any, where: str) -> None:
-    """Raise UserError for the first fault in a value, with the name of the field that holds it."""
-    if not isinstance(value, dict):
-        fault = _fault(value)
-        if fault:
-            raise UserError(f"{where}: {fault}")
+def _refuse_faults(value: Any, where: str, depth: int = 0) -> None:
+    """Raise `UserError` for the first fault in a parsed value; it names the field of the row."""
+    if isinstance(value, UserError):
+        raise UserError(f"{where}: {value}")
+    if isinstance(value, str) and SURROGATE.search(value):
+        raise UserError(f"{where}: {LONE_SURROGATE}")
+    if not isinstance(value, dict | list):
+        return
+    if depth == MAX_DEPTH:
+        raise UserError(f"{where}: {TOO_DEEP}")
+    if isinstance(value, list):
+        for part in value:
+            _refuse_faults(part, where, depth + 1)
         return
     for name, content in value.items():
-        fault = _fault(name) or _fault(content)
-        if fault:
-            raise UserError(f"{where}, field {name}: {fault}")
-
-
-def _fault(value: Any, depth: int = 1) -> str | None:
-    """What is wrong with a value or with a part of it; None if nothing is."""
-    if isinstance(value, _Fault):
-        return value.why
-    if isinstance(value, str):
-        if SURROGATE.search(value):
-            return (
-                "holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
-            )
-        return None
-    if not isinstance(value, dict | list):
-        return None
-    if depth == MAX_DEPTH:
-        return TOO_DEEP
-    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-    for part in parts:
-        fault = _fault(part, depth + 1)
-        if fault:
-            return fault
-    return None
+        place = where if depth else f"{where}, field {name}"
+        _refuse_faults(name, place, depth + 1)
+        _refuse_faults(content, place, depth + 1)
 
 
 def _json_line_rows(path: Path) -> Rows:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield f"{path}, line {number}", _json_line(line.rstrip(), path, number)
+                where = f"{path}, line {number}"
+                try:
+                    row = parse_json(line.rstrip(), where)
+                except UserError as error:
+                    row = error
+                yield where, row
 
 
-def _json_line(text: str, path: Path, line: int) -> Any:
+def _json_rows(path: Path, nested: bool = False) -> Rows:
+    text = path.read_text(ENCODING)
     try:
-        row = _decode(text, str(path), line)
-        _refuse_faults(row, f"{path}, line {line}")
+        value = _decode(text, str(path))
     except UserError as error:
-        return error
-    return row
-
-
-def _json_rows(path: Path, nested: bool) -> Rows:
-    text = path.read_text(encoding="utf-8-sig")
-    if _is_json_lines(text):
-        yield from _json_line_rows(path)
-        return
-    value = _decode(text, str(path))
+        if text.lstrip().startswith("{") and "(Extra data)" in str(error):
+            yield from _json_line_rows(path)
+            return
+        raise
     if nested:
-        rows = _leaves(value, str(path))
-    elif isinstance(value, list):
-        rows = iter(value)
-    else:
+        value = _leaves(value, str(path))
+    elif not isinstance(value, list):
         kind = type(value).__name__
         raise UserError(f"{path}: expected a JSON list of rows, found {kind}; one a line is .jsonl")
-    for number, row in enumerate(rows):
+    for number, row in enumerate(value):
         where = f"{path}, row {number}"
         try:
             _refuse_faults(row, where)
@@ -275,61 +236,48 @@ def _json_rows(path: Path, nested: bool) -> Rows:
         yield where, row
 
 
-def _is_json_lines(text: str) -> bool:
-    """Whether the first line is an object by itself, and another one follows in a line of its
-    own.
-    """
-    lines = text.lstrip().split("\n", 1)
-    if len(lines) < 2 or not lines[1].lstrip().startswith("{"):
-        return False
-    try:
-        first = json.loads(lines[0])
-    except (ValueError, RecursionError):
-        return lines[0].startswith("{") and lines[0].rstrip().endswith("}")
-    return isinstance(first, dict)
-
-
 def _leaves(value: Any, where: str, keys: tuple[str, ...] = ()) -> Iterator[Any]:
     """What stands in the lists of nested objects, with the keys that lead there."""
-    if isinstance(value, list):
-        path = {f"key_{depth}": key for depth, key in enumerate(keys)}
-        for leaf in value:
-            if isinstance(leaf, str):
-                leaf = {"text": leaf}
-            yield path | leaf if isinstance(leaf, dict) else leaf
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         for key, part in value.items():
             yield from _leaves(part, f"{where}, {key}", (*keys, key))
-    else:
-        what = value.why if isinstance(value, _Fault) else f"expected a list, found {value!r:.60}"
-        raise UserError(f"{where}: {what}")
+        return
+    if not isinstance(value, list):
+        _refuse_faults(value, where)
+        raise UserError(f"{where}: expected a list, found {value!r:.60}")
+    path = {f"key_{depth}": key for depth, key in enumerate(keys)}
+    for leaf in value:
+        if isinstance(leaf, str):
+            leaf = {"text": leaf}
+        yield path | leaf if isinstance(leaf, dict) else leaf
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------
 
 
 def _text_rows(path: Path) -> Rows:
-    text = path.read_text(encoding="utf-8-sig")
     # Only "\n" ends a line; other characters that Python counts as line ends may stand in a text.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(path.read_text(ENCODING).split("\n"), 1):
         if line.strip():
             yield f"{path}, line {number}", {"text": line}
 
 
-# --- CSV --------------------------------------------------------------------------------------------------------------
+# --- CSV --------------------------------------------------------------------------------------
 
 
-def _csv_rows(path: Path, separators: tuple[str, ...]) -> Rows:
-    # the default of 131,072 characters is less than a long answer
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        separator = _separator(path, separators)
+def _csv_rows(path: Path) -> Rows:
+    csv.field_size_limit(sys.maxsize)  # the default is less than a long answer
+    with path.open(encoding=ENCODING, newline="") as lines:
+        separator = _separator(lines.read(100_000))
+        if path.suffix.lower() == ".tsv":
+            separator = "\t"
+        lines.seek(0)
         reader = csv.reader(lines, delimiter=separator, strict=True)
-        end = 0
+        end = 0  # the line where the last row that could be read ends
         try:
             header = next(reader, [])
             _check_header(header, path)
-            end = reader.line_num  # of the last row that could be read
+            end = reader.line_num
             for cells in reader:
                 end = reader.line_num
                 if cells:
@@ -341,55 +289,48 @@ def _csv_rows(path: Path, separators: tuple[str, ...]) -> Rows:
 
 def _csv_row(header: list[str], cells: list[str], where: str, separator: str) -> Any:
     if len(cells) > len(header):
-        what = {",": "commas", ";": "semicolons", "\t": "tabs"}[separator]
-        return UserError(
-            f"{where}, field {header[-1]}: more cells follow; quote cells that contain {what}"
-        )
+        advice = f"quote cells that contain {SEPARATORS[separator]}"
+        return UserError(f"{where}, field {header[-1]}: more cells follow; {advice}")
     if len(cells) < len(header):
         absent = header[len(cells)]
         return UserError(f"{where}, field {absent}: missing, fewer cells than the header has")
     return {column: cell or None for column, cell in zip(header, cells, strict=True)}
 
 
-def _separator(path: Path, separators: tuple[str, ...]) -> str:
-    """The separator that makes the most columns of the header; of equal ones the first."""
-    counts = {}
-    for separator in separators:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            try:
-                counts[separator] = len(
-                    next(csv.reader(lines, delimiter=separator, strict=True), [])
-                )
-            except csv.Error:  # a quoted name that is followed by another separator
-                counts[separator] = 0
-    return max(counts, key=counts.__getitem__)
+def _separator(text: str) -> str:
+    """The separator that is most often in the header, quoted names apart; commas before others."""
+    header = re.sub('"[^"]*"?', "", text).partition("\n")[0]
+    return max(SEPARATORS, key=header.count)
 
 
 def _check_header(header: list[str], path: Path) -> None:
     """Refuse a column that is repeated: whichever is taken, the labels of the other are lost."""
-    for column in header:
-        if header.count(column) > 1:
-            raise UserError(f"{path}, field {column}: the column is repeated; rename or delete one")
+    column = _repeated(header)
+    if column is not None:
+        raise UserError(f"{path}, field {column}: the column is repeated; rename or delete one")
 
 
-# --- Parquet ----------------------------------------------------------------------------------------------------------
+# --- Parquet ----------------------------------------------------------------------------------
 
 
 def _parquet_rows(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_header(file.schema_arrow.names, path)
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield f"{path}, row {number}", row
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+            batches = (batch.to_pylist() for batch in file.iter_batches())
+            for number, row in enumerate(chain.from_iterable(batches)):
+                yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file ({reason})") from None
-    except UnicodeDecodeError as error:
-        where = f"{path}, row {number} or later"
-        raise UserError(f"{where}: holds text that is not UTF-8 ({error.reason})") from None
+        raise UserError(f"{path}: not a Parquet file of readable rows ({reason})") from None
+
+
+READERS = {
+    ".jsonl": _json_line_rows,
+    ".ndjson": _json_line_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _text_rows,
+}
