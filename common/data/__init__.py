@@ -38,8 +38,6 @@ from common.data.files import FILE_TYPES, read_json, read_rows, read_yaml
 from common.data.repeats import deduplicate, grouped_split, overlap, prompt_key
 from common.data.rows import (
     EXAMPLE_ROW,
-    LABEL_COLUMNS,
-    check_columns,
     conversation_row,
     plain_columns,
 )
@@ -49,8 +47,6 @@ from common.data.tables import taxonomy
 __all__ = [
     "EXAMPLE_ROW",
     "FILE_TYPES",
-    "LABEL_COLUMNS",
-    "check_columns",
     "conversation_row",
     "deduplicate",
     "grouped_split",

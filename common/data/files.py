@@ -117,14 +117,18 @@ def _one_line_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        # The position in the error counts from the start of a block of the file.
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if line.decode(errors="ignore").encode() != line:
-                break
-        where = f"{path}, line {number}"
+        where = f"{path}, line {_undecodable_line(path)}"
         raise UserError(f"{where}: not UTF-8 ({error.reason}); re-encode the file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _undecodable_line(path: Path) -> int:
+    """The error itself counts from the start of a block of the file, and in bytes."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.decode(errors="ignore").encode() != line:
+            return number
+    return 0
 
 
 def _repeated(names: Iterable[Any]) -> Any:

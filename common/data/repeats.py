@@ -4,7 +4,9 @@ overlap.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 from datasets import Dataset
 from sklearn.model_selection import GroupShuffleSplit
@@ -16,7 +18,8 @@ def prompt_key(row: Mapping) -> str:
     """The last user turn, case and spacing apart: groups rows, so that no prompt stands on both
     sides of a split.
     """
-    return " ".join((last_turns(row["messages"])[0] or "").lower().split())
+    prompt, _ = last_turns(row["messages"])
+    return " ".join((prompt or "").lower().split())
 
 
 def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
@@ -32,32 +35,37 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
     """
     groups = defaultdict(list)
     for row in rows:
-        groups[json.dumps([[m["role"], m["content"]] for m in row["messages"]])].append(row)
-    out, conflicting = [], 0
+        groups[json.dumps(row["messages"])].append(row)
+    unique = []
+    conflicting = 0
     for group in groups.values():
         first = dict(group[0])
-        given = [
-            [*(row[k] for k in LABELS), row["categories"] and sorted(row["categories"])]
-            for row in group
-        ]
-        conflicting += any(labels != given[0] for labels in given)
+        conflicting += any(_opinion(row) != _opinion(first) for row in group)
         for label in LABELS:
             votes = [row[label] for row in group if row[label] is not None]
             first[label] = sum(votes) * 2 > len(votes) if votes else None
-        # Whoever outvoted has no say in the categories: a response voted safe has none, an unsafe
-        # one has some.
-        agreeing = [
-            row["categories"] for row in group if row["response_unsafe"] == first["response_unsafe"]
-        ]
-        named = [names for names in agreeing if names is not None]
-        votes = Counter(name for names in named for name in names)
-        bar = min(len(group) / 2, max(votes.values(), default=1) - 0.5)
-        first["categories"] = (
-            sorted(name for name, count in votes.items() if count > bar) if named else None
-        )
-        out.append(first)
-    counts = {"rows": len(rows), "unique": len(out), "conflicting": conflicting}
-    return Dataset.from_list(out, features=FEATURES), counts
+        first["categories"] = _voted_categories(group, first["response_unsafe"])
+        unique.append(first)
+    counts = {"rows": len(rows), "unique": len(unique), "conflicting": conflicting}
+    return Dataset.from_list(unique, features=FEATURES), counts
+
+
+def _opinion(row: Mapping) -> list[Any]:
+    """The labels and categories of a row, to be compared with those of its repeats."""
+    return [*(row[label] for label in LABELS), row["categories"] and sorted(row["categories"])]
+
+
+def _voted_categories(group: Sequence[Mapping], unsafe: bool | None) -> list[str] | None:
+    """Whoever was outvoted has no say in the categories: a response that was voted safe has none,
+    an unsafe one has some.
+    """
+    agreeing = [row["categories"] for row in group if row["response_unsafe"] == unsafe]
+    known = [names for names in agreeing if names is not None]
+    if not known:
+        return None
+    votes = Counter(chain.from_iterable(known))
+    bar = min(len(group) / 2, max(votes.values(), default=1) - 0.5)
+    return sorted(name for name, count in votes.items() if count > bar)
 
 
 def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -71,9 +79,8 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
     if count < 2:
         raise UserError("--eval_split_ratio: fewer than two different prompts, nothing to split")
     size = min(max(1, round(ratio * count)), count - 1)  # neither side may be empty
-    train, held_out = next(
-        GroupShuffleSplit(1, test_size=size, random_state=seed).split(groups, groups=groups)
-    )
+    splitter = GroupShuffleSplit(1, test_size=size, random_state=seed)
+    train, held_out = next(splitter.split(groups, groups=groups))
     return rows.select(sorted(train)), rows.select(sorted(held_out))
 
 
@@ -81,10 +88,16 @@ def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
     """How many rows of `held_out` share their prompt, and their prompt and response, with a row of
     `train`.
     """
-    pair_key = lambda row: (prompt_key(row), last_turns(row["messages"])[1])  # noqa: E731
-    prompts, pairs = {prompt_key(r) for r in train}, {pair_key(r) for r in train}
+    seen = {_pair_key(row) for row in train}
+    prompts = {prompt for prompt, _ in seen}
+    keys = [_pair_key(row) for row in held_out]
     return {
-        "rows": len(held_out),
-        "prompt_in_train": sum(prompt_key(r) in prompts for r in held_out),
-        "pair_in_train": sum(pair_key(r) in pairs for r in held_out),
+        "rows": len(keys),
+        "prompt_in_train": sum(prompt in prompts for prompt, _ in keys),
+        "pair_in_train": sum(key in seen for key in keys),
     }
+
+
+def _pair_key(row: Mapping) -> tuple[str, str | None]:
+    _, response = last_turns(row["messages"])
+    return prompt_key(row), response

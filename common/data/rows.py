@@ -3,7 +3,8 @@ checked here.
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,18 @@ from common.conversation import (
     pair,
 )
 from common.data.files import parse_json
-from common.data.tables import known_columns, plain_row, taxonomy
+from common.data.tables import columns_of, plain_row, sources, taxonomy
 
 EXAMPLE_ROW = '{"prompt": "…", "response": "…", "response_label": "unsafe"}'
-LABEL_COLUMNS = {  # ours: as users write it
-    "prompt_unsafe": ("prompt_unsafe", "prompt_label"),
-    "response_unsafe": ("response_unsafe", "response_label"),
-    "response_refusal": ("response_refusal", "refusal_label"),
+LABEL_COLUMNS = {  # our name: what users write
+    "prompt_unsafe": "prompt_label",
+    "response_unsafe": "response_label",
+    "response_refusal": "refusal_label",
 }
 OWN_COLUMNS = {"id", "prompt", "response", "messages", "label", "categories", "category", "is_safe"}
-OWN_COLUMNS |= {column for columns in LABEL_COLUMNS.values() for column in columns}
 
 
-# --- columns ----------------------------------------------------------------------------------------------------------
+# --- columns ----------------------------------------------------------------------------------
 
 
 def plain_columns(row: Mapping, where: str) -> Mapping[str, Any]:
@@ -40,7 +40,16 @@ def plain_columns(row: Mapping, where: str) -> Mapping[str, Any]:
             to be skipped.
     """
     row = plain_row(our_names(row, where), where)
-    check_columns(row, where)
+    if "messages" not in row and "prompt" not in row:
+        columns = ", ".join(row)
+        raise UserError(
+            f"{where}, field prompt: missing (columns: {columns}); "
+            f"expected a row like {EXAMPLE_ROW}"
+        )
+    if "category" in row or "is_safe" in row:
+        for column in ("category", "is_safe", "response"):
+            if column not in row:
+                raise UserError(f"{where}, field {column}: missing; BeaverTails rows have it")
     return row
 
 
@@ -51,13 +60,11 @@ def our_names(row: Mapping, where: str) -> dict[str, Any]:
     Raises:
         UserError: two columns have the same of these names.
     """
-    known = OWN_COLUMNS | known_columns()
+    known = _known_columns()
     out: dict[str, Any] = {}
     for column, value in row.items():
-        name = column
-        if column not in known:
-            plain = str(column).strip().lower().replace(" ", "_")
-            name = plain if plain in known else column
+        plain = column.strip().lower().replace(" ", "_")
+        name = plain if plain in known and column not in known else column
         if name in out:
             raise UserError(
                 f"{where}, field {name}: the column is there twice, also as {column!r}; keep one"
@@ -66,23 +73,13 @@ def our_names(row: Mapping, where: str) -> dict[str, Any]:
     return out
 
 
-def check_columns(row: Mapping, where: str) -> None:
-    """Raise UserError where a row lacks a column of its format."""
-    if "messages" not in row and "prompt" not in row:
-        columns = ", ".join(map(str, row))
-        raise UserError(
-            f"{where}, field prompt: missing (columns: {columns}); expected a row like {EXAMPLE_ROW}"
-        )
-    if ("category" in row) != ("is_safe" in row):
-        absent = "is_safe" if "category" in row else "category"
-        raise UserError(f"{where}, field {absent}: missing; BeaverTails rows have both")
-    if "category" in row and "response" not in row:
-        raise UserError(
-            f"{where}, field response: missing; BeaverTails rows are question+answer pairs"
-        )
+@cache
+def _known_columns() -> set[str]:
+    known = OWN_COLUMNS.union(LABEL_COLUMNS, LABEL_COLUMNS.values())
+    return known.union(*map(columns_of, sources()["columns"].values()))
 
 
-# --- the conversation and its labels ----------------------------------------------------------------------------------
+# --- the conversation and its labels ----------------------------------------------------------
 
 
 def conversation_row(
@@ -109,77 +106,70 @@ def conversation_row(
         named = _beavertails_categories(row, where)
         labels = dict.fromkeys(LABELS) | {"response_unsafe": bool(named)}
     else:
-        named = category_names(row.get("categories"), where)
+        named = _category_names(row.get("categories"), where)
         labels = _labels(row, answered, where)
-    for name in named or ():
-        if categories is not None and name not in categories:
-            known = " | ".join(categories)
-            raise UserError(f"{where}, field categories: unknown category {name!r}; known: {known}")
+    if categories is not None:
+        _check_known(named or (), categories, f"{where}, field categories")
+        if answered and named is not None and labels["response_unsafe"] is None:
+            labels["response_unsafe"] = bool(named)
     if not answered and labels["response_unsafe"] is not None:
         raise UserError(f"{where}, field response: missing, although the row has a response label")
-    if (
-        answered
-        and labels["response_unsafe"] is None
-        and named is not None
-        and categories is not None
-    ):
-        labels["response_unsafe"] = bool(named)
     _check_together(labels["response_unsafe" if answered else "prompt_unsafe"], named, where)
-    for label in require:
-        if (named if label == "categories" else labels[label]) is None:
-            raise UserError(f"{where}, field {label}: missing; every row needs it here")
-    return {"id": _row_id(row, where), "messages": messages, **labels, "categories": named}
+    id = row.get("id")
+    # A place without its folder: a data fingerprint is the same anywhere.
+    id = Path(where).name if id is None else check_text(str(id), "id", where)
+    found = {"id": id, "messages": messages, **labels, "categories": named}
+    for name in require:
+        if found[name] is None:
+            raise UserError(f"{where}, field {name}: missing; every row needs it here")
+    return found
 
 
 def _messages(row: Mapping, where: str) -> list[Message]:
     if "messages" in row:
         return check_messages(_structure(row["messages"], "messages", where), where)
-    response = row.get("response")
-    if _is_blank(response) and not _says_of_response(row):
-        response = None  # a prompt alone, as the older ExpGuardMix files have it
     prompt = check_text(row["prompt"], "prompt", where)
-    return pair(prompt, None if response is None else check_text(response, "response", where))
+    response = row.get("response")
+    about_it = (
+        "category",
+        "response_unsafe",
+        "response_label",
+        "response_refusal",
+        "refusal_label",
+    )
+    labelled = not all(_is_blank(row.get(column)) for column in about_it)
+    if response is None or (_is_blank(response) and not labelled):
+        return pair(prompt)  # older ExpGuardMix files write an empty response to a prompt alone
+    return pair(prompt, check_text(response, "response", where))
 
 
 def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
-
-
-def _says_of_response(row: Mapping) -> bool:
-    """Whether a row labels its response."""
-    columns = ("category", *LABEL_COLUMNS["response_unsafe"], *LABEL_COLUMNS["response_refusal"])
-    return any(row.get(column) not in (None, "") for column in columns)
+    """Whether a cell is empty: null, NaN or white space."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _labels(row: Mapping, answered: bool, where: str) -> dict[str, bool | None]:
     """Labels by our names. A column `label` alone is the prompt's where there is nothing else that
     it could mean.
     """
-    labels = {label: _label(row, columns, where) for label, columns in LABEL_COLUMNS.items()}
-    told = any(column in row for columns in LABEL_COLUMNS.values() for column in columns)
-    if told or row.get("label") in (None, ""):
+    labels = {}
+    for ours, theirs in LABEL_COLUMNS.items():
+        label = check_label(row.get(ours), ours, where)
+        other = check_label(row.get(theirs), theirs, where)
+        if label is not None and other is not None and label != other:
+            raise UserError(
+                f"{where}, field {ours}: contradicts {theirs}, which means the same; keep one"
+            )
+        labels[ours] = other if label is None else label
+    named = any(column in row for column in (*LABEL_COLUMNS, *LABEL_COLUMNS.values()))
+    if named or _is_blank(row.get("label")):
         return labels
     if answered:
         raise UserError(
-            f"{where}, field label: says not whether prompt or response is meant; rename it to "
-            "prompt_label or response_label"
+            f"{where}, field label: does not say whether it labels the prompt or the response; "
+            "rename the column to prompt_label or response_label"
         )
     return labels | {"prompt_unsafe": check_label(row["label"], "label", where)}
-
-
-def _label(row: Mapping, columns: Sequence[str], where: str) -> bool | None:
-    """A label that may stand in several columns, of which those that are filled must agree."""
-    found = {}
-    for column in columns:
-        value = check_label(row.get(column), column, where)
-        if value is not None:
-            found[column] = value
-    if len(set(found.values())) > 1:
-        one, other = found
-        raise UserError(
-            f"{where}, field {one}: contradicts {other}, which means the same; keep one"
-        )
-    return next(iter(found.values()), None)
 
 
 def _check_together(unsafe: bool | None, named: list[str] | None, where: str) -> None:
@@ -195,25 +185,15 @@ def _check_together(unsafe: bool | None, named: list[str] | None, where: str) ->
         )
 
 
-def _row_id(row: Mapping, where: str) -> str:
-    """A row's own id, else file or data set with its place, but no folder: a data fingerprint is
-    the same anywhere.
-    """
-    return Path(where).name if row.get("id") is None else check_text(str(row["id"]), "id", where)
+# --- categories -------------------------------------------------------------------------------
 
 
-# --- categories -------------------------------------------------------------------------------------------------------
-
-
-def category_names(value: Any, where: str) -> list[str] | None:
+def _category_names(value: Any, where: str) -> list[str] | None:
     """`categories` as a list of names, or None where they are unknown.
 
     A text is a JSON list, or names with semicolons between them; commas stand in names.
-
-    Raises:
-        UserError: it is neither.
     """
-    if value is None or value != value or _is_blank(value):
+    if _is_blank(value):
         return None
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
         value = [name.strip() for name in value.split(";") if name.strip()]
@@ -227,30 +207,33 @@ def _beavertails_categories(row: Mapping, where: str) -> list[str]:
     """The names that are true in BeaverTails' `category` struct, checked against its keys and
     against `is_safe`.
     """
+    place = f"{where}, field category"
     category = _structure(row["category"], "category", where)
     if not isinstance(category, Mapping):
-        raise UserError(
-            f"{where}, field category: expected an object of 14 booleans, found {category!r:.60}"
-        )
+        raise UserError(f"{place}: expected an object of 14 booleans, found {category!r:.60}")
     names = taxonomy("beavertails")
-    known = " | ".join(names)
-    unknown = sorted(set(category) - set(names))
-    if unknown:
-        raise UserError(f"{where}, field category: unknown category {unknown[0]!r}; known: {known}")
-    values = {}
+    _check_known(category, names, place)
+    named = []
     for name in names:
-        if name not in category:
-            raise UserError(f"{where}, field category: key {name!r} is missing")
-        values[name] = check_label(category[name], f"category[{name}]", where)
-        if values[name] is None:
-            raise UserError(f"{where}, field category: {name!r} is null; expected true or false")
-    named = [name for name in names if values[name]]
+        holds = check_label(category.get(name), f"category[{name}]", where)
+        if holds is None:
+            fault = "null" if name in category else "missing"
+            raise UserError(f"{place}: {name!r} is {fault}; expected true or false")
+        if holds:
+            named.append(name)
     is_safe = check_label(row["is_safe"], "is_safe", where)
     if is_safe is None or is_safe == bool(named):
         raise UserError(
             f"{where}, field is_safe: {row['is_safe']!r} contradicts the categories {named}"
         )
     return named
+
+
+def _check_known(names: Iterable[str], known: Sequence[str], place: str) -> None:
+    for name in names:
+        if name not in known:
+            choices = " | ".join(known)
+            raise UserError(f"{place}: unknown category {name!r}; known: {choices}")
 
 
 def _structure(value: Any, name: str, where: str) -> Any:

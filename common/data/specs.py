@@ -16,7 +16,8 @@ is a revision. Slices are those of `datasets`: `[:500]`, `[10%:20%]`, `[-100:]`,
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,22 +66,32 @@ def parse_spec(text: str) -> Spec:
         UserError: nothing before the split, or more than two `@`.
     """
     text = os.path.expanduser(text)
-    whole, bracket = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", text, re.DOTALL).groups()
-    for path, part in ((text, ""), (whole, bracket or "")):
-        if Path(path).is_file() or Path(path).suffix.lower() in FILE_TYPES:
-            return Spec(path, split=part, is_file=True)
+    path, brackets = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", text, re.DOTALL).groups()
+    if Path(path).is_file() or Path(path).suffix.lower() in FILE_TYPES:
+        return Spec(path, split=brackets or "", is_file=True)
     found = SPEC.fullmatch(text)
     if found is None:
         raise UserError(
             f"{text!r}: no data set; expected a file, or a name with its split (user/name:train)"
         )
-    name, marks = _marks(found["name"])
-    split = found["split"] or ""
+    name, *marks = _parts(found["name"])
     if len(marks) > 2 or not all([name, *marks]):
         raise UserError(
             f"{text}: expected user/name, @configuration or @revision or both, and :split"
         )
-    return Spec(name, tuple(marks), split)
+    return Spec(name, tuple(marks), found["split"] or "")
+
+
+def _parts(text: str) -> list[str]:
+    """The name before the first `@`, and what stands behind each; a folder may have `@` in its own
+    path.
+    """
+    parts = text.split("@")
+    for count in range(len(parts), 1, -1):
+        folder = "@".join(parts[:count])
+        if Path(folder).is_dir():
+            return [folder, *parts[count:]]
+    return parts
 
 
 def about_data(text: str) -> dict[str, str]:
@@ -93,32 +104,17 @@ def about_data(text: str) -> dict[str, str]:
         `name`, without folders of the user's, and where they are known `hub` (its id), `licence`
         and `language`.
     """
-    share = re.fullmatch(r"([\d.]+) of (.+)", text)
-    if share:
-        known = about_data(share[2])
-        return known | {"name": f"{share[1]} of {known['name']}"}
+    share, text = re.fullmatch(r"([\d.]+ of )?(.*)", text, re.DOTALL).groups("")
     try:
         spec = parse_spec(text)
     except UserError:
-        return {"name": text}
-    if spec.is_file or Path(spec.name).exists():
-        here = Spec(Path(spec.name).name, spec.marks, spec.split, spec.is_file)
-        return {"name": str(here)}
+        return {"name": share + text}
     known = sources()["sources"].get(spec.name, {"hub": spec.name})
+    if spec.is_file or Path(spec.name).exists():
+        spec = replace(spec, name=Path(spec.name).name)
+        known = {}
     facts = {key: known[key] for key in ("hub", "licence", "language") if key in known}
-    return {"name": str(spec), **facts}
-
-
-def _marks(text: str) -> tuple[str, list[str]]:
-    """The name before the first `@`, and what stands behind each; a folder may have `@` in its own
-    path.
-    """
-    parts = text.split("@")
-    for count in range(len(parts), 1, -1):
-        folder = "@".join(parts[:count])
-        if Path(folder).is_dir():
-            return folder, parts[count:]
-    return parts[0], parts[1:]
+    return {"name": f"{share}{spec}", **facts}
 
 
 def spec_rows(text: str) -> tuple[str, Rows]:
@@ -134,22 +130,19 @@ def spec_rows(text: str) -> tuple[str, Rows]:
     spec = parse_spec(text)
     if spec.is_file:
         path = Path(spec.name)
-        return path.name, _sliced(_conversation_file(path), spec, "file")
-    known = sources()["sources"].get(spec.name)
-    if known is not None:
-        return spec.name, _known_rows(spec, known, text)
+        if path.suffix.lower() not in FILE_TYPES:
+            raise UserError(f"{path}: unknown file type; expected {', '.join(FILE_TYPES)}")
+        return path.name, _sliced(read_rows(path), spec.split, text)
+    known = sources()["sources"]
+    if spec.name in known:
+        return spec.name, _known_rows(spec, known[spec.name], text)
     if not spec.split:
-        names = ", ".join(sources()["sources"])
+        names = ", ".join(known)
         raise UserError(
-            f"{text}: no such file, and a hub id or a folder needs a split (user/name:split); known names: {names}"
+            f"{text}: no such file, and a hub id or a folder needs a split (user/name:split); "
+            f"known names: {names}"
         )
-    return "@".join([spec.name, *spec.marks]), hub_rows(spec)
-
-
-def _conversation_file(path: Path) -> Rows:
-    if path.suffix.lower() not in FILE_TYPES:
-        raise UserError(f"{path}: unknown file type; expected {', '.join(FILE_TYPES)}")
-    return read_rows(path)
+    return "@".join([spec.name, *spec.marks]), _hub_rows(spec)
 
 
 def _known_rows(spec: Spec, known: Mapping[str, Any], text: str) -> Rows:
@@ -159,48 +152,38 @@ def _known_rows(spec: Spec, known: Mapping[str, Any], text: str) -> Rows:
             there = ", ".join(f"{spec.name}:{name}" for name in known["splits"])
             raise UserError(f"{text}: {spec.name} has no split {split!r}; it has {there}")
     if "path" not in known:
-        return hub_rows(Spec(known["hub"], spec.marks, spec.split))
+        return _hub_rows(replace(spec, name=known["hub"]))
     if spec.marks:
         raise UserError(
             f"{text}: {spec.name} lies in this repository and has no configuration or revision"
         )
     parts = []
-    for part, split in zip(spec.split.split("+"), spec.splits, strict=True):
+    for split, part in zip(spec.splits, spec.split.split("+"), strict=True):
         rows = read_rows(ROOT / known["path"].format(split=split))
-        parts.append(_sliced(rows, Spec(spec.name, split=part), split))
+        parts.append(_sliced(rows, part, text))
     return chain.from_iterable(parts)
 
 
-def _sliced(rows: Rows, spec: Spec, split: str) -> Rows:
-    """The rows that a slice of one split means; all of them where it has none."""
-    if "[" not in spec.split:
+def _sliced(rows: Rows, part: str, text: str) -> Rows:
+    """The rows that a slice of a split means; all of them where it has none."""
+    _, bracket, numbers = part.partition("[")
+    if not bracket:
         yield from rows
         return
-    instruction = spec.split if spec.split.startswith(split) else split + spec.split
     every = list(rows)
     try:
-        (span,) = ReadInstruction.from_spec(instruction).to_absolute({split: len(every)})
+        instruction = ReadInstruction.from_spec(f"all[{numbers}")
+        (span,) = instruction.to_absolute({"all": len(every)})
     except (ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{spec}: no slice such as [:500] or [10%:20%] ({reason:.120})") from None
+        raise UserError(
+            f"{text}: no slice such as [:500] or [10%:20%] ({first_line(error)})"
+        ) from None
     yield from every[span.from_ : span.to]
 
 
-# --- the hub ----------------------------------------------------------------------------------------------------------
+# --- the hub ----------------------------------------------------------------------------------
 
 HINT = "check name, split and network, or pass a local file"
-
-
-def hub_rows(spec: Spec) -> Rows:
-    """Rows of a hub data set, or of a local folder in a hub data set's layout.
-
-    Raises:
-        UserError: see `load_hub`.
-    """
-    rows = _load_spec(spec)
-    hidden = len(rows) < 10_000
-    for number, row in enumerate(tqdm(rows, desc=f"reading {spec}", unit="row", disable=hidden)):
-        yield f"{spec}, row {number}", row
 
 
 def load_hub(
@@ -222,25 +205,23 @@ def load_hub(
         UserError: it cannot be read. Where a configuration is missing or unknown, this lists those
             that there are.
     """
-    where = where or (f"{name}:{split}" if split else name)
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub's errors share no base class, and each is a page long
-        known = configurations(name, revision)
+        reason = first_line(error)
+        known = _configurations(name, revision)
         if len(known) > 1 and config not in known:
-            what = (
-                "has several configurations"
-                if config is None
-                else f"has no configuration {config!r}"
-            )
-            choices = " ".join(f"{name}@{one}:{split or ''}".rstrip(":") for one in known)
-            raise UserError(f"{where}: {name} {what}; name one: {choices}") from None
-        if "gated" in str(error).lower() and hint == HINT:
+            suffix = f":{split}" if split else ""
+            choices = " ".join(f"{name}@{one}{suffix}" for one in known)
+            fault = f"no configuration {config!r}" if config else "several configurations"
+            reason, hint = f"{name} has {fault}", f"name one: {choices}"
+        elif "gated" in f"{error}".lower() and hint == HINT:
             hint = f"visit its page on the hub, accept the terms, then run `hf auth login`: {name}"
-        raise UserError(f"{where}: {first_line(error)} ({hint})") from None
+        where = where or (f"{name}:{split}" if split else name)
+        raise UserError(f"{where}: {reason} ({hint})") from None
 
 
-def configurations(name: str, revision: str | None = None) -> list[str]:
+def _configurations(name: str, revision: str | None = None) -> list[str]:
     """The names of a data set's configurations; none where they cannot be had, which loading it
     will explain.
     """
@@ -250,28 +231,34 @@ def configurations(name: str, revision: str | None = None) -> list[str]:
         return []
 
 
+def _hub_rows(spec: Spec) -> Rows:
+    """Rows of a hub data set, or of a local folder in a hub data set's layout."""
+    rows = _load_spec(spec)
+    bar = tqdm(rows, desc=f"reading {spec}", unit="row", delay=2)
+    for number, row in enumerate(bar):
+        yield f"{spec}, row {number}", row
+
+
 def _load_spec(spec: Spec) -> Dataset:
     """One mark is a configuration if there is one of its name, else a revision; a folder has no
     revisions.
     """
-    where = str(spec)
-    if not spec.marks:
-        return load_hub(spec.name, spec.split, where=where)
-    config, *revision = spec.marks
-    if revision:
-        return load_hub(spec.name, spec.split, config, *revision, where=where)
-    if Path(spec.name).is_dir() or config in configurations(spec.name):
-        return load_hub(spec.name, spec.split, config, where=where)
+    load = partial(load_hub, spec.name, spec.split, where=str(spec))
+    if len(spec.marks) != 1 or Path(spec.name).is_dir():
+        return load(*spec.marks)
+    (mark,) = spec.marks
+    if mark in _configurations(spec.name):
+        return load(mark)
     try:
-        return load_hub(spec.name, spec.split, revision=config, where=where)
+        return load(revision=mark)
     except UserError as error:
         try:  # offline, a configuration that was loaded before is there, but no list of them
-            return load_hub(spec.name, spec.split, config, where=where)
+            return load(mark)
         except UserError:
             raise error from None
 
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -21,13 +21,9 @@ def taxonomy(name: str) -> list[str]:
     return list(sources()["taxonomies"][name])
 
 
-@cache
-def known_columns() -> frozenset[str]:
-    """Every column of the data sets that `plain_row` knows."""
-    known: set[str] = set()
-    for columns in sources()["columns"].values():
-        known |= {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}
-    return frozenset(known)
+def columns_of(data_set: Mapping) -> set[str]:
+    """Every column of a data set of `columns` in sources.yaml."""
+    return {*data_set["names"].values(), *data_set["unsafe_if_any"], *data_set["not_read"]}
 
 
 def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
@@ -38,23 +34,16 @@ def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
     so is the label where all of them are. A response is taken along where the row labels it. Rows
     of no known kind come back as they are.
     """
-    for columns in sources()["columns"].values():
-        known = {columns["prompt"], *columns["unsafe_if_any"], *columns["beside"]}
-        named = [name for name in columns["unsafe_if_any"] if name in row]
-        if columns["prompt"] in row and named and set(row) <= known:
-            return _plain(row, columns, named, where)
-    return row
-
-
-def _plain(
-    row: Mapping, columns: Mapping[str, Any], named: list[str], where: str
-) -> dict[str, Any]:
-    flags = [check_label(row[name], name, where) for name in named]
-    known = [flag for flag in flags if flag is not None]
-    found = {"prompt": row[columns["prompt"]], "prompt_label": any(known) if known else None}
-    if row.get(columns.get("response_unsafe")) is not None:
-        found["response"] = row.get(columns["response"])
-        found["response_label"] = row[columns["response_unsafe"]]
-    if columns.get("id") in row:
-        found["id"] = row[columns["id"]]
-    return found
+    for data_set in sources()["columns"].values():
+        names = data_set["names"]
+        flags = [name for name in data_set["unsafe_if_any"] if name in row]
+        if names["prompt"] in row and flags and set(row) <= columns_of(data_set):
+            break
+    else:
+        return row
+    plain = {name: row[theirs] for name, theirs in names.items() if theirs in row}
+    if plain.get("response_label") is None:
+        plain = {name: plain[name] for name in ("prompt", "id") if name in plain}
+    said = [check_label(row[name], name, where) for name in flags]
+    known = [flag for flag in said if flag is not None]
+    return plain | {"prompt_label": any(known) if known else None}
