@@ -1,6 +1,4 @@
-"""The adapter folder: the head while it trains, writing it, and reading the paper's own `.pt`
-files.
-"""
+"""The adapter folder: the head while it trains, and writing it."""
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
@@ -8,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import data
-from common.bundled import resolve_model
 from common.conversation import Messages, UserError
 from common.run import atomic_path
 from common.saving import whole_folder
 from guards import add_probe
-from guards.card import LoraCard, Threshold, local_sha256, write_card
+from guards.card import LoraCard, Threshold, local_sha256
 
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
-BIAS, WEIGHT = "base_model.model.score.bias", "base_model.model.score.weight"
+HEAD = "base_model.model.score.weight"
+BIAS = "base_model.model.score.bias"
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -100,84 +98,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def convert_reference(
-    pt: Path, config: Mapping[str, Any], folder: Path, trust_remote_code: bool = False
-) -> None:
-    """A `.pt` adaptor of the paper's code as an adapter folder.
-
-    Both versions are read: v2 with 15 outputs (unsafe first), v1 with 14, told by the shape of the
-    head and not by what the config says. The weights alone are unpickled (`weights_only=True`).
-
-    Args:
-        config: the run's config.json; `hf_model_id`, `lora_alpha` and, where it differs from alpha
-        / 2, `lora_r`.
-
-    Raises:
-        UserError: not such a file, or a key is missing.
-    """
-    try:
-        tensors = torch.load(pt, map_location="cpu", weights_only=True)
-        weight, base = tensors["clf_head.weight"], config["hf_model_id"]
-        lora = {
-            k.replace(".default.weight", ".weight"): v.float()
-            for k, v in tensors.items()
-            if ".lora_" in k
-        }
-        if len(weight) not in (len(CATEGORIES), len(CATEGORIES) + 1) or not lora:
-            raise UserError(
-                f"{pt}: expected LoRA weights and a head of 14 or 15 outputs, found {len(weight)} outputs"
-            )
-        strange = [key for key in lora if not key.startswith("lm_features.base_model.model.")]
-        if strange or set(tensors) - {"clf_head.weight", "clf_head.bias"} - {
-            k for k in tensors if ".lora_" in k
-        }:
-            raise UserError(
-                f"{pt}: keys that no adaptor of the paper's code has, such as {(strange or ['?'])[0]}"
-            )
-    except UserError:
-        raise
-    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, EOFError) as error:
-        raise UserError(
-            f"{pt}: not an adaptor of the paper's code, or config.json lacks {error!s:.120}"
-        ) from None
-    except Exception as error:  # torch raises pickle's own error for what is no tensor file
-        raise UserError(
-            f"{pt}: refused, it is not made of tensors alone ({type(error).__name__})"
-        ) from None
-    # The reference wraps the inner transformer, `model` in Llama; a classifier holds it under the
-    # same name.
-    prefix = "base_model.model.model."
-    lora = {
-        prefix + k.removeprefix("lm_features.base_model.model."): v.contiguous()
-        for k, v in lora.items()
-    }
-    rank = next(len(v) for k, v in lora.items() if ".lora_A." in k)
-    folder.mkdir(parents=True, exist_ok=True)
-    modules = sorted({k.split(".lora_")[0].rpartition(".")[2] for k in lora})
-    peft = LoraConfig(
-        task_type="SEQ_CLS",
-        r=rank,
-        lora_alpha=config.get("lora_alpha", 2 * rank),
-        target_modules=modules,
-    )
-    peft.base_model_name_or_path, peft.inference_mode = resolve_model(base), True
-    peft.modules_to_save = ["classifier", "score"]
-    peft.save_pretrained(folder)
-    save_file({**lora, WEIGHT: weight.float().contiguous()}, folder / WEIGHTS, {"format": "pt"})
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(base), trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"hf_model_id {base}: {str(error).strip().splitlines()[0]:.200}") from None
-    tokenizer.save_pretrained(folder)
-    bias = tensors.get("clf_head.bias")
-    card = guard_card(
-        base, unsafe_head=len(weight) > len(CATEGORIES), inputs=["pair"], max_length=512
-    )
-    write_card(folder, with_bias(card, bias))
 
 
 def guard_card(

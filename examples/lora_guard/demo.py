@@ -98,6 +98,8 @@ def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.B
                 "stop_at": stop_at,
             }
             for (reply,) in chat.stream([[*said, *pair(prompt)]], progress=False, **options):
+                if reply.error:
+                    raise UserError(reply.error)
                 yield shown([*turns, (prompt, reply)], threshold), named(reply), turns, ""
         except UserError as error:
             raise gr.Error(f"{error}", print_exception=False) from None

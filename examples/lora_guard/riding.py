@@ -1,26 +1,20 @@
-"""A frozen chat model with its guard riding along: adapters off it chats, adapters on it judges
-what it writes.
+"""A frozen chat model with its guard riding along: adapters off it chats, adapters on it judges.
 
-The guard keeps a KV cache of its own, so that judging the reply while it is written costs each
-token one more pass through the layers, and no token twice. Every k tokens that is a pass of its own
-through the guard's layers; for k = 1 the chat's rows and the guard's rows are one mixed-adapter
-batch, so that the weights are read once a step.
+transformers' own `generate` writes the replies, a few tokens at a time, and every piece is judged
+before it is shown. The guard has a key/value cache of its own, so that it reads each token once.
 """
 
-import copy
 import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import ADAPTER, BASE, GuardedReply, Lanes, Ride, Row, greedy, sampler
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -28,29 +22,99 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DynamicCache,
+    LogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from common.conversation import Messages, UserError, check_messages, last_turns, pair
-from common.engines import check_adapter
-from common.fit import positions
+from common.engines import apply_adapter
+from common.fit import fit_causal_lm, positions
 from common.run import device as default_device
 from common.run import inference_dtype, is_main_process
-from common.templates import Part, control_ids, encode, render, render_chat
+from common.templates import control_ids, encode, render, render_chat
 from guards.base import check_tokenizer, number_format
 from guards.card import NO_PROBE, LoraCard, card_path, check_scores, check_tokenizer_file, read_card
 from guards.lora import find_base, input_kind
 
 logger = logging.getLogger(__name__)
-PREFIX = "base_model.model."
-HEAD = f"{PREFIX}score.weight"
+
+
+@dataclass
+class GuardedReply:
+    """A reply and what the guard said of it. What it was not trained to judge is None."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # what was shown, without EOS
+    prompt_unsafe: float | None = None  # before anything was written
+    # (tokens seen, unsafe probability)
+    trace: list[tuple[int, float]] = field(default_factory=list)
+    response_unsafe: float | None = None  # of prompt and reply, at the last token
+    categories: dict[str, float] = field(default_factory=dict)  # of the last judgement
+    # tokens shown before the guard stopped the reply; 0: the prompt was refused
+    stopped_after: int | None = None
+    finish_reason: str = ""  # eos | length | stopped | error
+    error: str | None = None  # why there is no reply
+
+
+@dataclass
+class Row:
+    """A reply while it is written."""
+
+    reply: GuardedReply
+    prompt: str  # what the guard sees of the conversation: the last user turn
+    chat_ids: list[int]
+    generator: torch.Generator  # of its own, so that no other row changes what it draws
+
+
+class Lane:
+    """What one model has read of the texts of a batch: their tokens, and its key/value cache.
+
+    Texts are padded on the left, so that the newest token of each is the last one.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rows: int, device: torch.device):
+        self.cache = DynamicCache(config=config)
+        self.ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self.mask = self.ids.clone()  # 0 where a token is padding
+
+    def append(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the next tokens of every text, both [rows, tokens]; the cache fills as they are read."""
+        self.ids = torch.cat([self.ids, ids], dim=1)
+        self.mask = torch.cat([self.mask, mask], dim=1)
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these."""
+        self.ids = self.ids[rows]
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(
+            torch.tensor(rows, dtype=torch.long, device=self.ids.device)
+        )
+
+
+class DrawByRow(LogitsProcessor):
+    """Draws the next token of each row from the row's own generator and leaves no other possible.
+
+    `generate` has one generator for the whole batch: a reply would depend on its neighbours.
+    """
+
+    def __init__(self, temperature: float, generators: Sequence[torch.Generator]):
+        self.temperature, self.generators = temperature, generators
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        weights = (scores.float() / self.temperature).softmax(-1)
+        only = torch.full_like(weights, -math.inf)
+        for row, generator in enumerate(self.generators):
+            drawn = torch.multinomial(weights[row], 1, generator=generator)
+            only[row, drawn] = 0.0
+        return only
 
 
 class GuardedChat:
-    """A chat model whose guard lives in LoRA adapters. Outside of the guard's own passes the
-    adapters are off.
+    """A chat model whose guard lives in LoRA adapters, which are off outside of the guard's passes.
 
-    `model` is the chat model itself: used by itself it computes bit for bit what the base model
-    does.
+    `model` is the chat model: used by itself it computes bit for bit what the base model does.
     """
 
     def __init__(
@@ -59,7 +123,6 @@ class GuardedChat:
         *,
         base_model: str | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ):
         """Load the base model once and put the adapters into it.
@@ -67,7 +130,7 @@ class GuardedChat:
         Args:
             adapter: a folder with adapter_config.json, adapter_model.safetensors and guard.json.
             base_model: instead of the one that guard.json names.
-            device, dtype: None takes the accelerator, if there is one, and bf16 where it has that.
+            device: None takes the accelerator, if there is one.
             trust_remote_code: run code that comes with the base model.
 
         Raises:
@@ -77,200 +140,95 @@ class GuardedChat:
         self.card: LoraCard = read_card(self.folder, LoraCard)
         if self.card.template != "lora_guard":
             path = card_path(self.folder)
-            raise UserError(
-                f"{path}, field template: expected lora_guard; this guard cannot ride along"
-            )
+            said = "expected lora_guard; this guard cannot ride along"
+            raise UserError(f"{path}, field template: {said}")
         check_tokenizer_file(self.folder)
-        self.device = torch.device(device) if device is not None else default_device()
-        self.trust, self.lock = {"trust_remote_code": trust_remote_code}, threading.RLock()
-        name = source = find_base(self.folder, self.card, base_model, trust_remote_code)
-        try:
-            # a CPU emulates bf16
-            fit = torch.float32 if self.device.type == "cpu" else inference_dtype()
-            self.model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype or fit, **self.trust
-            ).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, **self.trust)
-            self.chat_template = self.tokenizer.chat_template or (
-                AutoTokenizer.from_pretrained(source, **self.trust).chat_template
-            )
-        except UserError:
-            raise
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"{name}: cannot be loaded as a chat model: {f'{error}'.strip():.200}"
-            ) from None
-        check_tokenizer(self.tokenizer, str(self.folder))
         self.labels, self.inputs = self.card.labels, self.card.inputs
-        self._inject()
-        self.model.to(self.device)
-        self.head, self.bias = self.head.to(self.device), self.bias.to(self.device)
-        self.backbone = getattr(self.model, self.model.base_model_prefix, None)
-        if not isinstance(self.backbone, nn.Module):
-            raise UserError(
-                f"{name}: {type(self.model).__name__} has no backbone named {self.model.base_model_prefix!r}"
-            )
-        self.depth = self.card.num_hidden_layers
-        self.trunk, self.tap = _shallow(self.backbone, self.depth, card_path(self.folder))
-        self._check_adapter(name)
+        self.device = default_device() if device is None else torch.device(device)
+        # a CPU would emulate bf16
+        dtype = torch.float32 if self.device.type == "cpu" else inference_dtype()
+        self.lock = threading.RLock()
+        code = {"trust_remote_code": trust_remote_code}
+        base = find_base(self.folder, self.card, base_model, trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **code)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder, **code)
+            chat_template = AutoTokenizer.from_pretrained(base, **code).chat_template
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            said = f"cannot be loaded as a chat model: {f'{error}'.strip():.200}"
+            raise UserError(f"{base}: {said}") from None
+        self.model: PreTrainedModel = model.to(self.device).eval()
+        self.chat_template = self.tokenizer.chat_template or chat_template
+        check_tokenizer(self.tokenizer, str(self.folder))
+        fit_causal_lm(self.tokenizer, self.model)
         self.control = control_ids(self.tokenizer)
+        self.room = positions(self.model) or math.inf  # in tokens
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         self.eos = set(ends) if isinstance(ends, list) else {ends}
-        if self.model.generation_config.repetition_penalty not in (None, 1.0):
-            logger.warning(
-                "generation_config.json asks for a repetition penalty; it is not applied here."
-            )
+        self._add_guard(base, code)
         self._check_probe()
 
-    def _inject(self) -> None:
-        """LoRA layers exactly where the file has weights, and the head beside the model in float32."""
-        try:
-            config = LoraConfig.from_pretrained(self.folder)
-            weights = load_file(self.folder / "adapter_model.safetensors")
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise UserError(
-                f"{self.folder}: no adapter that PEFT can read: {f'{error}'.strip():.200}"
-            ) from None
-        hidden = self.model.config.get_text_config().hidden_size
-        self.head = weights.pop(HEAD, torch.empty(0)).float()
-        bias = self.card.head_bias
-        self.bias = (
-            torch.zeros(len(self.labels))
-            if bias is None
-            else torch.tensor(bias, dtype=torch.float32)
-        )
-        if self.head.shape != (len(self.labels), hidden) or len(self.bias) != len(self.labels):
-            raise UserError(
-                f"{self.folder}: expected a head of {len(self.labels)} labels x {hidden} (and a bias of as many or "
-                f"null), found {list(self.head.shape)} and {len(self.bias)}"
-            )
-        if config.bias != "none" or config.use_dora:
-            raise UserError(
-                f"{self.folder}: only plain LoRA without biases leaves the chat model as it was"
-            )
-        config.target_modules = sorted(
-            {key.removeprefix(PREFIX).split(".lora_")[0] for key in weights}
-        )
-        config.task_type = config.modules_to_save = None  # the head is kept apart
-        loaded = list(self.model.parameters())
-        try:
-            self.peft = get_peft_model(self.model, config, adapter_name=ADAPTER).eval()
-            set_peft_model_state_dict(self.peft, weights, adapter_name=ADAPTER)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(
-                f"{self.folder}: the adapter does not fit the base: {f'{error}'.strip():.200}"
-            ) from None
-        self.lora = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
+    def _add_guard(self, base: str, code: dict[str, bool]) -> None:
+        """Put the adapters into the layers of the chat model, and the head beside it in float32."""
+        chat_weights = list(self.model.parameters())
+        classifier = classifier_over(self.model, base, self.card, code)
+        self.trunk = classifier.base_model  # the layers that the guard reads, without lm_head
+        self.peft = apply_adapter(classifier, str(self.folder), base).eval()
+        self.head: nn.Linear = classifier.score.modules_to_save["default"].float()
+        if self.card.head_bias is not None:  # a stock head has none: the card holds it
+            bias = torch.tensor(self.card.head_bias, device=self.device)
+            self.head.bias = nn.Parameter(bias)
         with self.adapters():
-            pass  # PEFT has them on; off from here on
+            pass  # PEFT has them on; from here on they are off
         # PEFT freezes the base, and torch chooses CPU kernels by that even where no gradient is
         # taken: the last bit of the logits would differ from those of the model as it is loaded.
-        for parameter in loaded:
+        for parameter in chat_weights:
             parameter.requires_grad_(True)
 
-    def _check_adapter(self, base: str) -> None:
-        """Refuse an adapter that was not trained on a classifier of this very base and depth."""
-        depth = {} if self.depth is None else {"num_hidden_layers": self.depth}
-        config = AutoConfig.from_pretrained(
-            base, num_labels=len(self.labels), **depth, **self.trust
-        )
-        kind = AutoModelForSequenceClassification
-        check_adapter(base, str(self.folder), config=config, kind=kind, **self.trust)
-
     def _check_probe(self) -> None:
-        """The probe of guard.json, judged as everything is judged here."""
+        """Judge the probe of guard.json as everything is judged here."""
         probe = self.card.probe
         if probe is None:
             logger.warning(NO_PROBE, card_path(self.folder))
             return
-        ((unsafe, categories),) = self.judge_texts([probe.messages])
+        ((unsafe, said),) = self.judge_texts([probe.messages])
         label = "prompt_unsafe" if input_kind(probe.messages) == "prompt" else "response_unsafe"
-        check_scores(categories | {label: unsafe}, number_format(self.model), probe, self.folder)
+        check_scores(said | {label: unsafe}, number_format(self.model), probe, self.folder)
 
     @contextmanager
-    def adapters(self, name: str = ADAPTER) -> Iterator[None]:
-        """Adapters on within the block, where other threads' passes wait; off after it, however it
-        ends.
-        """
-        if name not in self.peft.peft_config:
-            raise UserError(f"adapter {name!r}: unknown; known: {', '.join(self.peft.peft_config)}")
+    def adapters(self) -> Iterator[None]:
+        """Adapters on within the block, where other threads wait; off after it, however it ends."""
         with self.lock:
+            self.peft.base_model.enable_adapter_layers()
             try:
-                for layer in self.lora:
-                    layer.enable_adapters(True)
                 yield
             finally:
-                for layer in self.lora:
-                    layer.enable_adapters(False)
+                self.peft.base_model.disable_adapter_layers()
 
-    @contextmanager
-    def _rows_of(self, names: Sequence[str]) -> Iterator[None]:
-        """Tells the LoRA layers which rows are whose. PEFT's own hooks for that would outlive an
-        exception.
-        """
-        own = {"adapter_names": list(names)}
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda _layer, args, kwargs: (args, kwargs | own), with_kwargs=True
-            )
-            for layer in self.lora
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    # --- judging ----------------------------------------------------------------------------------
 
-    def chat_pass(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Next-token logits [rows, vocabulary], adapters off: the base model's own, bit for bit."""
-        with self.lock:
-            return self.model(**inputs, logits_to_keep=1).logits[:, -1]
-
-    def guard_pass(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Guard probabilities [rows, labels] at the last token, adapters on; no lm_head, no layer
-        past the guard's.
-        """
-        with self.adapters():
-            return self._probabilities(self.trunk(**inputs).last_hidden_state[:, -1])
-
-    def mixed_pass(
-        self, inputs: dict[str, Any], names: Sequence[str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One batch of both kinds of rows, told apart by `names` ("__base__" or the adapter's).
+    @torch.no_grad()
+    def read(self, lane: Lane, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The guard reads the next tokens of each text, [rows, tokens].
 
         Returns:
-            Next-token logits [rows, vocabulary] and guard probabilities [rows, labels]; each row
-            means one of them.
+            Probabilities [rows, labels] at the last token. A row with a logit that is no number is
+            unsafe in everything: guards fail closed.
         """
-        if unknown := set(names) - {BASE, *self.peft.peft_config}:
-            raise UserError(
-                f"adapter {sorted(unknown)[0]!r}: unknown; known: {', '.join(self.peft.peft_config)}"
+        lane.append(ids, mask)
+        places = (lane.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with self.adapters():
+            read = self.trunk(
+                input_ids=ids,
+                attention_mask=lane.mask,
+                position_ids=places,
+                past_key_values=lane.cache,
+                use_cache=True,
             )
-        features: list[torch.Tensor] = []
-        where = self.backbone if self.tap is None else self.tap[0]
-        with self.lock:
-            hook = where.register_forward_hook(
-                lambda _module, _inputs, out: features.append(_first(out)[:, -1])
-            )
-            try:
-                with self.adapters(), self._rows_of(names):
-                    logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]
-            finally:
-                hook.remove()
-        return logits, self._probabilities(
-            features[0] if self.tap is None else self.tap[1](features[0])
-        )
-
-    def _probabilities(self, features: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, labels]. A row with a logit that is no number is unsafe: guards
-        fail closed.
-        """
-        logits = features.float() @ self.head.T + self.bias
-        broken = ~logits.isfinite()
-        if "unsafe" in self.labels:
-            broken[:, self.labels.index("unsafe")] |= broken.any(1)
-        return torch.where(broken, 1.0, logits.sigmoid())
+            logits = self.head(read.last_hidden_state[:, -1].float())
+        numbers = logits.isfinite().all(1, keepdim=True)
+        return torch.where(numbers, logits.sigmoid(), 1.0)
 
     def verdict(self, probabilities: Sequence[float]) -> tuple[float, dict[str, float]]:
         """Unsafe probability and categories of one row of guard probabilities.
@@ -281,36 +239,33 @@ class GuardedChat:
         highest = max(named.values())
         return named.pop("unsafe", highest), named
 
-    @torch.inference_mode()
     def guard_scores(self, sequences: Sequence[list[int]]) -> torch.Tensor:
-        """One whole guard pass over token ids: probabilities [sequences, labels], float32 on the
-        CPU.
-        """
+        """Probabilities [sequences, labels] of whole token ids, in one pass."""
         if not sequences:
             return torch.empty(0, len(self.labels))
-        lanes = Lanes(self.trunk.config, self.device)
-        return self.guard_pass(lanes.inputs(dict(enumerate(sequences)))).cpu()
+        lane = Lane(self.trunk.config, len(sequences), self.device)
+        return self.read(lane, *self._padded(sequences)).cpu()
 
     def judge_texts(self, messages: Sequence[Messages]) -> list[tuple[float, dict[str, float]]]:
-        """`verdict` of prompts, pairs, or responses alone (`[{"role": "assistant", …}]`) as the
-        guard reads them.
+        """`verdict` of prompts, pairs, or responses alone, as the guard reads them.
 
         What is no such conversation is unsafe with probability 1, without categories: guards fail
         closed.
         """
-        parts, at = [], []
-        for index, conversation in enumerate(messages):
+        verdicts: list[tuple[float, dict[str, float]]] = [(1.0, {}) for _ in messages]
+        parts = {}  # by the place of the conversation
+        for place, conversation in enumerate(messages):
             try:
-                checked = check_messages(conversation, f"conversation {index}", allow_empty=True)
-                parts.append(render("lora_guard", checked, self.tokenizer))
-                at.append(index)
+                checked = check_messages(conversation, f"conversation {place}", allow_empty=True)
+                parts[place] = render("lora_guard", checked, self.tokenizer)
             except UserError as error:
                 logger.warning("Not judged, so unsafe: %s", error)
-        verdicts: list[tuple[float, dict[str, float]]] = [(1.0, {}) for _ in messages]
-        scores = self.guard_scores(encode(self.tokenizer, parts)).tolist()
-        for index, row in zip(at, scores, strict=True):
-            verdicts[index] = self.verdict(row)
+        scores = self.guard_scores(encode(self.tokenizer, list(parts.values())))
+        for place, probabilities in zip(parts, scores.tolist(), strict=True):
+            verdicts[place] = self.verdict(probabilities)
         return verdicts
+
+    # --- token ids --------------------------------------------------------------------------------
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Token ids of the chat template with its generation prompt; BOS once, content never a
@@ -318,12 +273,30 @@ class GuardedChat:
         """
         if not messages or messages[-1]["role"] != "user":
             raise UserError("a conversation to reply to must end with a user turn")
-        if not self.chat_template:
-            raise UserError(
-                f"{self.folder}: neither the adapter's tokenizer nor the base's has a chat template"
-            )
         parts = render_chat(self.tokenizer, messages, self.chat_template)
         return encode(self.tokenizer, [parts], add_special_tokens=False)[0]
+
+    def seam(self, prompt: str, first: int) -> list[int]:
+        """The guard's ids up to the first token of a reply, whose text is tokenized anew where it
+        now stands.
+
+        A chat model begins with "Hello", while "agent: Hello" holds " Hello". What has no text of
+        its own (a part of a character, a control token) follows "agent: " as it is; a SentencePiece
+        blank is the space behind the colon.
+        """
+        text = self.tokenizer.decode([first], clean_up_tokenization_spaces=False)
+        raw = first in self.control or "\ufffd" in text
+        parts = render("lora_guard", pair(prompt, "" if raw else text), self.tokenizer)
+        ids = encode(self.tokenizer, [parts])[0]
+        return [*ids, first] if raw else ids
+
+    def _padded(self, sequences: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, [rows, tokens], padded on the left."""
+        texts = {"input_ids": list(sequences)}
+        batch = self.tokenizer.pad(texts, padding_side="left", return_tensors="pt").to(self.device)
+        return batch["input_ids"], batch["attention_mask"]
+
+    # --- chatting ---------------------------------------------------------------------------------
 
     def reply(self, conversations: Sequence[Messages], **options: Any) -> list[GuardedReply]:
         """The finished replies of `stream`, which has the options."""
@@ -338,125 +311,193 @@ class GuardedChat:
         guard_every: int = 16,
         stop_at: float | None = None,
         temperature: float = 0.0,
-        top_p: float = 1.0,
         seed: int | None = None,
         progress: bool = True,
     ) -> Iterator[list[GuardedReply]]:
         """Reply to conversations, one batch, the guard reading along.
 
         Yields the same replies after every check, so that what is shown of them has been judged
-        (where the guard was trained on pairs); the last check has them all finished. Between two
-        steps the adapters are off.
+        (where the guard was trained on pairs); the last check has them all finished. A conversation
+        that the chat model has no room for gets an `error`, and the others their replies.
 
         Args:
             guard_every: judge at every so many tokens, and at the last one.
             stop_at: a reply ends at the first judged token with an unsafe probability above it.
-            Where the guard was
-                trained on prompts, a prompt above it gets no reply.
-            temperature: 0 is greedy. Of generation_config.json only the EOS ids are used.
+                Where the guard was trained on prompts, a prompt above it gets no reply.
+            temperature: 0 is greedy.
             seed: row i draws with seed + i, whatever the other rows do.
 
         Raises:
-            UserError: an option out of range, a conversation that does not end with a user turn or
-            is too long.
+            UserError: an option is out of range, or something is no conversation at all.
         """
-        if max_new_tokens < 1 or guard_every < 1:
-            raise UserError("--max-new-tokens and --guard-every must be 1 or more")
-        if temperature < 0 or not 0 < top_p <= 1 or not 0 <= (stop_at or 0) <= 1:
-            raise UserError("expected --temperature >= 0, 0 < --top-p <= 1 and 0 <= --stop-at <= 1")
-        if stop_at is not None and "pair" not in self.inputs:
-            raise UserError(
-                f"--stop-at: this guard was trained on {', '.join(self.inputs)}, not on pairs"
-            )
-        checked = [
-            check_messages(messages, f"conversation {i}")
-            for i, messages in enumerate(conversations)
-        ]
-        rows = [self._row(i, messages) for i, messages in enumerate(checked)]
-        limit = positions(self.model) or float("inf")
-        longest = (
-            max((max(len(row.chat_ids), len(row.start)) for row in rows), default=0)
-            + max_new_tokens
-        )
-        if longest > limit:
-            raise UserError(
-                f"prompt and --max-new-tokens need {longest} tokens, the model has {limit}"
-            )
-        ride = Ride(self, rows, guard_every, stop_at)
-        seed = torch.seed() % 2**62 if seed is None else seed
-        draw = (
-            greedy
-            if temperature == 0
-            else sampler(temperature, top_p, seed, len(rows), self.device)
-        )
-        quiet = not (progress and is_main_process())
+        self._check_options(max_new_tokens, guard_every, stop_at, temperature)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        rows = self._rows(conversations, max_new_tokens, seed)
         replies = [row.reply for row in rows]
+        self._judge_prompts(rows, stop_at)
+        yield replies
+        rows = [row for row in rows if not row.reply.finish_reason]
+        written = Lane(self.model.config, len(rows), self.device)
+        judged = Lane(self.trunk.config, len(rows), self.device)
+        if rows:
+            written.append(*self._padded([row.chat_ids for row in rows]))
+        quiet = not (progress and is_main_process())
         with tqdm(total=max_new_tokens, unit="token", disable=quiet) as bar:
-            for _ in ride.run(max_new_tokens, draw, bar):
-                for reply in replies:
-                    reply.text = self.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
+            left = max_new_tokens
+            while rows:
+                count = min(guard_every, left)
+                left -= count
+                pieces = self._write(written, rows, count, temperature)
+                self._take(rows, pieces, at_the_end=left == 0)
+                if "pair" in self.inputs:
+                    self._judge(judged, rows, pieces, stop_at)
+                bar.update(count)
                 yield replies
-        trained = self.card.max_length
-        if any(row.seen and len(row.guard_ids()) > trained for row in rows):
-            logger.warning(
-                "The guard judged texts longer than the %d tokens that it was trained on.", trained
+                still = [i for i, row in enumerate(rows) if not row.reply.finish_reason]
+                rows = [rows[i] for i in still]
+                written.keep(still)
+
+    def _check_options(
+        self, max_new_tokens: int, guard_every: int, stop_at: float | None, temperature: float
+    ) -> None:
+        if min(max_new_tokens, guard_every) < 1:
+            raise UserError("--max-new-tokens and --guard-every must be 1 or more")
+        if temperature < 0 or not 0 <= (stop_at or 0) <= 1:
+            raise UserError("expected --temperature of 0 or more, --stop-at from 0 to 1")
+        if max_new_tokens >= self.room:
+            raise UserError(f"--max-new-tokens {max_new_tokens}: the model has {self.room} tokens")
+        if stop_at is not None and "pair" not in self.inputs:
+            trained = ", ".join(self.inputs)
+            raise UserError(f"--stop-at: this guard was trained on {trained}, not on pairs")
+        if not self.chat_template:
+            said = "neither the adapter's tokenizer nor the base's has a chat template"
+            raise UserError(f"{self.folder}: {said}")
+
+    def _rows(self, conversations: Sequence[Messages], max_new_tokens: int, seed: int) -> list[Row]:
+        """One row a conversation; what cannot be replied to is finished with its error."""
+        rows = []
+        for i, conversation in enumerate(conversations):
+            messages = check_messages(conversation, f"conversation {i}")
+            generator = torch.Generator(self.device).manual_seed(seed + i)
+            row = Row(GuardedReply(), last_turns(messages)[0] or "", [], generator)
+            rows.append(row)
+            try:
+                row.chat_ids = self.chat_ids(messages)
+                needed = len(row.chat_ids) + max_new_tokens
+                if needed > self.room:
+                    said = f"need {needed} tokens, the model has {self.room}"
+                    raise UserError(f"prompt and --max-new-tokens {said}")
+            except UserError as error:
+                row.reply.error, row.reply.finish_reason = str(error), "error"
+        return rows
+
+    def _judge_prompts(self, rows: Sequence[Row], stop_at: float | None) -> None:
+        """Where the guard was trained on prompts it judges them before anything is written."""
+        if "prompt" not in self.inputs:
+            return
+        rows = [row for row in rows if row.reply.error is None]
+        verdicts = self.judge_texts([pair(row.prompt) for row in rows])
+        for row, (unsafe, categories) in zip(rows, verdicts, strict=True):
+            row.reply.prompt_unsafe, row.reply.categories = unsafe, categories
+            stop_above(row.reply, unsafe, stop_at)
+
+    def _write(
+        self, lane: Lane, rows: Sequence[Row], count: int, temperature: float
+    ) -> list[list[int]]:
+        """The next `count` tokens of each row by stock `generate`; pads follow an EOS."""
+        drawn = []
+        if temperature > 0:
+            drawn.append(DrawByRow(temperature, [row.generator for row in rows]))
+        with self.lock:
+            ids = self.model.generate(
+                lane.ids,
+                attention_mask=lane.mask,
+                past_key_values=lane.cache,
+                max_new_tokens=count,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_k=None,
+                top_p=None,
+                logits_processor=drawn,
+                eos_token_id=sorted(self.eos) or None,
+                pad_token_id=self.tokenizer.pad_token_id,
             )
+        new = ids[:, lane.ids.shape[1] :]
+        lane.append(new, torch.ones_like(new))
+        pieces = []
+        for piece in new.tolist():
+            ends = [i for i, token in enumerate(piece) if token in self.eos]
+            pieces.append(piece[: ends[0] + 1] if ends else piece)
+        return pieces
 
-    def _row(self, index: int, messages: Messages) -> Row:
-        prompt = last_turns(messages)[0] or ""
-        if "prompt" in self.inputs:
-            parts = render("lora_guard", pair(prompt), self.tokenizer)
-        else:  # up to the colon: the space behind it belongs to the first token of the reply
-            parts = render("lora_guard", pair(prompt, ""), self.tokenizer)
-            parts[-2] = Part(parts[-2].text.rstrip(" "), False)
-        return Row(index, prompt, self.chat_ids(messages), encode(self.tokenizer, [parts])[0])
+    def _take(self, rows: Sequence[Row], pieces: list[list[int]], at_the_end: bool) -> None:
+        """Add what was written to the replies. An EOS ends one and is neither shown nor judged."""
+        for row, piece in zip(rows, pieces, strict=True):
+            reply = row.reply
+            reply.finish_reason = "length" if at_the_end else ""
+            if piece[-1] in self.eos:
+                reply.finish_reason = "eos"
+                piece.pop()
+            reply.token_ids += piece
+            reply.text = self.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
 
-    def seam(self, prompt: str, first: int) -> list[int]:
-        """The guard's ids up to the first token of a reply, whose text is tokenized anew where it
-        now stands.
+    def _judge(
+        self, lane: Lane, rows: Sequence[Row], pieces: list[list[int]], stop_at: float | None
+    ) -> None:
+        """The guard reads the new pieces and stops what is above the threshold."""
+        new = [i for i, piece in enumerate(pieces) if piece]
+        lane.keep(new)
+        if not new:
+            return
+        chunks = []
+        for i in new:
+            chunk, row = pieces[i], rows[i]
+            if len(row.reply.token_ids) == len(chunk):  # its first piece
+                chunk = self.seam(row.prompt, chunk[0]) + chunk[1:]
+            chunks.append(chunk)
+        scores = self.read(lane, *self._padded(chunks))
+        for i, probabilities in zip(new, scores.tolist(), strict=True):
+            reply = rows[i].reply
+            unsafe, reply.categories = self.verdict(probabilities)
+            reply.trace.append((len(reply.token_ids), unsafe))
+            reply.response_unsafe = unsafe
+            stop_above(reply, unsafe, stop_at)
+        if int(lane.mask.sum(1).max()) > self.card.max_length:
+            said = "The guard judges texts longer than the %d tokens that it was trained on."
+            logger.warning(said, self.card.max_length)
+        lane.keep([k for k, i in enumerate(new) if not rows[i].reply.finish_reason])
 
-        A chat model begins with "Hello", while "agent: Hello" holds " Hello". What has no text of
-        its own (a part of a character, a control token) follows "agent: " as it is; a SentencePiece
-        blank is the space behind the colon.
-        """
-        text = self.tokenizer.decode([first], clean_up_tokenization_spaces=False)
-        raw = first in self.control or "\ufffd" in text
-        parts = render("lora_guard", pair(prompt, "" if raw else text), self.tokenizer)
-        return encode(self.tokenizer, [parts])[0] + [first] * raw
+
+def stop_above(reply: GuardedReply, unsafe: float, stop_at: float | None) -> None:
+    """End a reply whose unsafe probability is above the threshold."""
+    if stop_at is not None and unsafe > stop_at:
+        reply.stopped_after = len(reply.token_ids)
+        reply.finish_reason = "stopped"
 
 
-def _shallow(
-    backbone: nn.Module, depth: int | None, where: Path
-) -> tuple[nn.Module, tuple[nn.Module, nn.Module] | None]:
-    """The backbone with its first `depth` layers, sharing them, and the (last of these layers,
-    final norm).
+def classifier_over(
+    chat: PreTrainedModel, base: str, card: LoraCard, code: dict[str, bool]
+) -> PreTrainedModel:
+    """A stock classifier whose layers are those of a chat model: as many of them as the card says.
 
     Raises:
-        UserError: there is not exactly one list of layers or one norm behind it.
+        UserError: the chat model has fewer layers, or is not built of what its classifier is.
     """
-    if depth is None:
-        return backbone, None
-    count, children = backbone.config.num_hidden_layers, dict(backbone.named_children())
-    stacks = [
-        k
-        for k, child in children.items()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    norms = [child for child in children.values() if "norm" in type(child).__name__.lower()]
-    if len(stacks) != 1 or len(norms) != 1 or not 0 < depth <= count:
-        raise UserError(
-            f"{where}, field num_hidden_layers: {type(backbone).__name__} with {count} layers cannot be cut to "
-            f"{depth} (needs one list of layers and one final norm)"
-        )
-    short, layers = copy.copy(backbone), children[stacks[0]][:depth]
-    short._modules = children | {stacks[0]: layers}
-    short.config = copy.deepcopy(backbone.config)
-    if getattr(short.config, "layer_types", None):
-        short.config.layer_types = short.config.layer_types[:depth]
-    short.config.num_hidden_layers = depth
-    return short, (layers[-1], norms[0])
-
-
-def _first(output: Any) -> torch.Tensor:
-    """Hidden states [rows, tokens, hidden] of a layer or a backbone."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    layers, depth = chat.config.get_text_config().num_hidden_layers, card.num_hidden_layers
+    path = card_path(base)
+    if depth is not None and depth > layers:
+        raise UserError(f"{path}, field num_hidden_layers: {depth}; {base} has {layers} layers")
+    shallow = {} if depth is None else {"num_hidden_layers": depth}
+    config = AutoConfig.from_pretrained(base, num_labels=len(card.labels), **shallow, **code)
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(config, **code)
+    trunk = classifier.base_model
+    for name, module in chat.base_model.named_children():
+        if isinstance(module, nn.ModuleList):
+            module = module[: len(getattr(trunk, name))]
+        setattr(trunk, name, module)
+    if any(parameter.is_meta for parameter in trunk.parameters()):
+        raise UserError(f"{base}: {type(chat).__name__} shares no layers with its classifier")
+    classifier.score.to_empty(device=chat.device)
+    return classifier

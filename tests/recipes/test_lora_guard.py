@@ -289,9 +289,8 @@ def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
         "lora_alpha": 8,
         "no_unsafe_head": version == 1,
     }
-    module("lora_guard", "adapter").convert_reference(
-        tmp_path / "adaptor.pt", config, tmp_path / "guard"
-    )
+    convert = module("lora_guard", "convert")
+    convert.convert_reference(tmp_path / "adaptor.pt", config, tmp_path / "guard")
     verdict = load_guard(str(tmp_path / "guard")).judge([pair(*TEXT)])[0]
     ids = AutoTokenizer.from_pretrained(tiny_base)(
         f"user: {TEXT[0]}\n\nagent: {TEXT[1]}", return_tensors="pt"
@@ -315,7 +314,7 @@ def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
             {"clf_head.weight": torch.zeros(3, 8), "x.lora_A.default.weight": torch.zeros(2, 8)},
             "found 3 outputs",
         ),
-        ({"model": os.system}, "refused|not an adaptor"),
+        ({"model": os.system}, "refused, it is not made of tensors alone"),
     ],
     ids=["text", "no adapters", "outputs", "code"],
 )
@@ -325,7 +324,7 @@ def test_a_bad_adaptor_file_is_one_line(tmp_path, content, words):
     else:
         torch.save(content, tmp_path / "adaptor.pt")
     with pytest.raises(UserError, match=words):
-        module("lora_guard", "adapter").convert_reference(
+        module("lora_guard", "convert").convert_reference(
             tmp_path / "adaptor.pt", {"hf_model_id": "x"}, tmp_path / "guard"
         )
     assert not (tmp_path / "guard").exists()

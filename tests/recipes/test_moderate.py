@@ -13,7 +13,7 @@ from scripts import launch, module
 from common.conversation import UserError, pair
 
 GuardedChat = module("lora_guard", "riding").GuardedChat
-adapter, moderate = module("lora_guard", "adapter"), module("lora_guard", "moderate")
+moderate = module("lora_guard", "moderate")
 PROMPTS = [
     "How do I cook rice?",
     "Why do people tell lies? Often they are afraid of the neighbour.",
@@ -48,8 +48,8 @@ def command(*argv: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_moderate_as_a_command(make_guard, tmp_path):
-    """Folder and prompts; a file and an output file; `.pt` with its config and prompts that are
-    typed; an error.
+    """Folder and prompts; a file and an output file; a converted `.pt` and prompts that are typed;
+    an error.
     """
     guard = make_guard(inputs=["pair", "prompt"])
     done = command(guard, "--prompt", *PROMPTS[:2], "--threshold", "1", "--guard-every", "4")
@@ -83,14 +83,13 @@ def test_moderate_as_a_command(make_guard, tmp_path):
         == 2
     )
 
-    done = command(
-        *reference_adaptor(make_guard(bias=False), tmp_path),
-        "--on-unsafe",
-        "flag",
-        stdin=f"{PROMPTS[0]}\n",
-    )
+    config, pt = reference_adaptor(make_guard(bias=False), tmp_path)
+    assert f"`python convert.py {config} {pt} NEW_FOLDER`" in command(config, pt).stderr
+    launch("lora_guard", "convert.py", config, pt, tmp_path / "new", threads=1)
+    done = command(config, tmp_path / "new", "--on-unsafe", "flag", stdin=f"\ufeff{PROMPTS[0]}\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("blocked: no") == done.stdout.count("prompt unsafe: not trained") == 1
+    assert f"prompt: {PROMPTS[0]}\n" in done.stdout  # without the byte order mark
 
     done = command(tmp_path, "--prompt", "Hi")
     assert (done.returncode, done.stdout) == (2, "")
@@ -111,8 +110,9 @@ def test_moderate_as_a_command(make_guard, tmp_path):
         (["a", "b", "c", "--prompt", "Hi"], "c: expected .config. adapter"),
         (["{guard}", "--device-id", "99", "--prompt", "Hi"], "--device-id 99: there are"),
         (["{guard}", "--on-unsafe", "shrug", "--prompt", "Hi"], "invalid choice: 'shrug'"),
-        (["{guard}", "--threshold", "2", "--prompt", "Hi"], "--threshold 2.0: must be from 0 to 1"),
-        (["nowhere.pt", "--prompt", "Hi"], "nowhere.pt: no such file"),
+        (["{guard}", "--threshold", "2", "--prompt", "Hi"], "--threshold: must be from 0 to 1"),
+        (["{guard}", "--guard-every", "0"], "--guard-every: must be 1 or more"),
+        (["nowhere.pt", "--prompt", "Hi"], "nowhere.pt/guard.json: no guard of a recipe"),
     ],
 )
 def test_moderate_refuses_in_one_line(guard, tmp_path, monkeypatch, argv, message):
@@ -124,3 +124,24 @@ def test_moderate_refuses_in_one_line(guard, tmp_path, monkeypatch, argv, messag
     with pytest.raises(UserError, match=message) as caught:
         moderate.main()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_an_over_long_prompt_is_one_rows_error(guard, tmp_path, monkeypatch, capsys, ending):
+    """It is named, the other rows are judged and written; the file begins with a byte order mark."""
+    prompts = [PROMPTS[0], "word " * 4000, PROMPTS[2]]
+    lines = [json.dumps({"prompt": text}) for text in prompts]
+    if ending == "csv":
+        lines = ["prompt", *(f'"{text}"' for text in prompts)]
+    path, out = tmp_path / f"prompts.{ending}", tmp_path / "out.jsonl"
+    path.write_text("\ufeff" + "\n".join(lines) + "\n")
+    flags = ["--prompts", path, "--output", out, "--max-new-tokens", "4", "--device-id", "-1"]
+    monkeypatch.setattr(sys, "argv", ["moderate.py", *map(str, [guard, *flags])])
+    moderate.main()
+    first, long, last = [json.loads(line) for line in out.read_text().splitlines()]
+    number = 2 if ending == "jsonl" else 3
+    where = f"{path}, line {number}: prompt and --max-new-tokens need"
+    assert long["error"].startswith(where) and long["unsafe"] and long["reply"] is None
+    assert "error" not in first | last and first["trace"] and last["trace"]
+    assert [row["messages"][0]["content"] for row in (first, last)] == [PROMPTS[0], PROMPTS[2]]
+    assert f"error: {where}" in capsys.readouterr().out
