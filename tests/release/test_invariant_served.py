@@ -1,0 +1,108 @@
+"""What vLLM serves equals what was trained: a classifier over HTTP, a generative guard in process.
+
+The rest of the invariant (memory, `load_guard`, pipeline, PEFT) is recipes/test_invariant.py.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import scripts
+import torch
+from conftest import tiny_config
+from expguard_rows import authored, prompt_tokenizer, write_rows
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from vllm_server import needs_vllm, post, vllm_server
+
+from common.data import load_conversations, taxonomy
+from guards import load_guard
+
+pytestmark = [pytest.mark.slow, needs_vllm]
+# Heads as wide as vLLM's kernels want them.
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+# vLLM 0.32 cannot load a Gemma 3 classifier: it looks for the layers without their prefix `model.`
+FAMILIES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+
+
+def save_base(folder, family="llama"):
+    """A tiny random model with a tokenizer that knows the words of the guards."""
+    tokenizer = prompt_tokenizer()
+    config = tiny_config(tokenizer, **WIDE)
+    if family != "llama":
+        kind = FAMILIES[family].config_class
+        shape = {key: value for key, value in config.to_dict().items() if key in WIDE}
+        ids = {
+            key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        config = kind(
+            vocab_size=config.vocab_size, num_hidden_layers=2, initializer_range=0.3, **shape, **ids
+        )
+    torch.manual_seed(0)
+    FAMILIES[family](config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_is_served_as_it_was_trained(family, tmp_path):
+    """`/classify` with messages: vLLM renders the folder's own chat template."""
+    flags = ["--max_train_rows", 16, "--max_steps", 2, "--per_device_train_batch_size", 8]
+    flags += ["--learning_rate", 1e-2, "--save_strategy", "no", "--eval_strategy", "no"]
+    folder = tmp_path / "guard"
+    scripts.launch(
+        "moderation", "train.py",
+        "--model_name_or_path", save_base(tmp_path / "base", family), "--output_dir", folder,
+        "--train_data_name_or_path", "beavertails-sample:train", *flags,
+    )  # fmt: skip
+    rows = load_conversations("beavertails-sample:validation", max_rows=6)["messages"]
+    expected = load_guard(str(folder), progress=False).judge(rows)
+    with vllm_server(folder, tmp_path / "serve.log", "--served-model-name", "guard") as address:
+        for messages, verdict in zip(rows, expected, strict=True):
+            asked = {"model": "guard", "messages": messages, "add_special_tokens": False}
+            said = post(f"{address}/classify", asked)["data"][0]["probs"]
+            wanted = [verdict.categories[name] for name in taxonomy("beavertails")]
+            assert said == pytest.approx(wanted, abs=1e-4)
+
+
+SCRIPT = """
+import json, sys
+from dataclasses import asdict
+from guards import load_guard
+if __name__ == "__main__":
+    rows = json.load(open(sys.argv[2]))
+    verdicts = load_guard(sys.argv[1], engine="vllm", progress=False).judge(rows)
+    json.dump([asdict(verdict) for verdict in verdicts], open(sys.argv[3], "w"))
+"""
+
+
+def test_a_generative_guard_is_judged_alike_by_vllm(tmp_path):
+    """ExpGuard's folder: `load_guard(folder, engine="vllm")` gives the verdicts of transformers."""
+    folder, data = tmp_path / "guard", write_rows(tmp_path / "rows.jsonl", authored(24))
+    scripts.launch(
+        "expguard", "train.py",
+        "--model_name_or_path", save_base(tmp_path / "base"), "--dataset_name", data,
+        "--output_dir", folder, "--max_seq_len", 400, "--learning_rate", 3e-3, "--max_steps", 30,
+        "--disable_checkpointing",
+    )  # fmt: skip
+    rows = load_conversations("beavertails-sample:validation", max_rows=6)["messages"]
+    (tmp_path / "asked.json").write_text(json.dumps(list(rows)))
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = [sys.executable, "run.py", str(folder), "asked.json", "found.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    expected = load_guard(str(folder), progress=False).judge(rows)
+    assert any(verdict.error is None for verdict in expected), "it has not learned the words"
+    for mine, theirs in zip(expected, found, strict=True):
+        assert theirs["error"] == mine.error
+        for label in ("prompt_unsafe", "response_unsafe"):
+            score = getattr(mine, label)
+            assert theirs[label] == (score if score is None else pytest.approx(score, abs=1e-4))
