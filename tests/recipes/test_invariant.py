@@ -109,11 +109,12 @@ def test_moderation_says_what_was_trained(moderation, rows):
     assert np.ptp(expected, axis=0).max() > 0.01, (
         "the rows cannot be told apart: nothing would be seen here"
     )
-    judged = [
-        [v.categories[name] for name in LABELS]
-        for v in load_guard(str(folder), progress=False).judge(rows)
-    ]
+    guard = load_guard(str(folder), progress=False)
+    verdicts = guard.judge(rows)
+    judged = [[verdict.categories[name] for name in LABELS] for verdict in verdicts]
     np.testing.assert_allclose(judged, expected, atol=2e-5)
+    # GuardBench calls `moderate`
+    assert guard.moderate(rows) == [verdict.response_unsafe for verdict in verdicts]
 
     options = {"top_k": None, "function_to_apply": "sigmoid", "dtype": torch.float32}
     pipe = pipeline("text-classification", str(folder), **options)
