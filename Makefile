@@ -46,4 +46,4 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 
 bench: setup
-	cd bench && $(BIN)/python moderation.py && $(BIN)/python lora_guard.py && $(BIN)/python generation.py && $(BIN)/python guards.py && $(BIN)/python expguard.py
+	cd bench && for name in moderation lora_guard generation verdicts expguard; do $(BIN)/python $$name.py || exit 1; done

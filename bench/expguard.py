@@ -13,155 +13,149 @@ alone; batches of like length, or laid out as a tree, what rows share once and n
 differ by more than 1e-4 of the largest.
 """
 
-import argparse
 import random
 import statistics
 import sys
-import time
-from pathlib import Path
 
 import torch
-from side_by_side import ROOT, SEED, TOLERANCE, recipe_modules
+from side_by_side import (
+    ROOT,
+    SEED,
+    TOLERANCE,
+    bench_parser,
+    medians,
+    recipe_modules,
+    take_turns,
+    write_results,
+)
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from common import report
 from common.bundled import resolve_model
 from common.conversation import last_turns, pair
 from common.prefix import shared_prefix_collator
-from common.run import device, manifest, run_cli, write_json
+from common.run import device, run_cli
 from common.training import answers_loss, read_answers
 
 TARGET = 9.0  # of the better way, at a quarter of the lengths
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder"
-    )
+    parser = bench_parser(__doc__, "expguard", rounds=1)
     parser.add_argument(
         "--maximum", type=int, default=1024, help="of 4096: lengths are scaled with it"
     )
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--micro_batch", type=int, default=4)
-    parser.add_argument("--output", type=Path, default=ROOT / "output/bench/expguard.json")
     args = parser.parse_args()
     set_seed(SEED)
-    (rows_module,) = recipe_modules("expguard", "rows")
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.model))
-    encoder = rows_module.Encoder(tokenizer, 4096)
-    rows = rows_module.read_rows(str(ROOT / "data/sample/expguard/train.jsonl"), "")
-    encoded, _ = encoder.training_set(strung(rows, args.rows))
-    rows = [scaled(row, args.maximum / 4096) for row in encoded]
-    model = (
-        AutoModelForCausalLM.from_pretrained(resolve_model(args.model), dtype=torch.float32)
-        .to(device())
-        .train()
-    )
-    verdicts = sum(label != -100 for row in rows for label in row["labels"])
-    by_length = sorted(rows, key=lambda row: -len(row["input_ids"]))
-
-    def ours(batches, collate):
-        for batch in batches:
-            answers = read_answers(model, on_device(collate(batch)))
-            answers_loss(answers, verdicts).backward()
-
-    def original():
-        for batch in chunks(rows, args.micro_batch):
-            inputs = on_device(padded(batch, tokenizer.pad_token_id, args.maximum))
-            labels = inputs.pop("labels")[:, 1:]
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            (
-                cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-                / verdicts
-            ).backward()
-
-    def like_length(batch):
-        return padded(batch, tokenizer.pad_token_id, max(len(row["input_ids"]) for row in batch))
-
+    rows = encoded_rows(tokenizer, args)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(args.model), dtype=torch.float32)
+    model.to(device()).train()
+    padded = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    original = f"original: padded to {args.maximum}"
     ways = {
-        "like length, verdict logits": lambda: ours(
-            chunks(by_length, args.micro_batch), like_length
-        ),
+        "like length, verdict logits": lambda: ours(model, rows, args, padded),
         "laid out as a tree, verdict logits": lambda: ours(
-            chunks(by_length, args.micro_batch), shared_prefix_collator
+            model, rows, args, shared_prefix_collator
         ),
-        f"original: padded to {args.maximum}": original,
+        original: lambda: padded_to_maximum(model, rows, args, tokenizer.pad_token_id),
     }
-    seconds, gradients = {}, {}
-    ours(chunks(by_length, args.micro_batch)[-1:], like_length)  # gradients get their memory
-    for name, way in ways.items():
-        model.zero_grad()
-        start = time.perf_counter()
-        way()
-        gradients[name] = [parameter.grad.clone() for parameter in model.parameters()]
-        seconds[name] = time.perf_counter() - start
-        print(f"{name}: {seconds[name]:.1f} s", file=sys.stderr, flush=True)
-    reference = gradients[name]
-    size = max(g.abs().max().item() for g in reference)
-    differences = {
-        way: max((a - b).abs().max().item() for a, b in zip(of, reference, strict=True)) / size
-        for way, of in gradients.items()
-    }
-    table = [
-        [way, len(rows) / s, seconds[name] / s, differences[way]] for way, s in seconds.items()
-    ]
+    ours(model, rows[-1:], args, padded)  # gradients get their memory
+    seconds, gradients = take_turns(ways, args.rounds)
+    median = medians(seconds)
+
+    reference = gradients[original]
+    largest = max(gradient.abs().max().item() for gradient in reference)
+    differences = {}
+    table = []
+    for way, found in gradients.items():
+        apart = [(a - b).abs().max().item() for a, b in zip(found, reference, strict=True)]
+        differences[way] = max(apart) / largest
+        ratio = median[original] / median[way]
+        table.append([way, len(rows) / median[way], ratio, differences[way]])
     print(report.table(table, ["", "rows/s", "ratio", "gradient difference"]))
-    print(
-        f"{len(rows)} rows of {statistics.mean(len(row['input_ids']) for row in rows):.0f} tokens"
-    )
+    mean = statistics.mean(len(row["input_ids"]) for row in rows)
+    print(f"{len(rows)} rows of {mean:.0f} tokens (target {TARGET}x)")
     results = {"seconds": seconds, "differences": differences, "target": TARGET}
-    write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
+    write_results(args, results)
     sys.exit(max(differences.values()) > TOLERANCE)
+
+
+# --- The rows -----------------------------------------------------------------------------------
+
+
+def encoded_rows(tokenizer, args) -> list[dict]:
+    """Rows as train.py encodes them, of which the last part is kept."""
+    (recipe,) = recipe_modules("expguard", "rows")
+    sample = recipe.read_rows(str(ROOT / "data/sample/expguard/train.jsonl"), "")
+    encoded, _ = recipe.Encoder(tokenizer, 4096).training_set(strung(sample, args.rows))
+    rows = []
+    for row in encoded:
+        keep = max(round(len(row["input_ids"]) * args.maximum / 4096), verdicts([row]) + 1)
+        rows.append({name: row[name][-keep:] for name in ("input_ids", "labels")})
+    return rows
 
 
 def strung(rows: list[dict], count: int) -> list[dict]:
     """Rows of the sample with 2 to 16 messages of its rows for one; every second has a response."""
-    rng, out = random.Random(SEED), []
+    rng = random.Random(SEED)
     answered = [row for row in rows if row["response_unsafe"] is not None]
+    long_rows = []
     for i in range(count):
         row = rng.choice(answered)
-        turns = zip(
-            *(last_turns(r["messages"]) for r in rng.sample(answered, rng.randint(2, 16))),
-            strict=True,
-        )
-        prompt, response = (" ".join(texts) for texts in turns)
-        kept = row if i % 2 else row | {"response_unsafe": None}
-        out.append(kept | {"messages": pair(prompt, response if i % 2 else None)})
-    return out
+        some = rng.sample(answered, rng.randint(2, 16))
+        turns = [last_turns(one["messages"]) for one in some]
+        prompt = " ".join(question for question, _ in turns)
+        response = " ".join(answer for _, answer in turns)
+        if i % 2:
+            long_rows.append(row | {"messages": pair(prompt, response)})
+        else:
+            long_rows.append(row | {"messages": pair(prompt), "response_unsafe": None})
+    return long_rows
 
 
-def scaled(row: dict, share: float) -> dict:
-    """The last part of a row."""
-    keep = max(
-        round(len(row["input_ids"]) * share), sum(label != -100 for label in row["labels"]) + 1
-    )
-    return {name: row[name][-keep:] for name in ("input_ids", "labels")}
+def verdicts(rows: list[dict]) -> int:
+    """How many tokens are learned."""
+    return sum(label != -100 for row in rows for label in row["labels"])
 
 
-def chunks(rows: list[dict], size: int) -> list[list[dict]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+# --- The ways -----------------------------------------------------------------------------------
 
 
-def padded(batch: list[dict], pad: int, width: int) -> dict[str, torch.Tensor]:
-    def fill(name, value):
-        return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in batch])
+def ours(model, rows: list[dict], args, collate) -> list[torch.Tensor]:
+    """Gradients by the recipe's loss, in batches of like length."""
+    by_length = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    model.zero_grad()
+    for start in range(0, len(rows), args.micro_batch):
+        batch = collate(by_length[start : start + args.micro_batch])
+        answers = read_answers(model, on_device(batch))
+        answers_loss(answers, verdicts(rows)).backward()
+    return gradients_of(model)
 
-    mask = torch.tensor(
-        [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
-    )
-    return {
-        "input_ids": fill("input_ids", pad),
-        "labels": fill("labels", -100),
-        "attention_mask": mask,
-    }
+
+def padded_to_maximum(model, rows: list[dict], args, pad: int) -> list[torch.Tensor]:
+    """Gradients as the paper's code has them: every row as long as the maximum, all logits."""
+    collate = DataCollatorForLanguageModeling(pad, pad_to_multiple_of=args.maximum)
+    model.zero_grad()
+    for start in range(0, len(rows), args.micro_batch):
+        batch = on_device(collate(rows[start : start + args.micro_batch]))
+        labels = batch.pop("labels")[:, 1:].flatten()
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        loss = cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum")
+        (loss / verdicts(rows)).backward()
+    return gradients_of(model)
 
 
 def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device()) for name, tensor in batch.items()}
+
+
+def gradients_of(model) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What the benches share: ways that take turns on the same rows, and texts of real lengths."""
+"""What the benches share: flags, ways that take turns on the same rows, texts of real lengths."""
 
+import argparse
 import importlib
 import math
 import os
@@ -7,7 +8,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,44 +17,131 @@ import torch
 
 from common.conversation import Messages, last_turns, pair
 from common.data import read_rows
+from common.run import expand_home, manifest, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TOLERANCE, SEED = 1e-4, 42
+TOLERANCE = 1e-4
+SEED = 42
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+def bench_parser(description: str, name: str, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the flags that all benches have; `~` is the home folder however it is given.
+
+    Args:
+        name: of the bench, and of the file of its results.
+        rounds: how often the ways take turns, if the user does not say.
+    """
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=kind)
+    parser.add_argument(
+        "--model",
+        type=expand_home,
+        default="smollm2-135m-instruct",
+        help="bundled name, hub id or folder",
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often the ways take turns")
+    parser.add_argument(
+        "--output",
+        type=home_path,
+        default=ROOT / f"output/bench/{name}.json",
+        help="the file of the results",
+    )
+    return parser
+
+
+def home_path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def write_results(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    """Write what was measured, with what it was measured on, to `--output`."""
+    write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
+
+
+# --- Timing -------------------------------------------------------------------------------------
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, what: str = ""
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Run all ways, one after the other, `rounds` times, so that a slow minute slows all of them.
+
+    A way ends with its result on the CPU, so that an accelerator has finished.
+
+    Args:
+        what: what the lines about progress begin with.
+
+    Returns:
+        The seconds of each way, a number a round, and what it returned in the last round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    returned = {}
+    for turn in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            returned[name] = way()
+            seconds[name].append(time.perf_counter() - start)
+            line = f"{what}round {turn + 1}, {name}: {seconds[name][-1]:.2f} s"
+            print(line, file=sys.stderr, flush=True)
+    return seconds, returned
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(rounds) for name, rounds in seconds.items()}
 
 
 def compare(
     model, ways: dict[str, Callable], rows: int, rounds: int
 ) -> tuple[dict[str, Any], list]:
-    """Run the ways in turn (ours first, the paper's last): what was measured, and what each way
-    returned.
+    """Run the ways in turn (ours first, the paper's last) and count the tokens that they process.
+
+    Returns:
+        Speed and share of useful tokens of each way, and what each way returned.
     """
-    masks: list[torch.Tensor] = []  # tokens are counted where they are processed
-    hook = model.register_forward_pre_hook(
-        lambda _, a, kw: masks.append(kw["attention_mask"]), with_kwargs=True
-    )
-    seconds, share, returned = {name: [] for name in ways}, {}, {}
-    for turn in range(rounds):
-        for name, way in ways.items():
+    masks: list[torch.Tensor] = []
+    share = {}
+
+    def counted(name: str, way: Callable) -> Callable:
+        def run() -> Any:
             masks.clear()
-            start = time.perf_counter()
-            # ends with its result on the CPU, so that an accelerator has finished
-            returned[name] = way()
-            seconds[name].append(time.perf_counter() - start)
-            share[name] = sum(mask.sum().item() for mask in masks) / sum(
-                mask.numel() for mask in masks
-            )
-            print(
-                f"round {turn + 1}, {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True
-            )
+            result = way()
+            useful = sum(mask.sum().item() for mask in masks)
+            share[name] = useful / sum(mask.numel() for mask in masks)
+            return result
+
+        return run
+
+    def keep_mask(module, args, kwargs) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    hook = model.register_forward_pre_hook(keep_mask, with_kwargs=True)
+    counting = {name: counted(name, way) for name, way in ways.items()}
+    seconds, returned = take_turns(counting, rounds)
     hook.remove()
-    keys = ("rows_per_s_best", "rows_per_s_median", "useful_token_share", "ratio", "seconds")
-    paper = statistics.median(seconds[name])
-    for name, s in seconds.items():
-        median = statistics.median(s)
-        seconds[name] = dict(
-            zip(keys, (rows / min(s), rows / median, share[name], paper / median, s), strict=True)
-        )
-    return {"ways": seconds, "ratio": seconds[next(iter(ways))]["ratio"]}, list(returned.values())
+    median = medians(seconds)
+    ours, *_, papers = ways
+    found = {}
+    for name in ways:
+        found[name] = {
+            "rows_per_s_best": rows / min(seconds[name]),
+            "rows_per_s_median": rows / median[name],
+            "useful_token_share": share[name],
+            "ratio": median[papers] / median[name],
+            "seconds": seconds[name],
+        }
+    return {"ways": found, "ratio": found[ours]["ratio"]}, list(returned.values())
+
+
+def equality(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
+    """How far two results lie apart, relative to the second where that is above 1."""
+    difference = ((a - b).abs() / b.abs().clamp(min=1)).max().item()
+    return {"difference": difference, "equal": difference <= TOLERANCE}
+
+
+# --- What is compared ---------------------------------------------------------------------------
 
 
 def recipe_modules(recipe: str, *names: str) -> list[ModuleType]:
@@ -68,40 +156,51 @@ def recipe_modules(recipe: str, *names: str) -> list[ModuleType]:
         sys.path.remove(folder)
 
 
-def equality(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
-    difference = ((a - b).abs() / b.abs().clamp(min=1)).max().item()
-    return {"difference": difference, "equal": difference <= TOLERANCE}
-
-
 def real_data(*parts: str) -> Path | None:
-    """A file or folder of real data in the folder that GUARDRAIL_RECIPES_DATA names, if it is
-    there.
-    """
+    """A file or folder of the real data that GUARDRAIL_RECIPES_DATA names, if it is there."""
     folder = os.environ.get("GUARDRAIL_RECIPES_DATA")
-    path = Path(folder, *parts) if folder else None
-    return path if path and path.exists() else None
+    if not folder:
+        return None
+    path = Path(folder, *parts)
+    return path if path.exists() else None
 
 
 def real_length_pairs(train, count: int) -> dict[str, list[Messages]]:
     """Pairs by the name of their source: sample sentences strung to real lengths, and XSTest where
     it is at hand.
     """
-    rng, normal = random.Random(SEED), statistics.NormalDist(math.log(60), 0.6)
+    rng = random.Random(SEED)
     questions, answers = zip(*(last_turns(row["messages"]) for row in train), strict=True)
     words = " ".join(rng.sample(answers, len(answers))).split()
-    # Log-normal: median 60 words; one answer in 270 reaches 300, and there the tail is cut off.
-    lengths = [min(300, round(math.exp(normal.inv_cdf((i + 0.5) / count)))) for i in range(count)]
+    lengths = log_normal_lengths(count)
     starts = [rng.randrange(len(words) - 300) for _ in lengths]
-    built = [
-        " ".join(words[i : i + n]) for i, n in zip(starts, rng.sample(lengths, count), strict=True)
-    ]
+    built = []
+    for start, length in zip(starts, rng.sample(lengths, count), strict=True):
+        built.append(" ".join(words[start : start + length]))
     pairs = {"log-normal lengths": [pair(rng.choice(questions), answer) for answer in built]}
-    # XSTest's answers were cut off at 256 tokens when they were generated: many are as long as the
-    # longest.
+    real = xstest_pairs()
+    if real:
+        pairs["XSTest answers"] = rng.sample(real, min(count, len(real)))
+    return pairs
+
+
+def log_normal_lengths(count: int) -> list[int]:
+    """Median 60 words; one answer in 270 reaches 300, and there the tail is cut off."""
+    normal = statistics.NormalDist(math.log(60), 0.6)
+    shares = [(i + 0.5) / count for i in range(count)]
+    return [min(300, round(math.exp(normal.inv_cdf(share)))) for share in shares]
+
+
+def xstest_pairs() -> list[Messages]:
+    """XSTest's answers. They were cut off at 256 tokens when they were generated: many are as long
+    as the longest.
+    """
     folder = real_data("xstest")
-    files = sorted(folder.glob("completions_*.csv")) if folder else []
-    rows = [row for file in files for _, row in read_rows(file)]
-    rows = [
-        pair(row["prompt"], row["completion"]) for row in rows if (row["completion"] or "").strip()
-    ]
-    return pairs | ({"XSTest answers": rng.sample(rows, min(count, len(rows)))} if rows else {})
+    if folder is None:
+        return []
+    pairs = []
+    for file in sorted(folder.glob("completions_*.csv")):
+        for _, row in read_rows(file):
+            if (row["completion"] or "").strip():
+                pairs.append(pair(row["prompt"], row["completion"]))
+    return pairs
