@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -29,9 +29,31 @@ import yaml
 from common.conversation import Messages, UserError, check_messages, check_text
 from common.data.files import Rows, read_rows
 from common.data.specs import first_line, load_hub
-from guards.suite.prepare import PREPARE, among, cell, plain, vote
+from guards.suite.prepare import PREPARE, SourceRow, among, cell, plain, vote
 
 logger = logging.getLogger(__name__)
+# The names that ExpGuard's evaluation code gives to benchmarks (its scripts/safety_eval.sh).
+PAPER_NAMES = {
+    "aegis_safety_dataset2:prompt": "aegis2_prompt",
+    "aegis_safety_dataset2:response": "aegis2_response",
+    "beavertails:response": "beavertails",
+    "expguardtest:prompt": "expguardtest_prompt",
+    "expguardtest:response": "expguardtest_response",
+    "harmbench": "harmbench_prompt",
+    "harmbench:prompt": "harmbench_prompt",
+    "harmbench:response": "harmbench_response",
+    "openai_mod": "openai_moderation",
+    "openai_mod:prompt": "openai_moderation",
+    "saferlhf:response": "saferlhf",
+    "toxicchat:prompt": "toxicchat",
+    "toxicchat:unfiltered": "toxicchat_full",
+    "wildguardtest_prompt:prompt": "wildguardtest_prompt",
+    "wildguardtest_response:response": "wildguardtest_response",
+    "xstest_prompt_harm": "xstest_prompt",
+    "xstest_prompt_harm:prompt": "xstest_prompt",
+}
+# what of an entry goes into a benchmark's facts as it is
+COPIED = ("hub", "url", "config", "split", "revision", "licence", "gate", "notes", "unsaid_is")
 
 
 @dataclass(frozen=True)
@@ -61,11 +83,17 @@ def benchmark_names(label: str | None = None) -> list[str]:
     return [name for name, entry in benchmarks().items() if label in (None, entry["label"])]
 
 
+def split_spec(spec: str) -> tuple[str, str]:
+    """The name of a benchmark, by our word for it, and its local copy ("" for none)."""
+    name, _, local = spec.partition("@")
+    return PAPER_NAMES.get(name, name), os.path.expanduser(local)
+
+
 def is_benchmark(spec: str) -> bool:
     """Whether a spec is a name of benchmarks.yaml, alone or with a local copy; else it is a data
     spec.
     """
-    return spec.partition("@")[0] in benchmarks()
+    return split_spec(spec)[0] in benchmarks()
 
 
 def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
@@ -74,65 +102,52 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     Args:
         spec: see the module's docstring.
         max_rows: keep so many rows, evenly spaced, because some sets are sorted by label; counts
-        are then not checked.
+            are then not checked.
 
     Returns:
-        The benchmark. Its facts: the entry's hub or url, config, split, revision, licence, gate and
-        notes; `page`, where a gate opens; `file`, the local copy's name; `expected` (None: not
-        confirmed) and `found` {"size", "positives"}; `mismatch`, how they differ, or None;
-        `left_out` {reason: rows}; `dropped`: so many of these are `expected`; `duplicates` and
-        `conflicts`, rows so marked; `recall_only`: all rows are positive by rule;
+        The benchmark. Its facts: the entry's hub or url, config, split, revision, licence, gate,
+        notes and unsaid_is; `page`, where a gate opens; `file`, the local copy's name; `expected`
+        (None: not confirmed) and `found` {"size", "positives"}; `mismatch`, how they differ, or
+        None; `left_out` {reason: rows}; `dropped`: so many of these are `expected`; `duplicates`
+        and `conflicts`, rows so marked; `recall_only`: all rows are positive by rule;
         `contaminated_by`, names of guards.
 
     Raises:
         UserError: unknown name, no such file, closed gate, a column that is missing, an unknown
-        label, an empty text,
-            no rows.
+            label, an empty text, no rows.
     """
-    name, at, local = spec.partition("@")
-    local = os.path.expanduser(local)
+    name, local = split_spec(spec)
     entry = benchmarks().get(name)
     if entry is None:
         near = difflib.get_close_matches(name.lower(), benchmarks(), 5, 0.5) or list(benchmarks())
         raise UserError(f"{spec}: no benchmark {name!r}; near it: {', '.join(near)}")
-    if at and not local:
+    if "@" in spec and not local:
         raise UserError(f"{spec}: no file after the @; expected {name}@FILE")
     if max_rows is not None and max_rows < 1:
         raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
-    source = _source_rows(name, entry, local)
-    left_out: Counter[str] = Counter()
-    items = defaultdict(list)  # annotations by item
-    for index, where, row in PREPARE[entry["prepare"]](source) if "prepare" in entry else source:
-        if reason := _left_out(row, entry):
-            left_out[reason] += 1
-            continue
-        item = tuple(cell(row, column, where) for column in entry.get("majority_of", ())) or len(
-            items
-        )
-        items[item].append((_share(row, entry["gold"], where), index, where, row))
-    rows = [
-        _row(entry, fmean(share for share, *_ in item) > 0.5, *item[0][1:])
-        for item in items.values()
-    ]
+    rows, left_out = _labelled_rows(entry, _source_rows(name, entry, local))
     if not rows:
-        raise UserError(f"{spec}: no rows{f'; left out: {dict(left_out)}' if left_out else ''}")
+        why = f"; left out: {left_out}" if left_out else ""
+        raise UserError(f"{spec}: no rows{why}")
     if max_rows is not None and max_rows < len(rows):
         rows = [rows[i * len(rows) // max_rows] for i in range(max_rows)]
-    copied = ("hub", "url", "config", "split", "revision", "licence", "gate", "notes")
-    facts = {key: entry.get(key) for key in copied} | {
+    duplicates, conflicts = _mark_repeats(rows)
+    reasons = [f"{column} is {word}" for column, word in entry.get("drop", {}).items()]
+    facts = {key: entry.get(key) for key in COPIED} | {
         "page": _page(entry),
         "file": Path(local).name if local else None,
-        "left_out": dict(left_out),
-        **_mark_repeats(rows),
+        "left_out": left_out,
+        "dropped": sum(left_out.get(reason, 0) for reason in reasons),
+        "duplicates": duplicates,
+        "conflicts": conflicts,
         "recall_only": entry["gold"] == {"always": True},
         "contaminated_by": list(entry.get("contaminated_by", ())),
         "expected": {key: entry[key] for key in ("size", "positives")} if entry["size"] else None,
         "found": {"size": len(rows), "positives": sum(row["label"] for row in rows)},
+        "mismatch": None,
     }
-    facts["dropped"] = sum(
-        left_out[f"{column} is {word}"] for column, word in entry.get("drop", {}).items()
-    )
-    facts["mismatch"] = _mismatch(facts) if max_rows is None else None
+    if max_rows is None:
+        facts["mismatch"] = _mismatch(facts)
     if facts["mismatch"]:
         logger.warning("%s: %s", spec, facts["mismatch"])
     return Benchmark(name, entry["label"], rows, facts)
@@ -142,51 +157,84 @@ def _page(entry: Mapping) -> str | None:
     return f"https://huggingface.co/datasets/{entry['hub']}" if "hub" in entry else None
 
 
-def _mark_repeats(rows: list[dict]) -> dict[str, int]:
+def _mark_repeats(rows: Sequence[dict]) -> tuple[int, int]:
     """Set `duplicate` and `conflict` on every row, and count them."""
-    golds, seen = defaultdict(set), set()
+    labels_of = defaultdict(set)
     for row in rows:
-        golds[row["id"]].add(row["label"])
+        row["duplicate"] = row["label"] in labels_of[row["id"]]
+        labels_of[row["id"]].add(row["label"])
     for row in rows:
-        row["duplicate"], row["conflict"] = (
-            (row["id"], row["label"]) in seen,
-            len(golds[row["id"]]) > 1,
-        )
-        seen.add((row["id"], row["label"]))
-    return {f"{mark}s": sum(row[mark] for row in rows) for mark in ("duplicate", "conflict")}
+        row["conflict"] = len(labels_of[row["id"]]) > 1
+    return sum(row["duplicate"] for row in rows), sum(row["conflict"] for row in rows)
 
 
 def _mismatch(facts: Mapping[str, Any]) -> str | None:
     """How the counts differ from the known ones, and what was left out; None if they agree or
     nothing is known.
     """
-    known = {key: value for key, value in (facts["expected"] or {}).items() if value is not None}
-    lacking = {key: value - facts["found"][key] for key, value in known.items()}
-    if (
-        lacking.get("size", facts["dropped"])
-        == facts["dropped"]
-        >= lacking.get("positives", 0)
-        >= 0
-    ):
+    expected, found, dropped = facts["expected"] or {}, facts["found"], facts["dropped"]
+    known = [key for key, value in expected.items() if value is not None]
+    lacking = {key: expected[key] - found[key] for key in known}
+    # Papers count the dropped rows, of which each may be positive or not.
+    size_fits = lacking.get("size", dropped) == dropped
+    if size_fits and 0 <= lacking.get("positives", 0) <= dropped:
         return None
-    counts = (", ".join(f"{key} {part[key]}" for key in known) for part in (known, facts["found"]))
+    ours = ", ".join(f"{key} {found[key]}" for key in known)
+    theirs = ", ".join(f"{key} {expected[key]}" for key in known)
     left_out = "".join(f"; {rows} rows left out: {why}" for why, rows in facts["left_out"].items())
-    return f"expected {' but found '.join(counts)}{left_out}"
+    return f"expected {theirs} but found {ours}{left_out}"
 
 
-# --- a row ------------------------------------------------------------------------------------------------------------
+# --- a row ----------------------------------------------------------------------------------------
 
 
-def _left_out(row: Mapping, entry: Mapping) -> str | None:
+def _labelled_rows(
+    entry: Mapping, source: Iterator[SourceRow]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows that a benchmark counts, with their gold labels, and how many it does not, by
+    reason. Annotations of one item are one row.
+    """
+    if "prepare" in entry:
+        source = PREPARE[entry["prepare"]](source)
+    left_out: Counter[str] = Counter()
+    items = defaultdict(list)
+    for index, where, row in source:
+        reason = _why_left_out(row, entry)
+        if reason:
+            left_out[reason] += 1
+            continue
+        item = len(items)
+        if "majority_of" in entry:
+            item = tuple(cell(row, column, where) for column in entry["majority_of"])
+        items[item].append((_share(row, entry["gold"], where), index, where, row))
+    rows = []
+    for annotations in items.values():
+        gold = fmean(share for share, *_ in annotations) > 0.5
+        _, index, where, row = annotations[0]
+        messages = _messages(row, entry, where)
+        groups = {name: _group(row, rule, where) for name, rule in entry.get("groups", {}).items()}
+        rows.append(
+            {
+                "id": row_id(entry["label"], messages),
+                "messages": messages,
+                "label": gold,
+                "groups": {name: value for name, value in groups.items() if value is not None},
+                "index": index,
+            }
+        )
+    return rows, dict(left_out)
+
+
+def _why_left_out(row: Mapping, entry: Mapping) -> str | None:
     """Why the benchmark does not count this row, if so."""
     for column, wanted in entry.get("keep", {}).items():
-        if plain(row.get(column)) is None or (
-            wanted != "present" and not among(row[column], wanted)
-        ):
+        is_there = plain(row.get(column)) is not None
+        if not is_there or (wanted != "present" and not among(row[column], wanted)):
             return f"{column} is not {wanted}"
-    return next(
-        (f"{c} is {word}" for c, word in entry.get("drop", {}).items() if row.get(c) == word), None
-    )
+    for column, word in entry.get("drop", {}).items():
+        if row.get(column) == word:
+            return f"{column} is {word}"
+    return None
 
 
 def _share(row: Mapping, rule: Mapping, where: str) -> float:
@@ -194,37 +242,22 @@ def _share(row: Mapping, rule: Mapping, where: str) -> float:
     if "always" in rule:
         return float(rule["always"])
     if "sum_of" in rule:
+        columns = rule["sum_of"]
         try:
-            return float(
-                sum(float(cell(row, column, where)) for column in rule["sum_of"]) > rule["above"]
-            )
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{where}, field {' or '.join(rule['sum_of'])}: expected a number"
-            ) from None
+            total = sum(float(cell(row, column, where)) for column in columns)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            names = " or ".join(columns)
+            raise UserError(f"{where}, field {names}: expected a number") from None
+        return float(total > rule["above"])
     if "column" in rule:
         return vote(cell(row, rule["column"], where), rule["column"], rule, where)
-    if "absent" not in rule or not any(column in row for column in rule["columns"]):
-        row = {column: cell(row, column, where) for column in rule["columns"]}
-    return float(
-        sum(vote(row.get(column), column, rule, where) for column in rule["columns"])
-        >= rule["at_least"]
-    )
-
-
-def _row(entry: Mapping, gold: bool, index: int, where: str, row: Mapping) -> dict[str, Any]:
-    if entry["messages"] is None:  # then `prepare` has written them
-        messages = check_messages(row["messages"], where)
-    else:
-        parts = entry["messages"] if isinstance(entry["messages"], list) else [entry["messages"]]
-        turns = [turn for part in parts for turn in part.items()]
-        messages = [
-            {"role": role, "content": _text(row, columns, entry, where)} for role, columns in turns
-        ]
-    key = row_id(entry["label"], messages)
-    groups = {name: _group(row, rule, where) for name, rule in entry.get("groups", {}).items()}
-    groups = {name: value for name, value in groups.items() if value is not None}
-    return {"id": key, "messages": messages, "label": gold, "groups": groups, "index": index}
+    columns = rule["columns"]
+    if "absent" not in rule or not any(column in row for column in columns):
+        row = {column: cell(row, column, where) for column in columns}
+    votes = sum(vote(row.get(column), column, rule, where) for column in columns)
+    return float(votes >= rule["at_least"])
 
 
 def row_id(label: str, messages: Messages) -> str:
@@ -233,44 +266,51 @@ def row_id(label: str, messages: Messages) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _text(row: Mapping, columns: str | list[str], entry: Mapping, where: str) -> str:
-    """One column, or the columns that are not empty (the first must not be)."""
-    columns = [columns] if isinstance(columns, str) else columns
-    filled = [
-        column
-        for column in columns
-        if column == columns[0] or plain(cell(row, column, where)) is not None
-    ]
-    return entry.get("join", "").join(
-        check_text(cell(row, column, where), column, where) for column in filled
-    )
+def _messages(row: Mapping, entry: Mapping, where: str) -> Messages:
+    parts = entry["messages"]
+    if parts is None:  # then `prepare` has written them
+        return check_messages(row["messages"], where)
+    messages = []
+    for part in parts if isinstance(parts, list) else [parts]:
+        for role, columns in part.items():
+            columns = columns if isinstance(columns, list) else [columns]
+            content = entry.get("join", "").join(_texts(row, columns, where))
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def _texts(row: Mapping, columns: Sequence[str], where: str) -> Iterator[str]:
+    """The columns that are not empty; the first must not be."""
+    for column in columns:
+        text = cell(row, column, where)
+        if column == columns[0] or plain(text) is not None:
+            yield check_text(text, column, where)
 
 
 def _group(row: Mapping, rule: str | Mapping, where: str) -> str | None:
     """The sub-group of a row; None where it has none, or the copy lacks the column."""
-    rule = {"column": rule} if isinstance(rule, str) else rule
+    if isinstance(rule, str):
+        rule = {"column": rule}
     value = row.get(rule["column"])
     if plain(value) is None:
         return None
     if "top_above" not in rule:
         names = {plain(key): name for key, name in rule.get("values", {}).items()}
         return names.get(plain(value), rule.get("other", str(value)))
-    try:  # text that looks like Python, from a file: a literal, never code
-        name, score = max(
-            ast.literal_eval(value) if isinstance(value, str) else value,
-            key=lambda scored: scored[1],
-        )
+    try:
+        # Text of a file that looks like Python is read as a literal, and never run.
+        scored = ast.literal_eval(value) if isinstance(value, str) else value
+        name, score = max(scored, key=lambda one: one[1])
         return str(name) if score >= rule["top_above"] else "low_confidence"
     except (ValueError, SyntaxError, TypeError, LookupError):
-        raise UserError(
-            f"{where}, field {rule['column']}: expected a list of names with scores"
-        ) from None
+        what = "expected a list of names with scores"
+        raise UserError(f"{where}, field {rule['column']}: {what}") from None
 
 
-# --- where rows come from ---------------------------------------------------------------------------------------------
+# --- where rows come from -------------------------------------------------------------------------
 
 
-def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[tuple[int, str, Mapping]]:
+def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[SourceRow]:
     """The rows as they stand; those of several splits say which in a column `split`."""
     if local.endswith(".tar.gz") and Path(local).is_file():  # an archive, named as in the url
         local = str(Path(local).absolute().parent)
@@ -288,10 +328,11 @@ def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[tuple[int, s
             if isinstance(row, UserError):
                 raise row
             if not isinstance(row, Mapping):
-                raise UserError(
-                    f"{where}: expected an object with the columns of {name}, found {row!r:.60}"
-                )
-            yield next(numbers), where, row if len(parts) == 1 else {**row, "split": split}
+                what = f"expected an object with the columns of {name}, found {row!r:.60}"
+                raise UserError(f"{where}: {what}")
+            if len(parts) > 1:
+                row = {**row, "split": split}
+            yield next(numbers), where, row
 
 
 def _hub_rows(name: str, entry: Mapping, local: str, split: str) -> Rows:
@@ -301,9 +342,8 @@ def _hub_rows(name: str, entry: Mapping, local: str, split: str) -> Rows:
     hint = f"pass a local copy: {name}@FILE"
     if not local and entry["gate"] != "none":
         hint = f"visit {_page(entry)}, accept the terms, then run `hf auth login`, or {hint}"
-    rows = load_hub(
-        hub, split, entry.get("config"), revision, where=f"{name}, {hub}:{split}", hint=hint
-    )
+    where = f"{name}, {hub}:{split}"
+    rows = load_hub(hub, split, entry.get("config"), revision, where=where, hint=hint)
     for index, row in enumerate(rows):
         yield f"{hub}:{split}, row {index}", row
 
@@ -313,12 +353,12 @@ def _url_rows(name: str, url: str, local: str) -> Rows:
     alike, from `local`.
     """
     url, _, member = url.partition("#")
-    manager = datasets.DownloadManager(
-        download_config=datasets.DownloadConfig(use_etag=False, force_extract=True)
-    )
+    config = datasets.DownloadConfig(use_etag=False, force_extract=True)
+    manager = datasets.DownloadManager(download_config=config)
     try:
         path = Path(local, unquote(Path(url).name)) if local else manager.download(url)
-        path = Path(manager.extract(str(path)), member) if member else path
+        if member:
+            path = Path(manager.extract(str(path)), member)
     except Exception as error:  # the network's and an archive's errors share no base class
         hint = f"check the network, or pass a local copy: {name}@FILE"
         raise UserError(f"{name}, {url}: {first_line(error)} ({hint})") from None

@@ -7,141 +7,102 @@ from common import report
 from guards.suite.score import COMPARED, MARKS, PARSE_ERRORS
 from guards.suite.tables import METRICS
 
+GUARDS = {
+    "spec": "loaded from",
+    "zoo": "in the zoo",
+    "sees": "sees of a conversation",
+    "knows": "trained on their training part (in distribution)",
+}
+BENCHMARKS = (
+    "label",
+    "rows",
+    "positives",
+    "recall_only",
+    *MARKS,
+    "file",
+    "hub",
+    "revision",
+    "licence",
+    "mismatch",
+)
+WITH_INTERVAL = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
+THRESHOLD = {"value": "flags above", "how": "chosen by", "on": "on"}
+PART = {"rows": "rows", "positives": "unsafe", "f1": "F1 ↑", "auprc": "AUPRC ↑"}
+
 
 def failures(results: Mapping[str, Any]) -> str:
     """What could not be measured, and why; nothing where all went well."""
-    rows = [
-        [c["guard"], c["benchmark"], c["reason"]]
-        for c in results["cells"]
-        if c["status"] == "failed"
-    ]
-    rows += [["–", name, reason] for name, reason in results["unread_benchmarks"].items()]
-    return "## Failed\n\n" + report.table(rows, ["guard", "benchmark", "why"]) if rows else ""
+    rows = []
+    for cell in results["cells"]:
+        if cell["status"] == "failed":
+            rows.append([cell["guard"], cell["benchmark"], cell["reason"]])
+    for name, reason in results["unread_benchmarks"].items():
+        rows.append(["–", name, reason])
+    return section("Failed", ["guard", "benchmark", "why"], rows)
 
 
 def details(results: Mapping[str, Any]) -> str:
-    """Guards, benchmarks, intervals, thresholds, parse errors, sub-groups, marked rows and paired
-    differences.
+    """Guards, benchmarks, intervals, thresholds, parse errors, marked rows and paired differences.
+
+    (Sub-groups stand in results.json.)
     """
-    measured = [c for c in results["cells"] if c["status"] == "measured"]
-    facts = (
-        "label",
-        "rows",
-        "positives",
-        "recall_only",
-        *MARKS,
-        "file",
-        "hub",
-        "revision",
-        "licence",
-        "mismatch",
-    )
-    known = [[name, *(b.get(fact) for fact in facts)] for name, b in results["benchmarks"].items()]
-    guards = [
-        [name, g["spec"], g["zoo"], g.get("sees"), ", ".join(g["knows"])]
-        for name, g in results["guards"].items()
+    guards = []
+    for name, guard in results["guards"].items():
+        known = guard | {"knows": ", ".join(guard["knows"])}
+        guards.append([name, *map(known.get, GUARDS)])
+    benchmarks = []
+    for name, facts in results["benchmarks"].items():
+        benchmarks.append([name, *map(facts.get, BENCHMARKS)])
+    intervals, thresholds, errors, marked, differences = [], [], [], [], []
+    for cell in results["cells"]:
+        if cell["status"] != "measured":
+            continue
+        names = [cell["guard"], cell["benchmark"]]
+        scores = [_with_interval(cell[s], cell["intervals"].get(s)) for s in WITH_INTERVAL]
+        intervals.append(names + scores)
+        if cell["threshold"]:
+            thresholds.append([*names, *map(cell["threshold"].get, THRESHOLD)])
+        if cell["errors"]:
+            by_rule = [cell["by_parse_errors"][rule]["f1"] for rule in PARSE_ERRORS]
+            errors.append([*names, cell["errors"], *by_rule])
+        if cell["without"]:
+            marked.append([*names, "all rows", *map(cell.get, PART)])
+        for mark, part in cell["without"].items():
+            marked.append([*names, f"without {mark}", *map(part.get, PART)])
+    for one in results["comparison"]:
+        scores = [one.get(s, {"difference": None, "interval": None}) for s in COMPARED]
+        texts = [_with_interval(score["difference"], score["interval"]) for score in scores]
+        differences.append([one["a"], one["b"], one["benchmark"], one["rows"], *texts])
+    both = ["guard", "benchmark"]
+    sections = [
+        section("Guards", ["", *GUARDS.values()], guards),
+        section("Benchmarks", ["", *(fact.replace("_", " ") for fact in BENCHMARKS)], benchmarks),
+        section(
+            "95 % intervals (bootstrap over prompts)",
+            both + [METRICS[s] for s in WITH_INTERVAL],
+            intervals,
+        ),
+        section("Thresholds", both + list(THRESHOLD.values()), thresholds),
+        section(
+            "F1 by the rule for rows without a verdict",
+            [*both, "without a verdict", *PARSE_ERRORS],
+            errors,
+        ),
+        section("With and without marked rows", [*both, "rows that count", *PART.values()], marked),
+        section(
+            "Paired differences, first minus second",
+            ["first", "second", "benchmark", "rows", *(METRICS[s] for s in COMPARED)],
+            differences,
+        ),
     ]
-    heads = [
-        "",
-        "loaded from",
-        "in the zoo",
-        "sees of a conversation",
-        "trained on their training part (in distribution)",
-    ]
-    sections = {"Guards": (guards, heads)}
-    sections["Benchmarks"] = (known, ["", *(fact.replace("_", " ") for fact in facts)])
-    scores = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
-    sections["95 % intervals (bootstrap over prompts)"] = (
-        [
-            [
-                c["guard"],
-                c["benchmark"],
-                *(_with_interval(c[s], c["intervals"].get(s)) for s in scores),
-            ]
-            for c in measured
-        ],
-        ["guard", "benchmark", *(METRICS[s][0] for s in scores)],
-    )
-    sections["Thresholds"] = (
-        [
-            [c["guard"], c["benchmark"], *map(c["threshold"].get, ("value", "how", "on"))]
-            for c in measured
-            if c["threshold"]
-        ],
-        ["guard", "benchmark", "flags above", "chosen by", "on"],
-    )
-    sections["F1 by the rule for rows without a verdict"] = (
-        [
-            [
-                c["guard"],
-                c["benchmark"],
-                c["errors"],
-                *(c["by_parse_errors"][rule]["f1"] for rule in PARSE_ERRORS),
-            ]
-            for c in measured
-            if c["errors"]
-        ],
-        ["guard", "benchmark", "without a verdict", *PARSE_ERRORS],
-    )
-    sections |= _parts(measured)
-    sections["Paired differences, first minus second"] = (
-        [
-            [
-                c["a"],
-                c["b"],
-                c["benchmark"],
-                c["rows"],
-                *(_with_interval(*_difference(c.get(m))) for m in COMPARED),
-            ]
-            for c in results["comparison"]
-        ],
-        ["first", "second", "benchmark", "rows", *(METRICS[m][0] for m in COMPARED)],
-    )
-    return "\n".join(
-        f"## {title}\n\n{report.table(*table)}" for title, table in sections.items() if table[0]
-    )
+    return "\n".join(text for text in sections if text)
 
 
-def _parts(measured: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[list], list[str]]]:
-    """Scores of sub-groups, and with and without marked rows."""
-    sections = {}
-    sections["Sub-groups"] = (
-        [
-            [
-                c["guard"],
-                c["benchmark"],
-                f"{name} = {value}",
-                *(p[k] for k in ("rows", "positives", "f1", "recall", "fpr")),
-            ]
-            for c in measured
-            for name, values in c["groups"].items()
-            for value, p in values.items()
-        ],
-        ["guard", "benchmark", "sub-group", "rows", "unsafe", "F1 ↑", "recall ↑", "FPR ↓"],
-    )
-    sections["With and without marked rows"] = (
-        [
-            [
-                c["guard"],
-                c["benchmark"],
-                name,
-                *(p[k] for k in ("rows", "positives", "f1", "auprc")),
-            ]
-            for c in measured
-            if c["without"]
-            for name, p in [
-                ("all rows", c),
-                *((f"without {n}", p) for n, p in c["without"].items()),
-            ]
-        ],
-        ["guard", "benchmark", "rows that count", "rows", "unsafe", "F1 ↑", "AUPRC ↑"],
-    )
-    return sections
-
-
-def _difference(found: Mapping[str, Any] | None) -> tuple[float | None, list[float] | None]:
-    return (None, None) if found is None else (found["difference"], found["interval"])
+def section(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table under its title; nothing where it has no rows."""
+    return f"## {title}\n\n{report.table(rows, header)}" if rows else ""
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:
-    return report.number(value) + (f" {report.number(interval)}" if interval else "")
+    text = report.number(value)
+    return f"{text} {report.number(interval)}" if interval else text

@@ -1,7 +1,8 @@
 """Guards on safety benchmarks: every guard of the zoo, a folder or an API on every benchmark, in
 one table.
 
-    python -m guards.suite --guards wildguard llama-guard-3-8b --benchmarks xstest_prompt --output_dir output/suite
+    python -m guards.suite --guards wildguard llama-guard-3-8b --benchmarks xstest_prompt \
+        --output_dir output/suite
 
 examples/expguard/evaluate.py is the same command line, and its docstring has more examples. A
 killed run goes on where it was: verdicts are kept in OUTPUT_DIR/runs as they come.
@@ -10,23 +11,25 @@ killed run goes on where it was: verdicts are kept in OUTPUT_DIR/runs as they co
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas
+from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
-from common.conversation import UserError, Verdict, check_url
+from common.conversation import UserError, check_url
 from common.run import check_output_folder, json_lines, json_text, manifest, parse_args, write_text
-from guards import zoo
+from guards import LONG_INPUTS, zoo
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
 from guards.suite.judge import (
     TASKS,
     Candidate,
+    Found,
     candidates,
     judge_all,
     read_benchmarks,
@@ -35,10 +38,9 @@ from guards.suite.judge import (
 from guards.suite.score import (
     MARKS,
     PARSE_ERRORS,
-    Judged,
     compare,
+    counted,
     judged,
-    resolve,
     row_marks,
     row_set,
     score_cell,
@@ -46,83 +48,83 @@ from guards.suite.score import (
 from guards.suite.tables import METRICS, check_column, csv_text, grid, latex, markdown, published
 
 logger = logging.getLogger("suite")
-TITLE = "# Guards × benchmarks\n\nUnsafe (or a refusal) is positive. "
+HEAD = """# Guards × benchmarks
+
+Unsafe (or a refusal) is positive. Rows without a verdict count {rule}.
+"""
+RULES = {
+    "wrong": "as the paper counts them: an error as wrong, whatever the truth",
+    "unsafe": "as unsafe",
+    "excluded": "nowhere: they are left out",
+}
 CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two writes
 
 
 @dataclass
 class EvaluationArguments:
-    output_dir: str = field(
-        metadata={"help": "Folder for tables, pictures, predictions and kept verdicts."}
-    )
-    guards: list[str] = field(
+    output_dir: str = HfArg(help="Folder for tables, pictures, predictions and kept verdicts.")
+    guards: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "Names of the guard zoo, hub ids, guard folders; name=folder is a local model of a zoo name; "
-            "`:option=value,…` after any of them goes to that guard (qwen3guard-gen-8b:mode=loose)."
-        },
+        help="Names of the guard zoo, hub ids, guard folders; name=folder is a local model of a "
+        "zoo name; `:option=value,…` after any of them goes to that guard "
+        "(qwen3guard-gen-8b:mode=loose).",
     )
-    benchmarks: list[str] = field(
+    benchmarks: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "name or name@local_file; default: those of the ExpGuard paper."},
+        help="name or name@local_file; default: those of the ExpGuard paper.",
     )
-    task_type: str | None = field(
+    task_type: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "prompt | response | refusal | both (the first two): keeps benchmarks of that task."
-        },
+        help="prompt | response | refusal | both (the first two): keeps benchmarks of that task.",
     )
-    engine: str = field(
+    engine: str = HfArg(
         default="transformers",
-        metadata={"help": "transformers | vllm | server (for guards that generate)"},
+        help="transformers | vllm | server (for guards that generate)",
     )
-    server_url: str | None = field(
-        default=None, metadata={"help": "URL of --engine server; its key: SERVER_API_KEY."}
+    server_url: str | None = HfArg(
+        default=None,
+        help="URL of --engine server; its key: SERVER_API_KEY.",
     )
-    server_model: str | None = field(
-        default=None, metadata={"help": "The name on that server of the one guard."}
+    server_model: str | None = HfArg(
+        default=None,
+        help="The name on that server of the one guard.",
     )
-    server_timeout: float = field(
+    server_timeout: float = HfArg(
         default=120.0,
-        metadata={
-            "help": "Seconds of silence that end a request to the server; it is tried again."
-        },
+        help="Seconds of silence that end a request to the server; it is tried again.",
     )
-    long_inputs: str = field(default="windows", metadata={"help": "windows | error | truncate"})
-    max_rows: int | None = field(
-        default=None, metadata={"help": "So many rows of each benchmark, evenly spaced."}
+    long_inputs: str = HfArg(default="windows", help="windows | error | truncate")
+    max_rows: int | None = HfArg(
+        default=None,
+        help="So many rows of each benchmark, evenly spaced.",
     )
-    validation: list[str] = field(
+    validation: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "Data specs or benchmark@file to fit thresholds on; default: the guards' own."
-        },
+        help="Data specs or benchmark@file to fit thresholds on; default: the guards' own.",
     )
-    parse_errors: str = field(
+    parse_errors: str = HfArg(
         default="wrong",
-        metadata={"help": "wrong | unsafe | excluded: how rows without a verdict count"},
+        help="wrong | unsafe | excluded: how rows without a verdict count",
     )
-    train_data: list[str] = field(
+    train_data: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "Data specs; rows whose prompt stands there are marked contaminated."},
+        help="Data specs; rows whose prompt stands there are marked contaminated.",
     )
-    compare: str | None = field(
-        default=None, metadata={"help": "a,b: paired bootstrap of guard a minus guard b."}
+    compare: str | None = HfArg(
+        default=None,
+        help="a,b: paired bootstrap of guard a minus guard b.",
     )
-    add_results: list[str] = field(
+    add_results: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "results.json of other runs, whose guards come into the same table."},
+        help="results.json of other runs, whose guards come into the same table.",
     )
-    published: str = field(
-        default="run", metadata={"help": "Published numbers: run (of its guards) | all | none"}
+    published: str = HfArg(
+        default="run",
+        help="Published numbers: run (of its guards) | all | none",
     )
-    bootstrap_rounds: int = field(
-        default=1000, metadata={"help": "Draws for the intervals; 0: none."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with a model."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Judge everything anew."})
+    bootstrap_rounds: int = HfArg(default=1000, help="Draws for the intervals; 0: none.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model.")
+    overwrite: bool = HfArg(default=False, help="Judge everything anew.")
     seed: int = 42
 
 
@@ -136,11 +138,10 @@ def main(default_config: Path | None = None) -> None:
     check_output_folder(args.output_dir)
     guards = candidates(args.guards, guard_options(args))
     results = evaluate(args, guards)
+    statuses = {cell["status"] for cell in results["cells"]}
     measured = {cell["guard"] for cell in results["cells"] if cell["status"] == "measured"}
-    failed = (
-        any(cell["status"] == "failed" for cell in results["cells"]) or results["unread_benchmarks"]
-    )
-    if failed or {guard.name for guard in guards} - measured:
+    unmeasured = {guard.name for guard in guards} - measured
+    if "failed" in statuses or results["unread_benchmarks"] or unmeasured:
         logger.error("Not everything could be measured: see the table.")
         sys.exit(1)
 
@@ -149,14 +150,12 @@ def guard_options(args: EvaluationArguments) -> dict[str, Any]:
     """Options of `load_guard` for every guard whose kind takes them. Raises UserError on a URL with
     a password.
     """
-    options = {"engine": args.engine, "long_inputs": args.long_inputs}
+    options: dict[str, Any] = {"engine": args.engine, "long_inputs": args.long_inputs}
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     if args.server_url:
-        options |= {
-            "server_url": check_url(args.server_url, "--server_url"),
-            "server_model": args.server_model,
-        }
+        options["server_url"] = check_url(args.server_url, "--server_url")
+        options["server_model"] = args.server_model
     if args.engine == "server":
         options["server_timeout"] = args.server_timeout
     return options
@@ -171,75 +170,53 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     """
     check_arguments(args, [guard.name for guard in guards])
     papers = published()
-    benchmarks, unread = read_benchmarks(args.benchmarks, args.task_type, args.max_rows)
-    validation = read_validation(args.validation, args.benchmarks, {b.label for b in benchmarks})
-    known_prompts = {data.prompt_key(row) for part in validation.values() for row in part.rows}
-    for spec in args.train_data:
-        known_prompts |= {
-            data.prompt_key(row) for row in data.load_conversations(spec, bad_rows="skip")
-        }
-    marks = {b.name: row_marks(b.rows, known_prompts) for b in benchmarks}
-    results = {
-        "benchmarks": {b.name: describe(b, args, marks[b.name]) for b in benchmarks},
-        "unread_benchmarks": unread,
-        "guards": {
-            g.name: {"spec": g.spec, "zoo": g.zoo, "knows": known_to(g, benchmarks)} for g in guards
-        },
+    inputs = read_inputs(args)
+    results: dict[str, Any] = {
+        "benchmarks": {b.name: describe(b, args, inputs) for b in inputs.benchmarks},
+        "unread_benchmarks": inputs.unread,
+        "guards": {guard.name: describe_guard(guard, inputs.benchmarks) for guard in guards},
         "cells": [],
         "comparison": [],
     }
-    added = []
-    for path in args.add_results:  # what does not fit shows now
-        other = read_results(Path(path), results, args)
-        results["guards"] |= other["guards"]
-        results["benchmarks"] |= {
-            n: b for n, b in other["benchmarks"].items() if n not in results["benchmarks"]
-        }
-        added += other["cells"]
-
-    verdicts: dict[tuple[str, str], list[Verdict]] = {}
-    said: dict[tuple[str, str], Judged] = {}
+    added = [cell for path in args.add_results for cell in add_results(Path(path), results, args)]
+    to_judge = [*inputs.benchmarks, *inputs.validation.values()]
+    folder = Path(args.output_dir) / "runs"
+    found: dict[str, Found] = {}
+    said: dict[str, dict[str, pandas.DataFrame]] = {}
     for guard in guards:
-        found, problems, own, sees = judge_guard(guard, [*benchmarks, *validation.values()], args)
-        results["guards"][guard.name]["sees"] = sees
-        fitted = {
-            label: fit_threshold(part, found.get(part.name), args)
-            for label, part in validation.items()
+        one = judge_all(guard, to_judge, folder, CHUNK[args.engine], args.overwrite)
+        found[guard.name] = one
+        said[guard.name] = {
+            b.name: judged(b.rows, one.verdicts[b.name], b.label, b.facts.get("unsaid_is"))
+            for b in to_judge
+            if b.name in one.verdicts
         }
-        for b in benchmarks:
-            cell = {"guard": guard.name, "benchmark": b.name, "label": b.label}
-            if b.name in found:
-                key, threshold = (
-                    (guard.name, b.name),
-                    fitted.get(b.label) if args.validation else own.get(b.label),
-                )
-                verdicts[key], said[key] = found[b.name], judged(b.rows, found[b.name], b.label)
-                cell |= {"status": "measured", "convention": convention(b, args, threshold)}
-                cell |= score_cell(
-                    *(said[key], b.rows, marks[b.name]),
-                    parse_errors=args.parse_errors,
-                    threshold=threshold,
-                    seed=args.seed,
-                    rounds=args.bootstrap_rounds,
-                )
-            results["cells"].append(cell | problems.get(b.name, {}))
-        failures = [
-            {"benchmark": part.name} | problems.get(part.name, {}) for part in validation.values()
-        ]
-        results["cells"] += [
-            {"guard": guard.name} | f for f in failures if f.get("status") == "failed"
-        ]
+        results["guards"][guard.name]["sees"] = one.about.get("sees")
+        results["cells"] += guard_cells(guard.name, one, said[guard.name], inputs, args)
     if args.compare:
-        results["comparison"] = compare_two(
-            args, [guard.name for guard in guards], benchmarks, said
-        )
+        results["comparison"] = compare_two(args, inputs.benchmarks, said)
     results["cells"] += added
     results["run"] = manifest([args])
-    write(args, results, papers, benchmarks, predictions(benchmarks, marks, verdicts), said)
+    write_tables(args, results, papers, predictions(inputs, found))
+    draw_curves(args, inputs.benchmarks, said)
     return results
 
 
-# --- what is evaluated ------------------------------------------------------------------------------------------------
+# --- what is evaluated ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What guards are to judge.
+
+    `unread` says of benchmarks why the hub did not give them; `validation` holds rows to fit
+    thresholds on, by label; `marks` is `row_marks` by benchmark.
+    """
+
+    benchmarks: list[Benchmark]
+    unread: dict[str, str]
+    validation: dict[str, Benchmark]
+    marks: dict[str, pandas.DataFrame]
 
 
 def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
@@ -247,13 +224,15 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
     choices = {
         "task_type": (None, *TASKS, "both"),
         "engine": tuple(CHUNK),
-        "long_inputs": ("windows", "error", "truncate"),
+        "long_inputs": LONG_INPUTS,
         "parse_errors": PARSE_ERRORS,
         "published": ("run", "all", "none"),
     }
     for name, known in choices.items():
-        if (value := getattr(args, name)) not in known:
-            raise UserError(f"--{name} {value}: expected one of {', '.join(filter(None, known))}")
+        value = getattr(args, name)
+        if value not in known:
+            expected = ", ".join(filter(None, known))
+            raise UserError(f"--{name} {value}: expected one of {expected}")
     if args.engine == "server" and not args.server_url:
         raise UserError("--engine server: needs --server_url")
     if args.server_model and len(names) > 1:
@@ -266,80 +245,71 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
         raise UserError(f"--bootstrap_rounds {args.bootstrap_rounds}: must be 0 or more")
     if not names and not args.add_results:
         raise UserError("--guards: name at least one guard")
-    if twice := {name for name in names if names.count(name) > 1}:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
         raise UserError(
-            f"--guards: {', '.join(sorted(twice))} stands there twice; name one of them (name=folder)"
+            f"--guards: {', '.join(twice)} stands there twice; name one of them (name=folder)"
         )
     if args.compare and not two_of(args.compare, names):
         raise UserError(f"--compare {args.compare}: expected a,b, two of {', '.join(names)}")
 
 
-def describe(
-    b: Benchmark, args: EvaluationArguments, marks: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def read_inputs(args: EvaluationArguments) -> Inputs:
+    """Benchmarks, validation rows, and which rows are marked."""
+    benchmarks, unread = read_benchmarks(args.benchmarks, args.task_type, args.max_rows)
+    labels = {benchmark.label for benchmark in benchmarks}
+    validation = read_validation(args.validation, args.benchmarks, labels)
+    known = [row for part in validation.values() for row in part.rows]
+    for spec in args.train_data:
+        known += data.load_conversations(spec, bad_rows="skip")
+    prompts = {data.prompt_key(row) for row in known}
+    marks = {benchmark.name: row_marks(benchmark.rows, prompts) for benchmark in benchmarks}
+    return Inputs(benchmarks, unread, validation, marks)
+
+
+def describe(benchmark: Benchmark, args: EvaluationArguments, inputs: Inputs) -> dict[str, Any]:
     """What results.json says of a benchmark; `complete`: these are the rows of which papers report
     numbers.
     """
-    local = any(spec.startswith(f"{b.name}@") for spec in args.benchmarks)
-    counts = {name: int(mask.sum()) for name, mask in marks.items()}
-    known = {
-        "label": b.label,
-        "rows": len(b.rows),
-        "positives": sum(row["label"] for row in b.rows),
+    facts, rows = benchmark.facts, benchmark.rows
+    positives = sum(row["label"] for row in rows)
+    confirmed = facts.get("file") is None or facts.get("expected") is not None
+    marked = inputs.marks[benchmark.name].sum()
+    return {
+        **facts,
+        "label": benchmark.label,
+        "rows": len(rows),
+        "positives": positives,
+        **{name: int(marked[name]) for name in MARKS},
+        "complete": args.max_rows is None and confirmed and not facts.get("mismatch"),
+        "recall_only": bool(facts.get("recall_only")) or positives == len(rows),
+        "row_set": row_set(rows),
     }
-    whole = (
-        args.max_rows is None
-        and not b.facts.get("mismatch")
-        and not (local and not b.facts.get("expected"))
-    )
-    recall_only = bool(b.facts.get("recall_only")) or known["rows"] == known["positives"]
-    return (
-        dict(b.facts)
-        | known
-        | counts
-        | {"complete": whole, "recall_only": recall_only, "row_set": row_set(b.rows)}
-    )
 
 
-def known_to(guard: Candidate, benchmarks: Sequence[Benchmark]) -> list[str]:
-    """Benchmarks whose own training part the released guard was trained on: no transfer is measured
-    there.
+def describe_guard(guard: Candidate, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
+    """What results.json says of a guard.
+
+    `knows` names the benchmarks whose own training part the released guard was trained on: no
+    transfer is measured there.
     """
-    trained_on = zoo()[guard.zoo].get("trained_on", ()) if guard.released else ()
-    named = {
-        b.name
-        for b in benchmarks
-        if guard.released and guard.zoo in b.facts.get("contaminated_by", ())
-    }
-    return [b.name for b in benchmarks if b.name in named.union(trained_on)]
+    knows = []
+    if guard.released:
+        trained_on = zoo()[guard.zoo].get("trained_on", ())
+        for benchmark in benchmarks:
+            contaminated = guard.zoo in benchmark.facts.get("contaminated_by", ())
+            if contaminated or benchmark.name in trained_on:
+                knows.append(benchmark.name)
+    return {"spec": guard.spec, "zoo": guard.zoo, "knows": knows}
 
 
-def convention(
-    b: Benchmark, args: EvaluationArguments, threshold: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """How a cell is scored: what must be equal in a column."""
-    fitted = (
-        f"fitted on {' '.join(args.validation)}"
-        if args.validation
-        else threshold and own_kind(threshold)
-    )
-    return {"rows": row_set(b.rows), "parse_errors": args.parse_errors, "threshold": fitted}
+def add_results(
+    path: Path, results: dict[str, Any], args: EvaluationArguments
+) -> list[dict[str, Any]]:
+    """Bring the guards and benchmarks of another run's results.json into this run's results.
 
-
-def own_kind(threshold: Mapping[str, Any]) -> str:
-    """How a guard's own threshold was chosen, without the numbers: "max F1, n=604" and "max F1,
-    n=80" are one kind.
-    """
-    return f"guard.json: {str(threshold.get('how', 'unknown')).partition(', n=')[0]}"
-
-
-def read_results(
-    path: Path, results: Mapping[str, Any], args: EvaluationArguments
-) -> dict[str, Any]:
-    """Another run's results.json, whose guards are to stand in this run's table.
-
-    Args:
-        results: of this run, and of the files that were read before.
+    Returns:
+        Its cells.
 
     Raises:
         UserError: no such file, a guard of the same name, or cells that are scored otherwise than
@@ -347,163 +317,221 @@ def read_results(
     """
     try:
         other = json.loads(path.read_text(encoding="utf-8"))
-        cells, own = other["cells"], results["benchmarks"]
-        twice = set(other["guards"]) & set(results["guards"])
-        known = {name: b["row_set"] for name, b in other["benchmarks"].items()}
+        cells, guards, benchmarks = other["cells"], other["guards"], other["benchmarks"]
+        twice = sorted(set(guards) & set(results["guards"]))
+        shared = [name for name in benchmarks if name in results["benchmarks"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--add_results {path}: no results.json of this script ({error!r:.80})"
         ) from None
     if twice:
-        raise UserError(
-            f"--add_results {path}: holds {', '.join(sorted(twice))} too; leave it out, or name ours otherwise"
-        )
-    fitted = f"fitted on {' '.join(args.validation)}" if args.validation else None
-    scored = {"parse_errors": args.parse_errors, "threshold": fitted}
-    for name in set(known) & set(own):
+        hint = "leave it out, or name ours otherwise"
+        raise UserError(f"--add_results {path}: holds {', '.join(twice)} too; {hint}")
+    for name in shared:
+        theirs = [cell for cell in cells if cell["benchmark"] == name]
         ours = {"guard": "this run", "benchmark": name, "status": "measured"}
-        ours["convention"] = scored | {"rows": own[name]["row_set"]}
+        ours["convention"] = {
+            "rows": results["benchmarks"][name]["row_set"],
+            "parse_errors": args.parse_errors,
+            "threshold": fitted_on(args),
+        }
         for metric in METRICS:
-            if fitted or metric != "f1_at_validation":
-                check_column(
-                    [ours | {metric: 0.0}, *(c for c in cells if c["benchmark"] == name)], metric
-                )
-    return other
+            if args.validation or metric != "f1_at_validation":
+                check_column([ours | {metric: 0.0}, *theirs], metric)
+    results["guards"] |= guards
+    results["benchmarks"] = benchmarks | results["benchmarks"]
+    return cells
 
 
-# --- judging and scoring ----------------------------------------------------------------------------------------------
+def fitted_on(args: EvaluationArguments) -> str | None:
+    """Of what kind the thresholds of a run with --validation are."""
+    return f"fitted on {' '.join(args.validation)}" if args.validation else None
 
 
-def judge_guard(
-    guard: Candidate, benchmarks: Sequence[Benchmark], args: EvaluationArguments
-) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict[str, dict], str | None]:
-    """`judge_all`, with the guard's own fitted thresholds by label; "flagged" of guard.json is that
-    of harm.
+# --- scoring --------------------------------------------------------------------------------------
 
-    The last is what the guard sees of a conversation (guards/base.py), None where it did not load.
+
+def guard_cells(
+    guard: str,
+    found: Found,
+    said: Mapping[str, pandas.DataFrame],
+    inputs: Inputs,
+    args: EvaluationArguments,
+) -> list[dict[str, Any]]:
+    """One guard's cells: a benchmark each, and what failed of the validation rows."""
+    if args.validation:
+        thresholds = {
+            label: fit_threshold(said.get(part.name), args)
+            for label, part in inputs.validation.items()
+        }
+    else:
+        thresholds = own_thresholds(found.about.get("thresholds", {}))
+    cells = []
+    for benchmark in inputs.benchmarks:
+        name, threshold = benchmark.name, thresholds.get(benchmark.label)
+        cell = {"guard": guard, "benchmark": name, "label": benchmark.label}
+        if name in found.problems:
+            cell |= found.problems[name]
+        else:
+            cell["status"] = "measured"
+            cell["convention"] = {
+                "rows": row_set(benchmark.rows),
+                "parse_errors": args.parse_errors,
+                "threshold": fitted_on(args) or own_kind(threshold),
+            }
+            cell |= score_cell(
+                said[name],
+                benchmark.rows,
+                inputs.marks[name],
+                parse_errors=args.parse_errors,
+                threshold=threshold,
+                seed=args.seed,
+                rounds=args.bootstrap_rounds,
+            )
+        cells.append(cell)
+    for part in inputs.validation.values():
+        problem = found.problems.get(part.name, {})
+        if problem.get("status") == "failed":
+            cells.append({"guard": guard, "benchmark": part.name} | problem)
+    return cells
+
+
+def own_thresholds(known: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """The fitted thresholds of a guard.json by label; "flagged" is that of harm."""
+    # A default is fitted on nothing.
+    fitted = {name: threshold for name, threshold in known.items() if threshold.get("on")}
+    thresholds = {}
+    for task, label in TASKS.items():
+        flagged = fitted.get("flagged") if task != "refusal" else None
+        threshold = fitted.get(label, flagged)
+        if threshold is not None:
+            thresholds[label] = threshold
+    return thresholds
+
+
+def own_kind(threshold: Mapping[str, Any] | None) -> str | None:
+    """How a guard's own threshold was chosen, without the numbers: "max F1, n=604" and "max F1,
+    n=80" are one kind.
     """
-    folder = Path(args.output_dir) / "runs"
-    found, problems, known = judge_all(
-        guard, benchmarks, folder, CHUNK[args.engine], args.overwrite
-    )
-    fitted = known.get("thresholds", {}).items()
-    # a default is fitted on nothing
-    thresholds = {name: one for name, one in fitted if one.get("on")}
-    flagged = {
-        TASKS[task]: thresholds["flagged"]
-        for task in ("prompt", "response")
-        if "flagged" in thresholds
-    }
-    own = flagged | {label: thresholds[label] for label in TASKS.values() if label in thresholds}
-    return found, problems, own, known.get("sees")
+    if threshold is None:
+        return None
+    how = str(threshold.get("how", "unknown"))
+    return f"guard.json: {how.partition(', n=')[0]}"
 
 
-def fit_threshold(
-    part: Benchmark, verdicts: Sequence[Verdict] | None, args: EvaluationArguments
-) -> dict | None:
-    """The threshold with the highest F1 on validation rows that have a verdict; None where there is
-    none to fit.
+def fit_threshold(said: pandas.DataFrame | None, args: EvaluationArguments) -> dict | None:
+    """The threshold with the highest F1 on validation rows that have a probability; None where
+    there is none to fit.
     """
-    if verdicts is None:
+    if said is None:
         return None
-    said = judged(part.rows, verdicts, part.label)
-    usable = ~said.failed & ~np.isnan(said.score)
-    if len(set(said.truth[usable].tolist())) < 2:
+    usable = said[~said.failed].dropna(subset="score")
+    if usable.truth.nunique() < 2:
         return None
-    return metrics.fit_threshold(said.truth[usable], said.score[usable], ", ".join(args.validation))
+    return metrics.fit_threshold(usable.truth, usable.score, ", ".join(args.validation))
 
 
-def two_of(text: str, names: Iterable[str]) -> tuple[str, str] | None:
+def two_of(text: str, names: Sequence[str]) -> tuple[str, str] | None:
     """The two names of "a,b"; names may hold commas themselves."""
-    return next(((a, b) for a, b in permutations(names, 2) if f"{a},{b}" == text), None)
+    for a, b in permutations(names, 2):
+        if f"{a},{b}" == text:
+            return a, b
+    return None
 
 
 def compare_two(
-    args: EvaluationArguments, names: Sequence[str], benchmarks: Sequence[Benchmark], said: Mapping
+    args: EvaluationArguments,
+    benchmarks: Sequence[Benchmark],
+    said: Mapping[str, Mapping[str, pandas.DataFrame]],
 ) -> list[dict[str, Any]]:
     """--compare on every benchmark that both guards judged."""
-    a, b = two_of(args.compare, names)
+    a, b = two_of(args.compare, list(said))
     options = (args.parse_errors, args.seed, args.bootstrap_rounds)
-    return [
-        {"a": a, "b": b, "benchmark": each.name}
-        | compare(said[a, each.name], said[b, each.name], each.rows, *options)
-        for each in benchmarks
-        if (a, each.name) in said and (b, each.name) in said
-    ]
+    found = []
+    for benchmark in benchmarks:
+        name = benchmark.name
+        if name in said[a] and name in said[b]:
+            difference = compare(said[a][name], said[b][name], benchmark.rows, *options)
+            found.append({"a": a, "b": b, "benchmark": name} | difference)
+    return found
 
 
-# --- what is left -----------------------------------------------------------------------------------------------------
+# --- what is left ---------------------------------------------------------------------------------
 
 
-def predictions(
-    benchmarks: Sequence[Benchmark], marks: Mapping, verdicts: Mapping
-) -> list[dict[str, Any]]:
+def predictions(inputs: Inputs, found: Mapping[str, Found]) -> list[dict[str, Any]]:
     """One row an item of a benchmark, with every guard's verdict."""
-    return [
-        {
-            "benchmark": b.name,
-            "id": row["id"],
-            "index": row.get("index"),
-            "label": b.label,
-            "truth": bool(row["label"]),
-        }
-        | {"groups": row["groups"]}
-        | {name: bool(marks[b.name][name][i]) for name in MARKS}
-        | {
-            "guards": {
-                guard: vars(each[i]) for (guard, name), each in verdicts.items() if name == b.name
+    rows = []
+    for benchmark in inputs.benchmarks:
+        name = benchmark.name
+        verdicts = {g: one.verdicts[name] for g, one in found.items() if name in one.verdicts}
+        marks = inputs.marks[name].to_dict("records")
+        for place, row in enumerate(benchmark.rows):
+            item = {
+                "benchmark": name,
+                "id": row["id"],
+                "index": row.get("index"),
+                "label": benchmark.label,
+                "truth": bool(row["label"]),
+                "groups": row["groups"],
+                **marks[place],
+                "guards": {guard: vars(each[place]) for guard, each in verdicts.items()},
             }
-        }
-        for b in benchmarks
-        for i, row in enumerate(b.rows)
-    ]
+            rows.append(item)
+    return rows
 
 
-def write(
+def write_tables(
     args: EvaluationArguments,
-    results: dict,
-    papers: Mapping,
-    benchmarks: Sequence[Benchmark],
-    rows: list[dict],
-    said: Mapping[tuple[str, str], Judged],
+    results: Mapping[str, Any],
+    papers: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """results.json, predictions.jsonl, tables (a metric that was not measured alike has none) and
-    pictures.
-    """
-    folder, grids, mixed = Path(args.output_dir), [], []
+    """results.json, predictions.jsonl and tables; a metric that was not measured alike has none."""
+    grids, mixed = [], []
     for metric in METRICS:
         try:
-            grids += filter(None, [grid(results, metric, papers, args.published)])
+            table = grid(results, metric, papers, args.published)
         except UserError as error:
             mixed.append(f"- {error}.\n")
             logger.warning("No table. %s", error)
-    tables = [markdown(g, results["benchmarks"]) for g in grids]
-    tables += ["## No table\n\n" + "".join(mixed)] if mixed else []
-    rule = {
-        "wrong": "as wrong, whatever the truth",
-        "unsafe": "as unsafe",
-        "excluded": "nowhere: they are left out",
-    }
-    head = f"{TITLE}Rows without a verdict count {rule[args.parse_errors]}.\n"
-    text = "\n".join(part for part in [head, failures(results), *tables, details(results)] if part)
+        else:
+            if table is not None:
+                grids.append(table)
+    benchmarks = results["benchmarks"]
+    parts = [HEAD.format(rule=RULES[args.parse_errors]), failures(results)]
+    parts += [markdown(table, benchmarks) for table in grids]
+    if mixed:
+        parts.append("## No table\n\n" + "".join(mixed))
+    parts.append(details(results))
+    text = "\n".join(part for part in parts if part)
     files = {
         "results.json": json_text(results),
         "predictions.jsonl": json_lines(rows),
         "results.md": text,
-    }
-    files |= {
-        "results.tex": "\n".join(latex(g, results["benchmarks"]) for g in grids),
+        "results.tex": "\n".join(latex(table, benchmarks) for table in grids),
         "results.csv": csv_text(grids),
     }
     for name, content in files.items():  # all of them, or none beside older ones
-        write_text(folder / name, content)
-    for b in benchmarks:
-        curves = {}
-        for (guard, name), one in said.items():
-            keep, score, _ = resolve(one, args.parse_errors)
-            if name == b.name and one.ranked and 0 < one.truth[keep].sum() < keep.sum():
-                curves[guard] = (one.truth[keep], score[keep])
-        if curves:
-            path = folder / "precision-recall" / f"{b.name}.png"
-            report.plot_precision_recall(curves, path, f"{b.name}: {b.label} (n={len(b.rows)})")
+        write_text(Path(args.output_dir) / name, content)
     print(text)
+
+
+def draw_curves(
+    args: EvaluationArguments,
+    benchmarks: Sequence[Benchmark],
+    said: Mapping[str, Mapping[str, pandas.DataFrame]],
+) -> None:
+    """A picture for each benchmark with precision and recall of the guards that rank its rows."""
+    for benchmark in benchmarks:
+        name = benchmark.name
+        curves = {}
+        for guard, tables in said.items():
+            if name in tables:
+                table = counted(tables[name], args.parse_errors).dropna(subset="score")
+                if table.truth.nunique() == 2:
+                    curves[guard] = (table.truth.to_numpy(), table.score.to_numpy())
+        if curves:
+            path = Path(args.output_dir) / "precision-recall" / f"{name}.png"
+            title = f"{name}: {benchmark.label} (n={len(benchmark.rows)})"
+            report.plot_precision_recall(curves, path, title)

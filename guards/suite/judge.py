@@ -1,12 +1,12 @@
 """What is judged and by whom, and the verdicts, kept as they come so that a killed run goes on."""
 
+import difflib
 import gc
 import logging
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,69 @@ from guards import Guard, load_guard, zoo
 from guards.card import has_card
 from guards.identity import described, guard_identity, is_served
 from guards.known import zoo_name
-from guards.suite.benchmarks import Benchmark, benchmark_names, is_benchmark, load_benchmark, row_id
+from guards.suite.benchmarks import (
+    Benchmark,
+    benchmark_names,
+    is_benchmark,
+    load_benchmark,
+    row_id,
+    split_spec,
+)
 
 logger = logging.getLogger("suite")
 TASKS = {"prompt": "prompt_unsafe", "response": "response_unsafe", "refusal": "response_refusal"}
-PAPER = {  # what the paper's evaluation runs; it runs no refusal task
-    "prompt": (
-        *(
-            "expguardtest_prompt",
-            "toxicchat",
-            "openai_moderation",
-            "xstest_prompt",
-            "harmbench_prompt",
-        ),
-        *("aegis2_prompt", "wildguardtest_prompt"),
-    ),
-    "response": (
-        *(
-            "expguardtest_response",
-            "beavertails",
-            "saferlhf",
-            "harmbench_response",
-            "aegis2_response",
-        ),
+# What the paper's evaluation runs, by task; it runs no refusal task.
+PAPER = {
+    "prompt": [
+        "expguardtest_prompt",
+        "toxicchat",
+        "openai_moderation",
+        "xstest_prompt",
+        "harmbench_prompt",
+        "aegis2_prompt",
+        "wildguardtest_prompt",
+    ],
+    "response": [
+        "expguardtest_response",
+        "beavertails",
+        "saferlhf",
+        "harmbench_response",
+        "aegis2_response",
         "wildguardtest_response",
-    ),
-    "refusal": ("wildguardtest_refusal", "xstest_response_refusal"),
+    ],
+    "refusal": ["wildguardtest_refusal", "xstest_response_refusal"],
+}
+# The names that ExpGuard's evaluation code gives to guards (its classifier_models/loader.py).
+PAPER_GUARDS = {
+    "ExpGuard": "expguard",
+    "LlamaGuardUserRequest": "llama-guard",
+    "LlamaGuardModelResponse": "llama-guard",
+    "LlamaGuard2": "llama-guard-2-8b",
+    "LlamaGuard3": "llama-guard-3-8b",
+    "AegisLlamaGuardPermissive": "aegis-guard-permissive",
+    "AegisLlamaGuardDefensive": "aegis-guard-defensive",
+    "ShieldGemma": "shieldgemma-9b",
+    "HarmbenchClassifier": "harmbench-llama-2-13b",
+    "HarmbenchValidationClassifier": "harmbench-mistral-7b-val",
+    "MDJudgeResponseHarmClassifier": "md-judge-v0.1",
+    "BeaverDam": "beaver-dam-7b",
+    "WildGuard": "wildguard",
+    "Detoxify": "detoxify",
+    "PerspectiveAPI": "perspective",
+    "OpenAIModeration": "openai-moderation",
+    "Azure": "azure-content-safety",
 }
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
 # kind of guard: options for all that it has not
 NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}
 NOT_SUPPORTED = {"status": "not supported", "reason": "the guard does not judge this label"}
+# What a server's guard says each time that it is asked: a text that is too long or refused, and an
+# answer that cannot be read. (A refused key is none of these.)
+LASTING = re.compile(
+    r"more than \S+ |the model has room for|empty text"
+    r"| was expected$|in what it wrote|is not a number"
+    r"|Error code: 4(00|13|22)|HTTP 4(00|13|22)(?!.*: check )"
+)
 
 
 @dataclass(frozen=True)
@@ -68,52 +100,110 @@ class Candidate:
     served: bool = False  # elsewhere, where a verdict does not depend on what else is asked
 
 
+@dataclass
+class Found:
+    """What `judge_all` found of one guard.
+
+    Verdicts by benchmark; of the other benchmarks, status ("failed", "not supported") and reason;
+    and what is kept of the guard itself: its thresholds, and what it sees of conversations.
+    """
+
+    verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
+    problems: dict[str, dict[str, str]] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+# --- guards ---------------------------------------------------------------------------------------
+
+
 def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candidate]:
     """The guards that specs name. Whether they load is seen when it is their turn.
 
     Args:
-        specs: name of the zoo, hub id, folder or name=folder, each with `:option=value,…` of its
-        own.
+        specs: name of the zoo (or of the paper's code), hub id, folder or name=folder, each with
+            `:option=value,…` of its own.
         options: of `load_guard`, for all of them whose kind takes them.
 
     Raises:
-        UserError: a name that is given to no folder, or to a folder that does not say what guard it
-        holds; a URL with a
-            password or a key.
+        UserError: a name that is none, a name that is given to no folder, or to a folder that does
+            not say what guard it holds; a URL with a password or a key.
     """
-    out = []
-    for text in specs:
-        spec, own = re.fullmatch(r"(.*?)(?::(\w+=.*))?", text).groups()
-        pairs = (option.partition("=") for option in (own or "").split(",") if option)
-        given = {key: expand_home(yaml.safe_load(value)) for key, _, value in pairs}
-        for key in {"server_url", "base_url"} & set(given):  # the spec stands in results.json
+    return [_candidate(spec, options) for spec in specs]
+
+
+def _candidate(text: str, options: Mapping[str, Any]) -> Candidate:
+    spec, own = re.fullmatch(r"(.*?)(?::(\w+=.*))?", text).groups()
+    given = _own_options(spec, own)
+    name, model = _name_and_model(spec)
+    has_own_card = has_card(model)
+    if name and not has_own_card:
+        spec = name
+        given["model"] = model
+    else:
+        spec = model
+    about = described(spec)
+    known_as = zoo_name(name or spec) or zoo_name(str(about.get("guard")))
+    unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
+    given = {key: value for key, value in options.items() if key not in unwanted} | given
+    if name is None:
+        name = "/".join(Path(spec).parts[-2:]) if has_own_card else known_as or spec
+    return Candidate(
+        name=f"{name} ({own})" if own else name,
+        spec=text,
+        identity=guard_identity(spec, given),
+        load=lambda: load_guard(spec, **given, progress=False),
+        zoo=known_as,
+        released=not has_own_card and known_as is not None,
+        served=is_served(spec, given),
+    )
+
+
+def _own_options(spec: str, text: str | None) -> dict[str, Any]:
+    """What stands after the colon of a guard: option=value,…"""
+    given = {}
+    for option in (text or "").split(","):
+        key, equals, value = option.partition("=")
+        if equals:
+            given[key] = expand_home(yaml.safe_load(value))
+    for key in ("server_url", "base_url"):
+        if key in given:  # it stands in results.json
             check_url(given[key], f"--guards {spec}, {key}")
-        spec = expand_home(spec)
-        name, folder = (
-            (None, spec) if Path(spec).exists() or "=" not in spec else spec.split("=", 1)
+    return given
+
+
+def _name_and_model(spec: str) -> tuple[str | None, str]:
+    """The name that a guard is given (None without name=), and its folder, zoo name or hub id."""
+    spec = expand_home(spec)
+    if Path(spec).exists():
+        return None, spec
+    name, equals, folder = spec.partition("=")
+    name = PAPER_GUARDS.get(name, name)
+    if not equals:
+        near = _near(name)
+        if "/" not in name and zoo_name(name) is None and near:
+            raise UserError(f"--guards {spec}: no guard {name!r}; near it: {near}")
+        return None, name
+    folder = expand_home(folder)
+    if not Path(folder).is_dir():
+        raise UserError(f"--guards {spec}: {folder} is no folder")
+    if not has_card(folder) and name not in zoo():
+        near = _near(name)
+        hint = f"; near it: {near}" if near else ""
+        raise UserError(
+            f"--guards {spec}: {folder} has no guard.json, and {name} is no name of the guard zoo"
+            + hint
         )
-        folder = expand_home(folder)
-        has_own_card = has_card(folder)
-        if name and not Path(folder).is_dir():
-            raise UserError(f"--guards {text}: {folder} is no folder")
-        if name and not has_own_card and name not in zoo():
-            raise UserError(
-                f"--guards {text}: {folder} has no guard.json, and {name} is no name of the guard zoo"
-            )
-        spec, given = (
-            (name, given | {"model": folder}) if name and not has_own_card else (folder, given)
-        )
-        about = described(spec)
-        entry = zoo_name(name or spec) or zoo_name(str(about.get("guard")))
-        unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
-        given = {key: value for key, value in options.items() if key not in unwanted} | given
-        shown = name or ("/".join(Path(spec).parts[-2:]) if has_own_card else entry or spec)
-        identity, served = guard_identity(spec, given), is_served(spec, given)
-        load = lambda spec=spec, given=given: load_guard(spec, **given, progress=False)  # noqa: E731
-        shown = f"{shown} ({own})" if own else shown
-        released = not has_own_card and entry is not None
-        out.append(Candidate(shown, text, identity, load, entry, released, served))
-    return out
+    return name, folder
+
+
+def _near(name: str) -> str:
+    """Names of the zoo that somebody may have meant."""
+    known = {known.lower(): known for known in (*zoo(), *PAPER_GUARDS)}
+    near = difflib.get_close_matches(name.lower(), known, 5)
+    return ", ".join(known[one] for one in near)
+
+
+# --- benchmarks -----------------------------------------------------------------------------------
 
 
 def read_benchmarks(
@@ -125,19 +215,18 @@ def read_benchmarks(
         UserError: unknown name, bad local file, nothing left.
     """
     tasks = ("prompt", "response") if task_type in (None, "both") else (task_type,)
-    known, out, unread = benchmark_names(), {}, {}
     if not specs:
         specs = [name for task in tasks for name in PAPER[task]]
     elif task_type:
         asked = {name for task in tasks for name in benchmark_names(TASKS[task])}
-        specs = [
-            s for s in specs if s.partition("@")[0] in asked or s.partition("@")[0] not in known
-        ]
+        specs = [s for s in specs if split_spec(s)[0] in asked or not is_benchmark(s)]
+    out: dict[str, Benchmark] = {}
+    unread = {}
     for spec in specs:
         try:
             benchmark = load_benchmark(spec, max_rows=max_rows)
         except UserError as error:
-            if spec not in known:  # a file or a name, which the user can mend
+            if "@" in spec or not is_benchmark(spec):  # the user can mend it
                 raise
             unread[spec] = str(error)
             logger.error("%s", error)
@@ -145,12 +234,10 @@ def read_benchmarks(
         if benchmark.name in out:
             raise UserError(f"--benchmarks {spec}: {benchmark.name} stands there twice")
         out[benchmark.name] = benchmark
+    if unread and not out:
+        raise UserError("--benchmarks: none could be read")
     if not out:
-        raise UserError(
-            "--benchmarks: none could be read"
-            if unread
-            else f"--task_type {task_type}: none is left"
-        )
+        raise UserError(f"--task_type {task_type}: none is left")
     return list(out.values()), unread
 
 
@@ -162,14 +249,13 @@ def read_validation(
     Raises:
         UserError: a test split, a benchmark, or rows of one class only.
     """
-    files = {
-        Path(spec.partition("@")[2]).expanduser().resolve() for spec in benchmarks if "@" in spec
-    }
+    if not specs:
+        return {}
+    tested = {Path(split_spec(spec)[1]).resolve() for spec in benchmarks if "@" in spec}
     rows: dict[str, list[dict]] = {label: [] for label in sorted(labels)}
     for spec in specs:
-        file = spec.partition("@")[2] if is_benchmark(spec) else spec
-        path = Path(parse_spec(file).name).resolve() if file else None
-        if not file or metrics.is_test(file) or path in files:
+        file = split_spec(spec)[1] if is_benchmark(spec) else spec
+        if not file or metrics.is_test(file) or Path(parse_spec(file).name).resolve() in tested:
             raise UserError(
                 f"--validation {spec}: is test data; a threshold is fitted on other rows"
             )
@@ -178,25 +264,32 @@ def read_validation(
             rows.get(benchmark.label, []).extend(benchmark.rows)
             continue
         for row in data.load_conversations(spec):
-            for label in rows:
+            for label in labels:
                 if row[label] is not None:
-                    prompt, response = last_turns(row["messages"])
-                    messages = pair(prompt) if label == "prompt_unsafe" else pair(prompt, response)
-                    key = row_id(label, messages)
-                    rows[label].append(
-                        {"id": key, "messages": messages, "label": row[label], "groups": {}}
-                    )
+                    rows[label].append(_validation_row(row, label))
     out = {}
-    for label, found in rows.items() if specs else ():
-        if not found:
-            logger.warning("--validation: no row has %s; its benchmarks get no threshold.", label)
-        elif len({row["label"] for row in found}) < 2:
+    for label, found in rows.items():
+        classes = {row["label"] for row in found}
+        if len(classes) == 2:
+            out[label] = Benchmark(f"validation-{label}", label, found, {})
+        elif found:
             raise UserError(
-                f"--validation: all {len(found)} rows with {label} have one class; a threshold needs both"
+                f"--validation: all {len(found)} rows with {label} have one class; a threshold "
+                "needs both"
             )
         else:
-            out[label] = Benchmark(f"validation-{label}", label, found, {})
+            logger.warning("--validation: no row has %s; its benchmarks get no threshold.", label)
     return out
+
+
+def _validation_row(row: Mapping[str, Any], label: str) -> dict[str, Any]:
+    prompt, response = last_turns(row["messages"])
+    messages = pair(prompt) if label == "prompt_unsafe" else pair(prompt, response)
+    key = row_id(label, messages)
+    return {"id": key, "messages": messages, "label": row[label], "groups": {}}
+
+
+# --- verdicts -------------------------------------------------------------------------------------
 
 
 def judge_all(
@@ -205,34 +298,31 @@ def judge_all(
     folder: Path,
     chunk: int,
     overwrite: bool = False,
-) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict]:
+) -> Found:
     """One guard's verdicts on each benchmark. It is loaded once, only if rows are missing, and
-    freed.
+    freed. What a guard raises is not raised: one that fails must not stop the others.
 
     Args:
         folder: where its verdicts are kept, in `<benchmark>.jsonl`, and in `guards.jsonl` what it
             judges.
         chunk: rows that are judged at a time.
-        overwrite: judge anew what is kept.
-
-    Returns:
-        verdicts by benchmark; for the other benchmarks, status ("failed", "not supported") and
-        reason; what is kept of the guard itself: its thresholds, and what it sees of
-        conversations.
-        What a guard raises is not raised: one that fails must not stop the others.
+        overwrite: judge anew what is kept of these benchmarks.
 
     Raises:
         UserError: a file of kept verdicts is broken, or another run writes it.
     """
     folder = folder / re.sub(r"[^\w.=-]+", "_", candidate.name)
+    names = ["guards", *(benchmark.name for benchmark in benchmarks)]
+    files = {name: folder / f"{name}.jsonl" for name in names}
     if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    with ExitStack() as open_files:
-        known = open_files.enter_context(KeptRows(folder / "guards.jsonl", "identity"))
+        for file in files.values():
+            file.unlink(missing_ok=True)
+    with ExitStack() as opened:
+        known = opened.enter_context(KeptRows(files["guards"], "identity"))
         kept = []
         for benchmark in benchmarks:
-            kept.append(KeptVerdicts(candidate, benchmark, folder))
-            open_files.enter_context(kept[-1].rows)
+            rows = opened.enter_context(KeptRows(files[benchmark.name], "id"))
+            kept.append(KeptVerdicts(candidate, benchmark, rows))
         found = _judge(candidate, kept, known, chunk)
     gc.collect()
     if torch.cuda.is_available():
@@ -243,15 +333,20 @@ def judge_all(
 class KeptVerdicts:
     """One guard's verdicts on one benchmark: those that are there, and those that are to come."""
 
-    def __init__(self, candidate: Candidate, benchmark: Benchmark, folder: Path):
-        self.candidate, self.benchmark, self.label = candidate, benchmark, benchmark.label
-        self.rows = KeptRows(folder / f"{benchmark.name}.jsonl", "id")
+    def __init__(self, candidate: Candidate, benchmark: Benchmark, rows: KeptRows):
+        self.candidate = candidate
+        self.benchmark = benchmark
+        self.rows = rows
         self.keys = [digest([candidate.identity, row["id"]]) for row in benchmark.rows]
-        self.row_of = dict(zip(self.keys, benchmark.rows, strict=True))
 
     def missing(self) -> bool:
-        """Whether a row has no verdict, or an error for one."""
-        return bool(self.rows.missing(self.keys, _failed))
+        """Whether a row has no verdict, or is to be asked again."""
+        return bool(self.rows.missing(self.keys, self.is_to_be_asked_again))
+
+    def is_to_be_asked_again(self, row: Row) -> bool:
+        """Whether a row's verdict is an error that may go away: of the network, of a server."""
+        error = row["verdict"]["error"]
+        return self.candidate.served and error is not None and LASTING.search(error) is None
 
     def verdicts(self, guard: Guard | None, chunk: int) -> list[Verdict]:
         """The verdicts on the benchmark's rows; what is missing is judged.
@@ -259,63 +354,75 @@ class KeptVerdicts:
         Raises:
             UserError: not one row could be judged.
         """
+        row_of = dict(zip(self.keys, self.benchmark.rows, strict=True))
 
         def judge(_: int, keys: list[str]) -> list[Row]:
-            asked = [self.row_of[key] for key in keys]
-            said = guard.judge([row["messages"] for row in asked], wanted=[self.label])
-            mark = {"guard": self.candidate.identity}
+            asked = [row_of[key] for key in keys]
+            said = guard.judge([row["messages"] for row in asked], wanted=[self.benchmark.label])
             return [
-                {"id": key, "row": row["id"], **mark, "verdict": asdict(verdict)}
+                {
+                    "id": key,
+                    "row": row["id"],
+                    "guard": self.candidate.identity,
+                    "verdict": asdict(verdict),
+                }
                 for key, row, verdict in zip(keys, asked, said, strict=True)
             ]
 
-        options = {"together": not self.candidate.served, "again": _failed}
-        title = f"{self.candidate.name} on {self.benchmark.name}"
-        rows = self.rows.fill(self.keys, judge, size=chunk, title=title, **options)
+        rows = self.rows.fill(
+            self.keys,
+            judge,
+            size=chunk,
+            together=not self.candidate.served,
+            again=self.is_to_be_asked_again,
+            title=f"{self.candidate.name} on {self.benchmark.name}",
+        )
         out = [Verdict(**row["verdict"]) for row in rows]
         if all(verdict.error is not None for verdict in out):
             raise UserError(f"not one row could be judged: {out[0].error}")
         return out
 
 
-def _failed(row: Mapping[str, Any]) -> bool:
-    return row["verdict"]["error"] is not None
-
-
 def _judge(
     candidate: Candidate, kept: Sequence[KeptVerdicts], known: KeptRows, chunk: int
-) -> tuple[dict[str, list[Verdict]], dict[str, dict], dict]:
+) -> Found:
     """`judge_all` on open files."""
-    verdicts: dict[str, list[Verdict]] = {}
-    problems: dict[str, dict] = {}
+    found = Found()
     guard, broken = None, None
     about = known.get(candidate.identity)
-    if about is None or any(one.missing() for one in kept if one.label in about["judges"]):
+    if about is None or any(k.missing() for k in kept if k.benchmark.label in about["judges"]):
         try:
             guard = candidate.load()
-            thresholds = getattr(guard, "thresholds", None) or {}
-            about = {"identity": candidate.identity, "judges": list(guard.judges)}
-            about |= {"thresholds": thresholds, "sees": guard.sees}
+            about = {
+                "identity": candidate.identity,
+                "judges": list(guard.judges),
+                "thresholds": guard.thresholds or {},
+                "sees": guard.sees,
+            }
             known.append(about)
         except Exception as error:  # whatever a guard can raise
             broken = _one_line(error, f"{candidate.name} does not load")
     for one in kept:
         name = one.benchmark.name
-        if about is not None and one.label not in about["judges"]:
-            problems[name] = NOT_SUPPORTED
+        if about is not None and one.benchmark.label not in about["judges"]:
+            found.problems[name] = NOT_SUPPORTED
         elif broken and (about is None or one.missing()):
-            problems[name] = {"status": "failed", "reason": broken}
+            found.problems[name] = {"status": "failed", "reason": broken}
         else:
             try:
-                verdicts[name] = one.verdicts(guard, chunk)
+                found.verdicts[name] = one.verdicts(guard, chunk)
             except Exception as error:
                 reason = _one_line(error, f"{candidate.name} on {name}")
-                problems[name] = {"status": "failed", "reason": reason}
-    return verdicts, problems, about or {}
+                found.problems[name] = {"status": "failed", "reason": reason}
+    found.about = about or {}
+    return found
 
 
 def _one_line(error: Exception, what: str) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-    logger.error("%s: %s", what, reason, exc_info=None if isinstance(error, UserError) else error)
+    """What an error says; what is no mistake of the user's is logged with its traceback."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, UserError)
+    if not expected:
+        reason = f"{type(error).__name__}: {reason}"
+    logger.error("%s: %s", what, reason, exc_info=None if expected else error)
     return f"{reason:.300}"

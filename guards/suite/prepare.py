@@ -11,7 +11,8 @@ from typing import Any
 
 from common.conversation import UserError, check_text
 
-Rows = Iterable[tuple[int, str, Mapping]]  # row index in the source, where it stands, the row
+SourceRow = tuple[int, str, Mapping]  # index in the source, where it stands, the row
+Rows = Iterable[SourceRow]
 
 
 def cell(row: Mapping, column: str, where: str) -> Any:
@@ -55,7 +56,7 @@ def vote(value: Any, column: str, rule: Mapping, where: str) -> float:
     raise UserError(f"{where}, field {column}: unknown label {value!r:.60}; known: {known}")
 
 
-def _saferlhf(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
+def _saferlhf(rows: Rows) -> Iterator[SourceRow]:
     """1,000 safe and 1,000 unsafe answers to the same prompts, drawn as allenai/safety-eval draws
     them.
 
@@ -80,7 +81,7 @@ def _saferlhf(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
     yield from (lists[flag][i] for flag in (True, False) for i in drawn)
 
 
-def _convabuse(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
+def _convabuse(rows: Rows) -> Iterator[SourceRow]:
     """`abusive`: the share of a row's annotators (of up to eight) who gave it a level below 0 on
     the scale 1 … -3.
     """
@@ -96,7 +97,7 @@ def _convabuse(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
         yield index, where, {**row, "abusive": fmean(min(levels) < 0 for levels in given if levels)}
 
 
-def _dices(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
+def _dices(rows: Rows) -> Iterator[SourceRow]:
     """`messages` from `context`, whose turns begin with USER: and LAMDA: (or A: and B:), and the
     last `response`.
     """
@@ -121,7 +122,7 @@ def _dices(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
         )
 
 
-def _prosocial(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
+def _prosocial(rows: Rows) -> Iterator[SourceRow]:
     """`messages`: a user turn (`context`) after all turns of its dialogue before it; `response`
     answers it.
     """
@@ -137,7 +138,7 @@ def _prosocial(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
             yield index, where, {**row, "messages": asked}
 
 
-def _harmfulqa(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
+def _harmfulqa(rows: Rows) -> Iterator[SourceRow]:
     """`messages` and `colour`: the red (harmful) and blue conversations of a question, up to their
     last answer.
     """
@@ -167,7 +168,7 @@ def _harmfulqa(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
                     yield index, where, {**row, "colour": colour, "messages": messages}
 
 
-def _bot_adversarial(rows: Rows) -> Iterator[tuple[int, str, Mapping]]:
+def _bot_adversarial(rows: Rows) -> Iterator[SourceRow]:
     """`messages` and the fields of a line of ParlAI's, name:value between tabs; the last turn is
     the one judged.
     """
