@@ -339,7 +339,8 @@ def add_results(
             if args.validation or metric != "f1_at_validation":
                 check_column([ours | {metric: 0.0}, *theirs], metric)
     results["guards"] |= guards
-    results["benchmarks"] = benchmarks | results["benchmarks"]
+    for name, facts in benchmarks.items():
+        results["benchmarks"].setdefault(name, facts)
     return cells
 
 

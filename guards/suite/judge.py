@@ -198,7 +198,7 @@ def _name_and_model(spec: str) -> tuple[str | None, str]:
 
 def _near(name: str) -> str:
     """Names of the zoo that somebody may have meant."""
-    known = {known.lower(): known for known in (*zoo(), *PAPER_GUARDS)}
+    known = {known.lower(): known for known in (*PAPER_GUARDS, *zoo())}
     near = difflib.get_close_matches(name.lower(), known, 5)
     return ", ".join(known[one] for one in near)
 
@@ -315,8 +315,8 @@ def judge_all(
     names = ["guards", *(benchmark.name for benchmark in benchmarks)]
     files = {name: folder / f"{name}.jsonl" for name in names}
     if overwrite:
-        for file in files.values():
-            file.unlink(missing_ok=True)
+        for benchmark in benchmarks:
+            files[benchmark.name].unlink(missing_ok=True)
     with ExitStack() as opened:
         known = opened.enter_context(KeptRows(files["guards"], "identity"))
         kept = []

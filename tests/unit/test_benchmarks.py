@@ -224,6 +224,15 @@ def test_facts(tmp_path):
     assert load_benchmark(f"harmfulq@{write('harmfulq', tmp_path)}").facts["recall_only"]
 
 
+def test_an_answer_without_a_label_is_left_out(tmp_path):
+    """It is neither safe nor unsafe."""
+    row = {"prompt": "Hello.", "response": "Hi.", "response_label": "safe"}
+    rows = [row, row | {"response": "Hey.", "response_label": None}]
+    loaded = rows_of("aegis2_response", tmp_path, rows)
+    assert [row["label"] for row in loaded.rows] == [False]
+    assert loaded.facts["left_out"] == {"response_label is not present": 1}
+
+
 def test_few_rows_are_spread(tmp_path):
     """Sets are sorted by label: the first rows alone would all be safe."""
     path = write("saferlhf", tmp_path)

@@ -228,64 +228,61 @@ def test_every_format_holds_every_cell(suite, guards, files):
             assert rows[guard][name] == wanted, (guard, name)
 
 
+def word_of(verdict: dict, label: str) -> bool | None:
+    """What a guard says of a label; None where it says nothing."""
+    score = verdict[label]
+    assert verdict["error"] is None or (not verdict["decided"] and score is None)
+    return verdict["decided"].get(label, None if score is None else score > 0.5)
+
+
+def f1(pairs: list[tuple[bool, bool]]) -> float:
+    hits = Counter(pairs)
+    whole = 2 * hits[True, True] + hits[True, False] + hits[False, True]
+    return 2 * hits[True, True] / whole if whole else 0.0
+
+
 @pytest.mark.slow
-def test_no_verdict_is_never_safe(suite):
+def test_no_verdict_counts_by_the_rule(suite):
     """The three rules, computed anew from predictions.jsonl."""
-    cells, said = cells_of(suite[0]), {}
+    pairs = {}
     for line in (suite[0] / "predictions.jsonl").open():
         row = json.loads(line)
+        truth, label = row["truth"], row["label"]
+        by_refusal = "unsaid_is" in benchmarks()[row["benchmark"]]
         for guard, verdict in row["guards"].items():
-            label = row["label"]
-            word = verdict["decided"].get(
-                label, verdict[label] is not None and verdict[label] > 0.5
-            )
-            failed = verdict["error"] is not None or (
-                label not in verdict["decided"] and verdict[label] is None
-            )
-            assert verdict["error"] is None or (not verdict["decided"] and verdict[label] is None)
-            said.setdefault((guard, row["benchmark"]), []).append(
-                (row["truth"], None if failed else word)
-            )
+            word = word_of(verdict, label)
+            wrong = unsafe = word
+            if word is None:
+                unsafe = True
+                wrong = not truth
+            if word is None and verdict["error"] is None:
+                wrong = by_refusal and not word_of(verdict, "response_refusal")
+            rules = pairs.setdefault((guard, row["benchmark"]), {})
+            rules.setdefault("wrong", []).append((truth, wrong))
+            rules.setdefault("unsafe", []).append((truth, unsafe))
+            rules.setdefault("excluded", []).extend([(truth, word)] * (word is not None))
     differ = 0
-    for key, verdicts in said.items():
-        rules, failed = {}, sum(word is None for _, word in verdicts)
-        for rule in ("wrong", "unsafe", "excluded"):
-            filler = {
-                "wrong": lambda truth: not truth,
-                "unsafe": lambda _: True,
-                "excluded": lambda _: None,
-            }[rule]
-            pairs = [(truth, filler(truth) if word is None else word) for truth, word in verdicts]
-            hits = Counter(pair for pair in pairs if pair[1] is not None)
-            whole = 2 * hits[True, True] + hits[True, False] + hits[False, True]
-            rules[rule] = 2 * hits[True, True] / whole if whole else 0.0
-            assert (cells[key]["by_parse_errors"][rule]["f1"] or 0.0) == pytest.approx(
-                rules[rule]
-            ), (key, rule)
-        assert (
-            cells[key]["errors"] == failed
-            and cells[key]["f1"] == cells[key]["by_parse_errors"]["wrong"]["f1"]
-        )
-        differ += len(set(rules.values())) == 3
+    for key, rules in pairs.items():
+        cell = cells_of(suite[0])[key]
+        scores = {rule: f1(pairs) for rule, pairs in rules.items()}
+        found = {rule: cell["by_parse_errors"][rule]["f1"] or 0.0 for rule in scores}
+        assert found == pytest.approx(scores), key
+        assert cell["errors"] == len(rules["wrong"]) - len(rules["excluded"])
+        assert cell["f1"] == cell["by_parse_errors"]["wrong"]["f1"]
+        differ += len(set(scores.values())) == 3
     assert differ
 
 
 @pytest.mark.slow
-def test_a_second_run_asks_errors_alone(suite, guards, files, tmp_path):
-    before = {
-        key: cell
-        for key, cell in cells_of(suite[0]).items()
-        if key[1] in FEW and key[0] not in LONG
-    }
-    shutil.copytree(suite[0] / "runs", tmp_path / "runs")
+def test_a_second_run_asks_nothing(suite, guards, files, tmp_path):
+    """What a model in this process says, errors among it, it would say again."""
     others = {name: folder for name, folder in guards.items() if name not in LONG}
+    before = cells_of(suite[0])
+    shutil.copytree(suite[0] / "runs", tmp_path / "runs")
     code, asked = run(others, [files[name] for name in FEW], tmp_path)
-    errors = Counter()
-    for line in (suite[0] / "predictions.jsonl").open():
-        row = json.loads(line)
-        if row["benchmark"] in FEW and not row["duplicate"]:
-            errors.update(guard for guard, verdict in row["guards"].items() if verdict["error"])
-    assert code == 0 and cells_of(tmp_path) == before and asked == errors
+    assert code == 0 and not asked
+    for key, cell in cells_of(tmp_path).items():
+        assert cell == before[key]
 
 
 @pytest.mark.slow

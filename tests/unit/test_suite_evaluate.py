@@ -31,17 +31,19 @@ class KeywordGuard(Guard):
 
     name, judges, sees = "keyword", ("prompt_unsafe", "response_unsafe"), "last turn"
 
-    def __init__(self, words: bool = True, seconds: float = 0.0, thresholds: dict | None = None):
+    def __init__(self, words=True, seconds=0.0, thresholds=None, error="no word of mine"):
         self.words, self.seconds, self.thresholds, self.asked = words, seconds, thresholds or {}, []
+        self.error, self.labels = error, set()
 
     def judge_valid(self, conversations):
         time.sleep(self.seconds)
         self.asked += conversations
+        self.labels.update(self.wanted)
         return [self._one(messages[-1]) for messages in conversations]
 
     def _one(self, turn):
         if "broken" in turn["content"]:
-            return Verdict(error="no word of mine")
+            return Verdict(error=self.error)
         score = next(
             (s for word, s in {"bad": 0.9, "maybe": 0.6}.items() if word in turn["content"]), 0.125
         )
@@ -58,7 +60,7 @@ class Deaf(KeywordGuard):
         return Verdict(error="cannot hear")
 
 
-def candidate(name="keyword", identity="1", known=None, **options):
+def candidate(name="keyword", identity="1", known=None, served=False, **options):
     """A guard for `evaluate.evaluate`; `load.made` counts how often it was loaded."""
 
     def load():
@@ -66,7 +68,7 @@ def candidate(name="keyword", identity="1", known=None, **options):
         return load.made[-1]
 
     load.made = []
-    return judge.Candidate(name, name, identity, load, known)
+    return judge.Candidate(name, name, identity, load, known, served=served)
 
 
 def item(prompt, unsafe, response=None, domain="law"):
@@ -148,12 +150,9 @@ def test_a_run_from_rows_to_tables(arguments, tmp_path):
         and compared["auroc"]["difference"] == 0
     )
     text = (tmp_path / "out/results.md").read_text()
-    assert (
-        "| keyword | 0.600 | 0.667 |" in text
-        and "| plain † | 0.727 |" in text
-        and "domain = law" in text
-    )
-    assert "Published numbers are left out" in text and "count as wrong" in text
+    assert "| keyword | 0.600 | 0.667 |" in text and "| plain † | 0.727 |" in text
+    assert "law" not in text and "finance" not in text  # sub-groups stand in results.json alone
+    assert "Published numbers are left out" in text and "an error as wrong" in text
     assert "| sees of a conversation |" in text and "| last turn |" in text
     rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
     assert len(rows) == 18 and rows[0]["guards"]["plain"]["prompt_unsafe"] == 0.9
@@ -191,9 +190,14 @@ def test_a_guard_that_fails_does_not_stop_the_others(arguments, tmp_path):
     assert "| deaf | failed | not supported |" in text
 
 
+def asked_of(made: judge.Candidate) -> list[str]:
+    """The last turns that a guard was asked, each time that it was loaded."""
+    return [messages[-1]["content"] for guard in made.load.made for messages in guard.asked]
+
+
 def test_kept_verdicts(arguments, tmp_path):
-    """Asked again: errors, and everything of another guard or of one that changed; a half-written
-    line is dropped.
+    """Judged anew: everything of another guard or of one that changed; a half-written line is
+    dropped.
     """
     first = candidate()
     before = evaluate.evaluate(arguments(), [first])
@@ -203,17 +207,62 @@ def test_kept_verdicts(arguments, tmp_path):
         file.write('{"id": "half')
     again = candidate()
     after = evaluate.evaluate(arguments(), [again])
-    assert [m[-1]["content"] for m in again.load.made[0].asked] == ["broken owl", "broken owl, yes"]
-    assert len(kept.read_text().splitlines()) == 12  # the same error is not written twice
-    assert after["cells"] == before["cells"]
+    assert after["cells"] == before["cells"] and not again.load.made
+    assert len(kept.read_text().splitlines()) == 12
     changed = candidate(identity="2")
     evaluate.evaluate(arguments(), [changed])
-    assert len(changed.load.made[0].asked) == 18 and len(kept.read_text().splitlines()) == 24
-    evaluate.evaluate(arguments(overwrite=True), [candidate(identity="2")])
-    assert len(kept.read_text().splitlines()) == 12
+    assert len(asked_of(changed)) == 18 and len(kept.read_text().splitlines()) == 24
     kept.write_text("no json\n")
     with pytest.raises(UserError, match=r"expguardtest_prompt\.jsonl, line 1.* remove the file"):
         evaluate.evaluate(arguments(), [candidate()])
+
+
+LASTING = [
+    "9000 tokens, more than --max_length 4096",
+    "the prompt has 5000 tokens; the model has room for 4095",
+    "azure-content-safety: the text has 10001 characters, more than 10000; see long_inputs",
+    "perspective: empty text",
+    "it writes ' the' where ' yes' or ' no' was expected",
+    "no Refusal: in what it wrote: 'Safety: Safe'",
+    "Error code: 400 - {'message': 'the prompt is too long'}",
+    "openai-moderation: HTTP 400 invalid_request",
+]
+PASSING = [
+    "Connection error.",
+    "Request timed out.",
+    "Error code: 503 - overloaded",
+    "openai-moderation: HTTP 429, 6 times",
+    "perspective: HTTP 400 API_KEY_INVALID: check PERSPECTIVE_API_KEY",
+    "not asked: http://127.0.0.1:1/v1: it fails; 3 of 9 prompts were not asked",
+]
+
+
+@pytest.mark.parametrize("error", LASTING + PASSING)
+def test_errors_that_may_go_away_are_asked_again(arguments, error):
+    """Those of a server or of the way to it; what a model says of a text it says each time."""
+    evaluate.evaluate(arguments(), [candidate(served=True, error=error)])
+    again = candidate(served=True, error=error)
+    evaluate.evaluate(arguments(), [again])
+    assert asked_of(again) == (["broken owl", "broken owl, yes"] if error in PASSING else [])
+
+
+def test_kept_verdicts_of_more_or_fewer_guards(arguments):
+    """What is not asked for this time is there the next time."""
+    names, responses = ["a", "b"], arguments().benchmarks[1:]
+    whole = evaluate.evaluate(arguments(), [candidate(name) for name in names])
+    evaluate.evaluate(arguments(benchmarks=responses), [candidate("a")])
+    evaluate.evaluate(arguments(benchmarks=responses, overwrite=True), [candidate("a")])
+    three = [candidate(name) for name in ("b", "c", "a")]
+    results = evaluate.evaluate(arguments(), three)
+    assert [len(asked_of(guard)) for guard in three] == [0, 18, 0]
+    assert all(cells(results, name) == cells(whole, name) for name in names)
+
+
+def test_a_guard_is_asked_for_what_is_scored(arguments):
+    """So that none generates text for a verdict that nobody reads."""
+    guard = candidate()
+    evaluate.evaluate(arguments(task_type="response"), [guard])
+    assert guard.load.made[0].labels == {"response_unsafe"}
 
 
 def test_a_finished_guard_is_not_loaded_again(arguments, file):
@@ -453,7 +502,8 @@ def test_specs(tmp_path, tiny_classifier):
     ]
     assert described[2].load().max_length == 64
     made = [Benchmark(name, "response_unsafe", [], {}) for name in ("beavertails", "saferlhf")]
-    assert [evaluate.known_to(c, made) for c in (bare[0], described[1])] == [["beavertails"], []]
+    knows = [evaluate.describe_guard(guard, made)["knows"] for guard in (bare[0], described[1])]
+    assert knows == [["beavertails"], []]
     assert len({c.identity for c in described}) == 4  # `mine` is the same guard by another name
     write_card(folder, ClassifierCard(**card, max_length=99))
     assert judge.candidates([str(folder)], options)[0].identity != described[0].identity

@@ -11,8 +11,9 @@ from scripts import EXAMPLES
 
 import common.templates
 from common.conversation import UserError, Verdict
-from guards import Guard
+from guards import Guard, zoo
 from guards.card import GenerativeCard, LoraCard, write_card
+from guards.suite.benchmarks import split_spec
 
 evaluate, judge, candidate, cells = shared.evaluate, shared.judge, shared.candidate, shared.cells
 arguments, file = shared.arguments, shared.file  # fixtures
@@ -87,6 +88,48 @@ def test_a_guard_by_its_adapters_id():
     known, base = judge.candidates(names, {})
     assert (known.zoo, known.name, known.released) == ("nemoguard-8b", "nemoguard-8b", True)
     assert (base.zoo, base.released) == (None, False)
+
+
+def test_the_names_of_the_papers_code_are_known():
+    """Of guards, with and without a folder, and of benchmarks."""
+    for name, ours in judge.PAPER_GUARDS.items():
+        if zoo()[ours]["kind"] != "api":
+            (found,) = judge.candidates([name], {})
+            assert (found.name, found.zoo, found.released) == (ours, ours, True)
+    paper = {
+        "prompt": "expguardtest toxicchat openai_mod xstest_prompt_harm harmbench "
+        "aegis_safety_dataset2 wildguardtest_prompt",
+        "response": "expguardtest beavertails saferlhf harmbench aegis_safety_dataset2 "
+        "wildguardtest_response",
+    }
+    for task, names in paper.items():
+        found = [split_spec(f"{name}:{task}")[0] for name in names.split()]
+        assert found == list(judge.PAPER[task])
+
+
+def test_a_paper_s_name_for_a_folder(tmp_path):
+    (found,) = judge.candidates([f"ExpGuard={tmp_path}"], {})
+    assert (found.name, found.zoo) == ("expguard", "expguard")
+
+
+def test_a_benchmark_by_the_papers_name(arguments, file):
+    spec = f"expguardtest:prompt@{file}"
+    results = evaluate.evaluate(arguments(benchmarks=[spec], task_type="prompt"), [candidate()])
+    assert list(results["benchmarks"]) == ["expguardtest_prompt"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "near"),
+    [
+        ("wildgard", "wildguard"),
+        ("LlamaGuard4", "LlamaGuard3, LlamaGuard2"),
+        ("llama-guard-3", "llama-guard-3-8b"),
+        ("expgaurd={folder}", "expguard"),
+    ],
+)
+def test_a_guards_name_that_is_none(tmp_path, spec, near):
+    with pytest.raises(UserError, match=rf"--guards .*; near it: .*{near}"):
+        judge.candidates([spec.format(folder=tmp_path)], {})
 
 
 def test_options_for_all_go_to_guards_that_take_them(tmp_path, monkeypatch):
