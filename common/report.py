@@ -37,19 +37,18 @@ def number(value: Any) -> str:
     """
     if value is None:
         return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}"
     if isinstance(value, list):
-        return "[" + ", ".join(number(v) for v in value) + "]"
-    return (
-        f"{value:.3f}"
-        if isinstance(value, float)
-        else " ".join(str(value).split()).replace("|", "\\|")
-    )
+        return f"[{', '.join(map(number, value))}]"
+    return " ".join(str(value).split()).replace("|", r"\|")
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """A markdown table."""
-    lines = [header, ["---"] * len(header), *[[number(cell) for cell in row] for row in rows]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    lines = [header, ["---"] * len(header)]
+    lines += [map(number, row) for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def metric_table(
@@ -58,8 +57,8 @@ def metric_table(
     """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row
     a name.
     """
-    rows = [[name, *(values.get(c) for c in columns)] for name, values in metrics.items()]
-    return table(rows, ["", *(COLUMNS[c] for c in columns)])
+    rows = [[name, *map(values.get, columns)] for name, values in metrics.items()]
+    return table(rows, ["", *(COLUMNS[name] for name in columns)])
 
 
 def write_results(
