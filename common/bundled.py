@@ -65,9 +65,8 @@ def resolve_model(name_or_path: str) -> str:
 
 def cache_folder() -> Path:
     """Where what is made once is kept: $GUARDRAIL_RECIPES_CACHE, or ~/.cache/guardrail-recipes."""
-    return Path(
-        os.environ.get("GUARDRAIL_RECIPES_CACHE", "~/.cache/guardrail-recipes")
-    ).expanduser()
+    folder = os.environ.get("GUARDRAIL_RECIPES_CACHE", "~/.cache/guardrail-recipes")
+    return Path(folder).expanduser()
 
 
 def bundled_model() -> Path:

@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from common.conversation import Message, Messages, UserError, judged_turns, last_turns, pair
@@ -25,6 +27,9 @@ FOLDERS = [Path(__file__).parent]
 ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 # jinja's own is for HTML
 ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+
+
+Span = tuple[int, int]  # the first character, and the one after the last
 
 
 class Part(NamedTuple):
@@ -41,47 +46,28 @@ def render(
 
     Args:
         template: the name of a jinja file in this folder or in guards/prompts, without its ending.
-        It sees `prompt`
-            (last user turn), `response` (answer to it), `messages` (all questions and answers, see
-            `judged_turns`) and `bos_token` and `eos_token` (empty without a tokenizer that has
-            them).
+            It sees `prompt` (last user turn), `response` (answer to it), `messages` (all questions
+            and answers, see `judged_turns`) and `bos_token` and `eos_token` (empty without a
+            tokenizer that has them).
 
     Raises:
-        UserError: the template is unknown, it needs a turn that the conversation lacks, or a text
-        is not Unicode.
+        UserError: the template is unknown, or it needs a turn that the conversation lacks.
     """
-    prompt, response = last_turns(messages)
     turns = judged_turns(messages)
-    content = {"prompt": prompt, "response": response}
-    content |= {str(number): turn["content"] for number, turn in enumerate(turns)}
-    # U+E000 and U+E001 are private-use characters; content is put in only after rendering, so it
-    # cannot forge them.
-    markers = {name: f"\ue000{name}\ue001" for name, text in content.items() if text is not None}
-    given: dict[str, Any] = {
-        name: markers[name] for name in ("prompt", "response") if name in markers
-    }
-    if turns:
-        given["messages"] = [
-            {"role": turn["role"], "content": markers[str(number)]}
-            for number, turn in enumerate(turns)
-        ]
-    specials = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
+    contents = [*last_turns(messages), *(turn["content"] for turn in turns)]
+    marks = [None if text is None else _mark(i) for i, text in enumerate(contents)]
+    marked = [turn | {"content": mark} for turn, mark in zip(turns, marks[2:], strict=True)]
+    given: dict[str, Any] = {"prompt": marks[0], "response": marks[1], "messages": marked}
+    given = {name: value for name, value in given.items() if value}
+    for name in ("bos_token", "eos_token"):
+        given[name] = getattr(tokenizer, name, None) or ""
     try:
-        text = _template(template).render(**given, **specials)
+        text = _template(template).render(given)
     except jinja2.UndefinedError as error:
         raise UserError(
             f"template {template}: the conversation has no such turn ({error.message})"
         ) from None
-    if any(
-        "\ud800" <= character <= "\udfff" for turn in content.values() for character in turn or ""
-    ):
-        raise UserError("the text holds a lone surrogate, which no tokenizer can read")
-    pieces = re.split("\ue000(prompt|response|[0-9]+)\ue001", text)
-    return [
-        Part(content[piece] if i % 2 else piece, bool(i % 2))
-        for i, piece in enumerate(pieces)
-        if piece
-    ]
+    return _parts(text, contents)
 
 
 def render_chat(
@@ -98,34 +84,53 @@ def render_chat(
     Args:
         chat_template: instead of the tokenizer's own.
         wrap: what is given to the template, made of the messages: the turns themselves, or an
-        instruction that quotes
-            them.
+            instruction that quotes them.
         template_kwargs: handed to the template.
 
     Raises:
         UserError: there is no template, or it refuses the conversation.
     """
+
+    def rendered(turns: Messages) -> str:
+        options = {"tokenize": False, "add_generation_prompt": True} | template_kwargs
+        return tokenizer.apply_chat_template(wrap(turns), chat_template=chat_template, **options)
+
     contents = [message["content"] for message in messages]
-    marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
-    options = {
-        "tokenize": False,
-        "add_generation_prompt": True,
-        "chat_template": chat_template,
-    } | template_kwargs
     try:
-        text, plain = (
-            tokenizer.apply_chat_template(wrap(m), **options) for m in (marked, messages)
-        )
+        text = rendered([message | {"content": _mark(i)} for i, message in enumerate(messages)])
+        plain = rendered(messages)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template refuses the conversation: {error}") from None
-    pieces = re.split("\ue000([0-9]+)\ue001", text)
     quoted = [json.dumps(content, ensure_ascii=False)[1:-1] for content in contents]
-    stripped = [content.strip() for content in contents]  # many templates trim
-    for texts in (quoted, stripped, contents):
-        parts = [Part(texts[int(p)] if i % 2 else p, bool(i % 2)) for i, p in enumerate(pieces)]
-        if "".join(part.text for part in parts) == plain:
+    trimmed = [content.strip() for content in contents]
+    for written in (quoted, trimmed, contents):  # what the template did to the contents
+        parts = _parts(text, written)
+        if text_of(parts) == plain:
             break
     return parts
+
+
+def _mark(number: int) -> str:
+    """What stands for a content while the template is rendered. Content is put in only afterwards,
+    so it cannot forge these private-use characters.
+    """
+    return f"\ue000{number}\ue001"
+
+
+def _parts(text: str, contents: Sequence[str]) -> list[Part]:
+    """A rendered text with contents in the place of their marks."""
+    parts = []
+    for index, piece in enumerate(re.split("\ue000([0-9]+)\ue001", text)):
+        if index % 2:
+            parts.append(Part(contents[int(piece)], True))
+        elif piece:
+            parts.append(Part(piece, False))
+    return parts
+
+
+def text_of(parts: Sequence[Part]) -> str:
+    """A prompt in one piece."""
+    return "".join(part.text for part in parts)
 
 
 @cache
@@ -158,13 +163,11 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     it rightly. Where it is EOS as well, as in GPT-2 and OPT, it is: a byte-level vocabulary never
     yields it for text.
     """
-    added = tokenizer.added_tokens_decoder
-    marked = {
-        i for i, token in added.items() if token.special or re.search(r"[^\w\s▁]", token.content)
-    }
-    return (marked | set(tokenizer.all_special_ids)) - (
-        {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    )
+    control = set(tokenizer.all_special_ids)
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special or re.search(r"[^\w\s▁]", token.content):
+            control.add(number)
+    return control - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id})
 
 
 def encode(
@@ -183,68 +186,60 @@ def encode(
     Raises:
         UserError: the tokenizer cannot say which characters a token covers (no fast version).
     """
+    if not prompts:
+        return []
     if not tokenizer.is_fast:
         raise UserError(
-            f"{tokenizer.name_or_path}: only a slow tokenizer; guards need a fast one to tell text from control tokens"
+            f"{tokenizer.name_or_path}: only a slow tokenizer; guards need a fast one to tell text "
+            "from control tokens"
         )
     control = control_ids(tokenizer)
-    texts = ["".join(part.text for part in parts) for parts in prompts]
-    if not texts:
-        return []
-    batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+
+    def encoded(prompts: Sequence[Sequence[Part]]) -> list[Encoding]:
+        texts = [text_of(parts) for parts in prompts]
+        return tokenizer(texts, add_special_tokens=add_special_tokens).encodings
+
     out = []
-    for parts, ids, offsets in zip(
-        prompts, batch["input_ids"], batch["offset_mapping"], strict=True
-    ):
-        for attempt in range(16):
-            forged = _forged(parts, ids, offsets, control, tokenizer)
-            if not forged:
-                break
-            parts = _broken(parts, forged, attempt)
-            one = tokenizer(
-                "".join(p.text for p in parts),
-                add_special_tokens=add_special_tokens,
-                return_offsets_mapping=True,
-            )
-            ids, offsets = one["input_ids"], one["offset_mapping"]
-        else:
-            raise UserError(
-                f"{tokenizer.name_or_path}: cannot keep {texts[len(out)]!r:.60} from becoming control tokens"
-            )
-        out.append(ids)
+    for prompt, encoding in zip(prompts, encoded(prompts), strict=True):
+        parts = prompt
+        attempt = 0
+        while spans := _forged(parts, encoding, control, tokenizer):
+            if attempt == 16:
+                raise UserError(
+                    f"{tokenizer.name_or_path}: cannot keep {text_of(prompt)!r:.60} from becoming "
+                    "control tokens"
+                )
+            parts = _broken(parts, spans, attempt)
+            (encoding,) = encoded([parts])
+            attempt += 1
+        out.append(encoding.ids)
     return out
 
 
 def _forged(
-    parts: Sequence[Part],
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    control: set[int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[tuple[int, int]]:
+    parts: Sequence[Part], encoding: Encoding, control: set[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Span]:
     """Character spans of control tokens that cover content. A token added by the tokenizer itself
     covers nothing.
     """
-    text, content, position = "".join(part.text for part in parts), [], 0
-    for part in parts:
-        if part.is_content:
-            content.append((position, position + len(part.text)))
-        position += len(part.text)
+    text, is_content = text_of(parts), _content_flags(parts)
     spans = []
-    for token, (start, end) in zip(ids, offsets, strict=True):
-        unknown = token == tokenizer.unk_token_id and _spells_unknown(text[start:end], tokenizer)
-        if token not in control and not unknown:
-            continue
-        # A template's token with lstrip/rstrip also covers the white space beside it, which is no
-        # forgery.
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         covered = text[start:end]
-        start, end = (
-            start + len(covered) - len(covered.lstrip()),
-            end - len(covered) + len(covered.rstrip()),
-        )
-        if start < end and any(start < last and first < end for first, last in content):
-            spans.append((start, end))
+        unknown = token == tokenizer.unk_token_id and _spells_unknown(covered, tokenizer)
+        if token in control or unknown:
+            # A template's token with lstrip/rstrip also covers the white space beside it, which is
+            # no forgery.
+            start += len(covered) - len(covered.lstrip())
+            end = start + len(covered.strip())
+            if any(is_content[start:end]):
+                spans.append((start, end))
     return spans
+
+
+def _content_flags(parts: Sequence[Part]) -> bytes:
+    """1 for each character of content, 0 for each of the template."""
+    return b"".join(bytes([part.is_content]) * len(part.text) for part in parts)
 
 
 def _spells_unknown(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -252,12 +247,11 @@ def _spells_unknown(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     lacks `text`.
     """
     normalizer = tokenizer.backend_tokenizer.normalizer
-    return tokenizer.unk_token in (
-        text if normalizer is None else f"{text}\n{normalizer.normalize_str(text)}"
-    )
+    seen = normalizer.normalize_str(text) if normalizer else text
+    return tokenizer.unk_token in text or tokenizer.unk_token in seen
 
 
-def _broken(parts: Sequence[Part], spans: list[tuple[int, int]], attempt: int) -> list[Part]:
+def _broken(parts: Sequence[Part], spans: list[Span], attempt: int) -> list[Part]:
     """`parts` with a space inside each span, put in its content (a span of one character becomes
     U+FFFD).
 
@@ -265,24 +259,18 @@ def _broken(parts: Sequence[Part], spans: list[tuple[int, int]], attempt: int) -
     template or begins with characters that a normalizer drops, the next attempt has spaces
     everywhere. Where it drops spaces, the one after that takes the characters away.
     """
-    out, position = [], 0
-    for text, is_content in parts:
-        length = len(text)
-        for start, end in reversed(spans) if is_content else ():
-            first, last = max(start - position, 0), min(end - position, length)
-            if first >= last:
-                continue
-            piece = text[first:last]
-            if end - start == 1 or attempt > 1:
-                piece = "\ufffd" * len(piece)
-            elif attempt == 1:
-                piece = "".join(f" {character} " for character in piece)
-            else:
-                piece = f"{piece[0]} {piece[1:]}"
-            text = text[:first] + piece + text[last:]
-        out.append(Part(text, is_content))
-        position += length
-    return out
+    characters = list(text_of(parts))
+    is_content = _content_flags(parts)
+    for start, end in spans:
+        inside = [index for index in range(start, end) if is_content[index]]
+        if attempt == 0 and end - start > 1:
+            characters[inside[0]] += " "
+            continue
+        for index in inside:
+            spread = attempt == 1 and end - start > 1
+            characters[index] = f" {characters[index]} " if spread else "\ufffd"
+    rest = iter(characters)
+    return [Part("".join(islice(rest, len(part.text))), part.is_content) for part in parts]
 
 
 def windows(
@@ -304,32 +292,34 @@ def windows(
     prompt, response = last_turns(messages)
     room = max_length - length(pair(prompt and "", response and ""))
     while room >= 16:
-        asked = (
-            [None]
-            if prompt is None
-            else _pieces(tokenizer, prompt, room if response is None else room // 2)
-        )
-        left = max(1, room - max(len(token_offsets(tokenizer, piece or "")) for piece in asked))
-        answered = [None] if response is None else _pieces(tokenizer, response, left)
+        asked = _pieces(tokenizer, prompt, room if response is None else room // 2)
+        longest = max(len(token_offsets(tokenizer, piece or "")) for piece in asked)
+        answered = _pieces(tokenizer, response, max(1, room - longest))
         count = max(len(asked), len(answered))
-        pairs = [pair(asked[i % len(asked)], answered[i % len(answered)]) for i in range(count)]
+        both = zip(cycle(asked), cycle(answered), range(count))
+        pairs = [pair(question, answer) for question, answer, _ in both]
         if max(map(length, pairs)) <= max_length:
             return pairs
         room = room * 7 // 8  # pieces can grow by a few tokens at their seams
     raise UserError(f"--max_length {max_length}: leaves no room for windows beside the template")
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> list[str]:
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str | None, size: int
+) -> list[str] | list[None]:
     """`text` in overlapping pieces of at most `size` tokens."""
-    offsets = token_offsets(tokenizer, text)
+    offsets = token_offsets(tokenizer, text or "")
     if len(offsets) <= size:
         return [text]
     step = max(1, size * 3 // 4)
-    starts = range(0, len(offsets) - size + step, step)
-    return [text[offsets[i][0] : offsets[min(i + size, len(offsets)) - 1][1]] for i in starts]
+    pieces = []
+    for first in range(0, len(offsets) - size + step, step):
+        covered = offsets[first : first + size]
+        pieces.append(text[covered[0][0] : covered[-1][1]])
+    return pieces
 
 
-def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Span]:
     """The characters that each token of `text` covers when control strings are read as text, as
     `encode` does.
     """
@@ -351,9 +341,12 @@ def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
     """
     if len(ids) <= max_length:
         return ids
-    tail = next((n for n, token in enumerate(reversed(ids)) if token not in control), len(ids))
+    tail = 0
+    while tail < len(ids) and ids[-1 - tail] in control:
+        tail += 1
     if tail >= max_length:
         raise UserError(
-            f"--max_length {max_length}: too short for the template, whose closing tokens alone are {tail}"
+            f"--max_length {max_length}: too short for the template, whose closing tokens alone "
+            f"are {tail}"
         )
     return ids[: max_length - tail] + ids[len(ids) - tail :]

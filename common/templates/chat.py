@@ -62,11 +62,12 @@ def chat_template_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str |
 
 def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the tokenizer puts before and after a text."""
-    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("x")["input_ids"]
-    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
-    before, after = framed[:at], framed[at + len(plain) :]
-    return tuple("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (before, after))
+    framed = tokenizer("x", return_special_tokens_mask=True)
+    tokens = tokenizer.convert_ids_to_tokens(framed["input_ids"])
+    added = framed["special_tokens_mask"]
+    before = added.index(0)
+    after = len(added) - added[::-1].index(0)
+    return "".join(tokens[:before]), "".join(tokens[after:])
 
 
 def _quoted(text: str) -> str:
