@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import inspect
+import operator
 import os
 import shutil
 import sys
@@ -396,6 +397,19 @@ def test_every_key_of_a_config_is_known(config):
     values = yaml.safe_load(config.read_text(encoding="utf-8"))
     assert values
     assert not set(values) - arguments(script if script.is_file() else script.with_name("train.py"))
+
+
+def test_the_page_of_shared_flags_names_flags_that_there_are():
+    table = [line for line in (ROOT / "docs/flags.md").read_text().splitlines() if line[0:1] == "|"]
+    header, _, *rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table]
+    assert sorted(header[1:]) == [folder.name for folder in EXAMPLES]
+    config = scripts.module("feedback_guard", "config").Config()
+    for row in rows:
+        for recipe, name in zip(header[1:], row[1:], strict=True):
+            if recipe == "feedback_guard":
+                assert not name or operator.attrgetter(name)(config) is not None
+            else:
+                assert name in arguments(ROOT / "examples" / recipe / "train.py")
 
 
 def test_no_file_names_a_machine():
