@@ -83,18 +83,20 @@ def log_odds(probability: float, farthest: float = FARTHEST) -> float:
 
 def last_turns(messages: Messages) -> tuple[str | None, str | None]:
     """The last user turn and, if it was answered, the answer: what guards judge."""
-    last = messages[-1] if messages else None
-    response = last["content"] if last and last["role"] == "assistant" else None
-    prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), None)
+    prompt = response = None
+    for message in messages:
+        if message["role"] == "user":
+            prompt = message["content"]
+            response = None
+        elif message["role"] == "assistant":
+            response = message["content"]
     return prompt, response
 
 
 def pair(prompt: str | None, response: str | None = None) -> list[Message]:
     """One question, one question with its answer, or an answer alone, as messages."""
-    turns = {"user": prompt, "assistant": response}
-    return [
-        {"role": role, "content": content} for role, content in turns.items() if content is not None
-    ]
+    turns = [("user", prompt), ("assistant", response)]
+    return [{"role": role, "content": text} for role, text in turns if text is not None]
 
 
 def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list[Message]:

@@ -70,8 +70,7 @@ def write_results(
     """results.json, results.md and predictions.jsonl (one row an item, so that any metric can be
     recomputed).
     """
-    # all of them before the first is written: a value that is no JSON leaves nothing behind
-    texts = {
+    texts = {  # all are made before the first is written: what is no JSON leaves nothing behind
         "predictions.jsonl": json_lines(predictions),
         "results.md": markdown,
         "results.json": json_text(results),
@@ -87,19 +86,14 @@ def plot_precision_recall(
     rate is dotted.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    styles = cycle(("-", "--", "-.", (0, (1, 1)), (0, (5, 1))))
-    for (name, (truth, score)), style in zip(curves.items(), styles, strict=False):
+    styles = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1)))
+    for (name, (truth, score)), style in zip(curves.items(), cycle(styles), strict=False):
         precision, recall, _ = precision_recall_curve(truth, score)
         axes.step(recall, precision, where="post", linestyle=style, label=name)
     base = sum(truth) / len(truth)
     axes.axhline(base, color="grey", linestyle=":", label=f"base rate {base:.2f}")
-    axes.set(
-        title=title,
-        xlabel="Recall of unsafe pairs",
-        ylabel="Precision",
-        xlim=(0, 1.01),
-        ylim=(0, 1.03),
-    )
+    axes.set(title=title, xlabel="Recall of unsafe pairs", ylabel="Precision")
+    axes.set(xlim=(0, 1.01), ylim=(0, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     save_figure(figure, path)
