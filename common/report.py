@@ -51,14 +51,12 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def metric_table(
-    metrics: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = tuple(COLUMNS)
-) -> str:
+def metric_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row
     a name.
     """
-    rows = [[name, *map(values.get, columns)] for name, values in metrics.items()]
-    return table(rows, ["", *(COLUMNS[name] for name in columns)])
+    rows = [[name, *map(values.get, COLUMNS)] for name, values in metrics.items()]
+    return table(rows, ["", *COLUMNS.values()])
 
 
 def write_results(

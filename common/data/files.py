@@ -219,13 +219,12 @@ def _json_line_rows(path: Path) -> Rows:
 
 def _json_rows(path: Path, nested: bool = False) -> Rows:
     text = path.read_text(ENCODING)
-    try:
-        value = _decode(text, str(path))
-    except UserError as error:
-        if text.lstrip().startswith("{") and "(Extra data)" in str(error):
-            yield from _json_line_rows(path)
-            return
-        raise
+    first, _, rest = text.lstrip().partition("\n")
+    one_object = first.startswith("{") and first.rstrip().endswith("}")
+    if one_object and rest.lstrip().startswith("{"):
+        yield from _json_line_rows(path)
+        return
+    value = _decode(text, str(path))
     if nested:
         value = _leaves(value, str(path))
     elif not isinstance(value, list):

@@ -62,7 +62,7 @@ def render(
     for name in ("bos_token", "eos_token"):
         given[name] = getattr(tokenizer, name, None) or ""
     try:
-        text = _template(template).render(given)
+        text = inline_template(template_text(template)).render(given)
     except jinja2.UndefinedError as error:
         raise UserError(
             f"template {template}: the conversation has no such turn ({error.message})"
@@ -134,16 +134,12 @@ def text_of(parts: Sequence[Part]) -> str:
 
 
 @cache
-def _template(name: str) -> jinja2.Template:
-    return inline_template(template_text(name))
-
-
-@cache
 def inline_template(text: str) -> jinja2.Template:
     """A template that fails where a turn is missing."""
     return ENVIRONMENT.from_string(text)
 
 
+@cache
 def template_text(name: str) -> str:
     """The text of a template file, without the line break at its end. Raises UserError when there
     is none.
