@@ -62,7 +62,7 @@ def render(
     for name in ("bos_token", "eos_token"):
         given[name] = getattr(tokenizer, name, None) or ""
     try:
-        text = inline_template(template_text(template)).render(given)
+        text = _template(template).render(given)
     except jinja2.UndefinedError as error:
         raise UserError(
             f"template {template}: the conversation has no such turn ({error.message})"
@@ -140,6 +140,10 @@ def inline_template(text: str) -> jinja2.Template:
 
 
 @cache
+def _template(name: str) -> jinja2.Template:
+    return inline_template(template_text(name))
+
+
 def template_text(name: str) -> str:
     """The text of a template file, without the line break at its end. Raises UserError when there
     is none.
