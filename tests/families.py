@@ -70,9 +70,11 @@ def byte_level(specials: Sequence[str], **roles: str) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-def pieces(specials: Sequence[str], bos: str, eos: str) -> PreTrainedTokenizerFast:
+def pieces(
+    specials: Sequence[str], bos: str, eos: str, known: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """SentencePiece style, as of Llama 2, Mistral and Gemma: dummy prefix, byte fallback, BOS put
-    first.
+    first. A word that is in `known` is one token; most others are as many as they have letters.
     """
     letters = sorted(set("".join(TEXTS)) - set(" \n"))
     learned = [
@@ -80,6 +82,7 @@ def pieces(specials: Sequence[str], bos: str, eos: str) -> PreTrainedTokenizerFa
         *((word, -7.0) for word in WORDS),
         ("▁", -4.0),
     ]
+    learned += [(f"▁{word}", -6.0) for word in sorted(set(known) - set(WORDS))]
     learned += [(letter, -5.0) for letter in letters if letter not in dict(learned)]
     vocabulary = [
         ("<unk>", 0.0),
@@ -150,13 +153,14 @@ HARMONY = (
 )
 
 
-def tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with a family's special tokens and chat template."""
+def tokenizer(family: str, known: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer with a family's special tokens and chat template; `known` is for `pieces`."""
     if family in ("llama2", "mistral", "gemma", "gemma3"):
         gemma = family.startswith("gemma")
         made = pieces(
             ["<start_of_turn>", "<end_of_turn>"] if gemma else [],
             *(("<bos>", "<eos>") if gemma else ("<s>", "</s>")),
+            known,
         )
     elif family.startswith("llama3"):
         made = byte_level(LLAMA3, bos_token=LLAMA3[0], eos_token=LLAMA3[1])
@@ -235,11 +239,18 @@ def model(
     ).eval()
 
 
-def save(folder: Path, family: str, words: Sequence[str] = WORDS, seed: int = 0, **changes) -> Path:
+def save(
+    folder: Path,
+    family: str,
+    words: Sequence[str] = WORDS,
+    seed: int = 0,
+    known: Sequence[str] = (),
+    **changes,
+) -> Path:
     """A tiny guard on disk. Its output layer knows the tokens of `words` alone, so that it mostly
     gives verdicts.
     """
-    made = tokenizer(family)
+    made = tokenizer(family, known)
     lm = model(family, made, seed, **changes)
     start = made("x:", add_special_tokens=False)["input_ids"]
     after = [
@@ -247,9 +258,9 @@ def save(folder: Path, family: str, words: Sequence[str] = WORDS, seed: int = 0,
         for word in words
         for form in (word, f" {word}")
     ]
-    known = {ids[len(start)] for ids in after if ids[: len(start)] == start}
+    verdicts = {ids[len(start)] for ids in after if ids[: len(start)] == start}
     head = lm.get_output_embeddings().weight.data
-    head[[i for i in range(len(made)) if i not in known]] = 0
+    head[[i for i in range(len(made)) if i not in verdicts]] = 0
     lm.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder

@@ -1,6 +1,7 @@
 """Small data, models and configs for the tests of examples/feedback_guard."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,12 +11,23 @@ from guards.card import GenerativeCard, write_card
 
 TEXT = "how do I keep my old bicycle clean safe from rain and thieves in the city without much money or time"
 WORDS = TEXT.split()
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def policy_words() -> list[str]:
+    """The words of the policies that these guards read: by letters, they would be thousands of
+    tokens.
+    """
+    files = [*(ROOT / "guards/prompts").iterdir(), ROOT / "examples/feedback_guard/legacy.py"]
+    texts = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
+    return sorted({word for text in texts for word in re.findall(r"[A-Za-z]{3,}", text)})
 
 
 def save_models(root: Path) -> dict[str, Path]:
     """A guard that writes safe and unsafe, another one, and an assistant that writes anything."""
-    for name, seed in (("guard", 3), ("judge", 5)):
-        families.save(root / name, "llama2", ("safe", "unsafe"), seed)
+    # with these seeds each text has a verdict
+    for name, seed in (("guard", 12), ("judge", 6)):
+        families.save(root / name, "llama2", ("safe", "unsafe"), seed, policy_words())
         write_card(root / name, GenerativeCard(guard="llama-guard", max_length=4096))
     made = families.tokenizer("llama3_chat")
     families.model("llama3_chat", made, 1).save_pretrained(root / "assistant")
