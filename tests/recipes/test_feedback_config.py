@@ -188,7 +188,7 @@ def test_bad_values_are_said_in_one_line(change, said, write_config):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ("{", "bad.json, line 1, column 2: malformed JSON"),
+        ("{", "bad.json, column 2: malformed JSON"),
         ("[]", "expected an object, found []"),
         ('{"sed": 1}', "field sed: unknown key; the nearest known one is seed"),
         (
