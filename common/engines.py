@@ -5,8 +5,8 @@ an error a prompt: one that fails takes nothing from the others. Prompts are tok
 every engine sees the same prompt, and no text can become a control token on the way.
 """
 
+import copy
 import inspect
-import json
 import logging
 import math
 import os
@@ -14,14 +14,13 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
@@ -44,11 +43,11 @@ from common.run import device, inference_dtype, is_main_process
 logger = logging.getLogger(__name__)
 
 CHUNK = 512  # prompts that vLLM is given at a time, so that a kill loses little
+BATCH_TOKENS = 1 << 15  # tokens that transformers reads in one pass, with padding
 TOP = 20  # tokens that a server names of its own accord; most allow no more
 RETRIES = 5  # tries of the openai client after the first: BUSY, 5xx, time-outs, broken connections
 BUSY = (408, 409, 429)  # HTTP statuses that may pass
 PATIENCE = 8  # requests that fail one after another before the rest is not asked any more
-NOTICE = 30.0  # seconds without any answer before a line says so
 BOUND = 0.01  # of the most likely token: what the words that a server leaves out may weigh at most
 ROUNDING = 1e-7  # of probabilities that are told in float32
 
@@ -130,31 +129,22 @@ class Engine(ABC):
             UserError: `decoding` asks for beams that the engine lacks, or for more than it sees.
             EngineStopped: after what was answered, where the rest is not asked any more.
         """
-        if decoding.num_beams > 1 and not self.has_beams:
-            raise UserError("--num_beams: beam search needs --engine transformers")
-        room = self._room(decoding.max_new_tokens)
-        if room < 1:
+        check_beams(self, decoding.num_beams)
+        if self._room(decoding.max_new_tokens) < 1:
             flag = f"--max_new_tokens {decoding.max_new_tokens}"
             raise UserError(f"{flag}: the model has room for {self.window} tokens, prompt included")
-        return self._complete_what_fits(prompts, decoding, skip_special_tokens, room)
+        return self._complete_what_fits(prompts, decoding, skip_special_tokens)
 
     def _complete_what_fits(
-        self,
-        prompts: Sequence[list[int]],
-        decoding: Decoding,
-        skip_special_tokens: bool,
-        room: float,
+        self, prompts: Sequence[list[int]], decoding: Decoding, skip_special_tokens: bool
     ) -> Iterator[tuple[int, Completion]]:
-        fitting = []
-        for i, ids in enumerate(prompts):
-            if refusal := self._refusal(ids, room):
-                yield i, Completion(error=refusal)
-            else:
-                fitting.append(i)
+        refusals = self._refusals(prompts, decoding.max_new_tokens)
+        for i, refusal in refusals.items():
+            yield i, Completion(error=refusal)
+        fitting = [i for i in range(len(prompts)) if i not in refusals]
         asked = [prompts[i] for i in fitting]
-        if asked:
-            for number, completion in self._complete(asked, decoding, skip_special_tokens):
-                yield fitting[number], completion
+        for number, completion in self._complete(asked, decoding, skip_special_tokens):
+            yield fitting[number], completion
 
     def completions(
         self,
@@ -181,37 +171,40 @@ class Engine(ABC):
             prompts: token ids.
             candidates: ids of the tokens whose log-probabilities are wanted.
         """
-        room = self._room(1)
-        refusals = [self._refusal(ids, room) for ids in prompts]
-        asked = [ids for ids, refusal in zip(prompts, refusals, strict=True) if refusal is None]
-        read = iter(self._next_token(asked, candidates) if asked else ())
-        out = []
-        for refusal in refusals:
-            out.append(next(read) if refusal is None else NextToken(error=refusal))
-        return out
+        refusals = self._refusals(prompts, new_tokens=1)
+        found = {i: NextToken(error=refusal) for i, refusal in refusals.items()}
+        fitting = [i for i in range(len(prompts)) if i not in refusals]
+        if fitting:
+            read = self._next_token([prompts[i] for i in fitting], list(candidates))
+            found |= zip(fitting, read, strict=True)
+        return [found[i] for i in range(len(prompts))]
 
     def _room(self, new_tokens: int) -> float:
         return math.inf if self.window is None else self.window - new_tokens
 
-    def _refusal(self, ids: Sequence[int], room: float) -> str | None:
-        """Why a prompt cannot be run, if so. One that is too long is not cut: it would lose the
-        task, which stands last.
+    def _refusals(self, prompts: Sequence[list[int]], new_tokens: int) -> dict[int, str]:
+        """Why prompts cannot be run, by their index. One that is too long is not cut: it would lose
+        the task, which stands last.
         """
-        if len(ids) > room:
-            return f"the prompt has {len(ids)} tokens; the model has room for {room:.0f}"
-        return None
+        room = self._room(new_tokens)
+        found = {}
+        for i, ids in enumerate(prompts):
+            if len(ids) > room:
+                found[i] = f"the prompt has {len(ids)} tokens; the model has room for {room:.0f}"
+        return found
 
     @abstractmethod
     def _complete(
         self, prompts: Sequence[list[int]], decoding: Decoding, skip_special_tokens: bool
     ) -> Iterator[tuple[int, Completion]]:
-        """`complete` for prompts that fit, at least one."""
+        """`complete` for prompts that fit."""
 
     @abstractmethod
-    def _next_token(
-        self, prompts: Sequence[list[int]], candidates: Sequence[int]
-    ) -> list[NextToken]:
+    def _next_token(self, prompts: Sequence[list[int]], candidates: list[int]) -> list[NextToken]:
         """`next_token` for prompts that fit, at least one."""
+
+
+# --- transformers ---------------------------------------------------------------------------------
 
 
 def prompts_at_once(batch_size: int | None = None, num_beams: int = 1) -> int:
@@ -226,11 +219,9 @@ def prompts_at_once(batch_size: int | None = None, num_beams: int = 1) -> int:
 
 
 class TransformersEngine(Engine):
-    """transformers in this process.
+    """transformers in this process: stock `generate` over left-padded batches of similar length.
 
-    Completions are stock `generate` over left-padded batches of prompts of similar length. A next
-    token costs one forward pass: what all prompts begin with is run once, and the rest of many
-    prompts is one row without padding.
+    A next token costs one forward pass, and what all prompts begin with is run once.
     """
 
     has_beams = True
@@ -244,8 +235,6 @@ class TransformersEngine(Engine):
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
         batch_size: int | None = None,
-        batch_tokens: int | None = None,
-        share_prefix: bool = True,
         trust_remote_code: bool = False,
         name: str = "",
         progress: bool = True,
@@ -257,9 +246,7 @@ class TransformersEngine(Engine):
             adapter: a LoRA adapter, folder or hub id.
             load_in_8bit: 8 bits a weight (bitsandbytes).
             load_in_4bit: NF4 with double quantization (bitsandbytes).
-            batch_size: prompts that are completed at a time; None leaves it to `prompts_at_once`.
-            batch_tokens: tokens of a row when next tokens are read; None chooses for the device.
-            share_prefix: False runs the shared beginning anew for every prompt.
+            batch_size: prompts in a batch; None leaves it to `prompts_at_once`.
             name: what the progress bar calls it.
 
         Raises:
@@ -274,160 +261,115 @@ class TransformersEngine(Engine):
         )
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        # Attention over a row is dense, and its mask hides the other texts: on a CPU long rows cost
-        # more than they save.
-        self.batch_tokens = batch_tokens or (384 if device().type == "cpu" else 8192)
-        self.share_prefix = share_prefix
         self.bar = _bar(name, progress)
-        config = self.model.config.get_text_config()
         self.window = positions(self.model)
-        self.sliding_windows = _sliding_windows(config)
-        # Masks of our own need a model of transformers itself, and attention in every layer.
-        attends = set(self.sliding_windows) <= {"full_attention", "sliding_attention"}
-        self.packs = (
-            attends and "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        )
 
-    def _refusal(self, ids, room):
-        try:
-            check_ids([ids], self.tokenizer, self.model)
-        except UserError as error:  # the model has no embedding for a token
-            return str(error)
-        return super()._refusal(ids, room)
+    def _refusals(self, prompts, new_tokens):
+        found = super()._refusals(prompts, new_tokens)
+        for i, ids in enumerate(prompts):
+            try:
+                check_ids([ids], self.tokenizer, self.model)
+            except UserError as error:  # the model has no embedding for a token
+                found[i] = str(error)
+        return found
 
     def _complete(self, prompts, decoding, skip_special_tokens):
-        size = prompts_at_once(self.batch_size, decoding.num_beams)
         if decoding.temperature:
             torch.manual_seed(decoding.seed)
-        # The longest first: if memory does not suffice, that shows at once.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            written = self._generate([prompts[i] for i in batch], decoding)
+        for batch in _batches(prompts, prompts_at_once(self.batch_size, decoding.num_beams)):
+            asked = [prompts[i] for i in batch]
+            written = self._generate(asked, decoding).sequences[:, max(map(len, asked)) :]
             texts = self.tokenizer.batch_decode(written, skip_special_tokens=skip_special_tokens)
             for i, text in zip(batch, texts, strict=True):
                 yield i, Completion(text)
 
+    def _next_token(self, prompts, candidates):
+        shared = shared_prefix(prompts) if self._can_share(prompts) else 0
+        cache = self._cache_of(prompts[0][:shared]) if shared else None
+        found: dict[int, NextToken] = {}
+        with tqdm(total=len(prompts), **self.bar) as bar:
+            for batch in _batches(prompts, prompts_at_once(self.batch_size), shared):
+                asked = [prompts[i] for i in batch]
+                (logits,) = self._generate(asked, Decoding(1), shared, cache).logits
+                logprobs = logits.float().log_softmax(-1)
+                wanted = logprobs[:, candidates].tolist()
+                tops = logprobs.argmax(-1).tolist()
+                found |= zip(batch, map(NextToken, wanted, tops), strict=True)
+                bar.update(len(batch))
+        return [found[i] for i in range(len(prompts))]
+
+    def _can_share(self, prompts: Sequence[list[int]]) -> bool:
+        """Whether a shared beginning can be a cache: every layer attends, and to all of a prompt."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) or math.inf
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        attends = kinds <= {"full_attention", "sliding_attention"}
+        return attends and max(map(len, prompts)) < window
+
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[list[int]], decoding: Decoding) -> torch.Tensor:
-        """New tokens, of shape (prompts, new tokens)."""
+    def _cache_of(self, ids: list[int]) -> DynamicCache:
+        beginning = torch.tensor([ids], device=self.model.device)
+        return self.model(beginning, past_key_values=DynamicCache()).past_key_values
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        prompts: Sequence[list[int]],
+        decoding: Decoding,
+        shared: int = 0,
+        cache: DynamicCache | None = None,
+    ) -> Any:
+        """What `generate` says of a batch: the sequences, and the logits of every new token.
+
+        Args:
+            cache: the keys and values of the first `shared` tokens, which are those of all prompts.
+        """
         pad = padding_id(self.tokenizer, self.model)
         width = max(map(len, prompts))
-        ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        drawn = {
-            "temperature": decoding.temperature,
-            "top_k": decoding.top_k,
-            "top_p": decoding.top_p,
-        }
-        if not decoding.temperature:  # a model's own generation_config.json may set them
-            drawn = dict.fromkeys(drawn)
-        written = self.model.generate(
+        ids, mask = [], []
+        for prompt in prompts:
+            gap = width - len(prompt)
+            ids.append(prompt[:shared] + [pad] * gap + prompt[shared:])
+            mask.append([1] * shared + [0] * gap + [1] * (len(prompt) - shared))
+        options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "pad_token_id": pad}
+        options["num_beams"] = decoding.num_beams
+        draws = decoding.temperature > 0
+        for name in ("temperature", "top_k", "top_p"):
+            # None where a model's own generation_config.json may set them
+            options[name] = getattr(decoding, name) if draws else None
+        if cache is not None:
+            options["past_key_values"] = copy.deepcopy(cache)
+            options["past_key_values"].batch_repeat_interleave(len(prompts))
+        return self.model.generate(
             torch.tensor(ids, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
-            max_new_tokens=decoding.max_new_tokens,
-            num_beams=decoding.num_beams,
-            do_sample=decoding.temperature > 0,
-            pad_token_id=pad,
-            **drawn,
+            do_sample=draws,
+            return_dict_in_generate=True,
+            output_logits=decoding.max_new_tokens == 1,
+            **options,
         )
-        return written[:, width:]
-
-    @torch.inference_mode()
-    def _next_token(self, prompts, candidates):
-        out = [NextToken()] * len(prompts)
-        # The longest first: if memory does not suffice, that shows at once.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        shared = shared_prefix(prompts) if self.share_prefix and self.packs else 0
-        cache = DynamicCache() if shared else None
-        if shared:
-            beginning = self._row(prompts[0][:shared])
-            self.model(input_ids=beginning, past_key_values=cache, logits_to_keep=1)
-        with tqdm(total=len(prompts), **self.bar) as bar:
-            while order:
-                pack = self._pack(order, prompts, shared)
-                texts = [prompts[i][shared:] for i in pack]
-                logprobs = self._logits(texts, shared, cache).float().log_softmax(-1)
-                wanted = logprobs[:, list(candidates)].tolist()
-                tops = logprobs.argmax(-1).tolist()
-                for i, values, top in zip(pack, wanted, tops, strict=True):
-                    out[i] = NextToken(values, top)
-                bar.update(len(pack))
-        return out
-
-    def _row(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([list(ids)], device=self.model.device)
-
-    def _pack(self, order: list[int], prompts: Sequence[list[int]], shared: int) -> list[int]:
-        """Take the next prompts for one row off `order`: at least one, and together at most
-        `batch_tokens` new tokens.
-        """
-        room = self.batch_tokens if self.packs else 0
-        pack: list[int] = []
-        while order:
-            new_tokens = len(prompts[order[0]]) - shared
-            if pack and new_tokens > room:
-                break
-            room -= new_tokens
-            pack.append(order.pop(0))
-        return pack
-
-    def _logits(
-        self, texts: Sequence[list[int]], shared: int, cache: DynamicCache | None
-    ) -> torch.Tensor:
-        """Logits after each text, of shape (texts, vocabulary)."""
-        if not self.packs:
-            return self.model(input_ids=self._row(texts[0])).logits[:, -1]
-        lengths = torch.tensor([len(text) for text in texts])
-        places = torch.cat([torch.arange(shared, shared + n) for n in lengths])
-        masks = {
-            kind: self._mask(lengths, places, shared, window)
-            for kind, window in self.sliding_windows.items()
-        }
-        logits = self.model(
-            input_ids=self._row([token for text in texts for token in text]),
-            position_ids=places[None].to(self.model.device),
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=(lengths.cumsum(0) - 1).to(self.model.device),
-        ).logits[0]
-        if cache is not None:
-            cache.crop(-len(places))
-        return logits
-
-    def _mask(
-        self, lengths: torch.Tensor, places: torch.Tensor, shared: int, window: int | None
-    ) -> torch.Tensor:
-        """Additive mask of shape (1, 1, new tokens, shared + new tokens): each text sees the shared
-        part and itself.
-        """
-        text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        of = torch.cat([torch.full((shared,), -1), text])
-        at = torch.cat([torch.arange(shared), places])
-        seen = (of[None] == -1) | (of[None] == text[:, None])
-        distance = places[:, None] - at[None]
-        seen &= distance >= 0
-        if window:
-            seen &= distance < window
-        mask = torch.zeros(seen.shape, dtype=self.model.dtype)
-        mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
-        return mask[None, None].to(self.model.device)
 
 
-def _sliding_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """The kinds of attention in a model's layers, and how far each looks back; None: to the start."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        kinds = ["sliding_attention" if window else "full_attention"]
-    return {kind: window if kind.startswith("sliding") else None for kind in set(kinds)}
+def _batches(prompts: Sequence[list[int]], size: int, shared: int = 0) -> Iterator[list[int]]:
+    """Indices of prompts of similar length, `size` at most and BATCH_TOKENS in all.
+
+    The longest come first: if memory does not suffice, that shows at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while order:
+        width = len(prompts[order[0]]) - shared
+        count = max(1, min(size, BATCH_TOKENS // width))
+        yield order[:count]
+        order = order[count:]
 
 
 def _bar(name: str, progress: bool) -> dict[str, Any]:
     """Options of the progress bar over next tokens."""
     shown = progress and is_main_process()
     return {"desc": f"judging with {name}", "unit": "text", "disable": not shown}
+
+
+# --- vLLM -----------------------------------------------------------------------------------------
 
 
 class VllmEngine(Engine):
@@ -464,54 +406,54 @@ class VllmEngine(Engine):
             check_adapter(model, adapter, trust_remote_code=trust_remote_code)
             folder = adapter_file(adapter, "adapter_config.json").parent
             self.request = LoRARequest("adapter", 1, str(folder))
-            options |= {"enable_lora": True, "max_lora_rank": _rank(adapter)}
+            rank = PeftConfig.from_pretrained(adapter).r
+            # vLLM knows powers of 2 from 8 on
+            options |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
         if device().type == "cpu":
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options["enforce_eager"] = True  # compiling takes minutes there, and gains little
         try:
             self.llm = LLM(resolve_model(model), **options)
         except (OSError, ValueError, RuntimeError) as error:  # such as too little memory
-            raise UserError(
-                f"--engine vllm: {model} cannot be loaded: {_line(error, 300)}"
-            ) from None
+            what = f"{model} cannot be loaded: {_line(error, 300)}"
+            raise UserError(f"--engine vllm: {what}") from None
         self.window = self.llm.llm_engine.model_config.max_model_len
 
-    def _generate(self, prompts: Sequence[list[int]], progress: bool, **params: Any) -> list[Any]:
-        """vLLM's outputs. Its own decoding drops what is left of a character at the end."""
+    def _generate(self, prompts: Sequence[list[int]], **params: Any) -> list[Any]:
+        """The output of each prompt. vLLM's own decoding drops what is left of a character at the
+        end.
+        """
         from vllm import SamplingParams
 
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         sampling = SamplingParams(detokenize=False, **params)
-        return self.llm.generate(asked, sampling, lora_request=self.request, use_tqdm=progress)
+        outputs = self.llm.generate(
+            asked, sampling, lora_request=self.request, use_tqdm=self.progress
+        )
+        return [output.outputs[0] for output in outputs]
 
     def _complete(self, prompts, decoding, skip_special_tokens):
-        draws = decoding.temperature > 0
-        params = {
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p if draws else 1.0,
-            "top_k": decoding.top_k if draws else 0,
-            "seed": decoding.seed if draws else None,
-            "max_tokens": decoding.max_new_tokens,
-        }
+        params = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
+        if decoding.temperature:
+            params |= {"top_p": decoding.top_p, "top_k": decoding.top_k, "seed": decoding.seed}
         for start in range(0, len(prompts), CHUNK):
-            outputs = self._generate(prompts[start : start + CHUNK], self.progress, **params)
+            outputs = self._generate(prompts[start : start + CHUNK], **params)
             for i, output in enumerate(outputs, start):
-                ids = output.outputs[0].token_ids
+                ids = output.token_ids
                 text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
                 yield i, Completion(text)
 
     def _next_token(self, prompts, candidates):
-        wanted = list(candidates)
-        outputs = self._generate(
-            prompts, self.progress, temperature=0.0, max_tokens=1, logprob_token_ids=wanted
-        )
-        out = []
-        for output in outputs:
-            (said,) = output.outputs
-            (logprobs,) = said.logprobs
-            values = [logprobs[i].logprob for i in wanted]
-            out.append(NextToken(values, said.token_ids[0]))
-        return out
+        params = {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": candidates}
+        found = []
+        for output in self._generate(prompts, **params):
+            (logprobs,) = output.logprobs
+            values = [logprobs[i].logprob for i in candidates]
+            found.append(NextToken(values, output.token_ids[0]))
+        return found
+
+
+# --- a server -------------------------------------------------------------------------------------
 
 
 class ServerEngine(Engine):
@@ -559,10 +501,12 @@ class ServerEngine(Engine):
             raise UserError("--engine server: server_timeout and concurrency must be above 0")
         self.url = check_url(server_url, "--server_url")
         self.model = server_model or model
-        self.timeout = server_timeout
         self.concurrency = concurrency
         self.bar = _bar(name, progress)
-        self.refused: str | None = None  # why the server is not asked any more
+        self.lock = threading.Lock()
+        self.refused: str | None = None  # why the server is never asked again
+        self.ended: str | None = None  # why this call asks nothing more
+        self.failures = 0  # of this call, one after another
         self.client = openai.OpenAI(
             base_url=self.url,
             api_key=os.environ.get("SERVER_API_KEY") or "none",  # OPENAI_API_KEY is OpenAI's
@@ -571,205 +515,156 @@ class ServerEngine(Engine):
         )
 
     def _complete(self, prompts, decoding, skip_special_tokens):
-        draws = decoding.temperature > 0
         more: dict[str, Any] = {"skip_special_tokens": skip_special_tokens}
-        if draws and decoding.top_k:
+        options: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "seed": decoding.seed}
+        options |= {"temperature": decoding.temperature, "extra_body": more}
+        options["top_p"] = decoding.top_p if decoding.temperature else 1.0
+        if decoding.temperature and decoding.top_k:
             more["top_k"] = decoding.top_k
-        answers = self._ask(
-            prompts,
-            max_tokens=decoding.max_new_tokens,
-            temperature=decoding.temperature,
-            top_p=decoding.top_p if draws else 1.0,
-            seed=decoding.seed,
-            extra_body=more,
-        )
-        for i, answer in answers:
-            failed = isinstance(answer, _Failure)
-            yield i, Completion(error=str(answer)) if failed else Completion(answer.text)
+        for i, answer in self._ask(prompts, options):
+            failed = isinstance(answer, str)
+            yield i, Completion(error=answer) if failed else Completion(answer.text)
 
     def _next_token(self, prompts, candidates):
-        wanted = list(candidates)
         more: dict[str, Any] = {"return_tokens_as_token_ids": True}
-        if wanted:
-            more["logprob_token_ids"] = wanted
-        answers = self._ask(prompts, max_tokens=1, temperature=0.0, logprobs=TOP, extra_body=more)
+        if candidates:
+            more["logprob_token_ids"] = candidates
+        options = {"max_tokens": 1, "temperature": 0.0, "logprobs": TOP, "extra_body": more}
         found: dict[int, NextToken] = {}
-        bounded, why = 0, ""
+        bounded = 0
+        left = None
         try:
-            for i, answer in tqdm(answers, total=len(prompts), **self.bar):
-                try:
-                    found[i], missing = _read(answer, wanted)
-                    bounded += missing > 0
-                except _Failure as failure:
-                    found[i] = NextToken(error=str(failure))
+            for i, answer in tqdm(self._ask(prompts, options), total=len(prompts), **self.bar):
+                found[i], missing = _read(answer, candidates)
+                bounded += missing
         except EngineStopped as stopped:
-            why = f"not asked: {stopped}"
+            left = NextToken(error=f"not asked: {stopped}")
         if bounded:
             logger.warning(
                 "%s: of %d of %d prompts it told its most likely tokens alone; a word that is not "
                 "among them counts with the most that it can have (vLLM tells all words)",
                 *(self.url, bounded, len(prompts)),
             )
-        return [found.get(i, NextToken(error=why)) for i in range(len(prompts))]
+        return [found.get(i, left) for i in range(len(prompts))]
 
-    def _ask(self, prompts: Sequence[list[int]], **options: Any) -> Iterator[tuple[int, Any]]:
-        """(index of the prompt, the first choice of the answer or a _Failure), as they come.
+    def _ask(
+        self, prompts: Sequence[list[int]], options: Mapping[str, Any]
+    ) -> Iterator[tuple[int, Any]]:
+        """(index of the prompt, the first choice of the answer or an error's text), as they come.
 
         Raises:
             EngineStopped: after what was answered, where the rest was not asked.
         """
-        answers: Queue[tuple[int, Any]] = Queue()
-        asking = _Asking(patience=max(PATIENCE, self.concurrency))
+        self.ended = self.refused
+        self.failures = left = 0
         pool = ThreadPoolExecutor(self.concurrency)
-
-        def ask(i: int) -> None:
-            answers.put((i, self._answer(prompts[i], asking, options)))
-
-        left = 0
         try:
-            for i in range(len(prompts)):
-                pool.submit(ask, i)
-            for _ in prompts:
-                i, answer = self._wait(answers)
+            asked = {pool.submit(self._answer, ids, options): i for i, ids in enumerate(prompts)}
+            for future in as_completed(asked):
+                answer = future.result()
                 if answer is None:
                     left += 1
                 else:
-                    yield i, answer
-            if left or self.refused:
-                ended = self.refused or asking.ended
+                    yield asked[future], answer
+            if self.ended:
                 count = f"{left} of {len(prompts)} prompts were not asked"
-                raise EngineStopped(f"{self.url}: {ended}; {count}, run it again for them")
+                raise EngineStopped(f"{self.url}: {self.ended}; {count}, run it again for them")
         finally:  # also when the caller was interrupted
-            asking.end("the run was stopped")
+            self.ended = self.ended or "the run was stopped"
             pool.shutdown(cancel_futures=True)
 
-    def _wait(self, answers: "Queue[tuple[int, Any]]") -> tuple[int, Any]:
-        """The next answer; a line each time that none has come for a while."""
-        notice = min(NOTICE, self.timeout / 2)
-        waited = 0.0
-        while True:
-            try:
-                return answers.get(timeout=notice)
-            except Empty:
-                waited += notice
-                logger.warning(
-                    "%s: no answer for %g s. A request that stays silent for %g s "
-                    "(--server_timeout) is tried again, %d times in all.",
-                    *(self.url, waited, self.timeout, RETRIES + 1),
-                )
-
-    def _answer(self, ids: list[int], asking: "_Asking", options: Mapping[str, Any]) -> Any:
-        """The first choice of the server's answer, or a _Failure; None: it is not asked any more.
-
-        It never raises, because somebody waits for each answer.
-        """
+    def _answer(self, ids: list[int], options: Mapping[str, Any]) -> Any:
+        """The first choice of the server's answer, or an error's text; None: it is not asked."""
         import openai
 
-        if self.refused or asking.ended:
+        if self.ended:
             return None
         try:
-            said = self.client.completions.create(model=self.model, prompt=ids, **options)
-            choice = _first_choice(said)
+            choice = _first_choice(
+                self.client.completions.create(model=self.model, prompt=ids, **options)
+            )
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            self.refused = f"the server refused the key: {self._told(error)}"
-            return _Failure(self.refused)
+            self.refused = self.ended = f"the server refused the key: {_without_key(error)}"
+            return self.refused
         except openai.NotFoundError as error:
-            self.refused = f"the server knows no such model or URL: {self._told(error)}"
-            return _Failure(self.refused)
-        except Exception as error:
-            failure = _Failure(self._told(error))
+            what = "the server knows no such model or URL"
+            self.refused = self.ended = f"{what}: {_without_key(error)}"
+            return self.refused
+        except Exception as error:  # of the client, or of a proxy's page that it could not read
+            why = _without_key(error)
             status = getattr(error, "status_code", 500)
-            if status < 500 and status not in BUSY:  # a working server refuses this one prompt
-                asking.works()
-            else:
-                asking.fails(failure)
-            return failure
-        asking.works()
+            # a working server may refuse this one prompt
+            self._count(why if status >= 500 or status in BUSY else None)
+            return why
+        self._count(None)
         return choice
 
-    def _told(self, error: Exception) -> str:
-        """What an error says, in one line and without the key."""
-        text = str(error)
-        if key := os.environ.get("SERVER_API_KEY"):
-            text = text.replace(key, "…")
-        if isinstance(error, json.JSONDecodeError):
-            text = f"its answer is broken JSON ({text})"
-        return " ".join(text.split())[:150] or type(error).__name__
-
-
-class _Failure(Exception):
-    """One prompt has no answer; the message says why, and holds no key."""
-
-
-class _Asking:
-    """What the requests of one call know of each other: whether there is any use in asking on."""
-
-    def __init__(self, patience: int):
-        self.patience = patience
-        self.ended: str | None = None
-        self.failures = 0  # one after another
-        self.lock = threading.Lock()
-
-    def works(self) -> None:
-        """A request was answered, be it by a refusal."""
+    def _count(self, failure: str | None) -> None:
+        """Count failures that follow each other; after too many the rest is not asked."""
+        patience = max(PATIENCE, self.concurrency)
         with self.lock:
-            self.failures = 0
+            self.failures = self.failures + 1 if failure else 0
+            if self.failures >= patience:
+                what = f"{patience} requests failed one after another, the last: {failure}"
+                self.ended = self.ended or what
 
-    def fails(self, failure: "_Failure") -> None:
-        """A request failed for a reason that is no matter of its prompt, as far as can be seen."""
-        with self.lock:
-            self.failures += 1
-            ends = self.failures >= self.patience
-        if ends:
-            self.end(f"{self.patience} requests failed one after another, the last: {failure}")
 
-    def end(self, why: str) -> None:
-        """Ask nothing more."""
-        self.ended = self.ended or why
+def _without_key(error: Exception) -> str:
+    """What an error says, in one line and without the key."""
+    text = _line(error, 1000)
+    if key := os.environ.get("SERVER_API_KEY"):
+        text = text.replace(key, "…")
+    if isinstance(error, ValueError):
+        text = f"its answer is broken JSON ({text})"
+    return text[:150]
 
 
 def _first_choice(said: Any) -> Any:
     """The first choice of a server's answer. A proxy's page comes back as text, with HTTP 200."""
-    choices = getattr(said, "choices", None)
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(getattr(choice, "text", None), str):
-        raise _Failure(f"no completion in its answer: {said!r:.80}")
-    return choice
+    try:
+        choice = said.choices[0]
+        if isinstance(choice.text, str):
+            return choice
+    except (AttributeError, TypeError, LookupError):
+        pass
+    raise RuntimeError(f"no completion in its answer: {said!r:.80}")
 
 
-def _read(choice: Any, candidates: Sequence[int]) -> tuple[NextToken, int]:
-    """The next token as a server tells it, and how many candidates it left out.
+def _read(choice: Any, candidates: Sequence[int]) -> tuple[NextToken, bool]:
+    """The next token as a server tells it, and whether it left out a candidate.
 
     What it leaves out is less likely than all that it names, and no more likely than what they
-    leave: that bound is taken. Impossible would be wrong, and would make ties.
-
-    Raises:
-        _Failure: there is no answer, it names no tokens by id, or the bound could be the verdict.
+    leave: that bound is taken. Impossible would be wrong, and would make ties. Where the bound
+    could be the verdict, there is an error.
     """
-    if isinstance(choice, _Failure):
-        raise choice
+    if isinstance(choice, str):
+        return NextToken(error=choice), False
     try:
         (named,) = choice.logprobs.top_logprobs
         known = {int(token.removeprefix("token_id:")): float(p) for token, p in named.items()}
         top = int(choice.logprobs.tokens[0].removeprefix("token_id:"))
     except (AttributeError, TypeError, ValueError, IndexError):
-        raise _Failure("the server names no tokens by id") from None
+        return NextToken(error="the server names no tokens by id"), False
     missing = [i for i in candidates if i not in known]
     if not missing:
-        return NextToken([known[i] for i in candidates], top), 0
+        return NextToken([known[i] for i in candidates], top), False
     if top not in known:
-        raise _Failure("the server does not tell how likely the token is that it writes")
+        error = "the server does not tell how likely the token is that it writes"
+        return NextToken(error=error), False
     rest = max(1.0 - sum(map(math.exp, known.values())), ROUNDING)
     bound = min(math.exp(min(known.values())), rest)
     if bound * len(missing) > BOUND * math.exp(known[top]):
         what = f"{len(missing)} of the {len(candidates)} tokens that were asked for"
-        raise _Failure(f"the server leaves out {what}; use one that takes logprob_token_ids")
+        error = f"the server leaves out {what}; use one that takes logprob_token_ids"
+        return NextToken(error=error), False
     floor = math.log(max(bound, 1e-30))
-    return NextToken([known.get(i, floor) for i in candidates], top), len(missing)
+    return NextToken([known.get(i, floor) for i in candidates], top), True
 
+
+# --- an engine by its name ------------------------------------------------------------------------
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine, "server": ServerEngine}
-# an engine that has no use skips them
+# an engine that has no use for these skips them
 SHARED = {"adapter", "trust_remote_code", "name", "progress"}
 
 
@@ -787,7 +682,7 @@ def load_engine(
         UserError: see `check_engine`; or the engine cannot load the model.
     """
     check_engine(engine, options)
-    known = set(inspect.signature(ENGINES[engine]).parameters)
+    known = inspect.signature(ENGINES[engine]).parameters
     used = {key: value for key, value in options.items() if value is not None and key in known}
     return ENGINES[engine](model, tokenizer, **used)
 
@@ -805,8 +700,7 @@ def check_engine(engine: str, options: Mapping[str, Any], num_beams: int = 1) ->
     given = {option for option, value in options.items() if value is not None}
     if wrong := given - known - SHARED:
         raise UserError(f"--engine {engine}: takes no {', '.join(sorted(wrong))}")
-    if num_beams > 1 and not ENGINES[engine].has_beams:
-        raise UserError("--num_beams: beam search needs --engine transformers")
+    check_beams(ENGINES[engine], num_beams)
     if engine == "server" and "server_url" not in given:
         hint = "such as http://127.0.0.1:8000/v1"
         raise UserError(f"--engine server: name its --server_url, {hint}")
@@ -814,6 +708,12 @@ def check_engine(engine: str, options: Mapping[str, Any], num_beams: int = 1) ->
         # Under the base's name the base alone would answer.
         what = f"by what name the server knows {options['adapter']}"
         raise UserError(f"--engine server: --server_model must say {what}")
+
+
+def check_beams(engine: Engine | type[Engine], num_beams: int) -> None:
+    """Refuse beams that an engine lacks."""
+    if num_beams > 1 and not engine.has_beams:
+        raise UserError("--num_beams: beam search needs --engine transformers")
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -961,16 +861,6 @@ def adapter_file(adapter: str, name: str) -> Path:
     except (OSError, ValueError, TypeError) as error:
         where = f"--lora_weights {adapter}"
         raise UserError(f"{where}: no {name} there ({_line(error, 150)})") from None
-
-
-def _rank(adapter: str) -> int:
-    """The smallest rank that vLLM knows and that holds the adapter's."""
-    path = adapter_file(adapter, "adapter_config.json")
-    try:
-        rank = json.loads(path.read_text(encoding="utf-8"))["r"]
-        return min(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{adapter}: no LoRA adapter that vLLM can serve ({error!r:.80})") from None
 
 
 def _line(error: Exception, length: int = 200) -> str:

@@ -1,5 +1,5 @@
-"""What training needs beyond the Hugging Face Trainer: dead flags, checkpoints that are compared,
-length grouping.
+"""What training needs beyond the trainers of Hugging Face: dead flags, checkpoints that are
+compared, an order of rows that resumes, and a loss that reads logits where an answer is.
 """
 
 import json
@@ -22,7 +22,6 @@ from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
@@ -33,7 +32,10 @@ from common.keep import rows_digest
 from common.run import Stopped, check_output_folder, device, is_main_process, write_json
 
 logger = logging.getLogger(__name__)
-DEAD = {"help": "Flag of the paper's command that today's transformers has dropped; mapped to "}
+DEAD = "Flag of the paper's command that today's transformers has dropped; mapped to "
+
+
+# --- arguments ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -57,50 +59,49 @@ class RecipeTrainingArguments(TrainingArguments):
         metadata={"help": "Start over although output_dir holds checkpoints or a finished model."},
     )
     evaluation_strategy: str | None = field(
-        default=None, metadata={"help": DEAD["help"] + "--eval_strategy"}
+        default=None, metadata={"help": DEAD + "--eval_strategy"}
     )
     warmup_ratio: float | None = field(
         default=None,
-        metadata={"help": DEAD["help"] + "--warmup_steps (a number below 1 is a ratio)"},
+        metadata={"help": DEAD + "--warmup_steps (a number below 1 is a ratio)"},
     )
     fsdp_transformer_layer_cls_to_wrap: str | None = field(
-        default=None, metadata={"help": DEAD["help"] + "--fsdp_config"}
+        default=None, metadata={"help": DEAD + "--fsdp_config"}
     )
 
     def __post_init__(self):
         if self.evaluation_strategy is not None:
-            self.eval_strategy = _mapped(
-                "evaluation_strategy",
-                f"--eval_strategy {self.evaluation_strategy}",
-                self.evaluation_strategy,
-            )
+            self.eval_strategy = self.evaluation_strategy
+            _say_gone("evaluation_strategy", f"--eval_strategy {self.eval_strategy}")
         if self.warmup_ratio is not None:
-            self.warmup_steps = _mapped(
-                "warmup_ratio", f"--warmup_steps {self.warmup_ratio}", self.warmup_ratio
-            )
-        self.evaluation_strategy = self.warmup_ratio = None
+            self.warmup_steps = self.warmup_ratio
+            _say_gone("warmup_ratio", f"--warmup_steps {self.warmup_ratio}")
+        self.evaluation_strategy = None
+        self.warmup_ratio = None
         if self.warmup_steps and self.lr_scheduler_type == "constant":  # which has none
             self.lr_scheduler_type = "constant_with_warmup"
+        if str(self.fsdp or "").lower() in ("", "false", "no", "0"):
+            self.fsdp = None
         if device().type == "cpu":
-            self.dataloader_pin_memory = False
             self._leave_out_what_a_cpu_cannot_do()
             self._join_cpu_processes()
-        elif str(self.fsdp or "").lower() in ("", "false", "no", "0"):
-            self.fsdp = None
-        else:
+        elif self.fsdp:
             self._modern_fsdp()
         super().__post_init__()
 
     def _leave_out_what_a_cpu_cannot_do(self) -> None:
         if self.bf16 or self.fp16 or self.tf32:
             logger.info(
-                "No accelerator: training in float32; bf16, fp16 and tf32 are off (here they are emulated, and slower)."
+                "No accelerator: training in float32; bf16, fp16 and tf32 are off (here they are "
+                "emulated, and slower)."
             )
         if self.fsdp:
             logger.info(
-                "No accelerator: --fsdp is off. On a CPU accelerate's FSDP does not shard but runs plain data "
-                "parallel, and so does this run; for real sharding on CPU use --deepspeed ../../launch/zero3.json."
+                "No accelerator: --fsdp is off. On a CPU accelerate's FSDP does not shard but runs "
+                "plain data parallel, and so does this run; for real sharding on CPU use "
+                "--deepspeed ../../launch/zero3.json."
             )
+        self.dataloader_pin_memory = False
         self.bf16 = self.fp16 = False
         self.tf32 = self.fsdp = self.fsdp_config = self.fsdp_transformer_layer_cls_to_wrap = None
 
@@ -120,53 +121,30 @@ class RecipeTrainingArguments(TrainingArguments):
             self.accelerator_config = {"use_configured_state": True}
 
     def _modern_fsdp(self) -> None:
-        """FSDP2 through `fsdp_config`; gradient checkpointing as FSDP's own, which does not gather
-        weights twice.
+        """What transformers leaves of an old --fsdp: the layer's class, and gradient checkpointing
+        as FSDP's own, which does not gather weights twice.
         """
-        given = self.fsdp_config or {}
-        if isinstance(given, str):
-            given = json.loads(
-                given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
-            )
-        words = set(self.fsdp.split()) if isinstance(self.fsdp, str) else set()
-        known = {"true", "yes", "1", "full_shard", "shard_grad_op", "auto_wrap", "offload"}
-        if words - known:
-            raise UserError(
-                f"--fsdp {self.fsdp}: FSDP2 knows full_shard, shard_grad_op, auto_wrap and offload"
-            )
-        config = {"version": 2, "reshard_after_forward": "shard_grad_op" not in words} | given
+        config = self.fsdp_config or {}
+        if isinstance(config, str):
+            is_json = config.lstrip().startswith("{")
+            config = json.loads(config if is_json else Path(config).read_text(encoding="utf-8"))
         if self.fsdp_transformer_layer_cls_to_wrap is not None:
             config["transformer_layer_cls_to_wrap"] = [self.fsdp_transformer_layer_cls_to_wrap]
+            self.fsdp_transformer_layer_cls_to_wrap = None
         if self.gradient_checkpointing:
-            config["activation_checkpointing"], self.gradient_checkpointing = True, False
-        if "offload" in words:
-            config["cpu_offload"] = True
-        self.fsdp, self.fsdp_config, self.fsdp_transformer_layer_cls_to_wrap = (
-            True,
-            _mapped("fsdp …", f"FSDP2, {config}", config),
-            None,
-        )
+            config["activation_checkpointing"] = True
+            self.gradient_checkpointing = False
+        if str(self.fsdp).lower() in ("true", "yes", "1"):
+            self.fsdp = True
+        self.fsdp_config = config
+        _say_gone("fsdp …", f"FSDP2, {config}")
 
 
-def _mapped(flag: str, now: str, value):
+def _say_gone(flag: str, now: str) -> None:
     logger.info("--%s is gone from transformers; using %s.", flag, now)
-    return value
 
 
-class BriefProgress(ProgressCallback):
-    """The stock progress bar, whose log lines leave out what has a name per category (it stays in
-    the log history).
-    """
-
-    BRIEF = ("auprc", "f1", "recall", "fpr")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        brief = {
-            k: v
-            for k, v in (logs or {}).items()
-            if "/" not in k or ("flagged/" in k and k.endswith(self.BRIEF))
-        }
-        super().on_log(args, state, control, logs=brief, **kwargs)
+# --- the trainer ----------------------------------------------------------------------------------
 
 
 class LengthGroupedTrainer(Trainer):
@@ -189,19 +167,17 @@ class LengthGroupedTrainer(Trainer):
 
         Args:
             settings: what else makes another run than arguments, rows and LoRA do: the base model,
-            weights of the loss.
+                weights of the loss.
         """
         super().__init__(*args, **kwargs)
         self.own_settings = as_json(dict(settings or {}))
         self.run_settings: dict[str, Any] = {}
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(BriefProgress)
 
     def _get_train_sampler(self, train_dataset=None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
         args = self.args
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = args.seed if args.data_seed is None else args.data_seed
         lengths = [len(ids) for ids in dataset["input_ids"]]
         return EpochLengthGroupedSampler(rows_a_step(args), lengths, seed, self.shuffle_batches)
@@ -213,43 +189,44 @@ class LengthGroupedTrainer(Trainer):
             UserError: the checkpoint is of another run, or the training diverged.
             Stopped: Ctrl-C; it says how to go on.
         """
-        self.run_settings = (
-            argument_settings(self.args) | rows_settings(self.train_dataset) | self.own_settings
-        )
-        self.run_settings["LoRA"] = lora_settings(self.model)
+        self.run_settings = argument_settings(self.args) | rows_settings(self.train_dataset)
+        self.run_settings |= self.own_settings | {"LoRA": lora_settings(self.model)}
         if resume_from_checkpoint is not None:
-            refuse_another_run(
-                resume_from_checkpoint, self.run_settings, self.args.starts_over_with
-            )
-            self._remove_halves()
+            refuse_another_run(self.args, resume_from_checkpoint, self.run_settings)
+            if is_main_process():
+                self._remove_halves()
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except KeyboardInterrupt:
-            raise self._stopped() from None
+            whole = checkpoints(self.args.output_dir)
+            if not whole:
+                raise Stopped("before the first checkpoint; to start again") from None
+            raise Stopped(f"after {whole[-1].name}; to go on", self.args.goes_on_with) from None
         refuse_diverged(self)
         if adapters_are_zero(self):
+            steps = self.state.global_step
             logger.warning(
-                "The adapters are still zero after %d steps: nothing was learned.",
-                self.state.global_step,
+                "The adapters are still zero after %d steps: nothing was learned.", steps
             )
         return result
 
     def _remove_halves(self) -> None:
         """What a kill left of a checkpoint is written anew."""
-        for path in numbered_entries(self.args.output_dir) if is_main_process() else []:
-            if (path / SETTINGS).is_file() and not is_whole(path):
+        for path in numbered_entries(self.args.output_dir):
+            if is_ours(path) and not is_whole(path):
                 remove_checkpoint(path)
-
-    def _stopped(self) -> Stopped:
-        whole = checkpoints(self.args.output_dir)
-        if not whole:
-            return Stopped("before the first checkpoint; to start again")
-        return Stopped(f"after {whole[-1].name}; to go on", self.args.goes_on_with)
 
     def set_initial_training_values(self, args, dataloader):
         """The stock lengths of a run; a warm-up that is longer than it is said."""
         values = super().set_initial_training_values(args, dataloader)
-        warn_of_long_warmup(args, values[-1])
+        steps = values[-1]
+        warmup = args.get_warmup_steps(steps)
+        if warmup >= steps and args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau"):
+            logger.warning(
+                "The warm-up takes %d steps and the run has %d: the learning rate never reaches "
+                "%s; lower --warmup_steps.",
+                *(warmup, steps, args.learning_rate),
+            )
         return values
 
     def _save_checkpoint(self, model, trial):
@@ -264,21 +241,16 @@ class LengthGroupedTrainer(Trainer):
             drop_old_checkpoints(self.args, self.state.best_model_checkpoint)
 
     def _finalize_training(self, *args, **kwargs):
-        if self.state.global_step == self._initial_global_step:
-            logger.info(
-                "Nothing is left to train: the run ended with step %d, whose weights are kept.",
-                self.state.global_step,
-            )
         with self._keeping_all():
-            result = super()._finalize_training(*args, **kwargs)
-        if self.args.should_save:
-            drop_old_checkpoints(self.args, self.state.best_model_checkpoint, finished=True)
-        return result
+            return super()._finalize_training(*args, **kwargs)
 
     @contextmanager
     def _keeping_all(self):
-        """Within it transformers removes no checkpoint."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        """Within it transformers removes no checkpoint: it would take what users put beside them,
+        such as checkpoint-2-merged, for one.
+        """
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None
         try:
             yield
         finally:
@@ -286,12 +258,16 @@ class LengthGroupedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """The stock log, without a mean loss of no steps, which would be 0."""
-        if self.is_in_train and self.state.global_step == self._initial_global_step:
-            logs.pop("train_loss", None)
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            del logs["train_loss"]
+            logger.info(
+                "Nothing is left to train: the run ended with step %d, whose weights are kept.",
+                self.state.global_step,
+            )
         super().log(logs, *args, **kwargs)
 
 
-# --- The loss on an answer's tokens -----------------------------------------------------------------------------------
+# --- the loss on an answer's tokens ---------------------------------------------------------------
 
 
 class Answers(NamedTuple):
@@ -308,20 +284,21 @@ def read_answers(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> A
 
     Args:
         batch: rows as TRL lays them, padded or end to end, or a tree of rows (`common.prefix`),
-        whose `keep` says
-            which tokens predict its labels and whose `owner` says of which row they are.
+            whose `keep` says which tokens predict its labels and whose `owner` says of which row
+            they are.
     """
-    labels = batch["labels"][:, 1:]
-    columns = batch.get("keep")
+    inputs = dict(batch)
+    given = inputs.pop("labels")
+    columns = inputs.pop("keep", None)
+    owner = inputs.pop("owner", None)
+    labels = given[:, 1:]
     if columns is None:
         columns = (labels != -100).any(0).nonzero()[:, 0]
         labels = labels[:, columns]
-        starts = batch["labels"][:, columns] == -100
+        starts = given[:, columns] == -100
     else:
-        owner = batch["owner"]
         starts = torch.ones_like(labels, dtype=torch.bool)
         starts[0, 1:] = owner[1:] != owner[:-1]
-    inputs = {name: part for name, part in batch.items() if name not in ("labels", "keep", "owner")}
     return Answers(model(**inputs, use_cache=False, logits_to_keep=columns), labels, starts)
 
 
@@ -332,7 +309,7 @@ def answers_loss(
 
     Args:
         count: labels of the whole step, over all processes and accumulated batches; None: those
-        that are here.
+            that are here.
         first_token_weight: how often the first label of an answer counts in the sum.
     """
     labels = answers.labels.flatten()
@@ -353,7 +330,7 @@ class AnswerTrainer(LengthGroupedTrainer, SFTTrainer):
     shuffle_batches = True
 
     def __init__(self, *args, first_token_weight: float = 1.0, **kwargs):
-        """Take what the stock trainer takes, and the weight of an answer's first token in the loss."""
+        """Take what the stock trainer takes, and the weight of an answer's first token."""
         super().__init__(*args, **kwargs)
         self.first_token_weight = first_token_weight
         for parameter in self.model.parameters():
@@ -371,7 +348,7 @@ class AnswerTrainer(LengthGroupedTrainer, SFTTrainer):
         return (loss, answers.outputs) if return_outputs else loss
 
 
-# --- The order of rows ------------------------------------------------------------------------------------------------
+# --- the order of rows ----------------------------------------------------------------------------
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -383,25 +360,27 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self, batch_size: int, lengths: list[int], seed: int, shuffle_batches: bool = False
     ):
         super().__init__(batch_size, lengths=lengths)
-        self.seed, self.shuffle_batches = seed, shuffle_batches
-        self.set_epoch(0)
+        self.seed = seed
+        self.shuffle_batches = shuffle_batches
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
         self.epoch = epoch
 
     def __iter__(self):
-        self.set_epoch(self.epoch)
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = list(super().__iter__())
-        if self.shuffle_batches:
-            batches = [
-                order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)
-            ]
-            turn = torch.randperm(len(batches), generator=self.generator).tolist()
-            # the last may be short: it stays the last
-            turn.append(turn.pop(turn.index(len(batches) - 1)))
-            order = [row for i in turn for row in batches[i]]
-        return iter(order)
+        if not self.shuffle_batches:
+            return iter(order)
+        batches = _cut(order, self.batch_size)
+        turn = torch.randperm(len(batches), generator=self.generator).tolist()
+        # the last may be short: it stays the last
+        turn.append(turn.pop(turn.index(len(batches) - 1)))
+        return iter([row for i in turn for row in batches[i]])
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> float:
@@ -410,37 +389,32 @@ def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> fl
     """
     order = list(EpochLengthGroupedSampler(batch_size, list(lengths), seed))
     processed = 0
-    for i in range(0, len(order), batch_size):
-        batch = [lengths[j] for j in order[i : i + batch_size]]
-        processed += max(batch) * len(batch)
+    for batch in _cut(order, batch_size):
+        processed += max(lengths[row] for row in batch) * len(batch)
     return sum(lengths) / processed
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
-NUMBERED = re.compile(r"checkpoint-\d+")
+NUMBERED = re.compile(r"checkpoint-0*([1-9]\d*)")
 # the trainer writes it last: a folder without it is half of a checkpoint
 STATE = "trainer_state.json"
 # written first: what the checkpoint's run was, and the mark of a folder as ours
 SETTINGS = "recipe.json"
 
 
-def numbered_entries(folder: Path) -> list[Path]:
+def numbered_entries(folder: Path | str) -> list[Path]:
     """What is called `checkpoint-<number>` in a folder, by number; checkpoint-0 is no step of
     training.
     """
-    if not Path(folder).is_dir():
-        return []
-    found = [path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name)]
-    return sorted((path for path in found if step_of(path) > 0), key=step_of)
+    found = {}
+    for path in Path(folder).glob("checkpoint-*"):
+        if match := NUMBERED.fullmatch(path.name):
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found)]
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path | str) -> list[Path]:
     """The whole checkpoints of a run, oldest first: `checkpoint-<number>` with the trainer's state.
 
     Nothing else is ever resumed or removed, whatever its name begins with.
@@ -450,11 +424,19 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether the trainer's state is there; a kill may have left half of it."""
+    return _read_json(checkpoint / STATE) is not None
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether a trainer of this file began it."""
+    return (checkpoint / SETTINGS).is_file()
+
+
+def _read_json(path: Path) -> Any:
     try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return True
+        return None
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
@@ -475,47 +457,34 @@ def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
 
     Raises:
         UserError: there is none, or output_dir holds one and the user said neither resume nor
-        overwrite; it is of
-            another run; output_dir cannot be written; one process has several GPUs.
+            overwrite; it is of another run; output_dir cannot be written; one process has several
+            GPUs.
     """
     check_output_folder(args.output_dir)
     if args.n_gpu > 1:
         raise UserError(
             "one process would share its GPUs by DataParallel: launch with torchrun or accelerate"
         )
+    wish = str(args.resume_from_checkpoint or "false")
     whole = checkpoints(args.output_dir)
-    wish = args.resume_from_checkpoint
-    if wish and str(wish).lower() in ("latest", "true"):
+    if wish.lower() == "false":
+        if whole and not args.overwrite_output_dir:
+            hint = f"pass --resume_from_checkpoint latest or {args.starts_over_with}"
+            raise UserError(f"{args.output_dir} holds {whole[-1].name} of an earlier run; {hint}")
+        _refuse_what_is_in_the_way(args)
+        return None
+    flag = f"--resume_from_checkpoint {wish}"
+    if wish.lower() in ("latest", "true"):
         if not whole:
-            raise UserError(
-                f"--resume_from_checkpoint {wish}: {args.output_dir} holds no checkpoint; drop the flag to start"
-            )
-        return _of_this_run(args, str(whole[-1]))
-    if wish and str(wish).lower() != "false":
-        if not is_whole(Path(wish)):
-            raise UserError(
-                f"--resume_from_checkpoint {wish}: no such checkpoint (a folder with {STATE})"
-            )
-        return _of_this_run(args, str(wish))
-    if whole and not args.overwrite_output_dir:
-        raise UserError(
-            f"{args.output_dir} holds {whole[-1].name} of an earlier run; "
-            f"pass --resume_from_checkpoint latest or {args.starts_over_with}"
-        )
-    _refuse_what_is_in_the_way(args)
-    return None
-
-
-def _of_this_run(args: RecipeTrainingArguments, checkpoint: str) -> str:
-    """The checkpoint, if the arguments are those of its run; rows and weights are compared when
-    they are there.
-    """
-    if recorded_settings(checkpoint) is None:
-        logger.info(
-            "%s does not say what its run was; it is resumed without a comparison.", checkpoint
-        )
-    refuse_another_run(checkpoint, argument_settings(args), args.starts_over_with)
-    return checkpoint
+            hint = "holds no checkpoint; drop the flag to start"
+            raise UserError(f"{flag}: {args.output_dir} {hint}")
+        wish = str(whole[-1])
+    elif not is_whole(Path(wish)):
+        raise UserError(f"{flag}: no such checkpoint (a folder with {STATE})")
+    if not is_ours(Path(wish)):
+        logger.info("%s does not say what its run was; it is resumed without a comparison.", wish)
+    refuse_another_run(args, wish, argument_settings(args))
+    return wish
 
 
 def _refuse_what_is_in_the_way(args: TrainingArguments) -> None:
@@ -523,12 +492,10 @@ def _refuse_what_is_in_the_way(args: TrainingArguments) -> None:
     ours.
     """
     for path in numbered_entries(args.output_dir):
-        ours = is_whole(path) or (path / SETTINGS).is_file()
-        removable = path.is_dir() or path.is_symlink()
-        if not ours and not (args.overwrite_output_dir and removable):
-            raise UserError(
-                f"{path}: is no checkpoint of a training run (it has no {STATE}); move it elsewhere"
-            )
+        removable = args.overwrite_output_dir and (path.is_dir() or path.is_symlink())
+        if not (removable or is_whole(path) or is_ours(path)):
+            what = f"is no checkpoint of a training run (it has no {STATE})"
+            raise UserError(f"{path}: {what}; move it elsewhere")
 
 
 def start_over(args: TrainingArguments) -> None:
@@ -543,64 +510,35 @@ def start_over(args: TrainingArguments) -> None:
             remove_checkpoint(path)
 
 
-def drop_old_checkpoints(args: TrainingArguments, best: str | None, finished: bool = False) -> None:
+def drop_old_checkpoints(args: TrainingArguments, best: str | None) -> None:
     """Keep the newest `--save_total_limit` checkpoints, the best one among them.
-
-    transformers' own takes every folder for one whose name begins with "checkpoint-".
 
     Args:
         best: the checkpoint that will be loaded at the end.
-        finished: of a limit of 1 the best one is kept then, and not the newest, which only a
-        resumed run needs.
     """
     whole = checkpoints(args.output_dir)
-    if not args.save_total_limit or args.save_total_limit < 1 or not whole:
+    if not args.save_total_limit or args.save_total_limit < 1:
         return
-    kept = {Path(best).name} if best else set()
-    if not (finished and kept and args.save_total_limit == 1):
-        kept.add(whole[-1].name)
-    surplus = len(whole) - max(args.save_total_limit, len(kept))
-    for path in [path for path in whole if path.name not in kept][: max(0, surplus)]:
+    surplus = len(whole) - args.save_total_limit
+    old = [path for path in whole[:-1] if best is None or path.name != Path(best).name]
+    for path in old[: max(0, surplus)]:
         remove_checkpoint(path)
 
 
-# --- What is resumed is compared with what was asked ------------------------------------------------------------------
+# --- what is resumed is compared with what was asked ----------------------------------------------
 
 # Arguments that make another run. What is not here leaves the result as it is: logging, saving,
 # evaluating, and how the rows of a step are split into processes, batches and accumulated ones.
-COMPARED_ARGUMENTS = (
-    "num_train_epochs",
-    "max_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "weight_decay",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "seed",
-    "data_seed",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "packing",
-)
+COMPARED_ARGUMENTS = """
+    num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
+    optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm
+    label_smoothing_factor neftune_noise_alpha seed data_seed train_sampling_strategy
+    dataloader_drop_last packing
+""".split()
 COMPARED_COLUMNS = ("input_ids", "labels", "target", "seq_lengths")
-LORA_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "layers_to_transform",
-    "modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
+LORA_SETTINGS = """
+    r lora_alpha lora_dropout target_modules layers_to_transform modules_to_save use_rslora use_dora
+""".split()
 
 
 def argument_settings(args: TrainingArguments) -> dict[str, Any]:
@@ -635,43 +573,35 @@ def lora_settings(model: torch.nn.Module) -> dict[str, Any] | None:
 
 def as_json(value: Any) -> Any:
     """A value as it comes back from a JSON file; sets are sorted."""
-    return json.loads(
-        json.dumps(value, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    )
 
+    def plain(other: Any) -> Any:
+        return sorted(other) if isinstance(other, set) else str(other)
 
-def recorded_settings(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The settings of the run that wrote a checkpoint; None if it is older than this file."""
-    try:
-        return json.loads(Path(checkpoint, SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return json.loads(json.dumps(value, default=plain))
 
 
 def refuse_another_run(
-    checkpoint: str | Path, asked: Mapping[str, Any], starts_over_with: str
+    args: RecipeTrainingArguments, checkpoint: str, asked: Mapping[str, Any]
 ) -> None:
     """Raise UserError when a checkpoint is of a run with other settings than those that are asked
     for.
 
     Args:
         asked: some of the settings of the run that would resume.
-        starts_over_with: what the user would do to start over.
     """
-    recorded = recorded_settings(checkpoint) or {}
-    differences = [
-        f"{name} {recorded[name]} there and {value} here"
-        for name, value in asked.items()
-        if name in recorded and recorded[name] != value
-    ]
+    recorded = _read_json(Path(checkpoint, SETTINGS)) or {}
+    differences = []
+    for name, value in asked.items():
+        if recorded.get(name, value) != value:
+            differences.append(f"{name} {recorded[name]} there and {value} here")
     if differences:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is of another run: {'; '.join(differences)}; "
-            f"give what it had, or start over with {starts_over_with}"
+            f"give what it had, or start over with {args.starts_over_with}"
         )
 
 
-# --- LoRA -------------------------------------------------------------------------------------------------------------
+# --- LoRA -----------------------------------------------------------------------------------------
 
 
 def with_adapters(
@@ -680,8 +610,8 @@ def with_adapters(
     """LoRA over a frozen model, in float32.
 
     Args:
-        asked: TRL's words for it; `use_peft` must be true. See `target_modules` for what is
-        adapted.
+        asked: TRL's words for it; `use_peft` must be true. The modules are all-linear, one pattern
+            with .* for whole names, ends of names, or None for PEFT's own of the architecture.
         where: the flag that names the modules, for the message.
         layers: those that are adapted; None: all.
 
@@ -689,7 +619,9 @@ def with_adapters(
         UserError: there is no such module, or PEFT knows none for this architecture.
     """
     config = get_peft_config(asked)
-    config.target_modules = target_modules(asked.lora_target_modules)
+    modules = config.target_modules
+    if isinstance(modules, str) and modules != "all-linear" and "*" not in modules:
+        config.target_modules = {modules}  # as a text it would be a pattern for whole names
     config.layers_to_transform = None if layers is None else list(layers)
     try:
         return get_peft_model(model, config)
@@ -697,28 +629,13 @@ def with_adapters(
         raise UserError(f"{where}: {str(error).strip().splitlines()[0]:.200}") from None
 
 
-def target_modules(asked: str | Sequence[str] | None) -> str | set[str] | None:
-    """What PEFT takes for the modules to adapt.
-
-    Args:
-        asked: all-linear; one pattern with .* for whole names; ends of names; None: PEFT's own for
-        the architecture.
-    """
-    if asked is None:
-        return None
-    names = [asked] if isinstance(asked, str) else list(asked)
-    if len(names) == 1 and (names[0] == "all-linear" or "*" in names[0]):
-        return names[0]
-    return set(names)
-
-
-# --- A run that learned nothing, or diverged --------------------------------------------------------------------------
+# --- a run that learned nothing, or diverged ------------------------------------------------------
 
 
 def refuse_diverged(trainer: Trainer) -> None:
     """Raise UserError when a trained weight is no number. Collective: every rank must call it."""
-    trained = [own_part(p) for p in trainer.model.parameters() if p.requires_grad]
-    if not everywhere(trainer, all(bool(part.isfinite().all()) for part in trained)):
+    finite = all(bool(part.isfinite().all()) for _, part in trained_parts(trainer.model))
+    if not everywhere(trainer, finite):
         raise diverged("weights")
 
 
@@ -730,16 +647,20 @@ def refuse_diverged_scores(scores: np.ndarray) -> None:
 
 def diverged(what: str) -> UserError:
     """The one line that a diverged run ends with."""
-    return UserError(
-        f"The training diverged (its {what} are not numbers): nothing is saved; lower the learning rate"
-    )
+    why = f"The training diverged (its {what} are not numbers)"
+    return UserError(f"{why}: nothing is saved; lower the learning rate")
 
 
-def own_part(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What this process holds of a parameter that ZeRO-3 or FSDP2 may have split."""
-    if hasattr(parameter, "ds_tensor"):
-        return parameter.ds_tensor
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def trained_parts(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The trained parameters by name, of each what this process holds of it: ZeRO-3 or FSDP2 may
+    have split it.
+    """
+    parts = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = getattr(parameter, "ds_tensor", parameter)
+            parts.append((name, part.to_local() if isinstance(part, DTensor) else part))
+    return parts
 
 
 def everywhere(trainer: Trainer, true_here: bool) -> bool:
@@ -750,18 +671,5 @@ def everywhere(trainer: Trainer, true_here: bool) -> bool:
 
 def adapters_are_zero(trainer: Trainer) -> bool:
     """Whether there are LoRA adapters that are trained and that still add nothing. Collective."""
-    named = trainer.model.named_parameters()
-    added = [own_part(p) for name, p in named if "lora_B" in name and p.requires_grad]
+    added = [part for name, part in trained_parts(trainer.model) if "lora_B" in name]
     return everywhere(trainer, bool(added) and not any(bool(part.any()) for part in added))
-
-
-def warn_of_long_warmup(args: TrainingArguments, steps: int) -> None:
-    """Say that a run of so many steps ends before its warm-up does."""
-    warmup = args.get_warmup_steps(steps)
-    if warmup >= steps and args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau"):
-        logger.warning(
-            "The warm-up takes %d steps and the run has %d: the learning rate never reaches %s; lower --warmup_steps.",
-            warmup,
-            steps,
-            args.learning_rate,
-        )

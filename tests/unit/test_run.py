@@ -410,21 +410,23 @@ def test_living_flags_are_not_mentioned(training, caplog):
         ("true", {"reshard_after_forward": True}),
     ],
 )
-def test_the_words_of_fsdp(training, words, expected):
+def test_the_words_of_fsdp(training, monkeypatch, words, expected):
     """What an accelerator gets to see; whether it then shards is for a machine that has one."""
-    args = training(gradient_checkpointing=True)
-    args.fsdp, args.fsdp_transformer_layer_cls_to_wrap = words, "LlamaDecoderLayer"
-    args._modern_fsdp()
-    wrap = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    assert args.fsdp_config == {"version": 2, "activation_checkpointing": True} | wrap | expected
+    monkeypatch.setattr("common.training.device", lambda: torch.device("cuda"))
+    layer = "LlamaDecoderLayer"
+    args = training(
+        gradient_checkpointing=True, fsdp=words, fsdp_transformer_layer_cls_to_wrap=layer
+    )
+    expected |= {"fsdp_version": 2, "activation_checkpointing": True}
+    expected["transformer_cls_names_to_wrap"] = layer
+    assert args.fsdp_plugin_args.items() >= expected.items()
     assert args.fsdp is True and not args.gradient_checkpointing
 
 
-def test_an_unknown_word_of_fsdp_is_refused(training):
-    args = training()
-    args.fsdp = "full_shard hybrid_shrad"
-    with pytest.raises(UserError, match=r"hybrid_shrad.*FSDP2 knows full_shard"):
-        args._modern_fsdp()
+def test_an_unknown_word_of_fsdp_is_refused(training, monkeypatch):
+    monkeypatch.setattr("common.training.device", lambda: torch.device("cuda"))
+    with pytest.raises(ValueError, match="hybrid_shrad"):  # one line by `parse_args`
+        training(fsdp="full_shard hybrid_shrad")
 
 
 @pytest.fixture

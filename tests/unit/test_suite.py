@@ -75,7 +75,7 @@ def tiny(folder: Path, name: str) -> Path:
         asked.append(torch.zeros(len(words)).index_fill(0, torch.tensor(candidates), 1))
         return out
 
-    guard.model.next_token, guard.model.batch_tokens = look, 10**5  # one call a question
+    guard.model.next_token, guard.model.batch_size = look, 10**5  # one call a question
     base = head.weight.data
     for _ in guard.questions:  # the next one is asked only after an answer
         seen.clear(), asked.clear()
