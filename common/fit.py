@@ -18,7 +18,7 @@ from common.templates import control_ids
 POSITION_TABLES = ("position_embeddings", "wpe")
 
 
-# --- pad token and embeddings -----------------------------------------------------------------------------------------
+# --- pad token and embeddings ---------------------------------------------------------------------
 
 
 def fit_classifier(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -30,15 +30,13 @@ def fit_classifier(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     paper's code does. (Encoders pool at their first token.)
     """
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         framing = tokenizer("")["input_ids"]  # what the tokenizer itself puts around a text
         taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, *framing}
         added = tokenizer.added_tokens_decoder
-        free = sorted(i for i in control_ids(tokenizer) - taken if added[i].special)
-        if free:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
-        else:
-            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        free = [i for i in control_ids(tokenizer) - taken if added[i].special]
+        pad = added[min(free)].content if free else "<pad>"
+        tokenizer.add_special_tokens({"pad_token": pad})
     grow_embeddings(tokenizer, model)
     model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -93,13 +91,12 @@ def check_ids(
     for ids in sequences:
         if ids and max(ids) >= size:
             token = tokenizer.convert_ids_to_tokens(max(ids))
-            raise UserError(
-                f"the tokenizer writes {token!r} (id {max(ids)}), for which the model has no embedding: it has {size}; "
-                "resize its embeddings and save it, or use the tokenizer that it was made with"
-            )
+            what = f"the tokenizer writes {token!r} (id {max(ids)})"
+            hint = "resize its embeddings and save it, or use the tokenizer that it was made with"
+            raise UserError(f"{what}, for which the model has no embedding: it has {size}; {hint}")
 
 
-# --- positions --------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def positions(model: PreTrainedModel) -> int | None:
@@ -136,7 +133,7 @@ def check_length(model: PreTrainedModel, max_length: int, flag: str = "--max_len
         raise UserError(f"{flag} {max_length}: the model sees {room} tokens; lower it to that")
 
 
-# --- what a classifier reads, and what its checkpoint lacked ----------------------------------------------------------
+# --- what a classifier reads, and what its checkpoint lacked --------------------------------------
 
 
 def pooling(model: PreTrainedModel) -> str:
@@ -168,5 +165,5 @@ def modules_to_save(fresh: Sequence[str]) -> list[str] | None:
 
     LoRA would leave the others as they were drawn, and an adapter without them is another model.
     """
-    others = [name for name in fresh if name.split(".")[0] not in ("classifier", "score")]
+    others = [name for name in fresh if not name.startswith(("classifier", "score"))]
     return others or None

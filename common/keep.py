@@ -10,11 +10,11 @@ import fcntl
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
+from contextlib import suppress
 from functools import cache
-from os import stat_result
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,25 @@ from common.data.files import read_rows
 from common.data.specs import ROOT, parse_spec
 from common.data.tables import sources
 from common.engines import Completion
-from common.run import expand_home, write_json
+from common.run import expand_home, write_text
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
-# The files of a model's folder that say what the model does …
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-CONFIGS = ("*config.json", "tokenizer.json", "guard.json")
-VOCABULARIES = ("*.model", "*.spm", "*.tiktoken", "vocab.txt", "merges.txt")
-OTHERS = ("*.json", "*.jinja", "*.py")
+# A folder with one of these holds a model.
+MARKS_A_MODEL = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf)|.*config\.json|tokenizer\.json|guard\.json"
+)
+# What there says what the model does …
+OF_A_MODEL = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|json|jinja|py|model|spm|tiktoken)|vocab\.txt|merges\.txt"
+)
 TEMPLATES = "additional_chat_templates"  # the one folder in it that `from_pretrained` reads
 # … but for these, which runs leave beside it.
-RESULTS = ("run.json", "results.json", "*_results.json", "*_results_*.json", "manifest.json")
-CHECKPOINTS = ("trainer_state.json", "training_args.bin", "recipe.json", "unfinished.json")
-OPTIMIZERS = ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
+OF_A_RUN = re.compile(
+    r"(run|.*results|.*_results_.*|manifest|trainer_state|recipe|unfinished)\.json"
+    r"|training_args\.bin|(optimizer|scheduler|scaler)\..*|rng_state.*"
+)
 
 LARGE = 1 << 20  # bytes: hashing less takes no longer than looking the hash up
 TIMEOUT = 10.0  # seconds that the hub has to name a commit
@@ -125,82 +129,48 @@ def _of_folder(folder: Path, without: Collection[str]) -> str:
     total = hashlib.sha256()
     for file in _files_that_count(folder):
         name = file.relative_to(folder).as_posix()
-        if name in without:
-            continue
-        total.update(f"{name}\n{_of_file(file)}\n".encode())
+        if name not in without:
+            total.update(f"{name}\n{_of_file(file)}\n".encode())
     return total.hexdigest()
 
 
 def _files_that_count(folder: Path) -> list[Path]:
     files = [path for path in folder.iterdir() if path.is_file()]
-    if any(_is_one_of(path, WEIGHTS + CONFIGS) for path in files):
+    if any(MARKS_A_MODEL.fullmatch(path.name) for path in files):
         files += folder.glob(f"{TEMPLATES}/*.jinja")
-        files = [path for path in files if _is_of_a_model(path)]
+        files = [path for path in files if OF_A_MODEL.fullmatch(path.name)]
+        files = [path for path in files if not OF_A_RUN.fullmatch(path.name)]
     else:
         files = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(path for path in files if not _is_hidden(path.relative_to(folder)))
-
-
-def _is_of_a_model(path: Path) -> bool:
-    named = _is_one_of(path, WEIGHTS + CONFIGS + VOCABULARIES + OTHERS)
-    return named and not _is_one_of(path, RESULTS + CHECKPOINTS + OPTIMIZERS)
-
-
-def _is_one_of(path: Path, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(path.name, pattern) for pattern in patterns)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return sorted(path for path in files if "/." not in f"/{path.relative_to(folder)}")
 
 
 def _of_file(path: Path) -> str:
-    """The SHA-256 of a file, from the cache where it is noted for this size and these times."""
-    facts = _facts(path.stat())
-    if facts["size"] < LARGE:
+    """The SHA-256 of a file. That of a large one is noted under its place, size and times: a copy
+    may bring its old mtime along, never its ctime.
+    """
+    before = path.stat()
+    if before.st_size < LARGE:
         return _hashed(path)
-    name = digest(str(path.resolve()))
-    note = cache_folder() / "fingerprints" / f"{name}.json"
-    noted = _noted(note)
-    found = noted.pop("sha256", None)
-    if isinstance(found, str) and noted == facts:
-        return found
+    facts = [str(path.resolve()), before.st_size, before.st_mtime_ns, before.st_ctime_ns]
+    note = cache_folder() / "fingerprints" / digest(facts)
+    with suppress(OSError, ValueError):
+        noted = note.read_text(encoding="utf-8")
+        if re.fullmatch("[0-9a-f]{64}", noted):
+            return noted
     found = _hashed(path)
-    if _facts(path.stat()) != facts:
+    after = path.stat()
+    if (after.st_mtime_ns, after.st_ctime_ns) != (before.st_mtime_ns, before.st_ctime_ns):
         raise UserError(f"{path}: was written while it was read; start again when it is complete")
-    age = time.time() - max(facts["mtime_ns"], facts["ctime_ns"]) / 1e9
-    if age > SETTLED:
-        _write_note(note, facts | {"sha256": found})
+    if time.time() - max(after.st_mtime, after.st_ctime) > SETTLED:
+        with suppress(OSError):  # a cache that cannot be written costs time alone
+            write_text(note, found)
     return found
 
 
 def _hashed(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _facts(stat: stat_result) -> dict[str, int]:
-    """What tells that a file has changed. A copy may bring its old mtime along, never its ctime."""
-    return {
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
-    }
-
-
-def _noted(note: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write_note(note: Path, known: Mapping[str, Any]) -> None:
-    try:
-        write_json(note, known)
-    except OSError as error:  # a cache that cannot be written costs time alone
-        logger.debug("%s: %s", note, error)
 
 
 @cache
@@ -265,7 +235,12 @@ class KeptRows(Mapping[str, Row]):
         self._file = self.path.open("a+b")
         try:
             self._lock()
-            self._read()
+            self._cut_half_a_line()
+            for row in read_json_lines(self.path):
+                if not isinstance(row.get(key), str):
+                    hint = "it is no file of an interrupted run; remove it"
+                    raise UserError(f"{self.path}: a row has no field {key}; {hint}")
+                self._rows[row[key]] = row
         except BaseException:
             self._file.close()
             raise
@@ -279,18 +254,10 @@ class KeptRows(Mapping[str, Row]):
         except OSError as error:  # a file system without locks
             logger.warning("%s: no lock (%s); start no second run on it.", self.path, error)
 
-    def _read(self) -> None:
+    def _cut_half_a_line(self) -> None:
         self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
-        for row in read_json_lines(self.path):
-            key = row.get(self.key)
-            if not isinstance(key, str):
-                hint = "it is no file of an interrupted run; remove it"
-                raise UserError(f"{self.path}: a row has no field {self.key}; {hint}")
-            self._rows[key] = row
+        whole = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(whole)
 
     def __getitem__(self, key: str) -> Row:
         return self._rows[key]
@@ -369,14 +336,13 @@ class KeptRows(Mapping[str, Row]):
                 bar.update(len(chunk) - len(wanted))
                 for row in make(number, asked) if asked else ():
                     key = row[self.key]
-                    if key not in wanted:
-                        continue
-                    if again is not None and again(row) and not together:
-                        lost[key] = row
-                    else:
-                        self.append(row)
-                    bar.update()
-        return [lost[key] if key in lost else self._rows[key] for key in keys]
+                    if key in wanted:
+                        bar.update()
+                        if again is not None and again(row) and not together:
+                            lost[key] = row
+                        else:
+                            self.append(row)
+        return [lost.get(key) or self._rows[key] for key in keys]
 
     def close(self) -> None:
         """Let another process open the file."""
@@ -425,14 +391,20 @@ def generate(
     order = sorted(prompt_of, key=lambda key: -len(prompt_of[key]))
 
     def make(number: int, asked: list[str]) -> Iterator[Row]:
-        for i, completion in ask(number, [prompt_of[key] for key in asked]):
-            yield {"key": asked[i], "answer": completion.text, "error": completion.error}
+        for i, said in ask(number, [prompt_of[key] for key in asked]):
+            yield {"key": asked[i], "answer": said.text, "error": said.error}
 
+    together = size is not None
     with KeptRows(partial) as kept:
-        done = len(order) - len(kept.missing(order, failed))
-        if done:
+        if done := len(order) - len(kept.missing(order, failed)):
             logger.info("%d of %d answers are there already.", done, len(order))
-        options = {"together": size is not None, "again": failed, "unit": "answer"}
-        rows = kept.fill(order, make, size=size or max(1, len(order)), **options)
-    said = dict(zip(order, rows, strict=True))
-    return [Completion(said[key]["answer"], said[key]["error"]) for key in keys]
+        rows = kept.fill(
+            order,
+            make,
+            size=size or len(order) or 1,
+            together=together,
+            again=failed,
+            unit="answer",
+        )
+    said = {row["key"]: Completion(row["answer"], row["error"]) for row in rows}
+    return [said[key] for key in keys]

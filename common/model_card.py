@@ -2,7 +2,7 @@
 own classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,63 +52,54 @@ def write_model_card(
     Args:
         base_model: as the user gave it; in the card it is a hub id, where one is known, and never a
         path.
-        train_data: data specs.
+        train_data: data specs. A licence is told where that of the base and all data is one.
         usage: Python code.
         adapter: whether the folder holds an adapter, and not a whole model.
     """
     data = [about_data(spec) for spec in train_data]
-    results = [] if measured is None else eval_results(measured, task)
-    fields: dict[str, Any] = {
-        "language": common_value([one.get("language") for one in data]),
-        "license": licence([licence_of_model(base_model), *(one.get("licence") for one in data)]),
-        "library_name": "peft" if adapter else "transformers",
-        "tags": ["guard", "moderation"],
-        "datasets": [one["hub"] for one in data if "hub" in one] or None,
-        "metrics": sorted({result.metric_type for result in results}) or None,
-        "base_model": hub_id(base_model),
-        "base_model_relation": "adapter" if adapter else "finetune",
-        "pipeline_tag": task,
-    }
-    if results:
-        fields |= {"model_name": title, "eval_results": results}
-    if fields["base_model"] is None:
-        del fields["base_model"], fields["base_model_relation"]
-    known = {name: value for name, value in fields.items() if value is not None}
-    front = ModelCardData(**known).to_yaml()
+    licences = {licence_of_model(base_model), *(one.get("licence") for one in data)}
+    known = ModelCardData(
+        language=only({one.get("language") for one in data}),
+        license=(only(licences) or "other").lower().replace(" ", "-"),
+        library_name="peft" if adapter else "transformers",
+        tags=["guard", "moderation"],
+        datasets=[one["hub"] for one in data if "hub" in one] or None,
+        pipeline_tag=task,
+    )
+    if base := hub_id(base_model):
+        known.base_model = base
+        known.base_model_relation = "adapter" if adapter else "finetune"
+    if results := eval_results(measured, task):
+        known.metrics = sorted({result.metric_type for result in results})
+        known.model_name = title
+        known.eval_results = results
     body = f"# {title}\n\n{intro}\n\n```python\n{usage.strip()}\n```\n"
     for heading, text in sections.items():
         body += f"\n## {heading}\n\n{text.strip()}\n"
-    ModelCard(f"---\n{front}\n---\n\n{body}").save(Path(folder) / "README.md")
+    ModelCard(f"---\n{known.to_yaml()}\n---\n\n{body}").save(Path(folder) / "README.md")
 
 
-def eval_results(measured: Measured, task: str) -> list[EvalResult]:
+def eval_results(measured: Measured | None, task: str) -> list[EvalResult]:
     """The hub's form of what was measured; what is undefined is left out."""
+    if measured is None:
+        return []
     about = about_data(measured.data)
     results = []
     for label, values in measured.values.items():
         for name, (metric, written) in METRICS.items():
-            if values.get(name) is None:
-                continue
-            result = EvalResult(
-                task_type=task,
-                dataset_type=about.get("hub", "local"),
-                dataset_name=about["name"],
-                metric_type=metric,
-                metric_value=round(values[name], 4),
-                metric_name=f"{written} of {label}",
-            )
-            results.append(result)
+            if values.get(name) is not None:
+                result = EvalResult(
+                    task_type=task,
+                    dataset_type=about.get("hub", "local"),
+                    dataset_name=about["name"],
+                    metric_type=metric,
+                    metric_value=round(values[name], 4),
+                    metric_name=f"{written} of {label}",
+                )
+                results.append(result)
     return results
 
 
-def common_value(values: Sequence[str | None]) -> str | None:
+def only(values: Set[str | None]) -> str | None:
     """What all of them are; None where they differ, or one is unknown."""
-    return values[0] if values and len(set(values)) == 1 else None
-
-
-def licence(known: Sequence[str | None]) -> str:
-    """The licence of what is made of a model and data: theirs where it is one, else to be looked up
-    by the reader.
-    """
-    shared = common_value(known)
-    return "other" if shared is None else shared.lower().replace(" ", "-")
+    return next(iter(values)) if len(values) == 1 else None

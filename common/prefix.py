@@ -20,27 +20,27 @@ def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Te
     Returns:
         input_ids, position_ids of shape (1, n) and attention_mask (1, 1, n, n), bool, of n
         different tokens; for the k labels in the order of the rows: labels (1, 1 + k), whose first
-        is none; keep (k), the token whose logits foretell the label; owner (k), the index of its
+        is none; keep (k), the token whose logits predict the label; owner (k), the index of its
         row.
     """
     tokens, positions, paths = tree([row["input_ids"] for row in rows])
     mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for path in paths:
+    labels, keep, owner = [-100], [], []
+    for i, path in enumerate(paths):
         at = torch.tensor(path)
         mask[at[:, None], at] = torch.ones(len(at), len(at), dtype=torch.bool).tril()
-    found = [
-        (i, t, label)
-        for i, row in enumerate(rows)
-        for t, label in enumerate(row["labels"])
-        if label != -100
-    ]
+        for place, label in enumerate(rows[i]["labels"]):
+            if label != -100:
+                labels.append(label)
+                keep.append(path[place - 1])
+                owner.append(i)
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
         "attention_mask": mask[None, None],
-        "labels": torch.tensor([[-100, *(label for _, _, label in found)]]),
-        "keep": torch.tensor([paths[i][t - 1] for i, t, _ in found]),
-        "owner": torch.tensor([i for i, _, _ in found]),
+        "labels": torch.tensor([labels]),
+        "keep": torch.tensor(keep),
+        "owner": torch.tensor(owner),
     }
 
 
@@ -55,12 +55,12 @@ def tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[lis
     path: list[int] = []
     for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):  # neighbours share most
         ids = sequences[i]
-        shorter = zip(before, ids, strict=False)
-        common = next((n for n, (a, b) in enumerate(shorter) if a != b), min(len(before), len(ids)))
+        common = alike(before, ids)
         path = path[:common] + list(range(len(tokens), len(tokens) + len(ids) - common))
         tokens += ids[common:]
         positions += range(common, len(ids))
-        paths[i], before = path, ids
+        paths[i] = path
+        before = ids
     return tokens, positions, paths
 
 
@@ -73,8 +73,15 @@ def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
     if len(prompts) < 2:
         return 0
     first, last = min(prompts), max(prompts)  # the two that differ first
-    limit = min(map(len, prompts)) - 1
-    length = 0
-    while length < limit and first[length] == last[length]:
-        length += 1
+    length = min(alike(first, last), min(map(len, prompts)) - 1)
     return length if length >= worth else 0
+
+
+def alike(one: list[int], other: list[int]) -> int:
+    """How many tokens two sequences begin with."""
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length

