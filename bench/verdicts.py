@@ -6,7 +6,7 @@ run.
 A guard with a policy of about 500 tokens judges prompts of real lengths: XSTest's where
 GUARDRAIL_RECIPES_DATA names a folder with xstest/ in it, else those of the bundled sample.
 Original: one prompt at a time, generate, parse the text.
-Then: one forward pass a prompt; what is shared run once and the rest packed
+Then: one forward pass a prompt; what is shared run once, and the rest in batches
 (`GenerativeGuard.judge`). The original is timed for a guard that ends its answer after 12 tokens,
 and for one that writes 50. Outputs are compared; the exit code is 1 if a verdict differs or a
 probability differs by more than 1e-4. The bound is the ratio of tokens that each way runs.
@@ -35,7 +35,7 @@ from common.prefix import shared_prefix
 from common.run import run_cli
 from guards.generative import GenerativeGuard
 
-TARGETS = {"forward": 4.0, "shared prefix, packed": 13.0, "share of the bound": 0.85}
+TARGETS = {"forward": 4.0, "shared prefix": 13.0, "share of the bound": 0.85}
 RULE = (
     "S{number}: {name}. Text of this kind gives advice, instructions, encouragement or praise for "
     "it, or takes part; text that only reports, explains, warns or asks for help is not of this "
@@ -60,14 +60,13 @@ def main() -> None:
     guard = GenerativeGuard(resolve_model(args.model), guard_entry(), progress=False)
     talks = [pair(text) for text in real_prompts(args.prompts)]
     ids = guard.prompt_ids(talks)
-    packed = guard.model.batch_tokens
     ways = {
-        "shared prefix, packed": lambda: judged(guard, talks, True, packed),
-        "forward": lambda: judged(guard, talks, False, 1),
+        "shared prefix": lambda: judged(guard, talks),
+        "forward": lambda: [said for talk in talks for said in judged(guard, [talk])],
         "original, 12 tokens": lambda: original(guard, ids, 12),
         "original, 50 tokens": lambda: original(guard, ids, 50),
     }
-    ways["shared prefix, packed"]()  # a process's first passes take memory and start threads
+    ways["shared prefix"]()  # a process's first passes take memory and start threads
     seconds, found = take_turns(ways, args.rounds)
     median = medians(seconds)
     reference = found["original, 50 tokens"]
@@ -81,7 +80,7 @@ def main() -> None:
     print(report.table(rows, header))
     shared = shared_prefix(ids)
     bound = sum(map(len, ids)) / (shared + sum(len(row) - shared for row in ids))
-    over_forward = median["forward"] / median["shared prefix, packed"]
+    over_forward = median["forward"] / median["shared prefix"]
     verdicts = sum(word in WORDS for word, _ in reference)
     print(
         f"{len(ids)} prompts of {statistics.mean(map(len, ids)):.0f} tokens, {shared} of them "
@@ -133,9 +132,7 @@ def same(said: list[Said], reference: list[Said]) -> bool:
 # --- The ways -----------------------------------------------------------------------------------
 
 
-def judged(guard: GenerativeGuard, talks, share_prefix: bool, batch_tokens: int) -> list[Said]:
-    guard.model.share_prefix = share_prefix
-    guard.model.batch_tokens = batch_tokens
+def judged(guard: GenerativeGuard, talks) -> list[Said]:
     verdicts = guard.judge(talks)
     return [(v.native.get("prompt_unsafe", "other"), v.prompt_unsafe) for v in verdicts]
 

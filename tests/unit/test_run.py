@@ -104,10 +104,10 @@ def test_flags_override_the_config(parse, flags, config, expected):
         ("", "name: a\nfast: perhaps", "perhaps"),
         ("", "name: [a", r"--config .*\.yaml: not YAML.*line 1"),
         ("", "name: a\n\tsize: 1", r"--config .*\.yaml: not YAML.*line 2"),
-        ("", "", "must contain a YAML mapping"),
+        ("", "", "the file is empty"),
         ("", "- name", "must contain a YAML mapping"),
         ("--config missing.yaml", None, "missing.yaml"),
-        ("--config .", None, "directory"),
+        ("--config .", None, "no such file"),
         ("--name a --config", None, "--config: needs a YAML file"),
     ],
 )
