@@ -15,6 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from common.prefix import shared_prefix
 from common.run import device, inference_dtype, is_main_process
 
 logger = logging.getLogger(__name__)
+Prompts = Sequence[list[int]]  # token ids
 
 CHUNK = 512  # prompts that vLLM is given at a time, so that a kill loses little
 BATCH_TOKENS = 1 << 15  # tokens that transformers reads in one pass, with padding
@@ -114,15 +116,11 @@ class Engine(ABC):
     has_beams = False
 
     def complete(
-        self,
-        prompts: Sequence[list[int]],
-        decoding: Decoding,
-        skip_special_tokens: bool = True,
+        self, prompts: Prompts, decoding: Decoding, skip_special_tokens: bool = True
     ) -> Iterator[tuple[int, Completion]]:
         """What is written after each prompt: (index of the prompt, completion), as they come.
 
         Args:
-            prompts: token ids.
             skip_special_tokens: leave special tokens out of the text.
 
         Raises:
@@ -130,14 +128,12 @@ class Engine(ABC):
             EngineStopped: after what was answered, where the rest is not asked any more.
         """
         check_beams(self, decoding.num_beams)
-        if self._room(decoding.max_new_tokens) < 1:
+        if self.window is not None and decoding.max_new_tokens >= self.window:
             flag = f"--max_new_tokens {decoding.max_new_tokens}"
             raise UserError(f"{flag}: the model has room for {self.window} tokens, prompt included")
         return self._complete_what_fits(prompts, decoding, skip_special_tokens)
 
-    def _complete_what_fits(
-        self, prompts: Sequence[list[int]], decoding: Decoding, skip_special_tokens: bool
-    ) -> Iterator[tuple[int, Completion]]:
+    def _complete_what_fits(self, prompts, decoding, skip_special_tokens):
         refusals = self._refusals(prompts, decoding.max_new_tokens)
         for i, refusal in refusals.items():
             yield i, Completion(error=refusal)
@@ -147,14 +143,11 @@ class Engine(ABC):
             yield fitting[number], completion
 
     def completions(
-        self,
-        prompts: Sequence[list[int]],
-        decoding: Decoding,
-        skip_special_tokens: bool = True,
+        self, prompts: Prompts, decoding: Decoding, skip_special_tokens: bool = True
     ) -> list[Completion]:
         """`complete` in the order of the prompts; what is not asked any more is an error, too."""
-        found: dict[int, Completion] = {}
-        left = Completion(error="not answered")
+        found = {}
+        left = None
         try:
             for i, completion in self.complete(prompts, decoding, skip_special_tokens):
                 found[i] = completion
@@ -162,45 +155,41 @@ class Engine(ABC):
             left = Completion(error=f"not asked: {stopped}")
         return [found.get(i, left) for i in range(len(prompts))]
 
-    def next_token(
-        self, prompts: Sequence[list[int]], candidates: Sequence[int]
-    ) -> list[NextToken]:
+    def next_token(self, prompts: Prompts, candidates: Sequence[int]) -> list[NextToken]:
         """What comes after each prompt, in the order of the prompts.
 
         Args:
-            prompts: token ids.
             candidates: ids of the tokens whose log-probabilities are wanted.
         """
         refusals = self._refusals(prompts, new_tokens=1)
-        found = {i: NextToken(error=refusal) for i, refusal in refusals.items()}
-        fitting = [i for i in range(len(prompts)) if i not in refusals]
-        if fitting:
-            read = self._next_token([prompts[i] for i in fitting], list(candidates))
-            found |= zip(fitting, read, strict=True)
-        return [found[i] for i in range(len(prompts))]
+        asked = [prompts[i] for i in range(len(prompts)) if i not in refusals]
+        read = iter(self._next_token(asked, list(candidates)) if asked else [])
+        found = []
+        for i in range(len(prompts)):
+            found.append(NextToken(error=refusals[i]) if i in refusals else next(read))
+        return found
 
-    def _room(self, new_tokens: int) -> float:
-        return math.inf if self.window is None else self.window - new_tokens
-
-    def _refusals(self, prompts: Sequence[list[int]], new_tokens: int) -> dict[int, str]:
+    def _refusals(self, prompts: Prompts, new_tokens: int) -> dict[int, str]:
         """Why prompts cannot be run, by their index. One that is too long is not cut: it would lose
         the task, which stands last.
         """
-        room = self._room(new_tokens)
+        if self.window is None:
+            return {}
+        room = self.window - new_tokens
         found = {}
         for i, ids in enumerate(prompts):
             if len(ids) > room:
-                found[i] = f"the prompt has {len(ids)} tokens; the model has room for {room:.0f}"
+                found[i] = f"the prompt has {len(ids)} tokens; the model has room for {room}"
         return found
 
     @abstractmethod
     def _complete(
-        self, prompts: Sequence[list[int]], decoding: Decoding, skip_special_tokens: bool
+        self, prompts: Prompts, decoding: Decoding, skip_special_tokens: bool
     ) -> Iterator[tuple[int, Completion]]:
         """`complete` for prompts that fit."""
 
     @abstractmethod
-    def _next_token(self, prompts: Sequence[list[int]], candidates: list[int]) -> list[NextToken]:
+    def _next_token(self, prompts: Prompts, candidates: list[int]) -> list[NextToken]:
         """`next_token` for prompts that fit, at least one."""
 
 
@@ -286,7 +275,7 @@ class TransformersEngine(Engine):
     def _next_token(self, prompts, candidates):
         shared = shared_prefix(prompts) if self._can_share(prompts) else 0
         cache = self._cache_of(prompts[0][:shared]) if shared else None
-        found: dict[int, NextToken] = {}
+        found = {}
         with tqdm(total=len(prompts), **self.bar) as bar:
             for batch in _batches(prompts, prompts_at_once(self.batch_size), shared):
                 asked = [prompts[i] for i in batch]
@@ -298,7 +287,7 @@ class TransformersEngine(Engine):
                 bar.update(len(batch))
         return [found[i] for i in range(len(prompts))]
 
-    def _can_share(self, prompts: Sequence[list[int]]) -> bool:
+    def _can_share(self, prompts: Prompts) -> bool:
         """Whether a shared beginning can be a cache: every layer attends, and to all of a prompt."""
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or math.inf
@@ -314,7 +303,7 @@ class TransformersEngine(Engine):
     @torch.inference_mode()
     def _generate(
         self,
-        prompts: Sequence[list[int]],
+        prompts: Prompts,
         decoding: Decoding,
         shared: int = 0,
         cache: DynamicCache | None = None,
@@ -331,26 +320,28 @@ class TransformersEngine(Engine):
             gap = width - len(prompt)
             ids.append(prompt[:shared] + [pad] * gap + prompt[shared:])
             mask.append([1] * shared + [0] * gap + [1] * (len(prompt) - shared))
-        options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "pad_token_id": pad}
-        options["num_beams"] = decoding.num_beams
-        draws = decoding.temperature > 0
-        for name in ("temperature", "top_k", "top_p"):
-            # None where a model's own generation_config.json may set them
-            options[name] = getattr(decoding, name) if draws else None
         if cache is not None:
-            options["past_key_values"] = copy.deepcopy(cache)
-            options["past_key_values"].batch_repeat_interleave(len(prompts))
+            cache = copy.deepcopy(cache)
+            cache.batch_repeat_interleave(len(prompts))
+        draws = decoding.temperature > 0
         return self.model.generate(
             torch.tensor(ids, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
+            past_key_values=cache,
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
             do_sample=draws,
+            # a model's own generation_config.json may set these
+            temperature=decoding.temperature if draws else None,
+            top_k=decoding.top_k if draws else None,
+            top_p=decoding.top_p if draws else None,
+            pad_token_id=pad,
             return_dict_in_generate=True,
             output_logits=decoding.max_new_tokens == 1,
-            **options,
         )
 
 
-def _batches(prompts: Sequence[list[int]], size: int, shared: int = 0) -> Iterator[list[int]]:
+def _batches(prompts: Prompts, size: int, shared: int = 0) -> Iterator[list[int]]:
     """Indices of prompts of similar length, `size` at most and BATCH_TOKENS in all.
 
     The longest come first: if memory does not suffice, that shows at once.
@@ -397,10 +388,7 @@ class VllmEngine(Engine):
         except ImportError as error:
             hint = "see the extra [vllm] in pyproject.toml"
             raise UserError(f"--engine vllm: vLLM is missing ({error}); {hint}") from None
-        options: dict[str, Any] = {
-            "dtype": str(inference_dtype()).removeprefix("torch."),
-            "trust_remote_code": trust_remote_code,
-        }
+        options: dict[str, Any] = {"dtype": dtype_name(), "trust_remote_code": trust_remote_code}
         self.request = None
         if adapter:
             check_adapter(model, adapter, trust_remote_code=trust_remote_code)
@@ -419,7 +407,7 @@ class VllmEngine(Engine):
             raise UserError(f"--engine vllm: {what}") from None
         self.window = self.llm.llm_engine.model_config.max_model_len
 
-    def _generate(self, prompts: Sequence[list[int]], **params: Any) -> list[Any]:
+    def _generate(self, prompts: Prompts, **params: Any) -> list[Any]:
         """The output of each prompt. vLLM's own decoding drops what is left of a character at the
         end.
         """
@@ -516,11 +504,12 @@ class ServerEngine(Engine):
 
     def _complete(self, prompts, decoding, skip_special_tokens):
         more: dict[str, Any] = {"skip_special_tokens": skip_special_tokens}
-        options: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "seed": decoding.seed}
-        options |= {"temperature": decoding.temperature, "extra_body": more}
-        options["top_p"] = decoding.top_p if decoding.temperature else 1.0
-        if decoding.temperature and decoding.top_k:
-            more["top_k"] = decoding.top_k
+        options = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
+        options |= {"top_p": 1.0, "seed": decoding.seed, "extra_body": more}
+        if decoding.temperature:
+            options["top_p"] = decoding.top_p
+            if decoding.top_k:
+                more["top_k"] = decoding.top_k
         for i, answer in self._ask(prompts, options):
             failed = isinstance(answer, str)
             yield i, Completion(error=answer) if failed else Completion(answer.text)
@@ -530,7 +519,7 @@ class ServerEngine(Engine):
         if candidates:
             more["logprob_token_ids"] = candidates
         options = {"max_tokens": 1, "temperature": 0.0, "logprobs": TOP, "extra_body": more}
-        found: dict[int, NextToken] = {}
+        found = {}
         bounded = 0
         left = None
         try:
@@ -547,9 +536,7 @@ class ServerEngine(Engine):
             )
         return [found.get(i, left) for i in range(len(prompts))]
 
-    def _ask(
-        self, prompts: Sequence[list[int]], options: Mapping[str, Any]
-    ) -> Iterator[tuple[int, Any]]:
+    def _ask(self, prompts, options) -> Iterator[tuple[int, Any]]:
         """(index of the prompt, the first choice of the answer or an error's text), as they come.
 
         Raises:
@@ -573,7 +560,7 @@ class ServerEngine(Engine):
             self.ended = self.ended or "the run was stopped"
             pool.shutdown(cancel_futures=True)
 
-    def _answer(self, ids: list[int], options: Mapping[str, Any]) -> Any:
+    def _answer(self, ids, options) -> Any:
         """The first choice of the server's answer, or an error's text; None: it is not asked."""
         import openai
 
@@ -612,7 +599,8 @@ class ServerEngine(Engine):
 def _without_key(error: Exception) -> str:
     """What an error says, in one line and without the key."""
     text = _line(error, 1000)
-    if key := os.environ.get("SERVER_API_KEY"):
+    key = os.environ.get("SERVER_API_KEY")
+    if key:
         text = text.replace(key, "…")
     if isinstance(error, ValueError):
         text = f"its answer is broken JSON ({text})"
@@ -621,12 +609,10 @@ def _without_key(error: Exception) -> str:
 
 def _first_choice(said: Any) -> Any:
     """The first choice of a server's answer. A proxy's page comes back as text, with HTTP 200."""
-    try:
+    with suppress(AttributeError, TypeError, LookupError):
         choice = said.choices[0]
         if isinstance(choice.text, str):
             return choice
-    except (AttributeError, TypeError, LookupError):
-        pass
     raise RuntimeError(f"no completion in its answer: {said!r:.80}")
 
 
@@ -641,24 +627,25 @@ def _read(choice: Any, candidates: Sequence[int]) -> tuple[NextToken, bool]:
         return NextToken(error=choice), False
     try:
         (named,) = choice.logprobs.top_logprobs
-        known = {int(token.removeprefix("token_id:")): float(p) for token, p in named.items()}
-        top = int(choice.logprobs.tokens[0].removeprefix("token_id:"))
-    except (AttributeError, TypeError, ValueError, IndexError):
+        known = {_token_id(name): float(logprob) for name, logprob in named.items()}
+        top = _token_id(choice.logprobs.tokens[0])
+        likeliest = math.exp(known[top])
+    except (AttributeError, TypeError, ValueError, LookupError):
         return NextToken(error="the server names no tokens by id"), False
     missing = [i for i in candidates if i not in known]
-    if not missing:
-        return NextToken([known[i] for i in candidates], top), False
-    if top not in known:
-        error = "the server does not tell how likely the token is that it writes"
-        return NextToken(error=error), False
     rest = max(1.0 - sum(map(math.exp, known.values())), ROUNDING)
     bound = min(math.exp(min(known.values())), rest)
-    if bound * len(missing) > BOUND * math.exp(known[top]):
+    if bound * len(missing) > BOUND * likeliest:
         what = f"{len(missing)} of the {len(candidates)} tokens that were asked for"
         error = f"the server leaves out {what}; use one that takes logprob_token_ids"
         return NextToken(error=error), False
     floor = math.log(max(bound, 1e-30))
-    return NextToken([known.get(i, floor) for i in candidates], top), True
+    return NextToken([known.get(i, floor) for i in candidates], top), bool(missing)
+
+
+def _token_id(name: str) -> int:
+    """A token as vLLM calls it, such as token_id:42."""
+    return int(name.removeprefix("token_id:"))
 
 
 # --- an engine by its name ------------------------------------------------------------------------
@@ -772,9 +759,14 @@ def quantization_config(
         load_in_8bit=load_in_8bit,
         load_in_4bit=load_in_4bit,
         use_bnb_nested_quant=double,
-        dtype=str(inference_dtype()).removeprefix("torch."),
+        dtype=dtype_name(),
     )
     return get_quantization_config(asked)
+
+
+def dtype_name() -> str:
+    """The number format of weights, as vLLM and TRL call it."""
+    return str(inference_dtype()).removeprefix("torch.")
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -806,16 +798,15 @@ def apply_adapter(
         result = adapted.load_adapter(adapter, "default", **options)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{adapter}: cannot be applied to {base}: {_line(error, 300)}") from None
-    if result.unexpected_keys or result.missing_keys:
+    strange = result.unexpected_keys
+    keys = strange or result.missing_keys
+    if keys:
         adapted.unload()  # the model is again what it was
-        counts = []
-        for keys, what in (
-            (result.unexpected_keys, "weights that the base has no place for"),
-            (result.missing_keys, "places of the base without weights"),
-        ):
-            if keys:
-                counts.append(f"{len(keys)} {what} ({sorted(keys)[0]}, …)")
-        raise UserError(f"{adapter}: is no adapter of {base}: {' and '.join(counts)}")
+        what = "places of the base without weights"
+        if strange:
+            what = "weights that the base has no place for"
+        found = f"{len(keys)} {what} ({min(keys)}, …)"
+        raise UserError(f"{adapter}: is no adapter of {base}: {found}")
     return adapted
 
 

@@ -396,7 +396,7 @@ def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> fl
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
-NUMBERED = re.compile(r"checkpoint-0*([1-9]\d*)")
+NUMBERED = re.compile(r"checkpoint-0*[1-9]\d*")
 # the trainer writes it last: a folder without it is half of a checkpoint
 STATE = "trainer_state.json"
 # written first: what the checkpoint's run was, and the mark of a folder as ours
@@ -407,11 +407,8 @@ def numbered_entries(folder: Path | str) -> list[Path]:
     """What is called `checkpoint-<number>` in a folder, by number; checkpoint-0 is no step of
     training.
     """
-    found = {}
-    for path in Path(folder).glob("checkpoint-*"):
-        if match := NUMBERED.fullmatch(path.name):
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
+    found = [path for path in Path(folder).glob("checkpoint-*") if NUMBERED.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def checkpoints(folder: Path | str) -> list[Path]:
@@ -596,11 +593,7 @@ def lora_settings(model: torch.nn.Module) -> dict[str, Any] | None:
 
 def as_json(value: Any) -> Any:
     """A value as it comes back from a JSON file; sets are sorted."""
-
-    def plain(other: Any) -> Any:
-        return sorted(other) if isinstance(other, set) else str(other)
-
-    return json.loads(json.dumps(value, default=plain))
+    return json.loads(json.dumps(value, default=sorted))
 
 
 def refuse_another_run(
@@ -655,23 +648,22 @@ def with_adapters(
 # --- a run that learned nothing, or diverged ------------------------------------------------------
 
 
+DIVERGED = (
+    "The training diverged (its {} are not numbers): nothing is saved; lower the learning rate"
+)
+
+
 def refuse_diverged(trainer: Trainer) -> None:
     """Raise UserError when a trained weight is no number. Collective: every rank must call it."""
-    finite = all(bool(part.isfinite().all()) for _, part in trained_parts(trainer.model))
+    finite = all(part.isfinite().all() for _, part in trained_parts(trainer.model))
     if not everywhere(trainer, finite):
-        raise diverged("weights")
+        raise UserError(DIVERGED.format("weights"))
 
 
 def refuse_diverged_scores(scores: np.ndarray) -> None:
     """Raise UserError when a validation score is no number."""
     if not np.isfinite(scores).all():
-        raise diverged("scores")
-
-
-def diverged(what: str) -> UserError:
-    """The one line that a diverged run ends with."""
-    why = f"The training diverged (its {what} are not numbers)"
-    return UserError(f"{why}: nothing is saved; lower the learning rate")
+        raise UserError(DIVERGED.format("scores"))
 
 
 def trained_parts(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -695,4 +687,4 @@ def everywhere(trainer: Trainer, true_here: bool) -> bool:
 def adapters_are_zero(trainer: Trainer) -> bool:
     """Whether there are LoRA adapters that are trained and that still add nothing. Collective."""
     added = [part for name, part in trained_parts(trainer.model) if "lora_B" in name]
-    return everywhere(trainer, bool(added) and not any(bool(part.any()) for part in added))
+    return everywhere(trainer, bool(added) and not any(part.any() for part in added))
