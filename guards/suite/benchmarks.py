@@ -32,26 +32,6 @@ from common.data.specs import first_line, load_hub
 from guards.suite.prepare import PREPARE, SourceRow, among, cell, plain, vote
 
 logger = logging.getLogger(__name__)
-# The names that ExpGuard's evaluation code gives to benchmarks (its scripts/safety_eval.sh).
-PAPER_NAMES = {
-    "aegis_safety_dataset2:prompt": "aegis2_prompt",
-    "aegis_safety_dataset2:response": "aegis2_response",
-    "beavertails:response": "beavertails",
-    "expguardtest:prompt": "expguardtest_prompt",
-    "expguardtest:response": "expguardtest_response",
-    "harmbench": "harmbench_prompt",
-    "harmbench:prompt": "harmbench_prompt",
-    "harmbench:response": "harmbench_response",
-    "openai_mod": "openai_moderation",
-    "openai_mod:prompt": "openai_moderation",
-    "saferlhf:response": "saferlhf",
-    "toxicchat:prompt": "toxicchat",
-    "toxicchat:unfiltered": "toxicchat_full",
-    "wildguardtest_prompt:prompt": "wildguardtest_prompt",
-    "wildguardtest_response:response": "wildguardtest_response",
-    "xstest_prompt_harm": "xstest_prompt",
-    "xstest_prompt_harm:prompt": "xstest_prompt",
-}
 # what of an entry goes into a benchmark's facts as it is
 COPIED = ("hub", "url", "config", "split", "revision", "licence", "gate", "notes", "unsaid_is")
 
@@ -63,7 +43,7 @@ class Benchmark:
 
     A row: {"id": hash of label and messages, "messages", "label": bool, "groups": {name: value},
     "index": row in the source, "duplicate": the same messages with the same gold label came before,
-    "conflict": the same messages carry the other gold label too}. `facts`: see `load_benchmark`.
+    "conflicting": the same messages carry the other gold label too}. `facts`: see `load_benchmark`.
     """
 
     name: str
@@ -75,7 +55,17 @@ class Benchmark:
 @cache
 def benchmarks() -> dict[str, dict[str, Any]]:
     """The entries of benchmarks.yaml by name."""
-    return yaml.safe_load(Path(__file__).with_name("benchmarks.yaml").read_text(encoding="utf-8"))
+    return _read("benchmarks.yaml")
+
+
+@cache
+def paper() -> dict[str, dict[str, Any]]:
+    """What paper.yaml says of ExpGuard's evaluation code."""
+    return _read("paper.yaml")
+
+
+def _read(name: str) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def benchmark_names(label: str | None = None) -> list[str]:
@@ -86,7 +76,7 @@ def benchmark_names(label: str | None = None) -> list[str]:
 def split_spec(spec: str) -> tuple[str, str]:
     """The name of a benchmark, by our word for it, and its local copy ("" for none)."""
     name, _, local = spec.partition("@")
-    return PAPER_NAMES.get(name, name), os.path.expanduser(local)
+    return paper()["benchmarks"].get(name, name), os.path.expanduser(local)
 
 
 def is_benchmark(spec: str) -> bool:
@@ -124,7 +114,7 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     if "@" in spec and not local:
         raise UserError(f"{spec}: no file after the @; expected {name}@FILE")
     if max_rows is not None and max_rows < 1:
-        raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
+        raise UserError(f"{spec}: --max_rows {max_rows}: must be at least 1")
     rows, left_out = _labelled_rows(entry, _source_rows(name, entry, local))
     if not rows:
         why = f"; left out: {left_out}" if left_out else ""
@@ -164,8 +154,8 @@ def _mark_repeats(rows: Sequence[dict]) -> tuple[int, int]:
         row["duplicate"] = row["label"] in labels_of[row["id"]]
         labels_of[row["id"]].add(row["label"])
     for row in rows:
-        row["conflict"] = len(labels_of[row["id"]]) > 1
-    return sum(row["duplicate"] for row in rows), sum(row["conflict"] for row in rows)
+        row["conflicting"] = len(labels_of[row["id"]]) > 1
+    return sum(row["duplicate"] for row in rows), sum(row["conflicting"] for row in rows)
 
 
 def _mismatch(facts: Mapping[str, Any]) -> str | None:

@@ -1,33 +1,18 @@
-"""What results.md says beside the tables."""
+"""What results.md says beside the tables. (Sub-groups stand in results.json alone.)"""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from common import report
 from guards.suite.score import COMPARED, MARKS, PARSE_ERRORS
 from guards.suite.tables import METRICS
 
-GUARDS = {
-    "spec": "loaded from",
-    "zoo": "in the zoo",
-    "sees": "sees of a conversation",
-    "knows": "trained on their training part (in distribution)",
-}
-BENCHMARKS = (
-    "label",
-    "rows",
-    "positives",
-    "recall_only",
-    *MARKS,
-    "file",
-    "hub",
-    "revision",
-    "licence",
-    "mismatch",
-)
+FACTS = ("label", "rows", "positives", "recall_only", *MARKS)
+FACTS += ("file", "hub", "revision", "licence", "mismatch")
 WITH_INTERVAL = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
-THRESHOLD = {"value": "flags above", "how": "chosen by", "on": "on"}
-PART = {"rows": "rows", "positives": "unsafe", "f1": "F1 ↑", "auprc": "AUPRC ↑"}
+# The sections, in their order, each a row a line: {heading: value}.
+Sections = dict[str, list[dict[str, Any]]]
 
 
 def failures(results: Mapping[str, Any]) -> str:
@@ -35,72 +20,78 @@ def failures(results: Mapping[str, Any]) -> str:
     rows = []
     for cell in results["cells"]:
         if cell["status"] == "failed":
-            rows.append([cell["guard"], cell["benchmark"], cell["reason"]])
+            rows.append(_names(cell) | {"why": cell["reason"]})
     for name, reason in results["unread_benchmarks"].items():
-        rows.append(["–", name, reason])
-    return section("Failed", ["guard", "benchmark", "why"], rows)
+        rows.append({"guard": "–", "benchmark": name, "why": reason})
+    return _text({"Failed": rows})
 
 
 def details(results: Mapping[str, Any]) -> str:
-    """Guards, benchmarks, intervals, thresholds, parse errors, marked rows and paired differences.
-
-    (Sub-groups stand in results.json.)
-    """
-    guards = []
+    """Guards, benchmarks, intervals, thresholds, parse errors, marked rows and paired differences."""
+    sections: Sections = defaultdict(list)
     for name, guard in results["guards"].items():
-        known = guard | {"knows": ", ".join(guard["knows"])}
-        guards.append([name, *map(known.get, GUARDS)])
-    benchmarks = []
+        sections["Guards"].append(
+            {
+                "": name,
+                "loaded from": guard["spec"],
+                "in the zoo": guard["zoo"],
+                "sees of a conversation": guard.get("sees"),
+                "trained on their training part (in distribution)": ", ".join(guard["knows"]),
+            }
+        )
     for name, facts in results["benchmarks"].items():
-        benchmarks.append([name, *map(facts.get, BENCHMARKS)])
-    intervals, thresholds, errors, marked, differences = [], [], [], [], []
-    for cell in results["cells"]:
-        if cell["status"] != "measured":
-            continue
-        names = [cell["guard"], cell["benchmark"]]
-        scores = [_with_interval(cell[s], cell["intervals"].get(s)) for s in WITH_INTERVAL]
-        intervals.append(names + scores)
-        if cell["threshold"]:
-            thresholds.append([*names, *map(cell["threshold"].get, THRESHOLD)])
+        known = {fact.replace("_", " "): facts.get(fact) for fact in FACTS}
+        sections["Benchmarks"].append({"": name} | known)
+    measured = [cell for cell in results["cells"] if cell["status"] == "measured"]
+    for cell in measured:
+        scores = {
+            METRICS[name]: _with_interval(cell[name], cell["intervals"].get(name))
+            for name in WITH_INTERVAL
+        }
+        sections["95 % intervals (bootstrap over prompts)"].append(_names(cell) | scores)
+    for cell in measured:
+        threshold = cell["threshold"]
+        if threshold:
+            chosen = {"flags above": threshold["value"], "chosen by": threshold["how"]}
+            sections["Thresholds"].append(_names(cell) | chosen | {"on": threshold["on"]})
+    for cell in measured:
         if cell["errors"]:
-            by_rule = [cell["by_parse_errors"][rule]["f1"] for rule in PARSE_ERRORS]
-            errors.append([*names, cell["errors"], *by_rule])
-        if cell["without"]:
-            marked.append([*names, "all rows", *map(cell.get, PART)])
-        for mark, part in cell["without"].items():
-            marked.append([*names, f"without {mark}", *map(part.get, PART)])
-    for one in results["comparison"]:
-        scores = [one.get(s, {"difference": None, "interval": None}) for s in COMPARED]
-        texts = [_with_interval(score["difference"], score["interval"]) for score in scores]
-        differences.append([one["a"], one["b"], one["benchmark"], one["rows"], *texts])
-    both = ["guard", "benchmark"]
-    sections = [
-        section("Guards", ["", *GUARDS.values()], guards),
-        section("Benchmarks", ["", *(fact.replace("_", " ") for fact in BENCHMARKS)], benchmarks),
-        section(
-            "95 % intervals (bootstrap over prompts)",
-            both + [METRICS[s] for s in WITH_INTERVAL],
-            intervals,
-        ),
-        section("Thresholds", both + list(THRESHOLD.values()), thresholds),
-        section(
-            "F1 by the rule for rows without a verdict",
-            [*both, "without a verdict", *PARSE_ERRORS],
-            errors,
-        ),
-        section("With and without marked rows", [*both, "rows that count", *PART.values()], marked),
-        section(
-            "Paired differences, first minus second",
-            ["first", "second", "benchmark", "rows", *(METRICS[s] for s in COMPARED)],
-            differences,
-        ),
-    ]
-    return "\n".join(text for text in sections if text)
+            scores = {rule: cell["by_parse_errors"][rule]["f1"] for rule in PARSE_ERRORS}
+            row = _names(cell) | {"without a verdict": cell["errors"]} | scores
+            sections["F1 by the rule for rows without a verdict"].append(row)
+    for cell in measured:
+        parts = {f"without {name}": part for name, part in cell["without"].items()}
+        for name, part in ({"all rows": cell} | parts if parts else {}).items():
+            row = _names(cell) | {
+                "rows that count": name,
+                "rows": part["rows"],
+                "unsafe": part["positives"],
+                "F1 ↑": part["f1"],
+                "AUPRC ↑": part["auprc"],
+            }
+            sections["With and without marked rows"].append(row)
+    for pair in results["comparison"]:
+        row = {"first": pair["a"], "second": pair["b"]}
+        row |= {"benchmark": pair["benchmark"], "rows": pair["rows"]}
+        for name in COMPARED:
+            found = pair.get(name, {})
+            row[METRICS[name]] = _with_interval(found.get("difference"), found.get("interval"))
+        sections["Paired differences, first minus second"].append(row)
+    return _text(sections)
 
 
-def section(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table under its title; nothing where it has no rows."""
-    return f"## {title}\n\n{report.table(rows, header)}" if rows else ""
+def _names(cell: Mapping[str, Any]) -> dict[str, str]:
+    return {"guard": cell["guard"], "benchmark": cell["benchmark"]}
+
+
+def _text(sections: Sections) -> str:
+    """Each section that has rows, under its title."""
+    texts = []
+    for title, rows in sections.items():
+        if rows:
+            table = report.table([list(row.values()) for row in rows], list(rows[0]))
+            texts.append(f"## {title}\n\n{table}")
+    return "\n".join(texts)
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:

@@ -41,7 +41,6 @@ from guards.suite.score import (
     compare,
     counted,
     judged,
-    row_marks,
     row_set,
     score_cell,
 )
@@ -58,6 +57,7 @@ RULES = {
     "excluded": "nowhere: they are left out",
 }
 CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two writes
+Facts = Mapping[str, Any]
 
 
 @dataclass
@@ -166,13 +166,13 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
 
     Raises:
         UserError: a mistake in the arguments, or other results that do not fit beside these, before
-        any work.
+            any work.
     """
-    check_arguments(args, [guard.name for guard in guards])
-    papers = published()
+    names = [guard.name for guard in guards]
+    check_arguments(args, names)
     inputs = read_inputs(args)
     results: dict[str, Any] = {
-        "benchmarks": {b.name: describe(b, args, inputs) for b in inputs.benchmarks},
+        "benchmarks": {b.name: describe(b, args) for b in inputs.benchmarks},
         "unread_benchmarks": inputs.unread,
         "guards": {guard.name: describe_guard(guard, inputs.benchmarks) for guard in guards},
         "cells": [],
@@ -182,23 +182,23 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     to_judge = [*inputs.benchmarks, *inputs.validation.values()]
     folder = Path(args.output_dir) / "runs"
     found: dict[str, Found] = {}
-    said: dict[str, dict[str, pandas.DataFrame]] = {}
     for guard in guards:
         one = judge_all(guard, to_judge, folder, CHUNK[args.engine], args.overwrite)
-        found[guard.name] = one
-        said[guard.name] = {
-            b.name: judged(b.rows, one.verdicts[b.name], b.label, b.facts.get("unsaid_is"))
-            for b in to_judge
-            if b.name in one.verdicts
-        }
+        for b in to_judge:
+            if b.name in one.verdicts:
+                verdicts = one.verdicts[b.name]
+                one.said[b.name] = judged(b.rows, verdicts, b.label, b.facts.get("unsaid_is"))
         results["guards"][guard.name]["sees"] = one.about.get("sees")
-        results["cells"] += guard_cells(guard.name, one, said[guard.name], inputs, args)
+        results["cells"] += guard_cells(guard.name, one, inputs, args)
+        found[guard.name] = one
     if args.compare:
-        results["comparison"] = compare_two(args, inputs.benchmarks, said)
+        results["comparison"] = compare_two(
+            *two_of(args.compare, names), inputs.benchmarks, found, args
+        )
     results["cells"] += added
     results["run"] = manifest([args])
-    write_tables(args, results, papers, predictions(inputs, found))
-    draw_curves(args, inputs.benchmarks, said)
+    write_tables(args, results, predictions(inputs.benchmarks, found))
+    draw_curves(args, inputs.benchmarks, found)
     return results
 
 
@@ -207,16 +207,13 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
 
 @dataclass(frozen=True)
 class Inputs:
-    """What guards are to judge.
-
-    `unread` says of benchmarks why the hub did not give them; `validation` holds rows to fit
-    thresholds on, by label; `marks` is `row_marks` by benchmark.
+    """What guards are to judge, why the hub did not give other benchmarks, and rows to fit
+    thresholds on, by label.
     """
 
     benchmarks: list[Benchmark]
     unread: dict[str, str]
     validation: dict[str, Benchmark]
-    marks: dict[str, pandas.DataFrame]
 
 
 def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
@@ -239,8 +236,6 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
         raise UserError(
             "--server_model: is one guard's; with several, write --guards guard:server_model=name …"
         )
-    if args.max_rows is not None and args.max_rows < 1:
-        raise UserError(f"--max_rows {args.max_rows}: must be at least 1")
     if args.bootstrap_rounds < 0:
         raise UserError(f"--bootstrap_rounds {args.bootstrap_rounds}: must be 0 or more")
     if not names and not args.add_results:
@@ -254,8 +249,16 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
         raise UserError(f"--compare {args.compare}: expected a,b, two of {', '.join(names)}")
 
 
+def two_of(text: str, names: Sequence[str]) -> tuple[str, str] | None:
+    """The two names of "a,b"; names may hold commas themselves."""
+    for a, b in permutations(names, 2):
+        if f"{a},{b}" == text:
+            return a, b
+    return None
+
+
 def read_inputs(args: EvaluationArguments) -> Inputs:
-    """Benchmarks, validation rows, and which rows are marked."""
+    """Benchmarks, with a mark on rows whose prompt is known, and validation rows."""
     benchmarks, unread = read_benchmarks(args.benchmarks, args.task_type, args.max_rows)
     labels = {benchmark.label for benchmark in benchmarks}
     validation = read_validation(args.validation, args.benchmarks, labels)
@@ -263,26 +266,27 @@ def read_inputs(args: EvaluationArguments) -> Inputs:
     for spec in args.train_data:
         known += data.load_conversations(spec, bad_rows="skip")
     prompts = {data.prompt_key(row) for row in known}
-    marks = {benchmark.name: row_marks(benchmark.rows, prompts) for benchmark in benchmarks}
-    return Inputs(benchmarks, unread, validation, marks)
+    for benchmark in benchmarks:
+        for row in benchmark.rows:
+            row["contaminated"] = data.prompt_key(row) in prompts
+    return Inputs(benchmarks, unread, validation)
 
 
-def describe(benchmark: Benchmark, args: EvaluationArguments, inputs: Inputs) -> dict[str, Any]:
+def describe(benchmark: Benchmark, args: EvaluationArguments) -> dict[str, Any]:
     """What results.json says of a benchmark; `complete`: these are the rows of which papers report
     numbers.
     """
     facts, rows = benchmark.facts, benchmark.rows
     positives = sum(row["label"] for row in rows)
-    confirmed = facts.get("file") is None or facts.get("expected") is not None
-    marked = inputs.marks[benchmark.name].sum()
+    confirmed = facts["file"] is None or facts["expected"] is not None
     return {
         **facts,
+        **{mark: sum(row[mark] for row in rows) for mark in MARKS},
         "label": benchmark.label,
         "rows": len(rows),
         "positives": positives,
-        **{name: int(marked[name]) for name in MARKS},
-        "complete": args.max_rows is None and confirmed and not facts.get("mismatch"),
-        "recall_only": bool(facts.get("recall_only")) or positives == len(rows),
+        "complete": args.max_rows is None and confirmed and not facts["mismatch"],
+        "recall_only": facts["recall_only"] or positives == len(rows),
         "row_set": row_set(rows),
     }
 
@@ -303,9 +307,7 @@ def describe_guard(guard: Candidate, benchmarks: Sequence[Benchmark]) -> dict[st
     return {"spec": guard.spec, "zoo": guard.zoo, "knows": knows}
 
 
-def add_results(
-    path: Path, results: dict[str, Any], args: EvaluationArguments
-) -> list[dict[str, Any]]:
+def add_results(path: Path, results: dict[str, Any], args: EvaluationArguments) -> list[Facts]:
     """Bring the guards and benchmarks of another run's results.json into this run's results.
 
     Returns:
@@ -313,13 +315,12 @@ def add_results(
 
     Raises:
         UserError: no such file, a guard of the same name, or cells that are scored otherwise than
-        this run's will be.
+            this run's will be.
     """
     try:
         other = json.loads(path.read_text(encoding="utf-8"))
         cells, guards, benchmarks = other["cells"], other["guards"], other["benchmarks"]
         twice = sorted(set(guards) & set(results["guards"]))
-        shared = [name for name in benchmarks if name in results["benchmarks"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--add_results {path}: no results.json of this script ({error!r:.80})"
@@ -327,178 +328,144 @@ def add_results(
     if twice:
         hint = "leave it out, or name ours otherwise"
         raise UserError(f"--add_results {path}: holds {', '.join(twice)} too; {hint}")
-    for name in shared:
-        theirs = [cell for cell in cells if cell["benchmark"] == name]
-        ours = {"guard": "this run", "benchmark": name, "status": "measured"}
-        ours["convention"] = {
-            "rows": results["benchmarks"][name]["row_set"],
-            "parse_errors": args.parse_errors,
-            "threshold": fitted_on(args),
-        }
-        for metric in METRICS:
-            if args.validation or metric != "f1_at_validation":
-                check_column([ours | {metric: 0.0}, *theirs], metric)
-    results["guards"] |= guards
     for name, facts in benchmarks.items():
-        results["benchmarks"].setdefault(name, facts)
+        if name not in results["benchmarks"]:
+            results["benchmarks"][name] = facts
+            continue
+        ours = {"guard": "this run", "benchmark": name, "status": "measured"}
+        ours |= dict.fromkeys(METRICS, 0.0)
+        ours["convention"] = convention(results["benchmarks"][name]["row_set"], args)
+        if not args.validation:
+            ours["f1_at_validation"] = None  # the thresholds are the guards' own
+        for metric in METRICS:
+            check_column([ours, *(cell for cell in cells if cell["benchmark"] == name)], metric)
+    results["guards"] |= guards
     return cells
-
-
-def fitted_on(args: EvaluationArguments) -> str | None:
-    """Of what kind the thresholds of a run with --validation are."""
-    return f"fitted on {' '.join(args.validation)}" if args.validation else None
 
 
 # --- scoring --------------------------------------------------------------------------------------
 
 
 def guard_cells(
-    guard: str,
-    found: Found,
-    said: Mapping[str, pandas.DataFrame],
-    inputs: Inputs,
-    args: EvaluationArguments,
+    guard: str, found: Found, inputs: Inputs, args: EvaluationArguments
 ) -> list[dict[str, Any]]:
     """One guard's cells: a benchmark each, and what failed of the validation rows."""
+    thresholds = own_thresholds(found.about.get("thresholds", {}))
     if args.validation:
+        on = ", ".join(args.validation)
         thresholds = {
-            label: fit_threshold(said.get(part.name), args)
+            label: fit_threshold(found.said[part.name], on)
             for label, part in inputs.validation.items()
+            if part.name in found.said
         }
-    else:
-        thresholds = own_thresholds(found.about.get("thresholds", {}))
     cells = []
     for benchmark in inputs.benchmarks:
         name, threshold = benchmark.name, thresholds.get(benchmark.label)
         cell = {"guard": guard, "benchmark": name, "label": benchmark.label}
         if name in found.problems:
-            cell |= found.problems[name]
-        else:
-            cell["status"] = "measured"
-            cell["convention"] = {
-                "rows": row_set(benchmark.rows),
-                "parse_errors": args.parse_errors,
-                "threshold": fitted_on(args) or own_kind(threshold),
-            }
-            cell |= score_cell(
-                said[name],
-                benchmark.rows,
-                inputs.marks[name],
+            cells.append(cell | found.problems[name])
+            continue
+        cell["status"] = "measured"
+        cell["convention"] = convention(row_set(benchmark.rows), args, threshold)
+        cells.append(
+            cell
+            | score_cell(
+                found.said[name],
                 parse_errors=args.parse_errors,
                 threshold=threshold,
                 seed=args.seed,
                 rounds=args.bootstrap_rounds,
             )
-        cells.append(cell)
+        )
     for part in inputs.validation.values():
-        problem = found.problems.get(part.name, {})
-        if problem.get("status") == "failed":
+        problem = found.problems.get(part.name, {"status": "measured"})
+        if problem["status"] == "failed":
             cells.append({"guard": guard, "benchmark": part.name} | problem)
     return cells
 
 
-def own_thresholds(known: Mapping[str, Mapping]) -> dict[str, Mapping]:
+def convention(
+    rows: str, args: EvaluationArguments, threshold: Facts | None = None
+) -> dict[str, str | None]:
+    """How a cell is scored: what must be equal in a column. Of a guard's own threshold, "max F1,
+    n=604" and "max F1, n=80" are one kind.
+    """
+    kind = None
+    if args.validation:
+        kind = f"fitted on {' '.join(args.validation)}"
+    elif threshold:
+        how = str(threshold.get("how", "unknown"))
+        kind = f"guard.json: {how.partition(', n=')[0]}"
+    return {"rows": rows, "parse_errors": args.parse_errors, "threshold": kind}
+
+
+def own_thresholds(known: Mapping[str, Facts]) -> dict[str, Facts]:
     """The fitted thresholds of a guard.json by label; "flagged" is that of harm."""
     # A default is fitted on nothing.
     fitted = {name: threshold for name, threshold in known.items() if threshold.get("on")}
-    thresholds = {}
-    for task, label in TASKS.items():
-        flagged = fitted.get("flagged") if task != "refusal" else None
-        threshold = fitted.get(label, flagged)
-        if threshold is not None:
-            thresholds[label] = threshold
-    return thresholds
+    if "flagged" in fitted:
+        flagged = fitted.pop("flagged")
+        fitted = {"prompt_unsafe": flagged, "response_unsafe": flagged} | fitted
+    return fitted
 
 
-def own_kind(threshold: Mapping[str, Any] | None) -> str | None:
-    """How a guard's own threshold was chosen, without the numbers: "max F1, n=604" and "max F1,
-    n=80" are one kind.
-    """
-    if threshold is None:
-        return None
-    how = str(threshold.get("how", "unknown"))
-    return f"guard.json: {how.partition(', n=')[0]}"
-
-
-def fit_threshold(said: pandas.DataFrame | None, args: EvaluationArguments) -> dict | None:
+def fit_threshold(said: pandas.DataFrame, on: str) -> Facts | None:
     """The threshold with the highest F1 on validation rows that have a probability; None where
     there is none to fit.
     """
-    if said is None:
-        return None
     usable = said[~said.failed].dropna(subset="score")
     if usable.truth.nunique() < 2:
         return None
-    return metrics.fit_threshold(usable.truth, usable.score, ", ".join(args.validation))
-
-
-def two_of(text: str, names: Sequence[str]) -> tuple[str, str] | None:
-    """The two names of "a,b"; names may hold commas themselves."""
-    for a, b in permutations(names, 2):
-        if f"{a},{b}" == text:
-            return a, b
-    return None
+    return metrics.fit_threshold(usable.truth, usable.score, on)
 
 
 def compare_two(
-    args: EvaluationArguments,
+    a: str,
+    b: str,
     benchmarks: Sequence[Benchmark],
-    said: Mapping[str, Mapping[str, pandas.DataFrame]],
+    found: Mapping[str, Found],
+    args: EvaluationArguments,
 ) -> list[dict[str, Any]]:
-    """--compare on every benchmark that both guards judged."""
-    a, b = two_of(args.compare, list(said))
-    options = (args.parse_errors, args.seed, args.bootstrap_rounds)
-    found = []
-    for benchmark in benchmarks:
-        name = benchmark.name
-        if name in said[a] and name in said[b]:
-            difference = compare(said[a][name], said[b][name], benchmark.rows, *options)
-            found.append({"a": a, "b": b, "benchmark": name} | difference)
-    return found
+    """Guard a minus guard b on every benchmark that both judged."""
+    differences = []
+    for name in [benchmark.name for benchmark in benchmarks]:
+        ours, theirs = found[a].said.get(name), found[b].said.get(name)
+        if ours is not None and theirs is not None:
+            one = compare(ours, theirs, args.parse_errors, args.seed, args.bootstrap_rounds)
+            differences.append({"a": a, "b": b, "benchmark": name} | one)
+    return differences
 
 
 # --- what is left ---------------------------------------------------------------------------------
 
 
-def predictions(inputs: Inputs, found: Mapping[str, Found]) -> list[dict[str, Any]]:
+def predictions(
+    benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
+) -> list[dict[str, Any]]:
     """One row an item of a benchmark, with every guard's verdict."""
     rows = []
-    for benchmark in inputs.benchmarks:
+    for benchmark in benchmarks:
         name = benchmark.name
         verdicts = {g: one.verdicts[name] for g, one in found.items() if name in one.verdicts}
-        marks = inputs.marks[name].to_dict("records")
         for place, row in enumerate(benchmark.rows):
-            item = {
-                "benchmark": name,
-                "id": row["id"],
-                "index": row.get("index"),
-                "label": benchmark.label,
-                "truth": bool(row["label"]),
-                "groups": row["groups"],
-                **marks[place],
-                "guards": {guard: vars(each[place]) for guard, each in verdicts.items()},
-            }
+            item = {"benchmark": name, "label": benchmark.label, "truth": bool(row["label"])}
+            item |= {key: row[key] for key in ("id", "index", "groups", *MARKS)}
+            item["guards"] = {guard: vars(each[place]) for guard, each in verdicts.items()}
             rows.append(item)
     return rows
 
 
-def write_tables(
-    args: EvaluationArguments,
-    results: Mapping[str, Any],
-    papers: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-) -> None:
+def write_tables(args: EvaluationArguments, results: Facts, rows: Sequence[Facts]) -> None:
     """results.json, predictions.jsonl and tables; a metric that was not measured alike has none."""
+    papers = published()
     grids, mixed = [], []
     for metric in METRICS:
         try:
-            table = grid(results, metric, papers, args.published)
+            grids.append(grid(results, metric, papers, args.published))
         except UserError as error:
             mixed.append(f"- {error}.\n")
             logger.warning("No table. %s", error)
-        else:
-            if table is not None:
-                grids.append(table)
+    grids = [table for table in grids if table is not None]
     benchmarks = results["benchmarks"]
     parts = [HEAD.format(rule=RULES[args.parse_errors]), failures(results)]
     parts += [markdown(table, benchmarks) for table in grids]
@@ -519,17 +486,15 @@ def write_tables(
 
 
 def draw_curves(
-    args: EvaluationArguments,
-    benchmarks: Sequence[Benchmark],
-    said: Mapping[str, Mapping[str, pandas.DataFrame]],
+    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
 ) -> None:
     """A picture for each benchmark with precision and recall of the guards that rank its rows."""
     for benchmark in benchmarks:
         name = benchmark.name
         curves = {}
-        for guard, tables in said.items():
-            if name in tables:
-                table = counted(tables[name], args.parse_errors).dropna(subset="score")
+        for guard, one in found.items():
+            if name in one.said:
+                table = counted(one.said[name], args.parse_errors).dropna(subset="score")
                 if table.truth.nunique() == 2:
                     curves[guard] = (table.truth.to_numpy(), table.score.to_numpy())
         if curves:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 import yaml
 
@@ -27,53 +28,13 @@ from guards.suite.benchmarks import (
     benchmark_names,
     is_benchmark,
     load_benchmark,
+    paper,
     row_id,
     split_spec,
 )
 
 logger = logging.getLogger("suite")
 TASKS = {"prompt": "prompt_unsafe", "response": "response_unsafe", "refusal": "response_refusal"}
-# What the paper's evaluation runs, by task; it runs no refusal task.
-PAPER = {
-    "prompt": [
-        "expguardtest_prompt",
-        "toxicchat",
-        "openai_moderation",
-        "xstest_prompt",
-        "harmbench_prompt",
-        "aegis2_prompt",
-        "wildguardtest_prompt",
-    ],
-    "response": [
-        "expguardtest_response",
-        "beavertails",
-        "saferlhf",
-        "harmbench_response",
-        "aegis2_response",
-        "wildguardtest_response",
-    ],
-    "refusal": ["wildguardtest_refusal", "xstest_response_refusal"],
-}
-# The names that ExpGuard's evaluation code gives to guards (its classifier_models/loader.py).
-PAPER_GUARDS = {
-    "ExpGuard": "expguard",
-    "LlamaGuardUserRequest": "llama-guard",
-    "LlamaGuardModelResponse": "llama-guard",
-    "LlamaGuard2": "llama-guard-2-8b",
-    "LlamaGuard3": "llama-guard-3-8b",
-    "AegisLlamaGuardPermissive": "aegis-guard-permissive",
-    "AegisLlamaGuardDefensive": "aegis-guard-defensive",
-    "ShieldGemma": "shieldgemma-9b",
-    "HarmbenchClassifier": "harmbench-llama-2-13b",
-    "HarmbenchValidationClassifier": "harmbench-mistral-7b-val",
-    "MDJudgeResponseHarmClassifier": "md-judge-v0.1",
-    "BeaverDam": "beaver-dam-7b",
-    "WildGuard": "wildguard",
-    "Detoxify": "detoxify",
-    "PerspectiveAPI": "perspective",
-    "OpenAIModeration": "openai-moderation",
-    "Azure": "azure-content-safety",
-}
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
 # kind of guard: options for all that it has not
 NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}
@@ -102,15 +63,15 @@ class Candidate:
 
 @dataclass
 class Found:
-    """What `judge_all` found of one guard.
-
-    Verdicts by benchmark; of the other benchmarks, status ("failed", "not supported") and reason;
-    and what is kept of the guard itself: its thresholds, and what it sees of conversations.
+    """What is known of one guard: verdicts by benchmark; of the other benchmarks, status ("failed",
+    "not supported") and reason; what is kept of the guard itself, its thresholds and what it sees
+    of conversations; and the tables of `score.judged`.
     """
 
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
     problems: dict[str, dict[str, str]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, pandas.DataFrame] = field(default_factory=dict)
 
 
 # --- guards ---------------------------------------------------------------------------------------
@@ -177,7 +138,7 @@ def _name_and_model(spec: str) -> tuple[str | None, str]:
     if Path(spec).exists():
         return None, spec
     name, equals, folder = spec.partition("=")
-    name = PAPER_GUARDS.get(name, name)
+    name = paper()["guards"].get(name, name)
     if not equals:
         near = _near(name)
         if "/" not in name and zoo_name(name) is None and near:
@@ -198,7 +159,7 @@ def _name_and_model(spec: str) -> tuple[str | None, str]:
 
 def _near(name: str) -> str:
     """Names of the zoo that somebody may have meant."""
-    known = {known.lower(): known for known in (*PAPER_GUARDS, *zoo())}
+    known = {known.lower(): known for known in (*paper()["guards"], *zoo())}
     near = difflib.get_close_matches(name.lower(), known, 5)
     return ", ".join(known[one] for one in near)
 
@@ -214,13 +175,13 @@ def read_benchmarks(
     Raises:
         UserError: unknown name, bad local file, nothing left.
     """
-    tasks = ("prompt", "response") if task_type in (None, "both") else (task_type,)
+    tasks = ["prompt", "response"] if task_type in (None, "both") else [task_type]
     if not specs:
-        specs = [name for task in tasks for name in PAPER[task]]
+        specs = [name for task in tasks for name in paper()["tasks"][task]]
     elif task_type:
-        asked = {name for task in tasks for name in benchmark_names(TASKS[task])}
+        asked = [name for task in tasks for name in benchmark_names(TASKS[task])]
         specs = [s for s in specs if split_spec(s)[0] in asked or not is_benchmark(s)]
-    out: dict[str, Benchmark] = {}
+    found: dict[str, Benchmark] = {}
     unread = {}
     for spec in specs:
         try:
@@ -231,14 +192,17 @@ def read_benchmarks(
             unread[spec] = str(error)
             logger.error("%s", error)
             continue
-        if benchmark.name in out:
+        if benchmark.name in found:
             raise UserError(f"--benchmarks {spec}: {benchmark.name} stands there twice")
-        out[benchmark.name] = benchmark
-    if unread and not out:
-        raise UserError("--benchmarks: none could be read")
-    if not out:
-        raise UserError(f"--task_type {task_type}: none is left")
-    return list(out.values()), unread
+        found[benchmark.name] = benchmark
+    if not found:
+        what = (
+            "--benchmarks: none could be read"
+            if unread
+            else f"--task_type {task_type}: none is left"
+        )
+        raise UserError(what)
+    return list(found.values()), unread
 
 
 def read_validation(
@@ -249,10 +213,8 @@ def read_validation(
     Raises:
         UserError: a test split, a benchmark, or rows of one class only.
     """
-    if not specs:
-        return {}
-    tested = {Path(split_spec(spec)[1]).resolve() for spec in benchmarks if "@" in spec}
-    rows: dict[str, list[dict]] = {label: [] for label in sorted(labels)}
+    tested = [Path(split_spec(spec)[1]).resolve() for spec in benchmarks if "@" in spec]
+    rows: dict[str, list[Row]] = {label: [] for label in sorted(labels)} if specs else {}
     for spec in specs:
         file = split_spec(spec)[1] if is_benchmark(spec) else spec
         if not file or metrics.is_test(file) or Path(parse_spec(file).name).resolve() in tested:
@@ -261,12 +223,11 @@ def read_validation(
             )
         if is_benchmark(spec):
             benchmark = load_benchmark(spec)
-            rows.get(benchmark.label, []).extend(benchmark.rows)
-            continue
-        for row in data.load_conversations(spec):
+            if benchmark.label in labels:
+                rows[benchmark.label] += benchmark.rows
+        else:
             for label in labels:
-                if row[label] is not None:
-                    rows[label].append(_validation_row(row, label))
+                rows[label] += _validation_rows(spec, label)
     out = {}
     for label, found in rows.items():
         classes = {row["label"] for row in found}
@@ -282,11 +243,16 @@ def read_validation(
     return out
 
 
-def _validation_row(row: Mapping[str, Any], label: str) -> dict[str, Any]:
-    prompt, response = last_turns(row["messages"])
-    messages = pair(prompt) if label == "prompt_unsafe" else pair(prompt, response)
-    key = row_id(label, messages)
-    return {"id": key, "messages": messages, "label": row[label], "groups": {}}
+def _validation_rows(spec: str, label: str) -> list[Row]:
+    """The rows of a data spec that have a label, as those of a benchmark."""
+    rows = []
+    for row in data.load_conversations(spec):
+        if row[label] is not None:
+            prompt, response = last_turns(row["messages"])
+            messages = pair(prompt, None if label == "prompt_unsafe" else response)
+            key = row_id(label, messages)
+            rows.append({"id": key, "messages": messages, "label": row[label], "groups": {}})
+    return rows
 
 
 # --- verdicts -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ What a guard said of a benchmark is a table (`judged`); what of it counts, and h
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from common.data import prompt_key
 #   unsafe    as unsafe;
 #   excluded  not at all, which looks best for the guard that fails on the hardest rows.
 PARSE_ERRORS = ("wrong", "unsafe", "excluded")
+# How a row is marked: its prompt is known from training, its messages carry the other label too, or
+# came before with the same label.
 MARKS = ("contaminated", "conflicting", "duplicate")
 COMPARED = ("f1", "f1_at_05", "auprc", "auroc")
 
@@ -47,7 +50,7 @@ def judged(
     Returns:
         truth; score (NaN where there is none); decided, the guard's own word where it has one, else
         score > 0.5; worded, whether it has one; failed, whether there is no verdict, whatever the
-        reason; as_paper, how the paper counts it then.
+        reason; as_paper, how the paper counts it then; prompt, what names it; groups; and MARKS.
     """
     table = []
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -65,6 +68,9 @@ def judged(
                 "worded": verdict.error is None and label in verdict.decided,
                 "failed": decided is None,
                 "as_paper": as_paper,
+                "prompt": prompt_key(row),
+                "groups": row["groups"],
+                **{mark: row.get(mark, False) for mark in MARKS},
             }
         )
     return pandas.DataFrame(table)
@@ -113,13 +119,12 @@ def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> dict[
         recall_at_fpr01 = metrics.recall_at_fpr(table.truth, table.score, 0.01)
         if threshold is not None:
             at_threshold = metrics.binary(table.truth, table.score, threshold)
-    has_both_classes = 0 < own["positives"] < own["support"]
     out = {
         "rows": own["support"],
         "positives": own["positives"],
         "f1_at_05": at_half["f1"],
         # without a negative row, the average precision of every guard is 1
-        "auprc": at_half["auprc"] if has_both_classes else None,
+        "auprc": None if table.truth.all() else at_half["auprc"],
         "recall_at_fpr01": recall_at_fpr01,
     }
     out |= {name: own[name] for name in OF_DECISION}
@@ -130,8 +135,6 @@ def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> dict[
 
 def score_cell(
     said: pandas.DataFrame,
-    rows: Sequence[Mapping],
-    marks: pandas.DataFrame,
     *,
     parse_errors: str,
     threshold: Mapping[str, Any] | None,
@@ -143,54 +146,33 @@ def score_cell(
 
     Args:
         said: `judged` of the rows.
-        marks: `row_marks` of the rows.
         threshold: {"value", "how", "on"}, fitted on other rows.
         rounds: bootstrap draws of prompts for the 95 % intervals; 0 leaves them out.
     """
     value = threshold["value"] if threshold else None
+    score = partial(score_rows, threshold=value)
     table = counted(said, parse_errors)
-    groups = pandas.DataFrame([row["groups"] for row in rows])
-    cell = score_rows(table, value)
-    cell["asked"] = len(rows)
+    cell = score(table)
+    cell["asked"] = len(said)
     cell["errors"] = int(said.failed.sum())
-    cell["error_rate"] = cell["errors"] / len(rows)
+    cell["error_rate"] = cell["errors"] / len(said)
     cell["decision"] = "own word" if said.worded.any() else "score > 0.5"
     cell["threshold"] = dict(threshold) if threshold else None
-    cell["by_parse_errors"] = {
-        rule: score_rows(counted(said, rule), value) for rule in PARSE_ERRORS
+    cell["by_parse_errors"] = {rule: score(counted(said, rule)) for rule in PARSE_ERRORS}
+    groups = pandas.DataFrame(table.groups.tolist(), index=table.index)
+    cell["groups"] = {
+        name: {group: score(part) for group, part in table.groupby(groups[name])} for name in groups
     }
-    cell["groups"] = {}
-    for name in groups:
-        of_column = groups[name].reindex(table.index)
-        cell["groups"][name] = {
-            group: score_rows(part, value) for group, part in table.groupby(of_column)
-        }
-    without = {name: marks[name] for name in MARKS if marks[name].any()}
-    if len(without) > 1:
-        without["any of these"] = marks.any(axis=1)
-    cell["without"] = {
-        name: score_rows(table[~marked.reindex(table.index)], value)
-        for name, marked in without.items()
-    }
-    prompts = [prompt_key(rows[place]) for place in table.index]
+    marked = {name: table[name] for name in MARKS if said[name].any()}
+    if len(marked) > 1:
+        marked["any of these"] = table[[*MARKS]].any(axis=1)
+    cell["without"] = {name: score(table[~mask]) for name, mask in marked.items()}
     cell["intervals"] = {
-        name: metrics.bootstrap(statistic, len(prompts), prompts, rounds, seed)
+        name: metrics.bootstrap(statistic, len(table), table.prompt.tolist(), rounds, seed)
         for name, statistic in statistics(table, value).items()
         if cell[name] is not None
     }
     return cell
-
-
-def row_marks(rows: Sequence[Mapping], known_prompts: set[str]) -> pandas.DataFrame:
-    """A column for each of `MARKS`; contaminated: the prompt stands in `known_prompts` (of
-    `prompt_key`).
-    """
-    marks = {
-        "contaminated": [prompt_key(row) in known_prompts for row in rows],
-        "conflicting": [row["conflict"] for row in rows],
-        "duplicate": [row["duplicate"] for row in rows],
-    }
-    return pandas.DataFrame(marks, dtype=bool)
 
 
 def row_set(rows: Sequence[Mapping]) -> str:
@@ -205,73 +187,58 @@ def row_set(rows: Sequence[Mapping]) -> str:
 
 def statistics(table: pandas.DataFrame, threshold: float | None = None) -> dict[str, Statistic]:
     """For `metrics.bootstrap`, over rows of `counted`: metric -> function of row numbers."""
-    truth, score = table.truth.to_numpy(), table.score.to_numpy()
+    truth = table.truth.to_numpy()
+    score = table.score.to_numpy()
     decided = table.decided.to_numpy(dtype=bool)
-    out = {
-        "f1": f1_statistic(truth, decided),
-        "recall": recall_statistic(truth, decided),
-    }
-    if not np.isnan(score).any():
-        ranking = ranking_statistic(truth, score)
-        out["f1_at_05"] = f1_statistic(truth, score > 0.5)
+    out = {"f1": partial(_f1, truth, decided), "recall": partial(_recall, truth, decided)}
+    if not table.score.isna().any():
+        out["f1_at_05"] = partial(_f1, truth, score > 0.5)
         if threshold is not None:
-            out["f1_at_validation"] = f1_statistic(truth, score > threshold)
-        out["auprc"] = lambda rows: ranking(rows)[0]
-        out["auroc"] = lambda rows: ranking(rows)[1]
+            out["f1_at_validation"] = partial(_f1, truth, score > threshold)
+        areas = _areas(truth, score)
+        out["auprc"] = lambda rows: areas(rows)[0]
+        out["auroc"] = lambda rows: areas(rows)[1]
     return out
 
 
-def f1_statistic(truth: np.ndarray, hit: np.ndarray) -> Statistic:
+def _f1(truth, hit, rows):
     """F1 of drawn rows, None without a positive."""
-
-    def statistic(rows: np.ndarray) -> float | None:
-        y, p = truth[rows], hit[rows]
-        return float(2 * (y & p).sum() / (y.sum() + p.sum())) if y.any() else None
-
-    return statistic
+    y, p = truth[rows], hit[rows]
+    return float(2 * (y & p).sum() / (y.sum() + p.sum())) if y.any() else None
 
 
-def recall_statistic(truth: np.ndarray, hit: np.ndarray) -> Statistic:
+def _recall(truth, hit, rows):
     """Recall of drawn rows, None without a positive."""
-
-    def statistic(rows: np.ndarray) -> float | None:
-        y = truth[rows]
-        return float(hit[rows][y].mean()) if y.any() else None
-
-    return statistic
+    y = truth[rows]
+    return float(hit[rows][y].mean()) if y.any() else None
 
 
-def ranking_statistic(
-    truth: np.ndarray, score: np.ndarray
-) -> Callable[[np.ndarray], tuple[float | None, ...]]:
-    """Average precision and AUROC of drawn rows: the values of scikit-learn, which would sort the
-    rows anew at each of a thousand draws.
+def _areas(truth, score):
+    """A function of drawn rows: average precision and AUROC, None where they are of one class.
+
+    These are scikit-learn's values. It would sort the rows anew at each of a thousand draws, which
+    takes seconds for each guard and benchmark.
     """
     order = np.argsort(-score, kind="stable")
-    # the last row of each run of equal scores
-    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
+    truth = truth[order]
+    ends_a_tie = np.diff(score[order], append=np.nan) != 0
 
-    def statistic(rows: np.ndarray) -> tuple[float | None, ...]:
-        weight = np.bincount(rows, minlength=len(truth))[order]
-        tp = np.append(0, np.cumsum(weight * truth[order])[ends])
-        fp = np.append(0, np.cumsum(weight * ~truth[order])[ends])
-        if not tp[-1] or not fp[-1]:
+    def areas(rows):
+        weight = np.bincount(rows, minlength=len(order))[order]
+        tp = np.cumsum(weight * truth)[ends_a_tie]
+        fp = np.cumsum(weight * ~truth)[ends_a_tie]
+        if not tp.any() or not fp.any():
             return None, None
-        precision = tp[1:] / np.maximum(tp[1:] + fp[1:], 1)
-        average_precision = (np.diff(tp) * precision).sum() / tp[-1]
-        area = np.trapezoid(tp, fp) / (tp[-1] * fp[-1])
-        return float(average_precision), float(area)
+        precision = tp / np.maximum(tp + fp, 1)
+        average_precision = (np.diff(tp, prepend=0) * precision).sum() / tp[-1]
+        under_roc = np.trapezoid(np.append(0, tp), np.append(0, fp))
+        return float(average_precision), float(under_roc / (tp[-1] * fp[-1]))
 
-    return statistic
+    return areas
 
 
 def compare(
-    a: pandas.DataFrame,
-    b: pandas.DataFrame,
-    rows: Sequence[Mapping],
-    parse_errors: str,
-    seed: int,
-    rounds: int,
+    a: pandas.DataFrame, b: pandas.DataFrame, parse_errors: str, seed: int, rounds: int
 ) -> dict[str, Any]:
     """Guard a minus guard b on the same rows (`judged`): paired bootstrap over prompts.
 
@@ -282,11 +249,11 @@ def compare(
     """
     first, second = counted(a, parse_errors), counted(b, parse_errors)
     both = first.index.intersection(second.index)
-    ours, theirs = statistics(first.loc[both]), statistics(second.loc[both])
-    prompts = [prompt_key(rows[place]) for place in both]
+    prompts = a.prompt[both].tolist()
     everything = np.arange(len(both))
+    ours, theirs = statistics(first.loc[both]), statistics(second.loc[both])
     out: dict[str, Any] = {"rows": len(both)}
-    for name in COMPARED if len(both) else ():
+    for name in COMPARED:
         if name not in ours or name not in theirs or ours[name](everything) is None:
             continue
 

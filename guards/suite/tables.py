@@ -6,7 +6,7 @@ Published numbers are rows of their own, marked with their source, and stand onl
 that was judged whole.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ import pandas
 import yaml
 
 from common import report
-from common.conversation import UserError
+from common.conversation import LABELS, UserError
 
 # metric of a cell: heading with its direction
 METRICS = {
@@ -47,8 +47,10 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
+Facts = Mapping[str, Any]
+Sets = Mapping[str, Sequence[str]]
 Value = float | str | None  # of a cell: a number, why there is none, or None where it is undefined
-GridRow = tuple[str, str, list[Value]]  # label, source ("" is this run), a value for each column
+Rows = dict[tuple[str, str], dict[str, Value]]  # label and source ("" is this run): values
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Grid:
 
     metric: str
     columns: list[str]
-    rows: list[GridRow]
+    rows: list[tuple[str, str, list[Value]]]  # label, source ("" is this run), a value each column
     notes: list[str]
 
 
@@ -75,9 +77,6 @@ def published(path: Path | None = None) -> dict[str, Any]:
     for block in content.pop("blocks"):
         columns = block.pop("columns")
         for guard, values in block.pop("guards").items():
-            if len(values) != len(columns):
-                where = f"{path.name}: {block['source']}, {guard}"
-                raise UserError(f"{where}: {len(values)} numbers, not a column each")
             for column, value in zip(columns, values, strict=True):
                 what = "average" if column in content["averages"] else "benchmark"
                 if value is not None:
@@ -86,20 +85,19 @@ def published(path: Path | None = None) -> dict[str, Any]:
     return content
 
 
-def check_column(cells: Iterable[Mapping[str, Any]], metric: str) -> None:
+def check_column(cells: Sequence[Facts], metric: str) -> None:
     """Refuse cells of one benchmark that were not scored alike.
 
     Raises:
         UserError: row set, parse-error rule or kind of threshold differ between two cells with a
-        value.
+            value.
     """
     keys = ["rows"]
     if metric != "error_rate":
         keys.append("parse_errors")
     if metric == "f1_at_validation":
         keys.append("threshold")
-    measured = [cell for cell in cells if cell["status"] == "measured"]
-    with_value = [cell for cell in measured if cell.get(metric) is not None]
+    with_value = [c for c in cells if c["status"] == "measured" and c.get(metric) is not None]
     for cell in with_value[1:]:
         first = with_value[0]
         for key in keys:
@@ -112,14 +110,12 @@ def check_column(cells: Iterable[Mapping[str, Any]], metric: str) -> None:
                 )
 
 
-def grid(
-    results: Mapping[str, Any], metric: str, papers: Mapping[str, Any], show: str = "run"
-) -> Grid | None:
+def grid(results: Facts, metric: str, papers: Facts, show: str = "run") -> Grid | None:
     """The table of one metric; None where no guard has a value, but for F1, which says why.
 
     Args:
         results: `benchmarks` {name: {label, recall_only, complete, …}}, `guards` {name: {zoo, …}}
-        and `cells`.
+            and `cells`.
         papers: `published()`.
         show: published rows of the guards of this "run", of "all" guards, or "none".
 
@@ -130,157 +126,124 @@ def grid(
     for name in benchmarks:
         check_column([cell for cell in results["cells"] if cell["benchmark"] == name], metric)
     sets = mean_sets(benchmarks, metric, papers["averages"])
-    rows = [own_row(results, guard, metric, sets) for guard in results["guards"]]
-    numbers = [value for _, _, values in rows for value in values if isinstance(value, float)]
+    rows = own_rows(results, metric)
+    numbers = [v for values in rows.values() for v in values.values() if isinstance(v, float)]
     if not numbers and metric != "f1":
         return None
-    known = [number for number in papers["numbers"] if number["metric"] == metric]
     in_run = {guard["zoo"] for guard in results["guards"].values()}
+    known = [number for number in papers["numbers"] if number["metric"] == metric]
+    of_run = [number for number in known if number["guard"] in in_run]
     if show != "none":
-        shown = [number for number in known if show == "all" or number["guard"] in in_run]
-        rows += published_rows(shown, benchmarks, sets)
-    columns = [*benchmarks]
-    columns += [f"mean of {len(members)}: {name}" for name, members in sets.items()]
-    out = Grid(metric, columns, rows, [])
-    out.notes += notes_on_scores(out, benchmarks, sets)
-    published_here = {n.get("benchmark") for n in known if n["guard"] in in_run}
-    out.notes += notes_on_papers(out, benchmarks, papers, published_here)
+        rows |= published_rows(known if show == "all" else of_run, benchmarks, sets)
+    columns = [*benchmarks, *(f"mean of {len(sets[name])}: {name}" for name in sets)]
+    out = Grid(metric, columns, [], [])
+    for (label, source), values in rows.items():
+        means = [values.get(name, mean(values, sets[name])) for name in sets]
+        out.rows.append((label, source, [*map(values.get, benchmarks), *means]))
+    out.notes = notes(out, benchmarks, sets, papers)
+    left_out = {number.get("benchmark") for number in of_run}
+    left_out = [b for b, facts in benchmarks.items() if b in left_out and not facts["complete"]]
+    if left_out:
+        out.notes.append(
+            "Published numbers are left out where the rows are not the whole known benchmark: "
+            f"{', '.join(left_out)}."
+        )
     return out
 
 
-def mean_sets(
-    benchmarks: Mapping[str, Any], metric: str, named: Mapping[str, Sequence[str]]
-) -> dict[str, list[str]]:
+def mean_sets(benchmarks: Mapping[str, Facts], metric: str, named: Sets) -> Sets:
     """What means are taken over: the papers' sets that are all there, and all benchmarks of one
     label.
     """
-    labels: dict[str, list[str]] = {}
-    for name, known in benchmarks.items():
-        usable = labels.setdefault(known["label"], [])
-        if not (metric in NEED_BOTH and known["recall_only"]):
-            usable.append(name)
-    usable = {name for names in labels.values() for name in names}
-    sets = {name: list(members) for name, members in named.items() if usable.issuperset(members)}
-    for label, members in labels.items():
-        if len(members) > 1 and set(members) not in map(set, sets.values()):
+    usable = list(benchmarks)
+    if metric in NEED_BOTH:
+        usable = [name for name in benchmarks if not benchmarks[name]["recall_only"]]
+    sets = {name: members for name, members in named.items() if set(members) <= set(usable)}
+    for label in LABELS:
+        members = [name for name in usable if benchmarks[name]["label"] == label]
+        if len(members) > 1 and sorted(members) not in map(sorted, sets.values()):
             sets[f"all {label}"] = members
     return sets
 
 
-def own_row(
-    results: Mapping[str, Any], guard: str, metric: str, sets: Mapping[str, Sequence[str]]
-) -> GridRow:
-    """What this run measured of a guard."""
-    cells = {cell["benchmark"]: cell for cell in results["cells"] if cell["guard"] == guard}
-    values = {name: cell_value(cells.get(name), metric) for name in results["benchmarks"]}
-    measured = [cell for cell in cells.values() if cell["status"] == "measured"]
-    wordless = any(cell["decision"] != "own word" for cell in measured)
-    mark = NO_WORD if wordless and metric in OWN_DECISION else ""
-    means = [mean(values, members) for members in sets.values()]
-    return guard + mark, "", [*values.values(), *means]
+def own_rows(results: Facts, metric: str) -> Rows:
+    """What this run measured: a row for each guard."""
+    rows: Rows = {}
+    for guard in results["guards"]:
+        values: dict[str, Value] = dict.fromkeys(results["benchmarks"], NOT_MEASURED)
+        mark = ""
+        for cell in results["cells"]:
+            if cell["guard"] != guard or cell["benchmark"] not in values:
+                continue
+            if cell["status"] != "measured":
+                values[cell["benchmark"]] = cell["status"]
+                continue
+            if metric != "f1_at_validation" or cell["threshold"] is not None:
+                values[cell["benchmark"]] = cell[metric]
+            if metric in OWN_DECISION and cell["decision"] != "own word":
+                mark = NO_WORD
+        rows[guard + mark, ""] = values
+    return rows
 
 
-def cell_value(cell: Mapping[str, Any] | None, metric: str) -> Value:
-    """The number of a cell, or why it has none."""
-    if cell is None:
-        return NOT_MEASURED
-    if cell["status"] != "measured":
-        return cell["status"]
-    if metric == "f1_at_validation" and cell["threshold"] is None:
-        return NOT_MEASURED
-    return cell[metric]
+def published_rows(numbers: Sequence[Facts], benchmarks: Mapping[str, Facts], sets: Sets) -> Rows:
+    """What papers say of guards on benchmarks that were judged whole, and the means that they
+    print of these.
+    """
+    usable = {name for name, facts in benchmarks.items() if facts["complete"]}
+    usable |= {name for name, members in sets.items() if usable.issuperset(members)}
+    rows: Rows = {}
+    for number in numbers:
+        column = number.get("benchmark") or number["average"]
+        if column in usable:
+            decision = number["decision"]
+            mode = "" if decision in ("native", "score > 0.5") else f" ({decision})"
+            key = f"{number['guard']}{mode}, published", number["source"]
+            rows.setdefault(key, {})[column] = number["value"] / 100
+    return rows
 
 
 def mean(values: Mapping[str, Value], members: Sequence[str]) -> float | None:
     """The unweighted mean, only where every member has a number."""
-    picked = [values[name] for name in members]
+    picked = [values.get(name) for name in members]
     return fmean(picked) if all(isinstance(value, float) for value in picked) else None
 
 
-def published_rows(
-    numbers: Sequence[Mapping[str, Any]],
-    benchmarks: Mapping[str, Any],
-    sets: Mapping[str, Sequence[str]],
-) -> list[GridRow]:
-    """What papers say of guards on benchmarks that were judged whole."""
-    found: dict[tuple, dict[str, float]] = {}
-    for number in numbers:
-        key = (number["guard"], number["source"], number["decision"], number["parse_errors"])
-        column = number.get("benchmark") or number["average"]
-        found.setdefault(key, {})[column] = number["value"] / 100
-    whole = {name for name, known in benchmarks.items() if known["complete"]}
-    rows = []
-    for (guard, source, decision, _), known in found.items():
-        own = {name: known.get(name) if name in whole else None for name in benchmarks}
-        values = list(own.values())
-        for name, members in sets.items():
-            printed = known.get(name) if whole.issuperset(members) else None
-            values.append(mean(own, members) if printed is None else printed)
-        if any(value is not None for value in values):
-            mode = "" if decision in ("native", "score > 0.5") else f" ({decision})"
-            rows.append((f"{guard}{mode}, published", source, values))
-    return rows
-
-
-def notes_on_scores(
-    out: Grid, benchmarks: Mapping[str, Any], sets: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """What the numbers of this run mean."""
-    notes = [
-        f"Mean, {name}: {', '.join(members)}; only of rows with all of them."
-        for name, members in sets.items()
-    ]
+def notes(out: Grid, benchmarks: Mapping[str, Facts], sets: Sets, papers: Facts) -> list[str]:
+    """What the numbers mean, and where published ones come from."""
+    found = [f"Mean, {s}: {', '.join(sets[s])}; only of rows with all of them." for s in sets]
     if any(label.endswith(NO_WORD) for label, _, _ in out.rows):
-        notes.append(
+        found.append(
             f"{NO_WORD.strip()} has no word of its own, in whole or in part: there, score > 0.5 "
             "decides."
         )
-    if out.metric.startswith("f1") and any(known["recall_only"] for known in benchmarks.values()):
-        notes.append(
+    if out.metric.startswith("f1") and any(facts["recall_only"] for facts in benchmarks.values()):
+        found.append(
             f"{NO_SAFE} No harmless row: F1 is 2R/(1+R), so the recall R stands beside it."
         )
-    return notes
-
-
-def notes_on_papers(
-    out: Grid, benchmarks: Mapping[str, Any], papers: Mapping[str, Any], published_here: set[str]
-) -> list[str]:
-    """Where published numbers come from, and which are left out."""
-    notes = []
     rules = {number["source"]: number["parse_errors"] for number in papers["numbers"]}
     for source in dict.fromkeys(source for _, source, _ in out.rows if source):
         text = papers["sources"][source]
-        notes.append(f"[{source}] {text}; rows without a verdict: {rules[source]}.")
-    redacted, incomplete = [], []
-    for name, known in benchmarks.items():
-        if known.get("dropped"):
-            redacted.append(f"{name} ({known['dropped']})")
-        if name in published_here and not known["complete"]:
-            incomplete.append(name)
+        found.append(f"[{source}] {text}; rows without a verdict: {rules[source]}.")
+    redacted = [f"{b} ({f['dropped']})" for b, f in benchmarks.items() if f.get("dropped")]
     if redacted:
-        notes.append(
+        found.append(
             "Rows that papers count and that are left out here, redacted as they are: "
             f"{', '.join(redacted)}."
         )
-    if incomplete:
-        notes.append(
-            "Published numbers are left out where the rows are not the whole known benchmark: "
-            f"{', '.join(incomplete)}."
-        )
-    return notes
+    return found
 
 
 # --- formats --------------------------------------------------------------------------------------
 
 
-def as_text(out: Grid, benchmarks: Mapping[str, Any]) -> pandas.DataFrame:
+def as_text(out: Grid, benchmarks: Mapping[str, Facts]) -> pandas.DataFrame:
     """A grid as people read it; F1 without a harmless row carries its recall."""
-    labels = [f"{label} [{source}]" if source else label for label, source, _ in out.rows]
-    table = {"": labels}
+    table = {"": [f"{label} [{source}]" if source else label for label, source, _ in out.rows]}
     for place, column in enumerate(out.columns):
         values = [values[place] for _, _, values in out.rows]
         texts = [report.number(value) for value in values]
-        recall_only = benchmarks.get(column, {}).get("recall_only", False)
+        recall_only = benchmarks.get(column, {}).get("recall_only")
         if recall_only and out.metric.startswith("f1"):
             column += f" {NO_SAFE}"
             for row, value in enumerate(values):
@@ -290,26 +253,22 @@ def as_text(out: Grid, benchmarks: Mapping[str, Any]) -> pandas.DataFrame:
     return pandas.DataFrame(table)
 
 
-def markdown(out: Grid, benchmarks: Mapping[str, Any]) -> str:
+def markdown(out: Grid, benchmarks: Mapping[str, Facts]) -> str:
     """A grid as a markdown section."""
     table = as_text(out, benchmarks)
-    text = report.table(table.to_numpy().tolist(), list(table.columns))
-    notes = "".join(f"- {note}\n" for note in out.notes)
-    return f"## {METRICS[out.metric]}\n\n{text}\n{notes}"
+    text = report.table(table.to_numpy().tolist(), list(table))
+    listed = "".join(f"- {note}\n" for note in out.notes)
+    return f"## {METRICS[out.metric]}\n\n{text}\n{listed}"
 
 
-def latex(out: Grid, benchmarks: Mapping[str, Any]) -> str:
+def latex(out: Grid, benchmarks: Mapping[str, Facts]) -> str:
     """A grid as a LaTeX table (package booktabs); notes stand in the caption."""
     caption = " ".join([f"{METRICS[out.metric]}.", *out.notes])
     for character in "&%$#_":
         caption = caption.replace(character, f"\\{character}")
+    columns = "l" + "r" * len(out.columns)
     table = as_text(out, benchmarks)
-    text = table.to_latex(
-        index=False,
-        escape=True,
-        caption=caption,
-        column_format="l" + "r" * len(out.columns),
-    )
+    text = table.to_latex(index=False, escape=True, caption=caption, column_format=columns)
     return text.translate(str.maketrans(LATEX))
 
 

@@ -169,7 +169,7 @@ def test_repeats_and_conflicts_are_marked(tmp_path):
     ]
     rows = [row | {"label": {"s": "safe", "u": "unsafe"}[row["label"]]} for row in rows]
     loaded = rows_of("xstest_prompt", tmp_path, rows)
-    assert [row["conflict"] for row in loaded.rows] == [True, True, False, False, False, False]
+    assert [row["conflicting"] for row in loaded.rows] == [True, True, False, False, False, False]
     assert [row["duplicate"] for row in loaded.rows] == [False, False, False, True, True, False]
     assert (loaded.facts["conflicts"], loaded.facts["duplicates"]) == (2, 2)
     assert len({row["id"] for row in loaded.rows}) == 3

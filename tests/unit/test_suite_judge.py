@@ -13,7 +13,7 @@ import common.templates
 from common.conversation import UserError, Verdict
 from guards import Guard, zoo
 from guards.card import GenerativeCard, LoraCard, write_card
-from guards.suite.benchmarks import split_spec
+from guards.suite.benchmarks import paper, split_spec
 
 evaluate, judge, candidate, cells = shared.evaluate, shared.judge, shared.candidate, shared.cells
 arguments, file = shared.arguments, shared.file  # fixtures
@@ -92,19 +92,19 @@ def test_a_guard_by_its_adapters_id():
 
 def test_the_names_of_the_papers_code_are_known():
     """Of guards, with and without a folder, and of benchmarks."""
-    for name, ours in judge.PAPER_GUARDS.items():
+    for name, ours in paper()["guards"].items():
         if zoo()[ours]["kind"] != "api":
             (found,) = judge.candidates([name], {})
             assert (found.name, found.zoo, found.released) == (ours, ours, True)
-    paper = {
+    asked = {
         "prompt": "expguardtest toxicchat openai_mod xstest_prompt_harm harmbench "
         "aegis_safety_dataset2 wildguardtest_prompt",
         "response": "expguardtest beavertails saferlhf harmbench aegis_safety_dataset2 "
         "wildguardtest_response",
     }
-    for task, names in paper.items():
+    for task, names in asked.items():
         found = [split_spec(f"{name}:{task}")[0] for name in names.split()]
-        assert found == list(judge.PAPER[task])
+        assert found == paper()["tasks"][task]
 
 
 def test_a_paper_s_name_for_a_folder(tmp_path):

@@ -17,7 +17,7 @@ from guards.suite.benchmarks import benchmarks
 def row(text, unsafe, group="a", **marks):
     """A row of a benchmark."""
     known = {"id": text, "messages": pair(text), "label": unsafe, "groups": {"domain": group}}
-    return known | {"duplicate": False, "conflict": False} | marks
+    return known | {"duplicate": False, "conflicting": False} | marks
 
 
 ROWS = [
@@ -38,12 +38,9 @@ VERDICTS = [
 ]
 
 
-def score(rows=ROWS, verdicts=VERDICTS, marks=None, **changes):
+def score(rows=ROWS, verdicts=VERDICTS, **changes):
     options = {"parse_errors": "wrong", "threshold": None, "seed": 0, "rounds": 0} | changes
-    said = scoring.judged(rows, verdicts, "prompt_unsafe")
-    if marks is None:
-        marks = pandas.DataFrame(False, index=range(len(rows)), columns=scoring.MARKS)
-    return scoring.score_cell(said, rows, marks, **options)
+    return scoring.score_cell(scoring.judged(rows, verdicts, "prompt_unsafe"), **options)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +190,12 @@ def test_marked_rows():
     rows = [
         row("a", True),
         row("a", True, duplicate=True),
-        row("b", True, conflict=True),
-        row("b", False, conflict=True),
+        row("b", True, conflicting=True),
+        row("b", False, conflicting=True),
+        row("c", False),
+        row("d", True, contaminated=True),
     ]
-    rows += [row("c", False), row("D  d", True)]
-    marks = scoring.row_marks(rows, {"d d"})
-    found = {name: [i for i in range(6) if mask[i]] for name, mask in marks.items()}
-    assert found == {"contaminated": [5], "conflicting": [2, 3], "duplicate": [1]}
-    without = score(rows, marks=marks)["without"]
+    without = score(rows)["without"]
     counts = {name: part["rows"] for name, part in without.items()}
     assert counts == {"contaminated": 5, "conflicting": 4, "duplicate": 5, "any of these": 2}
     assert without["any of these"]["f1"] == 1.0  # a and c, both right
@@ -259,8 +254,8 @@ def test_paired_difference():
     ]
     a, b = (scoring.judged(rows, verdicts, "prompt_unsafe") for verdicts in (sure, weak))
     same, better = (
-        scoring.compare(a, a, rows, "wrong", 0, 100),
-        scoring.compare(a, b, rows, "excluded", 0, 100),
+        scoring.compare(a, a, "wrong", 0, 100),
+        scoring.compare(a, b, "excluded", 0, 100),
     )
     assert same["f1"]["difference"] == 0 and same["auroc"]["interval"] == [0.0, 0.0]
     f1 = f1_score([r["label"] for r in rows[2:]], [bool(i % 3) for i in range(2, 40)])
