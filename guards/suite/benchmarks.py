@@ -20,16 +20,16 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 from urllib.parse import unquote
 
 import datasets
 import yaml
 
-from common.conversation import Messages, UserError, check_messages, check_text
+from common.conversation import Messages, UserError, check_messages
 from common.data.files import Rows, read_rows
 from common.data.specs import first_line, load_hub
-from guards.suite.prepare import PREPARE, SourceRow, among, cell, plain, vote
+from common.keep import Row
+from guards.suite.prepare import PREPARE, SourceRow, among, plain
 
 logger = logging.getLogger(__name__)
 # what of an entry goes into a benchmark's facts as it is
@@ -48,23 +48,23 @@ class Benchmark:
 
     name: str
     label: str
-    rows: list[dict[str, Any]]
-    facts: dict[str, Any]
+    rows: list[Row]
+    facts: Row
 
 
 @cache
-def benchmarks() -> dict[str, dict[str, Any]]:
+def benchmarks() -> dict[str, Row]:
     """The entries of benchmarks.yaml by name."""
     return _read("benchmarks.yaml")
 
 
 @cache
-def paper() -> dict[str, dict[str, Any]]:
+def paper() -> dict[str, Row]:
     """What paper.yaml says of ExpGuard's evaluation code."""
     return _read("paper.yaml")
 
 
-def _read(name: str) -> dict[str, dict[str, Any]]:
+def _read(name):
     return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
@@ -143,7 +143,7 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     return Benchmark(name, entry["label"], rows, facts)
 
 
-def _page(entry: Mapping) -> str | None:
+def _page(entry: Row) -> str | None:
     return f"https://huggingface.co/datasets/{entry['hub']}" if "hub" in entry else None
 
 
@@ -158,7 +158,7 @@ def _mark_repeats(rows: Sequence[dict]) -> tuple[int, int]:
     return sum(row["duplicate"] for row in rows), sum(row["conflicting"] for row in rows)
 
 
-def _mismatch(facts: Mapping[str, Any]) -> str | None:
+def _mismatch(facts: Row) -> str | None:
     """How the counts differ from the known ones, and what was left out; None if they agree or
     nothing is known.
     """
@@ -178,9 +178,7 @@ def _mismatch(facts: Mapping[str, Any]) -> str | None:
 # --- a row ----------------------------------------------------------------------------------------
 
 
-def _labelled_rows(
-    entry: Mapping, source: Iterator[SourceRow]
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _labelled_rows(entry: Row, source: Iterator[SourceRow]) -> tuple[list[Row], dict[str, int]]:
     """The rows that a benchmark counts, with their gold labels, and how many it does not, by
     reason. Annotations of one item are one row.
     """
@@ -188,66 +186,56 @@ def _labelled_rows(
         source = PREPARE[entry["prepare"]](source)
     left_out: Counter[str] = Counter()
     items = defaultdict(list)
-    for index, where, row in source:
+    for row in source:
         reason = _why_left_out(row, entry)
         if reason:
             left_out[reason] += 1
             continue
         item = len(items)
         if "majority_of" in entry:
-            item = tuple(cell(row, column, where) for column in entry["majority_of"])
-        items[item].append((_share(row, entry["gold"], where), index, where, row))
+            item = tuple(row.cell(column) for column in entry["majority_of"])
+        items[item].append((_share(row, entry["gold"]), row))
     rows = []
     for annotations in items.values():
-        gold = fmean(share for share, *_ in annotations) > 0.5
-        _, index, where, row = annotations[0]
-        messages = _messages(row, entry, where)
-        groups = {name: _group(row, rule, where) for name, rule in entry.get("groups", {}).items()}
+        row = annotations[0][1]
+        messages = _messages(row, entry)
+        groups = {name: _group(row, rule) for name, rule in entry.get("groups", {}).items()}
         rows.append(
             {
                 "id": row_id(entry["label"], messages),
                 "messages": messages,
-                "label": gold,
+                "label": fmean(share for share, _ in annotations) > 0.5,
                 "groups": {name: value for name, value in groups.items() if value is not None},
-                "index": index,
+                "index": row.index,
             }
         )
     return rows, dict(left_out)
 
 
-def _why_left_out(row: Mapping, entry: Mapping) -> str | None:
+def _why_left_out(row: SourceRow, entry: Row) -> str | None:
     """Why the benchmark does not count this row, if so."""
     for column, wanted in entry.get("keep", {}).items():
-        is_there = plain(row.get(column)) is not None
-        if not is_there or (wanted != "present" and not among(row[column], wanted)):
+        value = row.cells.get(column)
+        if plain(value) is None or (wanted != "present" and not among(value, wanted)):
             return f"{column} is not {wanted}"
     for column, word in entry.get("drop", {}).items():
-        if row.get(column) == word:
+        if row.cells.get(column) == word:
             return f"{column} is {word}"
     return None
 
 
-def _share(row: Mapping, rule: Mapping, where: str) -> float:
+def _share(row: SourceRow, rule: Row) -> float:
     """How far this row says that its label is true: 0 or 1, or 0.5 where an annotator was not sure."""
     if "always" in rule:
         return float(rule["always"])
     if "sum_of" in rule:
-        columns = rule["sum_of"]
-        try:
-            total = sum(float(cell(row, column, where)) for column in columns)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            names = " or ".join(columns)
-            raise UserError(f"{where}, field {names}: expected a number") from None
-        return float(total > rule["above"])
+        return float(sum(map(row.number, rule["sum_of"])) > rule["above"])
     if "column" in rule:
-        return vote(cell(row, rule["column"], where), rule["column"], rule, where)
+        return row.vote(rule["column"], rule)
     columns = rule["columns"]
-    if "absent" not in rule or not any(column in row for column in columns):
-        row = {column: cell(row, column, where) for column in columns}
-    votes = sum(vote(row.get(column), column, rule, where) for column in columns)
-    return float(votes >= rule["at_least"])
+    if not any(column in row.cells for column in columns):
+        row.cell(columns[0])  # one may be absent, but not all
+    return float(sum(row.vote(column, rule) for column in columns) >= rule["at_least"])
 
 
 def row_id(label: str, messages: Messages) -> str:
@@ -256,32 +244,25 @@ def row_id(label: str, messages: Messages) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _messages(row: Mapping, entry: Mapping, where: str) -> Messages:
+def _messages(row: SourceRow, entry: Row) -> Messages:
     parts = entry["messages"]
     if parts is None:  # then `prepare` has written them
-        return check_messages(row["messages"], where)
+        return check_messages(row.cell("messages"), row.where)
     messages = []
     for part in parts if isinstance(parts, list) else [parts]:
         for role, columns in part.items():
-            columns = columns if isinstance(columns, list) else [columns]
-            content = entry.get("join", "").join(_texts(row, columns, where))
+            first, *others = columns if isinstance(columns, list) else [columns]
+            filled = [column for column in others if plain(row.cell(column)) is not None]
+            content = entry.get("join", "").join(map(row.text, [first, *filled]))
             messages.append({"role": role, "content": content})
     return messages
 
 
-def _texts(row: Mapping, columns: Sequence[str], where: str) -> Iterator[str]:
-    """The columns that are not empty; the first must not be."""
-    for column in columns:
-        text = cell(row, column, where)
-        if column == columns[0] or plain(text) is not None:
-            yield check_text(text, column, where)
-
-
-def _group(row: Mapping, rule: str | Mapping, where: str) -> str | None:
+def _group(row: SourceRow, rule: str | Row) -> str | None:
     """The sub-group of a row; None where it has none, or the copy lacks the column."""
     if isinstance(rule, str):
         rule = {"column": rule}
-    value = row.get(rule["column"])
+    value = row.cells.get(rule["column"])
     if plain(value) is None:
         return None
     if "top_above" not in rule:
@@ -293,14 +274,13 @@ def _group(row: Mapping, rule: str | Mapping, where: str) -> str | None:
         name, score = max(scored, key=lambda one: one[1])
         return str(name) if score >= rule["top_above"] else "low_confidence"
     except (ValueError, SyntaxError, TypeError, LookupError):
-        what = "expected a list of names with scores"
-        raise UserError(f"{where}, field {rule['column']}: {what}") from None
+        raise row.wrong(rule["column"], "expected a list of names with scores") from None
 
 
 # --- where rows come from -------------------------------------------------------------------------
 
 
-def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[SourceRow]:
+def _source_rows(name: str, entry: Row, local: str) -> Iterator[SourceRow]:
     """The rows as they stand; those of several splits say which in a column `split`."""
     if local.endswith(".tar.gz") and Path(local).is_file():  # an archive, named as in the url
         local = str(Path(local).absolute().parent)
@@ -322,10 +302,10 @@ def _source_rows(name: str, entry: Mapping, local: str) -> Iterator[SourceRow]:
                 raise UserError(f"{where}: {what}")
             if len(parts) > 1:
                 row = {**row, "split": split}
-            yield next(numbers), where, row
+            yield SourceRow(row, next(numbers), where)
 
 
-def _hub_rows(name: str, entry: Mapping, local: str, split: str) -> Rows:
+def _hub_rows(name: str, entry: Row, local: str, split: str) -> Rows:
     """Rows of a hub data set, or of a local folder in its layout."""
     hub = local or entry["hub"]
     revision = None if local else entry["revision"]

@@ -1,10 +1,9 @@
 """What results.md says beside the tables. (Sub-groups stand in results.json alone.)"""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
 
 from common import report
+from common.keep import Row
 from guards.suite.score import COMPARED, MARKS, PARSE_ERRORS
 from guards.suite.tables import METRICS
 
@@ -12,10 +11,10 @@ FACTS = ("label", "rows", "positives", "recall_only", *MARKS)
 FACTS += ("file", "hub", "revision", "licence", "mismatch")
 WITH_INTERVAL = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
 # The sections, in their order, each a row a line: {heading: value}.
-Sections = dict[str, list[dict[str, Any]]]
+Sections = dict[str, list[Row]]
 
 
-def failures(results: Mapping[str, Any]) -> str:
+def failures(results: Row) -> str:
     """What could not be measured, and why; nothing where all went well."""
     rows = []
     for cell in results["cells"]:
@@ -26,7 +25,7 @@ def failures(results: Mapping[str, Any]) -> str:
     return _text({"Failed": rows})
 
 
-def details(results: Mapping[str, Any]) -> str:
+def details(results: Row) -> str:
     """Guards, benchmarks, intervals, thresholds, parse errors, marked rows and paired differences."""
     sections: Sections = defaultdict(list)
     for name, guard in results["guards"].items():
@@ -80,7 +79,7 @@ def details(results: Mapping[str, Any]) -> str:
     return _text(sections)
 
 
-def _names(cell: Mapping[str, Any]) -> dict[str, str]:
+def _names(cell: Row) -> dict[str, str]:
     return {"guard": cell["guard"], "benchmark": cell["benchmark"]}
 
 

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import pandas
 from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
 from common.conversation import UserError, check_url
+from common.keep import Row
 from common.run import check_output_folder, json_lines, json_text, manifest, parse_args, write_text
 from guards import LONG_INPUTS, zoo
 from guards.suite.benchmarks import Benchmark
@@ -57,7 +57,6 @@ RULES = {
     "excluded": "nowhere: they are left out",
 }
 CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two writes
-Facts = Mapping[str, Any]
 
 
 @dataclass
@@ -146,11 +145,11 @@ def main(default_config: Path | None = None) -> None:
         sys.exit(1)
 
 
-def guard_options(args: EvaluationArguments) -> dict[str, Any]:
+def guard_options(args: EvaluationArguments) -> Row:
     """Options of `load_guard` for every guard whose kind takes them. Raises UserError on a URL with
     a password.
     """
-    options: dict[str, Any] = {"engine": args.engine, "long_inputs": args.long_inputs}
+    options: Row = {"engine": args.engine, "long_inputs": args.long_inputs}
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     if args.server_url:
@@ -161,7 +160,7 @@ def guard_options(args: EvaluationArguments) -> dict[str, Any]:
     return options
 
 
-def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str, Any]:
+def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     """Judge, score, write; returns the content of results.json.
 
     Raises:
@@ -171,7 +170,7 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> dict[str
     names = [guard.name for guard in guards]
     check_arguments(args, names)
     inputs = read_inputs(args)
-    results: dict[str, Any] = {
+    results: Row = {
         "benchmarks": {b.name: describe(b, args) for b in inputs.benchmarks},
         "unread_benchmarks": inputs.unread,
         "guards": {guard.name: describe_guard(guard, inputs.benchmarks) for guard in guards},
@@ -272,7 +271,7 @@ def read_inputs(args: EvaluationArguments) -> Inputs:
     return Inputs(benchmarks, unread, validation)
 
 
-def describe(benchmark: Benchmark, args: EvaluationArguments) -> dict[str, Any]:
+def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:
     """What results.json says of a benchmark; `complete`: these are the rows of which papers report
     numbers.
     """
@@ -291,23 +290,21 @@ def describe(benchmark: Benchmark, args: EvaluationArguments) -> dict[str, Any]:
     }
 
 
-def describe_guard(guard: Candidate, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
+def describe_guard(guard: Candidate, benchmarks: Sequence[Benchmark]) -> Row:
     """What results.json says of a guard.
 
     `knows` names the benchmarks whose own training part the released guard was trained on: no
     transfer is measured there.
     """
     knows = []
-    if guard.released:
+    for benchmark in benchmarks if guard.released else ():
         trained_on = zoo()[guard.zoo].get("trained_on", ())
-        for benchmark in benchmarks:
-            contaminated = guard.zoo in benchmark.facts.get("contaminated_by", ())
-            if contaminated or benchmark.name in trained_on:
-                knows.append(benchmark.name)
+        if benchmark.name in trained_on or guard.zoo in benchmark.facts["contaminated_by"]:
+            knows.append(benchmark.name)
     return {"spec": guard.spec, "zoo": guard.zoo, "knows": knows}
 
 
-def add_results(path: Path, results: dict[str, Any], args: EvaluationArguments) -> list[Facts]:
+def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row]:
     """Bring the guards and benchmarks of another run's results.json into this run's results.
 
     Returns:
@@ -346,9 +343,7 @@ def add_results(path: Path, results: dict[str, Any], args: EvaluationArguments) 
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def guard_cells(
-    guard: str, found: Found, inputs: Inputs, args: EvaluationArguments
-) -> list[dict[str, Any]]:
+def guard_cells(guard: str, found: Found, inputs: Inputs, args: EvaluationArguments) -> list[Row]:
     """One guard's cells: a benchmark each, and what failed of the validation rows."""
     thresholds = own_thresholds(found.about.get("thresholds", {}))
     if args.validation:
@@ -385,7 +380,7 @@ def guard_cells(
 
 
 def convention(
-    rows: str, args: EvaluationArguments, threshold: Facts | None = None
+    rows: str, args: EvaluationArguments, threshold: Row | None = None
 ) -> dict[str, str | None]:
     """How a cell is scored: what must be equal in a column. Of a guard's own threshold, "max F1,
     n=604" and "max F1, n=80" are one kind.
@@ -399,7 +394,7 @@ def convention(
     return {"rows": rows, "parse_errors": args.parse_errors, "threshold": kind}
 
 
-def own_thresholds(known: Mapping[str, Facts]) -> dict[str, Facts]:
+def own_thresholds(known: Mapping[str, Row]) -> dict[str, Row]:
     """The fitted thresholds of a guard.json by label; "flagged" is that of harm."""
     # A default is fitted on nothing.
     fitted = {name: threshold for name, threshold in known.items() if threshold.get("on")}
@@ -409,7 +404,7 @@ def own_thresholds(known: Mapping[str, Facts]) -> dict[str, Facts]:
     return fitted
 
 
-def fit_threshold(said: pandas.DataFrame, on: str) -> Facts | None:
+def fit_threshold(said: pandas.DataFrame, on: str) -> Row | None:
     """The threshold with the highest F1 on validation rows that have a probability; None where
     there is none to fit.
     """
@@ -425,7 +420,7 @@ def compare_two(
     benchmarks: Sequence[Benchmark],
     found: Mapping[str, Found],
     args: EvaluationArguments,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Guard a minus guard b on every benchmark that both judged."""
     differences = []
     for name in [benchmark.name for benchmark in benchmarks]:
@@ -439,9 +434,7 @@ def compare_two(
 # --- what is left ---------------------------------------------------------------------------------
 
 
-def predictions(
-    benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
-) -> list[dict[str, Any]]:
+def predictions(benchmarks: Sequence[Benchmark], found: Mapping[str, Found]) -> list[Row]:
     """One row an item of a benchmark, with every guard's verdict."""
     rows = []
     for benchmark in benchmarks:
@@ -455,7 +448,7 @@ def predictions(
     return rows
 
 
-def write_tables(args: EvaluationArguments, results: Facts, rows: Sequence[Facts]) -> None:
+def write_tables(args: EvaluationArguments, results: Row, rows: Sequence[Row]) -> None:
     """results.json, predictions.jsonl and tables; a metric that was not measured alike has none."""
     papers = published()
     grids, mixed = [], []

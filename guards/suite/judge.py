@@ -4,11 +4,10 @@ import difflib
 import gc
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas
 import torch
@@ -70,14 +69,14 @@ class Found:
 
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
     problems: dict[str, dict[str, str]] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
+    about: Row = field(default_factory=dict)
     said: dict[str, pandas.DataFrame] = field(default_factory=dict)
 
 
 # --- guards ---------------------------------------------------------------------------------------
 
 
-def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candidate]:
+def candidates(specs: Sequence[str], options: Row) -> list[Candidate]:
     """The guards that specs name. Whether they load is seen when it is their turn.
 
     Args:
@@ -92,7 +91,7 @@ def candidates(specs: Sequence[str], options: Mapping[str, Any]) -> list[Candida
     return [_candidate(spec, options) for spec in specs]
 
 
-def _candidate(text: str, options: Mapping[str, Any]) -> Candidate:
+def _candidate(text: str, options: Row) -> Candidate:
     spec, own = re.fullmatch(r"(.*?)(?::(\w+=.*))?", text).groups()
     given = _own_options(spec, own)
     name, model = _name_and_model(spec)
@@ -119,7 +118,7 @@ def _candidate(text: str, options: Mapping[str, Any]) -> Candidate:
     )
 
 
-def _own_options(spec: str, text: str | None) -> dict[str, Any]:
+def _own_options(spec: str, text: str | None) -> Row:
     """What stands after the colon of a guard: option=value,…"""
     given = {}
     for option in (text or "").split(","):
@@ -278,16 +277,14 @@ def judge_all(
         UserError: a file of kept verdicts is broken, or another run writes it.
     """
     folder = folder / re.sub(r"[^\w.=-]+", "_", candidate.name)
-    names = ["guards", *(benchmark.name for benchmark in benchmarks)]
-    files = {name: folder / f"{name}.jsonl" for name in names}
-    if overwrite:
-        for benchmark in benchmarks:
-            files[benchmark.name].unlink(missing_ok=True)
     with ExitStack() as opened:
-        known = opened.enter_context(KeptRows(files["guards"], "identity"))
+        known = opened.enter_context(KeptRows(folder / "guards.jsonl", "identity"))
         kept = []
         for benchmark in benchmarks:
-            rows = opened.enter_context(KeptRows(files[benchmark.name], "id"))
+            file = folder / f"{benchmark.name}.jsonl"
+            if overwrite:
+                file.unlink(missing_ok=True)
+            rows = opened.enter_context(KeptRows(file, "id"))
             kept.append(KeptVerdicts(candidate, benchmark, rows))
         found = _judge(candidate, kept, known, chunk)
     gc.collect()

@@ -1,24 +1,71 @@
-"""What benchmarks.yaml cannot say: functions that bring rows of a source into shape, and how all
-read a cell.
+"""How cells of a benchmark's source are read, and what benchmarks.yaml cannot say: functions that
+bring rows of a source into shape.
 """
 
 import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from common.conversation import UserError, check_text
 
-SourceRow = tuple[int, str, Mapping]  # index in the source, where it stands, the row
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A row as it stands in the source, its number there, and how an error names its place."""
+
+    cells: Mapping[str, Any]
+    index: int
+    where: str
+
+    def wrong(self, column: str, what: str) -> UserError:
+        """An error in a column of this row."""
+        return UserError(f"{self.where}, field {column}: {what}")
+
+    def cell(self, column: str) -> Any:
+        """A cell that must be there."""
+        if column not in self.cells:
+            raise self.wrong(column, f"missing (columns: {', '.join(map(str, self.cells))})")
+        return self.cells[column]
+
+    def text(self, column: str) -> str:
+        """A cell that must be a text that is not empty."""
+        return check_text(self.cell(column), column, self.where)
+
+    def number(self, column: str) -> float:
+        """A cell that must be a number, which a file may write as text."""
+        value = self.cell(column)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise self.wrong(column, "expected a number") from None
+
+    def vote(self, column: str, rule: Mapping[str, Any]) -> float:
+        """What one cell says: 1 positive, 0 negative, 0.5 not sure."""
+        value = self.cells.get(column)
+        if plain(value) is None:
+            if "absent" in rule:
+                return float(rule["absent"] == "is")
+            self.cell(column)
+            raise self.wrong(column, "no label (null or empty), which must not count as negative")
+        if among(value, rule["not"]):
+            return 0.0
+        if rule["is"] == "any" or among(value, rule["is"]):
+            return 1.0
+        if "half" in rule and among(value, rule["half"]):
+            return 0.5
+        known = ", ".join(str(rule[key]) for key in ("is", "not", "half") if key in rule)
+        raise self.wrong(column, f"unknown label {value!r:.60}; known: {known}")
+
+    def with_cells(self, **cells: Any) -> "SourceRow":
+        """The same row with more cells."""
+        return replace(self, cells={**self.cells, **cells})
+
+
 Rows = Iterable[SourceRow]
-
-
-def cell(row: Mapping, column: str, where: str) -> Any:
-    if column not in row:
-        raise UserError(f"{where}, field {column}: missing (columns: {', '.join(map(str, row))})")
-    return row[column]
 
 
 def plain(value: Any) -> str | None:
@@ -32,28 +79,14 @@ def plain(value: Any) -> str | None:
 
 
 def among(value: Any, wanted: Any) -> bool:
-    """Whether a cell has one of the values that benchmarks.yaml names."""
-    return plain(value) in [
-        plain(one) for one in (wanted if isinstance(wanted, list) else [wanted])
-    ]
+    """Whether a cell has the value, or one of the values, that benchmarks.yaml names."""
+    values = wanted if isinstance(wanted, list) else [wanted]
+    return plain(value) in map(plain, values)
 
 
-def vote(value: Any, column: str, rule: Mapping, where: str) -> float:
-    """What one cell says: 1 positive, 0 negative, 0.5 not sure."""
-    if plain(value) is None:
-        if "absent" not in rule:
-            raise UserError(
-                f"{where}, field {column}: no label (null or empty), which must not count as negative"
-            )
-        return float(rule["absent"] == "is")
-    if among(value, rule["not"]):
-        return 0.0
-    if rule["is"] == "any" or among(value, rule["is"]):
-        return 1.0
-    if "half" in rule and among(value, rule["half"]):
-        return 0.5
-    known = ", ".join(str(rule[key]) for key in ("is", "not", "half") if key in rule)
-    raise UserError(f"{where}, field {column}: unknown label {value!r:.60}; known: {known}")
+def message(is_user: bool, content: str) -> dict[str, str]:
+    """A turn of the user's, or of the assistant's."""
+    return {"role": "user" if is_user else "assistant", "content": content}
 
 
 def _saferlhf(rows: Rows) -> Iterator[SourceRow]:
@@ -63,63 +96,54 @@ def _saferlhf(rows: Rows) -> Iterator[SourceRow]:
     Rows of which one answer is safe fill a safe and an unsafe list; the same indices are taken from
     both.
     """
-    lists: dict[bool, list] = {True: [], False: []}
-    for index, where, row in rows:
-        columns = [f"is_response_{i}_safe" for i in (0, 1)]
-        safe = [
-            vote(cell(row, name, where), name, {"is": True, "not": False}, where) == 1
-            for name in columns
-        ]
-        if safe[0] != safe[1]:
-            for i, flag in enumerate(safe):
-                found = {
-                    "prompt": cell(row, "prompt", where),
-                    "response": cell(row, f"response_{i}", where),
-                }
-                lists[flag].append((index, where, found | {"is_safe": flag}))
-    drawn = random.Random(42).sample(range(len(lists[True])), min(1000, len(lists[True])))
-    yield from (lists[flag][i] for flag in (True, False) for i in drawn)
+    answers: dict[bool, list[SourceRow]] = {True: [], False: []}
+    for row in rows:
+        votes = [row.vote(f"is_response_{i}_safe", {"is": True, "not": False}) == 1 for i in (0, 1)]
+        if votes[0] != votes[1]:
+            for i, is_safe in enumerate(votes):
+                response = row.cell(f"response_{i}")
+                answers[is_safe].append(row.with_cells(response=response, is_safe=is_safe))
+    count = len(answers[True])
+    drawn = random.Random(42).sample(range(count), min(1000, count))
+    for is_safe in (True, False):
+        for i in drawn:
+            yield answers[is_safe][i]
 
 
 def _convabuse(rows: Rows) -> Iterator[SourceRow]:
     """`abusive`: the share of a row's annotators (of up to eight) who gave it a level below 0 on
     the scale 1 … -3.
     """
-    for index, where, row in rows:
-        given = [
-            [n for n in range(-3, 2) if among(row.get(f"Annotator{i}_is_abuse.{n}"), 1)]
-            for i in range(1, 9)
-        ]
-        if not any(given):
-            raise UserError(
-                f"{where}, field Annotator1_is_abuse.1: missing; none of eight annotators gave a level"
-            )
-        yield index, where, {**row, "abusive": fmean(min(levels) < 0 for levels in given if levels)}
+    for row in rows:
+        votes = []
+        for annotator in range(1, 9):
+            columns = {n: f"Annotator{annotator}_is_abuse.{n}" for n in range(-3, 2)}
+            given = [n for n, column in columns.items() if among(row.cells.get(column), 1)]
+            if given:
+                votes.append(min(given) < 0)
+        if not votes:
+            what = "missing; none of eight annotators gave a level"
+            raise row.wrong("Annotator1_is_abuse.1", what)
+        yield row.with_cells(abusive=fmean(votes))
 
 
 def _dices(rows: Rows) -> Iterator[SourceRow]:
     """`messages` from `context`, whose turns begin with USER: and LAMDA: (or A: and B:), and the
     last `response`.
     """
-    for index, where, row in rows:
-        context = check_text(cell(row, "context", where), "context", where)
-        start, *parts = re.split(r"(?m)^(USER|LAMDA|A|B): ?", context)
+    for row in rows:
+        start, *parts = re.split(r"(?m)^(USER|LAMDA|A|B): ?", row.text("context"))
         if start.strip() or not parts:
-            raise UserError(
-                f"{where}, field context: expected turns that begin with USER: or LAMDA: (A: or B:)"
-            )
-        turns = [
-            *zip(parts[::2], parts[1::2], strict=True),
-            ("B", check_text(row.get("response"), "response", where)),
+            what = "expected turns that begin with USER: or LAMDA: (A: or B:)"
+            raise row.wrong("context", what)
+        speakers = [*parts[::2], "B"]
+        texts = [*parts[1::2], row.text("response")]
+        messages = [
+            message(speaker in ("USER", "A"), text.strip())
+            for speaker, text in zip(speakers, texts, strict=True)
+            if text.strip()
         ]
-        said = [
-            ("user" if who in ("USER", "A") else "assistant", text.strip()) for who, text in turns
-        ]
-        yield (
-            index,
-            where,
-            {**row, "messages": [{"role": role, "content": text} for role, text in said if text]},
-        )
+        yield row.with_cells(messages=messages)
 
 
 def _prosocial(rows: Rows) -> Iterator[SourceRow]:
@@ -127,67 +151,65 @@ def _prosocial(rows: Rows) -> Iterator[SourceRow]:
     answers it.
     """
     dialogues = defaultdict(list)
-    for index, where, row in rows:
-        place = str(cell(row, "response_id", where)).zfill(9)  # a number, in CSV as text
-        dialogues[cell(row, "dialogue_id", where)].append((place, index, where, row))
+    for row in rows:
+        row.cell("response_id")
+        dialogues[row.cell("dialogue_id")].append(row)
     for dialogue in dialogues.values():
-        before: list[dict[str, str]] = []
-        for _, index, where, row in sorted(dialogue, key=lambda turn: turn[:2]):
-            asked = [*before, {"role": "user", "content": cell(row, "context", where)}]
-            before = [*asked, {"role": "assistant", "content": cell(row, "response", where)}]
-            yield index, where, {**row, "messages": asked}
+        messages: list[dict[str, str]] = []
+        for row in sorted(dialogue, key=lambda turn: turn.number("response_id")):
+            messages = [*messages, message(True, row.cell("context"))]
+            yield row.with_cells(messages=messages)
+            messages = [*messages, message(False, row.cell("response"))]
 
 
 def _harmfulqa(rows: Rows) -> Iterator[SourceRow]:
     """`messages` and `colour`: the red (harmful) and blue conversations of a question, up to their
     last answer.
     """
-    for index, where, row in rows:
+    for row in rows:
         for colour in ("blue", "red"):
-            field = f"{colour}_conversations"
-            talks = cell(row, field, where) or {}
+            column = f"{colour}_conversations"
+            talks = row.cell(column) or {}
             for number, turns in talks.items() if isinstance(talks, Mapping) else [("", talks)]:
-                at = f"{where}, field {field}[{number}]"
-                turns = [] if turns is None else turns
-                if not isinstance(turns, list) or not all(
-                    isinstance(turn, Mapping) for turn in turns
-                ):
-                    raise UserError(f"{at}: expected a list of turns, found {turns!r:.60}")
-                asked = [
-                    vote(cell(turn, "from", at), "from", {"is": "human", "not": "gpt"}, at)
-                    for turn in turns
-                ]
-                while asked and asked[-1]:
-                    asked.pop()
-                said = zip(asked, (cell(turn, "value", at) for turn in turns), strict=False)
-                messages = [
-                    {"role": "user" if user else "assistant", "content": text}
-                    for user, text in said
-                ]
+                messages = _talk(row, f"{column}[{number}]", turns)
                 if messages:
-                    yield index, where, {**row, "colour": colour, "messages": messages}
+                    yield row.with_cells(colour=colour, messages=messages)
+
+
+def _talk(row: SourceRow, place: str, turns: Any) -> list[dict[str, str]]:
+    """One conversation of HarmfulQA, up to its last answer."""
+    messages = []
+    for turn in turns if isinstance(turns, list) else [turns] if turns is not None else []:
+        if not isinstance(turn, Mapping):
+            raise row.wrong(place, f"expected a list of turns, found {turns!r:.60}")
+        read = SourceRow(turn, row.index, f"{row.where}, field {place}")
+        is_user = read.vote("from", {"is": "human", "not": "gpt"}) == 1
+        messages.append(message(is_user, read.cell("value")))
+    while messages and messages[-1]["role"] == "user":
+        messages.pop()
+    return messages
 
 
 def _bot_adversarial(rows: Rows) -> Iterator[SourceRow]:
     """`messages` and the fields of a line of ParlAI's, name:value between tabs; the last turn is
     the one judged.
     """
-    for index, where, row in rows:
-        fields = dict(
-            field.partition(":")[::2] for field in str(cell(row, "text", where)).split("\t")
-        )
-        last = vote(
-            cell(fields, "speaker_to_eval", where),
-            "speaker_to_eval",
-            {"is": "bot", "not": "human"},
-            where,
-        )
-        turns = enumerate(cell(fields, "text", where).split("\\n")[::-1], int(last))
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in turns][
-            ::-1
-        ]
-        yield index, where, {**fields, "messages": messages}
+    for row in rows:
+        fields = (field.partition(":") for field in str(row.cell("text")).split("\t"))
+        line = replace(row, cells={name: value for name, _, value in fields})
+        is_user = line.vote("speaker_to_eval", {"is": "bot", "not": "human"}) == 0
+        messages = []
+        for text in reversed(line.cell("text").split("\\n")):
+            messages.insert(0, message(is_user, text))
+            is_user = not is_user
+        yield line.with_cells(messages=messages)
 
 
-PREPARE = {"saferlhf": _saferlhf, "convabuse": _convabuse, "dices": _dices, "prosocial": _prosocial,
-           "harmfulqa": _harmfulqa, "bot_adversarial": _bot_adversarial}  # fmt: skip
+PREPARE = {
+    "saferlhf": _saferlhf,
+    "convabuse": _convabuse,
+    "dices": _dices,
+    "prosocial": _prosocial,
+    "harmfulqa": _harmfulqa,
+    "bot_adversarial": _bot_adversarial,
+}

@@ -7,7 +7,6 @@ What a guard said of a benchmark is a table (`judged`); what of it counts, and h
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas
@@ -15,6 +14,7 @@ import pandas
 from common import metrics
 from common.conversation import Verdict
 from common.data import prompt_key
+from common.keep import Row
 
 # How a row counts on which the guard gave no verdict:
 #   wrong     as the ExpGuard paper counts it. An error is the opposite of the truth, and an answer
@@ -101,7 +101,7 @@ def counted(said: pandas.DataFrame, parse_errors: str) -> pandas.DataFrame:
     return table
 
 
-def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> dict[str, Any]:
+def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> Row:
     """Every score of rows of `counted`; None for what is undefined, or needs probabilities that are
     not there.
 
@@ -110,37 +110,35 @@ def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> dict[
         f1_at_05; f1_at_validation, recall_at_validation and fpr_at_validation at `threshold`;
         auprc, auroc, recall_at_fpr01, recall_at_fpr05, ece, brier.
     """
-    own = metrics.binary(table.truth, table.decided.astype(float))
-    at_half = dict.fromkeys(["f1", "auprc", *OF_SCORE])
-    at_threshold = dict.fromkeys(OF_THRESHOLD)
-    recall_at_fpr01 = None
-    if not table.score.isna().any():
-        at_half = metrics.binary(table.truth, table.score)
-        recall_at_fpr01 = metrics.recall_at_fpr(table.truth, table.score, 0.01)
+    truth, score = table.truth, table.score
+    own = metrics.binary(truth, table.decided.astype(float))
+    at_half, at_threshold, recall = {}, {}, None
+    if not score.isna().any():
+        at_half = metrics.binary(truth, score)
+        recall = metrics.recall_at_fpr(truth, score, 0.01)
         if threshold is not None:
-            at_threshold = metrics.binary(table.truth, table.score, threshold)
-    out = {
+            at_threshold = metrics.binary(truth, score, threshold)
+    return {
         "rows": own["support"],
         "positives": own["positives"],
-        "f1_at_05": at_half["f1"],
+        **{name: own[name] for name in OF_DECISION},
+        "f1_at_05": at_half.get("f1"),
+        **{f"{name}_at_validation": at_threshold.get(name) for name in OF_THRESHOLD},
         # without a negative row, the average precision of every guard is 1
-        "auprc": None if table.truth.all() else at_half["auprc"],
-        "recall_at_fpr01": recall_at_fpr01,
+        "auprc": None if truth.all() else at_half.get("auprc"),
+        "recall_at_fpr01": recall,
+        **{name: at_half.get(name) for name in OF_SCORE},
     }
-    out |= {name: own[name] for name in OF_DECISION}
-    out |= {name: at_half[name] for name in OF_SCORE}
-    out |= {f"{name}_at_validation": at_threshold[name] for name in OF_THRESHOLD}
-    return out
 
 
 def score_cell(
     said: pandas.DataFrame,
     *,
     parse_errors: str,
-    threshold: Mapping[str, Any] | None,
+    threshold: Row | None,
     seed: int,
     rounds: int,
-) -> dict[str, Any]:
+) -> Row:
     """One guard on one benchmark: all scores, intervals, and the same by parse-error rule,
     sub-group and row mark.
 
@@ -155,9 +153,9 @@ def score_cell(
     cell = score(table)
     cell["asked"] = len(said)
     cell["errors"] = int(said.failed.sum())
-    cell["error_rate"] = cell["errors"] / len(said)
+    cell["error_rate"] = float(said.failed.mean())
     cell["decision"] = "own word" if said.worded.any() else "score > 0.5"
-    cell["threshold"] = dict(threshold) if threshold else None
+    cell["threshold"] = threshold
     cell["by_parse_errors"] = {rule: score(counted(said, rule)) for rule in PARSE_ERRORS}
     groups = pandas.DataFrame(table.groups.tolist(), index=table.index)
     cell["groups"] = {
@@ -239,7 +237,7 @@ def _areas(truth, score):
 
 def compare(
     a: pandas.DataFrame, b: pandas.DataFrame, parse_errors: str, seed: int, rounds: int
-) -> dict[str, Any]:
+) -> Row:
     """Guard a minus guard b on the same rows (`judged`): paired bootstrap over prompts.
 
     Rows that are left out for one guard are left out for both.
@@ -252,7 +250,7 @@ def compare(
     prompts = a.prompt[both].tolist()
     everything = np.arange(len(both))
     ours, theirs = statistics(first.loc[both]), statistics(second.loc[both])
-    out: dict[str, Any] = {"rows": len(both)}
+    out: Row = {"rows": len(both)}
     for name in COMPARED:
         if name not in ours or name not in theirs or ours[name](everything) is None:
             continue

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pandas
 import yaml
 
 from common import report
 from common.conversation import LABELS, UserError
+from common.keep import Row
 
 # metric of a cell: heading with its direction
 METRICS = {
@@ -47,7 +47,6 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
-Facts = Mapping[str, Any]
 Sets = Mapping[str, Sequence[str]]
 Value = float | str | None  # of a cell: a number, why there is none, or None where it is undefined
 Rows = dict[tuple[str, str], dict[str, Value]]  # label and source ("" is this run): values
@@ -63,7 +62,7 @@ class Grid:
     notes: list[str]
 
 
-def published(path: Path | None = None) -> dict[str, Any]:
+def published(path: Path | None = None) -> Row:
     """published.yaml, its rows spelled out.
 
     Returns:
@@ -85,7 +84,7 @@ def published(path: Path | None = None) -> dict[str, Any]:
     return content
 
 
-def check_column(cells: Sequence[Facts], metric: str) -> None:
+def check_column(cells: Sequence[Row], metric: str) -> None:
     """Refuse cells of one benchmark that were not scored alike.
 
     Raises:
@@ -110,7 +109,7 @@ def check_column(cells: Sequence[Facts], metric: str) -> None:
                 )
 
 
-def grid(results: Facts, metric: str, papers: Facts, show: str = "run") -> Grid | None:
+def grid(results: Row, metric: str, papers: Row, show: str = "run") -> Grid | None:
     """The table of one metric; None where no guard has a value, but for F1, which says why.
 
     Args:
@@ -151,7 +150,7 @@ def grid(results: Facts, metric: str, papers: Facts, show: str = "run") -> Grid 
     return out
 
 
-def mean_sets(benchmarks: Mapping[str, Facts], metric: str, named: Sets) -> Sets:
+def mean_sets(benchmarks: dict[str, Row], metric: str, named: Sets) -> Sets:
     """What means are taken over: the papers' sets that are all there, and all benchmarks of one
     label.
     """
@@ -166,7 +165,7 @@ def mean_sets(benchmarks: Mapping[str, Facts], metric: str, named: Sets) -> Sets
     return sets
 
 
-def own_rows(results: Facts, metric: str) -> Rows:
+def own_rows(results: Row, metric: str) -> Rows:
     """What this run measured: a row for each guard."""
     rows: Rows = {}
     for guard in results["guards"]:
@@ -186,7 +185,7 @@ def own_rows(results: Facts, metric: str) -> Rows:
     return rows
 
 
-def published_rows(numbers: Sequence[Facts], benchmarks: Mapping[str, Facts], sets: Sets) -> Rows:
+def published_rows(numbers: Sequence[Row], benchmarks: dict[str, Row], sets: Sets) -> Rows:
     """What papers say of guards on benchmarks that were judged whole, and the means that they
     print of these.
     """
@@ -209,7 +208,7 @@ def mean(values: Mapping[str, Value], members: Sequence[str]) -> float | None:
     return fmean(picked) if all(isinstance(value, float) for value in picked) else None
 
 
-def notes(out: Grid, benchmarks: Mapping[str, Facts], sets: Sets, papers: Facts) -> list[str]:
+def notes(out: Grid, benchmarks: dict[str, Row], sets: Sets, papers: Row) -> list[str]:
     """What the numbers mean, and where published ones come from."""
     found = [f"Mean, {s}: {', '.join(sets[s])}; only of rows with all of them." for s in sets]
     if any(label.endswith(NO_WORD) for label, _, _ in out.rows):
@@ -237,7 +236,7 @@ def notes(out: Grid, benchmarks: Mapping[str, Facts], sets: Sets, papers: Facts)
 # --- formats --------------------------------------------------------------------------------------
 
 
-def as_text(out: Grid, benchmarks: Mapping[str, Facts]) -> pandas.DataFrame:
+def as_text(out: Grid, benchmarks: dict[str, Row]) -> pandas.DataFrame:
     """A grid as people read it; F1 without a harmless row carries its recall."""
     table = {"": [f"{label} [{source}]" if source else label for label, source, _ in out.rows]}
     for place, column in enumerate(out.columns):
@@ -253,7 +252,7 @@ def as_text(out: Grid, benchmarks: Mapping[str, Facts]) -> pandas.DataFrame:
     return pandas.DataFrame(table)
 
 
-def markdown(out: Grid, benchmarks: Mapping[str, Facts]) -> str:
+def markdown(out: Grid, benchmarks: dict[str, Row]) -> str:
     """A grid as a markdown section."""
     table = as_text(out, benchmarks)
     text = report.table(table.to_numpy().tolist(), list(table))
@@ -261,7 +260,7 @@ def markdown(out: Grid, benchmarks: Mapping[str, Facts]) -> str:
     return f"## {METRICS[out.metric]}\n\n{text}\n{listed}"
 
 
-def latex(out: Grid, benchmarks: Mapping[str, Facts]) -> str:
+def latex(out: Grid, benchmarks: dict[str, Row]) -> str:
     """A grid as a LaTeX table (package booktabs); notes stand in the caption."""
     caption = " ".join([f"{METRICS[out.metric]}.", *out.notes])
     for character in "&%$#_":

@@ -50,7 +50,7 @@ REFUSED = [
     (
         "toxigen",
         {"text": "q", "toxicity_ai": "a", "toxicity_human": 1},
-        "toxicity_human: expected a number",
+        "field toxicity_ai: expected a number",
     ),
     ("saferlhf", SAFERLHF_ROW, "line 1, field is_response_1_safe: missing"),
     (

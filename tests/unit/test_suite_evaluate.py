@@ -501,7 +501,8 @@ def test_specs(tmp_path, tiny_classifier):
         )
     ]
     assert described[2].load().max_length == 64
-    made = [Benchmark(name, "response_unsafe", [], {}) for name in ("beavertails", "saferlhf")]
+    facts = {"contaminated_by": []}
+    made = [Benchmark(name, "response_unsafe", [], facts) for name in ("beavertails", "saferlhf")]
     knows = [evaluate.describe_guard(guard, made)["knows"] for guard in (bare[0], described[1])]
     assert knows == [["beavertails"], []]
     assert len({c.identity for c in described}) == 4  # `mine` is the same guard by another name
