@@ -114,7 +114,7 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     if "@" in spec and not local:
         raise UserError(f"{spec}: no file after the @; expected {name}@FILE")
     if max_rows is not None and max_rows < 1:
-        raise UserError(f"{spec}: --max_rows {max_rows}: must be at least 1")
+        raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
     rows, left_out = _labelled_rows(entry, _source_rows(name, entry, local))
     if not rows:
         why = f"; left out: {left_out}" if left_out else ""

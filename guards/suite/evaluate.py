@@ -235,6 +235,8 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
         raise UserError(
             "--server_model: is one guard's; with several, write --guards guard:server_model=name …"
         )
+    if args.max_rows is not None and args.max_rows < 1:
+        raise UserError(f"--max_rows {args.max_rows}: must be at least 1")
     if args.bootstrap_rounds < 0:
         raise UserError(f"--bootstrap_rounds {args.bootstrap_rounds}: must be 0 or more")
     if not names and not args.add_results:
