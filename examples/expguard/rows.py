@@ -6,18 +6,18 @@ import json
 import logging
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import DataArguments, ExpGuardConfig
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common import data, metrics
-from common.conversation import Messages, UserError, check_label, check_text, pair
-from common.data import load_conversations, prompt_key, spec_rows
+from common.conversation import Messages, UserError, pair
 from common.data.rows import our_names
 from common.data.specs import load_hub
 from common.keep import rows_digest
@@ -26,15 +26,19 @@ from common.templates import Part, encode, render, template_text, token_offsets
 from guards.suite.benchmarks import is_benchmark, load_benchmark
 
 logger = logging.getLogger("expguard")
-# the paper's count; whether the three subsets are in it is unknown
-HUB, HUB_ROWS = "6rightjade/expguardmix", 56_653
+HUB = "6rightjade/expguardmix"
+GATED = (
+    f"it is gated: accept the terms on https://huggingface.co/datasets/{HUB}, then run "
+    "`hf auth login`; or pass --dataset_name a local file of its columns"
+)
 # taken out of the hub release, for their licences; in the paper's order
 SUBSETS = ("lmsys", "wildchat", "suicide")
+COLUMNS = ("prompt", "response", "prompt_label", "response_label")
 WORDS = {False: "safe", True: "unsafe"}
 Row = dict[str, Any]
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------------------------
 
 
 def read_rows(name: str, data_dir: str, bad_rows: str = "error") -> list[Row]:
@@ -42,9 +46,8 @@ def read_rows(name: str, data_dir: str, bad_rows: str = "error") -> list[Row]:
 
     Args:
         name: expguardmix (a folder of that name in `data_dir`, else the hub), a folder with
-        train.jsonl, a file, or
-            any spec of `common.data`. The JSONL subsets that left the hub release are read where
-            the folder has them.
+            train.jsonl, a file, or any spec of `common.data`. The JSONL subsets that left the hub
+            release are read where the folder has them.
         bad_rows: error, or skip (counted).
 
     Raises:
@@ -52,15 +55,15 @@ def read_rows(name: str, data_dir: str, bad_rows: str = "error") -> list[Row]:
     """
     if bad_rows not in ("error", "skip"):
         raise UserError(f"--bad_rows {bad_rows}: must be error or skip")
-    rows, skipped = [], []
-    for part in _parts(name, Path(data_dir)):
-        for where, row in part:
-            try:
-                rows.append(_checked(row, where))
-            except UserError as error:
-                if bad_rows == "error":
-                    raise
-                skipped.append(error)
+    rows = []
+    skipped = []
+    for where, row in rows_of(name, Path(data_dir)):
+        try:
+            rows.append(checked_row(row, where))
+        except UserError as error:
+            if bad_rows == "error":
+                raise
+            skipped.append(error)
     if skipped:
         logger.warning("%s: left out %d bad rows; the first: %s", name, len(skipped), skipped[0])
     if not rows:
@@ -68,98 +71,128 @@ def read_rows(name: str, data_dir: str, bad_rows: str = "error") -> list[Row]:
     return rows
 
 
+def rows_of(name: str, data_dir: Path) -> Iterator[tuple[str, Any]]:
+    """Rows as they stand, each with a text that says where it stands."""
+    folder = folder_of(name, data_dir)
+    if folder is None:
+        yield from hub_rows() if is_mix(name) else data.spec_rows(name)[1]
+        return
+    for subset in SUBSETS:
+        if (folder / f"{subset}.jsonl").is_file():
+            yield from data.read_rows(folder / f"{subset}.jsonl")
+    train = folder / "train.jsonl"
+    if is_mix(name) and not train.is_file():
+        yield from hub_rows()
+    else:
+        yield from data.read_rows(train)
+
+
 def folder_of(name: str, data_dir: Path) -> Path | None:
     """The local folder that a name means, if there is one."""
-    places = (Path(name).expanduser(), data_dir / name.removeprefix("6rightjade/"))
-    return next((place for place in places if place.is_dir()), None)
+    for place in (Path(name).expanduser(), data_dir / name.removeprefix("6rightjade/")):
+        if place.is_dir():
+            return place
+    return None
 
 
 def is_mix(name: str) -> bool:
     """Whether a name means ExpGuardMix."""
-    return name in (HUB, HUB.partition("/")[2])
+    return name in (HUB, "expguardmix")
 
 
-def _parts(name: str, data_dir: Path) -> Iterator[Iterable[tuple[str, Any]]]:
-    folder, mix = folder_of(name, data_dir), is_mix(name)
-    if folder is None and not mix:
-        yield spec_rows(name)[1]
-        return
-    if folder is not None:
-        for subset in SUBSETS:
-            if (folder / f"{subset}.jsonl").is_file():
-                yield data.read_rows(folder / f"{subset}.jsonl")
-        if (folder / "train.jsonl").is_file() or not mix:
-            yield data.read_rows(folder / "train.jsonl")
-            return
-    yield _hub_rows()
+def hub_rows() -> Iterator[tuple[str, Any]]:
+    rows = load_hub(HUB, "train", "expguardtrain", where=HUB, hint=GATED)
+    for number, row in enumerate(tqdm(rows, desc=f"reading {HUB}", unit="row")):
+        yield f"{HUB}, row {number}", row
 
 
-def _hub_rows() -> Iterator[tuple[str, Any]]:
-    hint = (
-        f"it is gated: accept the terms on https://huggingface.co/datasets/{HUB}, then run "
-        "`hf auth login`; or pass --dataset_name a local file of its columns"
-    )
-    rows = load_hub(HUB, "train", "expguardtrain", where=HUB, hint=hint)
-    if len(rows) != HUB_ROWS:
-        logger.warning("%s: %d rows; the paper has %d", HUB, len(rows), HUB_ROWS)
-    for i, row in enumerate(tqdm(rows, desc=f"reading {HUB}", unit="row")):
-        yield f"{HUB}, row {i}", row
-
-
-def _checked(row: Any, where: str) -> Row:
-    if isinstance(row, UserError):
-        raise row
-    row = our_names(row, where) if isinstance(row, Mapping) else row
-    if not isinstance(row, Mapping) or not {"prompt", "prompt_label"} <= set(row):
-        raise UserError(
-            f"{where}: expected prompt and prompt_label (and response, response_label, domain), found {row!r:.60}"
-        )
-    response = row.get("response")
-    if response is None or response != response or not str(response).strip():
-        response = None
-    labels = {
-        name: check_label(row.get(name), name, where) for name in ("prompt_label", "response_label")
-    }
-    if labels["prompt_label"] is None:
+def checked_row(row: Any, where: str) -> Row:
+    """A row with a label for its prompt, and one for its response if it has one."""
+    domain = None
+    if isinstance(row, Mapping):
+        row = our_names(row, where)
+        if "prompt" not in row or "prompt_label" not in row:
+            raise UserError(
+                f"{where}: expected prompt and prompt_label (and response, response_label, "
+                f"domain), found {row!r:.60}"
+            )
+        domain = row.get("domain")
+        row = {column: row.get(column) for column in COLUMNS}
+    found = data.conversation_row(row, where)
+    answered = len(found["messages"]) == 2
+    if found["prompt_unsafe"] is None:
         raise UserError(f"{where}, field prompt_label: missing; expected safe or unsafe")
-    if (response is None) != (labels["response_label"] is None):
-        given, absent = (
-            ("response_label", "response") if response is None else ("response", "response_label")
-        )
+    if answered and found["response_unsafe"] is None:
         raise UserError(
-            f"{where}, field {absent}: empty, although the row has a {given}; fill in or empty both, or --bad_rows skip"
+            f"{where}, field response_label: empty, although the row has a response; "
+            "fill in or empty both, or --bad_rows skip"
         )
-    messages = pair(
-        check_text(row["prompt"], "prompt", where),
-        None if response is None else check_text(response, "response", where),
-    )
-    return {
-        "id": Path(where).name,
-        "messages": messages,
-        "prompt_unsafe": labels["prompt_label"],
-        "response_unsafe": labels["response_label"],
-        "domain": str(row.get("domain") or "none"),
-    }
+    kept = ("id", "messages", "prompt_unsafe", "response_unsafe")
+    return {name: found[name] for name in kept} | {"domain": str(domain or "none")}
 
 
-# --- what is to know before training ----------------------------------------------------------------------------------
+# --- What is to be known before training --------------------------------------------------------
+
+
+def load_rows(
+    data_args: DataArguments, args: ExpGuardConfig
+) -> tuple[list[Row], list[Row] | None, str]:
+    """Training rows, validation rows (None without --do_eval) and the name of these."""
+    rows = []
+    for name in data_args.dataset_name:
+        rows += read_rows(name, data_args.data_dir, data_args.bad_rows)
+    if not args.do_eval:
+        return rows, None, ""
+    given = data_args.val_data or validation_file(data_args)
+    name = given or f"{data_args.val_split_ratio} of {' '.join(data_args.dataset_name)}"
+    if metrics.is_test(name):
+        raise UserError(
+            f"--do_eval: {name} is a test set; neither epoch nor threshold is chosen on one"
+        )
+    if given is None:
+        return *stratified_split(rows, data_args.val_split_ratio, args.seed), name
+    return rows, read_rows(given, data_args.data_dir, data_args.bad_rows), name
+
+
+def validation_file(data_args: DataArguments) -> str | None:
+    """The val.jsonl of the first folder that has one."""
+    for name in data_args.dataset_name:
+        folder = folder_of(name, Path(data_args.data_dir))
+        if folder is not None and (folder / "val.jsonl").is_file():
+            return str(folder / "val.jsonl")
+    return None
+
+
+def facts_of(
+    rows: list[Row], held_out: list[Row] | None, data_args: DataArguments
+) -> dict[str, Any]:
+    """What is to be known of the rows, and how many of the evaluation sets' rows they hold."""
+    facts = {"train": describe(rows)}
+    others = {}
+    for spec in data_args.overlap_with:
+        others[spec] = evaluation_rows(spec, data_args.bad_rows)
+    if held_out is not None:
+        facts["validation"] = describe(held_out)
+        others["validation"] = held_out
+    facts["overlap"] = {name: data.overlap(rows, other) for name, other in others.items()}
+    return facts
 
 
 def describe(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts, label balance by domain, duplicates, and a fingerprint."""
     labels = defaultdict(set)
     for row in rows:
-        key = json.dumps([message["content"].strip() for message in row["messages"]])
-        labels[key].add((row["prompt_unsafe"], row["response_unsafe"]))
+        texts = [message["content"].strip() for message in row["messages"]]
+        labels[json.dumps(texts)].add((row["prompt_unsafe"], row["response_unsafe"]))
+    unsafe = [row for row in rows if row["prompt_unsafe"]]
+    answered = [row for row in rows if row["response_unsafe"] is not None]
     return {
         "rows": len(rows),
-        "prompt_unsafe": sum(row["prompt_unsafe"] for row in rows),
-        "with_response": sum(row["response_unsafe"] is not None for row in rows),
-        "response_unsafe": sum(bool(row["response_unsafe"]) for row in rows),
+        "prompt_unsafe": len(unsafe),
+        "with_response": len(answered),
+        "response_unsafe": sum(row["response_unsafe"] for row in answered),
         "domains": dict(Counter(row["domain"] for row in rows)),
-        "unsafe_prompts_by_domain": dict(
-            Counter(row["domain"] for row in rows if row["prompt_unsafe"])
-        ),
+        "unsafe_prompts_by_domain": dict(Counter(row["domain"] for row in unsafe)),
         "duplicates": len(rows) - len(labels),
         "conflicting": sum(len(given) > 1 for given in labels.values()),
         "sha256": rows_digest(rows),
@@ -167,12 +200,14 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def evaluation_rows(spec: str, bad_rows: str = "error") -> Sequence[Mapping]:
-    """The rows of a benchmark (`name` or `name@file`) or of a data spec, as messages; `bad_rows` as
-    of `read_rows`.
+    """The rows of a benchmark (`name` or `name@file`) or of a data spec, as messages.
+
+    Args:
+        bad_rows: as of `read_rows`.
     """
     if is_benchmark(spec):
         return load_benchmark(spec).rows
-    return load_conversations(spec, bad_rows=bad_rows)
+    return data.load_conversations(spec, bad_rows=bad_rows)
 
 
 def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -184,49 +219,27 @@ def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list
     """
     if not 0 < ratio <= 0.5:
         raise UserError(f"--val_split_ratio {ratio}: expected above 0, at most 0.5")
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[prompt_key(row)].append(row)
     rng = random.Random(seed)
-
-    def stratum(key: str) -> tuple:
-        first = groups[key][0]
-        return first["prompt_unsafe"], str(first["response_unsafe"]), first["domain"], rng.random()
-
-    start, taken = rng.random(), set()
-    # every so many-th: each stratum gives its share
-    for i, key in enumerate(sorted(groups, key=stratum)):
+    start = rng.random()
+    strata = {}
+    for row in rows:
+        key = data.prompt_key(row)
+        if key not in strata:
+            labels = row["prompt_unsafe"], str(row["response_unsafe"])
+            strata[key] = (*labels, row["domain"], rng.random())
+    held_out = set()
+    # Every so many-th prompt in the order of strata: each gives its share.
+    for i, key in enumerate(sorted(strata, key=strata.get)):
         if int((i + 1) * ratio + start) > int(i * ratio + start):
-            taken.add(key)
-    sides = (
-        [row for row in rows if prompt_key(row) not in taken],
-        [row for row in rows if prompt_key(row) in taken],
-    )
-    if not all(sides):
+            held_out.add(key)
+    kept = [row for row in rows if data.prompt_key(row) not in held_out]
+    validation = [row for row in rows if data.prompt_key(row) in held_out]
+    if not kept or not validation:
         raise UserError(f"--val_split_ratio {ratio}: {len(rows)} rows are too few to hold some out")
-    return sides
+    return kept, validation
 
 
-# --- token ids --------------------------------------------------------------------------------------------------------
-
-
-def prompt_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    """The ExpGuard prompt of a conversation in pieces; encode it without special tokens, it has
-    none to be added.
-    """
-    stripped = [{**message, "content": message["content"].strip()} for message in messages]
-    return render("expguard", stripped, tokenizer)
-
-
-def chat_template() -> str:
-    """The same prompt as a chat template, for stock `apply_chat_template`; it refuses roles that do
-    not alternate.
-
-    As the paper's own template it prints every turn, although no training row has more than one
-    question.
-    """
-    return CHAT_HEAD + template_text("expguard")
-
+# --- Prompt and target --------------------------------------------------------------------------
 
 CHAT_HEAD = """{%- for message in messages -%}
 {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
@@ -239,13 +252,28 @@ CHAT_HEAD = """{%- for message in messages -%}
 """
 
 
+def chat_template() -> str:
+    """The prompt as a chat template, for stock `apply_chat_template`; it refuses roles that do not
+    alternate.
+
+    As the paper's own template it prints every turn, although no training row has more than one
+    question.
+    """
+    return CHAT_HEAD + template_text("expguard")
+
+
+def prompt_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+    """The ExpGuard prompt of a conversation in pieces, to be encoded without special tokens."""
+    stripped = [{**message, "content": message["content"].strip()} for message in messages]
+    return render("expguard", stripped, tokenizer)
+
+
 def target_text(prompt_unsafe: bool, response_unsafe: bool | None) -> str:
     """The verdict lines."""
-    lines = [f"User Safety Assessment: {WORDS[prompt_unsafe]}"]
-    lines += (
-        [] if response_unsafe is None else [f"Agent Safety Assessment: {WORDS[response_unsafe]}"]
-    )
-    return "\n".join(lines)
+    first = f"User Safety Assessment: {WORDS[prompt_unsafe]}"
+    if response_unsafe is None:
+        return first
+    return f"{first}\nAgent Safety Assessment: {WORDS[response_unsafe]}"
 
 
 class Encoder:
@@ -259,28 +287,21 @@ class Encoder:
         """Raises UserError where the tokenizer has no EOS, or does not keep prompt, lines and words
         apart.
         """
-        self.tokenizer, self.max_length = tokenizer, max_length
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token; verdicts would not end")
-        self.targets = {(p, r): self._target(p, r) for p in WORDS for r in (None, *WORDS)}
-        self.user = _first_difference(self.targets[False, None], self.targets[True, None])
-        self.agent = {
-            p: _first_difference(self.targets[p, False], self.targets[p, True]) for p in WORDS
-        }
-        places = [
-            (self.user, (False, None), (True, None)),
-            (self.user, (False, False), (True, False)),
-        ]
-        places += [(self.agent[p], (p, False), (p, True)) for p in WORDS]
-        pairs = {tuple(self.targets[target][at] for target in ends) for at, *ends in places}
-        if len(pairs) > 1:
-            raise UserError(
-                f"the tokenizer writes safe and unsafe differently in the two lines: {pairs}"
-            )
-        (self.words,) = pairs  # the tokens at which " safe" and " unsafe" part
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.targets: dict[tuple[bool, bool | None], list[int]] = {}
+        for prompt_unsafe in WORDS:
+            for response_unsafe in (None, *WORDS):
+                target = self._target(prompt_unsafe, response_unsafe)
+                self.targets[prompt_unsafe, response_unsafe] = target
+        self.room = max_length - max(len(target) for target in self.targets.values())
+        self._find_words()
 
     def _target(self, prompt_unsafe: bool, response_unsafe: bool | None) -> list[int]:
-        parts = prompt_parts(pair("x", None if response_unsafe is None else "y"), self.tokenizer)
+        messages = pair("x", None if response_unsafe is None else "y")
+        parts = prompt_parts(messages, self.tokenizer)
         text = Part(target_text(prompt_unsafe, response_unsafe), False)
         prompt, whole = encode(self.tokenizer, [parts, [*parts, text]], add_special_tokens=False)
         if whole[: len(prompt)] != prompt:
@@ -289,64 +310,109 @@ class Encoder:
             )
         return [*whole[len(prompt) :], self.tokenizer.eos_token_id]
 
+    def _find_words(self) -> None:
+        """Find the places of the verdicts in a target: `user`, and `agent` by the first verdict.
+
+        `words` are the tokens at which " safe" and " unsafe" part, the same at all places.
+        """
+        targets = self.targets
+        self.user = first_difference(targets[False, None], targets[True, None])
+        self.agent = {}
+        pairs = set()
+        for answer in (None, False):
+            pairs.add((targets[False, answer][self.user], targets[True, answer][self.user]))
+        for first in WORDS:
+            safe, unsafe = targets[first, False], targets[first, True]
+            place = self.agent[first] = first_difference(safe, unsafe)
+            pairs.add((safe[place], unsafe[place]))
+        if len(pairs) > 1:
+            raise UserError(
+                f"the tokenizer writes safe and unsafe differently in the two lines: {pairs}"
+            )
+        (self.words,) = pairs
+
     def prompts(self, rows: Sequence[Row]) -> tuple[list[list[int]], dict[str, int]]:
         """Prompt ids that leave room for the longest target, and how many contents were cut for
         that.
         """
-        room, facts, out = self.max_length - max(map(len, self.targets.values())), Counter(), []
+        cuts = Counter(shortened_rows=0, shortened_responses=0, shortened_prompts=0)
+        prompts = []
         for start in tqdm(range(0, len(rows), 1000), desc="tokenizing", disable=len(rows) < 10_000):
             some = rows[start : start + 1000]
-            parts = [prompt_parts(row["messages"], self.tokenizer) for row in some]
-            for row, ids in zip(
-                some, encode(self.tokenizer, parts, add_special_tokens=False), strict=True
-            ):
-                if len(ids) > room:
-                    ids, cut = self._shortened(row, room)
-                    facts.update(["shortened_rows", *cut])
-                out.append(ids)
-        return out, {
-            name: facts[name]
-            for name in ("shortened_rows", "shortened_responses", "shortened_prompts")
-        }
+            encoded = self._encode([row["messages"] for row in some])
+            for row, ids in zip(some, encoded, strict=True):
+                if len(ids) > self.room:
+                    ids, cut = self._shortened(row)
+                    cuts.update(["shortened_rows", *cut])
+                prompts.append(ids)
+        return prompts, dict(cuts)
 
-    def _shortened(self, row: Row, room: int) -> tuple[list[int], list[str]]:
-        """Ids of at most `room` tokens: the end of the response is cut (down to a quarter), then
-        that of the prompt.
+    def _encode(self, conversations: Sequence[Messages]) -> list[list[int]]:
+        parts = [prompt_parts(messages, self.tokenizer) for messages in conversations]
+        return encode(self.tokenizer, parts, add_special_tokens=False)
+
+    def _shortened(self, row: Row) -> tuple[list[int], list[str]]:
+        """Ids that fit, and what was cut: the end of the response, down to a quarter of the room,
+        then that of the prompt.
         """
         texts = [message["content"].strip() for message in row["messages"]]
         spans = [token_offsets(self.tokenizer, text) for text in texts]
-        keep, least = [len(span) for span in spans], [1, max(1, room // 4)]
+        keep = [len(span) for span in spans]
+        least = [1, max(1, self.room // 4)]
         while True:
-            cut = [t[: span[n - 1][1]] for t, span, n in zip(texts, spans, keep, strict=True)]
-            (ids,) = encode(
-                self.tokenizer, [prompt_parts(pair(*cut), self.tokenizer)], add_special_tokens=False
-            )
-            if len(ids) <= room:
-                whole = zip(("shortened_prompts", "shortened_responses"), keep, spans, strict=False)
-                return ids, [name for name, n, span in whole if n < len(span)]
-            which = next((i for i in reversed(range(len(keep))) if keep[i] > least[i]), None)
-            if which is None:
+            cut = [texts[i][: spans[i][n - 1][1]] for i, n in enumerate(keep)]
+            (ids,) = self._encode([pair(*cut)])
+            excess = len(ids) - self.room
+            if excess <= 0:
+                break
+            shrinkable = [i for i in range(len(keep)) if keep[i] > least[i]]
+            if not shrinkable:
                 raise UserError(
-                    f"--max_seq_len {self.max_length}: {row['id']} does not fit: the template alone is longer"
+                    f"--max_seq_len {self.max_length}: {row['id']} does not fit: "
+                    "the template alone is longer"
                 )
-            keep[which] -= min(len(ids) - room, keep[which] - least[which])
+            last = shrinkable[-1]
+            keep[last] -= min(excess, keep[last] - least[last])
+        names = ("shortened_prompts", "shortened_responses")
+        return ids, [names[i] for i, n in enumerate(keep) if n < len(spans[i])]
 
-    def verdict_sequences(self, row: Row, prompt: list[int]) -> list[dict[str, list[int]]]:
-        """`input_ids` up to the last verdict, and `labels` where there is one: two where the row
-        has a response.
-
-        The second verdict depends on the first: there is one sequence for each.
+    def training_set(self, rows: Sequence[Row]) -> tuple[Dataset, dict[str, int]]:
+        """`input_ids` and `labels` (-100 but on the verdict lines and EOS) of each row, and what
+        was cut.
         """
-        answered = row["response_unsafe"] is not None
+        prompts, facts = self.prompts(rows)
+        encoded = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            target = self.targets[row["prompt_unsafe"], row["response_unsafe"]]
+            labels = [-100] * len(prompt) + target
+            encoded.append({"input_ids": prompt + target, "labels": labels})
+        facts["tokens"] = sum(len(one["input_ids"]) for one in encoded)
+        facts["verdict_tokens"] = facts["tokens"] - sum(len(prompt) for prompt in prompts)
+        return Dataset.from_list(encoded), facts
+
+    def verdict_set(self, rows: Sequence[Row], prompts: Sequence[list[int]]) -> Dataset:
+        """The sequences in which the verdicts on rows are read, one or two a row.
+
+        Each has `input_ids` up to its last verdict, and `labels` at its verdicts. The second
+        verdict depends on the first, which is not known before: a row with a response has a
+        sequence for each first verdict.
+        """
         sequences = []
-        for first in WORDS if answered else (False,):
-            places = [self.user, self.agent[first]] if answered else [self.user]
-            target = self.targets[first, False if answered else None][: places[-1] + 1]
-            labels = [-100] * (len(prompt) + len(target))
-            for place in places:
-                labels[len(prompt) + place] = self.words[1]
-            sequences.append({"input_ids": prompt + target, "labels": labels})
-        return sequences
+        for row, prompt in zip(rows, prompts, strict=True):
+            if row["response_unsafe"] is None:
+                sequences.append(self._sequence(prompt, self.targets[False, None], self.user))
+                continue
+            for first in WORDS:
+                target = self.targets[first, False]
+                sequences.append(self._sequence(prompt, target, self.user, self.agent[first]))
+        return Dataset.from_list(sequences)
+
+    def _sequence(self, prompt: list[int], target: list[int], *places: int) -> dict[str, list[int]]:
+        ids = prompt + target[: places[-1] + 1]
+        labels = [-100] * len(ids)
+        for place in places:
+            labels[len(prompt) + place] = self.words[1]
+        return {"input_ids": ids, "labels": labels}
 
     def compared(self, rows: Sequence[Row]) -> Dataset:
         """The verdicts of a few rows, to compare a model in memory with the folder it was written
@@ -354,93 +420,69 @@ class Encoder:
         """
         few = spread(rows)
         prompts, _ = self.prompts(few)
-        both = zip(few, prompts, strict=True)
-        return Dataset.from_list(
-            [one for row, prompt in both for one in self.verdict_sequences(row, prompt)]
-        )
-
-    def training_set(self, rows: Sequence[Row]) -> tuple[Dataset, dict[str, int]]:
-        """`input_ids` and `labels` (-100 but on the verdict lines and EOS) of each row, and what
-        was cut.
-        """
-        prompts, facts = self.prompts(rows)
-        targets = [self.targets[row["prompt_unsafe"], row["response_unsafe"]] for row in rows]
-        both = list(zip(prompts, targets, strict=True))
-        encoded = {
-            "input_ids": [prompt + target for prompt, target in both],
-            "labels": [[-100] * len(prompt) + target for prompt, target in both],
-        }
-        facts |= {
-            "tokens": sum(map(len, encoded["input_ids"])),
-            "verdict_tokens": sum(map(len, targets)),
-        }
-        return Dataset.from_dict(encoded), facts
+        return self.verdict_set(few, prompts)
 
 
-def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
-    return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    place = 0
+    while one[place] == other[place]:
+        place += 1
+    return place
+
+
+# --- Validation ---------------------------------------------------------------------------------
 
 
 class Validation:
     """Validation rows, and their scores after each evaluation: what a guard that writes would
     decide.
-
-    The second verdict depends on the first, which is not known before: a row with a response is two
-    sequences, one for each first verdict, and the one that the model would write counts.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder, name: str):
         """Raises UserError when there is nothing to select on."""
         if not 0 < sum(row["prompt_unsafe"] for row in rows) < len(rows):
             raise UserError(f"{name}: validation needs safe and unsafe prompts")
-        prompts, self.facts = encoder.prompts(rows)
-        # alike in batches
+        self.name = name
+        prompts, _ = encoder.prompts(rows)
+        # what is alike in length is in one batch, and prompts alone come first
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["messages"]), len(prompts[i])))
-        self.name, self.rows, sequences = name, [rows[i] for i in order], []
-        for row, prompt in zip(self.rows, (prompts[i] for i in order), strict=True):
-            sequences += encoder.verdict_sequences(row, prompt)
-        self.dataset = Dataset.from_list(sequences)
-        self.scores: dict[str, tuple[list[bool], list[float]]] = {}
+        rows = [rows[i] for i in order]
+        self.dataset = encoder.verdict_set(rows, [prompts[i] for i in order])
+        self.truths = {"prompt_unsafe": [row["prompt_unsafe"] for row in rows]}
+        responses = [row["response_unsafe"] for row in rows]
+        self.alone = responses.count(None)
+        if self.alone < len(rows):
+            self.truths["response_unsafe"] = responses[self.alone :]
+        self.scores: dict[str, list[float]] = {}
 
     def __call__(self, prediction: Any) -> dict[str, float]:
         """Metrics of `prediction.predictions`, of shape (sequences, 2): P(unsafe) of prompt and
         response.
         """
-        sequences = iter(np.asarray(prediction.predictions, dtype=float))
-        self.scores = {"prompt_unsafe": ([], []), "response_unsafe": ([], [])}
-        for row in self.rows:
-            prompt = next(sequences)
-            found = {"prompt_unsafe": prompt[0]}
-            if row["response_unsafe"] is not None:
-                found["response_unsafe"] = (prompt, next(sequences))[int(prompt[0] > 0.5)][1]
-            for label, score in found.items():
-                self.scores[label][0].append(row[label])
-                self.scores[label][1].append(float(np.nan_to_num(score, nan=1.0)))  # fail closed
-        measured = self.measured()
-        named = {
-            f"{n.partition('_')[0]}_{m}": measured[n][m]
-            for n in measured
-            for m in ("f1", "auprc", "fpr")
-        }
-        f1 = [values["f1"] for values in measured.values() if values["f1"] is not None]
-        return {"f1": float(np.mean(f1))} | {
-            name: value for name, value in named.items() if value is not None
-        }
+        scores = np.nan_to_num(np.asarray(prediction.predictions, dtype=float), nan=1.0)
+        alone, paired = scores[: self.alone], scores[self.alone :].reshape(-1, 2, 2)
+        # of the two sequences of a row that one counts whose first verdict would be written
+        written = (paired[:, 0, 0] > 0.5).astype(int)
+        self.scores["prompt_unsafe"] = [*alone[:, 0].tolist(), *paired[:, 0, 0].tolist()]
+        self.scores["response_unsafe"] = paired[range(len(paired)), written, 1].tolist()
+        values = {}
+        for label, measured in self.measured().items():
+            for name in ("f1", "auprc", "fpr"):
+                if measured[name] is not None:
+                    values[f"{label.removesuffix('_unsafe')}_{name}"] = measured[name]
+        f1 = [value for name, value in values.items() if name.endswith("_f1")]
+        return {"f1": float(np.mean(f1)), **values}
 
     def measured(self) -> dict[str, dict[str, Any]]:
-        """`metrics.binary` of each label that there is; a score that was not a number counts as
-        unsafe.
-        """
+        """`metrics.binary` of each label; a score that was not a number counts as unsafe."""
         return {
-            label: metrics.binary(truth, score)
-            for label, (truth, score) in self.scores.items()
-            if truth
+            label: metrics.binary(self.truths[label], self.scores[label]) for label in self.truths
         }
 
     def thresholds(self) -> dict[str, dict[str, Any]]:
         """The threshold with the highest F1 for each label that has both classes here."""
-        return {
-            label: metrics.fit_threshold(truth, score, self.name)
-            for label, (truth, score) in self.scores.items()
-            if 0 < sum(truth) < len(truth)
-        }
+        found = {}
+        for label, truth in self.truths.items():
+            if 0 < sum(truth) < len(truth):
+                found[label] = metrics.fit_threshold(truth, self.scores[label], self.name)
+        return found
