@@ -29,6 +29,11 @@ ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing
 ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
 
 
+AS_TEXT = {
+    "add_special_tokens": False,
+    "split_special_tokens": True,
+    "return_offsets_mapping": True,
+}
 Span = tuple[int, int]  # the first character, and the one after the last
 
 
@@ -307,28 +312,26 @@ def windows(
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, text: str | None, size: int
 ) -> list[str] | list[None]:
-    """`text` in overlapping pieces of at most `size` tokens."""
-    offsets = token_offsets(tokenizer, text or "")
-    if len(offsets) <= size:
+    """`text` in pieces of at most `size` tokens, each of which repeats a quarter of the one before."""
+    if len(token_offsets(tokenizer, text or "")) <= size:
         return [text]
     step = max(1, size * 3 // 4)
-    pieces = []
-    for first in range(0, len(offsets) - size + step, step):
-        covered = offsets[first : first + size]
-        pieces.append(text[covered[0][0] : covered[-1][1]])
-    return pieces
+    pieces = tokenizer(
+        text,
+        truncation=True,
+        max_length=size,
+        stride=size - step,
+        return_overflowing_tokens=True,
+        **AS_TEXT,
+    )
+    return [text[spans[0][0] : spans[-1][1]] for spans in pieces["offset_mapping"]]
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Span]:
     """The characters that each token of `text` covers when control strings are read as text, as
     `encode` does.
     """
-    options = {
-        "add_special_tokens": False,
-        "split_special_tokens": True,
-        "return_offsets_mapping": True,
-    }
-    return tokenizer(text, **options)["offset_mapping"]
+    return tokenizer(text, **AS_TEXT)["offset_mapping"]
 
 
 def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
