@@ -94,6 +94,7 @@ def train(
     warmup_steps: float = 10,
     save_steps: int = 25,
     gradient_checkpointing: bool = False,
+    deepspeed: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 42,
@@ -127,6 +128,7 @@ def train(
         load_in_8bit: base in 8 bits (bitsandbytes), as the paper's; load_in_4bit: in 4.
         warmup_steps: steps, or below 1 a share of them.
         save_steps: a checkpoint at every so many steps.
+        deepspeed: a DeepSpeed config, such as ../../launch/zero3.json.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     step = micro_batch_size * processes
@@ -240,6 +242,7 @@ def training_arguments(values: dict[str, Any], accumulation: int) -> DefenceConf
             max_length=values["cutoff_len"] if values["packing"] else None,
             bf16=inference_dtype() == torch.bfloat16,
             gradient_checkpointing=values["gradient_checkpointing"],
+            deepspeed=values["deepspeed"],
             eval_strategy="steps" if validated else "no",
             eval_steps=values["save_steps"] if validated else None,
             save_strategy="steps",
