@@ -16,7 +16,7 @@ import pytest
 import scripts
 import torch
 from safetensors.torch import load_file
-from scripts import BIN, module
+from scripts import BIN, TORCHRUN, module
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,30 +138,28 @@ def test_adapters_off_is_the_chat_model_bit_for_bit(trained, tiny_base):
             assert torch.equal(guarded(ids).logits, expected)
 
 
+# as launch/multi_gpu.sh starts it
+ACCELERATE = [
+    BIN / "accelerate",
+    "launch",
+    "--multi-gpu",
+    "--mixed-precision=bf16",
+    "--num-processes=2",
+]
+
+
 @slow
 @pytest.mark.parametrize(
-    ("more", "processes"),
-    [
-        (["--per-device-batch-size", 1, "--gradient-accumulation-steps", 8], 1),
-        (["--per-device-batch-size", 4], 2),
-    ],
-    ids=["8x1", "2 processes x 4"],
+    ("launcher", "rows", "accumulation"),
+    [([sys.executable], 1, 8), (ACCELERATE, 4, 1), (TORCHRUN, 4, 1)],
+    ids=["8x1", "accelerate, 2 processes x 4", "torchrun, 2 processes x 4"],
 )
-def test_batches_of_one_step_give_one_gradient(trained, tiny_base, tmp_path, more, processes):
+def test_batches_of_one_step_give_one_gradient(
+    trained, tiny_base, tmp_path, launcher, rows, accumulation
+):
     """Losses, the norms of the gradients and the weights of 1 process x 8 rows."""
-    accelerate = [
-        BIN / "accelerate",
-        "launch",
-        "--multi-gpu",
-        "--mixed-precision=bf16",
-        "--num-processes=2",
-    ]
-    launcher = accelerate if processes > 1 else [sys.executable]
-    launch(
-        *arguments(tiny_base, tmp_path / "run", *more),
-        launcher=launcher,
-        threads=max(1, scripts.THREADS // processes),
-    )
+    batch = ["--per-device-batch-size", rows, "--gradient-accumulation-steps", accumulation]
+    launch(*arguments(tiny_base, tmp_path / "run", *batch), launcher=launcher, threads=1)
     for key in ("loss", "grad_norm"):
         assert history(tmp_path / "run", key) == pytest.approx(
             history(trained, key), rel=2e-3, abs=1e-4
