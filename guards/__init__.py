@@ -26,19 +26,22 @@ from guards.card import (
     card_path,
     check_equal_outputs,
     check_probe,
+    check_thresholds,
     check_tokenizer_file,
     has_card,
     make_probe,
     read_card,
     write_card,
 )
-from guards.known import zoo, zoo_name
+from guards.known import did_you_mean, zoo, zoo_name
 
 logger = logging.getLogger(__name__)
 __all__ = ["LONG_INPUTS", "Guard", "add_probe", "entry_of", "load_guard", "zoo"]
 
 templates.FOLDERS.append(Path(__file__).parent / "prompts")
 
+# What zoo.yaml says of a classifier, which load_guard is not told.
+OF_CLASSIFIERS = ("template", "labels", "max_length", "unsafe_labels", "problem_type")
 # Options that make another guard of a folder than its card describes, so that the card's probe says
 # nothing of it.
 OTHER_GUARD = ("chat_template", "labels", "mode", "template", "unsafe_labels")
@@ -65,6 +68,7 @@ def load_guard(spec: str, **options: Any) -> Guard:
     """
     spec = expand_home(spec)
     given = {name: expand_home(value) for name, value in options.items() if value is not None}
+    check_thresholds(given.get("thresholds", {}))
     if has_card(spec):
         guard = _loaded(spec, read_card(spec), given)
     elif is_unfinished(spec):
@@ -97,21 +101,25 @@ def _by_name(spec: str, options: dict[str, Any]) -> Guard:
     from guards.classifier import ClassifierGuard
     from guards.generative import GenerativeGuard
 
-    entry = entry_of(spec)
+    name = zoo_name(spec)
+    entry = zoo().get(name, {})
     kind = entry.get("kind", "classifier")
-    model = options.pop("model", entry.get("model", spec)) if kind != "api" else entry["service"]
     if kind == "api":
-        guard = _made(spec, ApiGuard, model, _here(spec, options))
-    elif kind == "generative":
-        guard = _made(spec, GenerativeGuard, model, {"entry": entry} | options)
+        return _made(spec, ApiGuard, entry["service"], _here(spec, options))
+    model = options.pop("model", entry.get("model", spec))
+    if kind == "generative":
+        guard = _made(spec, GenerativeGuard, model, {"entry": entry, **options})
     else:
-        names = ("template", "labels", "max_length", "unsafe_labels")
-        known = {name: entry[name] for name in names if name in entry}
+        known = {key: entry[key] for key in OF_CLASSIFIERS if key in entry}
         if "labels" in known:
             known["labels"] = taxonomy(known["labels"])
-        guard = _made(spec, ClassifierGuard, model, known | _here(spec, options))
+        try:
+            guard = _made(spec, ClassifierGuard, model, known | _here(spec, options))
+        except UserError as error:
+            hint = did_you_mean(spec) if name is None and model == spec else ""
+            raise UserError(f"{error}{hint}") from None
     if model != spec:
-        guard.name = spec
+        guard.name = name or spec
     return guard
 
 

@@ -5,6 +5,7 @@ a response.
 """
 
 import logging
+import math
 import os
 import random
 import re
@@ -21,33 +22,25 @@ from tqdm.auto import tqdm
 
 from common.conversation import Message, Messages, UserError, Verdict, check_url
 from common.run import is_main_process
-from guards.base import LAST_TURN, LONG_INPUTS, Guard
+from guards.base import LAST_TURN, LONG_INPUTS, Guard, check_option
 
 logger = logging.getLogger(__name__)
-MODEL = "omni-moderation-2024-09-26"
+# fmt: off
 CATEGORIES = {
-    "harassment",
-    "harassment/threatening",
-    "hate",
-    "hate/threatening",
-    "illicit",
-    "illicit/violent",
+    "harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent",
+    "self-harm", "self-harm/instructions", "self-harm/intent", "sexual", "sexual/minors",
+    "violence", "violence/graphic",
 }
-CATEGORIES |= {"self-harm", "self-harm/instructions", "self-harm/intent", "sexual", "sexual/minors"}
-CATEGORIES |= {"violence", "violence/graphic"}
 ATTRIBUTES = (
-    "TOXICITY",
-    "SEVERE_TOXICITY",
-    "INSULT",
-    "THREAT",
-    "IDENTITY_ATTACK",
-    "SEXUALLY_EXPLICIT",
+    "TOXICITY", "SEVERE_TOXICITY", "INSULT", "THREAT", "IDENTITY_ATTACK", "SEXUALLY_EXPLICIT",
 )
-HARMS, SEVERITIES = ("Hate", "SelfHarm", "Sexual", "Violence"), (0, 2, 4, 6)
+# fmt: on
+HARMS = ("Hate", "SelfHarm", "Sexual", "Violence")
+SEVERITIES = (0, 2, 4, 6)
 ERROR_CODE = re.compile(r'"(?:code|type|status|reason|errorType)"\s*:\s*"([A-Za-z_]{1,60})"')
-# a wrong key that comes as 400, an empty account that comes as 429
+# A wrong key that comes as 400, an empty account that comes as 429.
 NO_KEY = {"API_KEY_INVALID", "insufficient_quota"}
-# scores in [0, 1], the decision, the service's word for it
+# Scores in [0, 1], the decision, and the service's word for it.
 Reading = tuple[dict[str, float], bool, str | None]
 
 
@@ -96,31 +89,48 @@ def _read_azure(said: Any, threshold: int) -> Reading:
 
 
 @dataclass(frozen=True)
-class _Service:
+class Service:
+    """How a service is asked, and how its answer is read."""
+
     key: str  # the environment variable that holds it
-    # the base URL; None: each customer has their own, in AZURE_CONTENT_SAFETY_ENDPOINT
-    url: str | None
+    url: str | None  # the base; None: each customer has another, in AZURE_CONTENT_SAFETY_ENDPOINT
+    path: str
+    header: str  # carries the key; in a URL it would stand in logs
+    body: Callable[[str], dict[str, Any]]
     read: Callable[[Any, int], Reading]
-    path: str = ""
-    header: str = ""  # carries the key; in a URL it would stand in logs
-    body: Callable[[str], dict[str, Any]] = dict
-    limit: float = float("inf")  # of a text, in `unit`
+    limit: float = math.inf  # of a text, in `unit`
     unit: str = "characters"
 
 
-# fmt: off
 SERVICES = {
-    "openai-moderation": _Service("OPENAI_API_KEY", "https://api.openai.com/v1", _read_openai),
-    "perspective": _Service(
-        "PERSPECTIVE_API_KEY", "https://commentanalyzer.googleapis.com", _read_perspective,
-        "/v1alpha1/comments:analyze", "X-Goog-Api-Key", _perspective, 20480, "bytes",
+    "openai-moderation": Service(
+        key="OPENAI_API_KEY",
+        url="https://api.openai.com/v1",
+        path="/moderations",
+        header="Authorization",
+        body=lambda text: {"input": text, "model": "omni-moderation-2024-09-26"},
+        read=_read_openai,
     ),
-    "azure-content-safety": _Service(
-        "AZURE_CONTENT_SAFETY_KEY", None, _read_azure,
-        "/contentsafety/text:analyze?api-version=2024-09-01", "Ocp-Apim-Subscription-Key", _azure, 10000,
+    "perspective": Service(
+        key="PERSPECTIVE_API_KEY",
+        url="https://commentanalyzer.googleapis.com",
+        path="/v1alpha1/comments:analyze",
+        header="X-Goog-Api-Key",
+        body=_perspective,
+        read=_read_perspective,
+        limit=20480,
+        unit="bytes",
+    ),
+    "azure-content-safety": Service(
+        key="AZURE_CONTENT_SAFETY_KEY",
+        url=None,
+        path="/contentsafety/text:analyze?api-version=2024-09-01",
+        header="Ocp-Apim-Subscription-Key",
+        body=_azure,
+        read=_read_azure,
+        limit=10000,
     ),
 }
-# fmt: on
 
 
 class ApiGuard(Guard):
@@ -174,129 +184,126 @@ class ApiGuard(Guard):
         Raises:
             UserError: an unknown service or a wrong option, or the environment lacks a variable.
         """
-        _check(service, model, threshold, long_inputs)
+        check_option("service", service, list(SERVICES))
+        check_option(f"{service}: long_inputs", long_inputs, LONG_INPUTS)
+        if threshold is not None and (
+            service != "azure-content-safety" or threshold not in SEVERITIES[1:]
+        ):
+            raise UserError(f"{service}: threshold is for Azure alone: 2, 4 or 6")
+        if model is not None and service != "openai-moderation":
+            raise UserError(f"{service}: model is for openai-moderation alone")
         if min(concurrency, timeout) <= 0 or min(max_retries, backoff) < 0:
-            raise UserError(
-                f"{service}: concurrency and timeout are above 0, max_retries and backoff 0 or more"
-            )
-        self.name, self.service, self.threshold, self.thresholds = (
-            service,
-            SERVICES[service],
-            threshold or 4,
-            {},
-        )
-        self.concurrency, self.max_retries, self.backoff = concurrency, max_retries, backoff
-        self.long_inputs, self.progress = long_inputs, progress
+            what = "concurrency and timeout are above 0, max_retries and backoff 0 or more"
+            raise UserError(f"{service}: {what}")
+        self.name = service
+        self.service = SERVICES[service]
+        self.thresholds = {}
+        self.threshold = threshold or 4
+        self.concurrency = concurrency
+        self.max_retries = max_retries
+        self.backoff = backoff
+        self.long_inputs = long_inputs
+        self.progress = progress
+        self.model = {} if model is None else {"model": model}
         key = _variable(service, self.service.key)
-        url = base_url or self.service.url or _variable(service, "AZURE_CONTENT_SAFETY_ENDPOINT")
-        http = httpx2.Client(timeout=timeout, limits=httpx2.Limits(max_connections=concurrency))
-        self._send = self._connect(
-            http, check_url(url, f"{service}: its base URL").rstrip("/"), key, model or MODEL
+        if self.service.header == "Authorization":
+            key = f"Bearer {key}"
+        base = base_url or self.service.url or _variable(service, "AZURE_CONTENT_SAFETY_ENDPOINT")
+        self.url = check_url(base, f"{service}: its base URL").rstrip("/") + self.service.path
+        # The client holds the key, and no attribute of ours does.
+        self.client = httpx2.Client(
+            headers={self.service.header: key},
+            timeout=timeout,
+            limits=httpx2.Limits(max_connections=concurrency),
         )
-
-    def _connect(
-        self, http: httpx2.Client, url: str, key: str, model: str
-    ) -> Callable[[str], httpx2.Response]:
-        """What sends one text. The key lives in here, and in no attribute."""
-        where, headers, body = (
-            url + self.service.path,
-            {self.service.header: key},
-            self.service.body,
-        )
-        if self.name != "openai-moderation":
-            return lambda text: http.post(where, headers=headers, json=body(text))
-        try:
-            import openai
-        except ImportError:
-            raise UserError("openai-moderation: pip install openai (the extra [api])") from None
-        # Its own retries are off: their waits cannot be set, nor ended when the key turns out to be
-        # refused.
-        client = openai.OpenAI(
-            api_key=key, base_url=url, max_retries=0, timeout=http.timeout, http_client=http
-        )
-
-        def send(text: str) -> httpx2.Response:
-            try:
-                return client.moderations.with_raw_response.create(
-                    input=text, model=model
-                ).http_response
-            except openai.APIStatusError as error:
-                return error.response
-            except openai.APIConnectionError as error:
-                raise httpx2.TransportError(type(error).__name__) from None
-
-        return send
 
     def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
         """One verdict a conversation, in order; a refused key ends the asking, and the rest are
         error verdicts.
         """
-        stopped, long = threading.Event(), []
+        stopped = threading.Event()
+        long: list[str] = []
+        hidden = not (self.progress and is_main_process())
+        title = f"judging with {self.name}"
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                jobs = [
-                    pool.submit(self._judge_one, messages, stopped, long)
-                    for messages in conversations
-                ]
-                hidden = not (self.progress and is_main_process())
-                for _ in tqdm(
-                    as_completed(jobs),
-                    f"judging with {self.name}",
-                    len(jobs),
-                    unit="text",
-                    disable=hidden,
-                ):
-                    pass
+                jobs = []
+                for messages in conversations:
+                    jobs.append(pool.submit(self._judge_one, messages, stopped, long))
+                with tqdm(desc=title, total=len(jobs), unit="text", disable=hidden) as bar:
+                    for _ in as_completed(jobs):
+                        bar.update()
             finally:
                 stopped.set()  # also when the caller was interrupted
         verdicts = [job.result() for job in jobs]
         if long:
             limit = f"{self.service.limit} {self.service.unit}"
-            logger.info(
-                "%d of %d texts are longer than %s: %s",
-                len(long),
-                len(jobs),
-                limit,
-                self.long_inputs,
-            )
-        if failed := [verdict.error for verdict in verdicts if verdict.error]:
-            logger.warning(
-                "%d of %d texts were not judged; the first: %s", len(failed), len(jobs), failed[0]
-            )
+            counts = len(long), len(jobs), limit, self.long_inputs
+            logger.info("%d of %d texts are longer than %s: %s", *counts)
+        failed = [verdict.error for verdict in verdicts if verdict.error]
+        if failed:
+            counts = len(failed), len(jobs), failed[0]
+            logger.warning("%d of %d texts were not judged; the first: %s", *counts)
         return verdicts
 
-    def _judge_one(self, messages: Messages, stopped: threading.Event, long: list) -> Verdict:
+    def _judge_one(self, messages: Messages, stopped: threading.Event, long: list[str]) -> Verdict:
+        """The verdict on a last turn. Whatever goes wrong is not "safe", and no matter of the
+        others.
+        """
+        label = self.LABEL_OF[messages[-1]["role"]]
         try:
-            label = {"user": "prompt_unsafe", "assistant": "response_unsafe"}[messages[-1]["role"]]
-            pieces = self._pieces(messages[-1]["content"], long)
-            readings = [
-                self.service.read(self._ask(piece, stopped), self.threshold) for piece in pieces
-            ]
-            every = [score for scores, *_ in readings for score in scores.values()]
-            # NaN and true are neither
+            readings = []
+            for piece in self._pieces(messages[-1]["content"], long):
+                readings.append(self.service.read(self._ask(piece, stopped), self.threshold))
+            every = [score for scores, _, _ in readings for score in scores.values()]
+            # NaN and true are neither.
             if not all(type(score) in (int, float) and 0 <= score <= 1 for score in every):
                 raise _Failure("a score in the answer is no number from 0 to 1")
         except _Failure as error:
             return Verdict(error=f"{self.name}: {error}")
-        except (
-            Exception
-        ) as error:  # whatever it is: it is not "safe", and no matter of the other items
-            return Verdict(
-                error=f"{self.name}: no text to be asked, or no usable answer ({type(error).__name__})"
-            )
-        worst, decided, word = max(
-            readings, key=lambda reading: (reading[1], max(reading[0].values()))
-        )
-        categories = {
-            name: float(max(scores.get(name, 0) for scores, *_ in readings)) for name in worst
-        }
-        native = {label: word} if word else {}
-        return Verdict(
-            categories=categories,
-            native=native,
-            decided={label: decided},
-            **{label: float(max(every))},
-        )
+        except Exception as error:
+            what = f"no text to be asked, or no usable answer ({type(error).__name__})"
+            return Verdict(error=f"{self.name}: {what}")
+        verdict = Verdict()
+        worst, decided, word = max(readings, key=lambda one: (one[1], max(one[0].values())))
+        for name in worst:
+            highest = max(scores.get(name, 0) for scores, _, _ in readings)
+            verdict.categories[name] = float(highest)
+        if word is not None:
+            verdict.native[label] = word
+        verdict.decided[label] = decided
+        setattr(verdict, label, float(max(every)))
+        return verdict
+
+    def _pieces(self, text: str, long: list[str]) -> list[str]:
+        """`text` in what one request takes, as `long_inputs` says; windows overlap by a quarter.
+
+        Args:
+            long: gets the text if it is too long.
+        """
+        limit, unit = self.service.limit, self.service.unit
+        if not text.strip():
+            raise _Failure("empty text")
+        if unit == "bytes":
+            sizes = [len(character.encode()) for character in text]
+        else:
+            # Characters beyond U+FFFF count twice, as in UTF-16: so no piece is too long however
+            # the service counts.
+            sizes = [2 if character > "\uffff" else 1 for character in text]
+        ends = [0, *accumulate(sizes)]
+        if ends[-1] <= limit:
+            return [text]
+        long.append(text)
+        if self.long_inputs == "error":
+            raise _Failure(f"the text has {ends[-1]} {unit}, more than {limit}; see long_inputs")
+        pieces, start, stop = [], 0, 0
+        while stop < len(text):
+            stop = bisect_right(ends, ends[start] + limit) - 1
+            pieces.append(text[start:stop])
+            start = bisect_left(ends, ends[stop] - limit // 4)
+        if self.long_inputs == "truncate":
+            return pieces[:1]
+        return [piece for piece in pieces if piece.strip()]
 
     def _pieces(self, text: str, long: list) -> list[str]:
         """`text` in what one request takes, as `long_inputs` says; windows overlap by a quarter."""
@@ -335,7 +342,8 @@ class ApiGuard(Guard):
                 )
             response, status, codes = None, 0, set()
             try:
-                response = self._send(text)
+                body = self.service.body(text) | self.model
+                response = self.client.post(self.url, json=body)
                 status = response.status_code
                 # Error codes alone: an error's sentences may quote the text or a part of the key.
                 codes = set() if status == 200 else set(ERROR_CODE.findall(response.text))
@@ -352,24 +360,6 @@ class ApiGuard(Guard):
             if attempt == self.max_retries:
                 raise _Failure(f"{problem}, {attempt + 1} times")
             stopped.wait(_pause(response, self.backoff * 2**attempt))
-
-
-def _check(service: str, model: str | None, threshold: int | None, long_inputs: str) -> None:
-    azure, openai = service == "azure-content-safety", service == "openai-moderation"
-    for good, expected in (
-        (service in SERVICES, f"expected one of the services {', '.join(SERVICES)}"),
-        (
-            long_inputs in LONG_INPUTS,
-            f"long_inputs {long_inputs}: expected one of {', '.join(LONG_INPUTS)}",
-        ),
-        (
-            threshold is None or (azure and threshold in SEVERITIES[1:]),
-            "threshold is for Azure alone: 2, 4 or 6",
-        ),
-        (model is None or openai, "model is for openai-moderation alone"),
-    ):
-        if not good:
-            raise UserError(f"{service}: {expected}")
 
 
 def _variable(service: str, name: str) -> str:

@@ -1,6 +1,7 @@
 """What every guard is: something that judges conversations."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +17,19 @@ WHOLE_CONVERSATION = "whole conversation"
 UNKNOWN = "not known"
 SEES = (LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION, UNKNOWN)
 TALK = [*pair("A first question?", "A first answer."), *pair("A last question?", "A last answer.")]
+
+
+def check_option(flag: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that an option does not have."""
+    if value not in known:
+        raise UserError(f"{flag} {value}: expected one of {', '.join(known)}")
+
+
+def loading_error(model: str, error: Exception, what: str) -> UserError:
+    """What is said where a model does not load: `what` of a folder, or that there is none."""
+    if not Path(model).is_dir():
+        what = "no folder here, and no hub id that loads"
+    return UserError(f"{model}: {what}: {str(error).strip():.200}".splitlines()[0])
 
 
 def number_format(model: PreTrainedModel) -> str:

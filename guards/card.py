@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -90,11 +91,25 @@ class CardModel(BaseModel):
 class Threshold(CardModel):
     """A score above `value` is unsafe. `how` and `on`: by what rule it was chosen, and on which
     data.
+
+    No score is above 1: a threshold of 1 would block nothing, not even what the guard failed on.
     """
 
-    value: Probability
+    value: Annotated[float, Field(ge=0, lt=1)]
     how: str
     on: str | None = None
+
+
+def _of_known_labels(thresholds: dict[str, Threshold]) -> dict[str, Threshold]:
+    known = ("flagged", *LABELS)
+    for name in thresholds:
+        if name not in known:
+            raise ValueError(f"{name!r} is no label; expected some of {', '.join(known)}")
+    return thresholds
+
+
+Thresholds = Annotated[dict[str, Threshold], AfterValidator(_of_known_labels)]
+THRESHOLDS: TypeAdapter[dict[str, Threshold]] = TypeAdapter(Thresholds)
 
 
 class Probe(CardModel):
@@ -151,7 +166,7 @@ class GuardCard(Origin):
     """What every kind of guard has that `load_guard` loads."""
 
     max_length: Count = Field(description="tokens that it sees of one conversation")
-    thresholds: dict[str, Threshold] = Field(default_factory=dict)
+    thresholds: Thresholds = Field(default_factory=dict)
     sees: Literal["last turn", "last turns", "whole conversation"] | None = Field(
         None, description="what its prompt holds of a conversation"
     )
@@ -160,15 +175,6 @@ class GuardCard(Origin):
     def threshold_values(self) -> dict[str, dict[str, Any]]:
         """The thresholds as plain values, as `Guard.thresholds` has them."""
         return {name: threshold.model_dump() for name, threshold in self.thresholds.items()}
-
-    @field_validator("thresholds")
-    @classmethod
-    def _are_of_labels(cls, thresholds: dict[str, Threshold]) -> dict[str, Threshold]:
-        known = ("flagged", *LABELS)
-        for name in thresholds:
-            if name not in known:
-                raise ValueError(f"{name!r} is no label; expected some of {', '.join(known)}")
-        return thresholds
 
 
 class LabelledCard(GuardCard):
@@ -339,18 +345,30 @@ def _one_line(path: Path, error: ValidationError) -> str:
         return f"{path}: malformed JSON ({faults[0]['msg']})"
     if not faults[0]["loc"] and not faults[0]["type"].startswith("union_tag"):
         return f"{path}: expected an object, found {faults[0]['input']!r:.60}"
-    return f"{path}, {'; '.join(_fault(one) for one in faults)}"
+    return f"{path}, {'; '.join(_fault(one, one['loc'][1:]) for one in faults)}"
 
 
-def _fault(error: Any) -> str:
+def check_thresholds(thresholds: Any) -> None:
+    """Refuse thresholds that no card may hold.
+
+    Raises:
+        UserError: names the field.
+    """
+    try:
+        THRESHOLDS.validate_python(thresholds)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UserError(_fault(fault, ("thresholds", *fault["loc"]))) from None
+
+
+def _fault(error: Any, location: Sequence[Any]) -> str:
     """One fault as "field name: what is wrong"."""
     kind = error["type"]
     if kind == "union_tag_not_found":
         return f"field kind: missing; known kinds: {', '.join(KINDS)}"
     if kind == "union_tag_invalid":
         return f"field kind: {error['ctx']['tag']!r} is unknown; known kinds: {', '.join(KINDS)}"
-    _, *parts = error["loc"]  # the first is the kind
-    field = f"field {'.'.join(map(str, parts))}"
+    field = f"field {'.'.join(map(str, location))}"
     if kind == "missing":
         return f"{field}: missing{_meaning(error['loc'])}"
     if kind == "extra_forbidden":

@@ -1,28 +1,28 @@
-"""A guard that is a causal LM: its verdict is read where it would write it, from one forward pass,
-without generating.
+"""A guard that is a causal LM and writes its verdict.
 
-A guard is data (zoo.yaml): how its prompt is written, what it writes before its verdict, and the
+The verdict is read where the guard would write it, from one forward pass, without generating. A
+guard is data (zoo.yaml): how its prompt is written, what it writes before its verdict, and the
 words that it answers with. The tokens of these words are looked up with its own tokenizer and
 checked when it is loaded. The word with the most likely first token is its native verdict, as
-greedy decoding would write it; if the most likely token belongs to no word, the verdict is an
+greedy decoding would write it. If the most likely token belongs to no word, the verdict is an
 error. The probability is that of the words for unsafe, over those of all words.
 """
 
-import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.bundled import resolve_model
 from common.conversation import LABELS, Message, Messages, UserError, Verdict, last_turns, pair
-from common.engines import Completion, Decoding, Engine, load_engine
+from common.engines import Completion, Decoding, Engine, NextToken, load_engine
 from common.run import inference_dtype
 from common.templates import (
     Part,
@@ -33,27 +33,87 @@ from common.templates import (
     template_text,
     windows,
 )
-from guards.base import LONG_INPUTS, Guard, check_tokenizer, number_format, seen_of
+from guards.base import (
+    LONG_INPUTS,
+    Guard,
+    check_option,
+    check_tokenizer,
+    loading_error,
+    number_format,
+    seen_of,
+)
 
 logger = logging.getLogger(__name__)
 MODES = ("strict", "loose")
-# the label of the last turn, by its kind
+# The kinds of a last turn: its label, and a conversation that ends with one.
 LAST = {"prompt": "prompt_unsafe", "response": "response_unsafe"}
+EXAMPLES = {"prompt": pair("Hello"), "response": pair("Hello", "Hi")}
+CATEGORY_TOKENS = 32  # enough to name the categories of what is unsafe
+
+
+class Answer(NamedTuple):
+    """The word that a guard answers a question with. Without an opinion ("n/a") both others are
+    None.
+    """
+
+    word: str
+    unsafe: bool | None
+    probability: float | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A word that the guard writes, as zoo.yaml describes it."""
+
+    label: str  # what it tells; "last" stands for the label of the last turn
+    words: Mapping[str, bool | None]  # whether a word means unsafe, or a refusal; None: no opinion
+    prefix: str = ""  # what is written before the word
+    anchor: str | None = None  # or the pattern of what is, where that has to be generated
+    when: str | None = None  # the only kind of last turn that it is asked of
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any], mode: str) -> "Question":
+        """A question of zoo.yaml, where a word between safe and unsafe counts by the mode."""
+        words = {
+            word: mode == "strict" if meaning == "strict" else meaning
+            for word, meaning in entry["words"].items()
+        }
+        return cls(**{**entry, "words": words})
+
+    def is_for(self, kind: str) -> bool:
+        return self.when in (None, kind)
+
+    def label_of(self, kind: str) -> str:
+        return LAST[kind] if self.label == "last" else self.label
+
+    def answer(self, word: str, masses: Mapping[str, float]) -> Answer:
+        """The meaning of a word, and the probability of unsafe over all words with an opinion."""
+        meaning = self.words[word]
+        if meaning is None:
+            return Answer(word.strip(), None, None)
+        unsafe = sum(mass for one, mass in masses.items() if self.words[one])
+        whole = sum(mass for one, mass in masses.items() if self.words[one] is not None)
+        return Answer(word.strip(), meaning, unsafe / whole)
 
 
 @dataclass
-class _Case:
+class Case:
     """One text to be judged: a conversation, or a window of it, under one of the guard's policies."""
 
-    owner: int
+    owner: int  # the place of its conversation
     kind: str  # of the last turn: prompt or response
     variant: str
     parts: list[Part]
     said: str = ""  # what the guard has written so far
     written: str | None = None  # all that it writes, where its format has no fixed beginning
-    # label: probability, native word
-    found: dict[str, tuple[float | None, str]] = field(default_factory=dict)
+    found: dict[str, Answer] = field(default_factory=dict)  # by label
     error: str | None = None
+
+    def fail(self, error: str) -> None:
+        """What the guard should have written is not there. Its word for the turn stands, if it
+        came before that.
+        """
+        self.error = None if LAST[self.kind] in self.found else error
 
 
 class GenerativeGuard(Guard):
@@ -73,6 +133,7 @@ class GenerativeGuard(Guard):
         chat_template: str | None = None,
         progress: bool = True,
         trust_remote_code: bool = False,
+        adapter: str | None = None,
         **options: Any,
     ):
         """Load tokenizer and model.
@@ -82,10 +143,10 @@ class GenerativeGuard(Guard):
             entry: its description, as in zoo.yaml.
             max_length: tokens that it sees of one conversation.
             engine: transformers, vllm (in this process) or server (`server_url`, `server_model`).
-            mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose as
-            safe.
+            mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose
+                as safe.
             long_inputs: see `ClassifierGuard`; turns before the last two are left out where these
-            need the room.
+                need the room.
             categories: let it write on after an unsafe verdict, to name categories.
             chat_template: instead of its tokenizer's.
             options: of `common.engines.load_engine`.
@@ -93,63 +154,39 @@ class GenerativeGuard(Guard):
         Raises:
             UserError: the model cannot be loaded, or its tokenizer does not fit the description.
         """
-        for flag, value, known in (
-            ("--long_inputs", long_inputs, LONG_INPUTS),
-            ("--mode", mode, MODES),
-        ):
-            if value not in known:
-                raise UserError(f"{flag} {value}: expected one of {', '.join(known)}")
-        self.name, self.entry, self.mode, self.long_inputs = (
-            Path(model).name,
-            entry,
-            mode,
-            long_inputs,
-        )
-        self.max_length, self.thresholds = (
-            max_length or entry.get("max_length", 4096),
-            thresholds or {},
-        )
-        # conversations that are longer than the maximum
-        self.with_categories, self._long = categories, set()
-        try:
-            source = entry.get("tokenizer", model)
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                resolve_model(source), trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError, KeyError) as error:
-            what = (
-                "tokenizer cannot be loaded"
-                if Path(model).is_dir()
-                else "no folder here, and no hub id that loads"
-            )
-            raise UserError(f"{model}: {what}: {f'{error}'.strip():.200}") from None
-        check_tokenizer(self.tokenizer, source)
-        if chat_template is not None:
-            self.tokenizer.chat_template = chat_template
-        # what must hold before the first verdict
-        self.pending_check: Callable[[], None] | None = None
-        self.questions = entry["questions"]
-        asked = {label for question in self.questions for label in self._labels(question)}
+        check_option("--long_inputs", long_inputs, LONG_INPUTS)
+        check_option("--mode", mode, MODES)
+        self.name = Path(model).name
+        self.entry = entry
+        self.max_length = max_length or entry.get("max_length", 4096)
+        self.thresholds = thresholds or {}
+        self.long_inputs = long_inputs
+        self.with_categories = categories
+        self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
+        self.questions = [Question.read(question, mode) for question in entry["questions"]]
+        self.variants: Mapping[str, Any] = entry.get("variants", {"": {}})
+        asked = {q.label_of(kind) for q in self.questions for kind in LAST if q.is_for(kind)}
         self.judges = tuple(label for label in LABELS if label in asked)
-        self._words: dict[tuple[int, str], dict[str, list[int]]] = {}
+        self._words: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+        self._long: set[int] = set()  # the places of conversations that are too long
+        self.tokenizer = _load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
+        self.tokenizer.chat_template = chat_template or self.tokenizer.chat_template
         self._check_tokens()
-        variant = next(iter(entry.get("variants", [""])))
-        self.sees = seen_of(
-            lambda messages: "".join(part.text for part in self._parts(messages, variant))
-        )
-        options |= {"adapter": options.get("adapter") or entry.get("adapter"), "progress": progress}
+        self.sees = seen_of(self._text)
         self.model: Engine = load_engine(
             engine,
             model,
             self.tokenizer,
             trust_remote_code=trust_remote_code,
             name=self.name,
+            progress=progress,
+            adapter=adapter or entry.get("adapter"),
             **options,
         )
-        if self.max_length > (room := self.model.window or math.inf):
-            raise UserError(
-                f"{model}: max_length {self.max_length}: the model sees {room} tokens; lower it to that"
-            )
+        room = self.model.window
+        if room is not None and self.max_length > room:
+            what = f"max_length {self.max_length}: the model sees {room} tokens"
+            raise UserError(f"{model}: {what}; lower it to that")
         if engine == "server":
             self.dtype = "server"
         elif engine == "vllm":
@@ -157,143 +194,107 @@ class GenerativeGuard(Guard):
         else:
             self.dtype = number_format(self.model.model)
 
-    # --- the verdict --------------------------------------------------------------------------------------------------
+    # --- the verdict ------------------------------------------------------------------------------
 
     def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
-        """Judge the last turn of each; a turn that the guard does not judge gets an error verdict."""
+        """Judge the last turn of each; a turn that the guard does not judge is an error verdict."""
         if self.pending_check is not None:
             check, self.pending_check = self.pending_check, None
             check()
-        verdicts, cases, self._long = [Verdict() for _ in conversations], [], set()
-        for i, messages in enumerate(conversations):
+        verdicts = [Verdict() for _ in conversations]
+        groups: dict[tuple[str, str], list[Case]] = {}  # what shares most of its prompt
+        self._long.clear()
+        for owner, messages in enumerate(conversations):
             try:
-                cases += self._cases(i, messages)
+                for case in self._cases(owner, messages):
+                    groups.setdefault((case.kind, case.variant), []).append(case)
             except UserError as error:
-                verdicts[i].error = str(error)
+                verdicts[owner].error = str(error)
         if self._long:
             counts = len(self._long), len(conversations), self.max_length, self.long_inputs
             logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
-        for number, question in enumerate(self.questions):
-            # what shares most of its prompt is asked together
-            groups: dict[tuple[str, str], list[_Case]] = {}
-            for case in cases:
-                if case.error is None and self._is_asked(question, case.kind):
-                    groups.setdefault((case.kind, case.variant), []).append(case)
-            for group in groups.values():
-                self._ask(number, question, group)
+        for question in self.questions:
+            for (kind, _), group in groups.items():
+                asked = [case for case in group if case.error is None]
+                if asked and self._is_asked(question, kind):
+                    self._ask(question, asked)
+        cases = [case for group in groups.values() for case in group]
         if self.with_categories and "categories" in self.entry:
             self._name_categories(cases, verdicts)
         for case in cases:
-            self._conclude(case, verdicts[case.owner])
+            verdict = verdicts[case.owner]
+            if verdict.error is None and case.error is None:
+                _merge(case, verdict)
+            else:
+                verdicts[case.owner] = Verdict(error=verdict.error or case.error)
         return verdicts
 
-    def _is_asked(self, question: Mapping[str, Any], kind: str) -> bool:
+    def _is_asked(self, question: Question, kind: str) -> bool:
         """Whether a question is for turns of this kind, and what is generated for it is wanted."""
-        if question.get("when", kind) != kind:
+        if not question.is_for(kind):
             return False
-        (label,) = self._labels(question, kind)
-        return "anchor" not in question or label == LAST[kind] or label in self.wanted
+        label = question.label_of(kind)
+        return question.anchor is None or label == LAST[kind] or label in self.wanted
 
-    def _ask(self, number: int, question: Mapping[str, Any], cases: list[_Case]) -> None:
-        """Fill in `found` and `said`, or `error`, of cases of one kind."""
-        if "anchor" in question:
-            cases = self._write_to_anchor(question, cases)
-        prefix = question.get("prefix", "")
-        prompts = self._ids([[*case.parts, Part(case.said + prefix, False)] for case in cases])
-        tokens = [self._word_tokens(number, case.kind, case.said + prefix) for case in cases]
+    def _ask(self, question: Question, cases: list[Case]) -> None:
+        """Fill in the answers, or the errors, of cases of one kind."""
+        if question.anchor is not None:
+            cases = self._write_to_anchor(question.anchor, cases)
+        tokens = []
+        for case in cases:
+            case.said += question.prefix
+            tokens.append(self._word_tokens(question, case.kind, case.said))
+        prompts = self.encode([[*case.parts, Part(case.said, False)] for case in cases])
         candidates = sorted({i for words in tokens for ids in words.values() for i in ids})
         read = self.model.next_token(prompts, candidates)
         for case, words, said in zip(cases, tokens, read, strict=True):
             if said.error is not None:
                 case.error = said.error
                 continue
-            of = dict(zip(candidates, map(math.exp, said.logprobs), strict=True))
-            masses = {word: sum(of[i] for i in ids) for word, ids in words.items()}
-            word = next((word for word, ids in words.items() if said.top in ids), None)
-            if not all(map(math.isfinite, masses.values())):
-                case.error = "the model's output is not a number"
-            elif word is None:
-                written = self.tokenizer.decode([said.top])
-                self._fail(
-                    case,
-                    f"it writes {written!r} where {' or '.join(map(repr, words))} was expected",
-                )
+            probabilities = dict(zip(candidates, map(math.exp, said.logprobs), strict=True))
+            masses = {word: sum(probabilities[i] for i in ids) for word, ids in words.items()}
+            if all(map(math.isfinite, masses.values())):
+                self._take(question, case, words, masses, said)
             else:
-                case.found[self._labels(question, case.kind)[0]] = (
-                    self._probability(question, masses, word),
-                    word,
-                )
-                case.said += prefix + word
+                case.error = "the model's output is not a number"
 
-    def _fail(self, case: _Case, error: str) -> None:
-        """What it has not written makes an error, but for what comes after its word for the turn:
-        that stands.
-        """
-        case.error = None if LAST[case.kind] in case.found else error
+    def _take(
+        self,
+        question: Question,
+        case: Case,
+        tokens: Mapping[str, list[int]],
+        masses: Mapping[str, float],
+        said: NextToken,
+    ) -> None:
+        """The word that the guard writes most likely, or that it is none of the question's."""
+        for word, ids in tokens.items():
+            if said.top in ids:
+                case.said += word
+                case.found[question.label_of(case.kind)] = question.answer(word, masses)
+                return
+        written = self.tokenizer.decode([said.top])
+        expected = " or ".join(map(repr, tokens))
+        case.fail(f"it writes {written!r} where {expected} was expected")
 
-    def _probability(
-        self, question: Mapping[str, Any], masses: Mapping[str, float], word: str
-    ) -> float | None:
-        """Probability of the words for unsafe over all words with an opinion; None if the native
-        word has none.
-        """
-        if question["words"][word] is None:
-            return None
-        yes = sum(mass for w, mass in masses.items() if self._means(question, w))
-        whole = sum(mass for w, mass in masses.items() if question["words"][w] is not None)
-        return yes / whole
+    # --- text that the guard writes ---------------------------------------------------------------
 
-    def _means(self, question: Mapping[str, Any], word: str) -> bool:
-        value = question["words"][word]
-        return self.mode == "strict" if value == "strict" else bool(value)
-
-    def _conclude(self, case: _Case, verdict: Verdict) -> None:
-        """Merge a case into its conversation's verdict: the highest probability counts."""
-        if case.error is not None or verdict.error is not None:
-            error = verdict.error or case.error
-            vars(verdict).update(vars(Verdict(error=error)))
-            return
-        for question in self.questions:
-            label = self._labels(question, case.kind)[0]
-            if question.get("when", case.kind) != case.kind or label not in case.found:
-                continue
-            probability, word = case.found[label]
-            if probability is None:
-                verdict.native.setdefault(label, word.strip())
-                continue
-            if case.variant:
-                verdict.categories[case.variant] = max(
-                    probability, verdict.categories.get(case.variant, 0.0)
-                )
-            if probability >= (getattr(verdict, label) or 0.0):
-                setattr(verdict, label, probability)
-                verdict.native[label] = word.strip()
-            verdict.decided[label] = self._means(question, word) or verdict.decided.get(
-                label, False
-            )
-
-    # --- text that the guard writes -----------------------------------------------------------------------------------
-
-    def _write_to_anchor(self, question: Mapping[str, Any], cases: list[_Case]) -> list[_Case]:
-        """Let the guard write, and keep what stands before its verdict; what has no anchor is an
+    def _write_to_anchor(self, anchor: str, cases: list[Case]) -> list[Case]:
+        """Let the guard write, and keep what stands before its verdict. What has no anchor is an
         error.
         """
         fresh = [case for case in cases if case.written is None]
-        prompts = self._ids([case.parts for case in fresh])
-        for case, completion in zip(
-            fresh, self.written(prompts, self.entry["generate"]), strict=True
-        ):
+        prompts = self.encode([case.parts for case in fresh])
+        completions = self.written(prompts, self.entry["generate"])
+        for case, completion in zip(fresh, completions, strict=True):
             case.written = completion.text
             case.error = completion.error
         found = []
         for case in cases:
             if case.error is not None:
                 continue
-            match = re.search(question["anchor"], case.written)
+            match = re.search(anchor, case.written)
             if match is None:
-                self._fail(
-                    case, f"no {question['anchor']} in what it wrote: {case.written[-60:]!r}"
-                )
+                case.fail(f"no {anchor} in what it wrote: {case.written[-60:]!r}")
             else:
                 case.said = case.written[: match.end()]
                 found.append(case)
@@ -304,33 +305,32 @@ class GenerativeGuard(Guard):
         decoding = Decoding(max_new_tokens=new_tokens)
         return self.model.completions(prompts, decoding, skip_special_tokens=False)
 
-    def _name_categories(self, cases: list[_Case], verdicts: Sequence[Verdict]) -> None:
-        """What the guard writes after an unsafe verdict; a named category gets the verdict's
+    def _name_categories(self, cases: list[Case], verdicts: Sequence[Verdict]) -> None:
+        """What the guard writes after an unsafe verdict. A named category gets the verdict's
         probability.
         """
-        known, unsafe = self.entry["categories"], []
+        known = self.entry["categories"]
+        unsafe = []
         for case in cases:
-            probability = case.found.get(LAST[case.kind], (None,))[0]
-            if case.error is None and probability is not None and self._decided(case):
-                unsafe.append((case, probability))
-        prompts = self._ids([[*case.parts, Part(case.said, False)] for case, _ in unsafe])
-        completions = self.written(prompts, 32)
+            answer = case.found.get(LAST[case.kind])
+            if case.error is None and answer is not None and answer.unsafe:
+                unsafe.append((case, answer.probability))
+        prompts = self.encode([[*case.parts, Part(case.said, False)] for case, _ in unsafe])
+        completions = self.written(prompts, CATEGORY_TOKENS)
         for (case, probability), completion in zip(unsafe, completions, strict=True):
             for code in re.findall(known["pattern"], completion.text):
                 name = known.get("names", {}).get(code, code)
                 verdicts[case.owner].categories[name] = probability
-        if errors := [one.error for one in completions if one.error is not None]:
+        errors = [one.error for one in completions if one.error is not None]
+        if errors:
             logger.warning(
                 "%d of %d unsafe texts: the categories are not known, the verdicts stand (%s)",
-                *(len(errors), len(completions), errors[0]),
+                len(errors),
+                len(completions),
+                errors[0],
             )
 
-    def _decided(self, case: _Case) -> bool:
-        label = LAST[case.kind]
-        question = next(q for q in self.questions if label in self._labels(q, case.kind))
-        return self._means(question, case.found[label][1])
-
-    # --- the prompt ---------------------------------------------------------------------------------------------------
+    # --- the prompt -------------------------------------------------------------------------------
 
     def prompt_ids(self, conversations: Sequence[Messages]) -> list[list[int]]:
         """Token ids of all that stands before the verdict on each, uncut: what a training row has
@@ -338,22 +338,17 @@ class GenerativeGuard(Guard):
 
         Raises:
             UserError: the guard asks several questions, or several times, or writes something
-            first.
+                first.
         """
-        if (
-            len(self.questions) > 1
-            or len(self.entry.get("variants", [""])) > 1
-            or "anchor" in self.questions[0]
-        ):
-            raise UserError(
-                f"{self.name}: its verdict is not one word after one prompt; it cannot be trained here"
-            )
-        return self._ids([self.prompt_parts(messages) for messages in conversations])
+        several = len(self.questions) > 1 or len(self.variants) > 1
+        if several or self.questions[0].anchor is not None:
+            what = "its verdict is not one word after one prompt"
+            raise UserError(f"{self.name}: {what}; it cannot be trained here")
+        return self.encode([self.prompt_parts(messages) for messages in conversations])
 
     def prompt_parts(self, messages: Messages) -> list[Part]:
         """`prompt_ids` before encoding: text that this class writes, and content."""
-        variant = next(iter(self.entry.get("variants", [""])))
-        return [*self._parts(messages, variant), Part(self.questions[0].get("prefix", ""), False)]
+        return [*self.parts(messages), Part(self.questions[0].prefix, False)]
 
     def verdict_tokens(self, kind: str) -> dict[bool, list[int]]:
         """The first tokens of the words for unsafe (True) and safe (False), after a prompt or after
@@ -361,106 +356,108 @@ class GenerativeGuard(Guard):
         """
         question = self.questions[0]
         tokens: dict[bool, list[int]] = {True: [], False: []}
-        for word, ids in self._word_tokens(0, kind, question.get("prefix", "")).items():
-            if question["words"][word] is not None:
-                tokens[self._means(question, word)] += ids
+        for word, ids in self._word_tokens(question, kind, question.prefix).items():
+            meaning = question.words[word]
+            if meaning is not None:
+                tokens[meaning] += ids
         return tokens
 
-    def _cases(self, owner: int, messages: Messages) -> list[_Case]:
+    def _cases(self, owner: int, messages: Messages) -> list[Case]:
         """The texts to be judged of one conversation."""
-        kind = "prompt" if last_turns(messages)[1] is None else "response"
+        kind = _kind(messages)
         if LAST[kind] not in self.judges:
+            judged = ", ".join(self.judges)
             raise UserError(
-                f"{self.name} judges {', '.join(self.judges)}, not a conversation that ends with a {kind}"
+                f"{self.name} judges {judged}, not a conversation that ends with a {kind}"
             )
-        out = []
-        for variant in self.entry.get("variants", {"": {}}):
-            pieces = [messages]
-            if (length := self._length(messages, variant)) > self.max_length:
-                self._long.add(owner)
-                if self.long_inputs == "error":
-                    raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
-                length_of = partial(self._length, variant=variant)
-                pieces = windows(self.tokenizer, length_of, messages, self.max_length)
-                pieces = pieces[:1] if self.long_inputs == "truncate" else pieces
-            out += [_Case(owner, kind, variant, self._parts(piece, variant)) for piece in pieces]
-        return out
+        cases = []
+        for variant in self.variants:
+            for piece in self._pieces(owner, messages, variant):
+                cases.append(Case(owner, kind, variant, self.parts(piece, variant)))
+        return cases
+
+    def _pieces(self, owner: int, messages: Messages, variant: str) -> list[Messages]:
+        """A conversation as it is, or what is judged of one that is too long."""
+        length = self._length(messages, variant)
+        if length <= self.max_length:
+            return [messages]
+        self._long.add(owner)
+        if self.long_inputs == "error":
+            raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
+        length_of = partial(self._length, variant=variant)
+        pieces = windows(self.tokenizer, length_of, messages, self.max_length)
+        return pieces[:1] if self.long_inputs == "truncate" else pieces
 
     def _length(self, messages: Messages, variant: str) -> int:
-        return len(self._ids([self._parts(messages, variant)])[0]) + self._reserve
+        (ids,) = self.encode([self.parts(messages, variant)])
+        return len(ids) + self._reserve
 
     @cached_property
     def _reserve(self) -> int:
         """Tokens that the guard writes before its last verdict."""
-        written = "".join(q.get("prefix", "") + max(q["words"], key=len) for q in self.questions)
-        return self.entry.get("generate", 0) + len(
-            self.tokenizer(written, add_special_tokens=False)["input_ids"]
-        )
+        written = "".join(q.prefix + max(q.words, key=len) for q in self.questions)
+        ids = self.tokenizer(written, add_special_tokens=False)["input_ids"]
+        return self.entry.get("generate", 0) + len(ids)
 
-    def _parts(self, messages: Messages, variant: str) -> list[Part]:
-        """The prompt in pieces, the guard's own text and content apart."""
+    def parts(self, messages: Messages, variant: str = "") -> list[Part]:
+        """The prompt in pieces, the guard's own text and content apart.
+
+        Args:
+            variant: one of the guard's policies; "" is the first.
+        """
         if "template" in self.entry:
-            if self.entry.get("strip"):
-                messages = [
-                    {**message, "content": message["content"].strip()} for message in messages
-                ]
-            return render(self.entry["template"], messages, self.tokenizer)
-        kwargs = self.entry.get("variants", {}).get(variant, {})
-        kind = "prompt" if last_turns(messages)[1] is None else "response"
-        kwargs = self.entry.get("template_kwargs", {}) | kwargs.get(kind, kwargs)
+            parts = render(self.entry["template"], messages, self.tokenizer)
+            return _stripped(parts, self.entry.get("strip", ""))
+        by_kind = self.variants[variant or next(iter(self.variants))]
+        kwargs = self.entry.get("template_kwargs", {}) | by_kind.get(_kind(messages), {})
         return render_chat(self.tokenizer, _alternating(messages), None, self._wrap, **kwargs)
+
+    def _text(self, messages: Messages) -> str:
+        return "".join(part.text for part in self.parts(messages))
 
     def _wrap(self, messages: Messages) -> list[dict[str, Any]]:
         """What the chat template gets: the turns, and instructions that may quote them."""
         prompt, response = last_turns(messages)
-        seen = {k: v for k, v in (("prompt", prompt), ("response", response)) if v is not None}
+        turns = {"prompt": prompt, "response": response}
+        seen = {name: text for name, text in turns.items() if text is not None}
         out: list[dict[str, Any]] = []
         for message in self.entry["messages"]:
             if message == "conversation":
                 out += messages
                 continue
-            text = (
-                template_text(message["content_file"])
-                if "content_file" in message
-                else message["content"]
-            )
+            text = message.get("content") or template_text(message["content_file"])
             out.append({"role": message["role"], "content": inline_template(text).render(**seen)})
         if self.entry.get("content") == "parts":
             out = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in out]
         return out
 
-    def _ids(self, prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
-        raw = "template" in self.entry and self.entry.get("add_special_tokens", True)
-        return encode(self.tokenizer, prompts, add_special_tokens=raw)
+    def encode(self, prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
+        """Token ids of prompts."""
+        return encode(self.tokenizer, prompts, add_special_tokens=self._adds_bos)
 
-    # --- the words ----------------------------------------------------------------------------------------------------
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer puts its BOS before a prompt: once, and not before one that brings
+        it. Llama Guard's chat template brings none, those of its successors do.
+        """
+        kind = "prompt" if LAST["prompt"] in self.judges else "response"
+        bos = self.tokenizer.bos_token
+        brings = bos is not None and self._text(EXAMPLES[kind]).startswith(bos)
+        return self.entry.get("add_special_tokens", True) and not brings
 
-    def _labels(self, question: Mapping[str, Any], kind: str | None = None) -> list[str]:
-        """The labels that a question answers, of conversations of one kind or of both."""
-        if question["label"] != "last":
-            return [question["label"]]
-        kinds = [kind] if kind else [question["when"]] if "when" in question else list(LAST)
-        return [LAST[k] for k in kinds]
+    # --- the words --------------------------------------------------------------------------------
 
     def _check_tokens(self) -> None:
         """Look up the words' tokens in a prompt of each kind, before the weights are loaded."""
-        for kind, messages in (("prompt", pair("Hello")), ("response", pair("Hello", "Hi"))):
-            if LAST[kind] not in self.judges:
-                continue
-            variant = next(iter(self.entry.get("variants", [""])))
-            (ids,) = self._ids([self._parts(messages, variant)])
-            if ids[:2] == [self.tokenizer.bos_token_id] * 2:
-                raise UserError(
-                    f"{self.name}: its prompt begins with {self.tokenizer.bos_token} twice"
-                )
+        for kind, label in LAST.items():
             said = ""
-            for number, question in enumerate(self.questions):
-                if "anchor" not in question and question.get("when", kind) == kind:
-                    said += question.get("prefix", "")
-                    self._word_tokens(number, kind, said)
-                    said += next(iter(question["words"]))
+            for question in self.questions if label in self.judges else ():
+                if question.anchor is None and question.is_for(kind):
+                    said += question.prefix
+                    self._word_tokens(question, kind, said)
+                    said += next(iter(question.words))
 
-    def _word_tokens(self, number: int, kind: str, said: str) -> dict[str, list[int]]:
+    def _word_tokens(self, question: Question, kind: str, said: str) -> dict[str, list[int]]:
         """First tokens of each word after `said`; none is shared by two words.
 
         A word that is written without a blank before it also counts with one, as SentencePiece has
@@ -468,36 +465,79 @@ class GenerativeGuard(Guard):
 
         Raises:
             UserError: the tokenizer writes two words alike, or swallows the end of the prompt with
-            a word.
+                a word.
         """
-        key = (number, json.dumps([kind, said[-24:]]))
+        key = (question.label, kind, said[-24:])
         if key not in self._words:
-            messages = pair("Hello", None if kind == "prompt" else "Hi")
-            parts = self._parts(messages, next(iter(self.entry.get("variants", [""]))))
-            words = list(self.questions[number]["words"])
-            forms = {word: dict.fromkeys((word, f" {word.strip()}")) for word in words}
-            texts = [said, *(said + form for of in forms.values() for form in of)]
-            before, *after = self._ids([[*parts, Part(text, False)] for text in texts])
-            following, tokens = iter(after), {}
-            for word, of in forms.items():
-                each = [next(following) for _ in of]
-                tokens[word] = {
-                    ids[len(before)] for ids in each if ids[: len(before)] == before < ids
-                }
-            shared = {
-                i
-                for word in words
-                for i in tokens[word]
-                for w in words
-                if w != word and i in tokens[w]
-            }
-            for word in words:
-                if not tokens[word] - shared:
-                    raise UserError(
-                        f"{self.name}: its tokenizer has no token that tells {word!r} from {words}"
-                    )
-            self._words[key] = {word: sorted(tokens[word] - shared) for word in words}
+            prompt = self.parts(EXAMPLES[kind])
+            (before,) = self.encode([[*prompt, Part(said, False)]])
+            tokens: dict[str, set[int]] = {}
+            for word in question.words:
+                forms = {word, f" {word.strip()}"}
+                encoded = self.encode([[*prompt, Part(said + form, False)] for form in forms])
+                after = [ids for ids in encoded if ids[: len(before)] == before < ids]
+                tokens[word] = {ids[len(before)] for ids in after}
+            count = Counter(i for ids in tokens.values() for i in ids)
+            own = {word: sorted(i for i in ids if count[i] == 1) for word, ids in tokens.items()}
+            for word, ids in own.items():
+                if not ids:
+                    what = f"no token that tells {word!r} from {list(own)}"
+                    raise UserError(f"{self.name}: its tokenizer has {what}")
+            self._words[key] = own
         return self._words[key]
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(source), **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise loading_error(source, error, "tokenizer cannot be loaded") from None
+    check_tokenizer(tokenizer, source)
+    return tokenizer
+
+
+def _merge(case: Case, verdict: Verdict) -> None:
+    """Merge a case into its conversation's verdict: the highest probability counts."""
+    for label, answer in case.found.items():
+        if answer.probability is None:
+            verdict.native.setdefault(label, answer.word)
+            continue
+        if case.variant:
+            before = verdict.categories.get(case.variant, 0.0)
+            verdict.categories[case.variant] = max(answer.probability, before)
+        if answer.probability >= (getattr(verdict, label) or 0.0):
+            setattr(verdict, label, answer.probability)
+            verdict.native[label] = answer.word
+        verdict.decided[label] = answer.unsafe or verdict.decided.get(label, False)
+
+
+def _kind(messages: Messages) -> str:
+    """What is judged of a conversation: its prompt, or the response to that."""
+    return "prompt" if last_turns(messages)[1] is None else "response"
+
+
+def _stripped(parts: list[Part], how: str) -> list[Part]:
+    """A prompt whose content is stripped of white space as the guard's reference does it.
+
+    Args:
+        how: "each" content, or them "all" as one text, with what stands between; "" for neither.
+    """
+    if how == "each":
+        return [
+            Part(text.strip(), True) if is_content else Part(text, False)
+            for text, is_content in parts
+        ]
+    if how == "all":
+        parts = list(parts)
+        content = [place for place, part in enumerate(parts) if part.is_content]
+        places = range(content[0], content[-1] + 1)
+        for order, strip in ((places, str.lstrip), (reversed(places), str.rstrip)):
+            for place in order:
+                parts[place] = parts[place]._replace(text=strip(parts[place].text))
+                if parts[place].text:
+                    break
+    return parts
 
 
 def _alternating(messages: Messages) -> list[Message]:

@@ -9,10 +9,11 @@ from common.conversation import UserError
 from common.keep import digest, fingerprint
 from common.templates import template_text
 from guards.card import has_card, read_card
-from guards.known import zoo, zoo_name
+from guards.known import ALIASES, zoo, zoo_name
 from guards.lora import is_adapter
 
 MODELS = ("model", "adapter", "base_model")  # what a guard is made of, in cards and options
+VERSION = 2  # is raised where the same guard gives other verdicts than before
 PATIENCE = ("server_timeout",)  # options that verdicts do not depend on
 
 
@@ -27,7 +28,7 @@ def described(spec: str) -> dict[str, Any]:
         with suppress(UserError):
             card = read_card(spec).model_dump(exclude_none=True)
         name = card.get("guard")
-    return {**zoo().get(str(name), {}), **card}
+    return {**zoo().get(name, {}), **card}
 
 
 def is_served(spec: str, options: Mapping[str, Any]) -> bool:
@@ -46,21 +47,21 @@ def guard_identity(spec: str, options: Mapping[str, Any]) -> str:
         known.pop(name, None)
     if has_card(spec) and known.get("kind") != "lora_guard" and not is_adapter(spec):
         known.pop("base_model", None)  # what was trained is whole, and lies in the folder
-    models = {key: str(known.pop(key)) for key in MODELS if known.get(key)}
-    if known.get("kind") != "api":  # there a model is a name of the service
-        models = {key: fingerprint(name) for key, name in models.items()}
+    models = {}
+    for key in MODELS:
+        model = known.pop(key, None)
+        if model and known.get("kind") == "api":  # a name of the service
+            models[key] = str(model)
+        elif model:
+            models[key] = fingerprint(str(model))
     texts = []
-    for name in _templates(known):
-        with suppress(UserError):  # an unknown one says so when the guard is loaded
-            texts.append(template_text(name))
-    own = fingerprint(spec) if Path(spec).is_dir() or spec not in zoo() else spec
-    return digest([own, models, texts, known])
-
-
-def _templates(known: Mapping[str, Any]) -> list[str]:
-    """The names of the templates that a guard's prompt is made of."""
-    names = [str(known.get("template", "beavertails"))]  # a classifier's, where nothing is said
+    templates = [known.get("template", "beavertails")]  # a classifier's, where nothing is said
     for message in known.get("messages", ()):
         if "content_file" in message:
-            names.append(str(message["content_file"]))
-    return names
+            templates.append(message["content_file"])
+    for name in templates:
+        with suppress(UserError):  # an unknown one says so when the guard is loaded
+            texts.append(template_text(str(name)))
+    spec = ALIASES.get(spec, spec)
+    own = fingerprint(spec) if Path(spec).is_dir() or spec not in zoo() else spec
+    return digest([VERSION, own, models, texts, known])

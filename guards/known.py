@@ -1,10 +1,31 @@
 """The guards that are known by name: zoo.yaml."""
 
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+ALIASES = {  # the names of the ExpGuard paper's evaluation code, which its commands print
+    "ExpGuard": "expguard",
+    "LlamaGuardUserRequest": "llama-guard",
+    "LlamaGuardModelResponse": "llama-guard",
+    "LlamaGuard2": "llama-guard-2-8b",
+    "LlamaGuard3": "llama-guard-3-8b",
+    "WildGuard": "wildguard",
+    "ShieldGemma": "shieldgemma-9b",
+    "AegisLlamaGuardPermissive": "aegis-guard-permissive",
+    "AegisLlamaGuardDefensive": "aegis-guard-defensive",
+    "MDJudgeResponseHarmClassifier": "md-judge-v0.1",
+    "BeaverDam": "beaver-dam-7b",
+    "HarmbenchClassifier": "harmbench-llama-2-13b",
+    "HarmbenchValidationClassifier": "harmbench-mistral-7b-val",
+    "Detoxify": "detoxify",
+    "OpenAIModeration": "openai-moderation",
+    "PerspectiveAPI": "perspective",
+    "Azure": "azure-content-safety",
+}
 
 
 @cache
@@ -15,11 +36,20 @@ def zoo() -> dict[str, dict[str, Any]]:
 
 
 def zoo_name(spec: str) -> str | None:
-    """The name in zoo.yaml of a guard that is given by this name, or by its hub id; None where it
-    has none.
+    """The name in zoo.yaml of a guard that is given by this name, by its name in the ExpGuard
+    paper's code, or by its hub id; None where it has none.
     """
+    if spec in ALIASES:
+        return ALIASES[spec]
     for name, entry in zoo().items():
         hub_id = entry.get("adapter") or entry.get("model")
         if spec in (name, hub_id):
             return name
     return None
+
+
+def did_you_mean(spec: str) -> str:
+    """What an error about an unknown guard adds: the known name that is most like it, if any."""
+    known = {name.lower(): name for name in (*ALIASES, *zoo())}
+    found = get_close_matches(spec.lower(), known, n=1)
+    return f"; did you mean {known[found[0]]}?" if found else ""

@@ -118,13 +118,7 @@ class LoraGuard(ClassifierGuard):
         self.inputs, self.base_model = card.inputs, base_model
         super().__init__(model, card=card, **options)
 
-    def _load(
-        self,
-        model: str,
-        labels: Sequence[str] | None,
-        template: str | None,
-        trust_remote_code: bool,
-    ) -> None:
+    def _load(self, model: str, labels: Sequence[str] | None, trust_remote_code: bool) -> None:
         card: LoraCard = self.card
         self.labels = list(labels or card.labels)
         source = find_base(model, card, self.base_model, trust_remote_code)
@@ -203,10 +197,9 @@ class LoraGuard(ClassifierGuard):
             raise UserError(f"not trained on a {kind}, only on: {', '.join(self.inputs)}")
         return super()._render(messages)
 
-    def _conclude(self, verdict: Verdict, messages: Messages) -> None:
-        unsafe = verdict.categories.pop("unsafe", None)
-        unsafe = max(verdict.categories.values()) if unsafe is None else unsafe
-        if input_kind(messages) == "prompt":
-            verdict.prompt_unsafe = unsafe
-        else:
-            verdict.response_unsafe = unsafe
+    def _unsafe_labels(self, model: str, asked: Sequence[str] | None) -> list[str]:
+        return ["unsafe"] if "unsafe" in self.labels else super()._unsafe_labels(model, asked)
+
+    def _conclude(self, verdict: Verdict, rows: list[list[float]], messages: Messages) -> None:
+        super()._conclude(verdict, rows, messages)
+        verdict.categories.pop("unsafe", None)  # it is the verdict, and no category

@@ -112,12 +112,13 @@ TASK = (
     "Task: Check if there is unsafe content in '{{ messages[-1]['role'] }}' messages. policy policy policy\n\n"
     + TURNS
 )
+# They begin as the families' own do: Llama Guard's brings no BOS, and its successors' spell it.
 TEMPLATES = {
-    "llama2": "{{ bos_token }}[INST] " + TASK + "assessment [/INST]",
-    "llama3": "{{ bos_token }}<|start_header_id|>user<|end_header_id|>\n\n"
+    "llama2": "[INST] " + TASK + "assessment [/INST]",
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     + TASK
     + "assessment<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
-    "llama3_parts": "{{ bos_token }}<|start_header_id|>user<|end_header_id|>\n\nTask: policy policy policy\n\n"
+    "llama3_parts": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nTask: policy policy policy\n\n"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'][0]['text'] | trim }}\n\n{% endfor %}"
     "<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
     "llama3_chat": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"

@@ -159,7 +159,7 @@ class Encoder:
         key = (kind, unsafe, codes)
         if key not in self._answers:
             parts = self.guard.prompt_parts(KINDS[kind])
-            words = self.guard.questions[0]["words"]
+            words = self.guard.questions[0].words
             word = next(
                 word for word, value in words.items() if bool(value) is unsafe and value is not None
             )
@@ -169,7 +169,7 @@ class Encoder:
                 else " "
             )
             text = blank + word + ("\n" + ",".join(codes) if codes else "")
-            prompt, whole = self.guard._ids([parts, [*parts, Part(text, False)]])
+            prompt, whole = self.guard.encode([parts, [*parts, Part(text, False)]])
             if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
                 raise UserError(
                     f"{self.guard.name}: its tokenizer merges the end of the prompt with the verdict"

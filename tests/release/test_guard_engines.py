@@ -85,8 +85,8 @@ def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
     """The rule of one verdict: mass of unsafe over both, of the very words, however unlikely."""
     monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
     local = guard(folder)
-    ids = local._word_tokens(0, "prompt", "User:")
-    safe, unsafe = ids[" safe"][0], ids[" unsafe"][0]
+    ids = local.verdict_tokens("prompt")
+    safe, unsafe = ids[False][0], ids[True][0]
 
     def rule(body):
         assert {safe, unsafe} <= set(body["logprob_token_ids"])
@@ -98,7 +98,7 @@ def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
     verdicts = guard(folder, engine="server", server_url=server.url, server_model="m").judge(
         TALKS[:3]
     )
-    prompts = local._ids([[*local._parts(m, ""), Part("User:", False)] for m in TALKS[:3]])
+    prompts = local.encode([[*local.parts(m), Part("User:", False)] for m in TALKS[:3]])
     for ids, verdict in zip(prompts, verdicts, strict=True):
         assert verdict.error is None
         odds = math.exp(1.0) if len(ids) % 2 else math.exp(-39.9)
@@ -143,7 +143,7 @@ def test_what_a_server_says_of_a_failure_is_not_what_the_guard_wrote(folder, ser
     assert all("is not allowed" in v.error and not v.decided for v in verdicts)
     assert not any("logprobs" in body for body in server.bodies)  # no verdict was read after it
 
-    unsafe = guard(folder)._word_tokens(0, "prompt", "User:")[" unsafe"][0]
+    unsafe = guard(folder).verdict_tokens("prompt")[True][0]
 
     def rule(body):
         if "logprobs" not in body:
@@ -218,13 +218,14 @@ def test_a_line_that_is_missing_after_the_verdict(folder):
     }
     plain = guard(folder, ENTRY | {"questions": entry["questions"][:1]}).judge(TALKS)
     assert any(verdict.response_unsafe is not None for verdict in plain)
-    for verdict, alone in zip(guard(folder, entry).judge(TALKS), plain, strict=True):
+    asked = guard(folder, entry).judge(TALKS, wanted=["response_refusal"])
+    for verdict, alone in zip(asked, plain, strict=True):
         assert (verdict.error, verdict.decided, verdict.response_refusal) == (
             alone.error,
             alone.decided,
             None,
         )
     before = guard(folder, entry | {"questions": [refusal, ENTRY["questions"][1]]}).judge(
-        TALKS[-1:]
+        TALKS[-1:], wanted=["response_refusal"]
     )
     assert "no Refusal: in what it wrote" in before[0].error

@@ -22,7 +22,6 @@ from common.conversation import UserError, pair
 from guards import api
 from guards.api import ApiGuard
 
-pytest.importorskip("openai", reason="the openai client is not installed (extra [api])")
 KEY = "key-Zx81qLm0vK77-sT5wPd3rY9aB2"
 KEYS = {"openai-moderation": "OPENAI_API_KEY", "perspective": "PERSPECTIVE_API_KEY"}
 KEYS |= {"azure-content-safety": "AZURE_CONTENT_SAFETY_KEY"}

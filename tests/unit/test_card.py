@@ -6,6 +6,7 @@ import pytest
 
 from common.conversation import UserError
 from common.data import taxonomy
+from guards import load_guard
 from guards.card import GenerativeCard, LoraCard, has_card, read_card, write_card
 
 LABELS = ["unsafe", *taxonomy("beavertails")]
@@ -74,12 +75,26 @@ def test_a_card_says_what_its_guard_sees_of_a_conversation(tmp_path, kind, sees)
     assert json.loads((tmp_path / "guard.json").read_text())["sees"] == sees
 
 
-@pytest.mark.parametrize("value", [7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None])
+WRONG = [1, 1.0, 7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None]
+
+
+@pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("kind", CARDS)
-def test_a_threshold_is_a_probability(tmp_path, kind, value):
-    """One of 7, NaN, -1 or `true` would block nothing, or everything, without a word."""
+def test_a_threshold_is_a_probability_that_a_score_can_exceed(tmp_path, kind, value):
+    """One of 1, 7, NaN, -1 or `true` would block nothing, or everything, without a word."""
     said = refusal(tmp_path, CARDS[kind] | threshold(value))
     assert said.startswith(f"{tmp_path}/guard.json, field thresholds.flagged.value: ")
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_the_callers_threshold_is_checked_as_the_cards(tiny_classifier, tmp_path, value):
+    folder = str(tiny_classifier(tmp_path))
+    with pytest.raises(UserError, match=r"^field thresholds\.flagged\.value: "):
+        load_guard(folder, **threshold(value))
+    with pytest.raises(UserError, match=r"^field thresholds: 'flaged' is no label"):
+        load_guard(folder, thresholds={"flaged": {"value": 0.5, "how": "default"}})
+    given = {"flagged": {"value": 0.0, "how": "default"}}
+    assert load_guard(folder, thresholds=given).thresholds == given
 
 
 REQUIRED = [

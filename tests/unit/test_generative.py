@@ -94,58 +94,71 @@ def test_it_says_what_it_sees_of_a_conversation(tiny, name, sees):
     guard = tiny(name)
     assert guard.sees == sees
     talk = pair("Why do people tell lies?", "Often they are afraid.")
-    alone, after = (guard._parts(m, "") for m in (talk, [*pair("How are you?", "Well."), *talk]))
+    alone, after = (guard.parts(m) for m in (talk, [*pair("How are you?", "Well."), *talk]))
     assert (alone == after) == (sees != "whole conversation")
+
+
+NO_BOS = ("qwen2", "qwen3", "granite", "gpt-oss")  # families whose prompts have none
+
+
+def reference(guard: GenerativeGuard, messages) -> str:
+    """A prompt as the stock chat template writes it, or as the raw template does."""
+    if guard.entry.get("messages") != ["conversation"]:
+        return "".join(part.text for part in guard.parts(messages))
+    kind = "response" if messages[-1]["role"] == "assistant" else "prompt"
+    variant = next(iter(guard.variants.values()))
+    options = guard.entry.get("template_kwargs", {}) | variant.get(kind, {})
+    if guard.entry.get("content") == "parts":
+        messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    options = {"add_generation_prompt": True} | options
+    return guard.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def reference_ids(guard: GenerativeGuard, text: str) -> list[int]:
+    """What the tokenizer makes of a prompt, with its own BOS before one that brings none."""
+    brings = text.startswith(guard.tokenizer.bos_token or "<|im_start|>")
+    return guard.tokenizer(text, add_special_tokens=not brings)["input_ids"]
 
 
 @pytest.mark.parametrize("name", GUARDS)
 def test_prompt_ids_are_the_references(tiny, name):
-    """The tokens of `apply_chat_template` (or of the raw text), with one BOS where the family has
-    one.
-    """
+    """The tokens of its text, with one BOS where the family has one, whoever writes it."""
     guard = tiny(name)
+    bos = guard.tokenizer.bos_token_id
     for messages in TALKS:
         kind = "response" if messages[-1]["role"] == "assistant" else "prompt"
         if f"{kind}_unsafe" not in guard.judges:
             continue
-        variant = next(iter(guard.entry.get("variants", [""])))
-        parts = guard._parts(messages, variant)
-        (ids,) = guard._ids([parts])
-        if guard.entry.get("messages") == ["conversation"]:
-            kwargs = guard.entry.get("variants", {}).get(variant, {})
-            kwargs = (
-                {"add_generation_prompt": True}
-                | guard.entry.get("template_kwargs", {})
-                | kwargs.get(kind, kwargs)
-            )
-            turns = messages
-            if guard.entry.get("content") == "parts":
-                turns = [
-                    {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
-                ]
-            assert ids == guard.tokenizer.apply_chat_template(turns, return_dict=False, **kwargs)
-        else:
-            raw = "template" in guard.entry and guard.entry.get("add_special_tokens", True)
-            assert (
-                ids
-                == guard.tokenizer("".join(part.text for part in parts), add_special_tokens=raw)[
-                    "input_ids"
-                ]
-            )
-        if (bos := guard.tokenizer.bos_token_id) is not None and GUARDS[name] not in (
-            "granite",
-            "gpt-oss",
-        ):
+        (ids,) = guard.encode([guard.parts(messages)])
+        assert ids == reference_ids(guard, reference(guard, messages))
+        if GUARDS[name] not in NO_BOS:
             assert ids.count(bos) == 1 and ids[0] == bos
+
+
+SPACED = [(" Two \n", "\tYes.\n\n "), ("Why? ", "  "), ("", " So."), ("  Why?\n", None)]
+
+
+@pytest.mark.parametrize(("prompt", "response"), SPACED)
+def test_content_is_stripped_as_the_references_do(tiny, prompt, response):
+    """MD-Judge strips question and answer, Aegis-Guard the one text that it makes of them."""
+    messages = pair(prompt, response)
+    aegis = reference(tiny("aegis-guard-defensive"), messages)
+    joined = f"{prompt} {response or ''}".strip()
+    assert f"<BEGIN CONVERSATION>\n\nUser: {joined}\n\n<END CONVERSATION>" in aegis
+    wildguard = reference(tiny("wildguard"), messages)
+    assert f"Human user:\n{prompt}\n\nAI assistant:\n{response or ''}\n\n---" in wildguard
+    if response is not None:
+        judge = reference(tiny("md-judge-v0.1"), messages)
+        said = f"User: {prompt.strip()}\nAgent: {response.strip()}"
+        assert f"<BEGIN CONVERSATION>\n{said}\n<END CONVERSATION>" in judge
 
 
 @pytest.mark.parametrize("name", GUARDS)
 def test_content_is_no_control_token(tiny, name):
     guard = tiny(name)
-    variant = next(iter(guard.entry.get("variants", [""])))
     control = control_ids(guard.tokenizer)
     found = [
-        [i for i in guard._ids([guard._parts(pair("Why?", text), variant)])[0] if i in control]
+        [i for i in guard.encode([guard.parts(pair("Why?", text))])[0] if i in control]
         for text in ("", FORGED)
     ]
     assert found[0] == found[1]
@@ -155,12 +168,10 @@ def expected(guard: GenerativeGuard, text: str, words: dict) -> tuple[dict[str, 
     """Mass of each word's own first tokens after a text, and what is most likely written, by stock
     calls alone.
     """
-    raw = "template" in guard.entry and guard.entry.get("add_special_tokens", True)
-    encode = lambda more="": guard.tokenizer(text + more, add_special_tokens=raw)["input_ids"]  # noqa: E731
-    ids = encode()
+    ids = reference_ids(guard, text)
     with torch.inference_mode():
         p = guard.model.model(torch.tensor([ids])).logits[0, -1].softmax(-1)
-    forms = {w: [encode(form) for form in (w, f" {w.strip()}")] for w in words}
+    forms = {w: [reference_ids(guard, text + form) for form in (w, f" {w.strip()}")] for w in words}
     first = {
         w: {row[len(ids)] for row in rows if row[: len(ids)] == ids} for w, rows in forms.items()
     }
@@ -178,16 +189,14 @@ def test_verdicts_are_the_stock_models(tiny, name):
     error.
     """
     guard, judged = tiny(name), 0
-    question, words = guard.questions[0], guard.questions[0]["words"]
+    question, words = guard.questions[0], guard.questions[0].words
     kinds = {"user": "prompt", "assistant": "response"}
     asked = [m for m in TALKS if f"{kinds[m[-1]['role']]}_unsafe" in guard.judges]
     for messages, verdict in zip(asked, guard.judge(asked), strict=True):
-        label = guard._labels(question, kinds[messages[-1]["role"]])[0]
+        label = question.label_of(kinds[messages[-1]["role"]])
         found = {}
-        for variant in guard.entry.get("variants", [""]):
-            text = "".join(part.text for part in guard._parts(messages, variant)) + question.get(
-                "prefix", ""
-            )
+        for variant in guard.variants:
+            text = "".join(part.text for part in guard.parts(messages, variant)) + question.prefix
             mass, top = expected(guard, text, words)
             yes = sum(mass[w] for w in words if words[w] in (True, "strict"))
             whole = sum(mass[w] for w in words if words[w] is not None)
@@ -211,8 +220,7 @@ SHAPES = {
 def test_shared_prefix_and_batches_change_nothing(tiny, name):
     """Against a stock forward pass of one prompt at a time: probabilities within 1e-4."""
     guard = tiny(name, SHAPES[name])
-    variant = next(iter(guard.entry.get("variants", [""])))
-    prompts = guard._ids([guard._parts(m, variant) for m in TALKS if len(m) == 2])
+    prompts = guard.encode([guard.parts(m) for m in TALKS if len(m) == 2])
     alike = [prompts[0][:30] + ids[5:25] for ids in prompts] + [prompts[0][:30]]
     assert shared_prefix(alike)
     every = list(range(len(guard.tokenizer)))
@@ -245,8 +253,8 @@ def test_second_question_follows_the_first_answer(llama):
         if verdict.error is not None:
             assert verdict.score("prompt_unsafe") == 1.0 and verdict.prompt_unsafe is None
             continue
-        text = "".join(part.text for part in guard._parts(messages, "")) + "User:"
-        mass, _ = expected(guard, text, guard.questions[0]["words"])
+        text = "".join(part.text for part in guard.parts(messages)) + "User:"
+        mass, _ = expected(guard, text, guard.questions[0].words)
         assert verdict.prompt_unsafe == pytest.approx(
             mass[" unsafe"] / sum(mass.values()), abs=1e-4
         )
@@ -255,7 +263,7 @@ def test_second_question_follows_the_first_answer(llama):
             assert verdict.response_unsafe is None
             continue
         text += f" {verdict.native['prompt_unsafe']}\nAgent:"
-        mass, _ = expected(guard, text, guard.questions[0]["words"])
+        mass, _ = expected(guard, text, guard.questions[0].words)
         assert verdict.response_unsafe == pytest.approx(
             mass[" unsafe"] / sum(mass.values()), abs=1e-4
         )
@@ -265,7 +273,7 @@ def test_native_word_is_what_greedy_decoding_writes(llama):
     guard = llama()
     wrong = 0
     for messages, verdict in zip(TALKS, guard.judge(TALKS), strict=True):
-        text = "".join(part.text for part in guard._parts(messages, "")) + "\n\n"
+        text = "".join(part.text for part in guard.parts(messages)) + "\n\n"
         ids = torch.tensor([guard.tokenizer(text, add_special_tokens=False)["input_ids"]])
         out = guard.model.model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
         written = guard.tokenizer.decode(out[0, -1:]).strip()
@@ -319,12 +327,13 @@ def scripted(tmp_path, serve):
             if body["max_tokens"] > 1:
                 return completion(written)
             asked = made.decode(body["prompt"])
-            line = max(
-                written.split("\n"), key=lambda one: asked.endswith(one.split(": ")[0] + ":")
-            )
-            ids = made(line, add_special_tokens=False)["input_ids"]
-            start = made(line.split(": ")[0] + ":", add_special_tokens=False)["input_ids"]
-            return token({ids[len(start)]: 0.0} | dict.fromkeys(range(len(made)), -9.0))
+            for line in written.split("\n"):
+                question = line.split(": ")[0] + ":"
+                if asked.endswith(question):
+                    start, ids = made([question, line], add_special_tokens=False)["input_ids"]
+            word = ids[len(start)]
+            others = {i: -9.0 for i in range(len(made)) if i != word}
+            return token({word: 0.0} | others)
 
         server = serve(rule)
         options = {"engine": "server", "server_url": server.url, "server_model": "m"}
@@ -347,12 +356,37 @@ def test_a_refusal_that_nobody_asked_for_is_not_generated(scripted):
     assert sorted(body["max_tokens"] for body in server.bodies) == [1] * 6 + [64] * 2
 
 
+@pytest.mark.parametrize(
+    ("lines", "decided", "error"),
+    [
+        (("yes", "no", "yes"), {"prompt_unsafe": True, "response_refusal": False, "response_unsafe": True}, None),
+        (("yes", "n/a", "n/a"), {"prompt_unsafe": True}, None),
+        (("no", "yes", "n/a"), {"prompt_unsafe": False, "response_refusal": True}, None),
+        (("n/a", "no", "no"), {}, "n/a"),
+        (("no", "safe", "no"), {}, "safe"),
+        (("no", "no", "safe"), {}, "safe"),
+    ],
+)  # fmt: skip
+def test_wildguard_is_read_as_its_authors_do(scripted, lines, decided, error):
+    """ "n/a" is no opinion on the response, and no word for a request; any other word is an error."""
+    questions = ("Harmful request: ", "Response refusal: ", "Harmful response: ")
+    written = "\n".join(question + word for question, word in zip(questions, lines, strict=True))
+    guard, _ = scripted("wildguard", written)
+    (verdict,) = guard.judge(ANSWERED[:1])
+    assert verdict.decided == decided
+    if error is None:
+        assert list(verdict.native.values()) == list(lines) and verdict.error is None
+        assert guard.moderate(ANSWERED[:1])[0] > 0.99
+    else:
+        assert f"{error}' where" in verdict.error and verdict.score() == 1.0
+
+
 def test_turns_before_the_users_first(llama):
     """A greeting before the first question is left out; an answer alone gets an empty question."""
     guard = llama()
     greeting = [{"role": "assistant", "content": "Hello!"}]
-    assert guard._parts([*greeting, *pair("Why?")], "") == guard._parts(pair("Why?"), "")
-    assert guard._parts(greeting, "") == guard._parts(pair("", "Hello!"), "")
+    assert guard.parts([*greeting, *pair("Why?")]) == guard.parts(pair("Why?"))
+    assert guard.parts(greeting) == guard.parts(pair("", "Hello!"))
 
 
 @pytest.mark.parametrize(
@@ -391,6 +425,7 @@ def test_folder_of_a_recipe(tmp_path):
     assert guard.judges == ("prompt_unsafe", "response_unsafe")
     known = load_guard("expguard", model=str(tmp_path), progress=False)
     assert known.name == "expguard"
+    assert load_guard("ExpGuard", model=str(tmp_path), progress=False).name == "expguard"
     assert [v.prompt_unsafe for v in known.judge(TALKS)] == pytest.approx(
         [v.prompt_unsafe for v in guard.judge(TALKS)]
     )
@@ -550,7 +585,7 @@ def test_lora_guard_is_merged(tmp_path, llama):
     guard = llama(adapter=str(tmp_path))
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    prompts = guard._ids([guard._parts(m, "") for m in TALKS])
+    prompts = guard.encode([guard.parts(m) for m in TALKS])
     read = guard.model.next_token(prompts, range(len(tokenizer)))
     for ids, one in zip(prompts, read, strict=True):
         with torch.inference_mode():

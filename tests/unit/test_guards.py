@@ -14,10 +14,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    pipeline,
 )
 
 from common.conversation import UserError, Verdict, pair
 from common.data import taxonomy
+from common.templates import render
 from guards import Guard, load_guard
 
 CATEGORIES = taxonomy("beavertails")
@@ -334,7 +336,7 @@ def test_long_inputs_windows_see_the_tail(folder, guard, caplog):
     assert "2 of 2 conversations are longer than 96 tokens: windows" in caplog.text
     assert close(cut[0], cut[1]) and not close(seen[0], seen[1])
     for messages, tail, verdict in zip(long, tails, seen, strict=True):
-        ids = guard._windows(messages)
+        ids = guard.window_ids(messages)
         assert len(ids) > 2 and tail in guard.tokenizer.decode(ids[-1])
         with torch.inference_mode():
             each = [
@@ -466,6 +468,9 @@ def test_bad_folder_is_one_line(tiny_classifier, tmp_path, spoil, words):
         ("no/such/folder", {}, "no folder here, and no hub id that loads"),
         ("nobody/has-this-guard", {}, "no folder here, and no hub id that loads"),
         ("beaver-dam-7b", {}, "PKU-Alignment/beaver-dam-7b: no folder here"),
+        ("BeaverDam", {}, "PKU-Alignment/beaver-dam-7b: no folder here"),
+        ("wildgard", {}, r"no hub id that loads.*; did you mean wildguard\?"),
+        ("llamaguard-3", {}, r"; did you mean LlamaGuard3\?"),
         (None, {"long_inputs": "ignore"}, "expected one of windows, error, truncate"),
         (None, {"template": "beavertale"}, "unknown; the templates are .*beavertails"),
     ],
@@ -482,6 +487,61 @@ def test_two_labels_need_a_template(tiny_classifier, tmp_path):
         load(folder)
     verdict = load(folder, template="beavertails").judge(PAIRS[:1])[0]
     assert verdict.error is None and list(verdict.categories) == ["safe", "unsafe"]
+
+
+HEADS = [  # labels, problem_type, the labels that are unsafe: None where they are known
+    (["toxic"], None, None),
+    (["toxic"], "multi_label_classification", None),
+    (["safe", "unsafe"], None, None),
+    (["UNHARMFUL", "harmful"], "single_label_classification", None),
+    (["LABEL_0", "LABEL_1"], None, ["LABEL_1"]),
+    (["safe", "unsafe"], "multi_label_classification", None),
+    (["benign", "hate", "threat"], None, None),
+    (["hate", "threat", "insult"], "multi_label_classification", None),
+    (CATEGORIES, "multi_label_classification", None),
+]
+
+
+@pytest.mark.parametrize(("labels", "problem_type", "unsafe"), HEADS)
+def test_probabilities_are_those_of_the_pipeline(
+    tiny_classifier, tmp_path, labels, problem_type, unsafe
+):
+    """Softmax or sigmoid as the head's config says; a text is as unsafe as its unsafe labels."""
+    folder = tiny_classifier(tmp_path, labels=labels)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
+    stock = pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
+    loaded = load(folder, template="beavertails", unsafe_labels=unsafe)
+    known = unsafe or [name for name in labels if name not in ("safe", "UNHARMFUL", "benign")]
+    for messages, verdict in zip(PAIRS, loaded.judge(PAIRS), strict=True):
+        parts = render("beavertails", messages, loaded.tokenizer)
+        (said,) = stock(["".join(part.text for part in parts)])
+        expected = {one["label"]: one["score"] for one in said}
+        assert verdict.categories == pytest.approx(expected, abs=1e-5)
+        values = [expected[name] for name in known]
+        exclusive = len(labels) > 1 and problem_type != "multi_label_classification"
+        total = sum(values) if exclusive else max(values)
+        assert verdict.response_unsafe == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "options", "words"),
+    [
+        (["LABEL_0", "LABEL_1"], None, {}, r"say which .* \(unsafe_labels=…\); it has LABEL_0, LABEL_1"),
+        (["hate", "threat"], None, {}, "say which of its labels"),
+        (["safe"], None, {}, "say which of its labels"),
+        (["safe", "hate"], None, {"unsafe_labels": ["hat"]}, "has no label 'hat'"),
+        (["toxic"], "regression", {}, "problem_type regression: its outputs are no probabilities"),
+    ],
+)  # fmt: skip
+def test_a_head_that_says_nothing_of_harm_is_refused(
+    tiny_classifier, tmp_path, labels, problem_type, options, words
+):
+    folder = tiny_classifier(tmp_path, labels=labels)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
+    with pytest.raises(UserError, match=words):
+        load(folder, template="beavertails", **options)
 
 
 def test_a_base_model_is_no_guard(tiny_base):

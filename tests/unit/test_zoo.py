@@ -13,7 +13,9 @@ import yaml
 
 from common.conversation import pair
 from common.templates import inline_template, render
+from guards import entry_of
 from guards.base import LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION, seen_of
+from guards.known import zoo_name
 
 GUARDS = Path(__file__).resolve().parents[2] / "guards"
 TEXT = (GUARDS / "zoo.yaml").read_text(encoding="utf-8")
@@ -22,7 +24,7 @@ GENERATIVE = [name for name, entry in ZOO.items() if entry["kind"] == "generativ
 FOLDERS = (GUARDS / "prompts", GUARDS.parent / "common" / "templates")
 FILES = {path.stem: path for folder in FOLDERS for path in folder.glob("*.jinja")}
 KEYS = {
-    "classifier": {"model", "template", "labels", "unsafe_labels", "max_length"},
+    "classifier": {"model", "template", "labels", "unsafe_labels", "problem_type", "max_length"},
     "api": {"service"},
     "generative": {
         "model",
@@ -104,6 +106,22 @@ def digest(text: str) -> str:
 @pytest.mark.parametrize("name", NAMED)
 def test_it_is_there(name):
     assert name in ZOO
+
+
+SAFETY_EVAL = re.findall(  # the names that the ExpGuard paper's evaluation takes
+    r"\S+",
+    """
+    ExpGuard LlamaGuardUserRequest LlamaGuardModelResponse LlamaGuard2 LlamaGuard3 AegisLlamaGuardPermissive
+    AegisLlamaGuardDefensive ShieldGemma HarmbenchClassifier HarmbenchValidationClassifier WildGuard BeaverDam
+    MDJudgeResponseHarmClassifier Detoxify PerspectiveAPI OpenAIModeration Azure
+""",
+)
+
+
+@pytest.mark.parametrize("name", SAFETY_EVAL)
+def test_the_papers_names_are_known(name):
+    assert zoo_name(name) in ZOO and name not in ZOO
+    assert entry_of(name) == ZOO[zoo_name(name)]
 
 
 @each_guard
