@@ -16,6 +16,7 @@ from common.conversation import Messages, UserError
 from common.data import taxonomy
 from common.run import expand_home
 from common.saving import is_unfinished
+from guards.api import ApiGuard
 from guards.base import LONG_INPUTS, Guard
 from guards.card import (
     Card,
@@ -33,7 +34,10 @@ from guards.card import (
     read_card,
     write_card,
 )
-from guards.known import did_you_mean, zoo, zoo_name
+from guards.classifier import ClassifierGuard
+from guards.generative import GenerativeGuard
+from guards.known import near_names, zoo, zoo_name
+from guards.lora import LoraGuard, find_base, is_adapter
 
 logger = logging.getLogger(__name__)
 __all__ = ["LONG_INPUTS", "Guard", "add_probe", "entry_of", "load_guard", "zoo"]
@@ -44,7 +48,14 @@ templates.FOLDERS.append(Path(__file__).parent / "prompts")
 OF_CLASSIFIERS = ("template", "labels", "max_length", "unsafe_labels", "problem_type")
 # Options that make another guard of a folder than its card describes, so that the card's probe says
 # nothing of it.
-OTHER_GUARD = ("chat_template", "labels", "mode", "template", "unsafe_labels")
+OTHER_GUARD = (
+    "chat_template",
+    "labels",
+    "mode",
+    "problem_type",
+    "template",
+    "unsafe_labels",
+)
 
 
 def load_guard(spec: str, **options: Any) -> Guard:
@@ -97,15 +108,11 @@ def entry_of(spec: str) -> dict[str, Any]:
 
 def _by_name(spec: str, options: dict[str, Any]) -> Guard:
     """A guard of zoo.yaml, or any classifier without a card."""
-    from guards.api import ApiGuard
-    from guards.classifier import ClassifierGuard
-    from guards.generative import GenerativeGuard
-
     name = zoo_name(spec)
     entry = zoo().get(name, {})
     kind = entry.get("kind", "classifier")
     if kind == "api":
-        return _made(spec, ApiGuard, entry["service"], _here(spec, options))
+        return _made(spec, ApiGuard, entry["service"], options)
     model = options.pop("model", entry.get("model", spec))
     if kind == "generative":
         guard = _made(spec, GenerativeGuard, model, {"entry": entry, **options})
@@ -114,10 +121,12 @@ def _by_name(spec: str, options: dict[str, Any]) -> Guard:
         if "labels" in known:
             known["labels"] = taxonomy(known["labels"])
         try:
-            guard = _made(spec, ClassifierGuard, model, known | _here(spec, options))
+            guard = _made(spec, ClassifierGuard, model, known | options)
         except UserError as error:
-            hint = did_you_mean(spec) if name is None and model == spec else ""
-            raise UserError(f"{error}{hint}") from None
+            near = near_names(spec)
+            if name is not None or model != spec or not near:
+                raise
+            raise UserError(f"{error}; did you mean {near[0]}?") from None
     if model != spec:
         guard.name = name or spec
     return guard
@@ -165,78 +174,63 @@ def add_probe(
 
 def _loaded(folder: str, card: Card, options: dict[str, Any]) -> Guard:
     """The guard of a folder with a card, which nobody has checked yet."""
-    from guards.classifier import ClassifierGuard
-    from guards.lora import LoraGuard
-
-    if isinstance(card, ClassifierCard):
-        return _made(folder, ClassifierGuard, folder, {"card": card} | _here(folder, options))
-    if isinstance(card, LoraCard):
-        return _made(folder, LoraGuard, folder, {"card": card} | _here(folder, options))
     if isinstance(card, GenerativeCard):
         return _generative(folder, card, options)
-    path = card_path(folder)
-    raise UserError(
-        f"{path}, field kind: {card.kind!r} is an arm that its recipe alone judges with"
-    )
+    if isinstance(card, LoraCard):
+        return _made(folder, LoraGuard, folder, {"card": card, **options})
+    if isinstance(card, ClassifierCard):
+        return _made(folder, ClassifierGuard, folder, {"card": card, **options})
+    what = f"{card.kind!r} is an arm that its recipe alone judges with"
+    raise UserError(f"{card_path(folder)}, field kind: {what}")
 
 
 def _generative(folder: str, card: GenerativeCard, options: dict[str, Any]) -> Guard:
     """A folder with a whole causal LM, or with adapters on one."""
-    from guards.generative import GenerativeGuard
-    from guards.lora import find_base, is_adapter
-
     check_tokenizer_file(folder)
-    entry = {**zoo()[card.guard], "tokenizer": folder}
-    entry.pop("adapter", None)  # of the zoo's own model
-    known = {"entry": entry, "max_length": card.max_length, "thresholds": card.threshold_values()}
+    known = {
+        # Without an adapter, which is of the zoo's own model.
+        "entry": {**zoo()[card.guard], "tokenizer": folder, "adapter": None},
+        "max_length": card.max_length,
+        "thresholds": card.threshold_values(),
+    }
+    model = folder
     if is_adapter(folder):
-        base = find_base(
-            folder, card, options.pop("base_model", None), options.get("trust_remote_code", False)
-        )
-        guard = _made(folder, GenerativeGuard, base, known | {"adapter": folder} | options)
-    else:
-        guard = _made(folder, GenerativeGuard, folder, known | options)
+        known["adapter"] = folder
+        trust = options.get("trust_remote_code", False)
+        model = find_base(folder, card, options.pop("base_model", None), trust)
+    guard = _made(folder, GenerativeGuard, model, known | options)
     guard.name = Path(folder).name
     return guard
 
 
-def _made(spec: str, kind: type[Guard], model: str, options: Mapping[str, Any]) -> Guard:
+def _made(spec: str, kind: type[Guard], model: str, options: dict[str, Any]) -> Guard:
+    options = dict(options)
+    if kind is not GenerativeGuard and options.pop("engine", "transformers") != "transformers":
+        raise UserError(f"{spec}: --engine is for guards that generate")
     try:
         return kind(model, **options)
     except TypeError as error:  # an option of another kind of guard
         raise UserError(f"{spec}: {str(error).split('__init__() ')[-1]}") from None
 
 
-def _here(spec: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a guard that does not generate: it has one engine."""
-    options = dict(options)
-    if options.pop("engine", "transformers") != "transformers":
-        raise UserError(f"{spec}: --engine is for guards that generate")
-    return options
-
-
 def _check(guard: Guard, spec: str, options: Mapping[str, Any]) -> None:
     """Judge the probe of a guard's folder, or of the adapter that was put on it; a server is asked
     later.
     """
-    from guards.lora import find_base
-
     adapter = options.get("adapter")
-    folder = spec if adapter is None else adapter
+    folder = adapter or spec
     if not has_card(folder):
         if has_card(spec):
             logger.info("%s: its probe is not judged, because of %s", spec, adapter)
         return
     card = read_card(folder)
     if adapter is not None:
-        find_base(
-            adapter, card, options.get("model", spec), options.get("trust_remote_code", False)
-        )
-    as_saved = {"mode": "strict", "chat_template": _chat_template(folder)}
-    as_saved |= card.model_dump(include={"template", "labels"})
-    changed = [
-        name for name in OTHER_GUARD if name in options and options[name] != as_saved.get(name)
-    ]
+        trust = options.get("trust_remote_code", False)
+        find_base(adapter, card, options.get("model", spec), trust)
+    as_saved = card.model_dump(include={"template", "labels"})
+    as_saved |= {"mode": "strict", "chat_template": _chat_template(folder)}
+    asked = [name for name in OTHER_GUARD if name in options]
+    changed = [name for name in asked if options[name] != as_saved.get(name)]
     if changed:
         logger.info("%s: its probe is not judged, because of %s", folder, ", ".join(changed))
     elif options.get("engine") == "server":

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.conversation import Message, Messages, UserError, Verdict, check_messages, pair
+from common.templates import Part
 
 LONG_INPUTS = ("windows", "error", "truncate")
 
@@ -124,15 +125,15 @@ class Guard:
         return verdict.score(label)
 
 
-def seen_of(prompt_of: Callable[[Messages], str]) -> str:
+def seen_of(prompt_of: Callable[[Messages], Sequence[Part]]) -> str:
     """What a guard sees of a conversation, one of SEES: found in the prompt that it writes of one.
 
     Args:
-        prompt_of: the whole prompt of a conversation; UserError where it has none.
+        prompt_of: the whole prompt of a conversation, in pieces; UserError where it has none.
     """
     for messages in (TALK, TALK[:3]):  # not every guard judges answers
         try:
-            prompt = prompt_of(messages)
+            prompt = "".join(part.text for part in prompt_of(messages))
         except UserError:
             continue
         seen = [message["content"] in prompt for message in messages]

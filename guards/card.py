@@ -149,7 +149,7 @@ def seen_by_template(template: str) -> str | None:
     """What a guard with this template sees of a conversation (`Guard.sees`); None where it renders
     none.
     """
-    sees = seen_of(lambda messages: "".join(part.text for part in render(template, messages)))
+    sees = seen_of(lambda messages: render(template, messages))
     return None if sees == UNKNOWN else sees
 
 
@@ -274,7 +274,12 @@ class LinearProbeCard(ArmOrigin):
 
 Card = ClassifierCard | LoraCard | GenerativeCard | LinearProbeCard
 AnyCard = TypeVar("AnyCard", bound=BaseModel)
-KINDS = ("classifier", "lora_guard", "generative", "probe")
+KINDS: dict[str, type[BaseModel]] = {
+    "classifier": ClassifierCard,
+    "lora_guard": LoraCard,
+    "generative": GenerativeCard,
+    "probe": LinearProbeCard,
+}
 ADAPTER: TypeAdapter[Card] = TypeAdapter(Annotated[Card, Field(discriminator="kind")])
 
 
@@ -301,9 +306,8 @@ def read_card(folder: Path | str, kind: type[AnyCard] | None = None) -> AnyCard 
         UserError: there is no card, it is of another kind, or a field is missing or wrong; names
         file and field.
     """
-    path, wanted = card_path(folder), None
-    if kind is not None:
-        wanted = kind.model_fields["kind"].default
+    path = card_path(folder)
+    wanted = None if kind is None else kind.model_fields["kind"].default
     try:
         card = ADAPTER.validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
         found = card.kind
@@ -379,13 +383,11 @@ def _fault(error: Any, location: Sequence[Any]) -> str:
 
 
 def _meaning(location: Sequence[Any]) -> str:
-    """What a missing field of a card says, in brackets; nothing where that is not known."""
-    of = {
-        one.model_fields["kind"].default: one for one in (ClassifierCard, LoraCard, GenerativeCard)
-    }
-    if len(location) != 2 or location[0] not in of:
+    """What a missing field of a card says, in brackets; nothing of a field of a field."""
+    if len(location) != 2:
         return ""
-    return f" ({of[location[0]].model_fields[location[1]].description})"
+    kind, name = location
+    return f" ({KINDS[kind].model_fields[name].description})"
 
 
 # --- what a card says of other files ----------------------------------------------------------------------------------
@@ -429,21 +431,14 @@ def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) ->
     """
     path = card_path(where)
     if len(card.labels) != len(names):
-        raise UserError(
-            f"{path}, field labels: names {len(card.labels)} outputs, the model has {len(names)}"
-        )
-    if has_no_names(names):
+        what = f"names {len(card.labels)} outputs, the model has {len(names)}"
+        raise UserError(f"{path}, field labels: {what}")
+    if list(names) == [f"LABEL_{i}" for i in range(len(names))]:
         return
     for i, (told, own) in enumerate(zip(card.labels, names, strict=True)):
         if told != own:
-            raise UserError(
-                f"{path}, field labels: output {i} is {told!r}, in config.json (id2label) {own!r}"
-            )
-
-
-def has_no_names(names: Sequence[str]) -> bool:
-    """Whether a model's labels are those that transformers gives where nobody has named them."""
-    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
+            what = f"output {i} is {told!r}, in config.json (id2label) {own!r}"
+            raise UserError(f"{path}, field labels: {what}")
 
 
 # --- the probe --------------------------------------------------------------------------------------------------------
@@ -453,10 +448,12 @@ def outputs(verdict: Verdict) -> dict[str, float]:
     """Every probability of a verdict: of its categories, and of the labels that it has an opinion
     on.
     """
-    labels = {label: getattr(verdict, label) for label in LABELS}
-    return verdict.categories | {
-        label: value for label, value in labels.items() if value is not None
-    }
+    found = dict(verdict.categories)
+    for label in LABELS:
+        probability = getattr(verdict, label)
+        if probability is not None:
+            found[label] = probability
+    return found
 
 
 def make_probe(guard: Guard) -> Probe | None:
@@ -490,14 +487,13 @@ def check_equal_outputs(
     Raises:
         UserError: they differ by more than number formats explain, or the guard gives no verdict.
     """
-    verdicts = guard.judge([messages for messages, _ in trained]) if trained else []
-    for verdict in verdicts:
+    saved = []
+    for verdict in guard.judge([messages for messages, _ in trained]):
         if verdict.error is not None:
-            raise UserError(
-                f"{guard.name}: what was saved gives no verdict ({verdict.error}); nothing is saved"
-            )
-    expected = [scores for _, scores in trained]
-    check_equal(expected, [outputs(verdict) for verdict in verdicts], TOLERANCE[guard.dtype])
+            what = f"what was saved gives no verdict ({verdict.error})"
+            raise UserError(f"{guard.name}: {what}; nothing is saved")
+        saved.append(outputs(verdict))
+    check_equal([scores for _, scores in trained], saved, TOLERANCE[guard.dtype])
 
 
 def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: bool = True) -> bool:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from common.conversation import SAFE_WORDS, Message, Messages, UserError, Verdict, pair
+from common.conversation import Message, Messages, UserError, Verdict, check_label, pair
 from common.data import taxonomy
 from common.fit import check_length, fit_classifier, positions
 from common.run import device, inference_dtype, is_main_process
@@ -112,7 +111,7 @@ class ClassifierGuard(Guard):
         # An unknown template is no matter of a single verdict.
         render(self.template, pair("", ""), self.tokenizer)
         self.judges = self._judged()
-        self.sees = seen_of(lambda messages: "".join(part.text for part in self._render(messages)))
+        self.sees = seen_of(self._render)
         self.thresholds = thresholds or {}
         self.progress = progress
         self.device = device()
@@ -299,4 +298,7 @@ class ClassifierGuard(Guard):
 
 def _means_safe(label: str) -> bool:
     """Whether a label is a word for safe, as "Not harmful" or BENIGN."""
-    return re.sub(r"[\s_-]+", " ", label.strip().lower()) in SAFE_WORDS
+    try:
+        return check_label(label, "label", "id2label") is False
+    except UserError:
+        return False

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.bundled import resolve_model
 from common.conversation import LABELS, Message, Messages, UserError, Verdict, last_turns, pair
-from common.engines import Completion, Decoding, Engine, NextToken, load_engine
+from common.engines import Completion, Decoding, Engine, load_engine
 from common.run import inference_dtype
 from common.templates import (
     Part,
@@ -172,7 +172,7 @@ class GenerativeGuard(Guard):
         self.tokenizer = _load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
         self.tokenizer.chat_template = chat_template or self.tokenizer.chat_template
         self._check_tokens()
-        self.sees = seen_of(self._text)
+        self.sees = seen_of(self.parts)
         self.model: Engine = load_engine(
             engine,
             model,
@@ -253,28 +253,17 @@ class GenerativeGuard(Guard):
                 continue
             probabilities = dict(zip(candidates, map(math.exp, said.logprobs), strict=True))
             masses = {word: sum(probabilities[i] for i in ids) for word, ids in words.items()}
-            if all(map(math.isfinite, masses.values())):
-                self._take(question, case, words, masses, said)
-            else:
+            written = [word for word, ids in words.items() if said.top in ids]
+            if not all(map(math.isfinite, masses.values())):
                 case.error = "the model's output is not a number"
-
-    def _take(
-        self,
-        question: Question,
-        case: Case,
-        tokens: Mapping[str, list[int]],
-        masses: Mapping[str, float],
-        said: NextToken,
-    ) -> None:
-        """The word that the guard writes most likely, or that it is none of the question's."""
-        for word, ids in tokens.items():
-            if said.top in ids:
-                case.said += word
-                case.found[question.label_of(case.kind)] = question.answer(word, masses)
-                return
-        written = self.tokenizer.decode([said.top])
-        expected = " or ".join(map(repr, tokens))
-        case.fail(f"it writes {written!r} where {expected} was expected")
+            elif written:
+                case.said += written[0]
+                label = question.label_of(case.kind)
+                case.found[label] = question.answer(written[0], masses)
+            else:
+                other = self.tokenizer.decode([said.top])
+                expected = " or ".join(map(repr, words))
+                case.fail(f"it writes {other!r} where {expected} was expected")
 
     # --- text that the guard writes ---------------------------------------------------------------
 
@@ -340,7 +329,7 @@ class GenerativeGuard(Guard):
             UserError: the guard asks several questions, or several times, or writes something
                 first.
         """
-        several = len(self.questions) > 1 or len(self.variants) > 1
+        several = len(self.questions) + len(self.variants) > 2
         if several or self.questions[0].anchor is not None:
             what = "its verdict is not one word after one prompt"
             raise UserError(f"{self.name}: {what}; it cannot be trained here")
@@ -412,9 +401,6 @@ class GenerativeGuard(Guard):
         kwargs = self.entry.get("template_kwargs", {}) | by_kind.get(_kind(messages), {})
         return render_chat(self.tokenizer, _alternating(messages), None, self._wrap, **kwargs)
 
-    def _text(self, messages: Messages) -> str:
-        return "".join(part.text for part in self.parts(messages))
-
     def _wrap(self, messages: Messages) -> list[dict[str, Any]]:
         """What the chat template gets: the turns, and instructions that may quote them."""
         prompt, response = last_turns(messages)
@@ -441,8 +427,8 @@ class GenerativeGuard(Guard):
         it. Llama Guard's chat template brings none, those of its successors do.
         """
         kind = "prompt" if LAST["prompt"] in self.judges else "response"
-        bos = self.tokenizer.bos_token
-        brings = bos is not None and self._text(EXAMPLES[kind]).startswith(bos)
+        begins = self.parts(EXAMPLES[kind])[0].text
+        brings = begins.startswith(self.tokenizer.bos_token or begins)
         return self.entry.get("add_special_tokens", True) and not brings
 
     # --- the words --------------------------------------------------------------------------------

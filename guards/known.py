@@ -48,8 +48,7 @@ def zoo_name(spec: str) -> str | None:
     return None
 
 
-def did_you_mean(spec: str) -> str:
-    """What an error about an unknown guard adds: the known name that is most like it, if any."""
-    known = {name.lower(): name for name in (*ALIASES, *zoo())}
-    found = get_close_matches(spec.lower(), known, n=1)
-    return f"; did you mean {known[found[0]]}?" if found else ""
+def near_names(name: str) -> list[str]:
+    """Known names that somebody may have meant, the most like first."""
+    known = {known.lower(): known for known in (*ALIASES, *zoo())}
+    return [known[one] for one in get_close_matches(name.lower(), known, 5)]

@@ -9,22 +9,23 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.bundled import resolve_model
-from common.conversation import Messages, UserError, Verdict, last_turns
+from common.conversation import LABELS, Messages, UserError, Verdict, last_turns
 from common.engines import apply_adapter
 from common.fit import grow_embeddings
 from common.run import inference_dtype
 from common.templates import Part
 from guards.card import INPUTS, GenerativeCard, LoraCard, card_path, local_sha256, read_card
-from guards.classifier import ClassifierGuard
+from guards.classifier import BROKEN, ClassifierGuard
 from guards.known import zoo
 
 __all__ = ["INPUTS", "LoraGuard", "find_base", "input_kind", "is_adapter"]
 
 CONFIG = "adapter_config.json"  # of PEFT
+NOTED = "base_model_name_or_path"  # in it
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "base_model.model.score.weight"
 
@@ -32,7 +33,9 @@ HEAD = "base_model.model.score.weight"
 def input_kind(messages: Messages) -> str:
     """Which of INPUTS a conversation is."""
     prompt, response = last_turns(messages)
-    return "prompt" if response is None else "response" if prompt is None else "pair"
+    if response is None:
+        return "prompt"
+    return "response" if prompt is None else "pair"
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -58,29 +61,29 @@ def find_base(
         trained on; names
             file and field.
     """
-    where, name = f"{card_path(folder)}, field base_model", card.base_model
+    path = Path(folder) / CONFIG
     if given is not None:
         where, name = "base_model", given
-    elif name is None:
-        path = Path(folder) / CONFIG
-        where = f"{path}, field base_model_name_or_path"
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    source = resolve_model(zoo().get(name, {}).get("model") or str(name))
+    elif card.base_model is not None:
+        where, name = f"{card_path(folder)}, field base_model", card.base_model
+    else:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        where, name = f"{path}, field {NOTED}", str(noted.get(NOTED))
+    source = resolve_model(zoo().get(name, {}).get("model", name))
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        said = f"{error}".strip().splitlines()[0]
+        said = str(error).strip().splitlines()[0]
         hint = "if it was moved, say where it is (base_model=…)"
         shown = name if source == name else f"{name} ({source})"
-        raise UserError(
-            f"{where}: {shown}: no model that can be loaded; {hint}: {said:.200}"
-        ) from None
+        what = f"{shown}: no model that can be loaded; {hint}: {said:.200}"
+        raise UserError(f"{where}: {what}") from None
     found = local_sha256(source)
     if None not in (card.base_sha256, found) and card.base_sha256 != found:
         raise UserError(
-            f"{card_path(folder)}, field base_sha256: {card.base_sha256:.12}… is the base that the adapters were "
-            f"trained on, and {name} is another ({found:.12}…), with which they give other scores; say where the "
-            "right one is (base_model=…)"
+            f"{card_path(folder)}, field base_sha256: {card.base_sha256:.12}… is the base that the "
+            f"adapters were trained on, and {name} is another ({found:.12}…), with which they give "
+            "other scores; say where the right one is (base_model=…)"
         )
     return source
 
@@ -122,27 +125,22 @@ class LoraGuard(ClassifierGuard):
         card: LoraCard = self.card
         self.labels = list(labels or card.labels)
         source = find_base(model, card, self.base_model, trust_remote_code)
+        code = {"trust_remote_code": trust_remote_code}
         level = transformers.logging.get_verbosity()
-        # it would report the head as missing that PEFT brings a line later
+        # It would report the head as missing that PEFT brings a line later.
         transformers.logging.set_verbosity_error()
         try:
             self._check_head(model)
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                model, trust_remote_code=trust_remote_code
-            )
-            base = self._load_base(model, source, trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(model, **code)
+            base = self._load_base(model, source, code)
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except BROKEN as error:
             raise UserError(f"{model}: cannot be loaded as a LoRA guard: {error!s:.200}") from None
         finally:
             transformers.logging.set_verbosity(level)
         self.model = apply_adapter(base, model, source)
-        self.head = next(
-            m
-            for name, m in self.model.named_modules()
-            if name.endswith("score.modules_to_save.default")
-        )
+        self.head = self.model.base_model.model.score.modules_to_save["default"]
         if card.head_bias is not None:  # a stock head has none, so it is kept beside the adapter
             self.head.bias = torch.nn.Parameter(torch.tensor(card.head_bias))
         self.head.float().register_forward_pre_hook(lambda _, features: (features[0].float(),))
@@ -156,30 +154,26 @@ class LoraGuard(ClassifierGuard):
                 return  # what is missing is named later
             outputs = file.get_slice(HEAD).get_shape()[0]
         if len(self.labels) != outputs:
-            path = card_path(model)
-            raise UserError(
-                f"{path}, field labels: names {len(self.labels)} outputs, the head in {WEIGHTS} has {outputs}"
-            )
+            what = f"names {len(self.labels)} outputs, the head in {WEIGHTS} has {outputs}"
+            raise UserError(f"{card_path(model)}, field labels: {what}")
 
     def _load_base(
-        self, model: str, source: str, trust_remote_code: bool
+        self, model: str, source: str, code: dict[str, bool]
     ) -> transformers.PreTrainedModel:
         """The base below a head without weights, of as many layers as the card says."""
-        depth = self.card.num_hidden_layers
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, **code)
         layers = config.get_text_config().num_hidden_layers
-        if depth is not None and depth > layers:
-            path = card_path(model)
-            raise UserError(
-                f"{path}, field num_hidden_layers: {depth}; the base {source} has {layers} layers"
-            )
+        depth = self.card.num_hidden_layers or layers
+        if depth > layers:
+            what = f"{depth}; the base {source} has {layers} layers"
+            raise UserError(f"{card_path(model)}, field num_hidden_layers: {what}")
         base, loading = AutoModelForSequenceClassification.from_pretrained(
             source,
             num_labels=len(self.labels),
+            num_hidden_layers=depth,
             dtype=inference_dtype(),
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **({} if depth is None else {"num_hidden_layers": depth}),
+            **code,
         )
         lacking = [key for key in loading["missing_keys"] if not key.startswith("score.")]
         if lacking:
@@ -188,8 +182,13 @@ class LoraGuard(ClassifierGuard):
         return base
 
     def _judged(self) -> tuple[str, ...]:
-        prompts, others = "prompt" in self.inputs, bool({"pair", "response"} & set(self.inputs))
-        return ("prompt_unsafe",) * prompts + ("response_unsafe",) * others
+        asked = {
+            "prompt": "prompt_unsafe",
+            "pair": "response_unsafe",
+            "response": "response_unsafe",
+        }
+        judged = {asked[kind] for kind in self.inputs}
+        return tuple(label for label in LABELS if label in judged)
 
     def _render(self, messages: Messages) -> list[Part]:
         kind = input_kind(messages)

@@ -1,6 +1,5 @@
 """What is judged and by whom, and the verdicts, kept as they come so that a killed run goes on."""
 
-import difflib
 import gc
 import logging
 import re
@@ -21,7 +20,7 @@ from common.run import expand_home
 from guards import Guard, load_guard, zoo
 from guards.card import has_card
 from guards.identity import described, guard_identity, is_served
-from guards.known import zoo_name
+from guards.known import ALIASES, near_names, zoo_name
 from guards.suite.benchmarks import (
     Benchmark,
     benchmark_names,
@@ -137,9 +136,9 @@ def _name_and_model(spec: str) -> tuple[str | None, str]:
     if Path(spec).exists():
         return None, spec
     name, equals, folder = spec.partition("=")
-    name = paper()["guards"].get(name, name)
+    name = ALIASES.get(name, name)
     if not equals:
-        near = _near(name)
+        near = ", ".join(near_names(name))
         if "/" not in name and zoo_name(name) is None and near:
             raise UserError(f"--guards {spec}: no guard {name!r}; near it: {near}")
         return None, name
@@ -147,20 +146,13 @@ def _name_and_model(spec: str) -> tuple[str | None, str]:
     if not Path(folder).is_dir():
         raise UserError(f"--guards {spec}: {folder} is no folder")
     if not has_card(folder) and name not in zoo():
-        near = _near(name)
+        near = ", ".join(near_names(name))
         hint = f"; near it: {near}" if near else ""
         raise UserError(
             f"--guards {spec}: {folder} has no guard.json, and {name} is no name of the guard zoo"
             + hint
         )
     return name, folder
-
-
-def _near(name: str) -> str:
-    """Names of the zoo that somebody may have meant."""
-    known = {known.lower(): known for known in (*paper()["guards"], *zoo())}
-    near = difflib.get_close_matches(name.lower(), known, 5)
-    return ", ".join(known[one] for one in near)
 
 
 # --- benchmarks -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 
 from common.conversation import UserError, check_messages, judged_turns, pair
+from common.templates import Part
 from guards.base import LAST_TURN, LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, seen_of
 
 
@@ -47,10 +48,10 @@ def test_questions_and_answers_of_a_conversation():
 
 def test_what_a_prompt_holds():
     def whole(messages):
-        return "".join(message["content"] for message in messages)
+        return [Part(message["content"], True) for message in messages]
 
     def answers_only(messages):
-        return messages[-1]["content"]
+        return whole(messages[-1:])
 
     def prompts_only(messages):
         if messages[-1]["role"] == "assistant":

@@ -82,6 +82,7 @@ def test_a_guard_sees_no_more_than_its_model(tmp_path):
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(folder)
     options = {"template": "beavertails", "progress": False}
+    options |= {"problem_type": "multi_label_classification"}
     guard = load_guard(str(folder), **options)
     assert guard.max_length == 48
     long = [
