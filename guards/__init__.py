@@ -166,7 +166,8 @@ def add_probe(
         probe = make_probe(guard)
     except torch.OutOfMemoryError:
         logger.warning(
-            "%s: too little memory to load the guard; guards.add_probe adds its probe later", folder
+            "%s: too little memory to load the guard; guards.add_probe adds its probe later",
+            folder,
         )
     write_card(folder, card.model_copy(update={"probe": probe}))
     return guard

@@ -10,11 +10,10 @@ import os
 import random
 import re
 import threading
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import count
 from typing import Any
 
 import httpx2  # what the openai client and huggingface_hub speak HTTP with
@@ -39,6 +38,8 @@ HARMS = ("Hate", "SelfHarm", "Sexual", "Violence")
 SEVERITIES = (0, 2, 4, 6)
 ERROR_CODE = re.compile(r'"(?:code|type|status|reason|errorType)"\s*:\s*"([A-Za-z_]{1,60})"')
 # A wrong key that comes as 400, an empty account that comes as 429.
+BUSY = (408, 409, 429)  # HTTP statuses that may pass, as those from 500 on
+WIDEST = 4  # bytes of a character
 NO_KEY = {"API_KEY_INVALID", "insufficient_quota"}
 # Scores in [0, 1], the decision, and the service's word for it.
 Reading = tuple[dict[str, float], bool, str | None]
@@ -77,7 +78,11 @@ def _read_perspective(said: Any, _: int) -> Reading:
 
 
 def _azure(text: str) -> dict[str, Any]:
-    return {"text": text, "categories": HARMS, "outputType": "FourSeverityLevels"}
+    return {
+        "text": text,
+        "categories": HARMS,
+        "outputType": "FourSeverityLevels",
+    }
 
 
 def _read_azure(said: Any, threshold: int) -> Reading:
@@ -85,7 +90,11 @@ def _read_azure(said: Any, threshold: int) -> Reading:
     if any(type(found[name]) is not int or found[name] not in SEVERITIES for name in HARMS):
         raise _Failure("a severity in the answer is none of 0, 2, 4, 6")
     worst = max(found[name] for name in HARMS)
-    return {name: found[name] / 6 for name in HARMS}, worst >= threshold, f"severity {worst}"
+    return (
+        {name: found[name] / 6 for name in HARMS},
+        worst >= threshold,
+        f"severity {worst}",
+    )
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,8 @@ class Service:
     header: str  # carries the key; in a URL it would stand in logs
     body: Callable[[str], dict[str, Any]]
     read: Callable[[Any, int], Reading]
-    limit: float = math.inf  # of a text, in `unit`
-    unit: str = "characters"
+    limit: float = math.inf  # bytes of a text in `encoding`
+    encoding: str = "utf-8"
 
 
 SERVICES = {
@@ -108,7 +117,10 @@ SERVICES = {
         url="https://api.openai.com/v1",
         path="/moderations",
         header="Authorization",
-        body=lambda text: {"input": text, "model": "omni-moderation-2024-09-26"},
+        body=lambda text: {
+            "input": text,
+            "model": "omni-moderation-2024-09-26",
+        },
         read=_read_openai,
     ),
     "perspective": Service(
@@ -119,7 +131,6 @@ SERVICES = {
         body=_perspective,
         read=_read_perspective,
         limit=20480,
-        unit="bytes",
     ),
     "azure-content-safety": Service(
         key="AZURE_CONTENT_SAFETY_KEY",
@@ -128,7 +139,8 @@ SERVICES = {
         header="Ocp-Apim-Subscription-Key",
         body=_azure,
         read=_read_azure,
-        limit=10000,
+        limit=20000,  # 10,000 units of UTF-16, so that none is too long however it is counted
+        encoding="utf-16-le",
     ),
 }
 
@@ -142,6 +154,25 @@ class ApiGuard(Guard):
     calibrated probability. What fails is an error verdict, never "safe".
     Sources: the services' API references; attributes, language and thresholds as in ExpGuard's
     evaluation suite.
+
+    Args:
+        service: openai-moderation (OPENAI_API_KEY), perspective (PERSPECTIVE_API_KEY) or
+            azure-content-safety (AZURE_CONTENT_SAFETY_KEY, AZURE_CONTENT_SAFETY_ENDPOINT).
+        model: of OpenAI; None takes omni-moderation-2024-09-26.
+        base_url: another server that speaks the service's protocol.
+        threshold: of Azure, the lowest severity that counts as unsafe: 2, 4 or 6; None takes 4.
+        concurrency: requests at a time.
+        max_retries: tries after the first, on 408, 409, 429, 5xx, time-outs and broken
+            connections.
+        timeout: seconds of silence that end a try.
+        backoff: seconds before the first retry, doubled each time; Retry-After goes before it.
+            At most a minute.
+        long_inputs: for texts over the service's limit (Perspective 20,480 bytes, Azure 10,000
+            characters; OpenAI publishes none): "windows" judges overlapping pieces and takes the
+            maximum, "error" gives an error verdict, "truncate" cuts the end off.
+
+    Raises:
+        UserError: an unknown service or a wrong option, or the environment lacks a variable.
     """
 
     judges = ("prompt_unsafe", "response_unsafe")
@@ -161,29 +192,7 @@ class ApiGuard(Guard):
         long_inputs: str = "windows",
         progress: bool = True,
     ):
-        """Check the options and find the key, in the environment alone; nothing is asked yet.
-
-        Args:
-            service: openai-moderation (OPENAI_API_KEY), perspective (PERSPECTIVE_API_KEY) or
-            azure-content-safety
-                (AZURE_CONTENT_SAFETY_KEY, AZURE_CONTENT_SAFETY_ENDPOINT).
-            model: of OpenAI; None takes omni-moderation-2024-09-26.
-            base_url: another server that speaks the service's protocol.
-            threshold: of Azure, the lowest severity that counts as unsafe: 2, 4 or 6; None takes 4.
-            concurrency: requests at a time.
-            max_retries: tries after the first, on 408, 409, 429, 5xx, time-outs and broken
-            connections.
-            timeout: seconds of silence that end a try.
-            backoff: seconds before the first retry, doubled each time; Retry-After goes before it.
-            At most a minute.
-            long_inputs: for texts over the service's limit (Perspective 20,480 bytes, Azure 10,000
-            characters; OpenAI
-                publishes none): "windows" judges overlapping pieces and takes the maximum, "error"
-                gives an error verdict, "truncate" cuts the end off.
-
-        Raises:
-            UserError: an unknown service or a wrong option, or the environment lacks a variable.
-        """
+        """Check the options and find the key, in the environment alone; nothing is asked yet."""
         check_option("service", service, list(SERVICES))
         check_option(f"{service}: long_inputs", long_inputs, LONG_INPUTS)
         if threshold is not None and (
@@ -237,9 +246,8 @@ class ApiGuard(Guard):
                 stopped.set()  # also when the caller was interrupted
         verdicts = [job.result() for job in jobs]
         if long:
-            limit = f"{self.service.limit} {self.service.unit}"
-            counts = len(long), len(jobs), limit, self.long_inputs
-            logger.info("%d of %d texts are longer than %s: %s", *counts)
+            counts = len(long), len(jobs), self.service.limit, self.long_inputs
+            logger.info("%d of %d texts are longer than %d bytes: %s", *counts)
         failed = [verdict.error for verdict in verdicts if verdict.error]
         if failed:
             counts = len(failed), len(jobs), failed[0]
@@ -281,82 +289,47 @@ class ApiGuard(Guard):
         Args:
             long: gets the text if it is too long.
         """
-        limit, unit = self.service.limit, self.service.unit
         if not text.strip():
             raise _Failure("empty text")
-        if unit == "bytes":
-            sizes = [len(character.encode()) for character in text]
-        else:
-            # Characters beyond U+FFFF count twice, as in UTF-16: so no piece is too long however
-            # the service counts.
-            sizes = [2 if character > "\uffff" else 1 for character in text]
-        ends = [0, *accumulate(sizes)]
-        if ends[-1] <= limit:
+        limit, encoding = self.service.limit, self.service.encoding
+        whole = text.encode(encoding)
+        if len(whole) <= limit:
             return [text]
         long.append(text)
         if self.long_inputs == "error":
-            raise _Failure(f"the text has {ends[-1]} {unit}, more than {limit}; see long_inputs")
-        pieces, start, stop = [], 0, 0
-        while stop < len(text):
-            stop = bisect_right(ends, ends[start] + limit) - 1
-            pieces.append(text[start:stop])
-            start = bisect_left(ends, ends[stop] - limit // 4)
+            raise _Failure(f"the text has {len(whole)} bytes, more than {limit}; see long_inputs")
         if self.long_inputs == "truncate":
-            return pieces[:1]
+            return [whole[:limit].decode(encoding, "ignore")]
+        size = limit // WIDEST
+        step = size * 3 // 4
+        starts = range(0, len(text) - size + step, step)
+        pieces = [text[start : start + size] for start in starts]
         return [piece for piece in pieces if piece.strip()]
-
-    def _pieces(self, text: str, long: list) -> list[str]:
-        """`text` in what one request takes, as `long_inputs` says; windows overlap by a quarter."""
-        limit, pieces, start = self.service.limit, [], 0
-        if not text.strip():
-            raise _Failure("empty text")
-        # Characters beyond U+FFFF count twice, as in UTF-16: so no piece is too long however the
-        # service counts.
-        sizes = (
-            len(c.encode()) if self.service.unit == "bytes" else 1 + (c > "\uffff") for c in text
-        )
-        ends = [0, *accumulate(sizes)]
-        if ends[-1] <= limit:
-            return [text]
-        long.append(None)
-        if self.long_inputs == "error":
-            raise _Failure(
-                f"the text has {ends[-1]} {self.service.unit}, more than {limit}; see long_inputs"
-            )
-        while start < len(text):
-            stop = bisect_right(ends, ends[start] + limit) - 1
-            pieces.append(text[start:stop])
-            start = len(text) if stop == len(text) else bisect_left(ends, ends[stop] - limit // 4)
-        return (
-            pieces[:1]
-            if self.long_inputs == "truncate"
-            else [piece for piece in pieces if piece.strip()]
-        )
 
     def _ask(self, text: str, stopped: threading.Event) -> Any:
         """The service's answer, parsed; a refused key sets `stopped`."""
+        key = self.service.key
         for attempt in count():
             if stopped.is_set():
-                raise _Failure(
-                    f"not asked, because {self.service.key} was refused or the run was stopped"
-                )
-            response, status, codes = None, 0, set()
+                raise _Failure(f"not asked, because {key} was refused or the run was stopped")
+            response = None
             try:
                 body = self.service.body(text) | self.model
                 response = self.client.post(self.url, json=body)
-                status = response.status_code
-                # Error codes alone: an error's sentences may quote the text or a part of the key.
-                codes = set() if status == 200 else set(ERROR_CODE.findall(response.text))
-                problem = f"HTTP {status} {', '.join(sorted(codes))}".strip()
             except httpx2.TransportError as error:
                 problem = type(error).__name__
-            if status == 200:
-                return response.json()
-            if status in (401, 403) or codes & NO_KEY:
-                stopped.set()
-                raise _Failure(f"{problem}: check {self.service.key}")
-            if 0 < status < 500 and status not in (408, 409, 429):
-                raise _Failure(problem)
+            else:
+                status = response.status_code
+                if status == 200:
+                    return response.json()
+                # Error codes alone: an error's sentences may quote the text or a part of the key.
+                codes = set(ERROR_CODE.findall(response.text))
+                problem = f"HTTP {status} {', '.join(sorted(codes))}".strip()
+                if status in (401, 403) or codes & NO_KEY:
+                    stopped.set()
+                    raise _Failure(f"{problem}: check {key}")
+                if status < 500 and status not in BUSY:
+                    raise _Failure(problem)
             if attempt == self.max_retries:
                 raise _Failure(f"{problem}, {attempt + 1} times")
             stopped.wait(_pause(response, self.backoff * 2**attempt))
@@ -380,4 +353,7 @@ def _pause(response: httpx2.Response | None, otherwise: float) -> float:
     """
     asked = response.headers.get("retry-after", "") if response is not None else ""
     # At random, so that the threads do not come back all at once.
-    return min(float(asked) if asked.isdecimal() else otherwise * random.uniform(0.75, 1), 60.0)
+    return min(
+        float(asked) if asked.isdecimal() else otherwise * random.uniform(0.75, 1),
+        60.0,
+    )

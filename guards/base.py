@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.conversation import Message, Messages, UserError, Verdict, check_messages, pair
+from common.conversation import (
+    Message,
+    Messages,
+    UserError,
+    Verdict,
+    check_messages,
+    pair,
+)
 from common.templates import Part
 
 LONG_INPUTS = ("windows", "error", "truncate")
@@ -17,7 +24,10 @@ LAST_TURNS = "last turns"  # the last question, and its answer
 WHOLE_CONVERSATION = "whole conversation"
 UNKNOWN = "not known"
 SEES = (LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION, UNKNOWN)
-TALK = [*pair("A first question?", "A first answer."), *pair("A last question?", "A last answer.")]
+TALK = [
+    *pair("A first question?", "A first answer."),
+    *pair("A last question?", "A last answer."),
+]
 
 
 def check_option(flag: str, value: str, known: Sequence[str]) -> None:
@@ -73,7 +83,10 @@ class Guard:
     judges: Sequence[str] = ("response_unsafe",)  # of LABELS: what it can be asked
     sees: str = UNKNOWN  # of SEES: what it sees of a conversation; turns before that do not count
     wanted: Collection[str] = ()  # see `judge`
-    LABEL_OF: ClassVar = {"user": "prompt_unsafe", "assistant": "response_unsafe"}
+    LABEL_OF: ClassVar = {
+        "user": "prompt_unsafe",
+        "assistant": "response_unsafe",
+    }
     dtype: str = "float32"  # the number format that it computes in, see `number_format`
 
     def judge(

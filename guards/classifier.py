@@ -17,11 +17,25 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from common.conversation import Message, Messages, UserError, Verdict, check_label, pair
+from common.conversation import (
+    Message,
+    Messages,
+    UserError,
+    Verdict,
+    check_label,
+    pair,
+)
 from common.data import taxonomy
 from common.fit import check_length, fit_classifier, positions
 from common.run import device, inference_dtype, is_main_process
-from common.templates import Part, control_ids, cut, encode, render, windows
+from common.templates import (
+    Part,
+    control_ids,
+    cut,
+    encode,
+    render,
+    windows,
+)
 from guards.base import (
     LONG_INPUTS,
     Guard,
@@ -47,6 +61,26 @@ class ClassifierGuard(Guard):
     Its probabilities are those of transformers' `pipeline("text-classification")`. Labels that do
     not exclude each other make a text as unsafe as the highest of them does: BeaverTails flags a
     pair when any category passes the threshold. Of labels that do, the unsafe ones are summed.
+
+    Args:
+        model: folder or hub id of an `AutoModelForSequenceClassification`.
+        card: the guard.json of the folder. What is given beside it goes before it.
+        template: name of a prompt template; needed where the 14 BeaverTails labels do not tell
+            it.
+        labels: category names by index; None takes them from the model's config.
+        max_length: tokens a forward pass sees of one conversation; None: 512, or what the model
+            sees, if that is less.
+        unsafe_labels: the labels that make a text unsafe; None: every one that does not mean
+            safe.
+        problem_type: of the head, where its config does not say it: whether a text has one of
+            the labels (single_label_classification) or several (multi_label_classification).
+        batch_tokens: padded tokens a batch; None chooses for the device.
+        long_inputs: "windows" judges overlapping windows and takes the maximum, "error" gives
+            an error verdict, "truncate" cuts the end off, as the paper does.
+
+    Raises:
+        UserError: the folder or id cannot be loaded, does not have these labels, or sees fewer
+            tokens.
     """
 
     exclusive = False  # whether exactly one label is true of a text
@@ -67,28 +101,7 @@ class ClassifierGuard(Guard):
         progress: bool = True,
         trust_remote_code: bool = False,
     ):
-        """Load the model onto the accelerator, if there is one.
-
-        Args:
-            model: folder or hub id of an `AutoModelForSequenceClassification`.
-            card: the guard.json of the folder. What is given beside it goes before it.
-            template: name of a prompt template; needed where the 14 BeaverTails labels do not tell
-                it.
-            labels: category names by index; None takes them from the model's config.
-            max_length: tokens a forward pass sees of one conversation; None: 512, or what the model
-                sees, if that is less.
-            unsafe_labels: the labels that make a text unsafe; None: every one that does not mean
-                safe.
-            problem_type: of the head, where its config does not say it: whether a text has one of
-                the labels (single_label_classification) or several (multi_label_classification).
-            batch_tokens: padded tokens a batch; None chooses for the device.
-            long_inputs: "windows" judges overlapping windows and takes the maximum, "error" gives
-                an error verdict, "truncate" cuts the end off, as the paper does.
-
-        Raises:
-            UserError: the folder or id cannot be loaded, does not have these labels, or sees fewer
-                tokens.
-        """
+        """Load the model onto the accelerator, if there is one."""
         check_option("--long_inputs", long_inputs, LONG_INPUTS)
         self.card = card
         self.template = template
@@ -120,7 +133,12 @@ class ClassifierGuard(Guard):
         self.model.to(self.device).eval()
         self.dtype = number_format(self.model)
 
-    def _load(self, model: str, labels: Sequence[str] | None, trust_remote_code: bool) -> None:
+    def _load(
+        self,
+        model: str,
+        labels: Sequence[str] | None,
+        trust_remote_code: bool,
+    ) -> None:
         """Set `labels`, `tokenizer`, `model` and `exclusive`, or say why they cannot be had."""
         code = {"trust_remote_code": trust_remote_code}  # never asked on the terminal
         try:
@@ -150,7 +168,10 @@ class ClassifierGuard(Guard):
         self.exclusive = several and config.problem_type != MULTI_LABEL
 
     def _named(
-        self, model: str, config: PreTrainedConfig, labels: Sequence[str] | None
+        self,
+        model: str,
+        config: PreTrainedConfig,
+        labels: Sequence[str] | None,
     ) -> list[str]:
         """The labels of the outputs.
 
@@ -178,14 +199,14 @@ class ClassifierGuard(Guard):
                 or none.
         """
         known = ", ".join(self.labels)
-        unsafe = list(asked or [name for name in self.labels if not _means_safe(name)])
+        unsafe = asked or [name for name in self.labels if not _means_safe(name)]
         for name in unsafe:
             if name not in self.labels:
                 raise UserError(f"{model}: has no label {name!r}; it has {known}")
         if not unsafe or (self.exclusive and len(unsafe) == len(self.labels)):
             what = "which of its labels are the unsafe ones"
             raise UserError(f"{model}: say {what} (unsafe_labels=…); it has {known}")
-        return unsafe
+        return list(unsafe)
 
     def _judged(self) -> tuple[str, ...]:
         """The labels that it can be asked: a template without the answer serves both turns."""
@@ -217,8 +238,16 @@ class ClassifierGuard(Guard):
             owners += [place] * len(fitted)
         long = sum(len(ids) > self.max_length for ids in encoded)
         if long:
-            counts = long, len(conversations), self.max_length, self.long_inputs
-            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
+            counts = (
+                long,
+                len(conversations),
+                self.max_length,
+                self.long_inputs,
+            )
+            logger.info(
+                "%d of %d conversations are longer than %d tokens: %s",
+                *counts,
+            )
         rows: dict[int, list[list[float]]] = {}
         for place, row in zip(owners, self._probabilities(pieces), strict=True):
             rows.setdefault(place, []).append(row)
@@ -274,12 +303,21 @@ class ClassifierGuard(Guard):
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
                 ).logits
-                for i, row in zip(rows, activation(logits.float()).tolist(), strict=True):
+                for i, row in zip(
+                    rows,
+                    activation(logits.float()).tolist(),
+                    strict=True,
+                ):
                     out[i] = row
                 bar.update(len(rows))
         return out
 
-    def _conclude(self, verdict: Verdict, rows: list[list[float]], messages: Messages) -> None:
+    def _conclude(
+        self,
+        verdict: Verdict,
+        rows: list[list[float]],
+        messages: Messages,
+    ) -> None:
         """Fill in the verdict from the probabilities of its windows: the highest ones count."""
         if not all(math.isfinite(probability) for row in rows for probability in row):
             verdict.error = "the model's output is not a number"
@@ -291,8 +329,8 @@ class ClassifierGuard(Guard):
 
     def _unsafe(self, row: list[float]) -> float:
         """How unsafe one window is, by the probabilities of the labels."""
-        named = zip(self.labels, row, strict=True)
-        unsafe = [probability for name, probability in named if name in self.unsafe_labels]
+        of = dict(zip(self.labels, row, strict=True))
+        unsafe = [of[name] for name in self.unsafe_labels]
         return min(sum(unsafe), 1.0) if self.exclusive else max(unsafe)
 
 

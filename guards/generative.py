@@ -15,13 +15,22 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.bundled import resolve_model
-from common.conversation import LABELS, Message, Messages, UserError, Verdict, last_turns, pair
+from common.conversation import (
+    LABELS,
+    Message,
+    Messages,
+    UserError,
+    Verdict,
+    last_turns,
+    pair,
+)
 from common.engines import Completion, Decoding, Engine, load_engine
 from common.run import inference_dtype
 from common.templates import (
@@ -74,10 +83,10 @@ class Question:
     @classmethod
     def read(cls, entry: Mapping[str, Any], mode: str) -> "Question":
         """A question of zoo.yaml, where a word between safe and unsafe counts by the mode."""
-        words = {
-            word: mode == "strict" if meaning == "strict" else meaning
-            for word, meaning in entry["words"].items()
-        }
+        words = dict(entry["words"])
+        for word, meaning in words.items():
+            if meaning == "strict":
+                words[word] = mode == "strict"
         return cls(**{**entry, "words": words})
 
     def is_for(self, kind: str) -> bool:
@@ -91,8 +100,12 @@ class Question:
         meaning = self.words[word]
         if meaning is None:
             return Answer(word.strip(), None, None)
-        unsafe = sum(mass for one, mass in masses.items() if self.words[one])
-        whole = sum(mass for one, mass in masses.items() if self.words[one] is not None)
+        unsafe = whole = 0.0
+        for one, mass in masses.items():
+            if self.words[one] is not None:
+                whole += mass
+            if self.words[one]:
+                unsafe += mass
         return Answer(word.strip(), meaning, unsafe / whole)
 
 
@@ -109,6 +122,11 @@ class Case:
     found: dict[str, Answer] = field(default_factory=dict)  # by label
     error: str | None = None
 
+    @property
+    def prompt(self) -> list[Part]:
+        """All that stands before what the guard writes next."""
+        return [*self.parts, Part(self.said, False)]
+
     def fail(self, error: str) -> None:
         """What the guard should have written is not there. Its word for the turn stands, if it
         came before that.
@@ -117,7 +135,24 @@ class Case:
 
 
 class GenerativeGuard(Guard):
-    """Any guard of zoo.yaml with kind generative, and the folders that examples/expguard writes."""
+    """Any guard of zoo.yaml with kind generative, and the folders that examples/expguard writes.
+
+    Args:
+        model: folder or hub id of the causal LM.
+        entry: its description, as in zoo.yaml.
+        max_length: tokens that it sees of one conversation.
+        engine: transformers, vllm (in this process) or server (`server_url`, `server_model`).
+        mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose
+            as safe.
+        long_inputs: see `ClassifierGuard`; turns before the last two are left out where these
+            need the room.
+        categories: let it write on after an unsafe verdict, to name categories.
+        chat_template: instead of its tokenizer's.
+        options: of `common.engines.load_engine`.
+
+    Raises:
+        UserError: the model cannot be loaded, or its tokenizer does not fit the description.
+    """
 
     def __init__(
         self,
@@ -136,24 +171,7 @@ class GenerativeGuard(Guard):
         adapter: str | None = None,
         **options: Any,
     ):
-        """Load tokenizer and model.
-
-        Args:
-            model: folder or hub id of the causal LM.
-            entry: its description, as in zoo.yaml.
-            max_length: tokens that it sees of one conversation.
-            engine: transformers, vllm (in this process) or server (`server_url`, `server_model`).
-            mode: strict counts a word between safe and unsafe ("Controversial") as unsafe, loose
-                as safe.
-            long_inputs: see `ClassifierGuard`; turns before the last two are left out where these
-                need the room.
-            categories: let it write on after an unsafe verdict, to name categories.
-            chat_template: instead of its tokenizer's.
-            options: of `common.engines.load_engine`.
-
-        Raises:
-            UserError: the model cannot be loaded, or its tokenizer does not fit the description.
-        """
+        """Load tokenizer and model."""
         check_option("--long_inputs", long_inputs, LONG_INPUTS)
         check_option("--mode", mode, MODES)
         self.name = Path(model).name
@@ -165,7 +183,9 @@ class GenerativeGuard(Guard):
         self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
         self.questions = [Question.read(question, mode) for question in entry["questions"]]
         self.variants: Mapping[str, Any] = entry.get("variants", {"": {}})
-        asked = {q.label_of(kind) for q in self.questions for kind in LAST if q.is_for(kind)}
+        asked = set()
+        for question in self.questions:
+            asked |= {question.label_of(kind) for kind in LAST if question.is_for(kind)}
         self.judges = tuple(label for label in LABELS if label in asked)
         self._words: dict[tuple[str, str, str], dict[str, list[int]]] = {}
         self._long: set[int] = set()  # the places of conversations that are too long
@@ -173,26 +193,17 @@ class GenerativeGuard(Guard):
         self.tokenizer.chat_template = chat_template or self.tokenizer.chat_template
         self._check_tokens()
         self.sees = seen_of(self.parts)
-        self.model: Engine = load_engine(
-            engine,
-            model,
-            self.tokenizer,
-            trust_remote_code=trust_remote_code,
-            name=self.name,
-            progress=progress,
-            adapter=adapter or entry.get("adapter"),
-            **options,
-        )
+        options["adapter"] = adapter or entry.get("adapter")
+        options |= {
+            "progress": progress,
+            "trust_remote_code": trust_remote_code,
+        }
+        self.model: Engine = load_engine(engine, model, self.tokenizer, name=self.name, **options)
         room = self.model.window
         if room is not None and self.max_length > room:
             what = f"max_length {self.max_length}: the model sees {room} tokens"
             raise UserError(f"{model}: {what}; lower it to that")
-        if engine == "server":
-            self.dtype = "server"
-        elif engine == "vllm":
-            self.dtype = str(inference_dtype()).removeprefix("torch.")
-        else:
-            self.dtype = number_format(self.model.model)
+        self.dtype = _dtype(engine, self.model)
 
     # --- the verdict ------------------------------------------------------------------------------
 
@@ -211,8 +222,16 @@ class GenerativeGuard(Guard):
             except UserError as error:
                 verdicts[owner].error = str(error)
         if self._long:
-            counts = len(self._long), len(conversations), self.max_length, self.long_inputs
-            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
+            counts = (
+                len(self._long),
+                len(conversations),
+                self.max_length,
+                self.long_inputs,
+            )
+            logger.info(
+                "%d of %d conversations are longer than %d tokens: %s",
+                *counts,
+            )
         for question in self.questions:
             for (kind, _), group in groups.items():
                 asked = [case for case in group if case.error is None]
@@ -231,28 +250,32 @@ class GenerativeGuard(Guard):
 
     def _is_asked(self, question: Question, kind: str) -> bool:
         """Whether a question is for turns of this kind, and what is generated for it is wanted."""
-        if not question.is_for(kind):
-            return False
         label = question.label_of(kind)
-        return question.anchor is None or label == LAST[kind] or label in self.wanted
+        wanted = question.anchor is None or label == LAST[kind] or label in self.wanted
+        return wanted and question.is_for(kind)
 
     def _ask(self, question: Question, cases: list[Case]) -> None:
         """Fill in the answers, or the errors, of cases of one kind."""
         if question.anchor is not None:
             cases = self._write_to_anchor(question.anchor, cases)
         tokens = []
+        candidates: set[int] = set()
         for case in cases:
             case.said += question.prefix
-            tokens.append(self._word_tokens(question, case.kind, case.said))
-        prompts = self.encode([[*case.parts, Part(case.said, False)] for case in cases])
-        candidates = sorted({i for words in tokens for ids in words.values() for i in ids})
-        read = self.model.next_token(prompts, candidates)
+            words = self._word_tokens(question, case.kind, case.said)
+            candidates.update(*words.values())
+            tokens.append(words)
+        prompts = self.encode([case.prompt for case in cases])
+        ordered = sorted(candidates)
+        read = self.model.next_token(prompts, ordered)
         for case, words, said in zip(cases, tokens, read, strict=True):
             if said.error is not None:
                 case.error = said.error
                 continue
-            probabilities = dict(zip(candidates, map(math.exp, said.logprobs), strict=True))
-            masses = {word: sum(probabilities[i] for i in ids) for word, ids in words.items()}
+            logprobs = dict(zip(ordered, said.logprobs, strict=True))
+            masses = {}
+            for word, ids in words.items():
+                masses[word] = sum(math.exp(logprobs[i]) for i in ids)
             written = [word for word, ids in words.items() if said.top in ids]
             if not all(map(math.isfinite, masses.values())):
                 case.error = "the model's output is not a number"
@@ -304,7 +327,7 @@ class GenerativeGuard(Guard):
             answer = case.found.get(LAST[case.kind])
             if case.error is None and answer is not None and answer.unsafe:
                 unsafe.append((case, answer.probability))
-        prompts = self.encode([[*case.parts, Part(case.said, False)] for case, _ in unsafe])
+        prompts = self.encode([case.prompt for case, _ in unsafe])
         completions = self.written(prompts, CATEGORY_TOKENS)
         for (case, probability), completion in zip(unsafe, completions, strict=True):
             for code in re.findall(known["pattern"], completion.text):
@@ -337,7 +360,10 @@ class GenerativeGuard(Guard):
 
     def prompt_parts(self, messages: Messages) -> list[Part]:
         """`prompt_ids` before encoding: text that this class writes, and content."""
-        return [*self.parts(messages), Part(self.questions[0].prefix, False)]
+        return [
+            *self.parts(messages),
+            Part(self.questions[0].prefix, False),
+        ]
 
     def verdict_tokens(self, kind: str) -> dict[bool, list[int]]:
         """The first tokens of the words for unsafe (True) and safe (False), after a prompt or after
@@ -399,22 +425,40 @@ class GenerativeGuard(Guard):
             return _stripped(parts, self.entry.get("strip", ""))
         by_kind = self.variants[variant or next(iter(self.variants))]
         kwargs = self.entry.get("template_kwargs", {}) | by_kind.get(_kind(messages), {})
-        return render_chat(self.tokenizer, _alternating(messages), None, self._wrap, **kwargs)
+        return render_chat(
+            self.tokenizer,
+            _alternating(messages),
+            None,
+            self._wrap,
+            **kwargs,
+        )
 
     def _wrap(self, messages: Messages) -> list[dict[str, Any]]:
         """What the chat template gets: the turns, and instructions that may quote them."""
         prompt, response = last_turns(messages)
-        turns = {"prompt": prompt, "response": response}
-        seen = {name: text for name, text in turns.items() if text is not None}
+        seen = {"prompt": prompt, "response": response}
+        if response is None:
+            del seen["response"]
         out: list[dict[str, Any]] = []
         for message in self.entry["messages"]:
             if message == "conversation":
                 out += messages
                 continue
             text = message.get("content") or template_text(message["content_file"])
-            out.append({"role": message["role"], "content": inline_template(text).render(**seen)})
+            out.append(
+                {
+                    "role": message["role"],
+                    "content": inline_template(text).render(**seen),
+                }
+            )
         if self.entry.get("content") == "parts":
-            out = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in out]
+            out = [
+                {
+                    **m,
+                    "content": [{"type": "text", "text": m["content"]}],
+                }
+                for m in out
+            ]
         return out
 
     def encode(self, prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
@@ -455,22 +499,35 @@ class GenerativeGuard(Guard):
         """
         key = (question.label, kind, said[-24:])
         if key not in self._words:
-            prompt = self.parts(EXAMPLES[kind])
-            (before,) = self.encode([[*prompt, Part(said, False)]])
-            tokens: dict[str, set[int]] = {}
-            for word in question.words:
-                forms = {word, f" {word.strip()}"}
-                encoded = self.encode([[*prompt, Part(said + form, False)] for form in forms])
-                after = [ids for ids in encoded if ids[: len(before)] == before < ids]
-                tokens[word] = {ids[len(before)] for ids in after}
-            count = Counter(i for ids in tokens.values() for i in ids)
-            own = {word: sorted(i for i in ids if count[i] == 1) for word, ids in tokens.items()}
-            for word, ids in own.items():
-                if not ids:
-                    what = f"no token that tells {word!r} from {list(own)}"
+            first = {word: self._first_tokens(word, kind, said) for word in question.words}
+            count = Counter(chain(*first.values()))
+            self._words[key] = {}
+            for word, ids in first.items():
+                own = sorted(i for i in ids if count[i] == 1)
+                if not own:
+                    what = f"no token that tells {word!r} from {list(first)}"
                     raise UserError(f"{self.name}: its tokenizer has {what}")
-            self._words[key] = own
+                self._words[key][word] = own
         return self._words[key]
+
+    def _first_tokens(self, word: str, kind: str, said: str) -> set[int]:
+        """What a word begins with after `said`."""
+        case = Case(0, kind, "", self.parts(EXAMPLES[kind]), said)
+        (before,) = self.encode([case.prompt])
+        found = set()
+        for form in (word, f" {word.strip()}"):
+            case.said = said + form
+            (ids,) = self.encode([case.prompt])
+            if ids[: len(before)] == before < ids:
+                found.add(ids[len(before)])
+        return found
+
+
+def _dtype(name: str, engine: Engine) -> str:
+    """What an engine computes in; nobody knows it of a server."""
+    if name == "transformers":
+        return number_format(engine.model)
+    return "server" if name == "server" else str(inference_dtype()).removeprefix("torch.")
 
 
 def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -510,15 +567,15 @@ def _stripped(parts: list[Part], how: str) -> list[Part]:
         how: "each" content, or them "all" as one text, with what stands between; "" for neither.
     """
     if how == "each":
-        return [
-            Part(text.strip(), True) if is_content else Part(text, False)
-            for text, is_content in parts
-        ]
+        return [Part(p.text.strip(), True) if p.is_content else p for p in parts]
     if how == "all":
         parts = list(parts)
         content = [place for place, part in enumerate(parts) if part.is_content]
         places = range(content[0], content[-1] + 1)
-        for order, strip in ((places, str.lstrip), (reversed(places), str.rstrip)):
+        for order, strip in (
+            (places, str.lstrip),
+            (reversed(places), str.rstrip),
+        ):
             for place in order:
                 parts[place] = parts[place]._replace(text=strip(parts[place].text))
                 if parts[place].text:
@@ -533,4 +590,8 @@ def _alternating(messages: Messages) -> list[Message]:
         return list(messages)
     if any(m["role"] == "user" for m in messages):  # a greeting: nothing is judged by it
         return [*messages[:first], *_alternating(messages[first + 1 :])]
-    return [*messages[:first], {"role": "user", "content": ""}, *messages[first:]]
+    return [
+        *messages[:first],
+        {"role": "user", "content": ""},
+        *messages[first:],
+    ]

@@ -582,9 +582,6 @@ def test_windows_overlap_and_cover(text, service):
     guard = object.__new__(ApiGuard)
     guard.long_inputs, guard.service = "windows", replace(api.SERVICES[service], limit=40)
     pieces = guard._pieces(text, [])
-    assert all(
-        len(piece.encode(LIMITS[service][0])) <= (40 if service == "perspective" else 80)
-        for piece in pieces
-    )
+    assert all(len(piece.encode(LIMITS[service][0])) <= 40 for piece in pieces)
     pairs = {text[i : i + 2] for i in range(len(text))}
     assert all(any(two in piece for piece in pieces) for two in pairs if two.strip())
