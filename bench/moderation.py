@@ -12,7 +12,6 @@ compared, and the exit code is 1 if they differ. Ratios are of median rows/s.
 """
 
 import argparse
-import importlib.util
 import random
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import ROOT, SEED, compare, equality, real_length_pairs
+from side_by_side import ROOT, SEED, compare, equality, real_length_pairs, recipe_modules
 from transformers import DataCollatorWithPadding, set_seed
 
 from common import data, report, templates
@@ -57,14 +56,7 @@ def main() -> None:
             f"expected --rounds of at least 2, --pairs of at least 1, --rows of at least {BATCH}"
         )
     set_seed(SEED)
-    # By path and under another name: that folder holds an evaluate.py and must not come onto
-    # sys.path.
-    spec = importlib.util.spec_from_file_location(
-        "moderation_train", ROOT / "examples/moderation/train.py"
-    )
-    recipe = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-
+    (recipe,) = recipe_modules("moderation", "train")
     model_args = recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers)
     model, tokenizer, _ = recipe.load_model(model_args)
     train = data.load_conversations(
@@ -78,10 +70,10 @@ def main() -> None:
     for name, pairs in real_length_pairs(train, args.pairs).items():
         results[f"judging, {name}"] = judging(guard, pairs, args.rounds)
     del guard
-    encoded, _ = recipe.encode_rows(train, tokenizer, MAX_LENGTH)
-    results["training, sample rows"] = training(
-        model, tokenizer, encoded, recipe.multilabel_loss(1.0, 0.0), args
-    )
+    encoded = recipe.encode_rows(train, tokenizer, MAX_LENGTH).sort("length")
+    encoded = encoded.select_columns(["input_ids", "labels"])
+    loss = recipe.multilabel_loss(1.0, 0.0)
+    results["training, sample rows"] = training(model, tokenizer, encoded, loss, args)
 
     lines = [
         [k, way, *list(m.values())[:-1]]

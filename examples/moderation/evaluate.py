@@ -5,8 +5,7 @@ on labelled rows.
     python evaluate.py --eval_dataset evaluation.json --model_path output/beavertails-7b --max_length 512 \
         --output_dir output/evaluation
 
-    # any labelled data (a data spec, see common/data); baselines are fitted on the rows that
-    trained the guard
+    # any labelled data; baselines are fitted on the rows that trained the guard
     python evaluate.py --eval_dataset beavertails-sample:test --baselines beavertails-sample:train \
         --model_path output/quickstart --output_dir output/quickstart/evaluation
 
@@ -14,12 +13,13 @@ Without arguments it evaluates what `torchrun train.py` without arguments has le
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from flagged_proportion import read_evaluation_file, report_flagged_proportion
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, set_seed
 
 from common import data, metrics, report
 from common.bundled import resolve_model
-from common.conversation import UserError, last_turns
+from common.conversation import UserError, Verdict, last_turns
 from common.fit import fit_classifier
 from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
 from guards import Guard, load_guard
@@ -88,161 +88,146 @@ def main() -> None:
     guard = load_guard(args.model_path, **options(args))
     # the paper's evaluate.py passes 0.5
     threshold = 0.5 if args.threshold is None else args.threshold
-    report_flagged_proportion(
-        answers, guard, threshold, Path(args.output_dir), {"run": manifest([args])}
-    )
+    folder = Path(args.output_dir)
+    report_flagged_proportion(answers, guard, threshold, folder, manifest([args]))
 
 
 def options(args: EvaluationArguments) -> dict[str, Any]:
     """Options of `load_guard`."""
-    own = {"max_length": args.max_length, "long_inputs": args.long_inputs}
-    return own | {"trust_remote_code": args.trust_remote_code}
+    names = ("max_length", "long_inputs", "trust_remote_code")
+    return {name: getattr(args, name) for name in names}
 
 
 def report_metrics(args: EvaluationArguments) -> None:
     """Judge labelled rows and write every metric, beside the baselines."""
-    rows = data.load_conversations(
-        args.eval_dataset, require=("response_unsafe",), bad_rows=args.bad_rows
-    )
-    fit_rows = (
-        data.load_conversations(args.baselines, require=("response_unsafe",))
-        if args.baselines
-        else None
-    )
+    require = {"require": ("response_unsafe",)}
+    rows = data.load_conversations(args.eval_dataset, bad_rows=args.bad_rows, **require)
+    fit_rows = data.load_conversations(args.baselines, **require) if args.baselines else None
     guard = load_guard(args.model_path, **options(args))
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
     if args.threshold is not None:
         threshold = {"value": args.threshold, "how": "--threshold"}
     # The baselines first: what is wrong with them shows before the guard's long run, not after it.
-    baselines = {} if fit_rows is None else baseline_scores(guard, args, fit_rows, rows["messages"])
+    baselines = {} if fit_rows is None else baseline_scores(guard, args, fit_rows, rows)
     verdicts = guard.judge(rows["messages"])
     truth = np.array(rows["response_unsafe"])
-    scores = {"guard": np.array([v.score() for v in verdicts])} | baselines
-
-    comparison = compare(
-        truth, scores, threshold["value"], [data.prompt_key(row) for row in rows], args.seed
-    )
-    named = rows["categories"]
-    categories = {}
-    if unknown := {name for names in named for name in names or []} - set(guard.labels):
-        logger.warning(
-            "No table by category: the guard has no label %s.", ", ".join(sorted(unknown))
-        )
-    elif all(names is not None for names in named):
-        for name in guard.labels:
-            # a failed verdict counts as unsafe
-            score = [v.categories.get(name, 1.0) for v in verdicts]
-            categories[name] = metrics.binary(
-                [name in names for names in named], score, threshold["value"]
-            )
-
-    failed = sum(v.error is not None for v in verdicts)
+    scores = {"guard": np.array([verdict.score() for verdict in verdicts])} | baselines
     results = {
         "dataset": args.eval_dataset,
         "guard": args.model_path,
         "threshold": threshold,
-        "errors": failed,
-        "flagged": comparison,
+        "errors": sum(verdict.error is not None for verdict in verdicts),
+        "flagged": compare(rows, scores, threshold["value"], args.seed),
         "flagged_at_0.5": metrics.binary(truth, scores["guard"], 0.5),
-        "categories": categories,
+        "categories": by_category(rows, verdicts, guard.labels, threshold["value"]),
         "run": manifest([args]),
     }
-    predictions = [
-        {
-            "id": row["id"],
-            "true_response_unsafe": row["response_unsafe"],
-            "true_categories": row["categories"],
-            **vars(v),
-            **{k: float(s[i]) for k, s in scores.items()},
-        }
-        for i, (row, v) in enumerate(zip(rows, verdicts, strict=True))
-    ]
-    markdown = metrics_markdown(results)
-    folder = Path(args.output_dir)
-    report.plot_precision_recall(
-        {n: (truth, s) for n, s in scores.items()},
-        folder / "precision-recall.png",
-        f"Unsafe pairs of {args.eval_dataset} (n={len(truth)})",
-    )
+    predictions = []
+    for i, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
+        labels = {f"true_{name}": row[name] for name in ("response_unsafe", "categories")}
+        said = {name: float(score[i]) for name, score in scores.items()}
+        predictions.append({"id": row["id"], **labels, **vars(verdict), **said})
+    folder, markdown = Path(args.output_dir), metrics_markdown(results)
+    curves = {name: (truth, score) for name, score in scores.items()}
+    title = f"Unsafe pairs of {args.eval_dataset} (n={len(truth)})"
+    report.plot_precision_recall(curves, folder / "precision-recall.png", title)
     report.write_results(folder, results, markdown, predictions)
     print(markdown)
 
 
 def compare(
-    truth: np.ndarray,
-    scores: dict[str, np.ndarray],
-    threshold: float,
-    groups: Sequence[str],
-    seed: int,
+    rows: Dataset, scores: dict[str, np.ndarray], threshold: float, seed: int
 ) -> dict[str, dict]:
     """Metrics of the guard and its baselines, with bootstrap intervals; rows of one prompt are
     drawn together.
     """
+    truth = np.array(rows["response_unsafe"])
+    groups = [data.prompt_key(row) for row in rows]
+
+    def interval(statistic: Callable[[np.ndarray], float | None]) -> list[float] | None:
+        return metrics.bootstrap(statistic, len(truth), groups, seed=seed)
+
     comparison = {}
     for name, score in scores.items():
 
-        def auprc(rows: np.ndarray, score=score) -> float | None:
-            return metrics.auprc(truth[rows], score[rows])
+        def auprc(drawn: np.ndarray, score: np.ndarray = score) -> float | None:
+            return metrics.auprc(truth[drawn], score[drawn])
 
-        def gain(rows: np.ndarray, score=score) -> float | None:
-            ours, theirs = (
-                metrics.auprc(truth[rows], scores["guard"][rows]),
-                metrics.auprc(truth[rows], score[rows]),
-            )
-            return None if ours is None else ours - theirs
+        def gain(drawn: np.ndarray, auprc: Callable = auprc) -> float | None:
+            theirs = auprc(drawn)
+            return None if theirs is None else auprc(drawn, scores["guard"]) - theirs
 
-        comparison[name] = metrics.binary(truth, score, threshold if name == "guard" else 0.5)
-        comparison[name]["auprc_interval"] = metrics.bootstrap(auprc, len(truth), groups, seed=seed)
+        found = metrics.binary(truth, score, threshold if name == "guard" else 0.5)
+        found["auprc_interval"] = interval(auprc)
         if name != "guard":
-            comparison[name]["guard_gain_interval"] = metrics.bootstrap(
-                gain, len(truth), groups, seed=seed
-            )
+            found["guard_gain_interval"] = interval(gain)
+        comparison[name] = found
     return comparison
 
 
+def by_category(
+    rows: Dataset, verdicts: Sequence[Verdict], labels: Sequence[str], threshold: float
+) -> dict[str, dict]:
+    """Metrics of each category, where every row knows its own; a failed verdict is unsafe."""
+    known = rows["categories"]
+    unknown = {name for names in known for name in names or []} - set(labels)
+    if unknown:
+        said = "No table by category: the guard has no label %s."
+        logger.warning(said, ", ".join(sorted(unknown)))
+        return {}
+    if any(names is None for names in known):
+        return {}
+    found = {}
+    for label in labels:
+        score = [verdict.categories.get(label, 1.0) for verdict in verdicts]
+        found[label] = metrics.binary([label in names for names in known], score, threshold)
+    return found
+
+
 def baseline_scores(
-    guard: Guard, args: EvaluationArguments, fit_rows, conversations
+    guard: Guard, args: EvaluationArguments, fit_rows: Dataset, rows: Dataset
 ) -> dict[str, np.ndarray]:
     """What a guard must beat: words alone (TF-IDF and logistic regression), and its own base with
     an untrained head.
     """
-    text = lambda messages: " ".join(t for t in last_turns(messages) if t)  # noqa: E731
+    if all(fit_rows["response_unsafe"]):
+        said = "holds no safe row; a classifier needs both kinds"
+        raise UserError(f"--baselines {args.baselines}: {said}")
     words = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(C=10, max_iter=1000),
     )
-    if all(fit_rows["response_unsafe"]):
-        raise UserError(
-            f"--baselines {args.baselines}: holds no safe row; a classifier needs both kinds"
-        )
-    words.fit([text(m) for m in fit_rows["messages"]], fit_rows["response_unsafe"])
-    scores = {
-        "TF-IDF + logistic regression": words.predict_proba([text(m) for m in conversations])[:, 1]
-    }
+    words.fit(texts(fit_rows), fit_rows["response_unsafe"])
+    scores = {"TF-IDF + logistic regression": words.predict_proba(texts(rows))[:, 1]}
     card = read_card(args.model_path) if has_card(args.model_path) else None
-    if isinstance(card, ClassifierCard) and card.base_model is not None:
-        depth = (
-            {} if card.num_hidden_layers is None else {"num_hidden_layers": card.num_hidden_layers}
+    if not isinstance(card, ClassifierCard) or card.base_model is None:
+        return scores
+    depth = {} if card.num_hidden_layers is None else {"num_hidden_layers": card.num_hidden_layers}
+    set_seed(args.seed)
+    trained = guard.model
+    try:
+        guard.model = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(card.base_model),
+            num_labels=len(guard.labels),
+            dtype=inference_dtype(),
+            trust_remote_code=args.trust_remote_code,
+            **depth,
         )
-        set_seed(args.seed)
-        trained, name = guard.model, card.base_model
-        try:
-            guard.model = AutoModelForSequenceClassification.from_pretrained(
-                resolve_model(name),
-                num_labels=len(guard.labels),
-                dtype=inference_dtype(),
-                trust_remote_code=args.trust_remote_code,
-                **depth,
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--baselines: base model {name}: {str(error).strip().splitlines()[0]}"
-            ) from None
-        fit_classifier(guard.tokenizer, guard.model)
-        guard.model.to(guard.device).eval()
-        scores["untrained head"] = np.array([v.score() for v in guard.judge(conversations)])
-        guard.model = trained
+    except (OSError, ValueError) as error:
+        said = f"base model {card.base_model}: {str(error).strip().splitlines()[0]}"
+        raise UserError(f"--baselines: {said}") from None
+    fit_classifier(guard.tokenizer, guard.model)
+    guard.model.to(guard.device).eval()
+    verdicts = guard.judge(rows["messages"])
+    guard.model = trained
+    scores["untrained head"] = np.array([verdict.score() for verdict in verdicts])
     return scores
+
+
+def texts(rows: Dataset) -> list[str]:
+    """Question and answer of each row as one text."""
+    turns = [last_turns(messages) for messages in rows["messages"]]
+    return [" ".join(text for text in pair if text) for pair in turns]
 
 
 def metrics_markdown(results: dict[str, Any]) -> str:

@@ -6,12 +6,12 @@ bool}}; true means unsafe. Any set of models is welcome, and a judge may be miss
 model or the whole file.
 """
 
-from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
+import pandas as pd
 
 from common import metrics, report
 from common.conversation import UserError, check_label, check_text, pair
@@ -22,14 +22,12 @@ from guards import Guard
 
 # keys of `flagged`, and what people read
 JUDGES = {"moderation": "QA-moderation", "gpt4": "GPT-4", "human": "human"}
+LINES = ("-.*", "--^", ":s", "-o")  # of agreements in the picture
 
 
 def read_evaluation_file(path: Path) -> list[dict] | None:
     """Rows of the paper's evaluation.json, checked; None when `path` is not such a file (then it is
     a data spec).
-
-    A row has `prompt`, `response`, `model` and `flagged`, an object with the verdicts of any judges
-    (true = unsafe).
     """
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
@@ -45,173 +43,127 @@ def read_evaluation_file(path: Path) -> list[dict] | None:
             check_text(row.get(name), name, where)
         flagged = row.setdefault("flagged", {})
         if not isinstance(flagged, dict):
-            raise UserError(
-                f'{where}, field flagged: expected an object such as {{"human": true}}, found {flagged!r:.60}'
-            )
+            said = f'expected an object such as {{"human": true}}, found {flagged!r:.60}'
+            raise UserError(f"{where}, field flagged: {said}")
         for judge, value in flagged.items():
             flagged[judge] = check_label(value, f"flagged.{judge}", where)
     return [row for _, row in found]
 
 
 def report_flagged_proportion(
-    rows: list[dict], guard: Guard, threshold: float, folder: Path, extra: dict
+    rows: list[dict], guard: Guard, threshold: float, folder: Path, run: dict[str, Any]
 ) -> None:
     """Judge every answer and write what the paper's script writes: predictions.json,
     evaluation.json, the picture.
 
     Args:
-        extra: what else belongs into results.json.
+        run: the manifest, for results.json.
     """
-    verdicts = guard.judge([pair(row["prompt"], row["response"]) for row in rows])
-    judged = [
-        row
-        | {"flagged": row["flagged"] | {"moderation": v.error is not None or v.score() > threshold}}
-        for row, v in zip(rows, verdicts, strict=True)
-    ]
-
-    names = dict.fromkeys([*JUDGES, *(judge for row in judged for judge in row["flagged"])])
-    judges = [
-        judge for judge in names if any(row["flagged"].get(judge) is not None for row in judged)
-    ]
-    models = {name: [] for name in dict.fromkeys(row["model"] for row in judged)}
-    for row in judged:
-        models[row["model"]].append(row)
-    table = {
-        name: judge_summary(part, judges)
-        for name, part in (models | {"all models": judged}).items()
-    }
-
-    plot_flagged_proportion(
-        {name: table[name] for name in models}, judges, folder / "flagged-proportion.png"
-    )
-    text = [
-        "".join(part.text for part in render("beavertails", pair(row["prompt"], row["response"])))
-        for row in rows
-    ]
-    predictions = [
-        {
-            "text": t,
-            "flagged": row["flagged"]["moderation"],
-            "categories": v.categories,
-            "error": v.error,
+    pairs = [pair(row["prompt"], row["response"]) for row in rows]
+    verdicts = guard.judge(pairs)
+    judged, predictions, kept = [], [], []
+    for row, messages, verdict in zip(rows, pairs, verdicts, strict=True):
+        flagged = verdict.score() > threshold  # a verdict that failed has 1.0
+        judges = row["flagged"] | {"moderation": flagged}
+        judged.append(row | {"flagged": judges})
+        prediction = {
+            "text": "".join(part.text for part in render("beavertails", messages)),
+            "flagged": flagged,
+            "categories": verdict.categories,
+            "error": verdict.error,
         }
-        for t, row, v in zip(text, judged, verdicts, strict=True)
-    ]
+        predictions.append(prediction)
+        kept.append({"model": row["model"], "judges": judges, **prediction})
+    models = pd.Series([row["model"] for row in rows])
+    given = pd.DataFrame([row["flagged"] for row in judged], dtype=object)
+    judges = [*JUDGES, *sorted(set(given) - set(JUDGES))]
+    given = given.reindex(columns=judges).dropna(axis="columns", how="all")
+    table = {name: summary(given[models == name]) for name in models.unique()}
+    plot_flagged_proportion(table, folder / "flagged-proportion.png")
+    table["all models"] = summary(given)
+
     write_json(folder / "predictions.json", predictions)
     write_json(folder / "evaluation.json", judged)
-    markdown = proportion_markdown(
-        table, judges, threshold, sum(v.error is not None for v in verdicts)
-    )
-    results = {"guard": guard.name, "threshold": threshold, "models": table, **extra}
-    rows_out = [
-        {"model": row["model"], "judges": row["flagged"], **p}
-        for row, p in zip(judged, predictions, strict=True)
-    ]
-    report.write_results(folder, results, markdown, rows_out)
+    failed = sum(verdict.error is not None for verdict in verdicts)
+    markdown = proportion_markdown(table, threshold, failed)
+    results = {"guard": guard.name, "threshold": threshold, "models": table, "run": run}
+    report.write_results(folder, results, markdown, kept)
     print(markdown)
 
 
-def judge_summary(rows: Sequence[dict], judges: Sequence[str]) -> dict[str, Any]:
-    """Share of flagged pairs by judge, and how far each two judges agree where both gave a verdict."""
-    verdicts = {j: [row["flagged"].get(j) for row in rows] for j in judges}
-    summary: dict[str, Any] = {"rows": len(rows)}
-    for judge, values in verdicts.items():
-        known = [v for v in values if v is not None]
-        summary[f"flagged_proportion/{judge}"] = sum(known) / len(known) if known else None
-    for i, a in enumerate(judges):
-        for b in judges[i + 1 :]:
-            both = [
-                (x, y)
-                for x, y in zip(verdicts[a], verdicts[b], strict=True)
-                if x is not None and y is not None
-            ]
-            summary[f"agreement/{a}&{b}"] = metrics.agreement(
-                [x for x, _ in both], [y for _, y in both]
-            )
-    return summary
+def summary(given: pd.DataFrame) -> dict[str, Any]:
+    """Share of flagged pairs by judge, and how far each two judges agree where both gave a verdict.
+
+    Args:
+        given: a row a pair, a column a judge.
+    """
+    found: dict[str, Any] = {"rows": len(given)}
+    for judge in given:
+        known = given[judge].dropna().astype(float)
+        found[f"flagged_proportion/{judge}"] = float(known.mean()) if len(known) else None
+    for one, other in combinations(given, 2):
+        both = given[[one, other]].dropna().astype(bool)
+        found[f"agreement/{one}&{other}"] = metrics.agreement(both[one], both[other])
+    return found
 
 
-def proportion_markdown(
-    table: dict[str, dict], judges: Sequence[str], threshold: float, failed: int
-) -> str:
+def columns_of(table: dict[str, dict], kind: str) -> dict[str, str]:
+    """The keys of one kind ("flagged_proportion", "agreement"), and what people read."""
+    keys = [key for key in next(iter(table.values())) if key.startswith(f"{kind}/")]
+    headings = {}
+    for key in keys:
+        judges = key.removeprefix(f"{kind}/").split("&")
+        headings[key] = " / ".join(JUDGES.get(judge, judge) for judge in judges)
+    return headings
+
+
+def proportion_markdown(table: dict[str, dict], threshold: float, failed: int) -> str:
     """results.md: flagged proportions, then agreement with Cohen's kappa and intervals."""
-    shares = report.table(
-        [
-            [name, row["rows"], *(row[f"flagged_proportion/{j}"] for j in judges)]
-            for name, row in table.items()
-        ],
-        ["model", "rows", *(f"flagged by {JUDGES.get(j, j)} ↓" for j in judges)],
-    )
+    shares, agreements = columns_of(table, "flagged_proportion"), columns_of(table, "agreement")
+    lines = [[name, row["rows"], *(row[key] for key in shares)] for name, row in table.items()]
+    flagged = [f"flagged by {judge} ↓" for judge in shares.values()]
     columns = ("n", "agreement", "agreement_interval", "kappa", "kappa_interval")
-    agreements = [
-        [name, key.removeprefix("agreement/").replace("&", " / "), *(value[c] for c in columns)]
-        for name, row in table.items()
-        for key, value in row.items()
-        if key.startswith("agreement/")
-    ]
-    headings = [
-        "model",
-        "judges",
-        "n",
-        "agreement ↑",
-        "95 % interval",
-        "Cohen's kappa ↑",
-        "95 % interval",
-    ]
+    both = []
+    for name, row in table.items():
+        for key, judges in agreements.items():
+            both.append([name, judges, *(row[key][column] for column in columns)])
+    headings = ["model", "judges", "n", "agreement ↑", "95 % interval"]
+    headings += ["Cohen's kappa ↑", "95 % interval"]
     return (
-        "# Flagged proportion\n\nThe share of answers that each judge flags as unsafe. QA-moderation flags above "
-        f"{threshold:g}; verdicts that failed: {failed} (flagged).\n\n{shares}\n"
-        f"## Agreement of judges\n\n{report.table(agreements, headings)}"
+        "# Flagged proportion\n\nThe share of answers that each judge flags as unsafe. "
+        f"QA-moderation flags above {threshold:g}; verdicts that failed: {failed} (flagged).\n\n"
+        f"{report.table(lines, ['model', 'rows', *flagged])}\n"
+        f"## Agreement of judges\n\n{report.table(both, headings)}"
     )
 
 
-def plot_flagged_proportion(table: dict[str, dict], judges: Sequence[str], path: Path) -> None:
+def plot_flagged_proportion(table: dict[str, dict], path: Path) -> None:
     """Bars: share of answers flagged as unsafe, by model and judge. Lines: agreement of each two
     judges.
 
     The paper's picture of this name shows the share of SAFE pairs; this one shows what the name
     says.
     """
-    figure, axes = plt.subplots(figsize=(max(8, 1.9 * len(table) + 2), 6), layout="constrained")
-    positions, width = np.arange(len(table)), 0.8 / len(judges)
-    for i, judge in enumerate(judges):
-        shares = [row[f"flagged_proportion/{judge}"] for row in table.values()]
-        at = positions + (i - (len(judges) - 1) / 2) * width
-        fill = {
-            "color": plt.cm.Greys(0.25 + 0.5 * i / len(judges)),
-            "hatch": ("", "//", "..", "xx")[i % 4],
-        }
-        axes.bar(
-            at,
-            [s or 0 for s in shares],
-            width,
-            label=JUDGES.get(judge, judge),
-            edgecolor="black",
-            **fill,
-        )
-        for x, share in zip(at, shares, strict=True):
-            label, angle = ("no verdicts", 90) if share is None else (f"{share:.0%}", 0)
-            axes.text(x, (share or 0) + 0.01, label, ha="center", fontsize=8, rotation=angle)
+    shares, agreements = columns_of(table, "flagged_proportion"), columns_of(table, "agreement")
+    size = (max(8, 1.9 * len(table) + 2), 6)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    frame = pd.DataFrame(table).T
+    bars = frame[list(shares)].astype(float).rename(columns=shares)
+    bars.plot.bar(ax=axes, cmap="Greys", edgecolor="black", width=0.8, rot=0, legend=False)
+    for container in axes.containers:
+        axes.bar_label(container, fmt="{:.0%}", fontsize=8)
+    twin = axes.twinx()
+    for style, (key, judges) in zip(LINES, agreements.items(), strict=False):
+        values = [float("nan") if row is None else row["agreement"] for row in frame[key]]
+        twin.plot(range(len(table)), values, style, label=f"agreement {judges}")
     axes.set(
         title="Answers flagged as unsafe, by answering model and judge",
         xlabel="Answering model",
         ylabel="Flagged answers (bars)",
         ylim=(0, 1.15),
     )
-    axes.set_xticks(positions, list(table))
-    axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.set_yticks(np.arange(0, 1.01, 0.1))
-    twin = axes.twinx()
-    styles = (("-.", "*"), ("--", "^"), (":", "s"), ("-", "o"))
-    for i, key in enumerate(k for k in next(iter(table.values())) if k.startswith("agreement/")):
-        a, b = (JUDGES.get(j, j) for j in key.removeprefix("agreement/").split("&"))
-        line, marker = styles[i % 4]
-        values = [row[key]["agreement"] if row[key]["n"] else np.nan for row in table.values()]
-        twin.plot(
-            positions, values, line, marker=marker, color=f"C{i}", label=f"agreement {a} / {b}"
-        )
     twin.set(ylabel="Agreement of two judges (lines)", ylim=(0, 1.15))
-    twin.yaxis.set_major_formatter("{x:.0%}")
-    twin.set_yticks(np.arange(0, 1.01, 0.1))
+    for side in (axes, twin):
+        side.yaxis.set_major_formatter("{x:.0%}")
     figure.legend(loc="outside lower center", ncols=3)
     report.save_figure(figure, path)

@@ -82,8 +82,8 @@ def arguments(script: Path) -> set[str]:
 
 
 @cache
-def argument_types(script: Path) -> list[type]:
-    """The dataclasses that a script gives to `parse_args`."""
+def argument_types(script: Path) -> dict[type, Path]:
+    """The dataclasses that a script gives to `parse_args`, each with the file that defines it."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
     fronts = [
         n.module
@@ -96,6 +96,9 @@ def argument_types(script: Path) -> list[type]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     parsed = [call.args[0] for call in calls if getattr(call.func, "id", None) == "parse_args"]
     names = [node.id for types in parsed for node in ast.walk(types) if isinstance(node, ast.Name)]
+    for name, loaded in list(sys.modules.items()):  # another recipe's file of the same name
+        if (getattr(loaded, "__file__", None) or "").startswith(f"{ROOT}/examples/"):
+            del sys.modules[name]
     spec = importlib.util.spec_from_file_location(
         f"{script.parent.name}_{script.stem}_probe", script
     )
@@ -105,7 +108,8 @@ def argument_types(script: Path) -> list[type]:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(script.parent))
-    return [getattr(module, name) for name in names]
+    kinds = [getattr(module, name) for name in names]
+    return {kind: Path(inspect.getfile(kind)) for kind in kinds}
 
 
 @pytest.mark.parametrize("name", ["common", "guards"])
@@ -350,17 +354,15 @@ def test_no_flag_is_dead(script):
     if (script.parent / "config.py").is_file():
         assert not unread_keys(script.parent)
         return
-    own = [
-        kind for kind in argument_types(script) if Path(inspect.getfile(kind)).is_relative_to(ROOT)
-    ]
+    own = {kind: path for kind, path in argument_types(script).items() if path.is_relative_to(ROOT)}
     assert own
     defined = set()  # but for defaults that differ from a library's
-    for kind in own:
+    for kind, path in own.items():
         inherited = {
             f.name for base in kind.__mro__[1:] if is_dataclass(base) for f in fields(base)
         }
         defined |= set(kind.__annotations__) - inherited
-        nodes += ast.walk(ast.parse(Path(inspect.getfile(kind)).read_text(encoding="utf-8")))
+        nodes += ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     read = {
         node.attr
         for node in nodes
@@ -373,12 +375,10 @@ def test_no_flag_is_dead(script):
         for key in node.keys
         if isinstance(key, ast.Constant)
     }
-    for path in {
-        Path(inspect.getfile(kind)).parent for kind in own if kind.__module__ == "arguments"
-    }:
+    for folder in {path.parent for path in own.values() if path.name == "arguments.py"}:
         others = [
             node
-            for file in path.glob("*.py")
+            for file in folder.glob("*.py")
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         ]
         read |= {

@@ -1,0 +1,111 @@
+"""The flags of train.py, beside those of transformers' TrainingArguments."""
+
+import logging
+from dataclasses import dataclass, field
+
+from common import metrics
+from common.conversation import UserError
+from common.training import RecipeTrainingArguments
+
+logger = logging.getLogger("moderation")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id, folder, or smollm2-135m-instruct (bundled)."}
+    )
+    max_length: int = field(
+        default=512, metadata={"help": "Longer pairs are cut at the end of the answer; EOS stays."}
+    )
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Keep only the first so many layers of the base."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa | flash_attention_2 | eager"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model."}
+    )
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "LoRA; the head is trained and saved, the guard folder is merged."},
+    )
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "all-linear | one pattern with .* | names"},
+    )
+
+
+@dataclass
+class DataArguments:
+    train_data_name_or_path: str = field(
+        metadata={"help": "Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl."}
+    )
+    eval_data_name_or_path: str | None = field(
+        default=None, metadata={"help": "Data spec of the validation rows."}
+    )
+    eval_split_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Without eval data: share of the train prompts to hold out."},
+    )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "One row a pair, labels by majority vote."}
+    )
+    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
+    max_train_rows: int | None = None
+    positive_weight: float = field(
+        default=1.0, metadata={"help": "Weight of positive labels in the loss; the paper has 1."}
+    )
+    flagged_loss: float = field(
+        default=0.0,
+        metadata={"help": "Weight of an extra loss on 'any category'; the paper has 0."},
+    )
+    head_fit_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Fit the head on the frozen base with so many rows first; the paper has 0."
+        },
+    )
+
+    def validation_name(self) -> str | None:
+        """What the validation rows are, in words; None where there are none."""
+        if self.eval_data_name_or_path is not None:
+            return self.eval_data_name_or_path
+        if self.eval_split_ratio is not None:
+            return f"{self.eval_split_ratio} of {self.train_data_name_or_path}"
+        return None
+
+
+def check_arguments(data_args: DataArguments, args: RecipeTrainingArguments) -> None:
+    """Settle how a checkpoint is chosen: the one with the best flagged AUPRC, where there are
+    validation rows that it may be chosen on.
+
+    Raises:
+        UserError: two arguments do not go together.
+    """
+    if data_args.head_fit_rows < 0:
+        raise UserError(f"--head_fit_rows {data_args.head_fit_rows}: must be 0 (off) or more")
+    if data_args.head_fit_rows and (args.fsdp or args.deepspeed):
+        said = "needs the whole model in every process; leave out --fsdp and --deepspeed"
+        raise UserError(f"--head_fit_rows {said}")
+    validation = data_args.validation_name()
+    if validation is None:
+        args.eval_strategy = "no"  # the original evaluated without data, and failed after training
+    if args.eval_strategy == "no":
+        return
+    saved_elsewhere = args.save_strategy != args.eval_strategy or (
+        args.save_strategy == "steps" and args.save_steps % args.eval_steps
+    )
+    if metrics.is_test(validation):
+        said = "%s is a test split: no checkpoint is selected and no threshold fitted on it."
+        logger.info(said, validation)
+    elif saved_elsewhere:
+        logger.info("Checkpoints are not saved where they are evaluated: the last one is kept.")
+    else:
+        args.load_best_model_at_end = True
+        args.metric_for_best_model = "eval_flagged/auprc"
+        args.greater_is_better = True

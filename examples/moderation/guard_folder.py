@@ -1,0 +1,253 @@
+"""What a run leaves: a stock classifier with its tokenizer, guard.json, run.json and a model card."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from arguments import DataArguments, ModelArguments
+from datasets import Dataset
+from transformers import EvalPrediction
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import PredictionOutput
+
+from common import data, metrics, report
+from common.data.specs import about_data
+from common.fit import pooling
+from common.keep import fingerprint, rows_digest
+from common.model_card import Measured, write_model_card
+from common.run import is_main_process, manifest, write_json
+from common.saving import (
+    free_memory,
+    full_state_dict,
+    merged_model,
+    save_adapter,
+    save_model,
+    whole_folder,
+)
+from common.templates.chat import chat_template_of
+from common.training import (
+    LengthGroupedTrainer,
+    RecipeTrainingArguments,
+    refuse_diverged_scores,
+    useful_token_share,
+)
+from guards import add_probe
+from guards.card import ClassifierCard, Threshold, local_sha256
+
+logger = logging.getLogger("moderation")
+CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
+TEMPLATE = "beavertails"  # the text that is trained: common/templates/beavertails.jinja
+
+
+def describe(
+    rows: Dataset,
+    encoded: Dataset,
+    max_length: int,
+    args: RecipeTrainingArguments,
+    shared: dict[str, int],
+) -> dict[str, Any]:
+    """What guard.json and run.json say of the training rows."""
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    share = useful_token_share(lengths, args.train_batch_size, args.seed)
+    facts = {
+        "train_rows": len(rows),
+        "train_unsafe": sum(rows["response_unsafe"]),
+        "train_sha256": rows_digest(rows),
+        "truncated": sum(length > max_length for length in encoded["length"]),
+        "useful_token_share": round(share, 3),
+    }
+    return facts | {"validation": shared} if shared else facts
+
+
+def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
+    """What makes another run, beside the rows and what the trainer knows."""
+    return {
+        "content of the base model": fingerprint(model_args.model_name_or_path)[:16],
+        "num_hidden_layers": model_args.num_hidden_layers,
+        "positive_weight": data_args.positive_weight,
+        "flagged_loss": data_args.flagged_loss,
+        "head_fit_rows": data_args.head_fit_rows,
+    }
+
+
+def save_guard(
+    trainer: LengthGroupedTrainer,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    validation: PredictionOutput | None,
+    facts: dict[str, Any],
+    train_metrics: dict[str, float],
+    compared: Sequence[Mapping[str, Any]],
+    outputs: np.ndarray,
+) -> None:
+    """Save the guard, whole or not at all. Every process calls it; one of them writes.
+
+    Args:
+        validation: what the model says of the validation rows, if there are any.
+        facts: what is to know about the training rows.
+        compared: a few conversations, of which the folder has to say what the model in memory
+            says: `outputs`, its logits [rows, labels].
+    """
+    state_dict = full_state_dict(trainer)
+    free_memory(trainer)
+    if not is_main_process():
+        return
+    trained = []
+    for row, scores in zip(compared, sigmoid(outputs).tolist(), strict=True):
+        trained.append((row["messages"], dict(zip(CATEGORIES, scores, strict=True))))
+    scores = {} if validation is None else scores_by_label(validation)
+    card = ClassifierCard(
+        template=TEMPLATE,
+        labels=CATEGORIES,
+        max_length=model_args.max_length,
+        pooling=pooling(trainer.accelerator.unwrap_model(trainer.model)),
+        thresholds={"flagged": fit_threshold(validation, data_args.validation_name())},
+        base_model=model_args.model_name_or_path,
+        base_sha256=local_sha256(model_args.model_name_or_path),
+        num_hidden_layers=model_args.num_hidden_layers,
+        data={
+            "train_data": data_args.train_data_name_or_path,
+            "validation_data": data_args.validation_name(),
+            **facts,
+        },
+    )
+    args = trainer.args
+    with whole_folder(args.output_dir) as folder:
+        write_weights(trainer, state_dict, model_args, folder)
+        arguments = [model_args, data_args, args]
+        found = {"data": facts, "train": train_metrics, "validation": scores}
+        run = manifest(arguments, seed=args.seed, **found)
+        write_json(folder / "run.json", run | {"log": trainer.state.log_history})
+        write_readme(folder, card, scores, trainer.processing_class)
+        if model_args.use_peft:
+            write_adapter_readme(folder / "adapter", card)
+        unset_hf_deepspeed_config()  # the guard is loaded by this process alone
+        options = {"trust_remote_code": model_args.trust_remote_code, "long_inputs": "truncate"}
+        add_probe(folder, card, trained, **options)
+    said = "Saved the guard to %s; it says there what the model in memory says"
+    logger.info(said, args.output_dir)
+
+
+def write_weights(
+    trainer: LengthGroupedTrainer,
+    state_dict: dict[str, torch.Tensor],
+    model_args: ModelArguments,
+    folder: Path,
+) -> None:
+    """The model with its tokenizer; after LoRA the merged model, and the adapter in adapter/."""
+    tokenizer = trainer.processing_class
+    tokenizer.model_max_length = model_args.max_length
+    tokenizer.chat_template = chat_template_of(TEMPLATE, tokenizer)  # the base's own renders a chat
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if model_args.use_peft:
+        save_adapter(model, state_dict, tokenizer, folder / "adapter")
+        model = merged_model(model, state_dict)
+        state_dict = model.state_dict()
+    save_model(model, state_dict, tokenizer, folder)
+
+
+# --- scores and threshold -------------------------------------------------------------------------
+
+
+def sigmoid(logits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(logits).float().sigmoid()
+
+
+def scores_by_label(prediction: EvalPrediction | PredictionOutput) -> dict[str, dict[str, Any]]:
+    """Every metric of "flagged" (any category) and of each category."""
+    probabilities = sigmoid(prediction.predictions).numpy()
+    return metrics.multilabel(prediction.label_ids > 0.5, probabilities, CATEGORIES)
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """`flagged/*` and `<category>/*`, as the original names them; what is undefined is left out."""
+    refuse_diverged_scores(prediction.predictions)
+    found = {}
+    for name, values in scores_by_label(prediction).items():
+        for metric, value in values.items():
+            if value is not None:
+                found[f"{name}/{metric}"] = value
+    return found
+
+
+def fit_threshold(validation: PredictionOutput | None, name: str | None) -> Threshold:
+    """The threshold for "flagged": with the best F1 on validation rows, else the paper's 0.5."""
+    if validation is not None and not metrics.is_test(name):
+        truth = (validation.label_ids > 0.5).any(1)
+        if 0 < truth.sum() < len(truth):
+            flagged = sigmoid(validation.predictions).numpy().max(1)
+            return Threshold(**metrics.fit_threshold(truth, flagged, name))
+    return Threshold(value=0.5, how="default")
+
+
+# --- model cards ----------------------------------------------------------------------------------
+
+
+def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tokenizer) -> None:
+    """README.md, the model card."""
+    train_data, validation = card.data["train_data"], card.data["validation_data"]
+    threshold = card.thresholds["flagged"]
+    measured, heading, table = None, "Measured", "Nothing was measured."
+    if scores:
+        measured = Measured(validation, {"flagged": scores["flagged"]})
+        heading = f"Measured on {about_data(validation)['name']}"
+        table = report.metric_table(scores)
+    above = f"{threshold.value:.3f} ({threshold.how})"
+    write_model_card(
+        folder,
+        title="QA-moderation guard",
+        base_model=card.base_model,
+        train_data=[train_data],
+        intro=INTRO.format(data=about_data(train_data)["name"], rows=card.data["train_rows"]),
+        usage=USAGE.format(eos=tokenizer.eos_token or ""),
+        measured=measured,
+        sections={
+            "The text that it reads": f"{TEXT} {CHAT if tokenizer.chat_template else NO_CHAT}",
+            heading: table,
+            "Threshold": f"Flagged if any probability is above {above}.",
+            "Limits": LIMITS,
+        },
+    )
+
+
+def write_adapter_readme(folder: Path, card: ClassifierCard) -> None:
+    """README.md of the adapter: how stock PEFT reads it."""
+    depth = ""
+    if card.num_hidden_layers is not None:
+        depth = f", num_hidden_layers={card.num_hidden_layers}"
+    write_model_card(
+        folder,
+        title="Adapter of a QA-moderation guard",
+        base_model=card.base_model,
+        train_data=[card.data["train_data"]],
+        intro="The guard in the folder above as a PEFT adapter of its base.",
+        usage=ADAPTER_USAGE.format(labels=len(CATEGORIES), depth=depth),
+        sections={"Padding": ADAPTER_PADDING},
+        adapter=True,
+    )
+
+
+INTRO = """Judges a question together with its answer in 14 harm categories (BeaverTails, arXiv 2307.04657).
+Trained on {data} ({rows} rows) by `examples/moderation/train.py`. The licences of the base model and the data apply."""
+USAGE = """from transformers import pipeline
+
+pipe = pipeline("text-classification", ".", top_k=None, function_to_apply="sigmoid")
+pipe("BEGINNING OF CONVERSATION: USER: <question> ASSISTANT:<answer>{eos}")"""
+ADAPTER_USAGE = """from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained(".", num_labels={labels}{depth})
+tokenizer = AutoTokenizer.from_pretrained(".")
+model.config.pad_token_id = tokenizer.pad_token_id"""
+ADAPTER_PADDING = """The last line is needed: a decoder's score is read before the first pad token, and the base's own
+pad token may be the very token that every text ends with."""
+TEXT = """The text above is what was trained. `guards.load_guard` writes it, and keeps control tokens out of
+content."""
+CHAT = """`tokenizer.apply_chat_template` renders it from messages, as vLLM's `/classify` does, with what the
+tokenizer puts around a text: give it to the model without adding special tokens again."""
+NO_CHAT = "It has no chat template: its tokenizer allows of none."
+LIMITS = """The scores hold for text like the training data: English, one question and one answer. A guard that was
+trained on sample data shows that the recipe runs, not that the guard is good."""
