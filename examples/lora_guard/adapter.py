@@ -1,26 +1,55 @@
-"""The adapter folder: the head while it trains, and writing it."""
+"""What a run leaves: one adapter folder an epoch, the best one, its metrics and its model card.
 
-import csv
+Also the guard head, which a stock classifier does not have in this form.
+"""
+
+import json
+import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
+from arguments import GuardArguments
+from datasets import Dataset
+from inputs import CATEGORIES, token_ids
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
 
-from common import data
+from common import metrics, report
 from common.conversation import Messages, UserError
-from common.run import atomic_path
-from common.saving import whole_folder
+from common.data.specs import about_data
+from common.model_card import Measured, write_model_card
+from common.run import is_main_process, manifest, write_json, write_text
+from common.saving import predictions, whole_folder
+from common.training import (
+    LengthGroupedTrainer,
+    RecipeTrainingArguments,
+    refuse_diverged_scores,
+)
 from guards import add_probe
-from guards.card import LoraCard, Threshold, local_sha256
+from guards.card import LoraCard, Threshold, has_card, local_sha256
+from guards.lora import input_kind
 
-CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
+logger = logging.getLogger("lora_guard")
 HEAD = "base_model.model.score.weight"
 BIAS = "base_model.model.score.bias"
 WEIGHTS = "adapter_model.safetensors"
+PAPER_METRICS = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
+COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+# --- the head -------------------------------------------------------------------------------------
 
 
 class GuardHead(torch.nn.Linear):
@@ -46,6 +75,14 @@ def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
     if bias:
         torch.nn.init.zeros_(head.bias)
     model.score = head
+
+
+def split_logits(logits: torch.Tensor, unsafe_head: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unsafe logit [rows] and those of the categories [rows, 14]."""
+    return (logits[:, 0], logits[:, 1:]) if unsafe_head else (logits.amax(-1), logits)
+
+
+# --- an adapter folder ----------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -91,15 +128,6 @@ def save_adapter(
         )
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None:
-    """Rows as CSV, `index` first; what a row lacks, or is undefined, is an empty cell."""
-    columns = [index, *dict.fromkeys(key for row in rows for key in row if key != index)]
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def guard_card(
     base: str,
     *,
@@ -139,3 +167,238 @@ def with_threshold(card: LoraCard, scores: Mapping[str, float], eval_name: str) 
         return card
     threshold = Threshold(value=value, how="max F1", on=eval_name)
     return card.model_copy(update={"thresholds": {"flagged": threshold}})
+
+
+# --- the metrics of the paper's code --------------------------------------------------------------
+
+
+def paper_metrics(prediction: EvalPrediction, args: GuardArguments) -> dict[str, float]:
+    """The reference's metrics of unsafe (`binarized_*`) and of each category, and the threshold;
+    what is undefined is left out.
+    """
+    refuse_diverged_scores(prediction.predictions)
+    logits = torch.from_numpy(prediction.predictions).float()
+    parts = split_logits(logits, not args.no_unsafe_head)
+    unsafe, categories = (part.sigmoid().numpy() for part in parts)
+    truth = prediction.label_ids
+    scores = metrics.binary(truth[:, 0], unsafe)
+    found = {f"binarized_{name}": scores[name] for name in PAPER_METRICS}
+    for i, category in enumerate(CATEGORIES):
+        known = np.isfinite(truth[:, i + 1])
+        scores = metrics.binary(truth[known, i + 1], categories[known, i])
+        # the progress bar leaves out what has a slash
+        found |= {f"{category}/{name}": scores[name] for name in PAPER_METRICS}
+    validation = args.validation_name() or ""
+    if not metrics.is_test(validation) and 0 < truth[:, 0].sum() < len(truth):
+        found["threshold"] = metrics.fit_threshold(truth[:, 0], unsafe, validation)["value"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def columns(scores: Mapping[str, float], prefix: str, split: str) -> dict[str, float]:
+    """The Trainer's `<prefix>_…` under the reference's names: `val/binarized_auprc`,
+    `val/f1_<category>`, …
+    """
+    found = {}
+    for key, value in scores.items():
+        name = key.removeprefix(f"{prefix}_")
+        if name != key and name not in COST:
+            category, _, metric = name.rpartition("/")
+            found[f"{split}/{metric}_{category}" if category else f"{split}/{metric}"] = value
+    return found
+
+
+def epoch_metrics(state: TrainerState) -> list[dict[str, float]]:
+    """One row an epoch, counted from 0, out of the history that a resumed run keeps."""
+    rows = []
+    for entry in state.log_history:
+        if "eval_loss" in entry:
+            rows.append({"epoch": round(entry["epoch"]) - 1, **columns(entry, "eval", "val")})
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None:
+    """Rows as CSV, `index` first; what a row lacks is an empty cell."""
+    table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=[index])
+    write_text(path, table.set_index(index).to_csv())
+
+
+# --- the folder of a run --------------------------------------------------------------------------
+
+
+class RunFolder(TrainerCallback):
+    """config.json and parameter_counts.json; after each epoch its adapter folder, metrics.csv and
+    train_losses.csv; at the end `best` and run.json. The names are the reference's.
+    """
+
+    def __init__(
+        self, args: GuardArguments, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]
+    ):
+        self.args, self.tokenizer = args, tokenizer
+        self.folder = Path(args.output_folder)
+        self.validation = args.validation_name()
+        self.card = guard_card(
+            args.hf_model_id,
+            unsafe_head=not args.no_unsafe_head,
+            inputs=args.guard_inputs,
+            max_length=args.max_length,
+            num_hidden_layers=args.guard_layers,
+            data={"train": args.train_data, "validation": self.validation, **facts},
+        )
+
+    def start(self, model: PeftModel, training: RecipeTrainingArguments, afresh: bool) -> None:
+        """Describe the run; one that starts afresh removes what an earlier one left."""
+        if not is_main_process() or (not afresh and (self.folder / "config.json").is_file()):
+            return
+        if afresh:
+            for old in [*epoch_folders(self.folder), self.folder / "best"]:
+                shutil.rmtree(old, ignore_errors=True)
+            for name in ("metrics.csv", "train_losses.csv", "run.json"):
+                (self.folder / name).unlink(missing_ok=True)
+        processes, args = training.world_size, self.args
+        effective = args.per_device_batch_size * args.gradient_accumulation_steps * processes
+        counted = {"effective_batch_size": effective, "num_processes": processes}
+        write_json(self.folder / "config.json", {**vars(args), **counted, "best_epoch": None})
+        trainable, total = model.get_nb_trainable_parameters()
+        counts = {"n_total_parameters": total, "n_trainable_parameters": trainable}
+        write_json(self.folder / "parameter_counts.json", counts)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A run that was killed between a checkpoint and its adapter folder gets that folder when
+        it is resumed.
+        """
+        last = self.folder / f"epoch-{round(state.epoch or 0) - 1}"
+        if state.global_step and not has_card(last):
+            self.on_save(args, state, control, **kwargs)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        """The Trainer has written a checkpoint, as it does after each epoch."""
+        if not is_main_process():
+            return
+        epoch, rows = round(state.epoch) - 1, epoch_metrics(state)
+        card = with_threshold(self.card, rows[-1] if rows else {}, self.validation)
+        folder = self.folder / f"epoch-{epoch}"
+        save_adapter(model, self.tokenizer, folder, card, self.args.trust_remote_code)
+        write_csv(self.folder / "metrics.csv", rows, "epoch")
+        losses = []
+        for entry in state.log_history:
+            if "loss" in entry:
+                losses.append({"global_step": entry["step"], "train/loss": entry["loss"]})
+        write_csv(self.folder / "train_losses.csv", losses, "global_step")
+
+    def finish(
+        self,
+        trainer: LengthGroupedTrainer,
+        test_set: Dataset | None,
+        compared: list[Messages],
+        train_metrics: dict[str, float],
+    ) -> None:
+        """Write the best epoch's guard, judge the test rows with it, write run.json and the model
+        card. Every process calls it; one of them writes.
+
+        Args:
+            compared: what the folder has to say the same of as the model in memory.
+        """
+        test = trainer.predict(test_set, metric_key_prefix="test").metrics if test_set else {}
+        test.pop("test_threshold", None)  # thresholds come from validation
+        encoded = token_ids(compared, self.tokenizer, self.args.max_length)
+        outputs = predictions(trainer, Dataset.from_dict({"input_ids": encoded}))
+        if not is_main_process():
+            return
+        state, best = trainer.state, best_epoch(trainer)
+        rows, tested = epoch_metrics(state), columns(test, "test", "test")
+        validated = next((row for row in rows if row["epoch"] == best), {})
+        save_adapter(
+            trainer.accelerator.unwrap_model(trainer.model),  # of the best epoch, or the last
+            self.tokenizer,
+            self.folder / "best",
+            with_threshold(self.card, validated, self.validation),
+            self.args.trust_remote_code,
+            verdicts_of(compared, outputs, self.card.labels),
+            lambda partial: write_readme(partial, self.args, validated, tested),
+        )
+        validated.update(tested)
+        write_csv(self.folder / "metrics.csv", rows, "epoch")
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        write_json(self.folder / "config.json", config | {"best_epoch": best})
+        found = {"train": train_metrics, "best_epoch": best, "test": test}
+        run = manifest([self.args, trainer.args], seed=self.args.seed, **found)
+        write_json(self.folder / "run.json", run | {"log": state.log_history})
+        said = "Best epoch: %d. Saved the guard to %s; it says there what the model in memory says"
+        logger.info(said, best, self.folder / "best")
+
+
+def epoch_folders(folder: Path) -> list[Path]:
+    """The adapter folders of an earlier run: `epoch-<number>` with its card, and nothing of the
+    user's.
+    """
+    found = [path for path in folder.glob("epoch-*") if has_card(path)]
+    return [path for path in found if path.name.removeprefix("epoch-").isdigit()]
+
+
+def best_epoch(trainer: LengthGroupedTrainer) -> int:
+    """The epoch whose weights the trainer holds at the end, counted from 0."""
+    kept, epochs = trainer.state.best_model_checkpoint, round(trainer.args.num_train_epochs)
+    if kept is None or not trainer.args.load_best_model_at_end:
+        return epochs - 1
+    steps = max(1, trainer.state.max_steps // epochs)
+    return round(int(kept.rpartition("-")[2]) / steps) - 1
+
+
+def verdicts_of(
+    inputs: Sequence[Messages], logits: np.ndarray, labels: Sequence[str]
+) -> list[tuple[Messages, dict[str, float]]]:
+    """Each input with the model's outputs, as a verdict names them."""
+    verdicts = []
+    probabilities = torch.from_numpy(logits).float().sigmoid().tolist()
+    for messages, row in zip(inputs, probabilities, strict=True):
+        said = dict(zip(labels, row, strict=True))
+        highest = max(row)
+        label = "prompt_unsafe" if input_kind(messages) == "prompt" else "response_unsafe"
+        verdicts.append((messages, {label: said.pop("unsafe", highest), **said}))
+    return verdicts
+
+
+# --- model cards ----------------------------------------------------------------------------------
+
+
+def write_readme(
+    folder: Path, args: GuardArguments, validation: dict[str, float], test: dict[str, float]
+) -> None:
+    """README.md, the model card."""
+    lines, measured = [], None
+    splits = ((args.validation_name(), validation, "val"), (args.test_data, test, "test"))
+    for spec, values, split in splits:
+        if values:
+            scores = {name: values.get(f"{split}/binarized_{name}") for name in PAPER_METRICS}
+            lines.append([about_data(spec)["name"], *scores.values()])
+            measured = Measured(spec, {"unsafe": scores})  # the test rows', where there are some
+    depth = f", num_hidden_layers={args.guard_layers}" if args.guard_layers else ""
+    table = report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing."
+    write_model_card(
+        folder,
+        title="LoRA-Guard adapter",
+        base_model=args.hf_model_id,
+        train_data=[args.train_data],
+        intro=INTRO.format(data=about_data(args.train_data)["name"]),
+        usage=USAGE.format(labels=15 - args.no_unsafe_head, depth=depth),
+        measured=measured,
+        sections={"Measured (unsafe, threshold 0.5)": table, "Chat template": CHAT},
+        adapter=True,
+    )
+
+
+INTRO = """LoRA adapters and a linear head that turn a chat model into its own guard (arXiv 2407.02987): without
+them it chats as before, with them it judges. Trained on {data} by `examples/lora_guard/train.py`. The licences of
+the base model and the data apply."""
+CHAT = """The tokenizer's chat template is the chat model's own, for the chat that the guard rides along with.
+It does not render what the guard reads, which is the text above; `guards.load_guard` writes that."""
+USAGE = """import json, torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForSequenceClassification.from_pretrained("best", num_labels={labels}{depth})
+tokenizer = AutoTokenizer.from_pretrained("best")
+model.config.pad_token_id = tokenizer.pad_token_id  # the base's own may be the token that texts end with
+bias = json.load(open("best/guard.json"))["head_bias"] or 0.0  # a stock head has no bias
+inputs = tokenizer("user: <question>\\n\\nagent: <answer>", return_tensors="pt")
+print((model(**inputs).logits + torch.tensor(bias)).sigmoid())"""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter import CATEGORIES, HEAD, WEIGHTS, guard_card, with_bias
+from adapter import HEAD, WEIGHTS, guard_card, with_bias
+from inputs import CATEGORIES
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoTokenizer

@@ -7,103 +7,97 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from adapter import CATEGORIES
+from arguments import GuardArguments
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from common import templates
+from common import data, templates
 from common.conversation import Messages, UserError, last_turns, pair
 
 logger = logging.getLogger("lora_guard")
+CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
+UNKNOWN = [np.nan] * len(CATEGORIES)
 
 
 def encode_rows(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    guard_inputs: Sequence[str],
-    max_length: int,
-    spec: str,
-) -> tuple[Dataset, dict]:
-    """Token ids and labels [unsafe, 14 categories] (NaN: unknown), one row for each trained input
-    of a conversation.
+    rows: Dataset, spec: str, tokenizer: PreTrainedTokenizerBase, args: GuardArguments
+) -> tuple[Dataset, dict[str, Any]]:
+    """Token ids and labels of each trained input, sorted by length, and their counts.
 
-    Returns:
-        The rows, sorted by length, and their counts.
+    Args:
+        spec: what the rows are called in a message.
     """
-    control = templates.control_ids(tokenizer)
-    kinds: dict[str, list] = {kind: [] for kind in guard_inputs}
-    for row in rows:
-        prompt, response = last_turns(row["messages"])
-        named = row["categories"]
-        categories = (
-            [np.nan] * len(CATEGORIES) if named is None else [float(c in named) for c in CATEGORIES]
-        )
-        if response is not None and row["response_unsafe"] is not None:
-            label = [float(row["response_unsafe"]), *categories]
-            if "pair" in kinds and prompt is not None:
-                kinds["pair"].append((pair(prompt, response), label))
-            if "response" in kinds:
-                kinds["response"].append((pair(None, response), label))
-        if "prompt" in kinds and prompt is not None and row["prompt_unsafe"] is not None:
-            known = response is None  # else the categories speak of the answer as well
-            kinds["prompt"].append(
-                (
-                    pair(prompt),
-                    [
-                        float(row["prompt_unsafe"]),
-                        *(categories if known else [np.nan] * len(CATEGORIES)),
-                    ],
-                )
-            )
+    kinds = labelled_inputs(rows, args.guard_inputs)
+    counts: dict[str, Any] = {}
     for kind, found in kinds.items():
-        if not any(label[0] for _, label in found):
-            raise UserError(
-                f"{spec}: no {kind} that is labelled unsafe; choose other --guard-inputs or other data"
-            )
-    inputs = [item for found in kinds.values() for item in found]
-    ids = templates.encode(
-        tokenizer, [templates.render("lora_guard", m, tokenizer) for m, _ in inputs]
-    )
-    truncated = sum(len(sequence) > max_length for sequence in ids)
-    if truncated:
-        logger.warning(
-            "Cut %d of %d inputs to %d tokens (the end).", truncated, len(ids), max_length
-        )
-    encoded = Dataset.from_dict(
-        {
-            "input_ids": [templates.cut(sequence, max_length, control) for sequence in ids],
-            "labels": [label for _, label in inputs],
-        }
-    )
-    order = np.argsort([len(sequence) for sequence in encoded["input_ids"]], kind="stable")
-    counts = {
-        kind: {"rows": len(found), "unsafe": int(sum(y[0] for _, y in found))}
-        for kind, found in kinds.items()
-    }
-    return encoded.select(order), {**counts, "truncated": truncated}
+        unsafe = int(sum(label[0] for _, label in found))
+        if not unsafe:
+            said = "choose other --guard-inputs or other data"
+            raise UserError(f"{spec}: no {kind} that is labelled unsafe; {said}")
+        counts[kind] = {"rows": len(found), "unsafe": unsafe}
+    inputs = [one for found in kinds.values() for one in found]
+    ids = token_ids([messages for messages, _ in inputs], tokenizer)
+    counts["truncated"] = sum(len(one) > args.max_length for one in ids)
+    if counts["truncated"]:
+        said = "Cut %d of %d inputs to %d tokens (the end)."
+        logger.warning(said, counts["truncated"], len(ids), args.max_length)
+    control = templates.control_ids(tokenizer)
+    cut = [templates.cut(one, args.max_length, control) for one in ids]
+    order = np.argsort([len(one) for one in cut], kind="stable")
+    labels = [label for _, label in inputs]
+    return Dataset.from_dict({"input_ids": cut, "labels": labels}).select(order), counts
 
 
-def judged_inputs(rows: Sequence[Mapping[str, Any]], guard_inputs: Sequence[str]) -> list[Messages]:
+def labelled_inputs(
+    rows: Dataset, kinds: Sequence[str]
+) -> dict[str, list[tuple[Messages, list[float]]]]:
+    """The inputs of each kind, with labels [unsafe, 14 categories], NaN where one is not known."""
+    found: dict[str, list] = {kind: [] for kind in kinds}
+    for row in rows:
+        parts = parts_of(row["messages"])
+        named, answered = row["categories"], "response" in parts
+        categories = UNKNOWN
+        if named is not None:
+            categories = [float(category in named) for category in CATEGORIES]
+        for kind in kinds:
+            unsafe = row["prompt_unsafe" if kind == "prompt" else "response_unsafe"]
+            if kind not in parts or unsafe is None:
+                continue
+            # where there is an answer, the categories speak of it as well
+            known = UNKNOWN if kind == "prompt" and answered else categories
+            found[kind].append((parts[kind], [float(unsafe), *known]))
+    return found
+
+
+def parts_of(messages: Messages) -> dict[str, Messages]:
+    """What a guard can judge of a conversation, by kind."""
+    prompt, response = last_turns(messages)
+    parts = {}
+    if prompt is not None:
+        parts["prompt"] = pair(prompt)
+    if response is not None:
+        parts["response"] = pair(None, response)
+    if len(parts) == 2:
+        parts["pair"] = pair(prompt, response)
+    return parts
+
+
+def judged_inputs(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> list[Messages]:
     """What the guard judges of a few conversations: of each one the kinds that it is trained on."""
     inputs = []
     for row in rows:
-        prompt, response = last_turns(row["messages"])
-        found = {"pair": (prompt, response), "prompt": (prompt, None), "response": (None, response)}
-        for kind in guard_inputs:
-            wanted = {"pair": (prompt, response), "prompt": (prompt,), "response": (response,)}[
-                kind
-            ]
-            if None not in wanted:
-                inputs.append(pair(*found[kind]))
+        parts = parts_of(row["messages"])
+        inputs += [parts[kind] for kind in kinds if kind in parts]
     return inputs
 
 
-def unlabelled_rows(
-    inputs: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Dataset:
-    """Token ids of inputs in their order, with labels that mean nothing."""
-    control = templates.control_ids(tokenizer)
+def token_ids(
+    inputs: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[list[int]]:
+    """What the guard reads of each input; None cuts nothing."""
     parts = [templates.render("lora_guard", messages, tokenizer) for messages in inputs]
-    ids = [templates.cut(one, max_length, control) for one in templates.encode(tokenizer, parts)]
-    nothing = [[0.0] * (1 + len(CATEGORIES))] * len(ids)
-    return Dataset.from_dict({"input_ids": ids, "labels": nothing})
+    ids = templates.encode(tokenizer, parts)
+    if max_length is None:
+        return ids
+    control = templates.control_ids(tokenizer)
+    return [templates.cut(one, max_length, control) for one in ids]

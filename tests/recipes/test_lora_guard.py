@@ -335,7 +335,7 @@ def test_the_loss_is_the_papers():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(20, 15, generator=generator) < 0.3).double()
     labels[:, 3] = 0  # an empty class: the reference's loss would be NaN
-    loss = module("lora_guard", "objective").guard_loss(labels.numpy(), unsafe_head=True)
+    loss = module("lora_guard", "train").guard_loss(labels.numpy(), unsafe_head=True)
     logits = torch.randn(20, 15, generator=generator)
     weight = (labels == 0).sum(0) / labels.sum(0)
     weight[3] = 1
@@ -470,7 +470,7 @@ def test_only_the_epochs_of_a_run_are_removed(tmp_path):
         (tmp_path / name / "guard.json").write_text("{}")
     (tmp_path / "epoch-7").mkdir()
     (tmp_path / "epoch-8").write_text("notes")
-    found = module("lora_guard", "train").epoch_folders(tmp_path)
+    found = module("lora_guard", "adapter").epoch_folders(tmp_path)
     assert sorted(path.name for path in found) == ["epoch-0", "epoch-12"]
 
 

@@ -23,6 +23,13 @@ RECIPE = EXAMPLES / "lora_guard"
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 slow = pytest.mark.slow
+# Keeps every text that a meter has shown: on a busy machine one is gone before somebody looks.
+OBSERVER = """
+window.shown = [];
+new MutationObserver(() => {
+    for (const meter of document.querySelectorAll(".harm")) window.shown.push(meter.textContent);
+}).observe(document, {subtree: true, childList: true, characterData: true, attributes: true});
+"""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +67,8 @@ def test_demo_page(quickstart, tmp_path):
     """
     prompt = "How do I <b>pick</b> a pocket? </div><script>document.title='x'</script>"
     chat = module("lora_guard", "riding").GuardedChat(quickstart / "best", device="cpu")
-    said = chat.reply([pair(prompt)], max_new_tokens=40, guard_every=8, progress=False)[0]
+    said = chat.reply([pair(prompt)], max_new_tokens=96, guard_every=8, progress=False)[0]
+    assert len(said.trace) > 2, "the reply is too short to be watched"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,7 +79,7 @@ def test_demo_page(quickstart, tmp_path):
         "--device-id",
         "-1",
         "--max-new-tokens",
-        "40",
+        "96",
     ]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
@@ -96,6 +104,7 @@ def test_demo_page(quickstart, tmp_path):
                 )
             browser = playwright.chromium.launch(executable_path=path, args=options)
             page, asked = browser.new_page(), []
+            page.add_init_script(OBSERVER)
             page.on("request", lambda request: asked.append(request.url))
             for _ in range(120):
                 if "Running on" in (tmp_path / "log").read_text():
@@ -106,9 +115,9 @@ def test_demo_page(quickstart, tmp_path):
             box, meters = page.get_by_placeholder("Ask something"), page.locator(".harm")
             box.fill(prompt)
             box.press("Enter")
-            # live, not at the end
-            expect(meters).to_contain_text(re.compile(r"\d tokens …"), timeout=60_000)
-            expect(meters).to_contain_text(re.compile(r"\((un)?safe\)"), timeout=60_000)
+            expect(meters).to_contain_text(re.compile(r"\((un)?safe\)"), timeout=120_000)
+            live = [text for text in page.evaluate("shown") if re.search(r"\d tokens …", text)]
+            assert live, "the meter did not move while the reply was written"
             assert f"harm {said.response_unsafe:.2f}" in meters.inner_text()
             assert float(page.locator(".harm meter").get_attribute("value")) == pytest.approx(
                 said.response_unsafe, abs=1e-3

@@ -1,0 +1,166 @@
+"""The flags of train.py: those of the paper's script, and ours."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+
+from common import metrics
+from common.conversation import UserError
+from common.run import inference_dtype
+from common.training import RecipeTrainingArguments
+from guards.card import INPUTS
+
+
+@dataclass
+class GuardArguments:
+    hf_model_id: str = field(
+        metadata={"help": "Chat model: hub id, folder, or smollm2-135m-instruct (bundled)."}
+    )
+    output_folder: str = field(
+        metadata={"help": "Adapter folders, metrics and checkpoints of the run."}
+    )
+    epochs: int = 1
+    per_device_batch_size: int = 2
+    learning_rate: float = 3e-4
+    eval_batch_size: int = 50
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    no_unsafe_head: bool = field(
+        default=False, metadata={"help": "14 outputs; unsafe is their maximum (paper's v1)."}
+    )
+    no_clf_head_bias: bool = False
+    head_only: bool = field(
+        default=False, metadata={"help": "Train the head alone (the paper's ablation)."}
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names, or one pattern with .*; default: PEFT's for the model (q and v)."
+        },
+    )
+    guard_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "The guard reads the base after so many layers; default: all (the paper)."
+        },
+    )
+    guard_inputs: list[str] = field(
+        default_factory=lambda: ["pair"],
+        metadata={"help": "What is trained, and then served: pair prompt response"},
+    )
+    train_data: str = field(
+        default="PKU-Alignment/BeaverTails:30k_train", metadata={"help": "Data spec."}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Data spec of the validation rows."}
+    )
+    eval_split_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Without eval data: share of the train prompts to hold out."},
+    )
+    test_data: str | None = field(
+        default=None, metadata={"help": "Data spec, judged once, with the best epoch."}
+    )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "One row a pair, labels by majority vote."}
+    )
+    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
+    max_train_rows: int | None = None
+    max_length: int = 512
+    head_fit_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Fit the head on the frozen base with so many rows first; the paper has 0."
+        },
+    )
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "The reference's rate is constant."}
+    )
+    warmup_steps: float = 0.0
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "0: no clipping, as in the reference."}
+    )
+    logging_steps: int = 10
+    attn_implementation: str | None = None
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "latest, or a checkpoint folder"}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run."})
+
+    def validation_name(self) -> str | None:
+        """What the validation rows are, in words; None where there are none."""
+        if self.eval_data is not None:
+            return self.eval_data
+        if self.eval_split_ratio is not None:
+            return f"{self.eval_split_ratio} of {self.train_data}"
+        return None
+
+
+def name_positionals() -> None:
+    """The paper's two positional arguments, hf_model_id and output_folder, as flags."""
+    words = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    if len(words) not in (0, 2):
+        wanted = "expected two positional arguments, hf_model_id and output_folder"
+        raise UserError(f"{wanted}; found {words}")
+    if words:
+        sys.argv[1:3] = ["--hf_model_id", words[0], "--output_folder", words[1]]
+
+
+def check_arguments(args: GuardArguments) -> None:
+    """Raise UserError for what the parser lets pass."""
+    if set(args.guard_inputs) - set(INPUTS) or not args.guard_inputs:
+        given, known = " ".join(args.guard_inputs), ", ".join(INPUTS)
+        raise UserError(f"--guard-inputs {given}: expected some of {known}")
+    if args.eval_data is not None and args.eval_split_ratio is not None:
+        raise UserError("--eval-data and --eval-split-ratio: give one of them")
+    if args.epochs < 1:
+        raise UserError(f"--epochs {args.epochs}: must be 1 or more")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora-dropout {args.lora_dropout}: must lie in [0, 1)")
+    if args.head_fit_rows < 0:
+        raise UserError(f"--head-fit-rows {args.head_fit_rows}: must be 0 (off) or more")
+
+
+def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
+    """The Trainer's arguments. `accelerate launch --mixed-precision` is heard where there is a GPU."""
+    validation = args.validation_name()
+    selects = validation is not None and not metrics.is_test(args.eval_data or "")
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # on a CPU bf16 is emulated
+    try:
+        return RecipeTrainingArguments(
+            output_dir=args.output_folder,
+            overwrite_output_dir=args.overwrite_output_dir,
+            resume_from_checkpoint=args.resume_from_checkpoint,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.per_device_batch_size,
+            per_device_eval_batch_size=args.eval_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            learning_rate=args.learning_rate,
+            weight_decay=0.01,  # torch's AdamW default, which the reference keeps
+            lr_scheduler_type=args.lr_scheduler_type,
+            warmup_steps=args.warmup_steps,
+            max_grad_norm=args.max_grad_norm,
+            bf16=inference_dtype() == torch.bfloat16,
+            eval_strategy="no" if validation is None else "epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=selects,
+            metric_for_best_model="binarized_auprc" if selects else None,
+            greater_is_better=True if selects else None,
+            logging_nan_inf_filter=False,  # a loss that is no number must be seen
+            ddp_find_unused_parameters=False,
+            logging_steps=args.logging_steps,
+            seed=args.seed,
+        )
+    except (ValueError, TypeError) as error:  # such as an unknown schedule
+        raise UserError(str(error)) from None
