@@ -10,8 +10,8 @@ row padded to the longest of all. Moderating while 64 tokens are generated, at b
 Reference: one prompt at a time, `generate`, then a guard pass over the prompt and one over the
 reply. Beside them the generation alone (`generate`, batched), which is the unit of the ratios, and
 the floor: generation alone and one batched guard pass over the finished texts, a guard that reads
-each token once and at the speed of a block. Outputs are compared, and the exit code is 1 if they
-differ.
+each token once and at the speed of a block. The targets are for the best k. Outputs are compared,
+and the exit code is 1 if they differ.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from common.run import device, manifest, run_cli, write_json
 from common.training import EpochLengthGroupedSampler
 
 NEW_TOKENS, BATCH = 64, 8
-TARGETS = {"training": 4.0, 1: 1.40, 8: 1.70}
+# training: times the reference's speed; batches of 1 and 8: of generation alone
+TARGETS = {"training": 4.0, 1: 1.15, 8: 1.25}
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
         "--every",
         type=int,
         nargs="+",
-        default=[1, 8, 16, 64],
+        default=[8, 16, 64],
         help="the k of 'guard at every k tokens'",
     )
     parser.add_argument("--skip_training", action="store_true", help="moderating alone")

@@ -12,7 +12,7 @@ A reply appears --guard-every tokens at a time, each piece after the guard has r
 
 import argparse
 import html
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,78 +76,72 @@ def theme() -> "gr.themes.Base":
     return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
-def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.Blocks":
-    """The page. Its state is a list of (prompt, reply), one a turn."""
+Turns = list[tuple[str, GuardedReply]]  # (prompt, reply): the state of the page
 
-    def answer(
-        prompt: str, turns: list[tuple[str, GuardedReply]], every: int, stop_at: float
-    ) -> Iterator[tuple[list[dict[str, Any]], dict[str, float], list, str]]:
+
+def answering(chat: GuardedChat, threshold: float, max_new_tokens: int) -> Callable:
+    """What happens when a visitor asks: the page anew after every check of the guard."""
+
+    def stream(
+        prompt: str, turns: Turns, every: int, stop_at: float
+    ) -> Iterator[tuple[list[dict[str, Any]], dict[str, float], Turns, str]]:
+        check_text(prompt, "prompt", "input")
+        # The guard reads the last turn alone: what it stopped must not come back as the context
+        # of the next.
+        said: list[Message] = []
+        for asked, reply in turns:
+            if reply.stopped_after is None:
+                said += pair(asked, reply.text)
+        options = {"max_new_tokens": max_new_tokens, "guard_every": every, "stop_at": stop_at}
+        for (reply,) in chat.stream([[*said, *pair(prompt)]], progress=False, **options):
+            if reply.error:
+                raise UserError(reply.error)
+            now = [*turns, (prompt, reply)]
+            # an unfinished turn is shown, and not kept
+            kept = now if reply.finish_reason else turns
+            yield shown(now, threshold), named(reply), kept, ""
+
+    def answer(prompt: str, turns: Turns, every: int, stop_at: float) -> Iterator[tuple]:
         if not prompt.strip():
             raise gr.Error("Type something first.", print_exception=False)
         try:
-            check_text(prompt, "prompt", "input")
-            # The guard reads the last turn alone: what it stopped must not come back as the context
-            # of the next.
-            kept = [(asked, reply) for asked, reply in turns if reply.stopped_after is None]
-            said: list[Message] = [
-                message for asked, reply in kept for message in pair(asked, reply.text)
-            ]
-            options = {
-                "max_new_tokens": args.max_new_tokens,
-                "guard_every": every,
-                "stop_at": stop_at,
-            }
-            for (reply,) in chat.stream([[*said, *pair(prompt)]], progress=False, **options):
-                if reply.error:
-                    raise UserError(reply.error)
-                yield shown([*turns, (prompt, reply)], threshold), named(reply), turns, ""
+            yield from stream(prompt, turns, every, stop_at)
         except UserError as error:
             raise gr.Error(f"{error}", print_exception=False) from None
-        yield (
-            shown([*turns, (prompt, reply)], threshold),
-            named(reply),
-            [*turns, (prompt, reply)],
-            "",
-        )
 
+    return answer
+
+
+def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.Blocks":
+    """The page: the talk on the left, categories and sliders on the right."""
+    about = f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {threshold:.2f}."
+    limit = 1 if args.stop_at is None else args.stop_at  # a visitor may only be stricter
+    most = max(64, args.guard_every)
     with gr.Blocks(title="LoRA-Guard", analytics_enabled=False) as blocks:
-        gr.Markdown(
-            f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {threshold:.2f}."
-        )
+        gr.Markdown(about)
         turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=3):
-                talk = gr.Chatbot(
-                    height=520,
-                    show_label=False,
-                    render_markdown=False,
-                    buttons=[],
-                    feedback_options=None,
-                )
+                look = {"height": 520, "show_label": False, "render_markdown": False}
+                talk = gr.Chatbot(buttons=[], feedback_options=None, **look)
                 prompt = gr.Textbox(placeholder="Ask something", show_label=False, autofocus=True)
             with gr.Column(scale=2):
-                bars = gr.Label(
-                    label="Harm categories of the last reply", num_top_classes=6, show_heading=False
-                )
-                label = "Judge at every so many tokens"
-                every = gr.Slider(
-                    1, max(64, args.guard_every), args.guard_every, step=1, precision=0, label=label
-                )
-                # a visitor may only be stricter than --stop-at
-                limit = 1 if args.stop_at is None else args.stop_at
+                label = "Harm categories of the last reply"
+                bars = gr.Label(label=label, num_top_classes=6, show_heading=False)
+                label, steps = "Judge at every so many tokens", {"step": 1, "precision": 0}
+                every = gr.Slider(1, most, args.guard_every, label=label, **steps)
                 stop_at = gr.Slider(0, limit, limit, label="Stop a reply above")
                 afresh = gr.Button("New conversation")
-        running = prompt.submit(
-            answer, [prompt, turns, every, stop_at], [talk, bars, turns, prompt]
-        )
-        gr.on(
-            [afresh.click, talk.clear],
-            lambda: ([], {}, [], ""),
-            None,
-            [talk, bars, turns, prompt],
-            cancels=running,
-        )
+        changed = [talk, bars, turns, prompt]
+        answer = answering(chat, threshold, args.max_new_tokens)
+        running = prompt.submit(answer, [prompt, turns, every, stop_at], changed)
+        gr.on([afresh.click, talk.clear], new_conversation, None, changed, cancels=running)
     return blocks
+
+
+def new_conversation() -> tuple[list, dict, list, str]:
+    """Nothing said, no categories, no turns, an empty box."""
+    return [], {}, [], ""
 
 
 def shown(turns: list[tuple[str, GuardedReply]], threshold: float) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ Thresholds are the guards' own, fitted on their validation data. Without argumen
 `torchrun train.py` without arguments has left.
 """
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from common import data, metrics, report
-from common.conversation import Messages, UserError, last_turns, pair
+from common.conversation import Messages, UserError, Verdict, last_turns, pair
 from common.run import check_output_folder, manifest, parse_args, run_cli
 from common.templates import encode, render
 from guards import Guard, load_guard
 from guards.card import LoraCard, read_card
 from guards.lora import LoraGuard
 
-logger = logging.getLogger("lora_guard")
 # parameters of an 8B guard that runs beside the chat model (Llama-Guard-3-8B)
 SEPARATE_GUARD = 8.03e9
 
@@ -70,67 +69,72 @@ def main() -> None:
     check_output_folder(args.output_dir)
     label = f"{args.judge}_unsafe"
     rows = data.load_conversations(args.eval_data, require=(label,), bad_rows=args.bad_rows)
-    conversations = rows["messages"]
+    conversations, truth = list(rows["messages"]), np.array(rows[label])
     if args.judge == "prompt":
         conversations = [pair(last_turns(messages)[0]) for messages in conversations]
-    truth, names = np.array(rows[label]), guard_names(args.guards)
-    options = {"long_inputs": args.long_inputs, "trust_remote_code": args.trust_remote_code}
+    names, options = guard_names(args.guards), {"long_inputs": args.long_inputs}
+    options["trust_remote_code"] = args.trust_remote_code
     guards = {name: load_guard(spec, **options) for name, spec in names.items()}  # before long runs
-
-    flagged, scores, categories, verdicts = {}, {}, {}, {}
+    groups = [data.prompt_key(row) for row in rows]
+    verdicts, scores, flagged, costs = {}, {}, {}, {}
     for name, guard in guards.items():
-        alone = (
-            isinstance(guard, LoraGuard) and args.judge == "response" and "pair" not in guard.inputs
-        )
-        verdicts[name] = guard.judge(
-            [pair(None, last_turns(m)[1]) for m in conversations] if alone else conversations
-        )
-        if all(verdict.error for verdict in verdicts[name]):
-            raise UserError(
-                f"{names[name]}: not one row could be judged: {verdicts[name][0].error}"
-            )
-        scores[name] = np.array([v.score(label) for v in verdicts[name]])
-        threshold = guard.thresholds.get("flagged", {"value": 0.5})["value"]
-        flagged[name] = metrics.binary(truth, scores[name], threshold)
-        flagged[name]["errors"] = sum(v.error is not None for v in verdicts[name])
-        flagged[name]["auprc_interval"] = metrics.bootstrap(
-            lambda drawn, s=scores[name]: metrics.auprc(truth[drawn], s[drawn]),
-            len(truth),
-            [data.prompt_key(row) for row in rows],
-            seed=args.seed,
-        )
-    first = next(iter(guards))
-    if args.judge == "response" and set(data.taxonomy("beavertails")) <= set(guards[first].labels):
-        categories = by_category(
-            rows, verdicts[first], guards[first].labels, flagged[first]["threshold"]
-        )
+        verdicts[name] = judged(guard, conversations, names[name])
+        scores[name] = np.array([verdict.score(label) for verdict in verdicts[name]])
+        flagged[name] = measured(guard, truth, scores[name], groups, args.seed)
+        flagged[name]["errors"] = sum(one.error is not None for one in verdicts[name])
+        if isinstance(guard, LoraGuard):
+            costs[name] = overhead(guard, names[name])
+    name, guard = next(iter(guards.items()))  # the first one is detailed
+    threshold, categories, prefixes = flagged[name]["threshold"], {}, []
+    if args.judge == "response":
+        categories = by_category(rows, verdicts[name], guard.labels, threshold)
+        prefixes = detection_by_prefix(guard, conversations, truth, args.prefix_tokens, threshold)
     results = {
         "dataset": args.eval_data,
         "judged": args.judge,
         "guards": names,
         "flagged": flagged,
         "categories": categories,
-        "overhead": {
-            name: o for name, guard in guards.items() if (o := overhead(guard, names[name]))
-        },
-        "prefixes": detection_by_prefix(
-            guards[first], conversations, truth, args, flagged[first]["threshold"]
-        ),
+        "overhead": costs,
+        "prefixes": prefixes,
         "run": manifest([args]),
     }
-    predictions = [
-        {"id": row["id"], f"true_{label}": row[label], "true_categories": row["categories"]}
-        | {name: {**vars(verdicts[name][i]), "score": float(scores[name][i])} for name in guards}
-        for i, row in enumerate(rows)
-    ]
+    predictions = []
+    for i, row in enumerate(rows):
+        kept = {"id": row["id"], f"true_{label}": row[label], "true_categories": row["categories"]}
+        for name, said in verdicts.items():
+            kept[name] = {**vars(said[i]), "score": float(scores[name][i])}
+        predictions.append(kept)
     markdown, folder = results_markdown(results), Path(args.output_dir)
-    report.plot_precision_recall(
-        {name: (truth, score) for name, score in scores.items()},
-        folder / "precision-recall.png",
-        f"Unsafe {args.judge}s of {args.eval_data} (n={len(truth)})",
-    )
+    curves = {name: (truth, score) for name, score in scores.items()}
+    title = f"Unsafe {args.judge}s of {args.eval_data} (n={len(truth)})"
+    report.plot_precision_recall(curves, folder / "precision-recall.png", title)
     report.write_results(folder, results, markdown, predictions)
     print(markdown)
+
+
+def judged(guard: Guard, conversations: list[Messages], spec: str) -> list[Verdict]:
+    """What a guard says of conversations; of answers alone, where it was trained on nothing else."""
+    answered = [messages for messages in conversations if messages[-1]["role"] == "assistant"]
+    if isinstance(guard, LoraGuard) and answered and "pair" not in guard.inputs:
+        conversations = [pair(None, last_turns(messages)[1]) for messages in conversations]
+    verdicts = guard.judge(conversations)
+    if all(verdict.error for verdict in verdicts):
+        raise UserError(f"{spec}: not one row could be judged: {verdicts[0].error}")
+    return verdicts
+
+
+def measured(
+    guard: Guard, truth: np.ndarray, scores: np.ndarray, groups: list[str], seed: int
+) -> dict[str, Any]:
+    """Every metric at the guard's own threshold; the interval draws rows of one prompt together."""
+    threshold = guard.thresholds.get("flagged", {"value": 0.5})["value"]
+
+    def auprc(drawn: np.ndarray) -> float | None:
+        return metrics.auprc(truth[drawn], scores[drawn])
+
+    interval = metrics.bootstrap(auprc, len(truth), groups, seed=seed)
+    return metrics.binary(truth, scores, threshold) | {"auprc_interval": interval}
 
 
 def guard_names(specs: list[str]) -> dict[str, str]:
@@ -144,129 +148,118 @@ def guard_names(specs: list[str]) -> dict[str, str]:
 
 
 def by_category(
-    rows: Dataset, verdicts: list, labels: list[str], threshold: float
+    rows: Dataset, verdicts: list[Verdict], labels: list[str], threshold: float
 ) -> dict[str, dict]:
-    """Scores of each category over the rows whose categories are known; a failed verdict counts as
-    unsafe.
+    """Scores of each BeaverTails category over the rows whose categories are known; a failed
+    verdict counts as unsafe.
 
     A head of their own has the paper's 0.5; without an unsafe head the categories share the
     threshold of their maximum.
     """
+    categories = data.taxonomy("beavertails")
     threshold = 0.5 if "unsafe" in labels else threshold
     known = [i for i, named in enumerate(rows["categories"]) if named is not None]
-    if not known or {n for i in known for n in rows[i]["categories"]} - set(
-        data.taxonomy("beavertails")
-    ):
-        return {}
     named = [rows[i]["categories"] for i in known]
-    return {
-        name: metrics.binary(
-            [name in n for n in named],
-            [verdicts[i].categories.get(name, 1.0) for i in known],
-            threshold,
-        )
-        for name in data.taxonomy("beavertails")
-    }
+    strange = {name for names in named for name in names} - set(categories)
+    if not known or strange or set(categories) - set(labels):
+        return {}
+    found = {}
+    for name in categories:
+        truth = [name in names for names in named]
+        scores = [verdicts[i].categories.get(name, 1.0) for i in known]
+        found[name] = metrics.binary(truth, scores, threshold)
+    return found
 
 
-def overhead(guard: Guard, folder: str) -> dict[str, Any] | None:
+def overhead(guard: LoraGuard, folder: str) -> dict[str, Any]:
     """What a LoRA guard adds to the chat model that is there anyway (the paper's claim: 100 to 1000
     times less).
     """
-    if not isinstance(guard, LoraGuard):
-        return None
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    # `--head-only` keeps adapters at zero for the sake of the format; they add nothing.
-    idle = {
-        key.split(".lora_")[0]
-        for key, tensor in tensors.items()
-        if ".lora_B" in key and not tensor.any()
-    }
-    added = sum(
-        t.numel()
-        for key, t in tensors.items()
-        if ".lora_" not in key or key.split(".lora_")[0] not in idle
-    )
-    added += len(read_card(folder, LoraCard).head_bias or [])
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    added = len(read_card(folder, LoraCard).head_bias or [])
+    for key, tensor in tensors.items():
+        # `--head-only` keeps adapters at zero for the sake of the format; they add nothing.
+        adapted = ".lora_" in key
+        if not adapted or tensors[key.replace(".lora_A", ".lora_B")].any():
+            added += tensor.numel()
     base = guard.model.get_base_model() if hasattr(guard.model, "get_base_model") else guard.model
-    share = added / sum(
-        p.numel()
-        for name, p in base.named_parameters()
-        if "lora_" not in name and "score" not in name
-    )
+    read = 0
+    for name, parameter in base.named_parameters():
+        if "lora_" not in name and "score" not in name:
+            read += parameter.numel()
     return {
         "added_parameters": added,
-        "share_of_guard_base": share,
+        "share_of_guard_base": added / read,
         "separate_8b_guard_is": SEPARATE_GUARD / added,
     }
 
 
-@torch.inference_mode()
 def detection_by_prefix(
     guard: Guard,
     conversations: list[Messages],
     truth: np.ndarray,
-    args: EvaluationArguments,
+    prefix_tokens: list[int],
     threshold: float,
 ) -> list[dict[str, Any]]:
     """Recall and false-positive rate when the guard has seen only the first n tokens of each reply.
 
-    One forward pass a pair: a decoder's score at a token is its score of the text that ends there.
     Pairs longer than `max_length` are read to that length.
     """
-    if not isinstance(guard, LoraGuard) or args.judge != "response" or "pair" not in guard.inputs:
+    if not isinstance(guard, LoraGuard) or "pair" not in guard.inputs:
         return []
     rows = [i for i, messages in enumerate(conversations) if None not in last_turns(messages)]
-    texts = [render(guard.template, conversations[i], guard.tokenizer) for i in rows]
-    opened = [
-        render(guard.template, pair(last_turns(conversations[i])[0], ""), guard.tokenizer)
-        for i in rows
-    ]
-    ids, starts = [], []
-    for full, empty in zip(
-        encode(guard.tokenizer, texts), encode(guard.tokenizer, opened), strict=True
-    ):
-        ids.append(full[: guard.max_length])
-        # Where the two differ the reply begins; the space before it belongs to its first token.
-        starts.append(
-            next(
-                (k for k, (a, b) in enumerate(zip(full, empty, strict=False)) if a != b), len(empty)
-            )
-        )
-    lengths, seen = [*args.prefix_tokens, guard.max_length], []
-    # The stock model scores every token and pools afterwards.
-    hook = guard.head.register_forward_hook(lambda _, __, logits: seen.append(logits))
-    scores, order = (
-        np.zeros((len(rows), len(lengths))),
-        sorted(range(len(rows)), key=lambda i: -len(ids[i])),
+    lengths = [*prefix_tokens, guard.max_length]
+    scores = prefix_scores(guard, [conversations[i] for i in rows], lengths)
+    found = []
+    for n, column in zip([*prefix_tokens, None], scores.T, strict=True):
+        values = metrics.binary(truth[rows], column, threshold)
+        found.append({"tokens": n, **{name: values[name] for name in ("recall", "fpr", "auprc")}})
+    return found
+
+
+@torch.inference_mode()
+def prefix_scores(guard: LoraGuard, pairs: list[Messages], lengths: Sequence[int]) -> np.ndarray:
+    """Unsafe probabilities [pairs, lengths] after so many tokens of each reply.
+
+    One forward pass a pair: a decoder's score at a token is its score of the text that ends there.
+    """
+    tokenizer = guard.tokenizer
+    asked = [pair(last_turns(messages)[0], "") for messages in pairs]
+    whole, empty = (
+        encode(tokenizer, [render(guard.template, messages, tokenizer) for messages in some])
+        for some in (pairs, asked)
     )
+    seen = []  # the stock model scores every token and pools afterwards
+    hook = guard.head.register_forward_hook(lambda _, __, logits: seen.append(logits))
+    scores = np.zeros((len(pairs), len(lengths)))
+    order = sorted(range(len(pairs)), key=lambda i: -len(whole[i]))
     with tqdm(total=len(order), desc="prefixes", unit="pair") as bar:
         while order:
-            take = max(1, guard.batch_tokens // len(ids[order[0]]))
+            width = min(len(whole[order[0]]), guard.max_length)
+            take = max(1, guard.batch_tokens // width)
             batch, order = order[:take], order[take:]
-            padded = guard.tokenizer.pad(
-                {"input_ids": [ids[i] for i in batch]}, return_tensors="pt"
-            ).to(guard.device)
-            guard.model(**padded)
+            ids = [whole[i][: guard.max_length] for i in batch]
+            guard.model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(guard.device))
             logits = seen.pop()
-            unsafe = (
-                (logits[..., 0] if guard.labels[0] == "unsafe" else logits.amax(-1))
-                .float()
-                .sigmoid()
-                .cpu()
-            )
+            unsafe = logits[..., 0] if guard.labels[0] == "unsafe" else logits.amax(-1)
+            unsafe = unsafe.float().sigmoid().nan_to_num(1.0).cpu().numpy()
             for row, i in enumerate(batch):
-                last = [min(starts[i] + n, len(ids[i])) - 1 for n in lengths]
-                scores[i] = np.nan_to_num(unsafe[row, last].numpy(), nan=1.0)
+                start = reply_start(whole[i], empty[i])
+                last = [min(start + n, len(ids[row])) - 1 for n in lengths]
+                scores[i] = unsafe[row, last]
             bar.update(len(batch))
     hook.remove()
-    found = []
-    for column, n in enumerate(lengths):
-        values = metrics.binary(truth[rows], scores[:, column], threshold)
-        seen_tokens = n if column < len(args.prefix_tokens) else None
-        found.append({"tokens": seen_tokens, **{k: values[k] for k in ("recall", "fpr", "auprc")}})
-    return found
+    return scores
+
+
+def reply_start(whole: list[int], empty: list[int]) -> int:
+    """Where a pair differs from the same without its reply; the space before a reply belongs to
+    its first token.
+    """
+    start = 0
+    while start < min(len(whole), len(empty)) and whole[start] == empty[start]:
+        start += 1
+    return start
 
 
 def results_markdown(results: dict[str, Any]) -> str:
@@ -274,49 +267,34 @@ def results_markdown(results: dict[str, Any]) -> str:
     categories.
     """
     flagged = results["flagged"]
-    first = next(iter(flagged.values()))
+    name, first = next(iter(flagged.items()))
+    rows = []
+    for guard, v in flagged.items():
+        rows.append([guard, v["auprc"], v["auprc_interval"], v["threshold"], v["errors"]])
+    failed = "failed (counted as unsafe)"
     lines = [
         f"# {results['dataset']}: {results['judged']}s",
         "",
-        f"{first['support']} rows, {first['positives']} unsafe. A guess has AUPRC {first['base_rate']:.3f}; flagging "
-        f"everything has F1 {report.number(first['always_unsafe_f1'])}.",
+        f"{first['support']} rows, {first['positives']} unsafe. A guess has AUPRC "
+        f"{first['base_rate']:.3f}; flagging everything has F1 "
+        f"{report.number(first['always_unsafe_f1'])}.",
         "",
         report.metric_table(flagged),
-        report.table(
-            [
-                [n, v["auprc"], v["auprc_interval"], v["threshold"], v["errors"]]
-                for n, v in flagged.items()
-            ],
-            ["", "AUPRC ↑", "95 % interval", "threshold", "failed (counted as unsafe)"],
-        ),
+        report.table(rows, ["", "AUPRC ↑", "95 % interval", "threshold", failed]),
     ]
     if results["overhead"]:
-        rows = [
-            [
-                n,
-                o["added_parameters"],
-                f"{o['share_of_guard_base']:.3%}",
-                f"{o['separate_8b_guard_is']:,.0f}x",
-            ]
-            for n, o in results["overhead"].items()
-        ]
-        header = [
-            "",
-            "added parameters",
-            "share of the transformer it reads",
-            "a separate 8B guard has",
-        ]
-        lines += ["## Cost", "", report.table(rows, header)]
+        rows = []
+        for guard, cost in results["overhead"].items():
+            share, times = cost["share_of_guard_base"], cost["separate_8b_guard_is"]
+            rows.append([guard, cost["added_parameters"], f"{share:.3%}", f"{times:,.0f}x"])
+        header = ["", "added parameters", "share of the transformer it reads"]
+        lines += ["## Cost", "", report.table(rows, [*header, "a separate 8B guard has"])]
     if results["prefixes"]:
-        rows = [
-            [p["tokens"] or "all", p["recall"], p["fpr"], p["auprc"]] for p in results["prefixes"]
-        ]
-        name = next(iter(flagged))
-        lines += [
-            f"## When {name} notices",
-            "",
-            report.table(rows, ["reply tokens seen", "recall ↑", "FPR ↓", "AUPRC ↑"]),
-        ]
+        rows = []
+        for found in results["prefixes"]:
+            rows.append([found["tokens"] or "all", found["recall"], found["fpr"], found["auprc"]])
+        header = ["reply tokens seen", "recall ↑", "FPR ↓", "AUPRC ↑"]
+        lines += [f"## When {name} notices", "", report.table(rows, header)]
     if results["categories"]:
         at = next(iter(results["categories"].values()))["threshold"]
         lines += [f"## Categories (above {at:.3f})", "", report.metric_table(results["categories"])]

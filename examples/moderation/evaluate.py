@@ -94,8 +94,11 @@ def main() -> None:
 
 def options(args: EvaluationArguments) -> dict[str, Any]:
     """Options of `load_guard`."""
-    names = ("max_length", "long_inputs", "trust_remote_code")
-    return {name: getattr(args, name) for name in names}
+    return {
+        "max_length": args.max_length,
+        "long_inputs": args.long_inputs,
+        "trust_remote_code": args.trust_remote_code,
+    }
 
 
 def report_metrics(args: EvaluationArguments) -> None:
