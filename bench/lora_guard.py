@@ -16,10 +16,8 @@ and the exit code is 1 if they differ.
 
 import argparse
 import random
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -29,59 +27,54 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from side_by_side import ROOT, SEED, TOLERANCE, compare, equality, real_length_pairs, recipe_modules
+from side_by_side import (
+    SEED,
+    TOLERANCE,
+    bench_parser,
+    compare,
+    equality,
+    medians,
+    real_length_pairs,
+    recipe_modules,
+    take_turns,
+    write_results,
+)
 from transformers import DataCollatorWithPadding, set_seed
 
 from common import data, report, templates
 from common.conversation import last_turns, pair
-from common.run import device, manifest, run_cli, write_json
+from common.run import device, run_cli
 from common.training import EpochLengthGroupedSampler
 
 NEW_TOKENS, BATCH = 64, 8
-# training: times the reference's speed; batches of 1 and 8: of generation alone
+# training: times the reference's speed; batches of 1 and 8: of generation alone, by the best k
 TARGETS = {"training": 4.0, 1: 1.15, 8: 1.25}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder"
-    )
-    parser.add_argument(
-        "--guard_layers",
-        type=int,
-        help="the guard reads the base after so many layers; default: all",
-    )
-    parser.add_argument(
-        "--rows", type=int, default=256, help="training texts; the reference pads to their longest"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=3, help=f"training steps a round, of {BATCH} rows"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="how often the ways take turns, at least 2"
-    )
-    parser.add_argument(
-        "--every",
-        type=int,
-        nargs="+",
-        default=[8, 16, 64],
-        help="the k of 'guard at every k tokens'",
-    )
-    parser.add_argument("--skip_training", action="store_true", help="moderating alone")
-    parser.add_argument("--output", type=Path, default=ROOT / "output/bench/lora_guard.json")
+def parse() -> argparse.Namespace:
+    parser = bench_parser(__doc__, "lora_guard", rounds=3)
+    add = parser.add_argument
+    about = "the guard reads the base after so many layers; default: all"
+    add("--guard_layers", type=int, help=about)
+    about = "training texts; the reference pads to their longest"
+    add("--rows", type=int, default=256, help=about)
+    add("--steps", type=int, default=3, help=f"training steps a round, of {BATCH} rows")
+    about = "the k of 'guard at every k tokens'"
+    add("--every", type=int, nargs="+", default=[8, 16, 64], help=about)
+    add("--skip_training", action="store_true", help="moderating alone")
     args = parser.parse_args()
-    if args.rounds < 2 or args.rows < BATCH * args.steps or args.steps < 1:
-        parser.error(
-            f"expected --rounds of at least 2, --steps of at least 1, --rows of at least {BATCH} x steps"
-        )
+    if args.rounds < 2 or args.steps < 1 or args.rows < BATCH * args.steps:
+        wanted = f"--rounds of 2 or more, --steps of 1 or more, --rows of {BATCH} x steps or more"
+        parser.error(f"expected {wanted}")
+    return args
+
+
+def main() -> None:
+    args = parse()
     set_seed(SEED)
     train, adapter, riding = recipe_modules("lora_guard", "train", "adapter", "riding")
-    recipe = train.GuardArguments(
-        args.model, "unused", guard_layers=args.guard_layers, lora_dropout=0.0
-    )
+    depth = {"guard_layers": args.guard_layers, "lora_dropout": 0.0}
+    recipe = train.GuardArguments(args.model, "unused", **depth)
     model, tokenizer = train.load_model(recipe)
     model = train.add_adapters(model, recipe)
     for name, parameter in model.named_parameters():
@@ -91,43 +84,35 @@ def main() -> None:
     sample = data.load_conversations("beavertails-sample:train", require=["categories"])
     results: dict[str, Any] = {}
     if not args.skip_training:
-        results["training"] = training(model, tokenizer, sample, train, args)
-        ways = results["training"]["ways"]
-        lines = [[way, *list(m.values())[:-1]] for way, m in ways.items()]
-        print(
-            report.table(
-                lines, ["training", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]
-            )
-        )
-        found = results["training"]
-        print(
-            f"training: {found['ratio']:.2f}x (target {TARGETS['training']}x), outputs {said(found)}\n"
-        )
+        results["training"] = found = training(model, tokenizer, sample, train, args)
+        lines = [[way, *list(values.values())[:-1]] for way, values in found["ways"].items()]
+        header = ["training", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]
+        print(report.table(lines, header))
+        target = f"{found['ratio']:.2f}x (target {TARGETS['training']}x)"
+        print(f"training: {target}, outputs {said(found)}\n")
     with tempfile.TemporaryDirectory() as folder:
-        labels = dict(
-            unsafe_head=True, inputs=["pair"], max_length=512, num_hidden_layers=args.guard_layers
+        card = adapter.guard_card(
+            args.model,
+            unsafe_head=True,
+            inputs=["pair"],
+            max_length=512,
+            num_hidden_layers=args.guard_layers,
         )
-        adapter.save_adapter(
-            model, tokenizer, Path(folder) / "guard", adapter.guard_card(args.model, **labels)
-        )
+        adapter.save_adapter(model, tokenizer, Path(folder) / "guard", card)
         del model
         chat = riding.GuardedChat(Path(folder) / "guard")
-        chat.eos = set()  # every reply has 64 tokens, in every way
-        chat.model.generation_config.eos_token_id = None
-        for size in (1, 8):
-            results[f"batch {size}"] = found = moderating(chat, sample, size, args)
-            lines = [[name, *values] for name, values in found["ways"].items()]
-            print(
-                report.table(
-                    lines, [f"batch {size}", "s, best", "s, median", "of generation alone"]
-                )
-            )
-            print(
-                f"batch {size}: {found['best']:.2f}x of generation alone with k = {found['best_k']} (target "
-                f"{TARGETS[size]:.2f}x, floor {found['floor']:.2f}x, reference {found['reference']:.2f}x), "
-                f"outputs {said(found)}\n"
-            )
-    write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
+    chat.eos = set()  # every reply has 64 tokens, in every way
+    chat.model.generation_config.eos_token_id = None
+    for size in (1, 8):
+        results[f"batch {size}"] = found = moderating(chat, sample, size, args)
+        lines = [[name, *values] for name, values in found["ways"].items()]
+        header = [f"batch {size}", "s, best", "s, median", "of generation alone"]
+        print(report.table(lines, header))
+        best = f"{found['best']:.2f}x of generation alone with k = {found['best_k']}"
+        floor = f"floor {found['floor']:.2f}x, reference {found['reference']:.2f}x"
+        target = f"target {TARGETS[size]:.2f}x"
+        print(f"batch {size}: {best} ({target}, {floor}), outputs {said(found)}\n")
+    write_results(args, results)
     sys.exit(0 if all(result["equal"] for result in results.values()) else 1)
 
 
@@ -201,21 +186,11 @@ def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
     ids = [chat.chat_ids(messages) for messages in prompts]
 
     def generate(batch: list[list[int]]) -> list[list[int]]:
-        width = max(map(len, batch))
-        inputs = torch.tensor([[0] * (width - len(row)) + row for row in batch], device=chat.device)
-        mask = torch.tensor(
-            [[0] * (width - len(row)) + [1] * len(row) for row in batch], device=chat.device
-        )
+        texts = {"input_ids": batch}
+        padded = chat.tokenizer.pad(texts, padding_side="left", return_tensors="pt")
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-        with torch.inference_mode():
-            return chat.model.generate(inputs, attention_mask=mask, **options)[:, width:].tolist()
-
-    def texts(replies: list[list[int]]) -> list:
-        spoken = chat.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        return [
-            pair(messages[0]["content"], text)
-            for messages, text in zip(prompts, spoken, strict=True)
-        ]
+        written = chat.model.generate(**padded.to(chat.device), **options)
+        return written[:, padded["input_ids"].shape[1] :].tolist()
 
     def reference() -> list[list[int]]:
         replies = []
@@ -228,7 +203,9 @@ def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
 
     def floor() -> list[list[int]]:
         replies = generate(ids)
-        chat.judge_texts(texts(replies))
+        spoken = chat.tokenizer.batch_decode(replies, skip_special_tokens=True)
+        asked = [messages[0]["content"] for messages in prompts]
+        chat.judge_texts([pair(*texts) for texts in zip(asked, spoken, strict=True)])
         return replies
 
     def riding(every: int) -> list[list[int]]:
@@ -243,18 +220,8 @@ def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
         "reference, one at a time": reference,
     }
     ways |= {f"ours, k = {k}": lambda k=k: riding(k) for k in args.every}
-    seconds, replies = {name: [] for name in ways}, {}
-    for turn in range(args.rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            replies[name] = way()
-            seconds[name].append(time.perf_counter() - start)
-            print(
-                f"batch {size}, round {turn + 1}, {name}: {seconds[name][-1]:.2f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    median = {name: statistics.median(s) for name, s in seconds.items()}
+    seconds, replies = take_turns(ways, args.rounds, f"batch {size}, ")
+    median = medians(seconds)
     alone = median["generation alone"]
     ours = {k: median[f"ours, k = {k}"] / alone for k in args.every}
     spread = [max(column) - min(column) for column in zip(*scores.values(), strict=True)]

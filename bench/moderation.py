@@ -11,22 +11,28 @@ inputs tokenized in one call, padded to the longest of all, then batches of 16. 
 compared, and the exit code is 1 if they differ. Ratios are of median rows/s.
 """
 
-import argparse
 import random
 import sys
 import tempfile
 from collections.abc import Callable
 from itertools import chain, compress
-from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import ROOT, SEED, compare, equality, real_length_pairs, recipe_modules
+from side_by_side import (
+    SEED,
+    bench_parser,
+    compare,
+    equality,
+    real_length_pairs,
+    recipe_modules,
+    write_results,
+)
 from transformers import DataCollatorWithPadding, set_seed
 
 from common import data, report, templates
 from common.conversation import Messages
-from common.run import device, manifest, run_cli, write_json
+from common.run import device, run_cli
 from common.training import EpochLengthGroupedSampler
 from guards.classifier import ClassifierGuard
 
@@ -35,26 +41,15 @@ TARGETS = {"training": 2, "judging": 3}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="smollm2-135m-instruct", help="bundled name, hub id or folder"
-    )
-    parser.add_argument("--num_hidden_layers", type=int, help="keep only the first so many layers")
-    parser.add_argument(
-        "--rows", type=int, default=32, help=f"training rows a round, in batches of {BATCH}"
-    )
-    parser.add_argument("--pairs", type=int, default=256, help="pairs judged a round")
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="how often the ways take turns, at least 2"
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "output/bench/moderation.json")
+    parser = bench_parser(__doc__, "moderation", rounds=2)
+    add = parser.add_argument
+    add("--num_hidden_layers", type=int, help="keep only the first so many layers")
+    add("--rows", type=int, default=32, help=f"training rows a round, in batches of {BATCH}")
+    add("--pairs", type=int, default=256, help="pairs judged a round")
     args = parser.parse_args()
     if args.rounds < 2 or args.pairs < 1 or args.rows < BATCH:
-        parser.error(
-            f"expected --rounds of at least 2, --pairs of at least 1, --rows of at least {BATCH}"
-        )
+        wanted = f"--rounds of 2 or more, --pairs of 1 or more, --rows of {BATCH} or more"
+        parser.error(f"expected {wanted}")
     set_seed(SEED)
     (recipe,) = recipe_modules("moderation", "train")
     model_args = recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers)
@@ -75,20 +70,17 @@ def main() -> None:
     loss = recipe.multilabel_loss(1.0, 0.0)
     results["training, sample rows"] = training(model, tokenizer, encoded, loss, args)
 
-    lines = [
-        [k, way, *list(m.values())[:-1]]
-        for k, result in results.items()
-        for way, m in result["ways"].items()
-    ]
-    print(
-        report.table(lines, ["", "way", "rows/s, best", "rows/s, median", "useful tokens", "ratio"])
-    )
+    lines = []
     for name, result in results.items():
-        target, equal = TARGETS[name.split(",")[0]], "equal" if result["equal"] else "DIFFERENT"
-        print(
-            f"{name}: {result['ratio']:.2f}x (target {target}x), outputs {equal} (by {result['difference']:.1e})"
-        )
-    write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
+        for way, values in result["ways"].items():
+            lines.append([name, way, *list(values.values())[:-1]])
+    header = ["", "way", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]
+    print(report.table(lines, header))
+    for name, result in results.items():
+        target = f"{result['ratio']:.2f}x (target {TARGETS[name.split(',')[0]]}x)"
+        equal = "equal" if result["equal"] else "DIFFERENT"
+        print(f"{name}: {target}, outputs {equal} (by {result['difference']:.1e})")
+    write_results(args, results)
     sys.exit(0 if all(result["equal"] for result in results.values()) else 1)
 
 

@@ -2,10 +2,11 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from common import metrics
 from common.conversation import UserError
@@ -16,12 +17,8 @@ from guards.card import INPUTS
 
 @dataclass
 class GuardArguments:
-    hf_model_id: str = field(
-        metadata={"help": "Chat model: hub id, folder, or smollm2-135m-instruct (bundled)."}
-    )
-    output_folder: str = field(
-        metadata={"help": "Adapter folders, metrics and checkpoints of the run."}
-    )
+    hf_model_id: str = HfArg(help="Chat model: hub id, folder, or smollm2-135m-instruct (bundled).")
+    output_folder: str = HfArg(help="Adapter folders, metrics and checkpoints of the run.")
     epochs: int = 1
     per_device_batch_size: int = 2
     learning_rate: float = 3e-4
@@ -31,70 +28,43 @@ class GuardArguments:
     lora_r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.05
-    no_unsafe_head: bool = field(
-        default=False, metadata={"help": "14 outputs; unsafe is their maximum (paper's v1)."}
+    no_unsafe_head: bool = HfArg(
+        default=False, help="14 outputs; unsafe is their maximum (paper's v1)."
     )
     no_clf_head_bias: bool = False
-    head_only: bool = field(
-        default=False, metadata={"help": "Train the head alone (the paper's ablation)."}
+    head_only: bool = HfArg(default=False, help="Train the head alone (the paper's ablation).")
+    target_modules: list[str] | None = HfArg(
+        default=None, help="Names, or one pattern with .*; default: PEFT's for the model (q and v)."
     )
-    target_modules: list[str] | None = field(
+    guard_layers: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Names, or one pattern with .*; default: PEFT's for the model (q and v)."
-        },
+        help="The guard reads the base after so many layers; default: all (the paper).",
     )
-    guard_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "The guard reads the base after so many layers; default: all (the paper)."
-        },
-    )
-    guard_inputs: list[str] = field(
+    guard_inputs: list[str] = HfArg(
         default_factory=lambda: ["pair"],
-        metadata={"help": "What is trained, and then served: pair prompt response"},
+        help="What is trained, and then served: pair prompt response",
     )
-    train_data: str = field(
-        default="PKU-Alignment/BeaverTails:30k_train", metadata={"help": "Data spec."}
+    train_data: str = HfArg(default="PKU-Alignment/BeaverTails:30k_train", help="Data spec.")
+    eval_data: str | None = HfArg(default=None, help="Data spec of the validation rows.")
+    eval_split_ratio: float | None = HfArg(
+        default=None, help="Without eval data: share of the train prompts to hold out."
     )
-    eval_data: str | None = field(
-        default=None, metadata={"help": "Data spec of the validation rows."}
-    )
-    eval_split_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Without eval data: share of the train prompts to hold out."},
-    )
-    test_data: str | None = field(
-        default=None, metadata={"help": "Data spec, judged once, with the best epoch."}
-    )
-    deduplicate: bool = field(
-        default=False, metadata={"help": "One row a pair, labels by majority vote."}
-    )
-    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
+    test_data: str | None = HfArg(default=None, help="Data spec, judged once, with the best epoch.")
+    deduplicate: bool = HfArg(default=False, help="One row a pair, labels by majority vote.")
+    bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
     max_train_rows: int | None = None
     max_length: int = 512
-    head_fit_rows: int = field(
-        default=0,
-        metadata={
-            "help": "Fit the head on the frozen base with so many rows first; the paper has 0."
-        },
+    head_fit_rows: int = HfArg(
+        default=0, help="Fit the head on the frozen base with so many rows first; the paper has 0."
     )
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "The reference's rate is constant."}
-    )
+    lr_scheduler_type: str = HfArg(default="constant", help="The reference's rate is constant.")
     warmup_steps: float = 0.0
-    max_grad_norm: float = field(
-        default=0.0, metadata={"help": "0: no clipping, as in the reference."}
-    )
+    max_grad_norm: float = HfArg(default=0.0, help="0: no clipping, as in the reference.")
     logging_steps: int = 10
     attn_implementation: str | None = None
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "latest, or a checkpoint folder"}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier run."})
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or a checkpoint folder")
+    overwrite_output_dir: bool = HfArg(default=False, help="Replace an earlier run.")
 
     def validation_name(self) -> str | None:
         """What the validation rows are, in words; None where there are none."""

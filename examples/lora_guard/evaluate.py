@@ -12,7 +12,7 @@ Thresholds are the guards' own, fitted on their validation data. Without argumen
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
 from common.conversation import Messages, UserError, Verdict, last_turns, pair
@@ -36,25 +37,21 @@ SEPARATE_GUARD = 8.03e9
 
 @dataclass
 class EvaluationArguments:
-    guards: list[str] = field(
-        metadata={"help": "Adapter folders, other guard folders, hub ids; the first is detailed."}
+    guards: list[str] = HfArg(
+        help="Adapter folders, other guard folders, hub ids; the first is detailed."
     )
-    eval_data: str = field(metadata={"help": "Data spec with labels."})
-    output_dir: str = field(
-        metadata={"help": "Folder for results.json, results.md, pictures and predictions.jsonl."}
+    eval_data: str = HfArg(help="Data spec with labels.")
+    output_dir: str = HfArg(
+        help="Folder for results.json, results.md, pictures and predictions.jsonl."
     )
-    judge: str = field(
-        default="response", metadata={"help": "response (with its question, if any) | prompt"}
-    )
-    prefix_tokens: list[int] = field(
+    judge: str = HfArg(default="response", help="response (with its question, if any) | prompt")
+    prefix_tokens: list[int] = HfArg(
         default_factory=lambda: [16, 32, 64, 128],
-        metadata={"help": "Detection after so many tokens of the reply."},
+        help="Detection after so many tokens of the reply.",
     )
-    long_inputs: str = field(default="windows", metadata={"help": "windows | error | truncate"})
-    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model."}
-    )
+    long_inputs: str = HfArg(default="windows", help="windows | error | truncate")
+    bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
     seed: int = 42
 
 

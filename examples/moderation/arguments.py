@@ -1,7 +1,9 @@
 """The flags of train.py, beside those of transformers' TrainingArguments."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from common import metrics
 from common.conversation import UserError
@@ -12,63 +14,48 @@ logger = logging.getLogger("moderation")
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(
-        metadata={"help": "Hub id, folder, or smollm2-135m-instruct (bundled)."}
+    model_name_or_path: str = HfArg(help="Hub id, folder, or smollm2-135m-instruct (bundled).")
+    max_length: int = HfArg(
+        default=512, help="Longer pairs are cut at the end of the answer; EOS stays."
     )
-    max_length: int = field(
-        default=512, metadata={"help": "Longer pairs are cut at the end of the answer; EOS stays."}
+    num_hidden_layers: int | None = HfArg(
+        default=None, help="Keep only the first so many layers of the base."
     )
-    num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "Keep only the first so many layers of the base."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa | flash_attention_2 | eager"}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model."}
-    )
-    use_peft: bool = field(
-        default=False,
-        metadata={"help": "LoRA; the head is trained and saved, the guard folder is merged."},
+    attn_implementation: str | None = HfArg(default=None, help="sdpa | flash_attention_2 | eager")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
+    use_peft: bool = HfArg(
+        default=False, help="LoRA; the head is trained and saved, the guard folder is merged."
     )
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "all-linear | one pattern with .* | names"},
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: ["all-linear"], help="all-linear | one pattern with .* | names"
     )
 
 
 @dataclass
 class DataArguments:
-    train_data_name_or_path: str = field(
-        metadata={"help": "Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl."}
+    train_data_name_or_path: str = HfArg(
+        help="Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl."
     )
-    eval_data_name_or_path: str | None = field(
-        default=None, metadata={"help": "Data spec of the validation rows."}
+    eval_data_name_or_path: str | None = HfArg(
+        default=None, help="Data spec of the validation rows."
     )
-    eval_split_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Without eval data: share of the train prompts to hold out."},
+    eval_split_ratio: float | None = HfArg(
+        default=None, help="Without eval data: share of the train prompts to hold out."
     )
-    deduplicate: bool = field(
-        default=False, metadata={"help": "One row a pair, labels by majority vote."}
-    )
-    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
+    deduplicate: bool = HfArg(default=False, help="One row a pair, labels by majority vote.")
+    bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
     max_train_rows: int | None = None
-    positive_weight: float = field(
-        default=1.0, metadata={"help": "Weight of positive labels in the loss; the paper has 1."}
+    positive_weight: float = HfArg(
+        default=1.0, help="Weight of positive labels in the loss; the paper has 1."
     )
-    flagged_loss: float = field(
-        default=0.0,
-        metadata={"help": "Weight of an extra loss on 'any category'; the paper has 0."},
+    flagged_loss: float = HfArg(
+        default=0.0, help="Weight of an extra loss on 'any category'; the paper has 0."
     )
-    head_fit_rows: int = field(
-        default=0,
-        metadata={
-            "help": "Fit the head on the frozen base with so many rows first; the paper has 0."
-        },
+    head_fit_rows: int = HfArg(
+        default=0, help="Fit the head on the frozen base with so many rows first; the paper has 0."
     )
 
     def validation_name(self) -> str | None:

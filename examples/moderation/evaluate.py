@@ -14,7 +14,7 @@ Without arguments it evaluates what `torchrun train.py` without arguments has le
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from transformers import AutoModelForSequenceClassification, set_seed
+from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
 from common.bundled import resolve_model
@@ -39,33 +40,28 @@ logger = logging.getLogger("moderation")
 
 @dataclass
 class EvaluationArguments:
-    eval_dataset: str = field(
-        metadata={"help": "evaluation.json of the paper's format, or a data spec with labels."}
+    eval_dataset: str = HfArg(
+        help="evaluation.json of the paper's format, or a data spec with labels."
     )
-    model_path: str = field(metadata={"help": "Guard folder, hub id, or a name of the guard zoo."})
-    output_dir: str = field(
-        metadata={"help": "Folder for results.json, results.md, the picture and predictions.jsonl."}
+    model_path: str = HfArg(help="Guard folder, hub id, or a name of the guard zoo.")
+    output_dir: str = HfArg(
+        help="Folder for results.json, results.md, the picture and predictions.jsonl."
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens a pass; default: what the guard was trained with."}
+    max_length: int | None = HfArg(
+        default=None, help="Tokens a pass; default: what the guard was trained with."
     )
-    long_inputs: str = field(
-        default="windows", metadata={"help": "windows | error | truncate (the paper truncates)"}
+    long_inputs: str = HfArg(
+        default="windows", help="windows | error | truncate (the paper truncates)"
     )
-    threshold: float | None = field(
+    threshold: float | None = HfArg(
+        default=None, help="Default: 0.5 (the paper's) for evaluation.json, else the guard's own."
+    )
+    baselines: str | None = HfArg(
         default=None,
-        metadata={"help": "Default: 0.5 (the paper's) for evaluation.json, else the guard's own."},
+        help="Data spec to fit TF-IDF + logistic regression on; also judges with an untrained head.",
     )
-    baselines: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data spec to fit TF-IDF + logistic regression on; also judges with an untrained head."
-        },
-    )
-    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted and reported)"})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model."}
-    )
+    bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
     seed: int = 42
 
 

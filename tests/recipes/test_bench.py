@@ -66,6 +66,20 @@ def test_ways_agree(name, flags, model, tmp_path):
     assert all(len(rounds) == 1 for rounds in results["seconds"].values())
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("lora_guard.py", ["--rows", 16, "--steps", 1, "--every", 1, 8]),
+        ("moderation.py", ["--rows", 8, "--pairs", 4]),
+    ],
+)
+def test_outputs_of_both_ways_are_equal(name, flags, model, tmp_path):
+    """The exit code says so."""
+    run_bench(name, "--model", model, "--rounds", 2, *flags, "--output", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results and all(result["equal"] for result in results.values())
+
+
 def test_the_home_folder_in_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.syspath_prepend(str(BENCH))
