@@ -35,7 +35,7 @@ from common.run import device as default_device
 from common.run import inference_dtype, is_main_process
 from common.templates import control_ids, encode, render, render_chat
 from guards.base import check_tokenizer, number_format
-from guards.card import NO_PROBE, LoraCard, card_path, check_scores, check_tokenizer_file, read_card
+from guards.card import NO_PROBE, LoraCard, card_path, check_scores, read_card
 from guards.lora import find_base, input_kind
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,33 @@ class Row:
 
     reply: GuardedReply
     prompt: str  # what the guard sees of the conversation: the last user turn
-    chat_ids: list[int]
     generator: torch.Generator  # of its own, so that no other row changes what it draws
+    chat_ids: list[int] = field(default_factory=list)
+    piece: list[int] = field(default_factory=list)  # what was written since the last check
+
+    def take(self, written: list[int], eos: set[int]) -> None:
+        """Add what was written. An EOS ends the reply, and is neither shown nor judged."""
+        self.piece = []
+        for token in written:
+            if token in eos:
+                self.reply.finish_reason = "eos"
+                break
+            self.piece.append(token)
+        self.reply.token_ids += self.piece
+
+    def note(self, verdict: tuple[float, dict[str, float]], stop_at: float | None) -> None:
+        """Take down what the guard says, of the prompt before anything is written; end the reply
+        where that is above the threshold.
+        """
+        reply, seen = self.reply, len(self.reply.token_ids)
+        unsafe, reply.categories = verdict
+        if seen:
+            reply.trace.append((seen, unsafe))
+            reply.response_unsafe = unsafe
+        else:
+            reply.prompt_unsafe = unsafe
+        if stop_at is not None and unsafe > stop_at:
+            reply.stopped_after, reply.finish_reason = seen, "stopped"
 
 
 class Lane:
@@ -88,9 +113,7 @@ class Lane:
         """Forget all rows but these."""
         self.ids = self.ids[rows]
         self.mask = self.mask[rows]
-        self.cache.batch_select_indices(
-            torch.tensor(rows, dtype=torch.long, device=self.ids.device)
-        )
+        self.cache.batch_select_indices(rows)
 
 
 class DrawByRow(LogitsProcessor):
@@ -142,7 +165,6 @@ class GuardedChat:
             path = card_path(self.folder)
             said = "expected lora_guard; this guard cannot ride along"
             raise UserError(f"{path}, field template: {said}")
-        check_tokenizer_file(self.folder)
         self.labels, self.inputs = self.card.labels, self.card.inputs
         self.device = default_device() if device is None else torch.device(device)
         # a CPU would emulate bf16
@@ -153,12 +175,10 @@ class GuardedChat:
         try:
             model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **code)
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, **code)
-            chat_template = AutoTokenizer.from_pretrained(base, **code).chat_template
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             said = f"cannot be loaded as a chat model: {f'{error}'.strip():.200}"
             raise UserError(f"{base}: {said}") from None
         self.model: PreTrainedModel = model.to(self.device).eval()
-        self.chat_template = self.tokenizer.chat_template or chat_template
         check_tokenizer(self.tokenizer, str(self.folder))
         fit_causal_lm(self.tokenizer, self.model)
         self.control = control_ids(self.tokenizer)
@@ -273,7 +293,7 @@ class GuardedChat:
         """
         if not messages or messages[-1]["role"] != "user":
             raise UserError("a conversation to reply to must end with a user turn")
-        parts = render_chat(self.tokenizer, messages, self.chat_template)
+        parts = render_chat(self.tokenizer, messages)
         return encode(self.tokenizer, [parts], add_special_tokens=False)[0]
 
     def seam(self, prompt: str, first: int) -> list[int]:
@@ -347,10 +367,11 @@ class GuardedChat:
             while rows:
                 count = min(guard_every, left)
                 left -= count
-                pieces = self._write(written, rows, count, temperature)
-                self._take(rows, pieces, at_the_end=left == 0)
+                self._write(written, rows, count, temperature)
+                for row in rows if left == 0 else []:
+                    row.reply.finish_reason = row.reply.finish_reason or "length"
                 if "pair" in self.inputs:
-                    self._judge(judged, rows, pieces, stop_at)
+                    self._judge(judged, rows, stop_at)
                 bar.update(count)
                 yield replies
                 still = [i for i, row in enumerate(rows) if not row.reply.finish_reason]
@@ -369,9 +390,8 @@ class GuardedChat:
         if stop_at is not None and "pair" not in self.inputs:
             trained = ", ".join(self.inputs)
             raise UserError(f"--stop-at: this guard was trained on {trained}, not on pairs")
-        if not self.chat_template:
-            said = "neither the adapter's tokenizer nor the base's has a chat template"
-            raise UserError(f"{self.folder}: {said}")
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{self.folder}: its tokenizer has no chat template")
 
     def _rows(self, conversations: Sequence[Messages], max_new_tokens: int, seed: int) -> list[Row]:
         """One row a conversation; what cannot be replied to is finished with its error."""
@@ -379,7 +399,7 @@ class GuardedChat:
         for i, conversation in enumerate(conversations):
             messages = check_messages(conversation, f"conversation {i}")
             generator = torch.Generator(self.device).manual_seed(seed + i)
-            row = Row(GuardedReply(), last_turns(messages)[0] or "", [], generator)
+            row = Row(GuardedReply(), last_turns(messages)[0] or "", generator)
             rows.append(row)
             try:
                 row.chat_ids = self.chat_ids(messages)
@@ -397,14 +417,11 @@ class GuardedChat:
             return
         rows = [row for row in rows if row.reply.error is None]
         verdicts = self.judge_texts([pair(row.prompt) for row in rows])
-        for row, (unsafe, categories) in zip(rows, verdicts, strict=True):
-            row.reply.prompt_unsafe, row.reply.categories = unsafe, categories
-            stop_above(row.reply, unsafe, stop_at)
+        for row, verdict in zip(rows, verdicts, strict=True):
+            row.note(verdict, stop_at)
 
-    def _write(
-        self, lane: Lane, rows: Sequence[Row], count: int, temperature: float
-    ) -> list[list[int]]:
-        """The next `count` tokens of each row by stock `generate`; pads follow an EOS."""
+    def _write(self, lane: Lane, rows: Sequence[Row], count: int, temperature: float) -> None:
+        """Add the next `count` tokens to each reply, by stock `generate`; pads follow an EOS."""
         drawn = []
         if temperature > 0:
             drawn.append(DrawByRow(temperature, [row.generator for row in rows]))
@@ -425,55 +442,31 @@ class GuardedChat:
             )
         new = ids[:, lane.ids.shape[1] :]
         lane.append(new, torch.ones_like(new))
-        pieces = []
-        for piece in new.tolist():
-            ends = [i for i, token in enumerate(piece) if token in self.eos]
-            pieces.append(piece[: ends[0] + 1] if ends else piece)
-        return pieces
-
-    def _take(self, rows: Sequence[Row], pieces: list[list[int]], at_the_end: bool) -> None:
-        """Add what was written to the replies. An EOS ends one and is neither shown nor judged."""
-        for row, piece in zip(rows, pieces, strict=True):
+        for row, written in zip(rows, new.tolist(), strict=True):
+            row.take(written, self.eos)
             reply = row.reply
-            reply.finish_reason = "length" if at_the_end else ""
-            if piece[-1] in self.eos:
-                reply.finish_reason = "eos"
-                piece.pop()
-            reply.token_ids += piece
             reply.text = self.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
 
-    def _judge(
-        self, lane: Lane, rows: Sequence[Row], pieces: list[list[int]], stop_at: float | None
-    ) -> None:
-        """The guard reads the new pieces and stops what is above the threshold."""
-        new = [i for i, piece in enumerate(pieces) if piece]
+    def _judge(self, lane: Lane, rows: Sequence[Row], stop_at: float | None) -> None:
+        """The guard reads what was written, and stops what is above the threshold."""
+        new = [i for i, row in enumerate(rows) if row.piece]  # others ended before they wrote more
         lane.keep(new)
         if not new:
             return
+        rows = [rows[i] for i in new]
         chunks = []
-        for i in new:
-            chunk, row = pieces[i], rows[i]
-            if len(row.reply.token_ids) == len(chunk):  # its first piece
+        for row in rows:
+            chunk = row.piece
+            if len(row.reply.token_ids) == len(chunk):  # the first one
                 chunk = self.seam(row.prompt, chunk[0]) + chunk[1:]
             chunks.append(chunk)
         scores = self.read(lane, *self._padded(chunks))
-        for i, probabilities in zip(new, scores.tolist(), strict=True):
-            reply = rows[i].reply
-            unsafe, reply.categories = self.verdict(probabilities)
-            reply.trace.append((len(reply.token_ids), unsafe))
-            reply.response_unsafe = unsafe
-            stop_above(reply, unsafe, stop_at)
+        for row, probabilities in zip(rows, scores.tolist(), strict=True):
+            row.note(self.verdict(probabilities), stop_at)
         if int(lane.mask.sum(1).max()) > self.card.max_length:
             said = "The guard judges texts longer than the %d tokens that it was trained on."
             logger.warning(said, self.card.max_length)
-        lane.keep([k for k, i in enumerate(new) if not rows[i].reply.finish_reason])
-
-
-def stop_above(reply: GuardedReply, unsafe: float, stop_at: float | None) -> None:
-    """End a reply whose unsafe probability is above the threshold."""
-    if stop_at is not None and unsafe > stop_at:
-        reply.stopped_after = len(reply.token_ids)
-        reply.finish_reason = "stopped"
+        lane.keep([i for i, row in enumerate(rows) if not row.reply.finish_reason])
 
 
 def classifier_over(
