@@ -59,7 +59,7 @@ class GuardedReply:
 
 
 @dataclass
-class Row:
+class ReplyRow:
     """A reply while it is written."""
 
     reply: GuardedReply
@@ -93,14 +93,14 @@ class Row:
             reply.stopped_after, reply.finish_reason = seen, "stopped"
 
 
-class Lane:
+class BatchCache:
     """What one model has read of the texts of a batch: their tokens, and its key/value cache.
 
     Texts are padded on the left, so that the newest token of each is the last one.
     """
 
     def __init__(self, config: PreTrainedConfig, rows: int, device: torch.device):
-        self.cache = DynamicCache(config=config)
+        self.states = DynamicCache(config=config)
         self.ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
         self.mask = self.ids.clone()  # 0 where a token is padding
 
@@ -113,7 +113,7 @@ class Lane:
         """Forget all rows but these."""
         self.ids = self.ids[rows]
         self.mask = self.mask[rows]
-        self.cache.batch_select_indices(rows)
+        self.states.batch_select_indices(rows)
 
 
 class DrawByRow(LogitsProcessor):
@@ -229,21 +229,21 @@ class GuardedChat:
     # --- judging ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def read(self, lane: Lane, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def read(self, cache: BatchCache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The guard reads the next tokens of each text, [rows, tokens].
 
         Returns:
             Probabilities [rows, labels] at the last token. A row with a logit that is no number is
             unsafe in everything: guards fail closed.
         """
-        lane.append(ids, mask)
-        places = (lane.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        cache.append(ids, mask)
+        places = (cache.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.adapters():
             read = self.trunk(
                 input_ids=ids,
-                attention_mask=lane.mask,
+                attention_mask=cache.mask,
                 position_ids=places,
-                past_key_values=lane.cache,
+                past_key_values=cache.states,
                 use_cache=True,
             )
             logits = self.head(read.last_hidden_state[:, -1].float())
@@ -263,8 +263,8 @@ class GuardedChat:
         """Probabilities [sequences, labels] of whole token ids, in one pass."""
         if not sequences:
             return torch.empty(0, len(self.labels))
-        lane = Lane(self.trunk.config, len(sequences), self.device)
-        return self.read(lane, *self._padded(sequences)).cpu()
+        cache = BatchCache(self.trunk.config, len(sequences), self.device)
+        return self.read(cache, *self._padded(sequences)).cpu()
 
     def judge_texts(self, messages: Sequence[Messages]) -> list[tuple[float, dict[str, float]]]:
         """`verdict` of prompts, pairs, or responses alone, as the guard reads them.
@@ -357,26 +357,26 @@ class GuardedChat:
         self._judge_prompts(rows, stop_at)
         yield replies
         rows = [row for row in rows if not row.reply.finish_reason]
-        written = Lane(self.model.config, len(rows), self.device)
-        judged = Lane(self.trunk.config, len(rows), self.device)
+        chat_cache = BatchCache(self.model.config, len(rows), self.device)
+        guard_cache = BatchCache(self.trunk.config, len(rows), self.device)
         if rows:
-            written.append(*self._padded([row.chat_ids for row in rows]))
+            chat_cache.append(*self._padded([row.chat_ids for row in rows]))
         quiet = not (progress and is_main_process())
         with tqdm(total=max_new_tokens, unit="token", disable=quiet) as bar:
             left = max_new_tokens
             while rows:
                 count = min(guard_every, left)
                 left -= count
-                self._write(written, rows, count, temperature)
+                self._write(chat_cache, rows, count, temperature)
                 for row in rows if left == 0 else []:
                     row.reply.finish_reason = row.reply.finish_reason or "length"
                 if "pair" in self.inputs:
-                    self._judge(judged, rows, stop_at)
+                    self._judge(guard_cache, rows, stop_at)
                 bar.update(count)
                 yield replies
                 still = [i for i, row in enumerate(rows) if not row.reply.finish_reason]
                 rows = [rows[i] for i in still]
-                written.keep(still)
+                chat_cache.keep(still)
 
     def _check_options(
         self, max_new_tokens: int, guard_every: int, stop_at: float | None, temperature: float
@@ -393,13 +393,15 @@ class GuardedChat:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.folder}: its tokenizer has no chat template")
 
-    def _rows(self, conversations: Sequence[Messages], max_new_tokens: int, seed: int) -> list[Row]:
+    def _rows(
+        self, conversations: Sequence[Messages], max_new_tokens: int, seed: int
+    ) -> list[ReplyRow]:
         """One row a conversation; what cannot be replied to is finished with its error."""
         rows = []
         for i, conversation in enumerate(conversations):
             messages = check_messages(conversation, f"conversation {i}")
             generator = torch.Generator(self.device).manual_seed(seed + i)
-            row = Row(GuardedReply(), last_turns(messages)[0] or "", generator)
+            row = ReplyRow(GuardedReply(), last_turns(messages)[0] or "", generator)
             rows.append(row)
             try:
                 row.chat_ids = self.chat_ids(messages)
@@ -411,7 +413,7 @@ class GuardedChat:
                 row.reply.error, row.reply.finish_reason = str(error), "error"
         return rows
 
-    def _judge_prompts(self, rows: Sequence[Row], stop_at: float | None) -> None:
+    def _judge_prompts(self, rows: Sequence[ReplyRow], stop_at: float | None) -> None:
         """Where the guard was trained on prompts it judges them before anything is written."""
         if "prompt" not in self.inputs:
             return
@@ -420,16 +422,18 @@ class GuardedChat:
         for row, verdict in zip(rows, verdicts, strict=True):
             row.note(verdict, stop_at)
 
-    def _write(self, lane: Lane, rows: Sequence[Row], count: int, temperature: float) -> None:
+    def _write(
+        self, cache: BatchCache, rows: Sequence[ReplyRow], count: int, temperature: float
+    ) -> None:
         """Add the next `count` tokens to each reply, by stock `generate`; pads follow an EOS."""
         drawn = []
         if temperature > 0:
             drawn.append(DrawByRow(temperature, [row.generator for row in rows]))
         with self.lock:
             ids = self.model.generate(
-                lane.ids,
-                attention_mask=lane.mask,
-                past_key_values=lane.cache,
+                cache.ids,
+                attention_mask=cache.mask,
+                past_key_values=cache.states,
                 max_new_tokens=count,
                 do_sample=False,
                 num_beams=1,
@@ -440,17 +444,17 @@ class GuardedChat:
                 eos_token_id=sorted(self.eos) or None,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        new = ids[:, lane.ids.shape[1] :]
-        lane.append(new, torch.ones_like(new))
+        new = ids[:, cache.ids.shape[1] :]
+        cache.append(new, torch.ones_like(new))
         for row, written in zip(rows, new.tolist(), strict=True):
             row.take(written, self.eos)
             reply = row.reply
             reply.text = self.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
 
-    def _judge(self, lane: Lane, rows: Sequence[Row], stop_at: float | None) -> None:
+    def _judge(self, cache: BatchCache, rows: Sequence[ReplyRow], stop_at: float | None) -> None:
         """The guard reads what was written, and stops what is above the threshold."""
         new = [i for i, row in enumerate(rows) if row.piece]  # others ended before they wrote more
-        lane.keep(new)
+        cache.keep(new)
         if not new:
             return
         rows = [rows[i] for i in new]
@@ -460,13 +464,13 @@ class GuardedChat:
             if len(row.reply.token_ids) == len(chunk):  # the first one
                 chunk = self.seam(row.prompt, chunk[0]) + chunk[1:]
             chunks.append(chunk)
-        scores = self.read(lane, *self._padded(chunks))
+        scores = self.read(cache, *self._padded(chunks))
         for row, probabilities in zip(rows, scores.tolist(), strict=True):
             row.note(self.verdict(probabilities), stop_at)
-        if int(lane.mask.sum(1).max()) > self.card.max_length:
+        if int(cache.mask.sum(1).max()) > self.card.max_length:
             said = "The guard judges texts longer than the %d tokens that it was trained on."
             logger.warning(said, self.card.max_length)
-        lane.keep([i for i, row in enumerate(rows) if not row.reply.finish_reason])
+        cache.keep([i for i, row in enumerate(rows) if not row.reply.finish_reason])
 
 
 def classifier_over(
