@@ -374,13 +374,14 @@ def write_readme(
             measured = Measured(spec, {"unsafe": scores})  # the test rows', where there are some
     depth = f", num_hidden_layers={args.guard_layers}" if args.guard_layers else ""
     table = report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing."
+    outputs = len(CATEGORIES) + (not args.no_unsafe_head)
     write_model_card(
         folder,
         title="LoRA-Guard adapter",
         base_model=args.hf_model_id,
         train_data=[args.train_data],
         intro=INTRO.format(data=about_data(args.train_data)["name"]),
-        usage=USAGE.format(labels=15 - args.no_unsafe_head, depth=depth),
+        usage=USAGE.format(labels=outputs, depth=depth),
         measured=measured,
         sections={"Measured (unsafe, threshold 0.5)": table, "Chat template": CHAT},
         adapter=True,

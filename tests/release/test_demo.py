@@ -106,11 +106,12 @@ def test_demo_page(quickstart, tmp_path):
             page, asked = browser.new_page(), []
             page.add_init_script(OBSERVER)
             page.on("request", lambda request: asked.append(request.url))
-            for _ in range(120):
+            for _ in range(1200):
                 if "Running on" in (tmp_path / "log").read_text():
                     break
                 assert server.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.5)
+            page.set_default_timeout(120_000)
             page.goto(f"http://127.0.0.1:{port}")
             box, meters = page.get_by_placeholder("Ask something"), page.locator(".harm")
             box.fill(prompt)
