@@ -29,11 +29,21 @@ from common.conversation import Messages, UserError, check_messages
 from common.data.files import Rows, read_rows
 from common.data.specs import first_line, load_hub
 from common.keep import Row
-from guards.suite.prepare import PREPARE, SourceRow, among, plain
+from guards.suite.prepare import PREPARE, SourceRow, among, as_list, plain
 
 logger = logging.getLogger(__name__)
 # what of an entry goes into a benchmark's facts as it is
-COPIED = ("hub", "url", "config", "split", "revision", "licence", "gate", "notes", "unsaid_is")
+COPIED = (
+    "hub",
+    "url",
+    "config",
+    "split",
+    "revision",
+    "licence",
+    "gate",
+    "notes",
+    "unsaid_is",
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,10 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
         "recall_only": entry["gold"] == {"always": True},
         "contaminated_by": list(entry.get("contaminated_by", ())),
         "expected": {key: entry[key] for key in ("size", "positives")} if entry["size"] else None,
-        "found": {"size": len(rows), "positives": sum(row["label"] for row in rows)},
+        "found": {
+            "size": len(rows),
+            "positives": sum(row["label"] for row in rows),
+        },
         "mismatch": None,
     }
     if max_rows is None:
@@ -162,7 +175,9 @@ def _mismatch(facts: Row) -> str | None:
     """How the counts differ from the known ones, and what was left out; None if they agree or
     nothing is known.
     """
-    expected, found, dropped = facts["expected"] or {}, facts["found"], facts["dropped"]
+    expected = facts["expected"] or {}
+    found = facts["found"]
+    dropped = facts["dropped"]
     known = [key for key, value in expected.items() if value is not None]
     lacking = {key: expected[key] - found[key] for key in known}
     # Papers count the dropped rows, of which each may be positive or not.
@@ -249,9 +264,9 @@ def _messages(row: SourceRow, entry: Row) -> Messages:
     if parts is None:  # then `prepare` has written them
         return check_messages(row.cell("messages"), row.where)
     messages = []
-    for part in parts if isinstance(parts, list) else [parts]:
+    for part in as_list(parts):
         for role, columns in part.items():
-            first, *others = columns if isinstance(columns, list) else [columns]
+            first, *others = as_list(columns)
             filled = [column for column in others if plain(row.cell(column)) is not None]
             content = entry.get("join", "").join(map(row.text, [first, *filled]))
             messages.append({"role": role, "content": content})
@@ -287,7 +302,7 @@ def _source_rows(name: str, entry: Row, local: str) -> Iterator[SourceRow]:
     if local and not Path(local).is_dir():
         parts = {None: read_rows(local, nested=True)}
     elif "hub" in entry:
-        splits = entry["split"] if isinstance(entry["split"], list) else [entry["split"]]
+        splits = as_list(entry["split"])
         parts = {split: _hub_rows(name, entry, local, split) for split in splits}
     else:
         urls = entry["url"] if isinstance(entry["url"], dict) else {None: entry["url"]}

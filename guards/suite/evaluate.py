@@ -22,7 +22,14 @@ from transformers.hf_argparser import HfArg
 from common import data, metrics, report
 from common.conversation import UserError, check_url
 from common.keep import Row
-from common.run import check_output_folder, json_lines, json_text, manifest, parse_args, write_text
+from common.run import (
+    check_output_folder,
+    json_lines,
+    json_text,
+    manifest,
+    parse_args,
+    write_text,
+)
 from guards import LONG_INPUTS, zoo
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
@@ -40,11 +47,18 @@ from guards.suite.score import (
     PARSE_ERRORS,
     compare,
     counted,
-    judged,
     row_set,
     score_cell,
 )
-from guards.suite.tables import METRICS, check_column, csv_text, grid, latex, markdown, published
+from guards.suite.tables import (
+    METRICS,
+    check_column,
+    csv_text,
+    grid,
+    latex,
+    markdown,
+    published,
+)
 
 logger = logging.getLogger("suite")
 HEAD = """# Guards × benchmarks
@@ -56,7 +70,11 @@ RULES = {
     "unsafe": "as unsafe",
     "excluded": "nowhere: they are left out",
 }
-CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two writes
+CHUNK = {
+    "transformers": 64,
+    "server": 64,
+    "vllm": 1024,
+}  # rows between two writes
 
 
 @dataclass
@@ -183,10 +201,6 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     found: dict[str, Found] = {}
     for guard in guards:
         one = judge_all(guard, to_judge, folder, CHUNK[args.engine], args.overwrite)
-        for b in to_judge:
-            if b.name in one.verdicts:
-                verdicts = one.verdicts[b.name]
-                one.said[b.name] = judged(b.rows, verdicts, b.label, b.facts.get("unsaid_is"))
         results["guards"][guard.name]["sees"] = one.about.get("sees")
         results["cells"] += guard_cells(guard.name, one, inputs, args)
         found[guard.name] = one
@@ -318,7 +332,11 @@ def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row
     """
     try:
         other = json.loads(path.read_text(encoding="utf-8"))
-        cells, guards, benchmarks = other["cells"], other["guards"], other["benchmarks"]
+        cells, guards, benchmarks = (
+            other["cells"],
+            other["guards"],
+            other["benchmarks"],
+        )
         twice = sorted(set(guards) & set(results["guards"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -331,13 +349,23 @@ def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row
         if name not in results["benchmarks"]:
             results["benchmarks"][name] = facts
             continue
-        ours = {"guard": "this run", "benchmark": name, "status": "measured"}
+        ours = {
+            "guard": "this run",
+            "benchmark": name,
+            "status": "measured",
+        }
         ours |= dict.fromkeys(METRICS, 0.0)
         ours["convention"] = convention(results["benchmarks"][name]["row_set"], args)
         if not args.validation:
             ours["f1_at_validation"] = None  # the thresholds are the guards' own
         for metric in METRICS:
-            check_column([ours, *(cell for cell in cells if cell["benchmark"] == name)], metric)
+            check_column(
+                [
+                    ours,
+                    *(cell for cell in cells if cell["benchmark"] == name),
+                ],
+                metric,
+            )
     results["guards"] |= guards
     return cells
 
@@ -393,7 +421,11 @@ def convention(
     elif threshold:
         how = str(threshold.get("how", "unknown"))
         kind = f"guard.json: {how.partition(', n=')[0]}"
-    return {"rows": rows, "parse_errors": args.parse_errors, "threshold": kind}
+    return {
+        "rows": rows,
+        "parse_errors": args.parse_errors,
+        "threshold": kind,
+    }
 
 
 def own_thresholds(known: Mapping[str, Row]) -> dict[str, Row]:
@@ -402,7 +434,10 @@ def own_thresholds(known: Mapping[str, Row]) -> dict[str, Row]:
     fitted = {name: threshold for name, threshold in known.items() if threshold.get("on")}
     if "flagged" in fitted:
         flagged = fitted.pop("flagged")
-        fitted = {"prompt_unsafe": flagged, "response_unsafe": flagged} | fitted
+        fitted = {
+            "prompt_unsafe": flagged,
+            "response_unsafe": flagged,
+        } | fitted
     return fitted
 
 
@@ -428,7 +463,13 @@ def compare_two(
     for name in [benchmark.name for benchmark in benchmarks]:
         ours, theirs = found[a].said.get(name), found[b].said.get(name)
         if ours is not None and theirs is not None:
-            one = compare(ours, theirs, args.parse_errors, args.seed, args.bootstrap_rounds)
+            one = compare(
+                ours,
+                theirs,
+                args.parse_errors,
+                args.seed,
+                args.bootstrap_rounds,
+            )
             differences.append({"a": a, "b": b, "benchmark": name} | one)
     return differences
 
@@ -443,8 +484,17 @@ def predictions(benchmarks: Sequence[Benchmark], found: Mapping[str, Found]) -> 
         name = benchmark.name
         verdicts = {g: one.verdicts[name] for g, one in found.items() if name in one.verdicts}
         for place, row in enumerate(benchmark.rows):
-            item = {"benchmark": name, "label": benchmark.label, "truth": bool(row["label"])}
-            item |= {key: row[key] for key in ("id", "index", "groups", *MARKS)}
+            item = {
+                "benchmark": name,
+                "id": row["id"],
+                "index": row["index"],
+            }
+            item |= {
+                "label": benchmark.label,
+                "truth": row["label"],
+                "groups": row["groups"],
+            }
+            item |= {mark: row[mark] for mark in MARKS}
             item["guards"] = {guard: vars(each[place]) for guard, each in verdicts.items()}
             rows.append(item)
     return rows
@@ -475,13 +525,18 @@ def write_tables(args: EvaluationArguments, results: Row, rows: Sequence[Row]) -
         "results.tex": "\n".join(latex(table, benchmarks) for table in grids),
         "results.csv": csv_text(grids),
     }
-    for name, content in files.items():  # all of them, or none beside older ones
+    for (
+        name,
+        content,
+    ) in files.items():  # all of them, or none beside older ones
         write_text(Path(args.output_dir) / name, content)
     print(text)
 
 
 def draw_curves(
-    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
+    args: EvaluationArguments,
+    benchmarks: Sequence[Benchmark],
+    found: Mapping[str, Found],
 ) -> None:
     """A picture for each benchmark with precision and recall of the guards that rank its rows."""
     for benchmark in benchmarks:
@@ -491,7 +546,10 @@ def draw_curves(
             if name in one.said:
                 table = counted(one.said[name], args.parse_errors).dropna(subset="score")
                 if table.truth.nunique() == 2:
-                    curves[guard] = (table.truth.to_numpy(), table.score.to_numpy())
+                    curves[guard] = (
+                        table.truth.to_numpy(),
+                        table.score.to_numpy(),
+                    )
         if curves:
             path = Path(args.output_dir) / "precision-recall" / f"{name}.png"
             title = f"{name}: {benchmark.label} (n={len(benchmark.rows)})"

@@ -13,7 +13,13 @@ import torch
 import yaml
 
 from common import data, metrics
-from common.conversation import UserError, Verdict, check_url, last_turns, pair
+from common.conversation import (
+    UserError,
+    Verdict,
+    check_url,
+    last_turns,
+    pair,
+)
 from common.data import parse_spec
 from common.keep import KeptRows, Row, digest
 from common.run import expand_home
@@ -30,13 +36,21 @@ from guards.suite.benchmarks import (
     row_id,
     split_spec,
 )
+from guards.suite.score import judged
 
 logger = logging.getLogger("suite")
-TASKS = {"prompt": "prompt_unsafe", "response": "response_unsafe", "refusal": "response_refusal"}
+TASKS = {
+    "prompt": "prompt_unsafe",
+    "response": "response_unsafe",
+    "refusal": "response_refusal",
+}
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
 # kind of guard: options for all that it has not
 NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}
-NOT_SUPPORTED = {"status": "not supported", "reason": "the guard does not judge this label"}
+NOT_SUPPORTED = {
+    "status": "not supported",
+    "reason": "the guard does not judge this label",
+}
 # What a server's guard says each time that it is asked: a text that is too long or refused, and an
 # answer that cannot be read. (A refused key is none of these.)
 LASTING = re.compile(
@@ -187,12 +201,8 @@ def read_benchmarks(
             raise UserError(f"--benchmarks {spec}: {benchmark.name} stands there twice")
         found[benchmark.name] = benchmark
     if not found:
-        what = (
-            "--benchmarks: none could be read"
-            if unread
-            else f"--task_type {task_type}: none is left"
-        )
-        raise UserError(what)
+        none_left = f"--task_type {task_type}: none is left"
+        raise UserError("--benchmarks: none could be read" if unread else none_left)
     return list(found.values()), unread
 
 
@@ -230,7 +240,10 @@ def read_validation(
                 "needs both"
             )
         else:
-            logger.warning("--validation: no row has %s; its benchmarks get no threshold.", label)
+            logger.warning(
+                "--validation: no row has %s; its benchmarks get no threshold.",
+                label,
+            )
     return out
 
 
@@ -242,7 +255,14 @@ def _validation_rows(spec: str, label: str) -> list[Row]:
             prompt, response = last_turns(row["messages"])
             messages = pair(prompt, None if label == "prompt_unsafe" else response)
             key = row_id(label, messages)
-            rows.append({"id": key, "messages": messages, "label": row[label], "groups": {}})
+            rows.append(
+                {
+                    "id": key,
+                    "messages": messages,
+                    "label": row[label],
+                    "groups": {},
+                }
+            )
     return rows
 
 
@@ -313,7 +333,10 @@ class KeptVerdicts:
 
         def judge(_: int, keys: list[str]) -> list[Row]:
             asked = [row_of[key] for key in keys]
-            said = guard.judge([row["messages"] for row in asked], wanted=[self.benchmark.label])
+            said = guard.judge(
+                [row["messages"] for row in asked],
+                wanted=[self.benchmark.label],
+            )
             return [
                 {
                     "id": key,
@@ -334,12 +357,16 @@ class KeptVerdicts:
         )
         out = [Verdict(**row["verdict"]) for row in rows]
         if all(verdict.error is not None for verdict in out):
-            raise UserError(f"not one row could be judged: {out[0].error}")
+            hint = "--overwrite asks it anew"
+            raise UserError(f"not one row could be judged: {out[0].error} ({hint})")
         return out
 
 
 def _judge(
-    candidate: Candidate, kept: Sequence[KeptVerdicts], known: KeptRows, chunk: int
+    candidate: Candidate,
+    kept: Sequence[KeptVerdicts],
+    known: KeptRows,
+    chunk: int,
 ) -> Found:
     """`judge_all` on open files."""
     found = Found()
@@ -358,17 +385,23 @@ def _judge(
         except Exception as error:  # whatever a guard can raise
             broken = _one_line(error, f"{candidate.name} does not load")
     for one in kept:
-        name = one.benchmark.name
-        if about is not None and one.benchmark.label not in about["judges"]:
+        name, label = one.benchmark.name, one.benchmark.label
+        if about is not None and label not in about["judges"]:
             found.problems[name] = NOT_SUPPORTED
         elif broken and (about is None or one.missing()):
             found.problems[name] = {"status": "failed", "reason": broken}
         else:
             try:
-                found.verdicts[name] = one.verdicts(guard, chunk)
+                said = one.verdicts(guard, chunk)
+                unsaid_is = one.benchmark.facts.get("unsaid_is")
+                found.verdicts[name] = said
+                found.said[name] = judged(one.benchmark.rows, said, label, unsaid_is)
             except Exception as error:
                 reason = _one_line(error, f"{candidate.name} on {name}")
-                found.problems[name] = {"status": "failed", "reason": reason}
+                found.problems[name] = {
+                    "status": "failed",
+                    "reason": reason,
+                }
     found.about = about or {}
     return found
 

@@ -28,7 +28,10 @@ class SourceRow:
     def cell(self, column: str) -> Any:
         """A cell that must be there."""
         if column not in self.cells:
-            raise self.wrong(column, f"missing (columns: {', '.join(map(str, self.cells))})")
+            raise self.wrong(
+                column,
+                f"missing (columns: {', '.join(map(str, self.cells))})",
+            )
         return self.cells[column]
 
     def text(self, column: str) -> str:
@@ -50,7 +53,10 @@ class SourceRow:
             if "absent" in rule:
                 return float(rule["absent"] == "is")
             self.cell(column)
-            raise self.wrong(column, "no label (null or empty), which must not count as negative")
+            raise self.wrong(
+                column,
+                "no label (null or empty), which must not count as negative",
+            )
         if among(value, rule["not"]):
             return 0.0
         if rule["is"] == "any" or among(value, rule["is"]):
@@ -80,8 +86,12 @@ def plain(value: Any) -> str | None:
 
 def among(value: Any, wanted: Any) -> bool:
     """Whether a cell has the value, or one of the values, that benchmarks.yaml names."""
-    values = wanted if isinstance(wanted, list) else [wanted]
-    return plain(value) in map(plain, values)
+    return plain(value) in map(plain, as_list(wanted))
+
+
+def as_list(value: Any) -> list[Any]:
+    """What benchmarks.yaml may write as one value or as several."""
+    return value if isinstance(value, list) else [value]
 
 
 def message(is_user: bool, content: str) -> dict[str, str]:
@@ -179,7 +189,7 @@ def _harmfulqa(rows: Rows) -> Iterator[SourceRow]:
 def _talk(row: SourceRow, place: str, turns: Any) -> list[dict[str, str]]:
     """One conversation of HarmfulQA, up to its last answer."""
     messages = []
-    for turn in turns if isinstance(turns, list) else [turns] if turns is not None else []:
+    for turn in as_list(turns or []):
         if not isinstance(turn, Mapping):
             raise row.wrong(place, f"expected a list of turns, found {turns!r:.60}")
         read = SourceRow(turn, row.index, f"{row.where}, field {place}")

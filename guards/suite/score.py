@@ -157,10 +157,13 @@ def score_cell(
     cell["decision"] = "own word" if said.worded.any() else "score > 0.5"
     cell["threshold"] = threshold
     cell["by_parse_errors"] = {rule: score(counted(said, rule)) for rule in PARSE_ERRORS}
-    groups = pandas.DataFrame(table.groups.tolist(), index=table.index)
-    cell["groups"] = {
-        name: {group: score(part) for group, part in table.groupby(groups[name])} for name in groups
-    }
+    groups = pandas.DataFrame(said.groups.tolist())
+    cell["groups"] = {}
+    for name in groups:
+        places = groups.groupby(name).groups
+        cell["groups"][name] = {
+            group: score(table[table.index.isin(rows)]) for group, rows in places.items()
+        }
     marked = {name: table[name] for name in MARKS if said[name].any()}
     if len(marked) > 1:
         marked["any of these"] = table[[*MARKS]].any(axis=1)
@@ -188,7 +191,10 @@ def statistics(table: pandas.DataFrame, threshold: float | None = None) -> dict[
     truth = table.truth.to_numpy()
     score = table.score.to_numpy()
     decided = table.decided.to_numpy(dtype=bool)
-    out = {"f1": partial(_f1, truth, decided), "recall": partial(_recall, truth, decided)}
+    out = {
+        "f1": partial(_f1, truth, decided),
+        "recall": partial(_recall, truth, decided),
+    }
     if not table.score.isna().any():
         out["f1_at_05"] = partial(_f1, truth, score > 0.5)
         if threshold is not None:
@@ -236,7 +242,11 @@ def _areas(truth, score):
 
 
 def compare(
-    a: pandas.DataFrame, b: pandas.DataFrame, parse_errors: str, seed: int, rounds: int
+    a: pandas.DataFrame,
+    b: pandas.DataFrame,
+    parse_errors: str,
+    seed: int,
+    rounds: int,
 ) -> Row:
     """Guard a minus guard b on the same rows (`judged`): paired bootstrap over prompts.
 

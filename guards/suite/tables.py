@@ -79,7 +79,11 @@ def published(path: Path | None = None) -> Row:
             for column, value in zip(columns, values, strict=True):
                 what = "average" if column in content["averages"] else "benchmark"
                 if value is not None:
-                    number = {"guard": guard, what: column, "value": float(value)}
+                    number = {
+                        "guard": guard,
+                        what: column,
+                        "value": float(value),
+                    }
                     content["numbers"].append(number | block)
     return content
 
@@ -123,7 +127,10 @@ def grid(results: Row, metric: str, papers: Row, show: str = "run") -> Grid | No
     """
     benchmarks = results["benchmarks"]
     for name in benchmarks:
-        check_column([cell for cell in results["cells"] if cell["benchmark"] == name], metric)
+        check_column(
+            [cell for cell in results["cells"] if cell["benchmark"] == name],
+            metric,
+        )
     sets = mean_sets(benchmarks, metric, papers["averages"])
     rows = own_rows(results, metric)
     numbers = [v for values in rows.values() for v in values.values() if isinstance(v, float)]
@@ -134,7 +141,10 @@ def grid(results: Row, metric: str, papers: Row, show: str = "run") -> Grid | No
     of_run = [number for number in known if number["guard"] in in_run]
     if show != "none":
         rows |= published_rows(known if show == "all" else of_run, benchmarks, sets)
-    columns = [*benchmarks, *(f"mean of {len(sets[name])}: {name}" for name in sets)]
+    columns = [
+        *benchmarks,
+        *(f"mean of {len(sets[name])}: {name}" for name in sets),
+    ]
     out = Grid(metric, columns, [], [])
     for (label, source), values in rows.items():
         means = [values.get(name, mean(values, sets[name])) for name in sets]
@@ -278,6 +288,10 @@ def csv_text(grids: Sequence[Grid]) -> str:
     rows = []
     for out in grids:
         for label, source, values in out.rows:
-            row = {"metric": out.metric, "guard": label.removesuffix(NO_WORD), "source": source}
+            row = {
+                "metric": out.metric,
+                "guard": label.removesuffix(NO_WORD),
+                "source": source,
+            }
             rows.append(row | dict(zip(out.columns, values, strict=True)))
     return pandas.DataFrame(rows).to_csv(index=False)
