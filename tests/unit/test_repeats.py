@@ -6,31 +6,24 @@ import pytest
 from common.conversation import FEATURES, LABELS, UserError, pair
 from common.data import deduplicate, grouped_split, overlap, prompt_key, taxonomy
 
+A, B, C = taxonomy("beavertails")[:3]
 
-def conversation(
-    id: str, messages: list[dict], *labels: bool | None, categories: list[str] | None = None
+
+def answered(
+    id: str,
+    prompt: str,
+    response: str = "Hello",
+    unsafe: bool | None = False,
+    categories: list[str] | None = None,
 ) -> dict:
-    return {
-        "id": id,
-        "messages": messages,
-        **dict(zip(LABELS, labels, strict=True)),
-        "categories": categories,
-    }
+    """A row that labels its response."""
+    labels = dict.fromkeys(LABELS) | {"response_unsafe": unsafe}
+    row = {"id": id, "messages": pair(prompt, response), "categories": categories, "source": "test"}
+    return row | labels
 
 
 def dataset(*rows: dict) -> datasets.Dataset:
-    return datasets.Dataset.from_list([row | {"source": "test"} for row in rows], features=FEATURES)
-
-
-def answers(*votes: tuple[bool | None, list[str] | None], prompt: str = "Hi") -> list[dict]:
-    """One pair with several opinions on it: unsafe, categories."""
-    return [
-        conversation(f"{prompt}{i}", pair(prompt, "Hello"), None, unsafe, None, categories=named)
-        for i, (unsafe, named) in enumerate(votes)
-    ]
-
-
-A, B, C = taxonomy("beavertails")[:3]
+    return datasets.Dataset.from_list(list(rows), features=FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -50,22 +43,25 @@ A, B, C = taxonomy("beavertails")[:3]
     ],
 )
 def test_deduplicate_votes(votes, label, categories, conflicting):
-    rows, report = deduplicate(dataset(*answers(*votes)))
-    assert len(rows) == 1
-    assert rows[0]["id"] == "Hi0"
-    assert (rows[0]["response_unsafe"], rows[0]["categories"]) == (label, categories)
+    """A vote is what one annotation says of the same pair: unsafe, categories."""
+    rows = []
+    for number, (unsafe, named) in enumerate(votes):
+        rows.append(answered(f"{number}", "Hi", unsafe=unsafe, categories=named))
+    unique, report = deduplicate(dataset(*rows))
+    (row,) = unique
+    assert (row["id"], row["response_unsafe"], row["categories"]) == ("0", label, categories)
     assert report == {"rows": len(votes), "unique": 1, "conflicting": conflicting}
 
 
 def test_deduplicate_keeps_order_and_other_answers():
     rows = dataset(
-        *answers((True, [A]), prompt="One"),
-        *answers((False, []), prompt="Two"),
-        *answers((False, []), prompt="One"),
-        conversation("other", pair("One", "Another answer"), None, True, None, categories=[B]),
+        answered("one", "One", unsafe=True, categories=[A]),
+        answered("two", "Two", categories=[]),
+        answered("one again", "One", categories=[]),
+        answered("other", "One", "Another answer", unsafe=True, categories=[B]),
     )
     unique, report = deduplicate(rows)
-    assert list(unique["id"]) == ["One0", "Two0", "other"]
+    assert list(unique["id"]) == ["one", "two", "other"]
     assert list(unique["response_unsafe"]) == [False, False, True]
     assert report == {"rows": 4, "unique": 3, "conflicting": 1}
 
@@ -76,39 +72,38 @@ def test_grouped_split(prompts, ratio, seed):
     """No prompt on both sides, no row lost, about the share that was asked for, never an empty
     side.
     """
-    rows = dataset(
-        *(conversation(f"{i}-{j}", pair(p, f"Answer {j}"), None, False, None)
-          for i in range(prompts) for j, p in enumerate((f"Prompt {i}", f"  prompt  {i}", f"PROMPT {i}")))
-    )  # fmt: skip
+    written = []
+    for number in range(prompts):
+        for prompt in (f"Prompt {number}", f"  prompt  {number}", f"PROMPT {number}"):
+            written.append(answered(prompt, prompt))
+    rows = dataset(*written)
     train, held_out = grouped_split(rows, ratio, seed)
     assert sorted([*train["id"], *held_out["id"]]) == sorted(rows["id"])
-    sides = [{prompt_key(row) for row in side} for side in (train, held_out)]
-    assert not sides[0] & sides[1]
-    assert len(sides[1]) == min(max(1, round(ratio * prompts)), prompts - 1)
+    train_prompts = {prompt_key(row) for row in train}
+    held_out_prompts = {prompt_key(row) for row in held_out}
+    assert not train_prompts & held_out_prompts
+    assert len(held_out_prompts) == min(max(1, round(ratio * prompts)), prompts - 1)
     assert grouped_split(rows, ratio, seed)[1].to_list() == held_out.to_list()
-    assert overlap(train, held_out) == {
-        "rows": len(held_out),
-        "prompt_in_train": 0,
-        "pair_in_train": 0,
-    }
+    nothing = {"prompt_in_train": 0, "pair_in_train": 0}
+    assert overlap(train, held_out) == {"rows": len(held_out)} | nothing
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])
 def test_grouped_split_refuses_a_bad_ratio(ratio):
     with pytest.raises(UserError, match="eval_split_ratio"):
-        grouped_split(dataset(*answers((True, [A])), *answers((True, [A]), prompt="Bye")), ratio, 0)
+        grouped_split(dataset(answered("a", "Hi"), answered("b", "Bye")), ratio, 0)
 
 
 def test_grouped_split_needs_two_prompts():
     with pytest.raises(UserError, match="fewer than two"):
-        grouped_split(dataset(*answers((True, [A]), (True, [A]))), 0.5, 0)
+        grouped_split(dataset(answered("a", "Hi"), answered("b", "Hi")), 0.5, 0)
 
 
 def test_overlap_counts_prompts_and_pairs():
-    train = dataset(*answers((True, [A])))
+    train = dataset(answered("train", "Hi"))
     held_out = dataset(
-        conversation("same pair", pair("hi ", "Hello"), None, False, None),
-        conversation("same prompt", pair("HI", "Another answer"), None, False, None),
-        conversation("neither", pair("Bye", "Hello"), None, False, None),
+        answered("same pair", "hi "),
+        answered("same prompt", "HI", "Another answer"),
+        answered("neither", "Bye"),
     )
     assert overlap(train, held_out) == {"rows": 3, "prompt_in_train": 2, "pair_in_train": 1}

@@ -1,4 +1,4 @@
-"""What a run leaves for people: tables, files, pictures, model cards."""
+"""What a run leaves for people: tables, files, pictures."""
 
 import json
 
@@ -9,6 +9,7 @@ import pytest
 from common import metrics, report
 
 PNG = b"\x89PNG\r\n\x1a\n"
+TRUTH, SCORE = [True, False, True, False], [0.9, 0.8, 0.4, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -28,10 +29,8 @@ def test_cell(value, cell):
 
 
 def test_table():
-    assert (
-        report.table([["a", 1], ["b", None]], ["", "F1 ↑"])
-        == "|  | F1 ↑ |\n| --- | --- |\n| a | 1 |\n| b | – |\n"
-    )
+    written = report.table([["a", 1], ["b", None]], ["", "F1 ↑"])
+    assert written == "|  | F1 ↑ |\n| --- | --- |\n| a | 1 |\n| b | – |\n"
 
 
 def test_metric_table_has_a_row_a_name_and_directions():
@@ -39,21 +38,12 @@ def test_metric_table_has_a_row_a_name_and_directions():
         "guard": metrics.binary([1, 0], [0.9, 0.1]),
         "all safe": metrics.binary([0, 0], [0.9, 0.1]),
     }
-    head, _, guard, safe = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in report.metric_table(found).splitlines()
-    ]
-    assert len(head) == len(guard) == len(safe) == 1 + len(report.COLUMNS)
-    assert {h for h in head if "↓" in h} == {"FPR ↓", "ECE ↓", "Brier ↓"}
-    assert {"AUPRC ↑", "AUROC ↑", "F1 ↑", "precision ↑", "recall ↑", "recall at FPR 5 % ↑"} < set(
-        head
-    )
-    assert (guard[0], guard[head.index("AUPRC ↑")], safe[head.index("AUPRC ↑")]) == (
-        "guard",
-        "1.000",
-        "–",
-    )
-    assert safe[head.index("FPR ↓")] == "0.500"
+    lines = report.metric_table(found).splitlines()
+    head, _, guard, safe = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert head == ["", *report.COLUMNS.values()]
+    assert {name for name in head if "↓" in name} == {"FPR ↓", "ECE ↓", "Brier ↓"}
+    auprc, fpr = head.index("AUPRC ↑"), head.index("FPR ↓")
+    assert (guard[0], guard[auprc], safe[auprc], safe[fpr]) == ("guard", "1.000", "–", "0.500")
 
 
 def test_columns_are_metrics():
@@ -61,44 +51,38 @@ def test_columns_are_metrics():
 
 
 def test_results_can_be_read_again(tmp_path):
-    results, rows = (
-        {"flagged": metrics.binary([], [])},
-        [{"id": "1", "text": "ü\u2028\n"}, {"id": "2", "text": None}],
-    )
-    report.write_results(tmp_path / "new" / "folder", results, "# Title – ü\n", rows)
+    results = {"flagged": metrics.binary([], [])}
+    rows = [{"id": "1", "text": "ü\u2028\n"}, {"id": "2", "text": None}]
     folder = tmp_path / "new" / "folder"
-    assert sorted(p.name for p in folder.iterdir()) == [
+    report.write_results(folder, results, "# Title – ü\n", rows)
+    assert {path.name for path in folder.iterdir()} == {
         "predictions.jsonl",
         "results.json",
         "results.md",
-    ]
+    }
     assert json.loads((folder / "results.json").read_text("utf-8")) == results
-    assert [
-        json.loads(line) for line in (folder / "predictions.jsonl").open(encoding="utf-8")
-    ] == rows
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+        assert [json.loads(line) for line in lines] == rows
     assert (folder / "results.md").read_text("utf-8") == "# Title – ü\n"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), object()])
-@pytest.mark.parametrize("where", ["results", "predictions"])
-def test_what_is_no_json_leaves_nothing_behind(tmp_path, bad, where):
-    results, rows = ({"f1": bad}, []) if where == "results" else ({}, [{"id": "1"}, {"score": bad}])
-    with pytest.raises((ValueError, TypeError)):
-        report.write_results(tmp_path, results, "", rows)
+def test_what_is_no_json_leaves_nothing_behind(tmp_path, bad):
+    for results, rows in (({"f1": bad}, []), ({}, [{"id": "1"}, {"score": bad}])):
+        with pytest.raises((ValueError, TypeError)):
+            report.write_results(tmp_path, results, "", rows)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_precision_recall_picture(tmp_path):
-    truth, score = [True, False, True, False], [0.9, 0.8, 0.4, 0.1]
     names = ["guard", "a | b", "$x", "c", "d", "the sixth"]
     before = plt.get_fignums()
-    report.plot_precision_recall(
-        {n: (truth, score) for n in names}, tmp_path / "curve.png", "Title"
-    )
+    curves = dict.fromkeys(names, (TRUTH, SCORE))
+    report.plot_precision_recall(curves, tmp_path / "curve.png", "Title")
     assert plt.get_fignums() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
-    assert (tmp_path / "curve.png").read_bytes()[:8] == PNG
-    assert plt.imread(tmp_path / "curve.png").std() > 0.01
+    (path,) = tmp_path.iterdir()
+    assert path.read_bytes().startswith(PNG)
+    assert plt.imread(path).std() > 0.01
 
 
 def test_every_curve_is_drawn(tmp_path, monkeypatch):
@@ -107,15 +91,14 @@ def test_every_curve_is_drawn(tmp_path, monkeypatch):
     """
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
-    truth, score = [True, False, True, False], [0.9, 0.8, 0.4, 0.1]
-    report.plot_precision_recall(
-        {f"guard {i}": (truth, score) for i in range(7)}, tmp_path / "x.png", "Title"
-    )
+    names = [f"guard {number}" for number in range(7)]
+    report.plot_precision_recall(dict.fromkeys(names, (TRUTH, SCORE)), tmp_path / "x.png", "Title")
     (axes,) = figures[0].axes
     plt.close(figures[0])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == [f"guard {i}" for i in range(7)] + ["base rate 0.50"]
-    points = set(zip(*map(np.round, axes.lines[0].get_data(), (3, 3)), strict=True))
+    assert labels == [*names, "base rate 0.50"]
+    recall, precision = np.round(axes.lines[0].get_data(), 3)
+    points = set(zip(recall, precision, strict=True))
     assert points == {(1.0, 0.5), (1.0, 0.667), (0.5, 0.5), (0.5, 1.0), (0.0, 1.0)}
     assert axes.lines[0].get_drawstyle() == "steps-post"
     assert (axes.get_title(), axes.get_ylabel()) == ("Title", "Precision")
