@@ -29,11 +29,6 @@ ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing
 ENVIRONMENT.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
 
 
-AS_TEXT = {
-    "add_special_tokens": False,
-    "split_special_tokens": True,
-    "return_offsets_mapping": True,
-}
 Span = tuple[int, int]  # the first character, and the one after the last
 
 
@@ -227,18 +222,21 @@ def _forged(
     """Character spans of control tokens that cover content. A token added by the tokenizer itself
     covers nothing.
     """
-    text, is_content = text_of(parts), _content_flags(parts)
+    text = text_of(parts)
+    is_content = _content_flags(parts)
+    unknown = tokenizer.unk_token_id
     spans = []
     for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         covered = text[start:end]
-        unknown = token == tokenizer.unk_token_id and _spells_unknown(covered, tokenizer)
-        if token in control or unknown:
-            # A template's token with lstrip/rstrip also covers the white space beside it, which is
-            # no forgery.
-            start += len(covered) - len(covered.lstrip())
-            end = start + len(covered.strip())
-            if any(is_content[start:end]):
-                spans.append((start, end))
+        named = token == unknown and _spells_unknown(covered, tokenizer)
+        if token not in control and not named:
+            continue
+        # A template's token with lstrip/rstrip also covers the white space beside it, which is no
+        # forgery.
+        start += len(covered) - len(covered.lstrip())
+        end = start + len(covered.strip())
+        if any(is_content[start:end]):
+            spans.append((start, end))
     return spans
 
 
@@ -312,26 +310,25 @@ def windows(
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, text: str | None, size: int
 ) -> list[str] | list[None]:
-    """`text` in pieces of at most `size` tokens, each of which repeats a quarter of the one before."""
-    if len(token_offsets(tokenizer, text or "")) <= size:
+    """`text` in overlapping pieces of at most `size` tokens."""
+    offsets = token_offsets(tokenizer, text or "")
+    if len(offsets) <= size:
         return [text]
     step = max(1, size * 3 // 4)
-    pieces = tokenizer(
-        text,
-        truncation=True,
-        max_length=size,
-        stride=size - step,
-        return_overflowing_tokens=True,
-        **AS_TEXT,
-    )
-    return [text[spans[0][0] : spans[-1][1]] for spans in pieces["offset_mapping"]]
+    pieces = []
+    for start in range(0, len(offsets) - size + step, step):
+        covered = offsets[start : start + size]
+        first, last = covered[0][0], covered[-1][1]
+        pieces.append(text[first:last])
+    return pieces
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Span]:
     """The characters that each token of `text` covers when control strings are read as text, as
     `encode` does.
     """
-    return tokenizer(text, **AS_TEXT)["offset_mapping"]
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    return tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
 
 
 def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
