@@ -24,7 +24,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,151 +52,161 @@ from common.run import check_output_folder, manifest, write_json
 logger = logging.getLogger("cross_task_defense")
 
 
-def generate_answers(
-    *,
-    input_path: str,
-    output_path: str,
-    base_model: str | None = None,
-    lora_weights: str | None = None,
-    prompt_template_path: str = "alpaca",
-    load_8bit: bool = False,
-    max_new_tokens: int = 256,
-    num_beams: int = 4,
-    temperature: float = 0.0,
-    top_k: int = 40,
-    top_p: float = 0.75,
-    engine: str = "transformers",
-    server_url: str = "http://127.0.0.1:8000/v1",
-    server_model: str | None = None,
-    server_timeout: float = 120.0,
-    batch_size: int | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    seed: int = 42,
-) -> None:
+@dataclass(kw_only=True)
+class AnswerArguments:
     """Answer every prompt of the input files.
 
     Args:
         input_path: files {"instructions": […], "inputs": […]}, comma-separated, or a folder of
-        them.
+            them.
         base_model: hub id, folder, or smollm2-135m-instruct; default: what the adapter names.
         lora_weights: an adapter folder, or a hub id; without it the base model answers.
         prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's
-        own).
+            own).
         load_8bit: base in 8 bits (bitsandbytes).
         temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they
-        are.
+            are.
         engine: transformers, vllm or server.
         server_url: of an OpenAI-compatible server; its key is read from SERVER_API_KEY.
         server_model: the name that the server knows the model or its adapter by; default:
-        base_model.
+            base_model.
         server_timeout: seconds of silence that end a request to the server; it is tried again.
         batch_size: prompts at a time (transformers).
         overwrite: answer again although the output is there with other settings.
     """
-    options: dict[str, Any] = {"adapter": lora_weights, "trust_remote_code": trust_remote_code}
-    options["load_in_8bit"] = load_8bit or None
-    if engine == "transformers":
-        options["batch_size"] = batch_size
-    if engine == "server":
-        options |= {"server_url": server_url, "server_model": server_model}
-        options["server_timeout"] = server_timeout
-    check_engine(engine, options, num_beams)
-    decoding = Decoding(max_new_tokens, num_beams, temperature, top_k, top_p, seed)
-    check_output_folder(output_path)
-    base_model = base_model or adapter_base(lora_weights)
-    template = load_template(prompt_template_path)
-    files = [(path, *read_prompts(path)) for path in input_files(input_path)]
-    parameters = {
-        "model": base_model,
-        "revision": model_revision(base_model, trust_remote_code),
-        "model_sha256": fingerprint(base_model),
-        "prompt_template": prompt_template_path,
-        "prompt_template_text": template,
-        "lora_weights": lora_weights,
-        "load_8bit": load_8bit,
-        "engine": engine,
-        "decoding": asdict(decoding),
-    }
-    if lora_weights:
-        weights = adapter_file(lora_weights, "adapter_model.safetensors")
-        parameters["adapter_sha256"] = fingerprint(lora_weights)
-        parameters["trained_on"] = trained_on(weights.with_name("run.json"))
-    if engine == "server":
-        parameters |= {"server_url": server_url.rpartition("@")[2], "server_model": server_model}
-    parts = [
-        part for part in Path(lora_weights or base_model).parts if part not in ("/", ".", "..")
-    ]
-    folder = Path(output_path).joinpath(*parts)
-    size = {"transformers": prompts_at_once(batch_size, num_beams), "vllm": CHUNK}.get(engine)
+
+    input_path: str
+    output_path: str
+    base_model: str | None = None
+    lora_weights: str | None = None
+    prompt_template_path: str = "alpaca"
+    load_8bit: bool = False
+    max_new_tokens: int = 256
+    num_beams: int = 4
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.75
+    engine: str = "transformers"
+    server_url: str = "http://127.0.0.1:8000/v1"
+    server_model: str | None = None
+    server_timeout: float = 120.0
+    batch_size: int | None = None
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A file of prompts."""
+
+    path: Path
+    instructions: list[str]
+    inputs: list[str | None]
+
+
+def generate_answers(**flags: Any) -> None:
+    """Answer every prompt of the input files; the flags are the fields of `AnswerArguments`."""
+    args = AnswerArguments(**flags)
+    options = engine_options(args)
+    check_engine(args.engine, options, args.num_beams)
+    decoding = Decoding(
+        args.max_new_tokens, args.num_beams, args.temperature, args.top_k, args.top_p, args.seed
+    )
+    check_output_folder(args.output_path)
+    args.base_model = args.base_model or adapter_base(args.lora_weights)
+    template = load_template(args.prompt_template_path)
+    files = [read_prompts(path) for path in input_files(args.input_path)]
+    parameters = parameters_of(args, template, decoding)
+    folder = answers_folder(args)
+    # what transformers draws depends on the size of its batches
+    size = {"transformers": prompts_at_once(args.batch_size, args.num_beams), "vllm": CHUNK}
+    size = size.get(args.engine)
     salt = [parameters, size]
-    job = digest([salt, [path.name for path, *_ in files]])[:12]
-    files = [
-        file
-        for file in files
-        if not finished(folder / file[0].name, parameters, file[1:], overwrite)
-    ]
-    if not files:
+    job = digest([salt, [file.path.name for file in files]])[:12]
+    open_files = []
+    for file in files:
+        if not finished(folder / file.path.name, parameters, file, args.overwrite):
+            open_files.append(file)
+    if not open_files:
         logger.info("All answers are there already.")
         return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(base_model), trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}"
-        ) from None
-    prompts = [encode_prompts(template, tokenizer, rows(*content)) for _, *content in files]
+    tokenizer = load_part(AutoTokenizer, args)
+    prompts = []  # of all files in one list: short ones fill the batches of each other
+    for file in open_files:
+        prompts += encode_prompts(template, tokenizer, rows(file.instructions, file.inputs))
 
     @cache
     def loaded() -> Engine:
-        return load_engine(engine, base_model, tokenizer, **options)
+        return load_engine(args.engine, args.base_model, tokenizer, **options)
 
     def ask(batch: int, missing: Sequence[list[int]]) -> Iterator[tuple[int, Completion]]:
         # What transformers draws depends on all that it has drawn with a seed before, so that each
         # batch has its own.
-        own = seed + batch if engine == "transformers" else seed
+        own = args.seed + batch if args.engine == "transformers" else args.seed
         return loaded().complete(missing, replace(decoding, seed=own))
 
-    # All files are one list: short ones fill the batches of each other.
     partial = folder / f"{job}.partial.jsonl"
-    every = [ids for file in prompts for ids in file]
-    answers = iter(generate(ask, every, partial, salt, size=size))
+    answers = iter(generate(ask, prompts, partial, salt, size=size))
     failed = 0
-    for path, instructions, inputs in files:
-        said = [next(answers) for _ in instructions]
-        failed += write_answers(folder / path.name, instructions, inputs, said, parameters)
-    logger.info("Wrote %d files to %s", len(files), folder)
+    for file in open_files:
+        said = [next(answers) for _ in file.instructions]
+        failed += write_answers(folder / file.path.name, file, said, parameters)
+    logger.info("Wrote %d files to %s", len(open_files), folder)
     if failed:
-        total = sum(map(len, prompts))
-        sys.exit(f"error: {failed} of {total} prompts have no answer; run it again to ask for them")
+        sys.exit(
+            f"error: {failed} of {len(prompts)} prompts have no answer; run it again to ask for "
+            "them"
+        )
     partial.unlink(missing_ok=True)
 
 
-def write_answers(
-    path: Path,
-    instructions: list[str],
-    inputs: list[str | None],
-    said: Sequence[Completion],
-    parameters: dict[str, Any],
-) -> int:
-    """Write a file of answers, and return how many of them failed."""
-    run = manifest([parameters])
-    content = {
-        "parameters": parameters,
-        "inputs": inputs or [None] * len(instructions),
-        "instructions": instructions,
-        "outputs": [one.text.strip() if one.error is None else None for one in said],
-        "run": {key: run[key] for key in ("versions", "git", "hardware")},
+# --- What is asked, and of whom -----------------------------------------------------------------
+
+
+def engine_options(args: AnswerArguments) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "adapter": args.lora_weights,
+        "trust_remote_code": args.trust_remote_code,
+        "load_in_8bit": args.load_8bit or None,
     }
-    errors = {str(i): one.error for i, one in enumerate(said, 1) if one.error is not None}
-    for number, error in errors.items():
-        logger.error("%s, item %s: %s", path.name, number, error)
-    if errors:
-        content["errors"] = errors
-    write_json(path, content)
-    return len(errors)
+    if args.engine == "transformers":
+        options["batch_size"] = args.batch_size
+    if args.engine == "server":
+        for name in ("server_url", "server_model", "server_timeout"):
+            options[name] = getattr(args, name)
+    return options
+
+
+def parameters_of(
+    args: AnswerArguments, template: dict[str, str] | None, decoding: Decoding
+) -> dict[str, Any]:
+    """All that an answer depends on, beside its prompt."""
+    parameters = {
+        "model": args.base_model,
+        "revision": model_revision(args),
+        "model_sha256": fingerprint(args.base_model),
+        "prompt_template": args.prompt_template_path,
+        "prompt_template_text": template,
+        "lora_weights": args.lora_weights,
+        "load_8bit": args.load_8bit,
+        "engine": args.engine,
+        "decoding": asdict(decoding),
+    }
+    if args.lora_weights:
+        weights = adapter_file(args.lora_weights, "adapter_model.safetensors")
+        parameters["adapter_sha256"] = fingerprint(args.lora_weights)
+        parameters["trained_on"] = trained_on(weights.with_name("run.json"))
+    if args.engine == "server":
+        parameters["server_url"] = args.server_url.rpartition("@")[2]
+        parameters["server_model"] = args.server_model
+    return parameters
+
+
+def answers_folder(args: AnswerArguments) -> Path:
+    """<output_path>/<adapter or base model>."""
+    parts = Path(args.lora_weights or args.base_model).parts
+    return Path(args.output_path, *(part for part in parts if part not in ("/", ".", "..")))
 
 
 def adapter_base(lora_weights: str | None) -> str:
@@ -210,17 +220,20 @@ def adapter_base(lora_weights: str | None) -> str:
         raise UserError(f"{path}: names no base model ({error!r:.100})") from None
 
 
-def model_revision(base_model: str, trust_remote_code: bool) -> str | None:
+def model_revision(args: AnswerArguments) -> str | None:
     """The commit of a model of the hub; None for a folder."""
+    return getattr(load_part(AutoConfig, args), "_commit_hash", None)
+
+
+def load_part(kind: type, args: AnswerArguments) -> Any:
+    """A part of the base model: its configuration, or its tokenizer."""
     try:
-        config = AutoConfig.from_pretrained(
-            resolve_model(base_model), trust_remote_code=trust_remote_code
+        return kind.from_pretrained(
+            resolve_model(args.base_model), trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--base_model {base_model}: {str(error).strip().splitlines()[0]:.200}"
-        ) from None
-    return getattr(config, "_commit_hash", None)
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--base_model {args.base_model}: {reason:.200}") from None
 
 
 def trained_on(path: Path) -> str | None:
@@ -245,7 +258,7 @@ def input_files(spec: str) -> list[Path]:
     return files
 
 
-def read_prompts(path: Path) -> tuple[list[str], list[str | None]]:
+def read_prompts(path: Path) -> Questions:
     """instructions and inputs of an evaluation file; inputs may be empty."""
     content = read_json(path)
     if not isinstance(content, dict) or "instructions" not in content:
@@ -260,25 +273,30 @@ def read_prompts(path: Path) -> tuple[list[str], list[str | None]]:
         )
     if inputs and len(inputs) != len(instructions):
         raise UserError(
-            f"{path}, field inputs: {len(inputs)} for {len(instructions)} instructions; expected 0 or as many"
+            f"{path}, field inputs: {len(inputs)} for {len(instructions)} instructions; "
+            "expected 0 or as many"
         )
-    for name, values, kinds in (
-        ("instructions", instructions, str),
-        ("inputs", inputs, str | None),
-    ):
-        for number, value in enumerate(values, 1):
-            if not isinstance(value, kinds) or (kinds is str and not value.strip()):
-                raise UserError(
-                    f"{path}, field {name}, item {number}: expected text, found {value!r:.60}"
-                )
-    return instructions, inputs
+    for number, text in enumerate(instructions, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise not_text(path, "instructions", number, text)
+    for number, text in enumerate(inputs, 1):
+        if not isinstance(text, str | None):
+            raise not_text(path, "inputs", number, text)
+    return Questions(path, instructions, inputs)
+
+
+def not_text(path: Path, name: str, number: int, value: Any) -> UserError:
+    return UserError(f"{path}, field {name}, item {number}: expected text, found {value!r:.60}")
 
 
 def rows(instructions: list[str], inputs: list[str | None]) -> list[tuple[str, str | None]]:
     return list(zip(instructions, inputs or [None] * len(instructions), strict=True))
 
 
-def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: bool) -> bool:
+# --- What is written ----------------------------------------------------------------------------
+
+
+def finished(path: Path, parameters: dict[str, Any], asked: Questions, overwrite: bool) -> bool:
     """Whether all answers are there, to these prompts with these parameters.
 
     Raises:
@@ -288,21 +306,42 @@ def finished(path: Path, parameters: dict[str, Any], prompts: tuple, overwrite: 
         return False
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        given = (there["instructions"], there["inputs"])
+        given = rows(there["instructions"], there["inputs"])
         known = {**there["parameters"]}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: holds something else than answers; pass --overwrite") from None
     hint = "pass --overwrite, or choose another --output_path"
-    differing = {*known, *parameters} - {
-        key for key in parameters if known.get(key) == parameters[key]
-    }
+    names = sorted({*known, *parameters})
+    differing = [name for name in names if known.get(name, ...) != parameters.get(name, ...)]
     if differing:
-        names = ", ".join(sorted(differing))
-        raise UserError(f"{path}: holds answers with other parameters ({names} differ); {hint}")
-    if given != (prompts[0], prompts[1] or [None] * len(prompts[0])):
+        raise UserError(
+            f"{path}: holds answers with other parameters ({', '.join(differing)} differ); {hint}"
+        )
+    if given != rows(asked.instructions, asked.inputs):
         raise UserError(f"{path}: holds answers to other prompts; {hint}")
     return not there.get("errors")
 
 
+def write_answers(
+    path: Path, asked: Questions, said: Sequence[Completion], parameters: dict[str, Any]
+) -> int:
+    """Write a file of answers, and return how many of them failed."""
+    run = manifest([parameters])
+    content = {
+        "parameters": parameters,
+        "inputs": asked.inputs or [None] * len(said),
+        "instructions": asked.instructions,
+        "outputs": [one.text.strip() if one.error is None else None for one in said],
+        "run": {key: run[key] for key in ("versions", "git", "hardware")},
+    }
+    errors = {str(i): one.error for i, one in enumerate(said, 1) if one.error is not None}
+    for number, error in errors.items():
+        logger.error("%s, item %s: %s", path.name, number, error)
+    if errors:
+        content["errors"] = errors
+    write_json(path, content)
+    return len(errors)
+
+
 if __name__ == "__main__":
-    run(generate_answers)
+    run(generate_answers, None, AnswerArguments)

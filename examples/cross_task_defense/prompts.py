@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common import data
 from common.conversation import UserError, pair
-from common.templates import Part, encode, render_chat
+from common.templates import Part, encode, render_chat, token_offsets
 
 # The document comes first and the instruction follows it; wording and white space as in the paper's
 # evaluation files.
@@ -151,3 +152,87 @@ def read_rows(path: Path, *, completions: bool = True) -> list[dict[str, Any]]:
             f"{path}: no rows; expected a list of rows with instruction, input and output"
         )
     return rows
+
+
+# --- Training rows ------------------------------------------------------------------------------
+
+
+def encode_rows(
+    rows: Sequence[Mapping[str, Any]],
+    template: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cutoff_len: int,
+    train_on_inputs: bool,
+    add_eos_token: bool,
+) -> tuple[Dataset, dict[str, int]]:
+    """`input_ids` and `labels` (-100 where no loss is taken) of each row, and what was done to long
+    ones.
+
+    The answer is tokenized by itself, as it is generated: after the prompt's last token.
+    """
+    plain = [(row["instruction"], row.get("input")) for row in rows]
+    prompts = encode_prompts(template, tokenizer, plain)
+    parts = [[Part(row["output"], True)] for row in rows]
+    answers = encode(tokenizer, parts, add_special_tokens=False)
+    facts = {"rows": len(rows), "documents_shortened": 0, "answers_cut": 0}
+    facts |= {"tokens": 0, "answer_tokens": 0}
+    encoded = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if add_eos_token:
+            answer = [*answer, tokenizer.eos_token_id]
+        if len(prompt) + len(answer) > cutoff_len:
+            shorter = shortened(plain[i], template, tokenizer, cutoff_len - len(answer))
+            if shorter is not None:
+                facts["documents_shortened"] += 1
+                prompt = shorter
+            else:
+                facts["answers_cut"] += 1
+                room = room_of_answer(plain[i][0], len(prompt), len(answer), cutoff_len, i + 1)
+                answer = answer[:room]
+        facts["tokens"] += len(prompt) + len(answer)
+        facts["answer_tokens"] += len(answer)
+        before = prompt if train_on_inputs else [-100] * len(prompt)
+        encoded.append({"input_ids": prompt + answer, "labels": before + answer})
+    return Dataset.from_list(encoded), facts
+
+
+def room_of_answer(instruction: str, prompt: int, answer: int, cutoff_len: int, row: int) -> int:
+    """Tokens that are left for the answer of an ordinary row, which ends early.
+
+    Raises:
+        UserError: there are none, or the answer may be a refusal.
+    """
+    if split_document(instruction)[0]:
+        raise UserError(
+            f"--cutoff_len {cutoff_len}: row {row} has an answer of {answer} tokens, a refusal maybe"
+        )
+    if prompt >= cutoff_len:
+        raise UserError(
+            f"--cutoff_len {cutoff_len}: row {row} has an instruction of {prompt} tokens"
+        )
+    return cutoff_len - prompt
+
+
+def shortened(
+    row: tuple[str, str | None],
+    template: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+) -> list[int] | None:
+    """Prompt ids of at most `room` tokens, the document cut at its end; None if there is no
+    document to cut.
+
+    The document is the row's input, or what stands before the task's wording in the instruction.
+    """
+    instruction, given = row
+    document, task = (given, "") if given else split_document(instruction)
+    spans = token_offsets(tokenizer, document)
+    keep = len(spans)
+    while keep > 0:
+        text = document[: spans[keep - 1][1]]
+        cut = (instruction, text) if given else (text + task, None)
+        (ids,) = encode_prompts(template, tokenizer, [cut])
+        if len(ids) <= room:
+            return ids
+        keep -= max(1, len(ids) - room)
+    return None

@@ -1,6 +1,5 @@
 """examples/cross_task_defense: training and generation, run as its README says."""
 
-import inspect
 import json
 import os
 import re
@@ -181,11 +180,9 @@ def trainer(tiny_base, tmp_path):
     """
 
     def make(weight: float = 1.0, **flags):
-        defaults = {n: p.default for n, p in inspect.signature(train.train).parameters.items()}
-        values = (
-            defaults
-            | {"base_model": str(tiny_base), "output_dir": str(tmp_path / "trainer")}
-            | flags
+        folder = str(tmp_path / "trainer")
+        values = train.TrainArguments(
+            base_model=str(tiny_base), data_path="", output_dir=folder, **flags
         )
         model, tokenizer = train.load_model(values)
         rows = [*read(SAMPLE / "safety.json")[:3], *rows_of(1)]
@@ -307,13 +304,8 @@ def test_a_pad_token_outside_the_embeddings_is_left_out(tiny_base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(tmp_path / "base")
-    values = {"base_model": str(tmp_path / "base"), "cutoff_len": 256, "trust_remote_code": False}
-    values |= {
-        "attn_implementation": None,
-        "load_in_8bit": False,
-        "load_in_4bit": False,
-        "packing": False,
-    }
+    base = str(tmp_path / "base")
+    values = train.TrainArguments(base_model=base, data_path="", cutoff_len=256)
     model, own = train.load_model(values)
     assert (
         own.pad_token == own.eos_token
@@ -324,7 +316,7 @@ def test_a_pad_token_outside_the_embeddings_is_left_out(tiny_base, tmp_path):
 def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypatch):
     """Two rows, and the paper's warm-up of 10 steps: one step at rate 0."""
     # a checkpoint holds the arguments, pickled by that name
-    monkeypatch.setitem(sys.modules, "train", train)
+    monkeypatch.setitem(sys.modules, "arguments", module("cross_task_defense", "arguments"))
     rows = [
         {"instruction": "Name a colour.", "output": "Blue."},
         {"instruction": "Say hello.", "output": "Hello!"},

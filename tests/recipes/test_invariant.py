@@ -309,7 +309,7 @@ def test_cross_task_defense_says_what_was_trained(family, tmp_path, monkeypatch)
     """The adapter on the base, as stock PEFT loads it, gives the logits of the model in memory."""
     train = module("cross_task_defense", "train")
     # a checkpoint holds the arguments, pickled by that name
-    monkeypatch.setitem(sys.modules, "train", train)
+    monkeypatch.setitem(sys.modules, "arguments", module("cross_task_defense", "arguments"))
     ids, seen = torch.arange(40, 70)[None], {}
     data = tmp_path / "rows.json"
     answers = [("Name a colour.", "Blue."), ("Say hello to them.", "Hello!")]

@@ -59,19 +59,19 @@ def imported(path: Path) -> set[str]:
     return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
+def run_calls(script: Path) -> list[ast.Call]:
+    """The calls of `run` in a fire script: `run(function)`, or `run(function, config, flags)`."""
+    nodes = ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+    return [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "run"]
+
+
 def fire_function(script: Path) -> ast.FunctionDef | None:
-    """The function that a fire script gives to `run`."""
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    calls = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run"
-    ]
-    names = {call.args[0].id for call in calls if call.args and isinstance(call.args[0], ast.Name)}
-    return next(
-        (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names),
-        None,
-    )
+    """The function that a fire script gives to `run`, where its parameters are the flags."""
+    names = {call.args[0].id for call in run_calls(script) if len(call.args) in (1, 2)}
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            return node
+    return None
 
 
 def arguments(script: Path) -> set[str]:
@@ -83,7 +83,9 @@ def arguments(script: Path) -> set[str]:
 
 @cache
 def argument_types(script: Path) -> dict[type, Path]:
-    """The dataclasses that a script gives to `parse_args`, each with the file that defines it."""
+    """The dataclasses that a script gives to `parse_args`, or to fire's `run`, each with the file
+    that defines it.
+    """
     tree = ast.parse(script.read_text(encoding="utf-8"))
     fronts = [
         n.module
@@ -95,6 +97,7 @@ def argument_types(script: Path) -> dict[type, Path]:
         tree = ast.parse(script.read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     parsed = [call.args[0] for call in calls if getattr(call.func, "id", None) == "parse_args"]
+    parsed += [call.args[2] for call in run_calls(script) if len(call.args) == 3]
     names = [node.id for types in parsed for node in ast.walk(types) if isinstance(node, ast.Name)]
     for name, loaded in list(sys.modules.items()):  # another recipe's file of the same name
         if (getattr(loaded, "__file__", None) or "").startswith(f"{ROOT}/examples/"):
