@@ -53,7 +53,7 @@ def bench_parser(description: str, name: str, rounds: int) -> argparse.ArgumentP
 
 
 def home_path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(expand_home(text))
 
 
 def write_results(args: argparse.Namespace, results: Mapping[str, Any]) -> None:

@@ -401,6 +401,16 @@ def test_every_key_of_a_config_is_known(config):
     assert not set(values) - arguments(script if script.is_file() else script.with_name("train.py"))
 
 
+@pytest.mark.parametrize("room", ARROWS)
+def test_flags_that_take_a_path_know_the_home_folder(room):
+    """`type=Path` would leave a `~` as it is; `expand_home` does not."""
+    for path in python_files(room):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                types = [key.value for key in node.keywords if key.arg == "type"]
+                assert "Path" not in map(ast.unparse, types), path
+
+
 def test_the_page_of_shared_flags_names_flags_that_there_are():
     table = [line for line in (ROOT / "docs/flags.md").read_text().splitlines() if line[0:1] == "|"]
     header, _, *rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table]
