@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -50,26 +51,28 @@ def every_threshold(p: np.ndarray) -> list[float]:
 @given(BOTH, UNIT)
 def test_binary_equals_sklearn(rows, threshold):
     y, p = columns(rows)
-    hit, found = p > threshold, metrics.binary(y, p, threshold)
-    tn, fp, fn, tp = sk.confusion_matrix(y, hit, labels=[False, True]).ravel()
+    flagged = p > threshold
+    recalls = [recall for _, recall, fpr in map(partial(rates, y, p), [-1.0, *p]) if fpr <= 0.05]
     expected = {
         "support": len(y),
         "positives": y.sum(),
         "base_rate": y.mean(),
         "always_unsafe_f1": sk.f1_score(y, np.ones_like(y)),
         "threshold": threshold,
-        "accuracy": sk.accuracy_score(y, hit),
-        "precision": tp / (tp + fp) if hit.any() else None,
-        "recall": tp / (tp + fn),
-        "f1": sk.f1_score(y, hit, zero_division=0),
-        "fpr": fp / (fp + tn),
+        "accuracy": sk.accuracy_score(y, flagged),
+        "precision": sk.precision_score(y, flagged) if flagged.any() else None,
+        "recall": sk.recall_score(y, flagged),
+        "f1": sk.f1_score(y, flagged, zero_division=0),
+        "fpr": 1 - sk.recall_score(~y, ~flagged),
         "auprc": sk.average_precision_score(y, p),
         "auroc": sk.roc_auc_score(y, p),
-        "recall_at_fpr05": max(r for _, r, f in (rates(y, p, t) for t in [-1.0, *p]) if f <= 0.05),
+        "recall_at_fpr05": max(recalls),
         "brier": sk.brier_score_loss(y, p),
     }
-    assert {k: v for k, v in found.items() if k != "ece"} == pytest.approx(expected)
-    assert all(v is None or type(v) in (int, float) for v in found.values())
+    found = metrics.binary(y, p, threshold)
+    assert all(value is None or type(value) in (int, float) for value in found.values())
+    del found["ece"]
+    assert found == pytest.approx(expected)
 
 
 def test_threshold_is_strict():
@@ -105,33 +108,28 @@ def test_undefined_is_none(truth, score, undefined, recwarn):
 @given(BOTH, st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
 def test_recall_at_fpr_by_brute_force(rows, target):
     y, p = columns(rows)
-    best = max(recall for _, recall, fpr in (rates(y, p, t) for t in [-1.0, *p]) if fpr <= target)
-    assert metrics.recall_at_fpr(y, p, target) == pytest.approx(best)
+    recalls = [recall for _, recall, fpr in map(partial(rates, y, p), [-1.0, *p]) if fpr <= target]
+    assert metrics.recall_at_fpr(y, p, target) == pytest.approx(max(recalls))
 
 
 def test_ece_by_hand():
     # Bin [0.2, 0.3): mean score 0.25, no positive. Bin [0.9, 1]: mean score 0.95, half positive.
-    assert metrics.expected_calibration_error(
-        [0, 0, 1, 0], [0.2, 0.3 - 1e-9, 0.9, 1.0]
-    ) == pytest.approx((0.25 + 0.45) / 2)
+    error = metrics.expected_calibration_error([0, 0, 1, 0], [0.2, 0.3 - 1e-9, 0.9, 1.0])
+    assert error == pytest.approx((0.25 + 0.45) / 2)
     assert metrics.expected_calibration_error([0, 1], [0.0, 1.0]) == 0.0
     assert metrics.expected_calibration_error([], []) is None
 
 
 def test_multilabel_is_flagged_and_each_category():
-    truth, score = (
-        np.array([[1, 0], [0, 0], [1, 1]]),
-        np.array([[0.9, 0.2], [0.1, 0.7], [0.3, 0.4]]),
-    )
-    found = metrics.multilabel(truth, score, ["a", "b, c"], 0.6)
-    assert found == {
+    truth = np.array([[1, 0], [0, 0], [1, 1]])
+    score = np.array([[0.9, 0.2], [0.1, 0.7], [0.3, 0.4]])
+    assert metrics.multilabel(truth, score, ["a", "b, c"], 0.6) == {
         "flagged": metrics.binary([1, 0, 1], [0.9, 0.7, 0.4], 0.6),
         "a": metrics.binary([1, 0, 1], [0.9, 0.1, 0.3], 0.6),
         "b, c": metrics.binary([0, 0, 1], [0.2, 0.7, 0.4], 0.6),
     }
-    assert (
-        metrics.multilabel(np.zeros((0, 2)), np.zeros((0, 2)), ["a", "b"])["flagged"]["f1"] is None
-    )
+    nothing = np.zeros((0, 2))
+    assert metrics.multilabel(nothing, nothing, ["a", "b"])["flagged"]["f1"] is None
 
 
 @pytest.mark.parametrize(
@@ -165,21 +163,16 @@ def test_bad_input_is_named(call, words):
 def test_fitted_threshold_has_the_best_f1(rows):
     y, p = columns(rows)
     fitted = metrics.fit_threshold(y, p, "validation")
-    assert rates(y, p, fitted["value"])[0] == pytest.approx(
-        max(rates(y, p, t)[0] for t in every_threshold(p))
-    )
-    assert fitted == {"value": fitted["value"], "how": f"max F1, n={len(y)}", "on": "validation"}
+    f1, _, _ = rates(y, p, fitted.pop("value"))
+    assert f1 == pytest.approx(max(rates(y, p, other)[0] for other in every_threshold(p)))
+    assert fitted == {"how": f"max F1, n={len(y)}", "on": "validation"}
 
 
 def test_fitted_threshold_lies_half_way():
     assert metrics.fit_threshold([0, 1], [0.25, 0.75], "v")["value"] == 0.5
-    low, high = 0.3, float(np.nextafter(0.3, 1))
-    assert (
-        metrics.binary(
-            [0, 1], [low, high], metrics.fit_threshold([0, 1], [low, high], "v")["value"]
-        )["f1"]
-        == 1
-    )
+    scores = [0.3, float(np.nextafter(0.3, 1))]
+    threshold = metrics.fit_threshold([0, 1], scores, "v")["value"]
+    assert metrics.binary([0, 1], scores, threshold)["f1"] == 1
 
 
 def test_threshold_fits_many_rows():
@@ -223,13 +216,17 @@ def test_bootstrap_depends_on_the_seed_alone():
 
 @given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=30))
 def test_bootstrap_draws_whole_groups(groups):
-    names, draws = np.array(groups), []
+    names = np.array(groups)
+    draws = []
     metrics.bootstrap(lambda rows: draws.append(rows) or 0.0, len(groups), groups, rounds=20)
     assert len(draws) == 20
     for rows in draws:
         counts = np.bincount(rows, minlength=len(groups))
-        assert all(len(set(counts[names == name])) == 1 for name in names)
-        assert sum(counts[names == name][0] for name in set(groups)) == len(set(groups))
+        drawn = 0
+        for name in set(groups):
+            (count,) = set(counts[names == name])
+            drawn += count
+        assert drawn == len(set(groups))
 
 
 def test_bootstrap_without_groups_draws_every_row():
@@ -262,7 +259,7 @@ def test_paired_difference_of_one_guard_is_nothing():
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_agreement_equals_sklearn(pairs):
-    a, b = [x for x, _ in pairs], [y for _, y in pairs]
+    a, b = zip(*pairs, strict=True)
     found = metrics.agreement(a, b, rounds=1)
     assert found["n"] == len(a)
     assert found["agreement"] == pytest.approx(sk.accuracy_score(a, b))
@@ -279,14 +276,8 @@ def test_agreement_intervals():
     for name in ("agreement", "kappa"):
         low, high = found[f"{name}_interval"]
         assert low < found[name] < high
-    nobody = {
-        "n": 0,
-        "agreement": None,
-        "agreement_interval": None,
-        "kappa": None,
-        "kappa_interval": None,
-    }
-    assert metrics.agreement([], []) == nobody
+    nobody = metrics.agreement([], [])
+    assert nobody.pop("n") == 0 and set(nobody.values()) == {None}
     assert metrics.agreement([True] * 5, [True] * 5)["kappa_interval"] is None
 
 
