@@ -11,11 +11,10 @@ import logging
 import math
 import os
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,7 @@ class Engine(ABC):
             found.append(NextToken(error=refusals[i]) if i in refusals else next(read))
         return found
 
-    def _refusals(self, prompts: Prompts, new_tokens: int) -> dict[int, str]:
+    def _refusals(self, prompts, new_tokens) -> dict[int, str]:
         """Why prompts cannot be run, by their index. One that is too long is not cut: it would lose
         the task, which stands last.
         """
@@ -183,13 +182,11 @@ class Engine(ABC):
         return found
 
     @abstractmethod
-    def _complete(
-        self, prompts: Prompts, decoding: Decoding, skip_special_tokens: bool
-    ) -> Iterator[tuple[int, Completion]]:
+    def _complete(self, prompts, decoding, skip_special_tokens):
         """`complete` for prompts that fit."""
 
     @abstractmethod
-    def _next_token(self, prompts: Prompts, candidates: list[int]) -> list[NextToken]:
+    def _next_token(self, prompts, candidates):
         """`next_token` for prompts that fit, at least one."""
 
 
@@ -287,7 +284,7 @@ class TransformersEngine(Engine):
                 bar.update(len(batch))
         return [found[i] for i in range(len(prompts))]
 
-    def _can_share(self, prompts: Prompts) -> bool:
+    def _can_share(self, prompts) -> bool:
         """Whether a shared beginning can be a cache: every layer attends, and to all of a prompt."""
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or math.inf
@@ -296,18 +293,12 @@ class TransformersEngine(Engine):
         return attends and max(map(len, prompts)) < window
 
     @torch.inference_mode()
-    def _cache_of(self, ids: list[int]) -> DynamicCache:
+    def _cache_of(self, ids):
         beginning = torch.tensor([ids], device=self.model.device)
         return self.model(beginning, past_key_values=DynamicCache()).past_key_values
 
     @torch.inference_mode()
-    def _generate(
-        self,
-        prompts: Prompts,
-        decoding: Decoding,
-        shared: int = 0,
-        cache: DynamicCache | None = None,
-    ) -> Any:
+    def _generate(self, prompts, decoding, shared=0, cache=None):
         """What `generate` says of a batch: the sequences, and the logits of every new token.
 
         Args:
@@ -341,7 +332,7 @@ class TransformersEngine(Engine):
         )
 
 
-def _batches(prompts: Prompts, size: int, shared: int = 0) -> Iterator[list[int]]:
+def _batches(prompts, size, shared=0) -> Iterator[list[int]]:
     """Indices of prompts of similar length, `size` at most and BATCH_TOKENS in all.
 
     The longest come first: if memory does not suffice, that shows at once.
@@ -354,7 +345,7 @@ def _batches(prompts: Prompts, size: int, shared: int = 0) -> Iterator[list[int]
         order = order[count:]
 
 
-def _bar(name: str, progress: bool) -> dict[str, Any]:
+def _bar(name, progress) -> dict[str, Any]:
     """Options of the progress bar over next tokens."""
     shown = progress and is_main_process()
     return {"desc": f"judging with {name}", "unit": "text", "disable": not shown}
@@ -400,14 +391,11 @@ class VllmEngine(Engine):
         if device().type == "cpu":
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options["enforce_eager"] = True  # compiling takes minutes there, and gains little
-        try:
+        with _one_line_errors(f"--engine vllm: {model}"):  # such as too little memory
             self.llm = LLM(resolve_model(model), **options)
-        except (OSError, ValueError, RuntimeError) as error:  # such as too little memory
-            what = f"{model} cannot be loaded: {_line(error, 300)}"
-            raise UserError(f"--engine vllm: {what}") from None
         self.window = self.llm.llm_engine.model_config.max_model_len
 
-    def _generate(self, prompts: Prompts, **params: Any) -> list[Any]:
+    def _generate(self, prompts, **params):
         """The output of each prompt. vLLM's own decoding drops what is left of a character at the
         end.
         """
@@ -560,7 +548,7 @@ class ServerEngine(Engine):
             self.ended = self.ended or "the run was stopped"
             pool.shutdown(cancel_futures=True)
 
-    def _answer(self, ids, options) -> Any:
+    def _answer(self, ids, options):
         """The first choice of the server's answer, or an error's text; None: it is not asked."""
         import openai
 
@@ -586,7 +574,7 @@ class ServerEngine(Engine):
         self._count(None)
         return choice
 
-    def _count(self, failure: str | None) -> None:
+    def _count(self, failure):
         """Count failures that follow each other; after too many the rest is not asked."""
         patience = max(PATIENCE, self.concurrency)
         with self.lock:
@@ -596,7 +584,7 @@ class ServerEngine(Engine):
                 self.ended = self.ended or what
 
 
-def _without_key(error: Exception) -> str:
+def _without_key(error) -> str:
     """What an error says, in one line and without the key."""
     text = _line(error, 1000)
     key = os.environ.get("SERVER_API_KEY")
@@ -607,7 +595,7 @@ def _without_key(error: Exception) -> str:
     return text[:150]
 
 
-def _first_choice(said: Any) -> Any:
+def _first_choice(said):
     """The first choice of a server's answer. A proxy's page comes back as text, with HTTP 200."""
     with suppress(AttributeError, TypeError, LookupError):
         choice = said.choices[0]
@@ -616,7 +604,7 @@ def _first_choice(said: Any) -> Any:
     raise RuntimeError(f"no completion in its answer: {said!r:.80}")
 
 
-def _read(choice: Any, candidates: Sequence[int]) -> tuple[NextToken, bool]:
+def _read(choice, candidates) -> tuple[NextToken, bool]:
     """The next token as a server tells it, and whether it left out a candidate.
 
     What it leaves out is less likely than all that it names, and no more likely than what they
@@ -643,7 +631,7 @@ def _read(choice: Any, candidates: Sequence[int]) -> tuple[NextToken, bool]:
     return NextToken([known.get(i, floor) for i in candidates], top), bool(missing)
 
 
-def _token_id(name: str) -> int:
+def _token_id(name) -> int:
     """A token as vLLM calls it, such as token_id:42."""
     return int(name.removeprefix("token_id:"))
 
@@ -726,18 +714,26 @@ def load_causal_lm(
     quantization = quantization_config(load_in_8bit, load_in_4bit)
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device()}}
-    try:
+    with _one_line_errors(name):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: cannot be loaded: {_line(error)}") from None
     if adapter:
-        adapted = apply_adapter(model, adapter, name)
-        model = adapted if quantization is not None else adapted.merge_and_unload()
-    if quantization is None:
-        model.to(device())
-    return model.eval()
+        model = apply_adapter(model, adapter, name)
+    if quantization is not None:
+        return model.eval()
+    if adapter:
+        model = model.merge_and_unload()
+    return model.to(device()).eval()
+
+
+@contextmanager
+def _one_line_errors(name):
+    """What keeps a model from being loaded, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise UserError(f"{name}: cannot be loaded: {_line(error)}") from None
 
 
 def quantization_config(
@@ -772,9 +768,7 @@ def dtype_name() -> str:
 # --- adapters -------------------------------------------------------------------------------------
 
 
-def apply_adapter(
-    model: PreTrainedModel, adapter: str, base: str, low_cpu_mem_usage: bool = False
-) -> PeftModel:
+def apply_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
     """A model with an adapter in it, which must have been made for this very architecture.
 
     PEFT ignores weights that the model has no place for, and leaves places without weights as they
@@ -783,31 +777,26 @@ def apply_adapter(
     Args:
         adapter: a folder or a hub id.
         base: what the model is called in a message.
-        low_cpu_mem_usage: put the weights in as they are, as a model on the meta device needs it.
 
     Raises:
         UserError: the adapter cannot be loaded, or its weights are not those that the model needs.
     """
-    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    options = {"low_cpu_mem_usage": model.device.type == "meta"}
     try:
-        with warnings.catch_warnings():
-            # an error below
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, adapter, **options)
+        adapted = PeftModel.from_pretrained(model, adapter, **options)
         # Loaded once more, because only so it tells which weights found no place.
         result = adapted.load_adapter(adapter, "default", **options)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{adapter}: cannot be applied to {base}: {_line(error, 300)}") from None
-    strange = result.unexpected_keys
-    keys = strange or result.missing_keys
-    if keys:
-        adapted.unload()  # the model is again what it was
-        what = "places of the base without weights"
-        if strange:
-            what = "weights that the base has no place for"
-        found = f"{len(keys)} {what} ({min(keys)}, …)"
-        raise UserError(f"{adapter}: is no adapter of {base}: {found}")
-    return adapted
+    keys = result.unexpected_keys or result.missing_keys
+    if not keys:
+        return adapted
+    adapted.unload()  # the model is again what it was
+    what = "places of the base without weights"
+    if result.unexpected_keys:
+        what = "weights that the base has no place for"
+    found = f"{len(keys)} {what} ({min(keys)}, …)"
+    raise UserError(f"{adapter}: is no adapter of {base}: {found}")
 
 
 def check_adapter(
@@ -829,16 +818,12 @@ def check_adapter(
         UserError: see `apply_adapter`.
     """
     code = {"trust_remote_code": trust_remote_code}
-    try:
+    with _one_line_errors(base):
         if config is None:
             config = AutoConfig.from_pretrained(resolve_model(base), **code)
         with torch.device("meta"):
             empty = kind.from_config(config, **code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{base}: cannot be loaded: {_line(error)}") from None
-    apply_adapter(empty, adapter, base, low_cpu_mem_usage=True)
+    apply_adapter(empty, adapter, base)
 
 
 def adapter_file(adapter: str, name: str) -> Path:
@@ -854,6 +839,6 @@ def adapter_file(adapter: str, name: str) -> Path:
         raise UserError(f"{where}: no {name} there ({_line(error, 150)})") from None
 
 
-def _line(error: Exception, length: int = 200) -> str:
+def _line(error, length=200) -> str:
     """The beginning of what an error says, in one line."""
     return " ".join(str(error).split())[:length] or type(error).__name__

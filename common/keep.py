@@ -48,7 +48,7 @@ OF_A_RUN = re.compile(
     r"|training_args\.bin|(optimizer|scheduler|scaler)\..*|rng_state.*"
 )
 
-LARGE = 1 << 20  # bytes: hashing less takes no longer than looking the hash up
+LARGE = 1 << 20  # bytes: the hash of a smaller file is not worth a note
 TIMEOUT = 10.0  # seconds that the hub has to name a commit
 SETTLED = 3.0  # seconds: a younger file may change again within one tick of the file system's clock
 
@@ -125,7 +125,7 @@ def data_fingerprint(spec: str) -> str:
     return digest(str(parsed))
 
 
-def _of_folder(folder: Path, without: Collection[str]) -> str:
+def _of_folder(folder, without) -> str:
     total = hashlib.sha256()
     for file in _files_that_count(folder):
         name = file.relative_to(folder).as_posix()
@@ -134,7 +134,7 @@ def _of_folder(folder: Path, without: Collection[str]) -> str:
     return total.hexdigest()
 
 
-def _files_that_count(folder: Path) -> list[Path]:
+def _files_that_count(folder) -> list[Path]:
     files = [path for path in folder.iterdir() if path.is_file()]
     if any(MARKS_A_MODEL.fullmatch(path.name) for path in files):
         files += folder.glob(f"{TEMPLATES}/*.jinja")
@@ -145,36 +145,38 @@ def _files_that_count(folder: Path) -> list[Path]:
     return sorted(path for path in files if "/." not in f"/{path.relative_to(folder)}")
 
 
-def _of_file(path: Path) -> str:
+def _of_file(path) -> str:
     """The SHA-256 of a file. That of a large one is noted under its place, size and times: a copy
     may bring its old mtime along, never its ctime.
     """
-    before = path.stat()
-    if before.st_size < LARGE:
-        return _hashed(path)
-    facts = [str(path.resolve()), before.st_size, before.st_mtime_ns, before.st_ctime_ns]
+    facts = _facts(path)
     note = cache_folder() / "fingerprints" / digest(facts)
     with suppress(OSError, ValueError):
         noted = note.read_text(encoding="utf-8")
         if re.fullmatch("[0-9a-f]{64}", noted):
             return noted
     found = _hashed(path)
-    after = path.stat()
-    if (after.st_mtime_ns, after.st_ctime_ns) != (before.st_mtime_ns, before.st_ctime_ns):
+    if _facts(path) != facts:
         raise UserError(f"{path}: was written while it was read; start again when it is complete")
-    if time.time() - max(after.st_mtime, after.st_ctime) > SETTLED:
+    stat = path.stat()
+    if stat.st_size >= LARGE and time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
         with suppress(OSError):  # a cache that cannot be written costs time alone
             write_text(note, found)
     return found
 
 
-def _hashed(path: Path) -> str:
+def _facts(path) -> list:
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _hashed(path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache
-def _commit(name: str) -> str | None:
+def _commit(name):
     """The commit of a hub id that would be loaded. It is asked for once, so that a run has one."""
     try:
         return model_info(name, timeout=TIMEOUT).sha

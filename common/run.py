@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,19 +47,17 @@ def is_main_process() -> bool:
 # --- a script's main ------------------------------------------------------------------------------
 
 
+@dataclass
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C in a long job.
-
-    Args:
-        how: how far it came and what the next command does, such as "after checkpoint-40; to go
-            on".
-        flags: what that command has more than this one: a flag and its value.
+    """Ctrl-C in a long job: how far it came and what the next command does, such as "after
+    checkpoint-40; to go on"; and what that command has more than this one: a flag and its value.
     """
 
-    def __init__(self, how: str = "before the end; to run it again", flags: Sequence[str] = ()):
-        super().__init__(how)
-        self.how = how
-        self.flags = tuple(flags)
+    how: str = "before the end; to run it again"
+    flags: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return self.how
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -321,72 +319,67 @@ def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
         arguments: dataclass instances or dicts; values that are not plain are written as text.
         extra: what else belongs there (seed, data fingerprint, counts).
     """
-    plain: dict[str, Any] = {}
+    plain = {}
     for each in arguments:
         plain |= _plain_arguments(each)
     versions = {"python": platform.python_version()}
     for package in importlib.metadata.distributions():
         if PACKAGES.fullmatch(package.name):
             versions[package.name] = package.version
-    return {
-        "command": [Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])],
-        "arguments": plain,
-        "versions": versions,
-        "git": {
-            "revision": _git("rev-parse", "HEAD") or None,
-            "dirty": bool(_git("status", "--porcelain")),
-        },
-        **_hardware(),
-        "seconds": round(time.time() - _STARTED, 1),
-        **extra,
-    }
-
-
-def _hardware() -> dict[str, Any]:
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     hardware = {
         "device": f"CPU ({platform.machine()})",
         "devices": torch.cuda.device_count(),
         "cpu_threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = {"host": round(host, 2), "device": None}
     if torch.cuda.is_available():
         hardware["device"] = torch.cuda.get_device_name()
         memory["device"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return {"hardware": hardware, "peak_memory_gib": memory}
+    revision = _git("rev-parse", "HEAD") or None
+    return {
+        "command": [Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])],
+        "arguments": plain,
+        "versions": versions,
+        "git": {"revision": revision, "dirty": bool(_git("status", "--porcelain"))},
+        "hardware": hardware,
+        "seconds": round(time.time() - _STARTED, 1),
+        "peak_memory_gib": memory,
+        **extra,
+    }
 
 
-def _plain_arguments(arguments: Any) -> dict[str, Any]:
+def _plain_arguments(arguments) -> dict[str, Any]:
     if hasattr(arguments, "to_dict"):  # TrainingArguments: enums as text
-        given = arguments.to_dict()
-    else:
-        given = asdict(arguments) if is_dataclass(arguments) else arguments
+        arguments = arguments.to_dict()
+    elif is_dataclass(arguments):
+        arguments = asdict(arguments)
     plain = {}
-    for name, value in given.items():
+    for name, value in arguments.items():
         if not SECRET.search(name):
-            is_plain = isinstance(value, str | int | float | bool | list | dict | None)
+            is_plain = isinstance(value, str | int | float | list | dict | None)
             plain[name] = value if is_plain else str(value)
     return plain
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
     """A command line with "…" for the value of each secret."""
-    shown: list[str] = []
-    hides_next = False
+    shown = []
+    secret = False
     for word in words:
-        flag, equals, _ = word.partition("=")
-        is_secret = flag.startswith("--") and SECRET.search(flag.replace("-", "_")) is not None
-        if hides_next:
+        if secret:
             word = "…"
-        elif is_secret and equals:
+        flag, equals, _ = word.partition("=")
+        secret = flag.startswith("--") and SECRET.search(flag.replace("-", "_"))
+        if secret and equals:
             word = f"{flag}=…"
+            secret = False
         shown.append(word)
-        hides_next = is_secret and not equals
     return shown
 
 
-def _git(*command: str) -> str:
+def _git(*command) -> str:
     root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
