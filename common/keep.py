@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import time
+from collections import UserDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -25,8 +26,6 @@ from tqdm.auto import tqdm
 from common.bundled import cache_folder, resolve_model
 from common.conversation import UserError
 from common.data.files import read_rows
-from common.data.specs import ROOT, parse_spec
-from common.data.tables import sources
 from common.engines import Completion
 from common.run import expand_home, write_text
 
@@ -44,7 +43,7 @@ OF_A_MODEL = re.compile(
 TEMPLATES = "additional_chat_templates"  # the one folder in it that `from_pretrained` reads
 # … but for these, which runs leave beside it.
 OF_A_RUN = re.compile(
-    r"(run|.*results|.*_results_.*|manifest|trainer_state|recipe|unfinished)\.json"
+    r"(run|results|.*_results|.*_results_.*|manifest|trainer_state|recipe|unfinished)\.json"
     r"|training_args\.bin|(optimizer|scheduler|scaler)\..*|rng_state.*"
 )
 
@@ -104,25 +103,6 @@ def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
         raise UserError(f"{path}: cannot be read: {error}") from None
     identity = f"{path}@{_commit(str(path))}"
     return hashlib.sha256(identity.encode()).hexdigest()
-
-
-def data_fingerprint(spec: str) -> str:
-    """The content of the data that a spec names; a data set of the hub counts as its name.
-
-    Args:
-        spec: as for `common.data`, with or without a split.
-
-    Raises:
-        UserError: no spec, or a file cannot be read.
-    """
-    parsed = parse_spec(spec)
-    known = sources()["sources"].get(parsed.name, {})
-    if "path" in known:
-        files = [ROOT / known["path"].format(split=split) for split in known["splits"]]
-        return digest([str(parsed), [fingerprint(file) for file in files]])
-    if parsed.is_file or Path(parsed.name).is_dir():
-        return digest([parsed.split, fingerprint(parsed.name)])
-    return digest(str(parsed))
 
 
 def _of_folder(folder, without) -> str:
@@ -213,12 +193,12 @@ def read_json_lines(path: str | Path) -> list[Row]:
     return rows
 
 
-class KeptRows(Mapping[str, Row]):
+class KeptRows(UserDict[str, Row]):
     """The rows of an append-only file of JSON lines by key; of rows with one key, the last.
 
     What is appended has reached the operating system when `append` returns. So a kill loses at most
     the row that is being written: its line, cut off, is taken away when the file is opened again.
-    One process at a time can open a file.
+    One process at a time can open a file. `append` alone adds rows.
     """
 
     def __init__(self, path: str | Path, key: str = "key"):
@@ -230,9 +210,9 @@ class KeptRows(Mapping[str, Row]):
         Raises:
             UserError: another process has it open, or it holds something else than such rows.
         """
+        super().__init__()
         self.path = Path(path)
         self.key = key
-        self._rows: dict[str, Row] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
@@ -242,7 +222,7 @@ class KeptRows(Mapping[str, Row]):
                 if not isinstance(row.get(key), str):
                     hint = "it is no file of an interrupted run; remove it"
                     raise UserError(f"{self.path}: a row has no field {key}; {hint}")
-                self._rows[row[key]] = row
+                self.data[row[key]] = row
         except BaseException:
             self._file.close()
             raise
@@ -261,15 +241,6 @@ class KeptRows(Mapping[str, Row]):
         whole = self._file.read().rfind(b"\n") + 1
         self._file.truncate(whole)
 
-    def __getitem__(self, key: str) -> Row:
-        return self._rows[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def missing(
         self,
         keys: Iterable[str],
@@ -282,7 +253,7 @@ class KeptRows(Mapping[str, Row]):
         """
         found = []
         for key in dict.fromkeys(keys):
-            row = self._rows.get(key)
+            row = self.data.get(key)
             if row is None or (again is not None and again(row)):
                 found.append(key)
         return found
@@ -293,12 +264,12 @@ class KeptRows(Mapping[str, Row]):
         Raises:
             ValueError, TypeError: a row holds NaN, or something that JSON does not have.
         """
-        fresh = [row for row in rows if self._rows.get(row[self.key]) != row]
+        fresh = [row for row in rows if self.data.get(row[self.key]) != row]
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in fresh]
         self._file.write("".join(lines).encode())
         self._file.flush()
         for row in fresh:
-            self._rows[row[self.key]] = row
+            self.data[row[self.key]] = row
 
     def fill(
         self,
@@ -344,7 +315,7 @@ class KeptRows(Mapping[str, Row]):
                             lost[key] = row
                         else:
                             self.append(row)
-        return [lost.get(key) or self._rows[key] for key in keys]
+        return [lost.get(key) or self.data[key] for key in keys]
 
     def close(self) -> None:
         """Let another process open the file."""

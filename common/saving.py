@@ -82,20 +82,15 @@ def refuse_to_overwrite(
     Raises:
         UserError: one of `names` is there, and not of a guard whose saving was interrupted.
     """
-    folder = Path(folder)
-    if overwrite or is_unfinished(folder):
-        return
     for name in names:
-        if (folder / name).exists():
-            raise UserError(
-                f"{folder} holds {name} of an earlier run; pass {flag} to replace it, or another name"
-            )
+        if Path(folder, name).exists() and not (overwrite or is_unfinished(folder)):
+            hint = f"pass {flag} to replace it, or another name"
+            raise UserError(f"{folder} holds {name} of an earlier run; {hint}")
 
 
 def is_unfinished(folder: Path | str, last: str = CARD_FILE) -> bool:
     """Whether the saving of a guard was interrupted here, and no earlier guard is left."""
-    folder = Path(folder)
-    return (folder / PARTIAL).is_dir() and not (folder / last).exists()
+    return Path(folder, PARTIAL).is_dir() and not Path(folder, last).exists()
 
 
 @contextmanager
@@ -134,7 +129,7 @@ def whole_folder(folder: Path | str, last: str = CARD_FILE) -> Iterator[Path]:
     _move(partial, folder, last)
 
 
-def _move(partial: Path, folder: Path, last: str) -> None:
+def _move(partial, folder, last) -> None:
     """Put the files in their places. A kill at any moment leaves no card, or a whole guard."""
     names = [path.name for path in partial.iterdir() if path.name != last]
     (folder / last).unlink(missing_ok=True)
@@ -146,7 +141,7 @@ def _move(partial: Path, folder: Path, last: str) -> None:
     partial.rmdir()
 
 
-def _remove(path: Path) -> None:
+def _remove(path) -> None:
     """Remove a file, a folder with what it holds, or a link without what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -154,7 +149,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         _remove(path)
 
@@ -243,9 +238,7 @@ def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> Pr
     return merged
 
 
-def _dequantized(
-    model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _dequantized(model, state_dict) -> dict[str, torch.Tensor]:
     """Weights of a 4- or 8-bit base as the numbers that the training computed with."""
     weights = dict(state_dict)
     for name, module in model.named_modules():

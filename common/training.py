@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,8 +169,9 @@ class LengthGroupedTrainer(Trainer):
                 weights of the loss.
         """
         super().__init__(*args, **kwargs)
-        self.own_settings = as_json(dict(settings or {}))
+        self.own_settings = as_json(settings or {})
         self.run_settings: dict[str, Any] = {}
+        self.save_total_limit = self.args.save_total_limit
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -195,6 +195,9 @@ class LengthGroupedTrainer(Trainer):
             refuse_another_run(self.args, resume_from_checkpoint, self.run_settings)
             if is_main_process():
                 self._remove_halves()
+        # transformers would take what users put beside checkpoints, such as checkpoint-2-merged,
+        # for old ones
+        self.args.save_total_limit = None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except KeyboardInterrupt:
@@ -202,12 +205,12 @@ class LengthGroupedTrainer(Trainer):
             if not whole:
                 raise Stopped("before the first checkpoint; to start again") from None
             raise Stopped(f"after {whole[-1].name}; to go on", self.args.goes_on_with) from None
+        finally:
+            self.args.save_total_limit = self.save_total_limit
         refuse_diverged(self)
         if adapters_are_zero(self):
-            steps = self.state.global_step
-            logger.warning(
-                "The adapters are still zero after %d steps: nothing was learned.", steps
-            )
+            done = f"after {self.state.global_step} steps"
+            logger.warning("The adapters are still zero %s: nothing was learned.", done)
         return result
 
     def _remove_halves(self) -> None:
@@ -222,11 +225,9 @@ class LengthGroupedTrainer(Trainer):
         steps = values[-1]
         warmup = args.get_warmup_steps(steps)
         if warmup >= steps and args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau"):
-            logger.warning(
-                "The warm-up takes %d steps and the run has %d: the learning rate never reaches "
-                "%s; lower --warmup_steps.",
-                *(warmup, steps, args.learning_rate),
-            )
+            what = f"takes {warmup} steps and the run has {steps}"
+            hint = f"the learning rate never reaches {args.learning_rate}; lower --warmup_steps"
+            logger.warning("The warm-up %s: %s.", what, hint)
         return values
 
     def _save_checkpoint(self, model, trial):
@@ -235,35 +236,25 @@ class LengthGroupedTrainer(Trainer):
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             write_json(folder / SETTINGS, self.run_settings)
-        with self._keeping_all():
-            super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            drop_old_checkpoints(self.args, self.state.best_model_checkpoint)
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and (self.save_total_limit or 0) > 0:
+            self._drop_old_checkpoints()
 
-    def _finalize_training(self, *args, **kwargs):
-        with self._keeping_all():
-            return super()._finalize_training(*args, **kwargs)
-
-    @contextmanager
-    def _keeping_all(self):
-        """Within it transformers removes no checkpoint: it would take what users put beside them,
-        such as checkpoint-2-merged, for one.
-        """
-        limit = self.args.save_total_limit
-        self.args.save_total_limit = None
-        try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
+    def _drop_old_checkpoints(self):
+        """Keep the newest `--save_total_limit` checkpoints, the best one among them."""
+        whole = checkpoints(self.args.output_dir)
+        best = Path(self.state.best_model_checkpoint or "").name
+        old = [path for path in whole[:-1] if path.name != best]
+        surplus = max(0, len(whole) - self.save_total_limit)
+        for path in old[:surplus]:
+            remove_checkpoint(path)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """The stock log, without a mean loss of no steps, which would be 0."""
         if "train_loss" in logs and self.state.global_step == self._initial_global_step:
             del logs["train_loss"]
-            logger.info(
-                "Nothing is left to train: the run ended with step %d, whose weights are kept.",
-                self.state.global_step,
-            )
+            end = f"the run ended with step {self.state.global_step}, whose weights are kept"
+            logger.info("Nothing is left to train: %s.", end)
         super().log(logs, *args, **kwargs)
 
 
@@ -379,7 +370,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         return iter([row for i in turn for row in batches[i]])
 
 
-def _cut(order: list[int], size: int) -> list[list[int]]:
+def _cut(order, size) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
@@ -387,10 +378,10 @@ def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> fl
     """Useful tokens / processed tokens of epoch 0 when each batch of `batch_size` rows is padded to
     its longest.
     """
-    order = list(EpochLengthGroupedSampler(batch_size, list(lengths), seed))
+    order = EpochLengthGroupedSampler(batch_size, list(lengths), seed)
     processed = 0
-    for batch in _cut(order, batch_size):
-        processed += max(lengths[row] for row in batch) * len(batch)
+    for batch in _cut([lengths[row] for row in order], batch_size):
+        processed += max(batch) * len(batch)
     return sum(lengths) / processed
 
 
@@ -429,7 +420,7 @@ def is_ours(checkpoint: Path) -> bool:
     return (checkpoint / SETTINGS).is_file()
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -507,21 +498,6 @@ def start_over(args: TrainingArguments) -> None:
             remove_checkpoint(path)
 
 
-def drop_old_checkpoints(args: TrainingArguments, best: str | None) -> None:
-    """Keep the newest `--save_total_limit` checkpoints, the best one among them.
-
-    Args:
-        best: the checkpoint that will be loaded at the end.
-    """
-    whole = checkpoints(args.output_dir)
-    if not args.save_total_limit or args.save_total_limit < 1:
-        return
-    surplus = len(whole) - args.save_total_limit
-    old = [path for path in whole[:-1] if best is None or path.name != Path(best).name]
-    for path in old[: max(0, surplus)]:
-        remove_checkpoint(path)
-
-
 # --- what is resumed is compared with what was asked ----------------------------------------------
 
 # Arguments that make another run. What is not here leaves the result as it is: logging, saving,
@@ -566,7 +542,9 @@ def argument_settings(args: TrainingArguments) -> dict[str, Any]:
     given = args.to_dict()
     settings = {name: given[name] for name in COMPARED_ARGUMENTS if name in given}
     settings["rows a step (batch x accumulation x processes)"] = rows_a_step(args)
-    settings["sharding"] = "ZeRO" if args.deepspeed else "FSDP" if args.fsdp else None
+    settings["sharding"] = "FSDP" if args.fsdp else None
+    if args.deepspeed:
+        settings["sharding"] = "ZeRO"
     return as_json(settings)
 
 
@@ -578,7 +556,7 @@ def rows_a_step(args: TrainingArguments) -> int:
 def rows_settings(rows: Dataset) -> dict[str, Any]:
     """How many encoded rows there are, and a fingerprint of their content and order."""
     names = [name for name in COMPARED_COLUMNS if name in rows.column_names]
-    batches = rows.select_columns(names).iter(batch_size=1000)
+    batches = rows.select_columns(names).iter(1000)
     return {"rows": len(rows), "content of the rows": rows_digest(batches)}
 
 
@@ -596,9 +574,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=sorted))
 
 
-def refuse_another_run(
-    args: RecipeTrainingArguments, checkpoint: str, asked: Mapping[str, Any]
-) -> None:
+def refuse_another_run(args, checkpoint: str, asked: Mapping[str, Any]) -> None:
     """Raise UserError when a checkpoint is of a run with other settings than those that are asked
     for.
 

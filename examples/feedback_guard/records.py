@@ -30,9 +30,9 @@ from common.data import (
     read_rows,
     spec_rows,
 )
-from common.data.specs import load_hub
+from common.data.specs import ROOT, load_hub
 from common.data.tables import sources
-from common.keep import data_fingerprint, read_json_lines
+from common.keep import digest, fingerprint, read_json_lines
 from common.run import json_lines, write_json, write_text
 
 logger = logging.getLogger("feedback_guard")
@@ -212,6 +212,22 @@ def _made(config: Config) -> dict[str, Any]:
         "guard_data": guard_data,
         "content": [data_fingerprint(spec) for spec in specs if spec],
     }
+
+
+def data_fingerprint(spec: str) -> str:
+    """The content of the data that a spec names; a data set of the hub counts as its name.
+
+    Raises:
+        UserError: no spec, or a file cannot be read.
+    """
+    parsed = parse_spec(spec)
+    known = sources()["sources"].get(parsed.name, {})
+    if "path" in known:
+        files = [ROOT / known["path"].format(split=split) for split in known["splits"]]
+        return digest([str(parsed), [fingerprint(file) for file in files]])
+    if parsed.is_file or Path(parsed.name).is_dir():
+        return digest([parsed.split, fingerprint(parsed.name)])
+    return digest(str(parsed))
 
 
 def seen_keys(config: Config) -> set[str]:
