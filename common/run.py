@@ -47,7 +47,7 @@ def is_main_process() -> bool:
 # --- a script's main ------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Stopped(KeyboardInterrupt):
     """Ctrl-C in a long job: how far it came and what the next command does, such as "after
     checkpoint-40; to go on"; and what that command has more than this one: a flag and its value.
