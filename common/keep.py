@@ -130,7 +130,7 @@ def _of_file(path) -> str:
     may bring its old mtime along, never its ctime.
     """
     facts = _facts(path)
-    note = cache_folder() / "fingerprints" / digest(facts)
+    note = cache_folder() / "fingerprints" / hashlib.sha256(facts.encode()).hexdigest()
     with suppress(OSError, ValueError):
         noted = note.read_text(encoding="utf-8")
         if re.fullmatch("[0-9a-f]{64}", noted):
@@ -145,9 +145,9 @@ def _of_file(path) -> str:
     return found
 
 
-def _facts(path) -> list:
+def _facts(path) -> str:
     stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
 def _hashed(path) -> str:

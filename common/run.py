@@ -244,6 +244,9 @@ def check_output_folder(path: str | Path) -> None:
     try:
         while not there.exists() and not there.is_symlink():
             there = there.parent
+        if not there.is_dir():
+            hint = "choose another output folder"
+            raise UserError(f"{path}: cannot be written ({there} is no folder); {hint}")
         os.rmdir(tempfile.mkdtemp(prefix=".", dir=there))
     except OSError as error:
         reason = f"{there}: {error.strerror}"
