@@ -49,7 +49,6 @@ OF_CLASSIFIERS = ("template", "labels", "max_length", "unsafe_labels", "problem_
 # Options that make another guard of a folder than its card describes, so that the card's probe says
 # nothing of it.
 OTHER_GUARD = (
-    "chat_template",
     "labels",
     "mode",
     "problem_type",
@@ -228,10 +227,11 @@ def _check(guard: Guard, spec: str, options: Mapping[str, Any]) -> None:
     if adapter is not None:
         trust = options.get("trust_remote_code", False)
         find_base(adapter, card, options.get("model", spec), trust)
-    as_saved = card.model_dump(include={"template", "labels"})
-    as_saved |= {"mode": "strict", "chat_template": _chat_template(folder)}
+    as_saved = {"mode": "strict", **card.model_dump(include={"template", "labels"})}
     asked = [name for name in OTHER_GUARD if name in options]
     changed = [name for name in asked if options[name] != as_saved.get(name)]
+    if "chat_template" in options and guard.tokenizer.chat_template != _chat_template(folder):
+        changed.append("chat_template")
     if changed:
         logger.info("%s: its probe is not judged, because of %s", folder, ", ".join(changed))
     elif options.get("engine") == "server":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from common.conversation import (
 )
 from common.templates import Part
 
+Read = TypeVar("Read")
 LONG_INPUTS = ("windows", "error", "truncate")
 
 # What a guard sees of a conversation.
@@ -104,14 +105,10 @@ class Guard:
         """
         if isinstance(conversations, str | Mapping):
             raise UserError(f"judge() takes a list of conversations, not {conversations!r:.60}")
-        verdicts: list[Verdict] = []
-        valid: dict[int, list[Message]] = {}  # by their place
-        for place, conversation in enumerate(conversations):
-            verdicts.append(Verdict())
-            try:
-                valid[place] = check_messages(conversation, "conversation", allow_empty=True)
-            except UserError as error:
-                verdicts[place].error = str(error)
+        verdicts, valid = each(
+            conversations,
+            lambda one: check_messages(one, "conversation", allow_empty=True),
+        )
         self.wanted = wanted
         said = self.judge_valid(list(valid.values()))
         for place, verdict in zip(valid, said, strict=True):
@@ -136,6 +133,22 @@ class Guard:
         if getattr(verdict, label) is None and label in self.judges:
             return 1.0
         return verdict.score(label)
+
+
+def each(
+    conversations: Sequence[Any], read: Callable[[Any], Read]
+) -> tuple[list[Verdict], dict[int, Read]]:
+    """What `read` makes of each conversation, by its place, and a verdict for each: an error where
+    `read` raises UserError, and empty where it does not.
+    """
+    verdicts, found = [], {}
+    for place, conversation in enumerate(conversations):
+        verdicts.append(Verdict())
+        try:
+            found[place] = read(conversation)
+        except UserError as error:
+            verdicts[place].error = str(error)
+    return verdicts, found
 
 
 def seen_of(prompt_of: Callable[[Messages], Sequence[Part]]) -> str:

@@ -41,6 +41,7 @@ from guards.base import (
     Guard,
     check_option,
     check_tokenizer,
+    each,
     loading_error,
     number_format,
     seen_of,
@@ -218,17 +219,13 @@ class ClassifierGuard(Guard):
         """Judge conversations. What has no answer to judge, or is too long under "error", gets an
         error verdict.
         """
-        verdicts = [Verdict() for _ in conversations]
-        rendered: dict[int, list[Part]] = {}  # by the place of the conversation
-        for place, messages in enumerate(conversations):
-            try:
-                rendered[place] = self._render(messages)
-            except UserError as error:
-                verdicts[place].error = str(error)
+        verdicts, rendered = each(conversations, self._render)
         encoded = encode(self.tokenizer, list(rendered.values()))
         pieces: list[list[int]] = []
         owners: list[int] = []
+        long = 0
         for place, ids in zip(rendered, encoded, strict=True):
+            long += len(ids) > self.max_length
             try:
                 fitted = self._fit(ids, conversations[place])
             except UserError as error:
@@ -236,18 +233,9 @@ class ClassifierGuard(Guard):
                 continue
             pieces += fitted
             owners += [place] * len(fitted)
-        long = sum(len(ids) > self.max_length for ids in encoded)
         if long:
-            counts = (
-                long,
-                len(conversations),
-                self.max_length,
-                self.long_inputs,
-            )
-            logger.info(
-                "%d of %d conversations are longer than %d tokens: %s",
-                *counts,
-            )
+            counts = long, len(conversations), self.max_length, self.long_inputs
+            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
         rows: dict[int, list[list[float]]] = {}
         for place, row in zip(owners, self._probabilities(pieces), strict=True):
             rows.setdefault(place, []).append(row)

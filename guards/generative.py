@@ -47,6 +47,7 @@ from guards.base import (
     Guard,
     check_option,
     check_tokenizer,
+    each,
     loading_error,
     number_format,
     seen_of,
@@ -113,7 +114,6 @@ class Question:
 class Case:
     """One text to be judged: a conversation, or a window of it, under one of the guard's policies."""
 
-    owner: int  # the place of its conversation
     kind: str  # of the last turn: prompt or response
     variant: str
     parts: list[Part]
@@ -188,9 +188,11 @@ class GenerativeGuard(Guard):
             asked |= {question.label_of(kind) for kind in LAST if question.is_for(kind)}
         self.judges = tuple(label for label in LABELS if label in asked)
         self._words: dict[tuple[str, str, str], dict[str, list[int]]] = {}
-        self._long: set[int] = set()  # the places of conversations that are too long
         self.tokenizer = _load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
         self.tokenizer.chat_template = chat_template or self.tokenizer.chat_template
+        self._adds_bos = entry.get("add_special_tokens", True)
+        if "messages" in entry:
+            self._bring_bos()
         self._check_tokens()
         self.sees = seen_of(self.parts)
         options["adapter"] = adapter or entry.get("adapter")
@@ -212,40 +214,24 @@ class GenerativeGuard(Guard):
         if self.pending_check is not None:
             check, self.pending_check = self.pending_check, None
             check()
-        verdicts = [Verdict() for _ in conversations]
-        groups: dict[tuple[str, str], list[Case]] = {}  # what shares most of its prompt
-        self._long.clear()
-        for owner, messages in enumerate(conversations):
-            try:
-                for case in self._cases(owner, messages):
-                    groups.setdefault((case.kind, case.variant), []).append(case)
-            except UserError as error:
-                verdicts[owner].error = str(error)
+        self._long = 0
+        verdicts, cases_of = each(conversations, self._cases)
         if self._long:
-            counts = (
-                len(self._long),
-                len(conversations),
-                self.max_length,
-                self.long_inputs,
-            )
-            logger.info(
-                "%d of %d conversations are longer than %d tokens: %s",
-                *counts,
-            )
+            counts = self._long, len(conversations), self.max_length, self.long_inputs
+            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
+        groups: dict[tuple[str, str], list[Case]] = {}  # what shares most of its prompt
+        for cases in cases_of.values():
+            for case in cases:
+                groups.setdefault((case.kind, case.variant), []).append(case)
         for question in self.questions:
             for (kind, _), group in groups.items():
                 asked = [case for case in group if case.error is None]
                 if asked and self._is_asked(question, kind):
                     self._ask(question, asked)
-        cases = [case for group in groups.values() for case in group]
+        for place, cases in cases_of.items():
+            verdicts[place] = _verdict(cases)
         if self.with_categories and "categories" in self.entry:
-            self._name_categories(cases, verdicts)
-        for case in cases:
-            verdict = verdicts[case.owner]
-            if verdict.error is None and case.error is None:
-                _merge(case, verdict)
-            else:
-                verdicts[case.owner] = Verdict(error=verdict.error or case.error)
+            self._name_categories(cases_of, verdicts)
         return verdicts
 
     def _is_asked(self, question: Question, kind: str) -> bool:
@@ -317,29 +303,30 @@ class GenerativeGuard(Guard):
         decoding = Decoding(max_new_tokens=new_tokens)
         return self.model.completions(prompts, decoding, skip_special_tokens=False)
 
-    def _name_categories(self, cases: list[Case], verdicts: Sequence[Verdict]) -> None:
+    def _name_categories(
+        self, cases_of: Mapping[int, list[Case]], verdicts: Sequence[Verdict]
+    ) -> None:
         """What the guard writes after an unsafe verdict. A named category gets the verdict's
         probability.
         """
         known = self.entry["categories"]
         unsafe = []
-        for case in cases:
-            answer = case.found.get(LAST[case.kind])
-            if case.error is None and answer is not None and answer.unsafe:
-                unsafe.append((case, answer.probability))
-        prompts = self.encode([case.prompt for case, _ in unsafe])
+        for place, cases in cases_of.items():
+            for case in cases:
+                answer = case.found.get(LAST[case.kind])
+                if verdicts[place].error is None and answer is not None and answer.unsafe:
+                    unsafe.append((case, answer.probability, verdicts[place].categories))
+        prompts = self.encode([case.prompt for case, _, _ in unsafe])
         completions = self.written(prompts, CATEGORY_TOKENS)
-        for (case, probability), completion in zip(unsafe, completions, strict=True):
+        for (_, probability, categories), completion in zip(unsafe, completions, strict=True):
             for code in re.findall(known["pattern"], completion.text):
-                name = known.get("names", {}).get(code, code)
-                verdicts[case.owner].categories[name] = probability
+                categories[known.get("names", {}).get(code, code)] = probability
         errors = [one.error for one in completions if one.error is not None]
         if errors:
+            counts = len(errors), len(completions), errors[0]
             logger.warning(
                 "%d of %d unsafe texts: the categories are not known, the verdicts stand (%s)",
-                len(errors),
-                len(completions),
-                errors[0],
+                *counts,
             )
 
     # --- the prompt -------------------------------------------------------------------------------
@@ -377,26 +364,28 @@ class GenerativeGuard(Guard):
                 tokens[meaning] += ids
         return tokens
 
-    def _cases(self, owner: int, messages: Messages) -> list[Case]:
+    def _cases(self, messages: Messages) -> list[Case]:
         """The texts to be judged of one conversation."""
         kind = _kind(messages)
         if LAST[kind] not in self.judges:
             judged = ", ".join(self.judges)
-            raise UserError(
-                f"{self.name} judges {judged}, not a conversation that ends with a {kind}"
-            )
+            what = f"not a conversation that ends with a {kind}"
+            raise UserError(f"{self.name} judges {judged}, {what}")
         cases = []
+        is_long = False
         for variant in self.variants:
-            for piece in self._pieces(owner, messages, variant):
-                cases.append(Case(owner, kind, variant, self.parts(piece, variant)))
+            pieces: list[Messages] = [messages]
+            length = self._length(messages, variant)
+            if length > self.max_length:
+                is_long = True
+                pieces = self._shortened(messages, variant, length)
+            for piece in pieces:
+                cases.append(Case(kind, variant, self.parts(piece, variant)))
+        self._long += is_long
         return cases
 
-    def _pieces(self, owner: int, messages: Messages, variant: str) -> list[Messages]:
-        """A conversation as it is, or what is judged of one that is too long."""
-        length = self._length(messages, variant)
-        if length <= self.max_length:
-            return [messages]
-        self._long.add(owner)
+    def _shortened(self, messages: Messages, variant: str, length: int) -> list[Messages]:
+        """What is judged of a conversation that is too long."""
         if self.long_inputs == "error":
             raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
         length_of = partial(self._length, variant=variant)
@@ -465,15 +454,26 @@ class GenerativeGuard(Guard):
         """Token ids of prompts."""
         return encode(self.tokenizer, prompts, add_special_tokens=self._adds_bos)
 
-    @cached_property
-    def _adds_bos(self) -> bool:
-        """Whether the tokenizer puts its BOS before a prompt: once, and not before one that brings
-        it. Llama Guard's chat template brings none, those of its successors do.
+    def _bring_bos(self) -> None:
+        """Have the chat template write the BOS that the tokenizer would put before its prompt.
+
+        Llama Guard's brings none, those of its successors do. So a prompt has one in any case, and
+        a tokenizer that is saved renders what was judged.
         """
         kind = "prompt" if LAST["prompt"] in self.judges else "response"
-        begins = self.parts(EXAMPLES[kind])[0].text
-        brings = begins.startswith(self.tokenizer.bos_token or begins)
-        return self.entry.get("add_special_tokens", True) and not brings
+        template, bos = self.tokenizer.chat_template, self.tokenizer.bos_token
+        prompt = self.parts(EXAMPLES[kind])
+        self._adds_bos = bos is not None and not prompt[0].text.startswith(bos)
+        (ids,) = self.encode([prompt])
+        if not self._adds_bos or ids[0] != self.tokenizer.bos_token_id:
+            return
+        self._adds_bos = False
+        for blank in ("", " "):  # SentencePiece begins a text with one
+            self.tokenizer.chat_template = f"{{{{ bos_token + {blank!r} }}}}{template}"
+            if self.encode([self.parts(EXAMPLES[kind])]) == [ids]:
+                return
+        self._adds_bos = True
+        self.tokenizer.chat_template = template
 
     # --- the words --------------------------------------------------------------------------------
 
@@ -512,7 +512,7 @@ class GenerativeGuard(Guard):
 
     def _first_tokens(self, word: str, kind: str, said: str) -> set[int]:
         """What a word begins with after `said`."""
-        case = Case(0, kind, "", self.parts(EXAMPLES[kind]), said)
+        case = Case(kind, "", self.parts(EXAMPLES[kind]), said)
         (before,) = self.encode([case.prompt])
         found = set()
         for form in (word, f" {word.strip()}"):
@@ -540,19 +540,27 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _merge(case: Case, verdict: Verdict) -> None:
-    """Merge a case into its conversation's verdict: the highest probability counts."""
-    for label, answer in case.found.items():
-        if answer.probability is None:
-            verdict.native.setdefault(label, answer.word)
-            continue
-        if case.variant:
-            before = verdict.categories.get(case.variant, 0.0)
-            verdict.categories[case.variant] = max(answer.probability, before)
-        if answer.probability >= (getattr(verdict, label) or 0.0):
-            setattr(verdict, label, answer.probability)
-            verdict.native[label] = answer.word
-        verdict.decided[label] = answer.unsafe or verdict.decided.get(label, False)
+def _verdict(cases: list[Case]) -> Verdict:
+    """What the cases of one conversation say: the highest probability counts. Where one has failed,
+    the conversation has no verdict.
+    """
+    verdict = Verdict()
+    for case in cases:
+        if case.error is not None:
+            return Verdict(error=case.error)
+        for label, answer in case.found.items():
+            if answer.probability is None:
+                verdict.native.setdefault(label, answer.word)
+                continue
+            if case.variant:
+                before = verdict.categories.get(case.variant, 0.0)
+                verdict.categories[case.variant] = max(answer.probability, before)
+            if answer.probability >= (getattr(verdict, label) or 0.0):
+                setattr(verdict, label, answer.probability)
+                verdict.native[label] = answer.word
+            decided = verdict.decided.get(label, False)
+            verdict.decided[label] = answer.unsafe or decided
+    return verdict
 
 
 def _kind(messages: Messages) -> str:

@@ -102,7 +102,7 @@ NO_BOS = ("qwen2", "qwen3", "granite", "gpt-oss")  # families whose prompts have
 
 
 def reference(guard: GenerativeGuard, messages) -> str:
-    """A prompt as the stock chat template writes it, or as the raw template does."""
+    """A prompt as its authors' chat template writes it, or as the raw template does."""
     if guard.entry.get("messages") != ["conversation"]:
         return "".join(part.text for part in guard.parts(messages))
     kind = "response" if messages[-1]["role"] == "assistant" else "prompt"
@@ -110,8 +110,13 @@ def reference(guard: GenerativeGuard, messages) -> str:
     options = guard.entry.get("template_kwargs", {}) | variant.get(kind, {})
     if guard.entry.get("content") == "parts":
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    options = {"add_generation_prompt": True} | options
-    return guard.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    options = {"tokenize": False, "add_generation_prompt": True} | options
+    stock = AutoTokenizer.from_pretrained(guard.model.model.name_or_path)
+    text = stock.apply_chat_template(messages, **options)
+    ours = guard.tokenizer.apply_chat_template(messages, **options)  # as it is saved with an arm
+    ids = guard.tokenizer(ours, add_special_tokens=False)["input_ids"]
+    assert ids == reference_ids(guard, text)
+    return text
 
 
 def reference_ids(guard: GenerativeGuard, text: str) -> list[int]:
@@ -519,7 +524,7 @@ def test_windows_find_harm_anywhere(tmp_path):
     assert [v.decided["prompt_unsafe"] for v in short] == [False, True]
     places = range(0, 200, 40)
     long = [pair(text_of(200, 9)), *(pair(text_of(200, 9, harm=place)) for place in places)]
-    assert len(guard._cases(0, long[0])) > 5
+    assert len(guard._cases(long[0])) > 5
     assert [v.decided["prompt_unsafe"] for v in guard.judge(long)] == [False, *[True] * len(places)]
     cut = GenerativeGuard(str(tmp_path), entry, progress=False, long_inputs="truncate").judge(long)
     assert [v.decided["prompt_unsafe"] for v in cut[1:]] == [True] + [False] * (len(places) - 1)
