@@ -63,15 +63,22 @@ def binary(truth: Truths, score: Scores, threshold: float = 0.5) -> Results:
 
 
 def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    if not whole:
+        return None
+    return part / whole
 
 
 def _f1(hits: int, flagged: int, positives: int) -> float | None:
-    return 2 * hits / (flagged + positives) if positives else None
+    if not positives:
+        return None
+    return 2 * hits / (flagged + positives)
 
 
 def multilabel(
-    truth: np.ndarray, score: np.ndarray, names: Sequence[str], threshold: float = 0.5
+    truth: np.ndarray,
+    score: np.ndarray,
+    names: Sequence[str],
+    threshold: float = 0.5,
 ) -> dict[str, Results]:
     """`flagged` (any category, as BeaverTails defines it: the highest score decides) and each
     category.
@@ -84,12 +91,14 @@ def multilabel(
     """
     truth = np.asarray(truth)
     score = np.asarray(score, dtype=float)
-    if truth.shape != score.shape or truth.ndim != 2 or truth.shape[1] != len(names):
+    shape = (len(truth), len(names))
+    if truth.shape != shape or score.shape != shape:
         shapes = f"{truth.shape} and {score.shape}"
         raise ValueError(f"expected two arrays of shape (n, {len(names)}), found {shapes}")
-    results = {"flagged": binary(truth.any(1), score.max(1), threshold)}
-    for name, one_truth, one_score in zip(names, truth.T, score.T, strict=True):
-        results[name] = binary(one_truth, one_score, threshold)
+    results = {}
+    results["flagged"] = binary(truth.any(1), score.max(1), threshold)
+    for column, name in enumerate(names):
+        results[name] = binary(truth[:, column], score[:, column], threshold)
     return results
 
 
@@ -111,12 +120,14 @@ def expected_calibration_error(truth: Truths, score: Scores, bins: int = 10) -> 
         return None
     y = np.asarray(truth, dtype=float)
     p = np.asarray(score, dtype=float)
-    bin_of = np.minimum((p * bins).astype(int), bins - 1)
+    bin_of = (p * bins).astype(int)
+    bin_of = np.minimum(bin_of, bins - 1)
     error = 0.0
     for number in np.unique(bin_of):
         rows = bin_of == number
-        gap = abs(p[rows].mean() - y[rows].mean())
-        error += gap * rows.mean()
+        confidence = p[rows].mean()
+        frequency = y[rows].mean()
+        error += abs(confidence - frequency) * rows.mean()
     return float(error)
 
 
@@ -148,9 +159,11 @@ def fit_threshold(truth: Truths, score: Scores, split: str) -> dict:
     middle = (low + high) / 2
     middle = np.where(middle < high, middle, low)  # neighbours have no middle
     candidates = np.append(middle, 1.0)
-    flagged = len(p) - np.searchsorted(np.sort(p), candidates, side="right")
+    passed = np.searchsorted(np.sort(p), candidates, side="right")
     missed = np.searchsorted(np.sort(p[y]), candidates, side="right")
-    f1 = 2 * (positives - missed) / (flagged + positives)
+    hits = positives - missed
+    flagged = len(p) - passed
+    f1 = 2 * hits / (flagged + positives)
     best = candidates[np.argmax(f1)]
     return {"value": float(best), "how": f"max F1, n={len(y)}", "on": split}
 
@@ -201,7 +214,8 @@ def bootstrap(
         size = sizes[drawn]
         end = np.cumsum(size)
         shift = starts[drawn] - (end - size)
-        rows = order[np.arange(end[-1]) + np.repeat(shift, size)]
+        places = np.arange(end[-1]) + np.repeat(shift, size)
+        rows = order[places]
         value = statistic(rows)
         if value is not None:
             values.append(value)
@@ -231,22 +245,32 @@ def agreement(a: Truths, b: Truths, rounds: int = 1000) -> Results:
 
 def _share(a: np.ndarray, b: np.ndarray) -> float | None:
     """The share of equal verdicts."""
-    return float((a == b).mean()) if len(a) else None
+    if not len(a):
+        return None
+    same = a == b
+    return float(same.mean())
 
 
 def _kappa(a: np.ndarray, b: np.ndarray) -> float | None:
     """Cohen's kappa by hand: 1,000 rounds of scikit-learn's take seconds."""
-    if not (a | b).any() or (a & b).all():
+    never = not (a | b).any()
+    always = (a & b).all()
+    if never or always:
         return None
-    yes = a.mean() * b.mean()
-    no = (1 - a.mean()) * (1 - b.mean())
-    chance = yes + no
-    return float((_share(a, b) - chance) / (1 - chance))
+    share_a = a.mean()
+    share_b = b.mean()
+    both = share_a * share_b
+    neither = (1 - share_a) * (1 - share_b)
+    chance = both + neither
+    beyond = _share(a, b) - chance
+    return float(beyond / (1 - chance))
 
 
 def auprc(truth: Truths, score: Scores) -> float | None:
     """Area under the precision-recall curve (average precision), None without a positive."""
-    return float(average_precision_score(truth, score)) if np.any(truth) else None
+    if not np.any(truth):
+        return None
+    return float(average_precision_score(truth, score))
 
 
 def _checked(truth: Truths, score: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -257,6 +281,7 @@ def _checked(truth: Truths, score: Scores) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"truth and score must be two lists of one length, found shapes {shapes}")
     if not np.isin(y, (0, 1)).all():  # an unknown label (None) must not count as safe
         raise ValueError("truths must be true or false (1 or 0)")
-    if not ((p >= 0) & (p <= 1)).all():
+    in_range = (p >= 0) & (p <= 1)
+    if not in_range.all():
         raise ValueError("scores must be probabilities in [0, 1]")
     return y.astype(bool), p

@@ -19,7 +19,8 @@ def prompt_key(row: Mapping) -> str:
     sides of a split.
     """
     prompt, _ = last_turns(row["messages"])
-    return " ".join((prompt or "").lower().split())
+    words = (prompt or "").lower().split()
+    return " ".join(words)
 
 
 def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
@@ -52,7 +53,9 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
 
 def _opinion(row: Mapping) -> list[Any]:
     """The labels and categories of a row, to be compared with those of its repeats."""
-    return [*(row[label] for label in LABELS), row["categories"] and sorted(row["categories"])]
+    categories = row["categories"]
+    labels = [row[label] for label in LABELS]
+    return [*labels, categories and sorted(categories)]
 
 
 def _voted_categories(group: Sequence[Mapping], unsafe: bool | None) -> list[str] | None:
@@ -64,7 +67,8 @@ def _voted_categories(group: Sequence[Mapping], unsafe: bool | None) -> list[str
     if not known:
         return None
     votes = Counter(chain.from_iterable(known))
-    bar = min(len(group) / 2, max(votes.values(), default=1) - 0.5)
+    most = max(votes.values(), default=1)
+    bar = min(len(group) / 2, most - 0.5)
     return sorted(name for name, count in votes.items() if count > bar)
 
 
@@ -78,10 +82,12 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
     count = len(set(groups))
     if count < 2:
         raise UserError("--eval_split_ratio: fewer than two different prompts, nothing to split")
-    size = min(max(1, round(ratio * count)), count - 1)  # neither side may be empty
+    size = round(ratio * count)
+    size = min(max(1, size), count - 1)  # neither side may be empty
     splitter = GroupShuffleSplit(1, test_size=size, random_state=seed)
     train, held_out = next(splitter.split(groups, groups=groups))
-    return rows.select(sorted(train)), rows.select(sorted(held_out))
+    train, held_out = sorted(train), sorted(held_out)
+    return rows.select(train), rows.select(held_out)
 
 
 def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:

@@ -76,7 +76,9 @@ def our_names(row: Mapping, where: str) -> dict[str, Any]:
 @cache
 def _known_columns() -> set[str]:
     known = OWN_COLUMNS.union(LABEL_COLUMNS, LABEL_COLUMNS.values())
-    return known.union(*map(columns_of, sources()["columns"].values()))
+    for data_set in sources()["columns"].values():
+        known |= columns_of(data_set)
+    return known
 
 
 # --- the conversation and its labels ----------------------------------------------------------
@@ -115,9 +117,9 @@ def conversation_row(
     if not answered and labels["response_unsafe"] is not None:
         raise UserError(f"{where}, field response: missing, although the row has a response label")
     _check_together(labels["response_unsafe" if answered else "prompt_unsafe"], named, where)
-    id = row.get("id")
-    # A place without its folder: a data fingerprint is the same anywhere.
-    id = Path(where).name if id is None else check_text(str(id), "id", where)
+    id = Path(where).name  # without its folder: a data fingerprint is the same anywhere
+    if row.get("id") is not None:
+        id = check_text(str(row["id"]), "id", where)
     found = {"id": id, "messages": messages, **labels, "categories": named}
     for name in require:
         if found[name] is None:
@@ -145,7 +147,9 @@ def _messages(row: Mapping, where: str) -> list[Message]:
 
 def _is_blank(value: Any) -> bool:
     """Whether a cell is empty: null, NaN or white space."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value
 
 
 def _labels(row: Mapping, answered: bool, where: str) -> dict[str, bool | None]:

@@ -53,12 +53,17 @@ def render(
     Raises:
         UserError: the template is unknown, or it needs a turn that the conversation lacks.
     """
-    turns = judged_turns(messages)
-    contents = [*last_turns(messages), *(turn["content"] for turn in turns)]
-    marks = [None if text is None else _mark(i) for i, text in enumerate(contents)]
-    marked = [turn | {"content": mark} for turn, mark in zip(turns, marks[2:], strict=True)]
-    given: dict[str, Any] = {"prompt": marks[0], "response": marks[1], "messages": marked}
-    given = {name: value for name, value in given.items() if value}
+    contents = list(last_turns(messages))
+    given: dict[str, Any] = {}
+    for index, name in enumerate(("prompt", "response")):
+        if contents[index] is not None:
+            given[name] = _mark(index)
+    turns = []
+    for turn in judged_turns(messages):
+        turns.append(turn | {"content": _mark(len(contents))})
+        contents.append(turn["content"])
+    if turns:
+        given["messages"] = turns
     for name in ("bos_token", "eos_token"):
         given[name] = getattr(tokenizer, name, None) or ""
     try:
@@ -96,8 +101,9 @@ def render_chat(
         return tokenizer.apply_chat_template(wrap(turns), chat_template=chat_template, **options)
 
     contents = [message["content"] for message in messages]
+    marked = [message | {"content": _mark(i)} for i, message in enumerate(messages)]
     try:
-        text = rendered([message | {"content": _mark(i)} for i, message in enumerate(messages)])
+        text = rendered(marked)
         plain = rendered(messages)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template refuses the conversation: {error}") from None
@@ -148,7 +154,10 @@ def template_text(name: str) -> str:
     """The text of a template file, without the line break at its end. Raises UserError when there
     is none.
     """
-    found = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.jinja"))}
+    found = {}
+    for folder in FOLDERS:
+        for path in sorted(folder.glob("*.jinja")):
+            found[path.stem] = path
     if name not in found:
         raise UserError(f"template {name!r}: unknown; the templates are {', '.join(sorted(found))}")
     return found[name].read_text(encoding="utf-8").removesuffix("\n")
@@ -273,7 +282,11 @@ def _broken(parts: Sequence[Part], spans: list[Span], attempt: int) -> list[Part
             spread = attempt == 1 and end - start > 1
             characters[index] = f" {characters[index]} " if spread else "\ufffd"
     rest = iter(characters)
-    return [Part("".join(islice(rest, len(part.text))), part.is_content) for part in parts]
+    changed = []
+    for part in parts:
+        text = "".join(islice(rest, len(part.text)))
+        changed.append(Part(text, part.is_content))
+    return changed
 
 
 def windows(
