@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from side_by_side import (
     ROOT,
     SEED,
@@ -32,12 +32,14 @@ from side_by_side import (
     write_results,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import ModelConfig
 
 from common import report
 from common.bundled import resolve_model
 from common.data import read_rows
 from common.engines import Decoding, load_engine
 from common.run import device, inference_dtype, run_cli
+from common.training import with_adapters
 
 TARGET = 5.9  # times the original's loop: what stock `generate` reached in batches, with 4 beams
 SAMPLE = ROOT / "data/sample/cross_task_defense"
@@ -86,7 +88,8 @@ def prompt_ids(tokenizer, count: int) -> list[list[int]]:
 def save_adapter(name: str, folder: str) -> None:
     """An adapter as training leaves it: LoRA on q and v that changes what is said."""
     model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16))
+    asked = ModelConfig(use_peft=True, lora_r=8, lora_alpha=16, lora_dropout=0.0)
+    model = with_adapters(model, asked, "LoRA")
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -623,15 +623,21 @@ def with_adapters(
     Raises:
         UserError: there is no such module, or PEFT knows none for this architecture.
     """
-    config = get_peft_config(asked)
-    modules = config.target_modules
-    if isinstance(modules, str) and modules != "all-linear" and "*" not in modules:
-        config.target_modules = {modules}  # as a text it would be a pattern for whole names
+    config = lora_config(asked)
     config.layers_to_transform = None if layers is None else list(layers)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"{where}: {str(error).strip().splitlines()[0]:.200}") from None
+
+
+def lora_config(asked: ModelConfig) -> LoraConfig:
+    """TRL's words as PEFT's; one name of a module is the end of a name, as several are."""
+    config = get_peft_config(asked)
+    modules = config.target_modules
+    if isinstance(modules, str) and modules != "all-linear" and "*" not in modules:
+        config.target_modules = {modules}  # as a text it would be a pattern for whole names
+    return config
 
 
 # --- a run that learned nothing, or diverged ------------------------------------------------------

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from adapter import HEAD, WEIGHTS, guard_card, with_bias
 from inputs import CATEGORIES
-from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
+from trl import ModelConfig
 
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data import read_json
 from common.run import expand_home, run_cli
 from common.saving import refuse_to_overwrite, whole_folder
+from common.training import lora_config
 from guards import add_probe
 
 # The reference wraps the inner transformer, `model` in Llama; a classifier holds it by that name.
@@ -73,14 +74,17 @@ def convert_reference(
         lora[name] = tensor.float().contiguous()
     ranks = {len(tensor) for name, tensor in lora.items() if ".lora_A." in name}
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in lora}
-    peft = LoraConfig(
-        task_type="SEQ_CLS",
-        r=max(ranks),
+    asked = ModelConfig(
+        use_peft=True,
+        lora_task_type="SEQ_CLS",
+        lora_r=max(ranks),
         lora_alpha=config.get("lora_alpha", 2 * max(ranks)),
-        target_modules=sorted(modules),
-        modules_to_save=["classifier", "score"],
-        inference_mode=True,
+        lora_dropout=0.0,
+        lora_target_modules=sorted(modules),
+        lora_modules_to_save=["classifier", "score"],
     )
+    peft = lora_config(asked)
+    peft.inference_mode = True
     peft.base_model_name_or_path = resolve_model(base)
     code = {"trust_remote_code": trust_remote_code}
     try:
