@@ -29,12 +29,14 @@ repeats and leaks.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 from datasets import Dataset
 
 from common.conversation import FEATURES, UserError
-from common.data.files import FILE_TYPES, read_json, read_rows, read_yaml
+from common.data.files import FILE_TYPES, Rows, read_json, read_rows, read_yaml
 from common.data.repeats import deduplicate, grouped_split, overlap, prompt_key
 from common.data.rows import (
     EXAMPLE_ROW,
@@ -96,19 +98,9 @@ def load_conversations(
     if max_rows is not None and max_rows < 1:
         raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
     name, rows = spec_rows(spec)
-    out = []
-    skipped = []
-    for where, row in rows:
-        if isinstance(row, Mapping):
-            row = plain_columns(row, where)
-        try:
-            out.append(conversation_row(row, where, categories, require) | {"source": name})
-        except UserError as error:
-            if bad_rows != "skip":
-                raise
-            skipped.append(error)
-        if len(out) == max_rows:
-            break
+    skipped: list[UserError] | None = [] if bad_rows == "skip" else None
+    checked = _checked_rows(rows, categories, require, skipped)
+    out = [row | {"source": name} for row in islice(checked, max_rows)]
     if skipped:
         counts = len(skipped), len(skipped) + len(out)
         logger.warning("%s: left out %d bad rows of %d; the first: %s", spec, *counts, skipped[0])
@@ -117,6 +109,27 @@ def load_conversations(
     for label in require:
         if not any(row[label] for row in out):
             raise UserError(
-                f"{spec}, field {label}: no positive row among {len(out)}; nothing to learn or measure"
+                f"{spec}, field {label}: no positive row among {len(out)}; "
+                "nothing to learn or measure"
             )
     return Dataset.from_list(out, features=FEATURES)
+
+
+def _checked_rows(
+    rows: Rows,
+    categories: Sequence[str] | None,
+    require: Sequence[str],
+    skipped: list[UserError] | None,
+) -> Iterator[dict[str, Any]]:
+    """The good rows; what is wrong with the others goes to `skipped`, if there is such a list."""
+    for where, row in rows:
+        if isinstance(row, Mapping):
+            row = plain_columns(row, where)
+        try:
+            checked = conversation_row(row, where, categories, require)
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(error)
+        else:
+            yield checked
