@@ -292,7 +292,7 @@ def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:
     numbers.
     """
     facts, rows = benchmark.facts, benchmark.rows
-    positives = sum(row["label"] for row in rows)
+    positives = facts["found"]["positives"]
     confirmed = facts["file"] is None or facts["expected"] is not None
     return {
         **facts,

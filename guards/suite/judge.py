@@ -151,20 +151,19 @@ def _name_and_model(spec: str) -> tuple[str | None, str]:
         return None, spec
     name, equals, folder = spec.partition("=")
     name = ALIASES.get(name, name)
+    near = [] if zoo_name(name) else near_names(name)
+    hint = f"; near it: {', '.join(near)}" if near else ""
     if not equals:
-        near = ", ".join(near_names(name))
-        if "/" not in name and zoo_name(name) is None and near:
-            raise UserError(f"--guards {spec}: no guard {name!r}; near it: {near}")
+        if near and "/" not in name:
+            raise UserError(f"--guards {spec}: no guard {name!r}{hint}")
         return None, name
     folder = expand_home(folder)
     if not Path(folder).is_dir():
         raise UserError(f"--guards {spec}: {folder} is no folder")
     if not has_card(folder) and name not in zoo():
-        near = ", ".join(near_names(name))
-        hint = f"; near it: {near}" if near else ""
         raise UserError(
-            f"--guards {spec}: {folder} has no guard.json, and {name} is no name of the guard zoo"
-            + hint
+            f"--guards {spec}: {folder} has no guard.json, and {name} is no name of the guard "
+            f"zoo{hint}"
         )
     return name, folder
 
