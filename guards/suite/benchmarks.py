@@ -29,7 +29,13 @@ from common.conversation import Messages, UserError, check_messages
 from common.data.files import Rows, read_rows
 from common.data.specs import first_line, load_hub
 from common.keep import Row
-from guards.suite.prepare import PREPARE, SourceRow, among, as_list, plain
+from guards.suite.prepare import (
+    PREPARE,
+    SourceRow,
+    among,
+    as_list,
+    plain,
+)
 
 logger = logging.getLogger(__name__)
 # what of an entry goes into a benchmark's facts as it is
@@ -328,7 +334,14 @@ def _hub_rows(name: str, entry: Row, local: str, split: str) -> Rows:
     if not local and entry["gate"] != "none":
         hint = f"visit {_page(entry)}, accept the terms, then run `hf auth login`, or {hint}"
     where = f"{name}, {hub}:{split}"
-    rows = load_hub(hub, split, entry.get("config"), revision, where=where, hint=hint)
+    rows = load_hub(
+        hub,
+        split,
+        entry.get("config"),
+        revision,
+        where=where,
+        hint=hint,
+    )
     for index, row in enumerate(rows):
         yield f"{hub}:{split}, row {index}", row
 

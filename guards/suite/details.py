@@ -22,7 +22,14 @@ GUARDS = {
 FACTS = ("label", "rows", "positives", "recall_only", *MARKS)
 FACTS += ("file", "hub", "revision", "licence", "mismatch")
 BENCHMARKS = {"": "name"} | {fact.replace("_", " "): fact for fact in FACTS}
-SCORES = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
+SCORES = (
+    "f1",
+    "f1_at_05",
+    "f1_at_validation",
+    "auprc",
+    "auroc",
+    "recall",
+)
 INTERVALS = NAMES | {METRICS[score]: f"{score} intervals/{score}" for score in SCORES}
 THRESHOLDS = NAMES | {
     "flags above": "threshold/value",
@@ -38,7 +45,12 @@ PARTS = NAMES | {
     "F1 ↑": "f1",
     "AUPRC ↑": "auprc",
 }
-DIFFERENCES = {"first": "a", "second": "b", "benchmark": "benchmark", "rows": "rows"}
+DIFFERENCES = {
+    "first": "a",
+    "second": "b",
+    "benchmark": "benchmark",
+    "rows": "rows",
+}
 DIFFERENCES |= {METRICS[score]: f"{score}/difference {score}/interval" for score in COMPARED}
 
 
@@ -68,11 +80,23 @@ def details(results: Row) -> str:
     sections = [
         _section("Guards", guards, GUARDS),
         _section("Benchmarks", benchmarks, BENCHMARKS),
-        _section("95 % intervals (bootstrap over prompts)", measured, INTERVALS),
+        _section(
+            "95 % intervals (bootstrap over prompts)",
+            measured,
+            INTERVALS,
+        ),
         _section("Thresholds", fitted, THRESHOLDS),
-        _section("F1 by the rule for rows without a verdict", with_errors, RULES),
+        _section(
+            "F1 by the rule for rows without a verdict",
+            with_errors,
+            RULES,
+        ),
         _section("With and without marked rows", parts, PARTS),
-        _section("Paired differences, first minus second", results["comparison"], DIFFERENCES),
+        _section(
+            "Paired differences, first minus second",
+            results["comparison"],
+            DIFFERENCES,
+        ),
     ]
     return "\n".join(section for section in sections if section)
 

@@ -291,7 +291,8 @@ def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:
     """What results.json says of a benchmark; `complete`: these are the rows of which papers report
     numbers.
     """
-    facts, rows = benchmark.facts, benchmark.rows
+    facts = benchmark.facts
+    rows = benchmark.rows
     positives = facts["found"]["positives"]
     confirmed = facts["file"] is None or facts["expected"] is not None
     return {
@@ -385,7 +386,8 @@ def guard_cells(guard: str, found: Found, inputs: Inputs, args: EvaluationArgume
         }
     cells = []
     for benchmark in inputs.benchmarks:
-        name, threshold = benchmark.name, thresholds.get(benchmark.label)
+        name = benchmark.name
+        threshold = thresholds.get(benchmark.label)
         cell = {"guard": guard, "benchmark": name, "label": benchmark.label}
         if name in found.problems:
             cells.append(cell | found.problems[name])
@@ -461,7 +463,8 @@ def compare_two(
     """Guard a minus guard b on every benchmark that both judged."""
     differences = []
     for name in [benchmark.name for benchmark in benchmarks]:
-        ours, theirs = found[a].said.get(name), found[b].said.get(name)
+        ours = found[a].said.get(name)
+        theirs = found[b].said.get(name)
         if ours is not None and theirs is not None:
             one = compare(
                 ours,
@@ -503,7 +506,8 @@ def predictions(benchmarks: Sequence[Benchmark], found: Mapping[str, Found]) -> 
 def write_tables(args: EvaluationArguments, results: Row, rows: Sequence[Row]) -> None:
     """results.json, predictions.jsonl and tables; a metric that was not measured alike has none."""
     papers = published()
-    grids, mixed = [], []
+    grids = []
+    mixed = []
     for metric in METRICS:
         try:
             grids.append(grid(results, metric, papers, args.published))

@@ -54,7 +54,7 @@ NOT_SUPPORTED = {
 # What a server's guard says each time that it is asked: a text that is too long or refused, and an
 # answer that cannot be read. (A refused key is none of these.)
 LASTING = re.compile(
-    r"more than \S+ |the model has room for|empty text"
+    r"(tokens|bytes|characters), more than|the model has room for|empty text"
     r"| was expected$|in what it wrote|is not a number"
     r"|Error code: 4(00|13|22)|HTTP 4(00|13|22)(?!.*: check )"
 )
@@ -369,7 +369,8 @@ def _judge(
 ) -> Found:
     """`judge_all` on open files."""
     found = Found()
-    guard, broken = None, None
+    guard = None
+    broken = None
     about = known.get(candidate.identity)
     if about is None or any(k.missing() for k in kept if k.benchmark.label in about["judges"]):
         try:
@@ -384,7 +385,8 @@ def _judge(
         except Exception as error:  # whatever a guard can raise
             broken = _one_line(error, f"{candidate.name} does not load")
     for one in kept:
-        name, label = one.benchmark.name, one.benchmark.label
+        name = one.benchmark.name
+        label = one.benchmark.label
         if about is not None and label not in about["judges"]:
             found.problems[name] = NOT_SUPPORTED
         elif broken and (about is None or one.missing()):

@@ -96,7 +96,10 @@ def as_list(value: Any) -> list[Any]:
 
 def message(is_user: bool, content: str) -> dict[str, str]:
     """A turn of the user's, or of the assistant's."""
-    return {"role": "user" if is_user else "assistant", "content": content}
+    return {
+        "role": "user" if is_user else "assistant",
+        "content": content,
+    }
 
 
 def _saferlhf(rows: Rows) -> Iterator[SourceRow]:
@@ -167,9 +170,9 @@ def _prosocial(rows: Rows) -> Iterator[SourceRow]:
     for dialogue in dialogues.values():
         messages: list[dict[str, str]] = []
         for row in sorted(dialogue, key=lambda turn: turn.number("response_id")):
-            messages = [*messages, message(True, row.cell("context"))]
-            yield row.with_cells(messages=messages)
-            messages = [*messages, message(False, row.cell("response"))]
+            messages.append(message(True, row.cell("context")))
+            yield row.with_cells(messages=list(messages))
+            messages.append(message(False, row.cell("response")))
 
 
 def _harmfulqa(rows: Rows) -> Iterator[SourceRow]:
@@ -191,7 +194,10 @@ def _talk(row: SourceRow, place: str, turns: Any) -> list[dict[str, str]]:
     messages = []
     for turn in as_list(turns or []):
         if not isinstance(turn, Mapping):
-            raise row.wrong(place, f"expected a list of turns, found {turns!r:.60}")
+            raise row.wrong(
+                place,
+                f"expected a list of turns, found {turns!r:.60}",
+            )
         read = SourceRow(turn, row.index, f"{row.where}, field {place}")
         is_user = read.vote("from", {"is": "human", "not": "gpt"}) == 1
         messages.append(message(is_user, read.cell("value")))

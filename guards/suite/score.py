@@ -110,9 +110,12 @@ def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> Row:
         f1_at_05; f1_at_validation, recall_at_validation and fpr_at_validation at `threshold`;
         auprc, auroc, recall_at_fpr01, recall_at_fpr05, ece, brier.
     """
-    truth, score = table.truth, table.score
+    truth = table.truth
+    score = table.score
     own = metrics.binary(truth, table.decided.astype(float))
-    at_half, at_threshold, recall = {}, {}, None
+    at_half = {}
+    at_threshold = {}
+    recall = None
     if not score.isna().any():
         at_half = metrics.binary(truth, score)
         recall = metrics.recall_at_fpr(truth, score, 0.01)
@@ -169,7 +172,13 @@ def score_cell(
         marked["any of these"] = table[[*MARKS]].any(axis=1)
     cell["without"] = {name: score(table[~mask]) for name, mask in marked.items()}
     cell["intervals"] = {
-        name: metrics.bootstrap(statistic, len(table), table.prompt.tolist(), rounds, seed)
+        name: metrics.bootstrap(
+            statistic,
+            len(table),
+            table.prompt.tolist(),
+            rounds,
+            seed,
+        )
         for name, statistic in statistics(table, value).items()
         if cell[name] is not None
     }
@@ -207,7 +216,8 @@ def statistics(table: pandas.DataFrame, threshold: float | None = None) -> dict[
 
 def _f1(truth, hit, rows):
     """F1 of drawn rows, None without a positive."""
-    y, p = truth[rows], hit[rows]
+    y = truth[rows]
+    p = hit[rows]
     return float(2 * (y & p).sum() / (y.sum() + p.sum())) if y.any() else None
 
 
@@ -255,18 +265,21 @@ def compare(
     Returns:
         rows, and by metric of `COMPARED` (where both have it): a, b, difference, interval (95 %).
     """
-    first, second = counted(a, parse_errors), counted(b, parse_errors)
+    first = counted(a, parse_errors)
+    second = counted(b, parse_errors)
     both = first.index.intersection(second.index)
     prompts = a.prompt[both].tolist()
     everything = np.arange(len(both))
-    ours, theirs = statistics(first.loc[both]), statistics(second.loc[both])
+    ours = statistics(first.loc[both])
+    theirs = statistics(second.loc[both])
     out: Row = {"rows": len(both)}
     for name in COMPARED:
         if name not in ours or name not in theirs or ours[name](everything) is None:
             continue
 
         def difference(drawn: np.ndarray, name: str = name) -> float | None:
-            x, y = ours[name](drawn), theirs[name](drawn)
+            x = ours[name](drawn)
+            y = theirs[name](drawn)
             return None if x is None else x - y
 
         out[name] = {

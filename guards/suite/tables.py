@@ -33,7 +33,13 @@ METRICS = {
 }
 OWN_DECISION = ("f1", "recall", "fpr")
 # undefined without a harmless row
-NEED_BOTH = ("auprc", "auroc", "fpr", "recall_at_fpr01", "recall_at_fpr05")
+NEED_BOTH = (
+    "auprc",
+    "auroc",
+    "fpr",
+    "recall_at_fpr01",
+    "recall_at_fpr05",
+)
 NOT_MEASURED = "not measured"
 NO_WORD = " †"
 NO_SAFE = "‡"
@@ -207,7 +213,10 @@ def published_rows(numbers: Sequence[Row], benchmarks: dict[str, Row], sets: Set
         if column in usable:
             decision = number["decision"]
             mode = "" if decision in ("native", "score > 0.5") else f" ({decision})"
-            key = f"{number['guard']}{mode}, published", number["source"]
+            key = (
+                f"{number['guard']}{mode}, published",
+                number["source"],
+            )
             rows.setdefault(key, {})[column] = number["value"] / 100
     return rows
 
@@ -277,7 +286,12 @@ def latex(out: Grid, benchmarks: dict[str, Row]) -> str:
         caption = caption.replace(character, f"\\{character}")
     columns = "l" + "r" * len(out.columns)
     table = as_text(out, benchmarks)
-    text = table.to_latex(index=False, escape=True, caption=caption, column_format=columns)
+    text = table.to_latex(
+        index=False,
+        escape=True,
+        caption=caption,
+        column_format=columns,
+    )
     return text.translate(str.maketrans(LATEX))
 
 

@@ -5,9 +5,12 @@ that differ.
 import shutil
 from pathlib import Path
 
+import completions
+import families
 import pytest
 import test_suite_evaluate as shared
 from scripts import EXAMPLES
+from transformers import AutoTokenizer
 
 import common.templates
 from common.conversation import UserError, Verdict
@@ -18,6 +21,7 @@ from guards.suite.benchmarks import paper, split_spec
 
 evaluate, judge, candidate, cells = shared.evaluate, shared.judge, shared.candidate, shared.cells
 arguments, file = shared.arguments, shared.file  # fixtures
+serve = completions.serve  # a fixture
 OPTIONS = {"engine": "vllm", "long_inputs": "error", "trust_remote_code": True}
 
 
@@ -174,6 +178,40 @@ def test_a_servers_name_for_a_guard_is_one_guards(arguments):
         evaluate.evaluate(args, [one, other])
     evaluate.evaluate(args, [one])
     assert not other.load.made
+
+
+def test_errors_of_a_real_server(arguments, tmp_path, serve):
+    """A prompt that it refuses and an answer that cannot be read are not asked again; an answer
+    that came from something else on the way is.
+    """
+    words = [word for question in zoo()["wildguard"]["questions"] for word in question["words"]]
+    families.save(tmp_path / "model", "mistral", [word.strip() for word in words])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    asked = []
+
+    def rule(body):
+        text = tokenizer.decode(body["prompt"])
+        animal = next((word for word in ("cat", "dog", "cow") if f"bad {word}" in text), None)
+        asked.append(animal)
+        if animal == "dog":
+            return 400, {"error": {"message": "no such text here"}}
+        if animal == "cow":
+            return completions.HTML
+        start = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text + " no", add_special_tokens=False)["input_ids"]
+        said = 0 if animal == "cat" else ids[len(start)]
+        others = dict.fromkeys(range(len(tokenizer)), -9.0)
+        return completions.token({said: 0.0} | others | {said: 0.0})
+
+    options = {"engine": "server", "server_url": serve(rule).url, "server_model": "m"}
+    args = arguments(benchmarks=arguments().benchmarks[:1], **options)
+    guards = judge.candidates([f"wildguard={tmp_path / 'model'}"], evaluate.guard_options(args))
+    results = evaluate.evaluate(args, guards)
+    assert cells(results, "wildguard")["expguardtest_prompt"]["errors"] == 3
+    assert len(asked) == 12 and {"cat", "dog", "cow"} < set(asked)
+    asked.clear()
+    assert evaluate.evaluate(args, guards)["cells"] == results["cells"]
+    assert asked == ["cow"]
 
 
 # --- one table --------------------------------------------------------------------------------------------------------
