@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -45,7 +45,8 @@ from guards.known import zoo
 
 logger = logging.getLogger(__name__)
 NO_PROBE = "%s: has no probe, so that nobody can check base and tokenizer; guards.add_probe(folder) adds one"
-INPUTS = ("pair", "prompt", "response")
+Input = Literal["pair", "prompt", "response"]
+INPUTS = get_args(Input)
 POOLING = "last attended token"  # where the head of a decoder reads
 
 # How far the log-odds of a probe may move between two machines, by the coarser of the two number
@@ -80,6 +81,15 @@ def _unique(names: list[str]) -> list[str]:
     if repeated:
         raise ValueError(f"{repeated[0]!r} is there twice")
     return names
+
+
+def _known_template(name: str) -> str:
+    template_text(name)  # or a UserError
+    return name
+
+
+def _judgeable(messages: list[Message]) -> list[Message]:
+    return check_messages(messages, "probe")
 
 
 class CardModel(BaseModel):
@@ -117,14 +127,9 @@ class Probe(CardModel):
     probability.
     """
 
-    messages: list[Message]
+    messages: Annotated[list[Message], AfterValidator(_judgeable)]
     scores: dict[str, Probability] = Field(min_length=1)
     dtype: Literal["float32", "float16", "bfloat16", "4bit"]
-
-    @field_validator("messages")
-    @classmethod
-    def _can_be_judged(cls, messages: list[Message]) -> list[Message]:
-        return check_messages(messages, "probe")
 
 
 class Origin(CardModel):
@@ -180,28 +185,19 @@ class GuardCard(Origin):
 class LabelledCard(GuardCard):
     """What the kinds have that give one probability a label."""
 
-    template: str = Field(description="the name of the prompt template that it was trained with")
-    labels: list[Text] = Field(
+    template: Annotated[str, AfterValidator(_known_template)] = Field(
+        description="the name of the prompt template that it was trained with"
+    )
+    labels: Annotated[list[Text], AfterValidator(_unique)] = Field(
         min_length=1, description="one name for each output of the head, in their order"
     )
     pooling: Literal["last attended token", "first token", "mean of the attended tokens"] = POOLING
     num_hidden_layers: Count | None = None
 
-    @field_validator("template")
-    @classmethod
-    def _is_known(cls, template: str) -> str:
-        template_text(template)
-        return template
-
     @model_validator(mode="after")
     def _say_what_it_sees(self) -> "LabelledCard":
         self.sees = self.sees or seen_by_template(self.template)
         return self
-
-    @field_validator("labels")
-    @classmethod
-    def _are_unique(cls, labels: list[str]) -> list[str]:
-        return _unique(labels)
 
 
 class ClassifierCard(LabelledCard):
@@ -217,7 +213,7 @@ class LoraCard(LabelledCard):
 
     kind: Literal["lora_guard"] = "lora_guard"
     base_model: Text = Field(description="the chat model below the adapters: a folder or a hub id")
-    inputs: list[Literal["pair", "prompt", "response"]] = Field(
+    inputs: Annotated[list[Input], AfterValidator(_unique)] = Field(
         min_length=1, description="what it was trained on: some of pair, prompt and response"
     )
     head_bias: list[float] | None = Field(
@@ -226,11 +222,6 @@ class LoraCard(LabelledCard):
     num_hidden_layers: Count | None = Field(
         description="the layers of the base that it reads, or null for all"
     )
-
-    @field_validator("inputs")
-    @classmethod
-    def _are_told_once(cls, inputs: list[str]) -> list[str]:
-        return _unique(inputs)
 
     @field_validator("head_bias")
     @classmethod

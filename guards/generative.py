@@ -54,6 +54,7 @@ from guards.base import (
 )
 
 logger = logging.getLogger(__name__)
+Ids = list[int]  # of tokens
 MODES = ("strict", "loose")
 # The kinds of a last turn: its label, and a conversation that ends with one.
 LAST = {"prompt": "prompt_unsafe", "response": "response_unsafe"}
@@ -182,12 +183,12 @@ class GenerativeGuard(Guard):
         self.with_categories = categories
         self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
         self.questions = [Question.read(question, mode) for question in entry["questions"]]
-        self.variants: Mapping[str, Any] = entry.get("variants", {"": {}})
+        self.variants = entry.get("variants", {"": {}})
         asked = set()
         for question in self.questions:
             asked |= {question.label_of(kind) for kind in LAST if question.is_for(kind)}
         self.judges = tuple(label for label in LABELS if label in asked)
-        self._words: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+        self._words: dict[Any, dict[str, Ids]] = {}
         self.tokenizer = _load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
         self.tokenizer.chat_template = chat_template or self.tokenizer.chat_template
         self._adds_bos = entry.get("add_special_tokens", True)
@@ -298,7 +299,7 @@ class GenerativeGuard(Guard):
                 found.append(case)
         return found
 
-    def written(self, prompts: Sequence[list[int]], new_tokens: int) -> list[Completion]:
+    def written(self, prompts: Sequence[Ids], new_tokens: int) -> list[Completion]:
         """What the guard writes greedily after prompts (token ids), special tokens included."""
         decoding = Decoding(max_new_tokens=new_tokens)
         return self.model.completions(prompts, decoding, skip_special_tokens=False)
@@ -310,6 +311,7 @@ class GenerativeGuard(Guard):
         probability.
         """
         known = self.entry["categories"]
+        names = known.get("names", {})
         unsafe = []
         for place, cases in cases_of.items():
             for case in cases:
@@ -320,7 +322,7 @@ class GenerativeGuard(Guard):
         completions = self.written(prompts, CATEGORY_TOKENS)
         for (_, probability, categories), completion in zip(unsafe, completions, strict=True):
             for code in re.findall(known["pattern"], completion.text):
-                categories[known.get("names", {}).get(code, code)] = probability
+                categories[names.get(code, code)] = probability
         errors = [one.error for one in completions if one.error is not None]
         if errors:
             counts = len(errors), len(completions), errors[0]
@@ -331,7 +333,7 @@ class GenerativeGuard(Guard):
 
     # --- the prompt -------------------------------------------------------------------------------
 
-    def prompt_ids(self, conversations: Sequence[Messages]) -> list[list[int]]:
+    def prompt_ids(self, conversations: Sequence[Messages]) -> list[Ids]:
         """Token ids of all that stands before the verdict on each, uncut: what a training row has
         to begin with.
 
@@ -352,12 +354,12 @@ class GenerativeGuard(Guard):
             Part(self.questions[0].prefix, False),
         ]
 
-    def verdict_tokens(self, kind: str) -> dict[bool, list[int]]:
+    def verdict_tokens(self, kind: str) -> dict[bool, Ids]:
         """The first tokens of the words for unsafe (True) and safe (False), after a prompt or after
         a response.
         """
         question = self.questions[0]
-        tokens: dict[bool, list[int]] = {True: [], False: []}
+        tokens: dict[bool, Ids] = {True: [], False: []}
         for word, ids in self._word_tokens(question, kind, question.prefix).items():
             meaning = question.words[word]
             if meaning is not None:
@@ -399,7 +401,9 @@ class GenerativeGuard(Guard):
     @cached_property
     def _reserve(self) -> int:
         """Tokens that the guard writes before its last verdict."""
-        written = "".join(q.prefix + max(q.words, key=len) for q in self.questions)
+        written = ""
+        for question in self.questions:
+            written += question.prefix + max(question.words, key=len)
         ids = self.tokenizer(written, add_special_tokens=False)["input_ids"]
         return self.entry.get("generate", 0) + len(ids)
 
@@ -412,13 +416,13 @@ class GenerativeGuard(Guard):
         if "template" in self.entry:
             parts = render(self.entry["template"], messages, self.tokenizer)
             return _stripped(parts, self.entry.get("strip", ""))
-        by_kind = self.variants[variant or next(iter(self.variants))]
-        kwargs = self.entry.get("template_kwargs", {}) | by_kind.get(_kind(messages), {})
+        policy = self.variants[variant or next(iter(self.variants))]
+        kwargs = dict(self.entry.get("template_kwargs", {}))
+        kwargs |= policy.get(_kind(messages), {})
         return render_chat(
             self.tokenizer,
             _alternating(messages),
-            None,
-            self._wrap,
+            wrap=self._wrap,
             **kwargs,
         )
 
@@ -450,7 +454,7 @@ class GenerativeGuard(Guard):
             ]
         return out
 
-    def encode(self, prompts: Sequence[Sequence[Part]]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[Sequence[Part]]) -> list[Ids]:
         """Token ids of prompts."""
         return encode(self.tokenizer, prompts, add_special_tokens=self._adds_bos)
 
@@ -487,7 +491,7 @@ class GenerativeGuard(Guard):
                     self._word_tokens(question, kind, said)
                     said += next(iter(question.words))
 
-    def _word_tokens(self, question: Question, kind: str, said: str) -> dict[str, list[int]]:
+    def _word_tokens(self, question: Question, kind: str, said: str) -> dict[str, Ids]:
         """First tokens of each word after `said`; none is shared by two words.
 
         A word that is written without a blank before it also counts with one, as SentencePiece has
@@ -574,32 +578,34 @@ def _stripped(parts: list[Part], how: str) -> list[Part]:
     Args:
         how: "each" content, or them "all" as one text, with what stands between; "" for neither.
     """
+    content = [place for place, part in enumerate(parts) if part.is_content]
+    texts = [part.text for part in parts]
     if how == "each":
-        return [Part(p.text.strip(), True) if p.is_content else p for p in parts]
+        for place in content:
+            texts[place] = texts[place].strip()
     if how == "all":
-        parts = list(parts)
-        content = [place for place, part in enumerate(parts) if part.is_content]
-        places = range(content[0], content[-1] + 1)
-        for order, strip in (
-            (places, str.lstrip),
-            (reversed(places), str.rstrip),
-        ):
-            for place in order:
-                parts[place] = parts[place]._replace(text=strip(parts[place].text))
-                if parts[place].text:
-                    break
-    return parts
+        first, last = content[0], content[-1]
+        while first < last and not texts[first].strip():
+            texts[first] = ""
+            first += 1
+        while first < last and not texts[last].strip():
+            texts[last] = ""
+            last -= 1
+        texts[first] = texts[first].lstrip()
+        texts[last] = texts[last].rstrip()
+    kinds = [part.is_content for part in parts]
+    return list(map(Part, texts, kinds))
 
 
 def _alternating(messages: Messages) -> list[Message]:
-    """Messages that begin with the user's turn, as most chat templates ask for."""
-    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
-    if messages[first]["role"] != "assistant":
-        return list(messages)
-    if any(m["role"] == "user" for m in messages):  # a greeting: nothing is judged by it
-        return [*messages[:first], *_alternating(messages[first + 1 :])]
-    return [
-        *messages[:first],
-        {"role": "user", "content": ""},
-        *messages[first:],
-    ]
+    """Messages that begin with the user's turn, as most chat templates ask for: without a greeting,
+    or with an empty question before an answer alone.
+    """
+    turns = list(messages)
+    roles = [message["role"] for message in turns]
+    if "user" not in roles:
+        turns.insert(roles.index("assistant"), {"role": "user", "content": ""})
+        return turns
+    asked = roles.index("user")
+    system = [message for message in turns[:asked] if message["role"] == "system"]
+    return system + turns[asked:]

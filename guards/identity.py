@@ -12,11 +12,8 @@ from guards.card import has_card, read_card
 from guards.known import ALIASES, zoo, zoo_name
 from guards.lora import is_adapter
 
-MODELS = (
-    "model",
-    "adapter",
-    "base_model",
-)  # what a guard is made of, in cards and options
+# What a guard is made of, in cards and options.
+MODELS = ("model", "adapter", "base_model")
 VERSION = 2  # is raised where the same guard gives other verdicts than before
 PATIENCE = ("server_timeout",)  # options that verdicts do not depend on
 
