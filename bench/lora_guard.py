@@ -46,7 +46,8 @@ from common.conversation import last_turns, pair
 from common.run import device, run_cli
 from common.training import EpochLengthGroupedSampler
 
-NEW_TOKENS, BATCH = 64, 8
+NEW_TOKENS = 64
+BATCH = 8
 # training: times the reference's speed; batches of 1 and 8: of generation alone, by the best k
 TARGETS = {"training": 4.0, 1: 1.15, 8: 1.25}
 
@@ -126,7 +127,8 @@ def training(model, tokenizer, sample: Dataset, train: ModuleType, args) -> dict
     pairs = real_length_pairs(sample, args.rows)["log-normal lengths"]
     ids = templates.encode(tokenizer, [templates.render("lora_guard", m, tokenizer) for m in pairs])
     labels = (np.random.default_rng(SEED).random((len(ids), 15)) < 0.3).astype(float)
-    loss_of, longest = train.guard_loss(labels, unsafe_head=True), max(map(len, ids))
+    loss_of = train.guard_loss(labels, unsafe_head=True)
+    longest = max(map(len, ids))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     initial = {name: p.detach().clone() for name, p in trained.items()}
 

@@ -36,7 +36,9 @@ from common.run import device, run_cli
 from common.training import EpochLengthGroupedSampler
 from guards.classifier import ClassifierGuard
 
-MAX_LENGTH, BATCH, JUDGE_BATCH = 512, 8, 16  # JUDGE_BATCH is the paper's
+MAX_LENGTH = 512
+BATCH = 8
+JUDGE_BATCH = 16  # JUDGE_BATCH is the paper's
 TARGETS = {"training": 2, "judging": 3}
 
 

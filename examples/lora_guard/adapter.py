@@ -233,7 +233,8 @@ class RunFolder(TrainerCallback):
     def __init__(
         self, args: GuardArguments, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]
     ):
-        self.args, self.tokenizer = args, tokenizer
+        self.args = args
+        self.tokenizer = tokenizer
         self.folder = Path(args.output_folder)
         self.validation = args.validation_name()
         self.card = guard_card(
@@ -254,7 +255,8 @@ class RunFolder(TrainerCallback):
                 shutil.rmtree(old, ignore_errors=True)
             for name in ("metrics.csv", "train_losses.csv", "run.json"):
                 (self.folder / name).unlink(missing_ok=True)
-        processes, args = training.world_size, self.args
+        processes = training.world_size
+        args = self.args
         effective = args.per_device_batch_size * args.gradient_accumulation_steps * processes
         counted = {"effective_batch_size": effective, "num_processes": processes}
         write_json(self.folder / "config.json", {**vars(args), **counted, "best_epoch": None})
@@ -274,7 +276,8 @@ class RunFolder(TrainerCallback):
         """The Trainer has written a checkpoint, as it does after each epoch."""
         if not is_main_process():
             return
-        epoch, rows = round(state.epoch) - 1, epoch_metrics(state)
+        epoch = round(state.epoch) - 1
+        rows = epoch_metrics(state)
         card = with_threshold(self.card, rows[-1] if rows else {}, self.validation)
         folder = self.folder / f"epoch-{epoch}"
         save_adapter(model, self.tokenizer, folder, card, self.args.trust_remote_code)
@@ -304,8 +307,10 @@ class RunFolder(TrainerCallback):
         outputs = predictions(trainer, Dataset.from_dict({"input_ids": encoded}))
         if not is_main_process():
             return
-        state, best = trainer.state, best_epoch(trainer)
-        rows, tested = epoch_metrics(state), columns(test, "test", "test")
+        state = trainer.state
+        best = best_epoch(trainer)
+        rows = epoch_metrics(state)
+        tested = columns(test, "test", "test")
         validated = next((row for row in rows if row["epoch"] == best), {})
         save_adapter(
             trainer.accelerator.unwrap_model(trainer.model),  # of the best epoch, or the last
@@ -337,7 +342,8 @@ def epoch_folders(folder: Path) -> list[Path]:
 
 def best_epoch(trainer: LengthGroupedTrainer) -> int:
     """The epoch whose weights the trainer holds at the end, counted from 0."""
-    kept, epochs = trainer.state.best_model_checkpoint, round(trainer.args.num_train_epochs)
+    kept = trainer.state.best_model_checkpoint
+    epochs = round(trainer.args.num_train_epochs)
     if kept is None or not trainer.args.load_best_model_at_end:
         return epochs - 1
     steps = max(1, trainer.state.max_steps // epochs)
@@ -365,7 +371,8 @@ def write_readme(
     folder: Path, args: GuardArguments, validation: dict[str, float], test: dict[str, float]
 ) -> None:
     """README.md, the model card."""
-    lines, measured = [], None
+    lines = []
+    measured = None
     splits = ((args.validation_name(), validation, "val"), (args.test_data, test, "test"))
     for spec, values, split in splits:
         if values:

@@ -88,7 +88,8 @@ def name_positionals() -> None:
 def check_arguments(args: GuardArguments) -> None:
     """Raise UserError for what the parser lets pass."""
     if set(args.guard_inputs) - set(INPUTS) or not args.guard_inputs:
-        given, known = " ".join(args.guard_inputs), ", ".join(INPUTS)
+        given = " ".join(args.guard_inputs)
+        known = ", ".join(INPUTS)
         raise UserError(f"--guard-inputs {given}: expected some of {known}")
     if args.eval_data is not None and args.eval_split_ratio is not None:
         raise UserError("--eval-data and --eval-split-ratio: give one of them")

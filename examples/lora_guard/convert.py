@@ -67,7 +67,8 @@ def convert_reference(
     if not isinstance(base, str):
         raise UserError("config.json, field hf_model_id: expected the name of the base model")
     tensors = read_tensors(pt)
-    head, bias = tensors.pop("clf_head.weight"), tensors.pop("clf_head.bias", None)
+    head = tensors.pop("clf_head.weight")
+    bias = tensors.pop("clf_head.bias", None)
     lora = {}
     for key, tensor in tensors.items():
         name = key.replace(THEIRS, OURS).replace(".default.weight", ".weight")

@@ -128,7 +128,8 @@ def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.B
             with gr.Column(scale=2):
                 label = "Harm categories of the last reply"
                 bars = gr.Label(label=label, num_top_classes=6, show_heading=False)
-                label, steps = "Judge at every so many tokens", {"step": 1, "precision": 0}
+                label = "Judge at every so many tokens"
+                steps = {"step": 1, "precision": 0}
                 every = gr.Slider(1, most, args.guard_every, label=label, **steps)
                 stop_at = gr.Slider(0, limit, limit, label="Stop a reply above")
                 afresh = gr.Button("New conversation")

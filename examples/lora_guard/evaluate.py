@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from inputs import token_ids
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
@@ -26,7 +27,6 @@ from transformers.hf_argparser import HfArg
 from common import data, metrics, report
 from common.conversation import Messages, UserError, Verdict, last_turns, pair
 from common.run import check_output_folder, manifest, parse_args, run_cli
-from common.templates import encode, render
 from guards import Guard, load_guard
 from guards.card import LoraCard, read_card
 from guards.lora import LoraGuard
@@ -66,14 +66,23 @@ def main() -> None:
     check_output_folder(args.output_dir)
     label = f"{args.judge}_unsafe"
     rows = data.load_conversations(args.eval_data, require=(label,), bad_rows=args.bad_rows)
-    conversations, truth = list(rows["messages"]), np.array(rows[label])
+    conversations = list(rows["messages"])
+    truth = np.array(rows[label])
     if args.judge == "prompt":
         conversations = [pair(last_turns(messages)[0]) for messages in conversations]
-    names, options = guard_names(args.guards), {"long_inputs": args.long_inputs}
-    options["trust_remote_code"] = args.trust_remote_code
-    guards = {name: load_guard(spec, **options) for name, spec in names.items()}  # before long runs
+    names = guard_names(args.guards)
+    guards = {}  # all of them before the long runs
+    for name, spec in names.items():
+        guards[name] = load_guard(
+            spec,
+            long_inputs=args.long_inputs,
+            trust_remote_code=args.trust_remote_code,
+        )
     groups = [data.prompt_key(row) for row in rows]
-    verdicts, scores, flagged, costs = {}, {}, {}, {}
+    verdicts = {}
+    scores = {}
+    flagged = {}
+    costs = {}
     for name, guard in guards.items():
         verdicts[name] = judged(guard, conversations, names[name])
         scores[name] = np.array([verdict.score(label) for verdict in verdicts[name]])
@@ -82,7 +91,9 @@ def main() -> None:
         if isinstance(guard, LoraGuard):
             costs[name] = overhead(guard, names[name])
     name, guard = next(iter(guards.items()))  # the first one is detailed
-    threshold, categories, prefixes = flagged[name]["threshold"], {}, []
+    threshold = flagged[name]["threshold"]
+    categories = {}
+    prefixes = []
     if args.judge == "response":
         categories = by_category(rows, verdicts[name], guard.labels, threshold)
         prefixes = detection_by_prefix(guard, conversations, truth, args.prefix_tokens, threshold)
@@ -96,18 +107,28 @@ def main() -> None:
         "prefixes": prefixes,
         "run": manifest([args]),
     }
-    predictions = []
-    for i, row in enumerate(rows):
-        kept = {"id": row["id"], f"true_{label}": row[label], "true_categories": row["categories"]}
-        for name, said in verdicts.items():
-            kept[name] = {**vars(said[i]), "score": float(scores[name][i])}
-        predictions.append(kept)
-    markdown, folder = results_markdown(results), Path(args.output_dir)
+    markdown = results_markdown(results)
+    folder = Path(args.output_dir)
     curves = {name: (truth, score) for name, score in scores.items()}
     title = f"Unsafe {args.judge}s of {args.eval_data} (n={len(truth)})"
     report.plot_precision_recall(curves, folder / "precision-recall.png", title)
-    report.write_results(folder, results, markdown, predictions)
+    report.write_results(folder, results, markdown, kept_rows(rows, label, verdicts))
     print(markdown)
+
+
+def kept_rows(
+    rows: Dataset, label: str, verdicts: dict[str, list[Verdict]]
+) -> list[dict[str, Any]]:
+    """predictions.jsonl: what is true of each row, and what each guard says of it."""
+    kept = []
+    for i, row in enumerate(rows):
+        line = {"id": row["id"]}
+        line[f"true_{label}"] = row[label]
+        line["true_categories"] = row["categories"]
+        for name, said in verdicts.items():
+            line[name] = {**vars(said[i]), "score": float(said[i].score(label))}
+        kept.append(line)
+    return kept
 
 
 def judged(guard: Guard, conversations: list[Messages], spec: str) -> list[Verdict]:
@@ -222,10 +243,8 @@ def prefix_scores(guard: LoraGuard, pairs: list[Messages], lengths: Sequence[int
     """
     tokenizer = guard.tokenizer
     asked = [pair(last_turns(messages)[0], "") for messages in pairs]
-    whole, empty = (
-        encode(tokenizer, [render(guard.template, messages, tokenizer) for messages in some])
-        for some in (pairs, asked)
-    )
+    whole = token_ids(pairs, tokenizer)
+    empty = token_ids(asked, tokenizer)
     seen = []  # the stock model scores every token and pools afterwards
     hook = guard.head.register_forward_hook(lambda _, __, logits: seen.append(logits))
     scores = np.zeros((len(pairs), len(lengths)))
@@ -234,9 +253,11 @@ def prefix_scores(guard: LoraGuard, pairs: list[Messages], lengths: Sequence[int
         while order:
             width = min(len(whole[order[0]]), guard.max_length)
             take = max(1, guard.batch_tokens // width)
-            batch, order = order[:take], order[take:]
+            batch = order[:take]
+            order = order[take:]
             ids = [whole[i][: guard.max_length] for i in batch]
-            guard.model(**tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(guard.device))
+            padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+            guard.model(**padded.to(guard.device))
             logits = seen.pop()
             unsafe = logits[..., 0] if guard.labels[0] == "unsafe" else logits.amax(-1)
             unsafe = unsafe.float().sigmoid().nan_to_num(1.0).cpu().numpy()
@@ -282,7 +303,8 @@ def results_markdown(results: dict[str, Any]) -> str:
     if results["overhead"]:
         rows = []
         for guard, cost in results["overhead"].items():
-            share, times = cost["share_of_guard_base"], cost["separate_8b_guard_is"]
+            share = cost["share_of_guard_base"]
+            times = cost["separate_8b_guard_is"]
             rows.append([guard, cost["added_parameters"], f"{share:.3%}", f"{times:,.0f}x"])
         header = ["", "added parameters", "share of the transformer it reads"]
         lines += ["## Cost", "", report.table(rows, [*header, "a separate 8B guard has"])]

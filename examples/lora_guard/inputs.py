@@ -55,7 +55,8 @@ def labelled_inputs(
     found: dict[str, list] = {kind: [] for kind in kinds}
     for row in rows:
         parts = parts_of(row["messages"])
-        named, answered = row["categories"], "response" in parts
+        named = row["categories"]
+        answered = "response" in parts
         categories = UNKNOWN
         if named is not None:
             categories = [float(category in named) for category in CATEGORIES]

@@ -82,7 +82,8 @@ class ReplyRow:
         """Take down what the guard says, of the prompt before anything is written; end the reply
         where that is above the threshold.
         """
-        reply, seen = self.reply, len(self.reply.token_ids)
+        reply = self.reply
+        seen = len(self.reply.token_ids)
         unsafe, reply.categories = verdict
         if seen:
             reply.trace.append((seen, unsafe))
@@ -90,7 +91,8 @@ class ReplyRow:
         else:
             reply.prompt_unsafe = unsafe
         if stop_at is not None and unsafe > stop_at:
-            reply.stopped_after, reply.finish_reason = seen, "stopped"
+            reply.stopped_after = seen
+            reply.finish_reason = "stopped"
 
 
 class BatchCache:
@@ -123,7 +125,8 @@ class DrawByRow(LogitsProcessor):
     """
 
     def __init__(self, temperature: float, generators: Sequence[torch.Generator]):
-        self.temperature, self.generators = temperature, generators
+        self.temperature = temperature
+        self.generators = generators
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         weights = (scores.float() / self.temperature).softmax(-1)
@@ -165,7 +168,8 @@ class GuardedChat:
             path = card_path(self.folder)
             said = "expected lora_guard; this guard cannot ride along"
             raise UserError(f"{path}, field template: {said}")
-        self.labels, self.inputs = self.card.labels, self.card.inputs
+        self.labels = self.card.labels
+        self.inputs = self.card.inputs
         self.device = default_device() if device is None else torch.device(device)
         # a CPU would emulate bf16
         dtype = torch.float32 if self.device.type == "cpu" else inference_dtype()
@@ -410,7 +414,8 @@ class GuardedChat:
                     said = f"need {needed} tokens, the model has {self.room}"
                     raise UserError(f"prompt and --max-new-tokens {said}")
             except UserError as error:
-                row.reply.error, row.reply.finish_reason = str(error), "error"
+                row.reply.error = str(error)
+                row.reply.finish_reason = "error"
         return rows
 
     def _judge_prompts(self, rows: Sequence[ReplyRow], stop_at: float | None) -> None:
@@ -481,7 +486,8 @@ def classifier_over(
     Raises:
         UserError: the chat model has fewer layers, or is not built of what its classifier is.
     """
-    layers, depth = chat.config.get_text_config().num_hidden_layers, card.num_hidden_layers
+    layers = chat.config.get_text_config().num_hidden_layers
+    depth = card.num_hidden_layers
     path = card_path(base)
     if depth is not None and depth > layers:
         raise UserError(f"{path}, field num_hidden_layers: {depth}; {base} has {layers} layers")

@@ -63,7 +63,8 @@ def main() -> None:
     training = training_arguments(args)
     checkpoint = checkpoint_to_resume(training)
     if checkpoint is None:
-        names, flag = ("best", "config.json", "epoch-0"), "--overwrite-output-dir"
+        names = ("best", "config.json", "epoch-0")
+        flag = "--overwrite-output-dir"
         refuse_to_overwrite(args.output_folder, args.overwrite_output_dir, names, flag)
     set_seed(args.seed)
 
@@ -199,7 +200,8 @@ def guard_loss(train_labels: np.ndarray, unsafe_head: bool):
     Args:
         train_labels: [rows, 15], unsafe first, NaN where a category is unknown.
     """
-    positive, negative = (train_labels == 1).sum(0), (train_labels == 0).sum(0)
+    positive = (train_labels == 1).sum(0)
+    negative = (train_labels == 0).sum(0)
     if empty := [name for name, n in zip(["unsafe", *CATEGORIES], positive, strict=True) if not n]:
         logger.warning("No positive training row for: %s", ", ".join(empty))
     weights = torch.tensor(

@@ -126,7 +126,8 @@ def report_metrics(args: EvaluationArguments) -> None:
         labels = {f"true_{name}": row[name] for name in ("response_unsafe", "categories")}
         said = {name: float(score[i]) for name, score in scores.items()}
         predictions.append({"id": row["id"], **labels, **vars(verdict), **said})
-    folder, markdown = Path(args.output_dir), metrics_markdown(results)
+    folder = Path(args.output_dir)
+    markdown = metrics_markdown(results)
     curves = {name: (truth, score) for name, score in scores.items()}
     title = f"Unsafe pairs of {args.eval_dataset} (n={len(truth)})"
     report.plot_precision_recall(curves, folder / "precision-recall.png", title)
@@ -231,7 +232,8 @@ def texts(rows: Dataset) -> list[str]:
 
 def metrics_markdown(results: dict[str, Any]) -> str:
     """results.md: flagged beside the baselines, then each category."""
-    flagged, threshold = results["flagged"], results["threshold"]
+    flagged = results["flagged"]
+    threshold = results["threshold"]
     first = next(iter(flagged.values()))
     intervals = [
         [n, v["auprc"], v["auprc_interval"], v.get("guard_gain_interval")]

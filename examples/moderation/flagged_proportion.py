@@ -61,7 +61,9 @@ def report_flagged_proportion(
     """
     pairs = [pair(row["prompt"], row["response"]) for row in rows]
     verdicts = guard.judge(pairs)
-    judged, predictions, kept = [], [], []
+    judged = []
+    predictions = []
+    kept = []
     for row, messages, verdict in zip(rows, pairs, verdicts, strict=True):
         flagged = verdict.score() > threshold  # a verdict that failed has 1.0
         judges = row["flagged"] | {"moderation": flagged}
@@ -119,7 +121,8 @@ def columns_of(table: dict[str, dict], kind: str) -> dict[str, str]:
 
 def proportion_markdown(table: dict[str, dict], threshold: float, failed: int) -> str:
     """results.md: flagged proportions, then agreement with Cohen's kappa and intervals."""
-    shares, agreements = columns_of(table, "flagged_proportion"), columns_of(table, "agreement")
+    shares = columns_of(table, "flagged_proportion")
+    agreements = columns_of(table, "agreement")
     lines = [[name, row["rows"], *(row[key] for key in shares)] for name, row in table.items()]
     flagged = [f"flagged by {judge} ↓" for judge in shares.values()]
     columns = ("n", "agreement", "agreement_interval", "kappa", "kappa_interval")
@@ -144,7 +147,8 @@ def plot_flagged_proportion(table: dict[str, dict], path: Path) -> None:
     The paper's picture of this name shows the share of SAFE pairs; this one shows what the name
     says.
     """
-    shares, agreements = columns_of(table, "flagged_proportion"), columns_of(table, "agreement")
+    shares = columns_of(table, "flagged_proportion")
+    agreements = columns_of(table, "agreement")
     size = (max(8, 1.9 * len(table) + 2), 6)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     frame = pd.DataFrame(table).T

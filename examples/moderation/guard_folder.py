@@ -188,9 +188,12 @@ def fit_threshold(validation: PredictionOutput | None, name: str | None) -> Thre
 
 def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tokenizer) -> None:
     """README.md, the model card."""
-    train_data, validation = card.data["train_data"], card.data["validation_data"]
+    train_data = card.data["train_data"]
+    validation = card.data["validation_data"]
     threshold = card.thresholds["flagged"]
-    measured, heading, table = None, "Measured", "Nothing was measured."
+    measured = None
+    heading = "Measured"
+    table = "Nothing was measured."
     if scores:
         measured = Measured(validation, {"flagged": scores["flagged"]})
         heading = f"Measured on {about_data(validation)['name']}"
@@ -201,7 +204,11 @@ def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tok
         title="QA-moderation guard",
         base_model=card.base_model,
         train_data=[train_data],
-        intro=INTRO.format(data=about_data(train_data)["name"], rows=card.data["train_rows"]),
+        intro=INTRO.format(
+            labels=len(CATEGORIES),
+            data=about_data(train_data)["name"],
+            rows=card.data["train_rows"],
+        ),
         usage=USAGE.format(eos=tokenizer.eos_token or ""),
         measured=measured,
         sections={
@@ -230,7 +237,7 @@ def write_adapter_readme(folder: Path, card: ClassifierCard) -> None:
     )
 
 
-INTRO = """Judges a question together with its answer in 14 harm categories (BeaverTails, arXiv 2307.04657).
+INTRO = """Judges a question together with its answer in {labels} harm categories (BeaverTails, arXiv 2307.04657).
 Trained on {data} ({rows} rows) by `examples/moderation/train.py`. The licences of the base model and the data apply."""
 USAGE = """from transformers import pipeline
 
