@@ -28,6 +28,7 @@ except ImportError:
     gr = None
 
 QUICKSTART = Path(__file__).parent / "output/quickstart/best"
+Turns = list[tuple[str, GuardedReply]]  # (prompt, reply): the state of the page
 CSS = ".harm meter { width: 12em; vertical-align: middle }"
 
 
@@ -74,9 +75,6 @@ def main() -> None:
 def theme() -> "gr.themes.Base":
     """Gradio's default without the fonts that it would fetch from another server."""
     return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-
-
-Turns = list[tuple[str, GuardedReply]]  # (prompt, reply): the state of the page
 
 
 def answering(chat: GuardedChat, threshold: float, max_new_tokens: int) -> Callable:
@@ -145,7 +143,7 @@ def new_conversation() -> tuple[list, dict, list, str]:
     return [], {}, [], ""
 
 
-def shown(turns: list[tuple[str, GuardedReply]], threshold: float) -> list[dict[str, Any]]:
+def shown(turns: Turns, threshold: float) -> list[dict[str, Any]]:
     """Chat messages: the prompt, the reply and its meter, for each turn. Texts are shown as text,
     not as markup.
     """
