@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -268,12 +269,10 @@ def _text_rows(path: Path) -> Rows:
 # --- CSV --------------------------------------------------------------------------------------
 
 
-def _csv_rows(path: Path) -> Rows:
+def _csv_rows(path: Path, separators: Iterable[str] = tuple(SEPARATORS)) -> Rows:
     csv.field_size_limit(sys.maxsize)  # the default is less than a long answer
     with path.open(encoding=ENCODING, newline="") as lines:
-        separator = _separator(lines.read(100_000))
-        if path.suffix.lower() == ".tsv":
-            separator = "\t"
+        separator = _separator(lines.read(100_000), separators)
         lines.seek(0)
         reader = csv.reader(lines, delimiter=separator, strict=True)
         end = 0  # the line where the last row that could be read ends
@@ -300,10 +299,12 @@ def _csv_row(header: list[str], cells: list[str], where: str, separator: str) ->
     return {column: cell or None for column, cell in zip(header, cells, strict=True)}
 
 
-def _separator(text: str) -> str:
-    """The separator that is most often in the header, quoted names apart; commas before others."""
+def _separator(text: str, separators: Iterable[str]) -> str:
+    """The separator that is most often in the header, quoted names apart; of equal ones the
+    first.
+    """
     header = re.sub('"[^"]*"?', "", text).partition("\n")[0]
-    return max(SEPARATORS, key=header.count)
+    return max(separators, key=header.count)
 
 
 def _check_header(header: list[str], path: Path) -> None:
@@ -333,7 +334,7 @@ READERS = {
     ".ndjson": _json_line_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
-    ".tsv": _csv_rows,
+    ".tsv": partial(_csv_rows, separators="\t"),
     ".parquet": _parquet_rows,
     ".txt": _text_rows,
 }

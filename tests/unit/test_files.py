@@ -71,6 +71,14 @@ def test_a_separator_within_quotes_separates_nothing(tmp_path):
     )
 
 
+def test_a_file_of_a_cache_is_read_as_its_type_says(tmp_path):
+    """Its name tells nothing, and the header of a .tsv may hold commas."""
+    path = tmp_path / "0123abcd"
+    path.write_text("prompt, or more, or less\tlabel\nHi\tsafe\n")
+    ((_, row),) = read_rows(path, suffix=".tsv")
+    assert row == {"prompt, or more, or less": "Hi", "label": "safe"}
+
+
 def test_a_cell_longer_than_python_reads_by_itself(tmp_path):
     path, answer = tmp_path / "a.csv", "x" * 140_000
     path.write_text(f"prompt,response\nWhy?,{answer}\n")
