@@ -165,7 +165,10 @@ class Engine(ABC):
         read = iter(self._next_token(asked, list(candidates)) if asked else [])
         found = []
         for i in range(len(prompts)):
-            found.append(NextToken(error=refusals[i]) if i in refusals else next(read))
+            if i in refusals:
+                found.append(NextToken(error=refusals[i]))
+            else:
+                found.append(next(read))
         return found
 
     def _refusals(self, prompts, new_tokens) -> dict[int, str]:
@@ -177,8 +180,9 @@ class Engine(ABC):
         room = self.window - new_tokens
         found = {}
         for i, ids in enumerate(prompts):
-            if len(ids) > room:
-                found[i] = f"the prompt has {len(ids)} tokens; the model has room for {room}"
+            length = len(ids)
+            if length > room:
+                found[i] = f"the prompt has {length} tokens; the model has room for {room}"
         return found
 
     @abstractmethod
@@ -280,7 +284,8 @@ class TransformersEngine(Engine):
                 logprobs = logits.float().log_softmax(-1)
                 wanted = logprobs[:, candidates].tolist()
                 tops = logprobs.argmax(-1).tolist()
-                found |= zip(batch, map(NextToken, wanted, tops), strict=True)
+                for i, values, top in zip(batch, wanted, tops, strict=True):
+                    found[i] = NextToken(values, top)
                 bar.update(len(batch))
         return [found[i] for i in range(len(prompts))]
 
@@ -387,7 +392,8 @@ class VllmEngine(Engine):
             self.request = LoRARequest("adapter", 1, str(folder))
             rank = PeftConfig.from_pretrained(adapter).r
             # vLLM knows powers of 2 from 8 on
-            options |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
+            options["enable_lora"] = True
+            options["max_lora_rank"] = max(8, 1 << (rank - 1).bit_length())
         if device().type == "cpu":
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options["enforce_eager"] = True  # compiling takes minutes there, and gains little
@@ -492,21 +498,33 @@ class ServerEngine(Engine):
 
     def _complete(self, prompts, decoding, skip_special_tokens):
         more: dict[str, Any] = {"skip_special_tokens": skip_special_tokens}
-        options = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
-        options |= {"top_p": 1.0, "seed": decoding.seed, "extra_body": more}
+        options = {
+            "max_tokens": decoding.max_new_tokens,
+            "temperature": decoding.temperature,
+            "top_p": 1.0,
+            "seed": decoding.seed,
+            "extra_body": more,
+        }
         if decoding.temperature:
             options["top_p"] = decoding.top_p
             if decoding.top_k:
                 more["top_k"] = decoding.top_k
         for i, answer in self._ask(prompts, options):
-            failed = isinstance(answer, str)
-            yield i, Completion(error=answer) if failed else Completion(answer.text)
+            if isinstance(answer, str):
+                yield i, Completion(error=answer)
+            else:
+                yield i, Completion(answer.text)
 
     def _next_token(self, prompts, candidates):
         more: dict[str, Any] = {"return_tokens_as_token_ids": True}
         if candidates:
             more["logprob_token_ids"] = candidates
-        options = {"max_tokens": 1, "temperature": 0.0, "logprobs": TOP, "extra_body": more}
+        options = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": TOP,
+            "extra_body": more,
+        }
         found = {}
         bounded = 0
         left = None
@@ -534,7 +552,9 @@ class ServerEngine(Engine):
         self.failures = left = 0
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            asked = {pool.submit(self._answer, ids, options): i for i, ids in enumerate(prompts)}
+            asked = {}
+            for i, ids in enumerate(prompts):
+                asked[pool.submit(self._answer, ids, options)] = i
             for future in as_completed(asked):
                 answer = future.result()
                 if answer is None:

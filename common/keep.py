@@ -307,14 +307,17 @@ class KeptRows(UserDict[str, Row]):
                 wanted = self.missing(chunk, again)
                 asked = chunk if together and self.missing(chunk) else wanted
                 bar.update(len(chunk) - len(wanted))
-                for row in make(number, asked) if asked else ():
+                if not asked:
+                    continue
+                for row in make(number, asked):
                     key = row[self.key]
-                    if key in wanted:
-                        bar.update()
-                        if again is not None and again(row) and not together:
-                            lost[key] = row
-                        else:
-                            self.append(row)
+                    if key not in wanted:
+                        continue
+                    bar.update()
+                    if again is not None and again(row) and not together:
+                        lost[key] = row
+                    else:
+                        self.append(row)
         return [lost.get(key) or self.data[key] for key in keys]
 
     def close(self) -> None:

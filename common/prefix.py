@@ -56,8 +56,9 @@ def tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[lis
     for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):  # neighbours share most
         ids = sequences[i]
         common = alike(before, ids)
-        path = path[:common] + list(range(len(tokens), len(tokens) + len(ids) - common))
-        tokens += ids[common:]
+        fresh = ids[common:]
+        path = path[:common] + [len(tokens) + n for n in range(len(fresh))]
+        tokens += fresh
         positions += range(common, len(ids))
         paths[i] = path
         before = ids
