@@ -95,8 +95,12 @@ def last_turns(messages: Messages) -> tuple[str | None, str | None]:
 
 def pair(prompt: str | None, response: str | None = None) -> list[Message]:
     """One question, one question with its answer, or an answer alone, as messages."""
-    turns = [("user", prompt), ("assistant", response)]
-    return [{"role": role, "content": text} for role, text in turns if text is not None]
+    turns = []
+    if prompt is not None:
+        turns.append({"role": "user", "content": prompt})
+    if response is not None:
+        turns.append({"role": "assistant", "content": response})
+    return turns
 
 
 def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list[Message]:
@@ -173,7 +177,8 @@ def _joined_parts(parts: Sequence[Any], name: str, where: str) -> str:
                 "guards judge text alone"
             )
         key = TEXT_PARTS[kind]
-        texts.append(check_text(part.get(key), f"{name}[{index}].{key}", where, allow_empty=True))
+        field_name = f"{name}[{index}].{key}"
+        texts.append(check_text(part.get(key), field_name, where, allow_empty=True))
     return "\n".join(texts)
 
 
@@ -230,7 +235,8 @@ def check_label(value: Any, name: str, where: str) -> bool | None:
     Raises:
         UserError: it is no label. The message begins with `where` and names the field `name`.
     """
-    word = re.sub(r"[\s_-]+", " ", f"{value}".strip().lower())
+    word = f"{value}".strip().lower()
+    word = re.sub(r"[\s_-]+", " ", word)
     word = re.sub(r"^([01])\.0*$", r"\1", word)
     if value is None or word in UNKNOWN_WORDS:
         return None

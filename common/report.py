@@ -41,7 +41,8 @@ def number(value: Any) -> str:
         return f"{value:.3f}"
     if isinstance(value, list):
         return f"[{', '.join(map(number, value))}]"
-    return " ".join(str(value).split()).replace("|", r"\|")
+    words = str(value).split()
+    return " ".join(words).replace("|", r"\|")
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -55,7 +56,9 @@ def metric_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row
     a name.
     """
-    rows = [[name, *map(values.get, COLUMNS)] for name, values in metrics.items()]
+    rows = []
+    for name, values in metrics.items():
+        rows.append([name, *map(values.get, COLUMNS)])
     return table(rows, ["", *COLUMNS.values()])
 
 
@@ -85,9 +88,10 @@ def plot_precision_recall(
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     styles = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1)))
-    for (name, (truth, score)), style in zip(curves.items(), cycle(styles), strict=False):
+    style_of = dict(zip(curves, cycle(styles), strict=False))
+    for name, (truth, score) in curves.items():
         precision, recall, _ = precision_recall_curve(truth, score)
-        axes.step(recall, precision, where="post", linestyle=style, label=name)
+        axes.step(recall, precision, where="post", linestyle=style_of[name], label=name)
     base = sum(truth) / len(truth)
     axes.axhline(base, color="grey", linestyle=":", label=f"base rate {base:.2f}")
     axes.set(title=title, xlabel="Recall of unsafe pairs", ylabel="Precision")

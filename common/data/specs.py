@@ -52,7 +52,8 @@ class Spec:
     @property
     def splits(self) -> list[str]:
         """The names of the splits, without slices."""
-        return [re.sub(r"\[.*", "", part) for part in self.split.split("+") if part]
+        parts = self.split.split("+") if self.split else []
+        return [part.partition("[")[0] for part in parts]
 
     def __str__(self) -> str:
         separator = "" if self.is_file or not self.split else ":"
@@ -109,7 +110,8 @@ def about_data(text: str) -> dict[str, str]:
         spec = parse_spec(text)
     except UserError:
         return {"name": share + text}
-    known = sources()["sources"].get(spec.name, {"hub": spec.name})
+    data_sets = sources()["sources"]
+    known = data_sets.get(spec.name, {"hub": spec.name})
     if spec.is_file or Path(spec.name).exists():
         spec = replace(spec, name=Path(spec.name).name)
         known = {}

@@ -13,7 +13,8 @@ from common.conversation import check_label
 @cache
 def sources() -> dict[str, dict]:
     """The content of sources.yaml: `taxonomies`, `sources` and `columns`."""
-    return yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8"))
+    path = Path(__file__).with_name("sources.yaml")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def taxonomy(name: str) -> list[str]:
