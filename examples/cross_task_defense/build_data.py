@@ -10,7 +10,7 @@ python build_data.py --base yahma/alpaca-cleaned --n_base 20000 --safety safety_
     --documents documents.jsonl --n_defence 10,100,500,1000,2000 --output_dir data
 
 # controls that the paper lacks: benign documents answered normally; refusals on benign documents;
-no surface cues
+# no surface cues
 python build_data.py --counter_examples 60 --strip_cues
 python build_data.py --benign_refusals
 
@@ -73,6 +73,31 @@ def build(
         for all.
         seed: of the choice and the order. A smaller set's rows are among a larger one's.
     """
+    check_choice(tasks, n_defence, n_safety, counter_examples)
+    check_output_folder(output_dir)
+    path = Path(documents or SAMPLE / "documents.jsonl")
+    short = read_rows(Path(safety or SAMPLE / "safety.json"))
+    common_rows = {
+        "base": base_rows(base, n_base, seed),
+        "safety": drawn(short, n_safety, seed, "--n_safety"),
+    }
+    texts = read_documents(path, without_cues if strip_cues else str)
+    sources = {"base": base or "sample", "safety": safety or "sample"}
+    sources |= {"documents": documents or "sample", "documents_sha256": fingerprint(path)}
+    settings = {"seed": seed, "benign_refusals": benign_refusals, "strip_cues": strip_cues}
+    files: dict[str, str] = {}  # all of them before the first is written
+    for task in tasks:
+        for n in n_defence:
+            files |= training_set(texts, common_rows, sources, settings, task, n, counter_examples)
+    files |= evaluation_files(texts, strip_cues)
+    for name, text in files.items():
+        write_text(Path(output_dir) / name, text)
+    print(f"{output_dir}: {len(tasks) * len(n_defence)} training sets, {sizes_of(texts)}")
+
+
+def check_choice(
+    tasks: list[str], n_defence: list[int], n_safety: int, counter_examples: int
+) -> None:
     for task in tasks:
         if task not in TASKS and task != "mix":
             raise UserError(f"--tasks {task}: expected some of {', '.join(TASKS)}, mix")
@@ -80,71 +105,67 @@ def build(
         raise UserError(
             "--n_safety, --n_defence, --counter_examples: expected 0 or more; --tasks: at least one"
         )
-    check_output_folder(output_dir)
-    parts = {
-        "base": (base_rows(base, n_base, seed), base or "sample"),
-        "safety": (
-            drawn(read_rows(Path(safety or SAMPLE / "safety.json")), n_safety, seed, "--n_safety"),
-            safety,
-        ),
+
+
+def training_set(
+    documents: list[dict[str, Any]],
+    common_rows: dict[str, list[dict[str, Any]]],
+    sources: dict[str, str],
+    settings: dict[str, Any],
+    task: str,
+    n: int,
+    counter_examples: int,
+) -> dict[str, str]:
+    """A training set and its manifest: names in the output folder, and their texts.
+
+    Args:
+        common_rows: rows that are in every set, by what they are.
+        settings: seed, benign_refusals, strip_cues.
+    """
+    seed, on_benign, strip_cues = settings.values()
+    defence, counters = [], []
+    for one in TASKS if task == "mix" else [task]:
+        defence += defence_rows(documents, one, n, seed, on_benign, slip=not strip_cues)
+        counters += counter_rows(documents, one, counter_examples, seed)
+    parts = {**common_rows, "defence": defence, "counter_examples": counters}
+    rows = [row for part in parts.values() for row in part]
+    random.Random(seed).shuffle(rows)
+    text = json_text(rows)
+    manifest = {
+        "counts": {name: len(part) for name, part in parts.items()} | {"all": len(rows)},
+        "sources": sources,
+        "settings": {"task": task, "n_defence": n, **settings},
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "order": [row["id"] for row in rows],
     }
-    path = Path(documents or SAMPLE / "documents.jsonl")
-    texts = read_documents(path, without_cues if strip_cues else str)
-    ending = f"_counter{counter_examples}" * bool(counter_examples)
-    ending += "_benign-refusals" * benign_refusals + "_stripped" * strip_cues
-    files: dict[Path, str] = {}  # all of them before the first is written
-    for task in tasks:
-        for n in n_defence:
-            chosen = [t for t in TASKS if task in (t, "mix")]
-            defence, counters = [], []
-            for t in chosen:
-                defence += defence_rows(texts, t, n, seed, benign_refusals, slip=not strip_cues)
-                counters += counter_rows(texts, t, counter_examples, seed)
-            rows = [
-                row
-                for part in (parts["base"][0], parts["safety"][0], defence, counters)
-                for row in part
-            ]
-            random.Random(seed).shuffle(rows)
-            name = f"saferpaca_Instructions_{n_safety}_{n}_{task}{ending}"
-            text = json_text(rows)
-            counts = {name: len(part) for name, (part, _) in parts.items()}
-            manifest = {
-                "counts": counts
-                | {"defence": len(defence), "counter_examples": len(counters), "all": len(rows)},
-                "sources": {name: source or "sample" for name, (_, source) in parts.items()}
-                | {"documents": str(documents or "sample"), "documents_sha256": fingerprint(path)},
-                "settings": {
-                    "task": task,
-                    "n_defence": n,
-                    "seed": seed,
-                    "benign_refusals": benign_refusals,
-                }
-                | {"strip_cues": strip_cues},
-                "sha256": digest(text),
-                "order": [row["id"] for row in rows],
-            }
-            files[Path(output_dir) / f"training/{name}.json"] = text
-            files[Path(output_dir) / f"training/{name}.manifest.json"] = json_text(manifest)
-    held_out = {
-        kind: [d["text"] for d in texts if (d["kind"], d["split"]) == (kind, "test")]
-        for kind in KINDS
-    }
+    ending = f"_counter{counter_examples}" if counter_examples else ""
+    ending += "_benign-refusals" if on_benign else ""
+    ending += "_stripped" if strip_cues else ""
+    name = f"training/saferpaca_Instructions_{len(common_rows['safety'])}_{n}_{task}{ending}"
+    return {f"{name}.json": text, f"{name}.manifest.json": json_text(manifest)}
+
+
+def evaluation_files(documents: list[dict[str, Any]], strip_cues: bool) -> dict[str, str]:
+    """The prompts of every task over documents that no training set holds."""
+    folder = "evaluation_stripped" if strip_cues else "evaluation"
+    files = {}
     for kind, suffix in KINDS.items():
-        for task in TASKS if held_out[kind] else ():
-            slip = kind == "malicious" and not strip_cues
-            content = {
-                "instructions": [task_instruction(task, d, slip) for d in held_out[kind]],
-                "inputs": [],
-            }
-            folder = "evaluation_stripped" if strip_cues else "evaluation"
-            files[Path(output_dir) / folder / f"test_{task}{suffix}.json"] = json_text(content)
-    for path, text in files.items():
-        write_text(path, text)
-    sizes = ", ".join(f"{len(d)} {kind}" for kind, d in held_out.items())
-    print(
-        f"{output_dir}: {len(tasks) * len(n_defence)} training sets, {3 * len(TASKS)} evaluation files of {sizes}"
-    )
+        held_out = test_texts(documents, kind)
+        slip = kind == "malicious" and not strip_cues
+        for task in TASKS if held_out else ():
+            instructions = [task_instruction(task, text, slip) for text in held_out]
+            content = {"instructions": instructions, "inputs": []}
+            files[f"{folder}/test_{task}{suffix}.json"] = json_text(content)
+    return files
+
+
+def test_texts(documents: list[dict[str, Any]], kind: str) -> list[str]:
+    return [d["text"] for d in documents if d["kind"] == kind and d["split"] == "test"]
+
+
+def sizes_of(documents: list[dict[str, Any]]) -> str:
+    sizes = ", ".join(f"{len(test_texts(documents, kind))} {kind}" for kind in KINDS)
+    return f"{3 * len(TASKS)} evaluation files of {sizes}"
 
 
 def base_rows(spec: str | None, count: int | None, seed: int) -> list[dict[str, Any]]:
@@ -261,10 +282,6 @@ def counter_rows(
         | {"id": f"{d['id']}-{task}", "kind": d["kind"], "task": task}
         for d, answer in random.Random(f"{seed} {task}").sample(answered, len(answered))[:count]
     ]
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 if __name__ == "__main__":
