@@ -141,7 +141,7 @@ class EvaluationArguments:
     )
     bootstrap_rounds: int = HfArg(default=1000, help="Draws for the intervals; 0: none.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a model.")
-    overwrite: bool = HfArg(default=False, help="Judge everything anew.")
+    overwrite: bool = HfArg(default=False, help="Judge anew what is named here, also what is kept.")
     seed: int = 42
 
 

@@ -68,7 +68,7 @@ class Grid:
     notes: list[str]
 
 
-def published(path: Path | None = None) -> Row:
+def published() -> Row:
     """published.yaml, its rows spelled out.
 
     Returns:
@@ -76,7 +76,7 @@ def published(path: Path | None = None) -> Row:
         does not know), and `numbers`: one dict a number with guard, benchmark (or `average`),
         metric, decision, parse_errors, value (%) and source (a key).
     """
-    path = path or Path(__file__).with_name("published.yaml")
+    path = Path(__file__).with_name("published.yaml")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     content["numbers"] = []
     for block in content.pop("blocks"):
