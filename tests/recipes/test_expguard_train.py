@@ -31,6 +31,7 @@ arguments, rows_, model_, train = (
     module("expguard", name) for name in ("arguments", "rows", "model", "train")
 )
 slow = pytest.mark.slow
+TINY = "--epochs 2 --learning_rate 3e-3 --max_seq_len 400"
 
 
 @pytest.fixture(scope="module")
@@ -70,28 +71,9 @@ def run(base, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "arguments", arguments)
 
     def of(output: Path, *flags) -> dict[str, torch.Tensor]:
-        words = [
-            "train.py",
-            "--model_name_or_path",
-            base,
-            "--dataset_name",
-            data,
-            "--output_dir",
-            output,
-        ]
-        words += [
-            "--learning_rate",
-            3e-3,
-            "--gradient_accumulation_steps",
-            1,
-            "--max_seq_len",
-            400,
-            "--epochs",
-            2,
-        ]
-        monkeypatch.setattr(
-            sys, "argv", [str(word) for word in [*words, "--disable_tqdm", "true", *flags]]
-        )
+        words = ["--model_name_or_path", base, "--dataset_name", data, "--output_dir", output]
+        words += f"{TINY} --gradient_accumulation_steps 1 --disable_tqdm true".split()
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*words, *flags])])
         train.main()
         return load_file(output / "model.safetensors")
 
@@ -197,13 +179,9 @@ def test_a_mistake_is_one_line(run, tmp_path, flags, message):
 def test_the_library_of_quantized_bases_is_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    model, _, args = (
-        arguments.ModelArguments(use_4bit_quantization=True, use_peft_lora=True),
-        None,
-        None,
-    )
+    model = arguments.ModelArguments(use_4bit_quantization=True, use_peft_lora=True)
     with pytest.raises(UserError, match=r"quantization"):
-        arguments.check(model, args)
+        arguments.check(model, None)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -282,23 +260,15 @@ def test_what_rows_share_is_there_once(tokenizer, data):
 # ------------------------------------------------------------------------------------------------ training
 
 
-FLAGS = ["--do_eval", "--val_split_ratio", 0.25]
+FLAGS = ["--do_eval", "--val_split_ratio", "0.25"]
 
 
 def test_training_learns_and_leaves_a_guard_that_stock_libraries_load(run, base, data, tmp_path):
     """The saved folder: weights in float32, the prompt as chat template, and the verdicts that
     validation saw.
     """
-    run(
-        tmp_path,
-        *FLAGS,
-        "--epochs",
-        8,
-        "--learning_rate",
-        5e-3,
-        "--share_prefix",
-        "--disable_checkpointing",
-    )
+    more = "--epochs 8 --learning_rate 5e-3 --share_prefix --disable_checkpointing"
+    run(tmp_path, *FLAGS, *more.split())
     card, done = read(tmp_path / "guard.json"), read(tmp_path / "run.json")
     losses = [entry["loss"] for entry in done["log"] if "loss" in entry]
     assert losses[-1] < 0.1 * losses[0] and not list(tmp_path.glob("checkpoint-*"))
@@ -393,16 +363,8 @@ def test_resumed_is_uninterrupted(run, tmp_path):
     """From the middle, and from the very end, where nothing but the saving was lost; also with
     --stop_after_epoch.
     """
-    flags = [
-        *FLAGS,
-        "--epochs",
-        3,
-        "--stop_after_epoch",
-        2,
-        "--use_peft_lora",
-        "--lora_dropout",
-        0.1,
-    ]
+    more = "--epochs 3 --stop_after_epoch 2 --use_peft_lora --lora_dropout 0.1"
+    flags = [*FLAGS, *more.split()]
     whole = run(tmp_path / "whole", *flags)
     with pytest.raises(UserError, match="pass --resume_from_checkpoint latest"):
         run(tmp_path / "whole", *flags)
@@ -420,17 +382,8 @@ def test_lora_saves_the_adapter_and_the_guard_merged_with_it(run, tokenizer, tmp
     # a CPU judges 4-bit matrices in blocks of 32 rows
     base = tiny_base(tmp_path / "base", tokenizer, 128)
     folder = tmp_path / "guard"
-    merged = run(
-        folder,
-        "--model_name_or_path",
-        base,
-        "--use_peft_lora",
-        "--lora_r",
-        4,
-        "--max_steps",
-        2,
-        *flags,
-    )
+    more = "--use_peft_lora --lora_r 4 --max_steps 2"
+    merged = run(folder, "--model_name_or_path", base, *more.split(), *flags)
     adapter = load_file(folder / "adapter/adapter_model.safetensors")
     plain = load_file(base / "model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
@@ -474,20 +427,6 @@ def test_overlap_with_evaluation_sets_is_printed(run, data, tmp_path, caplog):
     assert json.dumps(overlap) in caplog.text
 
 
-TINY = [
-    "--model_type",
-    "llama",
-    "--epochs",
-    2,
-    "--learning_rate",
-    3e-3,
-    "--max_seq_len",
-    400,
-    "--weight_decay",
-    0.0,
-]
-
-
 @slow
 def test_the_papers_script_with_two_processes_is_one_process(
     run, base, data, tmp_path, monkeypatch
@@ -495,8 +434,9 @@ def test_the_papers_script_with_two_processes_is_one_process(
     """scripts/train.sh with local values; what is fixed in it (sharding, precision) a CPU leaves
     out.
     """
-    flags = [*TINY, "--model_name_or_path", base, "--dataset_name", data, *FLAGS]
-    batch = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    fixed = f"--model_type llama {TINY} --weight_decay 0.0"
+    flags = [*fixed.split(), "--model_name_or_path", base, "--dataset_name", data, *FLAGS]
+    batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     monkeypatch.setenv("NPROC", "2")
     script = ["scripts/train.sh", *flags, *batch, "--output_dir", tmp_path / "two"]
     launch("expguard", *script, launcher=("bash",), threads=1)
@@ -510,34 +450,12 @@ def test_the_papers_script_with_two_processes_is_one_process(
 
 @slow
 def test_zero3_on_two_processes_is_one_process(run, base, data, tmp_path):
-    flags = [
-        "--config",
-        "configs/paper.yaml",
-        "--fsdp",
-        "",
-        "--deepspeed",
-        "../../launch/zero3.json",
-        "--stop_after_epoch",
-        2,
-    ]
-    flags += [
-        *TINY,
-        "--model_name_or_path",
-        base,
-        "--dataset_name",
-        data,
-        "--per_device_train_batch_size",
-        4,
-    ]
-    launch(
-        "expguard",
-        "train.py",
-        *flags,
-        "--output_dir",
-        tmp_path / "two",
-        launcher=TORCHRUN,
-        threads=1,
-    )
+    flags = f"""--config configs/paper.yaml --fsdp= --deepspeed ../../launch/zero3.json
+        --stop_after_epoch 2 --model_type llama {TINY} --weight_decay 0.0
+        --per_device_train_batch_size 4""".split()
+    flags += ["--model_name_or_path", base, "--dataset_name", data]
+    flags += ["--output_dir", tmp_path / "two"]
+    launch("expguard", "train.py", *flags, launcher=TORCHRUN, threads=1)
     one = run(tmp_path / "one", "--per_device_train_batch_size", 8)
     apart = difference(one, load_file(tmp_path / "two/model.safetensors"))
     # DeepSpeed's own Adam rounds otherwise where a gradient is nearly nothing.
