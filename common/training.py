@@ -151,9 +151,10 @@ class BriefProgress(ProgressCallback):
     """The stock progress bar, without what is logged for each category ("violence/f1")."""
 
     def on_log(self, args, state, control, logs, **kwargs):
-        brief = {
-            name: value for name, value in logs.items() if "/" not in name or "flagged/" in name
-        }
+        brief = {}
+        for name, value in logs.items():
+            if "/" not in name or "flagged/" in name:
+                brief[name] = value
         super().on_log(args, state, control, logs=brief, **kwargs)
 
 
@@ -202,8 +203,12 @@ class LengthGroupedTrainer(Trainer):
             UserError: the checkpoint is of another run, or the training diverged.
             Stopped: Ctrl-C; it says how to go on.
         """
-        self.run_settings = argument_settings(self.args) | rows_settings(self.train_dataset)
-        self.run_settings |= self.own_settings | {"LoRA": lora_settings(self.model)}
+        self.run_settings = {
+            **argument_settings(self.args),
+            **rows_settings(self.train_dataset),
+            **self.own_settings,
+            "LoRA": lora_settings(self.model),
+        }
         if resume_from_checkpoint is not None:
             refuse_another_run(self.args, resume_from_checkpoint, self.run_settings)
             if is_main_process():
@@ -303,7 +308,8 @@ def read_answers(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> A
     else:
         starts = torch.ones_like(labels, dtype=torch.bool)
         starts[0, 1:] = owner[1:] != owner[:-1]
-    return Answers(model(**inputs, use_cache=False, logits_to_keep=columns), labels, starts)
+    outputs = model(**inputs, use_cache=False, logits_to_keep=columns)
+    return Answers(outputs, labels, starts)
 
 
 def answers_loss(
@@ -317,10 +323,12 @@ def answers_loss(
         first_token_weight: how often the first label of an answer counts in the sum.
     """
     labels = answers.labels.flatten()
-    losses = cross_entropy(answers.outputs.logits.float().flatten(0, 1), labels, reduction="none")
+    logits = answers.outputs.logits.float().flatten(0, 1)
+    losses = cross_entropy(logits, labels, reduction="none")
     weights = torch.where(answers.starts, first_token_weight, 1.0).flatten()
-    count = (labels != -100).sum() if count is None else torch.as_tensor(count)
-    return (losses * weights).sum() / count.clamp(min=1)
+    if count is None:
+        count = (labels != -100).sum()
+    return (losses * weights).sum() / torch.as_tensor(count).clamp(min=1)
 
 
 class AnswerTrainer(LengthGroupedTrainer, SFTTrainer):
@@ -669,7 +677,9 @@ def trained_parts(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = getattr(parameter, "ds_tensor", parameter)
-            parts.append((name, part.to_local() if isinstance(part, DTensor) else part))
+            if isinstance(part, DTensor):
+                part = part.to_local()
+            parts.append((name, part))
     return parts
 
 
