@@ -331,8 +331,9 @@ def test_stages_after_it_refuse_what_another_config_left(write_config, tmp_path)
 def test_categories_are_asked_of_responses_alone(write_config, monkeypatch):
     asked = []
 
-    def named(self, cases, verdicts):
-        asked.extend(case.kind for case in cases)
+    def named(self, cases_of, verdicts):
+        for cases in cases_of.values():
+            asked.extend(case.kind for case in cases)
         for verdict in verdicts:
             verdict.categories = {"Criminal Planning": 0.9, "Self-Harm": 0.9}
 

@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForCausalLM,
+    Trainer,
     pipeline,
 )
 
@@ -76,10 +77,8 @@ def moderation(request, tmp_path_factory, rows):
     def watched(trainer, model_args, *others):
         """The recipe's own saving, after a look at the model that it saves."""
         unlabelled = [{"messages": messages, "categories": []} for messages in rows]
-        encoded = train.tokenize_rows(Dataset.from_list(unlabelled), trainer.processing_class, 512)[
-            "input_ids"
-        ]
-        seen["scores"] = probabilities(trainer.model, encoded)
+        encoded = train.encode_rows(Dataset.from_list(unlabelled), trainer.processing_class, 512)
+        seen["scores"] = probabilities(trainer.model, encoded["input_ids"])
         save(trainer, model_args, *others)
 
     patch = pytest.MonkeyPatch()
@@ -187,13 +186,14 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
     ):
         train.main()
 
-    save = train.save_model
+    folder_ = module("moderation", "guard_folder")
+    save = folder_.save_model
 
     def other_weights(model, state_dict, *others):
         save(model, {name: tensor * 0.9 for name, tensor in state_dict.items()}, *others)
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite_output_dir", "true"])
-    monkeypatch.setattr(train, "save_model", other_weights)
+    monkeypatch.setattr(folder_, "save_model", other_weights)
     with pytest.raises(UserError, match="what was saved is not what was trained"):
         train.main()
     assert [
@@ -205,7 +205,7 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
     (folder / "guard.json").unlink()
     with pytest.raises(UserError, match="not finished: the saving of a guard was interrupted here"):
         load_guard(str(folder))
-    monkeypatch.setattr(train, "save_model", save)
+    monkeypatch.setattr(folder_, "save_model", save)
     train.main()
     assert [verdict.error for verdict in load_guard(str(folder), progress=False).judge(rows)] == [
         None
@@ -216,18 +216,19 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
 # --- the other recipes ------------------------------------------------------------------------------------------------
 
 
-def run(train, monkeypatch, words: list, saving: str, look) -> None:
-    """A recipe's train.py in this process, with a look at the trainer before its function `saving`
-    is called.
+def run(train, monkeypatch, words: list, owner, saving: str, look) -> None:
+    """A recipe's train.py in this process, with a look at the trainer before `owner.saving` is
+    called.
     """
-    save = getattr(train, saving)
+    save = getattr(owner, saving)
 
-    def watched(trainer, *others):
+    def watched(*args):
+        (trainer,) = [one for one in args if isinstance(one, Trainer)]
         look(trainer)
-        return save(trainer, *others)
+        return save(*args)
 
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-    monkeypatch.setattr(train, saving, watched)
+    monkeypatch.setattr(owner, saving, watched)
     train.main()
 
 
@@ -236,11 +237,11 @@ def test_lora_guard_says_what_was_trained(family, rows, tmp_path, monkeypatch):
     """`load_guard`, and stock PEFT on the rendered text with the head's bias, as the model card has
     it.
     """
-    train, inputs = module("lora_guard", "train"), module("lora_guard", "inputs")
+    train, inputs, adapter = (module("lora_guard", name) for name in ("train", "inputs", "adapter"))
     seen = {}
 
     def look(trainer) -> None:
-        encoded = inputs.unlabelled_rows(rows, trainer.processing_class, 512)["input_ids"]
+        encoded = inputs.token_ids(rows, trainer.processing_class, 512)
         seen["scores"] = probabilities(trainer.model, encoded)
 
     modules = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
@@ -248,7 +249,7 @@ def test_lora_guard_says_what_was_trained(family, rows, tmp_path, monkeypatch):
         BASES[family](tmp_path / "base"), tmp_path / "out", "--train-data", TRAIN, "--eval-data", VALIDATION,
         "--max-train-rows", 16, "--per-device-batch-size", 8, "--learning-rate", 1e-2, "--target-modules", *modules,
     ]  # fmt: skip
-    run(train, monkeypatch, words, "finish", look)
+    run(train, monkeypatch, words, adapter.RunFolder, "finish", look)
     folder, expected = tmp_path / "out/best", seen["scores"]
     assert np.ptp(expected, axis=0).max() > 0.01
     verdicts = load_guard(str(folder), progress=False).judge(rows)
@@ -294,7 +295,7 @@ def test_expguard_says_what_was_trained(flags, tmp_path, monkeypatch):
         "--model_name_or_path", base, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_seq_len", 400,
         "--learning_rate", 3e-3, "--max_steps", 4, "--disable_checkpointing", "--disable_tqdm", "true", *flags,
     ]  # fmt: skip
-    run(train, monkeypatch, words, "save_guard", look)
+    run(train, monkeypatch, words, train, "save_guard", look)
     stock = [AutoModelForCausalLM.from_pretrained(tmp_path / "out")]
     if flags:
         stock.append(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out/adapter"))
