@@ -389,6 +389,7 @@ class GenerativeGuard(Guard):
     def _shortened(self, messages: Messages, variant: str, length: int) -> list[Messages]:
         """What is judged of a conversation that is too long."""
         if self.long_inputs == "error":
+            self._long += 1  # `_cases` does not come to it
             raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
         length_of = partial(self._length, variant=variant)
         pieces = windows(self.tokenizer, length_of, messages, self.max_length)
