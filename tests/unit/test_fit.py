@@ -113,6 +113,21 @@ def test_a_pad_token_outside_the_embeddings_is_replaced_by_eos(family, tmp_path)
     assert engine.completions(prompts, Decoding(4)) == answers
 
 
+def test_tokens_that_the_model_lacks_get_rows(tmp_path):
+    """A chat model's own tokens are added to a tokenizer; a model with rows to spare keeps them."""
+    folder = BASES["llama"](tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    spare = model.get_input_embeddings().num_embeddings
+    fit.grow_embeddings(tokenizer, model)
+    assert model.get_input_embeddings().num_embeddings == spare >= len(tokenizer)
+    while len(tokenizer) <= spare:
+        tokenizer.add_tokens(f"<one more {len(tokenizer)}>")
+    fit.grow_embeddings(tokenizer, model)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) > spare
+    model(input_ids=torch.tensor([[len(tokenizer) - 1]]))
+
+
 def test_a_token_outside_the_embeddings_is_named(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(BASES["qwen2"](tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
