@@ -17,7 +17,7 @@ is made a folder by convert.py.
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,10 +96,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    batches = read_prompts(args)  # before the model: a bad file should say so at once
+    prompts = read_prompts(args)  # before the model: a bad file should say so at once
     chat, threshold = load(args)
     rows: list[dict[str, Any]] = []
-    for batch in typed_prompts() if batches is None else batches:
+    batches = typed_prompts() if prompts is None else chunks(prompts, args.batch_size)
+    for batch in batches:
         replies = chat.reply(
             [messages for _, messages in batch],
             max_new_tokens=args.max_new_tokens,
@@ -148,8 +149,8 @@ def named_device(number: int | None) -> str | None:
     return f"{torch.accelerator.current_accelerator().type}:{number}"
 
 
-def read_prompts(args: argparse.Namespace) -> list[list[Asked]] | None:
-    """Batches of conversations to reply to; None asks on the terminal."""
+def read_prompts(args: argparse.Namespace) -> list[Asked] | None:
+    """The conversations to reply to; None asks on the terminal."""
     asked: list[Asked] = []
     if args.prompt:
         for number, text in enumerate(args.prompt, start=1):
@@ -161,7 +162,13 @@ def read_prompts(args: argparse.Namespace) -> list[list[Asked]] | None:
             raise UserError(f"--prompts {args.prompts}: holds no rows")
     else:
         return None
-    return [asked[i : i + args.batch_size] for i in range(0, len(asked), args.batch_size)]
+    return asked
+
+
+def chunks(asked: Sequence[Asked], size: int) -> Iterator[Sequence[Asked]]:
+    """As many at a time as are replied to in one batch."""
+    for start in range(0, len(asked), size):
+        yield asked[start : start + size]
 
 
 def messages_of(row: Any, where: str) -> list[Message]:
