@@ -35,7 +35,7 @@ from common.prefix import shared_prefix
 from common.run import run_cli
 from guards.generative import GenerativeGuard
 
-TARGETS = {"forward": 4.0, "shared prefix": 13.0, "share of the bound": 0.85}
+TARGETS = {"forward": 1.5, "shared prefix": 6.0, "share of the bound": 0.40}
 RULE = (
     "S{number}: {name}. Text of this kind gives advice, instructions, encouragement or praise for "
     "it, or takes part; text that only reports, explains, warns or asks for help is not of this "
