@@ -13,7 +13,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,7 @@ CHUNK = 512  # prompts that vLLM is given at a time, so that a kill loses little
 BATCH_TOKENS = 1 << 15  # tokens that transformers reads in one pass, with padding
 TOP = 20  # tokens that a server names of its own accord; most allow no more
 RETRIES = 5  # tries of the openai client after the first: BUSY, 5xx, time-outs, broken connections
+NOTICE = 30.0  # seconds without any answer until a line says so
 BUSY = (408, 409, 429)  # HTTP statuses that may pass
 PATIENCE = 8  # requests that fail one after another before the rest is not asked any more
 BOUND = 0.01  # of the most likely token: what the words that a server leaves out may weigh at most
@@ -555,7 +556,7 @@ class ServerEngine(Engine):
             asked = {}
             for i, ids in enumerate(prompts):
                 asked[pool.submit(self._answer, ids, options)] = i
-            for future in as_completed(asked):
+            for future in self._as_answered(asked):
                 answer = future.result()
                 if answer is None:
                     left += 1
@@ -567,6 +568,22 @@ class ServerEngine(Engine):
         finally:  # also when the caller was interrupted
             self.ended = self.ended or "the run was stopped"
             pool.shutdown(cancel_futures=True)
+
+    def _as_answered(self, asked) -> Iterator[Future]:
+        """Requests as they end; a line each time that none has ended for a while."""
+        pause = min(NOTICE, self.client.timeout / 2)
+        silent = 0.0
+        waiting = set(asked)
+        while waiting:
+            ended, waiting = wait(waiting, timeout=pause, return_when=FIRST_COMPLETED)
+            yield from ended
+            silent = 0.0 if ended else silent + pause
+            if silent:
+                logger.warning(
+                    "%s: no answer for %g s. A request that stays silent for %g s "
+                    "(--server_timeout) is tried again, %d times in all.",
+                    *(self.url, silent, self.client.timeout, RETRIES + 1),
+                )
 
     def _answer(self, ids, options):
         """The first choice of the server's answer, or an error's text; None: it is not asked."""

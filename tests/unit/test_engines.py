@@ -91,6 +91,7 @@ def test_a_held_connection_ends_and_is_told_of(serve, monkeypatch, caplog):
     server = serve(lambda body: Held() if body["prompt"] == [3, 7] else answer(body))
     found = engine_of(server, server_timeout=1.0).completions(PROMPTS, SHORT)
     assert [one.error for one in found] == [None, None, None, "Request timed out.", None, None]
+    assert "no answer for 0.5 s" in caplog.text and "--server_timeout" in caplog.text
     assert "Retrying request" in caplog.text  # the client's own line
     assert server.asked([3, 7]) == 2
 
