@@ -29,20 +29,15 @@ repeats and leaks.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
 from common.conversation import FEATURES, UserError
-from common.data.files import FILE_TYPES, Rows, read_json, read_rows, read_yaml
+from common.data.files import FILE_TYPES, read_json, read_rows
 from common.data.repeats import deduplicate, grouped_split, overlap, prompt_key
-from common.data.rows import (
-    EXAMPLE_ROW,
-    conversation_row,
-    plain_columns,
-)
+from common.data.rows import EXAMPLE_ROW, conversation_row, plain_columns
 from common.data.specs import parse_spec, spec_rows
 from common.data.tables import taxonomy
 
@@ -59,7 +54,6 @@ __all__ = [
     "prompt_key",
     "read_json",
     "read_rows",
-    "read_yaml",
     "spec_rows",
     "taxonomy",
 ]
@@ -98,38 +92,30 @@ def load_conversations(
     if max_rows is not None and max_rows < 1:
         raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
     name, rows = spec_rows(spec)
-    skipped: list[UserError] | None = [] if bad_rows == "skip" else None
-    checked = _checked_rows(rows, categories, require, skipped)
-    out = [row | {"source": name} for row in islice(checked, max_rows)]
-    if skipped:
-        counts = len(skipped), len(skipped) + len(out)
-        logger.warning("%s: left out %d bad rows of %d; the first: %s", spec, *counts, skipped[0])
-    if not out:
-        raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
-    for label in require:
-        if not any(row[label] for row in out):
-            raise UserError(
-                f"{spec}, field {label}: no positive row among {len(out)}; "
-                "nothing to learn or measure"
-            )
-    return Dataset.from_list(out, features=FEATURES)
-
-
-def _checked_rows(
-    rows: Rows,
-    categories: Sequence[str] | None,
-    require: Sequence[str],
-    skipped: list[UserError] | None,
-) -> Iterator[dict[str, Any]]:
-    """The good rows; what is wrong with the others goes to `skipped`, if there is such a list."""
+    good: list[dict[str, Any]] = []
+    bad: list[UserError] = []
     for where, row in rows:
         if isinstance(row, Mapping):
             row = plain_columns(row, where)
         try:
             checked = conversation_row(row, where, categories, require)
         except UserError as error:
-            if skipped is None:
+            if bad_rows == "error":
                 raise
-            skipped.append(error)
-        else:
-            yield checked
+            bad.append(error)
+            continue
+        good.append(checked | {"source": name})
+        if len(good) == max_rows:
+            break
+    if bad:
+        said = "%s: left out %d bad rows of %d; the first: %s"
+        logger.warning(said, spec, len(bad), len(bad) + len(good), bad[0])
+    if not good:
+        raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
+    for label in require:
+        if not any(row[label] for row in good):
+            raise UserError(
+                f"{spec}, field {label}: no positive row among {len(good)}; "
+                "nothing to learn or measure"
+            )
+    return Dataset.from_list(good, features=FEATURES)

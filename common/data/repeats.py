@@ -3,10 +3,8 @@ overlap.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import Any
 
 from datasets import Dataset
 from sklearn.model_selection import GroupShuffleSplit
@@ -34,42 +32,51 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
     Returns:
         The rows (first occurrence, in order) and a report: rows, unique, conflicting.
     """
-    groups = defaultdict(list)
+    groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups[json.dumps(row["messages"])].append(row)
+        key = json.dumps(row["messages"])
+        groups.setdefault(key, []).append(row)
     unique = []
     conflicting = 0
     for group in groups.values():
-        first = dict(group[0])
-        conflicting += any(_opinion(row) != _opinion(first) for row in group)
-        for label in LABELS:
-            votes = [row[label] for row in group if row[label] is not None]
-            first[label] = sum(votes) * 2 > len(votes) if votes else None
-        first["categories"] = _voted_categories(group, first["response_unsafe"])
-        unique.append(first)
+        voted = dict(group[0])
+        voted.update(_majority(group))
+        unique.append(voted)
+        opinions = {_opinion(row) for row in group}
+        conflicting += len(opinions) > 1
     counts = {"rows": len(rows), "unique": len(unique), "conflicting": conflicting}
     return Dataset.from_list(unique, features=FEATURES), counts
 
 
-def _opinion(row: Mapping) -> list[Any]:
+def _opinion(row: Mapping) -> str:
     """The labels and categories of a row, to be compared with those of its repeats."""
     categories = row["categories"]
+    if categories is not None:
+        categories = sorted(categories)
     labels = [row[label] for label in LABELS]
-    return [*labels, categories and sorted(categories)]
+    return json.dumps([labels, categories])
 
 
-def _voted_categories(group: Sequence[Mapping], unsafe: bool | None) -> list[str] | None:
-    """Whoever was outvoted has no say in the categories: a response that was voted safe has none,
-    an unsafe one has some.
+def _majority(group: Sequence[Mapping]) -> dict[str, bool | list[str] | None]:
+    """Labels and categories by majority vote. An outvoted row has no say in the categories: a
+    response that was voted safe has none, an unsafe one has some.
     """
-    agreeing = [row["categories"] for row in group if row["response_unsafe"] == unsafe]
-    known = [names for names in agreeing if names is not None]
-    if not known:
-        return None
-    votes = Counter(chain.from_iterable(known))
-    most = max(votes.values(), default=1)
-    bar = min(len(group) / 2, most - 0.5)
-    return sorted(name for name, count in votes.items() if count > bar)
+    voted = {}
+    for label in LABELS:
+        votes = [row[label] for row in group if row[label] is not None]
+        voted[label] = sum(votes) * 2 > len(votes) if votes else None
+    votes = Counter()
+    voted["categories"] = None
+    for row in group:
+        agrees = row["response_unsafe"] == voted["response_unsafe"]
+        if agrees and row["categories"] is not None:
+            votes.update(row["categories"])
+            voted["categories"] = []
+    if votes:
+        most = max(votes.values())
+        bar = min(len(group) / 2, most - 0.5)
+        voted["categories"] = sorted(name for name in votes if votes[name] > bar)
+    return voted
 
 
 def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -86,22 +93,21 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
     size = min(max(1, size), count - 1)  # neither side may be empty
     splitter = GroupShuffleSplit(1, test_size=size, random_state=seed)
     train, held_out = next(splitter.split(groups, groups=groups))
-    train, held_out = sorted(train), sorted(held_out)
-    return rows.select(train), rows.select(held_out)
+    return rows.select(sorted(train)), rows.select(sorted(held_out))
 
 
 def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
     """How many rows of `held_out` share their prompt, and their prompt and response, with a row of
     `train`.
     """
-    seen = {_pair_key(row) for row in train}
-    prompts = {prompt for prompt, _ in seen}
-    keys = [_pair_key(row) for row in held_out]
-    return {
-        "rows": len(keys),
-        "prompt_in_train": sum(prompt in prompts for prompt, _ in keys),
-        "pair_in_train": sum(key in seen for key in keys),
-    }
+    pairs = {_pair_key(row) for row in train}
+    prompts = {prompt for prompt, _ in pairs}
+    counts = {"rows": len(held_out), "prompt_in_train": 0, "pair_in_train": 0}
+    for row in held_out:
+        key = _pair_key(row)
+        counts["prompt_in_train"] += key[0] in prompts
+        counts["pair_in_train"] += key in pairs
+    return counts
 
 
 def _pair_key(row: Mapping) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 checked here.
 """
 
-import ast
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ LABEL_COLUMNS = {  # our name: what users write
     "response_unsafe": "response_label",
     "response_refusal": "refusal_label",
 }
+LABEL_NAMES = {*LABEL_COLUMNS, *LABEL_COLUMNS.values()}
 OWN_COLUMNS = {"id", "prompt", "response", "messages", "label", "categories", "category", "is_safe"}
 
 
@@ -63,8 +63,9 @@ def our_names(row: Mapping, where: str) -> dict[str, Any]:
     known = _known_columns()
     out: dict[str, Any] = {}
     for column, value in row.items():
-        plain = column.strip().lower().replace(" ", "_")
-        name = plain if plain in known and column not in known else column
+        name = column.strip().lower().replace(" ", "_")
+        if name not in known:
+            name = column
         if name in out:
             raise UserError(
                 f"{where}, field {name}: the column is there twice, also as {column!r}; keep one"
@@ -75,7 +76,7 @@ def our_names(row: Mapping, where: str) -> dict[str, Any]:
 
 @cache
 def _known_columns() -> set[str]:
-    known = OWN_COLUMNS.union(LABEL_COLUMNS, LABEL_COLUMNS.values())
+    known = OWN_COLUMNS | LABEL_NAMES
     for data_set in sources()["columns"].values():
         known |= columns_of(data_set)
     return known
@@ -106,21 +107,29 @@ def conversation_row(
     answered = messages[-1]["role"] == "assistant"
     if "category" in row:
         named = _beavertails_categories(row, where)
-        labels = dict.fromkeys(LABELS) | {"response_unsafe": bool(named)}
+        labels = dict.fromkeys(LABELS)
+        labels["response_unsafe"] = bool(named)
     else:
         named = _category_names(row.get("categories"), where)
         labels = _labels(row, answered, where)
-    if categories is not None:
-        _check_known(named or (), categories, f"{where}, field categories")
-        if answered and named is not None and labels["response_unsafe"] is None:
+    if categories is not None and named is not None:
+        _check_known(named, categories, f"{where}, field categories")
+        if answered and labels["response_unsafe"] is None:
             labels["response_unsafe"] = bool(named)
-    if not answered and labels["response_unsafe"] is not None:
-        raise UserError(f"{where}, field response: missing, although the row has a response label")
-    _check_together(labels["response_unsafe" if answered else "prompt_unsafe"], named, where)
-    id = Path(where).name  # without its folder: a data fingerprint is the same anywhere
-    if row.get("id") is not None:
-        id = check_text(str(row["id"]), "id", where)
-    found = {"id": id, "messages": messages, **labels, "categories": named}
+    about_response = (labels["response_unsafe"], labels["response_refusal"])
+    if not answered and about_response != (None, None):
+        raise UserError(
+            f"{where}, field response: missing or empty text, although the row labels a response"
+        )
+    unsafe = labels["response_unsafe" if answered else "prompt_unsafe"]
+    if None not in (unsafe, named) and unsafe != bool(named):
+        turn = "unsafe" if unsafe else "safe"
+        raise UserError(f"{where}, field categories: {named} on a turn that is labelled {turn}")
+    id = row.get("id")
+    if id is None:
+        id = Path(where).name  # without its folder: a data fingerprint is the same anywhere
+    found = {"id": check_text(str(id), "id", where), "messages": messages}
+    found.update(labels, categories=named)
     for name in require:
         if found[name] is None:
             raise UserError(f"{where}, field {name}: missing; every row needs it here")
@@ -132,79 +141,53 @@ def _messages(row: Mapping, where: str) -> list[Message]:
         return check_messages(_structure(row["messages"], "messages", where), where)
     prompt = check_text(row["prompt"], "prompt", where)
     response = row.get("response")
-    about_it = (
-        "category",
-        "response_unsafe",
-        "response_label",
-        "response_refusal",
-        "refusal_label",
-    )
-    labelled = not all(_is_blank(row.get(column)) for column in about_it)
-    if response is None or (_is_blank(response) and not labelled):
-        return pair(prompt)  # older ExpGuardMix files write an empty response to a prompt alone
+    if _is_blank(response):  # older ExpGuardMix files write an empty response to a prompt alone
+        return pair(prompt)
     return pair(prompt, check_text(response, "response", where))
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a cell is empty: null, NaN or white space."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or value != value
+    return value is None or not str(value).strip()
 
 
 def _labels(row: Mapping, answered: bool, where: str) -> dict[str, bool | None]:
-    """Labels by our names. A column `label` alone is the prompt's where there is nothing else that
-    it could mean.
-    """
+    """Labels by our names. A column `label` alone is the prompt's if nothing was answered."""
     labels = {}
     for ours, theirs in LABEL_COLUMNS.items():
-        label = check_label(row.get(ours), ours, where)
-        other = check_label(row.get(theirs), theirs, where)
-        if label is not None and other is not None and label != other:
+        said = {check_label(row.get(name), name, where) for name in (ours, theirs)}
+        said.discard(None)
+        if len(said) > 1:
             raise UserError(
                 f"{where}, field {ours}: contradicts {theirs}, which means the same; keep one"
             )
-        labels[ours] = other if label is None else label
-    named = any(column in row for column in (*LABEL_COLUMNS, *LABEL_COLUMNS.values()))
-    if named or _is_blank(row.get("label")):
+        labels[ours] = said.pop() if said else None
+    if row.get("label") is None or not row.keys().isdisjoint(LABEL_NAMES):
         return labels
     if answered:
         raise UserError(
             f"{where}, field label: does not say whether it labels the prompt or the response; "
             "rename the column to prompt_label or response_label"
         )
-    return labels | {"prompt_unsafe": check_label(row["label"], "label", where)}
-
-
-def _check_together(unsafe: bool | None, named: list[str] | None, where: str) -> None:
-    """Label and categories of the turn that is judged must agree: whichever a guard trains on, it
-    is the same.
-    """
-    if named and unsafe is False:
-        raise UserError(f"{where}, field categories: {named} on a turn that is labelled safe")
-    if named == [] and unsafe is True:
-        raise UserError(
-            f"{where}, field categories: [] on a turn that is labelled unsafe; name one, or leave "
-            "the field empty if they are not known"
-        )
+    labels["prompt_unsafe"] = check_label(row["label"], "label", where)
+    return labels
 
 
 # --- categories -------------------------------------------------------------------------------
 
 
 def _category_names(value: Any, where: str) -> list[str] | None:
-    """`categories` as a list of names, or None where they are unknown.
+    """`categories` as a list of names, or None if they are unknown.
 
-    A text is a JSON list, or names with semicolons between them; commas stand in names.
+    A text is a JSON list, or names with semicolons between them; commas are part of names.
     """
     if _is_blank(value):
         return None
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
         value = [name.strip() for name in value.split(";") if name.strip()]
-    value = _structure(value, "categories", where)
-    if not isinstance(value, Sequence):
-        raise UserError(f"{where}, field categories: expected a list of names, found {value!r:.60}")
-    return [check_text(name, "categories", where) for name in value]
+    names = _structure(value, "categories", where)
+    if not isinstance(names, list):
+        raise UserError(f"{where}, field categories: expected a list of names, found {names!r:.60}")
+    return [check_text(name, "categories", where) for name in names]
 
 
 def _beavertails_categories(row: Mapping, where: str) -> list[str]:
@@ -221,15 +204,12 @@ def _beavertails_categories(row: Mapping, where: str) -> list[str]:
     for name in names:
         holds = check_label(category.get(name), f"category[{name}]", where)
         if holds is None:
-            fault = "null" if name in category else "missing"
-            raise UserError(f"{place}: {name!r} is {fault}; expected true or false")
+            raise UserError(f"{place}: {name!r} is missing or null; expected true or false")
         if holds:
             named.append(name)
-    is_safe = check_label(row["is_safe"], "is_safe", where)
-    if is_safe is None or is_safe == bool(named):
-        raise UserError(
-            f"{where}, field is_safe: {row['is_safe']!r} contradicts the categories {named}"
-        )
+    is_safe = row["is_safe"]
+    if check_label(is_safe, "is_safe", where) != (not named):
+        raise UserError(f"{where}, field is_safe: {is_safe!r} contradicts the categories {named}")
     return named
 
 
@@ -241,13 +221,7 @@ def _check_known(names: Iterable[str], known: Sequence[str], place: str) -> None
 
 
 def _structure(value: Any, name: str, where: str) -> Any:
-    """A list or an object; in a CSV cell it is JSON, or what Python writes (pandas does so)."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value, "its text")
-    except UserError as error:
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise UserError(f"{where}, field {name}: not JSON: {error}") from None
+    """A list or an object, which is JSON in a CSV cell."""
+    if isinstance(value, str):
+        return parse_json(value, f"{where}, field {name}")
+    return value

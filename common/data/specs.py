@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,8 @@ from common.data.files import FILE_TYPES, Rows, read_rows
 from common.data.tables import sources
 
 ROOT = Path(__file__).resolve().parents[2]
-PART = r"[\w.\-]+(?:\[[^\[\]]*\])?"  # a split, or a slice of it
+SLICE = r"(?:\[[^\[\]]*\])?"
+PART = rf"[\w.\-]+{SLICE}"  # a split, or a slice of it
 SPEC = re.compile(rf"(?P<name>[^:].*?)(?::(?P<split>{PART}(?:\+{PART})*))?")
 
 
@@ -61,38 +61,23 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Take a spec apart; whether its data is there is seen when it is read.
+    """Take a spec apart. Whether its data exists shows when it is read.
 
     Raises:
         UserError: nothing before the split, or more than two `@`.
     """
     text = os.path.expanduser(text)
-    path, brackets = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", text, re.DOTALL).groups()
+    path, numbers = re.fullmatch(rf"(.*?)({SLICE})", text, re.DOTALL).groups()
     if Path(path).is_file() or Path(path).suffix.lower() in FILE_TYPES:
-        return Spec(path, split=brackets or "", is_file=True)
+        return Spec(path, split=numbers, is_file=True)
     found = SPEC.fullmatch(text)
-    if found is None:
-        raise UserError(
-            f"{text!r}: no data set; expected a file, or a name with its split (user/name:train)"
-        )
-    name, *marks = _parts(found["name"])
+    name, *marks = found["name"].split("@") if found else [""]
     if len(marks) > 2 or not all([name, *marks]):
         raise UserError(
-            f"{text}: expected user/name, @configuration or @revision or both, and :split"
+            f"{text!r}: no data set; expected a file, or user/name, @configuration or @revision "
+            "or both, and :split"
         )
     return Spec(name, tuple(marks), found["split"] or "")
-
-
-def _parts(text: str) -> list[str]:
-    """The name before the first `@`, and what stands behind each; a folder may have `@` in its own
-    path.
-    """
-    parts = text.split("@")
-    for count in range(len(parts), 1, -1):
-        folder = "@".join(parts[:count])
-        if Path(folder).is_dir():
-            return [folder, *parts[count:]]
-    return parts
 
 
 def about_data(text: str) -> dict[str, str]:
@@ -110,18 +95,19 @@ def about_data(text: str) -> dict[str, str]:
         spec = parse_spec(text)
     except UserError:
         return {"name": share + text}
-    data_sets = sources()["sources"]
-    known = data_sets.get(spec.name, {"hub": spec.name})
     if spec.is_file or Path(spec.name).exists():
         spec = replace(spec, name=Path(spec.name).name)
-        known = {}
-    facts = {key: known[key] for key in ("hub", "licence", "language") if key in known}
-    return {"name": f"{share}{spec}", **facts}
+        return {"name": f"{share}{spec}"}
+    about = {"name": f"{share}{spec}"}
+    known = sources()["sources"].get(spec.name, {"hub": spec.name})
+    for fact in ("hub", "licence", "language"):
+        if fact in known:
+            about[fact] = known[fact]
+    return about
 
 
 def spec_rows(text: str) -> tuple[str, Rows]:
-    """The name of a data set, and its rows as they stand, each with a text that says where it
-    stands.
+    """The name of a data set, and its rows unchanged, each with a text that says where it is.
 
     A row that cannot be read is a `UserError` in its place.
 
@@ -139,31 +125,25 @@ def spec_rows(text: str) -> tuple[str, Rows]:
     if spec.name in known:
         return spec.name, _known_rows(spec, known[spec.name], text)
     if not spec.split:
-        names = ", ".join(known)
         raise UserError(
             f"{text}: no such file, and a hub id or a folder needs a split (user/name:split); "
-            f"known names: {names}"
+            f"known names: {', '.join(known)}"
         )
     return "@".join([spec.name, *spec.marks]), _hub_rows(spec)
 
 
 def _known_rows(spec: Spec, known: Mapping[str, Any], text: str) -> Rows:
-    """Rows of a name of sources.yaml; that a split does not exist is told without the network."""
-    for split in spec.splits or [""]:
-        if split not in known["splits"]:
-            there = ", ".join(f"{spec.name}:{name}" for name in known["splits"])
-            raise UserError(f"{text}: {spec.name} has no split {split!r}; it has {there}")
+    """Rows of a name of sources.yaml. A wrong split is refused without asking the network."""
+    if not spec.split or not set(spec.splits) <= set(known["splits"]):
+        there = ", ".join(f"{spec.name}:{name}" for name in known["splits"])
+        raise UserError(f"{text}: {spec.name} has no split {spec.split!r}; it has {there}")
     if "path" not in known:
         return _hub_rows(replace(spec, name=known["hub"]))
-    if spec.marks:
-        raise UserError(
-            f"{text}: {spec.name} lies in this repository and has no configuration or revision"
-        )
-    parts = []
+    rows = []
     for split, part in zip(spec.splits, spec.split.split("+"), strict=True):
-        rows = read_rows(ROOT / known["path"].format(split=split))
-        parts.append(_sliced(rows, part, text))
-    return chain.from_iterable(parts)
+        path = ROOT / known["path"].format(split=split)
+        rows.append(_sliced(read_rows(path), part, text))
+    return chain.from_iterable(rows)
 
 
 def _sliced(rows: Rows, part: str, text: str) -> Rows:
@@ -177,9 +157,8 @@ def _sliced(rows: Rows, part: str, text: str) -> Rows:
         instruction = ReadInstruction.from_spec(f"all[{numbers}")
         (span,) = instruction.to_absolute({"all": len(every)})
     except (ValueError, AssertionError) as error:
-        raise UserError(
-            f"{text}: no slice such as [:500] or [10%:20%] ({first_line(error)})"
-        ) from None
+        reason = first_line(error)
+        raise UserError(f"{text}: no slice such as [:500] or [10%:20%] ({reason})") from None
     yield from every[span.from_ : span.to]
 
 
@@ -200,64 +179,47 @@ def load_hub(
     """A data set of the hub, or a folder in its layout: one split of it, or for None all of them.
 
     Args:
-        where: what an error begins with, instead of the data set's name and split.
-        hint: what the user may do where it cannot be read.
+        where: what an error begins with, instead of the data set's name.
+        hint: what the user may do if it cannot be read.
 
     Raises:
-        UserError: it cannot be read. Where a configuration is missing or unknown, this lists those
-            that there are.
+        UserError: it cannot be read. If a configuration is missing or unknown, this lists those
+            that exist.
     """
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub's errors share no base class, and each is a page long
         reason = first_line(error)
-        known = _configurations(name, revision)
-        if len(known) > 1 and config not in known:
-            suffix = f":{split}" if split else ""
-            choices = " ".join(f"{name}@{one}{suffix}" for one in known)
-            fault = f"no configuration {config!r}" if config else "several configurations"
-            reason, hint = f"{name} has {fault}", f"name one: {choices}"
-        elif "gated" in f"{error}".lower() and hint == HINT:
-            hint = f"visit its page on the hub, accept the terms, then run `hf auth login`: {name}"
-        where = where or (f"{name}:{split}" if split else name)
-        raise UserError(f"{where}: {reason} ({hint})") from None
+    known = _configurations(name)
+    if len(known) > 1 and config not in known:
+        suffix = f":{split}" if split else ""
+        choices = [f"{name}@{one}{suffix}" for one in known]
+        hint = f"name a configuration: {' '.join(choices)}"
+    raise UserError(f"{where or name}: {reason} ({hint})")
 
 
-def _configurations(name: str, revision: str | None = None) -> list[str]:
-    """The names of a data set's configurations; none where they cannot be had, which loading it
-    will explain.
-    """
+def _configurations(name: str) -> list[str]:
+    """The names of a data set's configurations, or none if they cannot be listed (offline)."""
     try:
-        return datasets.get_dataset_config_names(name, revision=revision)
-    except Exception:  # see `load_hub`
+        return datasets.get_dataset_config_names(name)
+    except Exception:  # as in `load_hub`; loading explains it
         return []
 
 
 def _hub_rows(spec: Spec) -> Rows:
     """Rows of a hub data set, or of a local folder in a hub data set's layout."""
-    rows = _load_spec(spec)
+    config = revision = None
+    if len(spec.marks) == 2:
+        config, revision = spec.marks
+    elif spec.marks:
+        (config,) = spec.marks
+        known = _configurations(spec.name)
+        if known and config not in known and not Path(spec.name).is_dir():
+            config, revision = None, config
+    rows = load_hub(spec.name, spec.split, config, revision, where=str(spec))
     bar = tqdm(rows, desc=f"reading {spec}", unit="row", delay=2)
     for number, row in enumerate(bar):
         yield f"{spec}, row {number}", row
-
-
-def _load_spec(spec: Spec) -> Dataset:
-    """One mark is a configuration if there is one of its name, else a revision; a folder has no
-    revisions.
-    """
-    load = partial(load_hub, spec.name, spec.split, where=str(spec))
-    if len(spec.marks) != 1 or Path(spec.name).is_dir():
-        return load(*spec.marks)
-    (mark,) = spec.marks
-    if mark in _configurations(spec.name):
-        return load(mark)
-    try:
-        return load(revision=mark)
-    except UserError as error:
-        try:  # offline, a configuration that was loaded before is there, but no list of them
-            return load(mark)
-        except UserError:
-            raise error from None
 
 
 def first_line(error: Exception) -> str:

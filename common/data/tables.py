@@ -29,22 +29,24 @@ def columns_of(data_set: Mapping) -> set[str]:
 
 def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
     """A row of a data set with columns of its own (ToxicChat, OpenAI's moderation set) in the plain
-    format.
+    format. Other rows come back unchanged.
 
     The prompt is unsafe if any of the named flags is 1. A flag that is absent or null is unknown;
-    so is the label where all of them are. A response is taken along where the row labels it. Rows
-    of no known kind come back as they are.
+    so is the label if all of them are. A response is kept only if the row labels it.
     """
     for data_set in sources()["columns"].values():
         names = data_set["names"]
-        flags = [name for name in data_set["unsafe_if_any"] if name in row]
-        if names["prompt"] in row and flags and set(row) <= columns_of(data_set):
+        flags = row.keys() & set(data_set["unsafe_if_any"])
+        if flags and names["prompt"] in row and row.keys() <= columns_of(data_set):
             break
     else:
         return row
-    plain = {name: row[theirs] for name, theirs in names.items() if theirs in row}
+    plain = {}
+    for name, theirs in names.items():
+        plain[name] = row.get(theirs)
     if plain.get("response_label") is None:
-        plain = {name: plain[name] for name in ("prompt", "id") if name in plain}
-    said = [check_label(row[name], name, where) for name in flags]
-    known = [flag for flag in said if flag is not None]
-    return plain | {"prompt_label": any(known) if known else None}
+        plain["response"] = None
+    labels = {check_label(row[flag], flag, where) for flag in flags}
+    labels.discard(None)
+    plain["prompt_label"] = any(labels) if labels else None
+    return plain

@@ -169,7 +169,7 @@ def test_long_content_loses_its_end_and_nothing_else_is_lost(tokenizer, prompt, 
             {"response_label": None},
             "line 3, field response_label: empty, although the row has a response",
         ),
-        ({"response": " "}, "line 3, field response: empty text"),
+        ({"response": " "}, "line 3, field response: missing or empty text"),
         ({"prompt_label": ""}, "line 3, field prompt_label: missing"),
         ({"prompt_label": "bad"}, "line 3, field prompt_label: unknown label 'bad'"),
         ({"prompt": " "}, "line 3, field prompt: empty text"),
@@ -235,9 +235,7 @@ def test_a_prompt_alone_in_the_older_layout(tmp_path):
         assert [row["messages"] for row in rows] == [pair("May I?")] * 2
     for label in ({"response_label": "safe"}, {"response_label": 0}, {"refusal_label": False}):
         path = write_rows(tmp_path / "rows.jsonl", [alone, alone | label])
-        with pytest.raises(
-            UserError, match="line 2, field response: empty text; fill it in or drop the row"
-        ):
+        with pytest.raises(UserError, match="line 2, field response: missing or empty text"):
             rows_.evaluation_rows(str(path))
         assert len(rows_.evaluation_rows(str(path), "skip")) == 1
 

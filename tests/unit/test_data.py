@@ -293,7 +293,7 @@ BAD_ROWS = {  # name: row, field, what the message must say of it
     "list for a struct": (SAFE | {"category": NAMES}, "category", "14 booleans"),
     "unknown category key": (SAFE | {"category": CATEGORY | {"litter": False}}, "category", "'litter'; known: animal_"),
     "missing category key": (SAFE | {"category": without(CATEGORY, NAMES[6])}, "category", f"{NAMES[6]!r} is missing"),
-    "null category": (SAFE | {"category": CATEGORY | {NAMES[6]: None}}, "category", f"{NAMES[6]!r} is null"),
+    "null category": (SAFE | {"category": CATEGORY | {NAMES[6]: None}}, "category", f"{NAMES[6]!r} is missing or null"),
     "category of a wrong type": (SAFE | {"category": CATEGORY | {NAMES[6]: [1]}}, f"category[{NAMES[6]}]", "[1]"),
     "safe with a category": (UNSAFE | {"is_safe": True}, "is_safe", NAMES[5]),
     "unsafe without one": (SAFE | {"is_safe": False}, "is_safe", "contradicts the categories []"),
@@ -306,7 +306,6 @@ BAD_ROWS = {  # name: row, field, what the message must say of it
     "label of whom": (QA | {"label": "safe"}, "label", "prompt_label or response_label"),
     "label that is none": ({"prompt": "Hi", "label": "homonym"}, "label", "unknown label 'homonym'"),
     "two names, two labels": (QA | {"response_label": 1, "response_unsafe": 0}, "response_unsafe", "response_label"),
-    "surrogate beside the text": (QA | {"note": ["\ud83d"]}, "note", "surrogate"),
     "number in a list": (QA | {"categories": [1]}, "categories", "int 1"),
     "surrogate in a list": (QA | {"categories": ["\ud83d"]}, "categories", "surrogate"),
     "unknown category": (QA | {"categories": ["litter"]}, "categories", "'litter'; known: animal_abuse |"),
@@ -327,7 +326,7 @@ BAD_FILES = {  # name: file name, content, place (and field), what the message m
     "empty list": ("rows.json", b"[]", "", "no rows"),
     "cut line": ("rows.jsonl", text('{"prompt": "Hi", "resp') + b"\n", ", line 2, column 18", "malformed JSON"),
     "malformed JSON": ("rows.json", b'[\n{"prompt": "Hi"},\n{"prompt" "Hi"}]', ", line 3, column 11", "malformed JSON"),
-    "JSON that is no list": ("rows.json", b'{"prompt": "Hi"}', "", "expected a JSON list of rows, found dict"),
+    "JSON that is no list": ("rows.json", b'"Hi"', "", "expected a JSON list of rows, found str"),
     "row that is no object": ("rows.jsonl", text("[1, 2]"), ", line 2", "expected an object"),
     "not UTF-8": ("rows.jsonl", text({"prompt": "\ufffd"}) + b'\n{"prompt": "caf\xe9"}\n', ", line 3", "not UTF-8"),
     "not UTF-8, far down": ("rows.csv", b"prompt\n" + b"Hi\n" * 9000 + b"caf\xe9\n", ", line 9002", "not UTF-8"),
@@ -339,8 +338,8 @@ BAD_FILES = {  # name: file name, content, place (and field), what the message m
     "unclosed CSV quote": ("rows.csv", b'prompt,response\nHi,"Hello\nHi,Hello\n', ", line 2", "malformed CSV"),
     "CSV without the column": ("rows.csv", b'"odd\nname"\nHi\n', ", line 3, field prompt", "columns: odd name"),
     "empty CSV cell": ("rows.csv", b"prompt,response\n,Hello\n", ", line 2, field prompt", "expected text"),
-    "CSV struct": ("rows.csv", b"prompt,response,category,is_safe\na,b,c,1\n", ", line 2, field category", "not JSON"),
-    "CSV messages": ("rows.csv", b"messages\nHi\n", ", line 2, field messages", "not JSON"),
+    "CSV struct": ("rows.csv", b"prompt,response,category,is_safe\na,b,c,1\n", ", line 2, field category, column 1", "JSON"),
+    "CSV messages": ("rows.csv", b"messages\nHi\n", ", line 2, field messages, column 1", "malformed JSON"),
     "row of a list": ("rows.json", b'[{"prompt": "Hi"}, {"prompt": 1}]', ", row 1, field prompt", "int 1"),
 }  # fmt: skip
 
@@ -368,7 +367,7 @@ def test_bad_file_is_told_in_one_line(tmp_path, case):
 def test_bad_parquet_row(tmp_path):
     row = QA | {"response_label": "safe"}
     spec = write(tmp_path / "rows.parquet", [row, row | {"response": " "}])
-    assert failure(spec).startswith(f"{spec}, row 1, field response: empty text")
+    assert failure(spec).startswith(f"{spec}, row 1, field response: missing or empty text")
 
 
 def test_no_positive_rows(tmp_path):

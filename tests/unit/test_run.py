@@ -107,7 +107,7 @@ def test_flags_override_the_config(parse, flags, config, expected):
         ("", "", "the file is empty"),
         ("", "- name", "must contain a YAML mapping"),
         ("--config missing.yaml", None, "missing.yaml"),
-        ("--config .", None, "no such file"),
+        ("--config .", None, "is a directory"),
         ("--name a --config", None, "--config: needs a YAML file"),
     ],
 )

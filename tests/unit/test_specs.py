@@ -47,7 +47,7 @@ def two_configurations(tmp_path, monkeypatch) -> str:
     default.
     """
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "in@here" / "set"
+    folder = tmp_path / "here" / "set"
     folder.mkdir(parents=True)
     files = {"guardtrain": ("train", 6), "guardtest": ("test", 2)}
     described = []
