@@ -7,20 +7,20 @@ every engine sees the same prompt, and no text can become a control token on the
 
 import copy
 import inspect
-import logging
 import math
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DynamicCache,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -40,18 +39,18 @@ from common.fit import check_ids, padding_id, positions
 from common.prefix import shared_prefix
 from common.run import device, inference_dtype, is_main_process
 
-logger = logging.getLogger(__name__)
 Prompts = Sequence[list[int]]  # token ids
 
 CHUNK = 512  # prompts that vLLM is given at a time, so that a kill loses little
 BATCH_TOKENS = 1 << 15  # tokens that transformers reads in one pass, with padding
-TOP = 20  # tokens that a server names of its own accord; most allow no more
-RETRIES = 5  # tries of the openai client after the first: BUSY, 5xx, time-outs, broken connections
-NOTICE = 30.0  # seconds without any answer until a line says so
+RETRIES = 5  # tries of the openai client after the first
+PATIENCE = 8  # requests that fail one after another before a server is not asked any more
 BUSY = (408, 409, 429)  # HTTP statuses that may pass
-PATIENCE = 8  # requests that fail one after another before the rest is not asked any more
-BOUND = 0.01  # of the most likely token: what the words that a server leaves out may weigh at most
-ROUNDING = 1e-7  # of probabilities that are told in float32
+FINAL = {  # HTTP statuses that every other request would get, too
+    401: "the server refused the key",
+    403: "the server refused the key",
+    404: "the server knows no such model or URL",
+}
 
 
 # --- what is asked, and what comes back -----------------------------------------------------------
@@ -88,10 +87,6 @@ class Completion:
     error: str | None = None
 
 
-class EngineStopped(UserError):
-    """An engine that is not asked any more; what it did answer has been handed out before."""
-
-
 @dataclass(frozen=True)
 class NextToken:
     """What comes after a prompt: natural log-probabilities of the candidates in their order, and
@@ -101,6 +96,10 @@ class NextToken:
     logprobs: list[float] = field(default_factory=list)
     top: int | None = None
     error: str | None = None
+
+
+class EngineStopped(UserError):
+    """An engine that is not asked any more; what it did answer has been handed out before."""
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -115,6 +114,11 @@ class Engine(ABC):
     window: int | None = None
     has_beams = False
 
+    def __init__(self, name: str, progress: bool):
+        """Take what the progress bar over next tokens calls the engine, and whether there is one."""
+        shown = progress and is_main_process()
+        self.bar = {"desc": f"judging with {name}", "unit": "text", "disable": not shown}
+
     def complete(
         self, prompts: Prompts, decoding: Decoding, skip_special_tokens: bool = True
     ) -> Iterator[tuple[int, Completion]]:
@@ -128,32 +132,19 @@ class Engine(ABC):
             EngineStopped: after what was answered, where the rest is not asked any more.
         """
         check_beams(self, decoding.num_beams)
-        if self.window is not None and decoding.max_new_tokens >= self.window:
-            flag = f"--max_new_tokens {decoding.max_new_tokens}"
-            raise UserError(f"{flag}: the model has room for {self.window} tokens, prompt included")
-        return self._complete_what_fits(prompts, decoding, skip_special_tokens)
-
-    def _complete_what_fits(self, prompts, decoding, skip_special_tokens):
-        refusals = self._refusals(prompts, decoding.max_new_tokens)
-        for i, refusal in refusals.items():
-            yield i, Completion(error=refusal)
-        fitting = [i for i in range(len(prompts)) if i not in refusals]
-        asked = [prompts[i] for i in fitting]
-        for number, completion in self._complete(asked, decoding, skip_special_tokens):
-            yield fitting[number], completion
+        new_tokens = decoding.max_new_tokens
+        if self.window is not None and new_tokens >= self.window:
+            what = f"the model has room for {self.window} tokens, prompt included"
+            raise UserError(f"--max_new_tokens {new_tokens}: {what}")
+        ask = partial(self._complete, decoding=decoding, skip_special_tokens=skip_special_tokens)
+        return self._ask_what_fits(prompts, new_tokens, Completion, ask)
 
     def completions(
         self, prompts: Prompts, decoding: Decoding, skip_special_tokens: bool = True
     ) -> list[Completion]:
         """`complete` in the order of the prompts; what is not asked any more is an error, too."""
-        found = {}
-        left = None
-        try:
-            for i, completion in self.complete(prompts, decoding, skip_special_tokens):
-                found[i] = completion
-        except EngineStopped as stopped:
-            left = Completion(error=f"not asked: {stopped}")
-        return [found.get(i, left) for i in range(len(prompts))]
+        answers = self.complete(prompts, decoding, skip_special_tokens)
+        return _in_order(answers, len(prompts), Completion)
 
     def next_token(self, prompts: Prompts, candidates: Sequence[int]) -> list[NextToken]:
         """What comes after each prompt, in the order of the prompts.
@@ -161,38 +152,50 @@ class Engine(ABC):
         Args:
             candidates: ids of the tokens whose log-probabilities are wanted.
         """
-        refusals = self._refusals(prompts, new_tokens=1)
-        asked = [prompts[i] for i in range(len(prompts)) if i not in refusals]
-        read = iter(self._next_token(asked, list(candidates)) if asked else [])
-        found = []
-        for i in range(len(prompts)):
-            if i in refusals:
-                found.append(NextToken(error=refusals[i]))
-            else:
-                found.append(next(read))
-        return found
+        ask = partial(self._next_token, candidates=list(candidates))
+        answers = self._ask_what_fits(prompts, 1, NextToken, ask)
+        bar = tqdm(answers, total=len(prompts), **self.bar)
+        return _in_order(bar, len(prompts), NextToken)
 
-    def _refusals(self, prompts, new_tokens) -> dict[int, str]:
-        """Why prompts cannot be run, by their index. One that is too long is not cut: it would lose
-        the task, which stands last.
-        """
-        if self.window is None:
-            return {}
-        room = self.window - new_tokens
-        found = {}
+    def _ask_what_fits(self, prompts, new_tokens, kind, ask):
+        fitting = []
         for i, ids in enumerate(prompts):
-            length = len(ids)
-            if length > room:
-                found[i] = f"the prompt has {length} tokens; the model has room for {room}"
-        return found
+            refusal = self._refusal(ids, new_tokens)
+            if refusal is None:
+                fitting.append(i)
+            else:
+                yield i, kind(error=refusal)
+        if fitting:
+            for number, answer in ask([prompts[i] for i in fitting]):
+                yield fitting[number], answer
+
+    def _refusal(self, ids, new_tokens) -> str | None:
+        """Why a prompt cannot be run. One that is too long is not cut: it would lose the task,
+        which stands last.
+        """
+        if self.window is not None and len(ids) > self.window - new_tokens:
+            room = self.window - new_tokens
+            return f"the prompt has {len(ids)} tokens; the model has room for {room}"
+        return None
 
     @abstractmethod
     def _complete(self, prompts, decoding, skip_special_tokens):
-        """`complete` for prompts that fit."""
+        """`complete` for prompts that fit, at least one."""
 
     @abstractmethod
     def _next_token(self, prompts, candidates):
-        """`next_token` for prompts that fit, at least one."""
+        """(index of the prompt, next token), as they come, for prompts that fit, at least one."""
+
+
+def _in_order(answers, count, kind) -> list[Any]:
+    found = {}
+    left = None
+    try:
+        for i, answer in answers:
+            found[i] = answer
+    except EngineStopped as stopped:
+        left = kind(error=f"not asked: {stopped}")
+    return [found.get(i, left) for i in range(count)]
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -206,7 +209,9 @@ def prompts_at_once(batch_size: int | None = None, num_beams: int = 1) -> int:
     """
     if batch_size is not None:
         return batch_size
-    return 24 if device().type == "cpu" else max(1, 64 // num_beams)
+    if device().type == "cpu":
+        return 24
+    return max(1, 64 // num_beams)
 
 
 class TransformersEngine(Engine):
@@ -243,6 +248,7 @@ class TransformersEngine(Engine):
         Raises:
             UserError: model or adapter cannot be loaded, or do not fit each other.
         """
+        super().__init__(name, progress)
         self.model = load_causal_lm(
             model,
             adapter,
@@ -252,50 +258,49 @@ class TransformersEngine(Engine):
         )
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.bar = _bar(name, progress)
         self.window = positions(self.model)
 
-    def _refusals(self, prompts, new_tokens):
-        found = super()._refusals(prompts, new_tokens)
-        for i, ids in enumerate(prompts):
-            try:
-                check_ids([ids], self.tokenizer, self.model)
-            except UserError as error:  # the model has no embedding for a token
-                found[i] = str(error)
-        return found
+    def _refusal(self, ids, new_tokens):
+        try:
+            check_ids([ids], self.tokenizer, self.model)
+        except UserError as error:  # the model has no embedding for a token
+            return str(error)
+        return super()._refusal(ids, new_tokens)
 
     def _complete(self, prompts, decoding, skip_special_tokens):
         if decoding.temperature:
             torch.manual_seed(decoding.seed)
-        for batch in _batches(prompts, prompts_at_once(self.batch_size, decoding.num_beams)):
+        size = prompts_at_once(self.batch_size, decoding.num_beams)
+        for batch in _batches(prompts, size):
             asked = [prompts[i] for i in batch]
-            written = self._generate(asked, decoding).sequences[:, max(map(len, asked)) :]
+            width = max(map(len, asked))
+            written = self._generate(asked, decoding).sequences[:, width:]
             texts = self.tokenizer.batch_decode(written, skip_special_tokens=skip_special_tokens)
             for i, text in zip(batch, texts, strict=True):
                 yield i, Completion(text)
 
     def _next_token(self, prompts, candidates):
-        shared = shared_prefix(prompts) if self._can_share(prompts) else 0
-        cache = self._cache_of(prompts[0][:shared]) if shared else None
-        found = {}
-        with tqdm(total=len(prompts), **self.bar) as bar:
-            for batch in _batches(prompts, prompts_at_once(self.batch_size), shared):
-                asked = [prompts[i] for i in batch]
-                (logits,) = self._generate(asked, Decoding(1), shared, cache).logits
-                logprobs = logits.float().log_softmax(-1)
-                wanted = logprobs[:, candidates].tolist()
-                tops = logprobs.argmax(-1).tolist()
-                for i, values, top in zip(batch, wanted, tops, strict=True):
-                    found[i] = NextToken(values, top)
-                bar.update(len(batch))
-        return [found[i] for i in range(len(prompts))]
+        shared = 0
+        cache = None
+        if self._can_share(prompts):
+            shared = shared_prefix(prompts)
+        if shared:
+            cache = self._cache_of(prompts[0][:shared])
+        for batch in _batches(prompts, prompts_at_once(self.batch_size), shared):
+            asked = [prompts[i] for i in batch]
+            (logits,) = self._generate(asked, Decoding(1), shared, cache).logits
+            logprobs = logits.float().log_softmax(-1)
+            wanted = logprobs[:, candidates].tolist()
+            tops = logprobs.argmax(-1).tolist()
+            for i, values, top in zip(batch, wanted, tops, strict=True):
+                yield i, NextToken(values, top)
 
     def _can_share(self, prompts) -> bool:
         """Whether a shared beginning can be a cache: every layer attends, and to all of a prompt."""
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or math.inf
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        attends = kinds <= {"full_attention", "sliding_attention"}
+        kinds = getattr(config, "layer_types", None) or []
+        attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
         return attends and max(map(len, prompts)) < window
 
     @torch.inference_mode()
@@ -305,14 +310,15 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _generate(self, prompts, decoding, shared=0, cache=None):
-        """What `generate` says of a batch: the sequences, and the logits of every new token.
+        """What `generate` says of a batch: the sequences, and the logits of a single new token.
 
         Args:
             cache: the keys and values of the first `shared` tokens, which are those of all prompts.
         """
         pad = padding_id(self.tokenizer, self.model)
         width = max(map(len, prompts))
-        ids, mask = [], []
+        ids = []
+        mask = []
         for prompt in prompts:
             gap = width - len(prompt)
             ids.append(prompt[:shared] + [pad] * gap + prompt[shared:])
@@ -351,12 +357,6 @@ def _batches(prompts, size, shared=0) -> Iterator[list[int]]:
         order = order[count:]
 
 
-def _bar(name, progress) -> dict[str, Any]:
-    """Options of the progress bar over next tokens."""
-    shown = progress and is_main_process()
-    return {"desc": f"judging with {name}", "unit": "text", "disable": not shown}
-
-
 # --- vLLM -----------------------------------------------------------------------------------------
 
 
@@ -370,6 +370,7 @@ class VllmEngine(Engine):
         *,
         adapter: str | None = None,
         trust_remote_code: bool = False,
+        name: str = "",
         progress: bool = True,
     ):
         """Load the model.
@@ -377,8 +378,8 @@ class VllmEngine(Engine):
         Raises:
             UserError: vLLM is not installed, cannot load the model, or the adapter does not fit it.
         """
+        super().__init__(name, progress)
         self.tokenizer = tokenizer
-        self.progress = progress and is_main_process()
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest
@@ -388,12 +389,12 @@ class VllmEngine(Engine):
         options: dict[str, Any] = {"dtype": dtype_name(), "trust_remote_code": trust_remote_code}
         self.request = None
         if adapter:
-            check_adapter(model, adapter, trust_remote_code=trust_remote_code)
+            check_adapter(model, adapter, trust_remote_code)
             folder = adapter_file(adapter, "adapter_config.json").parent
             self.request = LoRARequest("adapter", 1, str(folder))
             rank = PeftConfig.from_pretrained(adapter).r
-            # vLLM knows powers of 2 from 8 on
             options["enable_lora"] = True
+            # vLLM knows powers of 2 from 8 on
             options["max_lora_rank"] = max(8, 1 << (rank - 1).bit_length())
         if device().type == "cpu":
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
@@ -402,38 +403,34 @@ class VllmEngine(Engine):
             self.llm = LLM(resolve_model(model), **options)
         self.window = self.llm.llm_engine.model_config.max_model_len
 
-    def _generate(self, prompts, **params):
-        """The output of each prompt. vLLM's own decoding drops what is left of a character at the
-        end.
+    def _generate(self, prompts, **params) -> Iterator[tuple[int, Any]]:
+        """(index of the prompt, output). Its ids are decoded here, because vLLM drops what is left
+        of a character at the end.
         """
         from vllm import SamplingParams
 
-        asked = [{"prompt_token_ids": ids} for ids in prompts]
         sampling = SamplingParams(detokenize=False, **params)
-        outputs = self.llm.generate(
-            asked, sampling, lora_request=self.request, use_tqdm=self.progress
-        )
-        return [output.outputs[0] for output in outputs]
+        for start in range(0, len(prompts), CHUNK):
+            asked = [{"prompt_token_ids": ids} for ids in prompts[start : start + CHUNK]]
+            answers = self.llm.generate(asked, sampling, lora_request=self.request, use_tqdm=False)
+            for i, answer in enumerate(answers, start):
+                yield i, answer.outputs[0]
 
     def _complete(self, prompts, decoding, skip_special_tokens):
         params = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
         if decoding.temperature:
             params |= {"top_p": decoding.top_p, "top_k": decoding.top_k, "seed": decoding.seed}
-        for start in range(0, len(prompts), CHUNK):
-            outputs = self._generate(prompts[start : start + CHUNK], **params)
-            for i, output in enumerate(outputs, start):
-                ids = output.token_ids
-                text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-                yield i, Completion(text)
+        for i, output in self._generate(prompts, **params):
+            ids = output.token_ids
+            text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+            yield i, Completion(text)
 
     def _next_token(self, prompts, candidates):
         params = {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": candidates}
-        found = []
-        for output in self._generate(prompts, **params):
+        for i, output in self._generate(prompts, **params):
             (logprobs,) = output.logprobs
-            values = [logprobs[i].logprob for i in candidates]
-            found.append(NextToken(values, output.token_ids[0]))
-        return found
+            values = [logprobs[candidate].logprob for candidate in candidates]
+            yield i, NextToken(values, output.token_ids[0])
 
 
 # --- a server -------------------------------------------------------------------------------------
@@ -447,9 +444,8 @@ class ServerEngine(Engine):
     A server that refuses the key or does not know the model, and one that fails time after time, is
     not asked any more (`EngineStopped`).
 
-    vLLM tells the probabilities of the very candidates (`logprob_token_ids`). A server that does
-    not know this tells its 20 most likely tokens; a candidate that is not among them counts with
-    the most that it can have, and is an error where that could change the verdict.
+    Next tokens need a server that tells the probabilities of the very candidates
+    (`logprob_token_ids`), as vLLM does.
     """
 
     def __init__(
@@ -476,6 +472,7 @@ class ServerEngine(Engine):
             UserError: the client is not installed, an option is out of range, or the URL holds a
                 user or a key.
         """
+        super().__init__(name, progress)
         try:
             import openai
         except ImportError:
@@ -485,11 +482,9 @@ class ServerEngine(Engine):
         self.url = check_url(server_url, "--server_url")
         self.model = server_model or model
         self.concurrency = concurrency
-        self.bar = _bar(name, progress)
+        self.stopped: str | None = None  # why the server is not asked any more
+        self.failures = 0  # one after another
         self.lock = threading.Lock()
-        self.refused: str | None = None  # why the server is never asked again
-        self.ended: str | None = None  # why this call asks nothing more
-        self.failures = 0  # of this call, one after another
         self.client = openai.OpenAI(
             base_url=self.url,
             api_key=os.environ.get("SERVER_API_KEY") or "none",  # OPENAI_API_KEY is OpenAI's
@@ -523,25 +518,14 @@ class ServerEngine(Engine):
         options = {
             "max_tokens": 1,
             "temperature": 0.0,
-            "logprobs": TOP,
+            "logprobs": 20,
             "extra_body": more,
         }
-        found = {}
-        bounded = 0
-        left = None
-        try:
-            for i, answer in tqdm(self._ask(prompts, options), total=len(prompts), **self.bar):
-                found[i], missing = _read(answer, candidates)
-                bounded += missing
-        except EngineStopped as stopped:
-            left = NextToken(error=f"not asked: {stopped}")
-        if bounded:
-            logger.warning(
-                "%s: of %d of %d prompts it told its most likely tokens alone; a word that is not "
-                "among them counts with the most that it can have (vLLM tells all words)",
-                *(self.url, bounded, len(prompts)),
-            )
-        return [found.get(i, left) for i in range(len(prompts))]
+        for i, answer in self._ask(prompts, options):
+            if isinstance(answer, str):
+                yield i, NextToken(error=answer)
+            else:
+                yield i, _next_token_of(answer, candidates)
 
     def _ask(self, prompts, options) -> Iterator[tuple[int, Any]]:
         """(index of the prompt, the first choice of the answer or an error's text), as they come.
@@ -549,76 +533,57 @@ class ServerEngine(Engine):
         Raises:
             EngineStopped: after what was answered, where the rest was not asked.
         """
-        self.ended = self.refused
-        self.failures = left = 0
+        self.failures = 0
+        not_asked = 0
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             asked = {}
             for i, ids in enumerate(prompts):
                 asked[pool.submit(self._answer, ids, options)] = i
-            for future in self._as_answered(asked):
+            for future in as_completed(asked):
                 answer = future.result()
                 if answer is None:
-                    left += 1
+                    not_asked += 1
                 else:
                     yield asked[future], answer
-            if self.ended:
-                count = f"{left} of {len(prompts)} prompts were not asked"
-                raise EngineStopped(f"{self.url}: {self.ended}; {count}, run it again for them")
         finally:  # also when the caller was interrupted
-            self.ended = self.ended or "the run was stopped"
             pool.shutdown(cancel_futures=True)
-
-    def _as_answered(self, asked) -> Iterator[Future]:
-        """Requests as they end; a line each time that none has ended for a while."""
-        pause = min(NOTICE, self.client.timeout / 2)
-        silent = 0.0
-        waiting = set(asked)
-        while waiting:
-            ended, waiting = wait(waiting, timeout=pause, return_when=FIRST_COMPLETED)
-            yield from ended
-            silent = 0.0 if ended else silent + pause
-            if silent:
-                logger.warning(
-                    "%s: no answer for %g s. A request that stays silent for %g s "
-                    "(--server_timeout) is tried again, %d times in all.",
-                    *(self.url, silent, self.client.timeout, RETRIES + 1),
-                )
+        if self.stopped:
+            what = f"{not_asked} of {len(prompts)} prompts were not asked"
+            raise EngineStopped(f"{self.url}: {self.stopped}; {what}, run it again for them")
 
     def _answer(self, ids, options):
         """The first choice of the server's answer, or an error's text; None: it is not asked."""
-        import openai
-
-        if self.ended:
+        if self.stopped:
             return None
         try:
-            choice = _first_choice(
-                self.client.completions.create(model=self.model, prompt=ids, **options)
-            )
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            self.refused = self.ended = f"the server refused the key: {_without_key(error)}"
-            return self.refused
-        except openai.NotFoundError as error:
-            what = "the server knows no such model or URL"
-            self.refused = self.ended = f"{what}: {_without_key(error)}"
-            return self.refused
-        except Exception as error:  # of the client, or of a proxy's page that it could not read
-            why = _without_key(error)
-            status = getattr(error, "status_code", 500)
-            # a working server may refuse this one prompt
-            self._count(why if status >= 500 or status in BUSY else None)
+            said = self.client.completions.create(model=self.model, prompt=ids, **options)
+            choice = said.choices[0]
+            if not isinstance(choice.text, str):
+                raise TypeError("it is no text")
+        except (AttributeError, TypeError, LookupError):  # such as a proxy's page, with HTTP 200
+            why = f"no completion in its answer: {said!r:.80}"
+            self._count_failure(why, 500)
             return why
-        self._count(None)
+        except Exception as error:  # of the client, whose errors share no base class
+            why = _without_key(error)
+            self._count_failure(why, getattr(error, "status_code", 500))
+            return why
+        self.failures = 0
         return choice
 
-    def _count(self, failure):
-        """Count failures that follow each other; after too many the rest is not asked."""
-        patience = max(PATIENCE, self.concurrency)
+    def _count_failure(self, why, status) -> None:
         with self.lock:
-            self.failures = self.failures + 1 if failure else 0
-            if self.failures >= patience:
-                what = f"{patience} requests failed one after another, the last: {failure}"
-                self.ended = self.ended or what
+            if status in FINAL:
+                self.stopped = f"{FINAL[status]}: {why}"
+            elif status >= 500 or status in BUSY:
+                self.failures += 1
+            else:  # a working server refused this one prompt
+                self.failures = 0
+            patience = max(PATIENCE, self.concurrency)
+            if self.failures >= patience and not self.stopped:
+                count = f"{patience} requests failed one after another"
+                self.stopped = f"{count}, the last: {why}"
 
 
 def _without_key(error) -> str:
@@ -627,57 +592,31 @@ def _without_key(error) -> str:
     key = os.environ.get("SERVER_API_KEY")
     if key:
         text = text.replace(key, "…")
-    if isinstance(error, ValueError):
-        text = f"its answer is broken JSON ({text})"
     return text[:150]
 
 
-def _first_choice(said):
-    """The first choice of a server's answer. A proxy's page comes back as text, with HTTP 200."""
-    with suppress(AttributeError, TypeError, LookupError):
-        choice = said.choices[0]
-        if isinstance(choice.text, str):
-            return choice
-    raise RuntimeError(f"no completion in its answer: {said!r:.80}")
-
-
-def _read(choice, candidates) -> tuple[NextToken, bool]:
-    """The next token as a server tells it, and whether it left out a candidate.
-
-    What it leaves out is less likely than all that it names, and no more likely than what they
-    leave: that bound is taken. Impossible would be wrong, and would make ties. Where the bound
-    could be the verdict, there is an error.
-    """
-    if isinstance(choice, str):
-        return NextToken(error=choice), False
+def _next_token_of(choice, candidates) -> NextToken:
+    """The next token as a server tells it, with tokens as vLLM calls them: token_id:42."""
+    known = {}
     try:
         (named,) = choice.logprobs.top_logprobs
-        known = {_token_id(name): float(logprob) for name, logprob in named.items()}
-        top = _token_id(choice.logprobs.tokens[0])
-        likeliest = math.exp(known[top])
+        for name, logprob in named.items():
+            known[int(name.removeprefix("token_id:"))] = float(logprob)
+        top = int(choice.logprobs.tokens[0].removeprefix("token_id:"))
     except (AttributeError, TypeError, ValueError, LookupError):
-        return NextToken(error="the server names no tokens by id"), False
+        return NextToken(error="the server names no tokens by id")
     missing = [i for i in candidates if i not in known]
-    rest = max(1.0 - sum(map(math.exp, known.values())), ROUNDING)
-    bound = min(math.exp(min(known.values())), rest)
-    if bound * len(missing) > BOUND * likeliest:
+    if missing:
         what = f"{len(missing)} of the {len(candidates)} tokens that were asked for"
-        error = f"the server leaves out {what}; use one that takes logprob_token_ids"
-        return NextToken(error=error), False
-    floor = math.log(max(bound, 1e-30))
-    return NextToken([known.get(i, floor) for i in candidates], top), bool(missing)
-
-
-def _token_id(name) -> int:
-    """A token as vLLM calls it, such as token_id:42."""
-    return int(name.removeprefix("token_id:"))
+        hint = "use one that takes logprob_token_ids"
+        return NextToken(error=f"the server leaves out {what}; {hint}")
+    return NextToken([known[i] for i in candidates], top)
 
 
 # --- an engine by its name ------------------------------------------------------------------------
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine, "server": ServerEngine}
-# an engine that has no use for these skips them
-SHARED = {"adapter", "trust_remote_code", "name", "progress"}
+LEFT_TO_A_SERVER = {"adapter", "trust_remote_code"}  # options that its operator has taken care of
 
 
 def load_engine(
@@ -695,7 +634,10 @@ def load_engine(
     """
     check_engine(engine, options)
     known = inspect.signature(ENGINES[engine]).parameters
-    used = {key: value for key, value in options.items() if value is not None and key in known}
+    used = {}
+    for name, value in options.items():
+        if value is not None and name in known:
+            used[name] = value
     return ENGINES[engine](model, tokenizer, **used)
 
 
@@ -708,9 +650,9 @@ def check_engine(engine: str, options: Mapping[str, Any], num_beams: int = 1) ->
     """
     if engine not in ENGINES:
         raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
-    known = set(inspect.signature(ENGINES[engine]).parameters)
-    given = {option for option, value in options.items() if value is not None}
-    if wrong := given - known - SHARED:
+    given = {name for name, value in options.items() if value is not None}
+    wrong = given - set(inspect.signature(ENGINES[engine]).parameters) - LEFT_TO_A_SERVER
+    if wrong:
         raise UserError(f"--engine {engine}: takes no {', '.join(sorted(wrong))}")
     check_beams(ENGINES[engine], num_beams)
     if engine == "server" and "server_url" not in given:
@@ -820,8 +762,10 @@ def apply_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
     """
     options = {"low_cpu_mem_usage": model.device.type == "meta"}
     try:
-        adapted = PeftModel.from_pretrained(model, adapter, **options)
-        # Loaded once more, because only so it tells which weights found no place.
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = True
+        config.base_model_name_or_path = None  # PEFT would warn of every other name
+        adapted = get_peft_model(model, config, **options)
         result = adapted.load_adapter(adapter, "default", **options)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{adapter}: cannot be applied to {base}: {_line(error, 300)}") from None
@@ -836,30 +780,20 @@ def apply_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
     raise UserError(f"{adapter}: is no adapter of {base}: {found}")
 
 
-def check_adapter(
-    base: str,
-    adapter: str,
-    *,
-    config: PreTrainedConfig | None = None,
-    kind: Any = AutoModelForCausalLM,
-    trust_remote_code: bool = False,
-) -> None:
+def check_adapter(base: str, adapter: str, trust_remote_code: bool = False) -> None:
     """Refuse an adapter that is not the base's, before any weight of the base is loaded.
 
     Args:
         base: folder, hub id or the name of the bundled model.
-        config: of the base, where it differs from the base's own (fewer layers, other labels).
-        kind: the class that the adapter was trained with.
 
     Raises:
         UserError: see `apply_adapter`.
     """
     code = {"trust_remote_code": trust_remote_code}
     with _one_line_errors(base):
-        if config is None:
-            config = AutoConfig.from_pretrained(resolve_model(base), **code)
+        config = AutoConfig.from_pretrained(resolve_model(base), **code)
         with torch.device("meta"):
-            empty = kind.from_config(config, **code)
+            empty = AutoModelForCausalLM.from_config(config, **code)
     apply_adapter(empty, adapter, base)
 
 

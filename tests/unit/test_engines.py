@@ -6,7 +6,6 @@ The servers are real ones, on this machine. (vLLM: tests/release/test_generation
 
 import copy
 import logging
-import math
 import threading
 from pathlib import Path
 
@@ -85,13 +84,12 @@ def test_answers_come_as_they_are_ready(serve):
     assert sorted(seen) == [0, 1, 2, 4, 5]
 
 
-def test_a_held_connection_ends_and_is_told_of(serve, monkeypatch, caplog):
+def test_a_held_connection_ends(serve, monkeypatch, caplog):
     monkeypatch.setattr(engines, "RETRIES", 1)
     caplog.set_level(logging.INFO)
     server = serve(lambda body: Held() if body["prompt"] == [3, 7] else answer(body))
     found = engine_of(server, server_timeout=1.0).completions(PROMPTS, SHORT)
     assert [one.error for one in found] == [None, None, None, "Request timed out.", None, None]
-    assert "no answer for 0.5 s" in caplog.text and "--server_timeout" in caplog.text
     assert "Retrying request" in caplog.text  # the client's own line
     assert server.asked([3, 7]) == 2
 
@@ -194,27 +192,12 @@ def test_a_server_is_asked_for_the_very_candidates(serve):
     assert body["return_tokens_as_token_ids"] and body["max_tokens"] == 1
 
 
-def test_a_word_that_a_server_leaves_out_has_a_bound(serve, caplog):
-    """It is less likely than all that are named, and than what they leave; and it is not
-    impossible.
-    """
-    told = {1: {5: -0.01, 8: -7.0, 9: -9.0}, 2: {5: -0.0001}, 3: {5: 0.0}}
-    server = serve(lambda body: token(told[body["prompt"][0]]))
-    found = engine_of(server).next_token([[1], [2], [3]], [5, 6])
-    bounds = [math.exp(one.logprobs[1]) for one in found]
-    assert bounds[0] == pytest.approx(math.exp(-9.0))
-    assert bounds[1] == pytest.approx(1 - math.exp(-0.0001))
-    assert bounds[2] == pytest.approx(1e-7)
-    for one in found:
-        safe, unsafe = map(math.exp, one.logprobs)
-        assert one.error is None and 0 < unsafe / (safe + unsafe) < 1
-    assert "of 3 of 3 prompts it told its most likely tokens alone" in caplog.text
-
-
-def test_a_bound_that_could_be_the_verdict_is_an_error(serve):
-    server = serve(lambda _: token({5: -0.7, 8: -1.5, 9: -2.0}))
+def test_a_word_that_a_server_leaves_out_is_an_error(serve):
+    """It may be unlikely, but nobody knows how unlikely."""
+    server = serve(lambda _: token({5: -0.01, 8: -7.0, 9: -9.0}))
     (found,) = engine_of(server).next_token([[1]], [5, 6])
     assert found.error and "leaves out 1 of the 2 tokens that were asked for" in found.error
+    assert "use one that takes logprob_token_ids" in found.error
     assert not found.logprobs and found.top is None
 
 
