@@ -11,10 +11,8 @@ import hashlib
 import json
 import logging
 import re
-import time
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,11 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 
-from common.bundled import cache_folder, resolve_model
+from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data.files import read_rows
 from common.engines import Completion
-from common.run import expand_home, write_text
+from common.run import expand_home
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -47,9 +45,8 @@ OF_A_RUN = re.compile(
     r"|training_args\.bin|(optimizer|scheduler|scaler)\..*|rng_state.*"
 )
 
-LARGE = 1 << 20  # bytes: the hash of a smaller file is not worth a note
+LARGE = 1 << 20  # bytes of a file that is not read twice in one process
 TIMEOUT = 10.0  # seconds that the hub has to name a commit
-SETTLED = 3.0  # seconds: a younger file may change again within one tick of the file system's clock
 
 
 # --- fingerprints ---------------------------------------------------------------------------------
@@ -81,9 +78,6 @@ def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
     count. A folder without a model holds data, and all its files count. Where a folder or a file
     lies, how it is called and when it was written makes no difference.
 
-    Large files are read once: what they hash to is kept in the cache folder, for as long as their
-    size and times stay the same.
-
     Args:
         path: a folder, a file, the name of the bundled model, or a hub id. A hub id counts as the
             commit that would be loaded: the hub's, or without a hub that of the local cache. It
@@ -91,7 +85,7 @@ def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
         without: names of files of a folder that make no difference.
 
     Raises:
-        UserError: a file cannot be read, or is being written.
+        UserError: a file cannot be read.
     """
     place = Path(resolve_model(expand_home(str(path))))
     try:
@@ -118,41 +112,39 @@ def _files_that_count(folder) -> list[Path]:
     files = [path for path in folder.iterdir() if path.is_file()]
     if any(MARKS_A_MODEL.fullmatch(path.name) for path in files):
         files += folder.glob(f"{TEMPLATES}/*.jinja")
-        files = [path for path in files if OF_A_MODEL.fullmatch(path.name)]
-        files = [path for path in files if not OF_A_RUN.fullmatch(path.name)]
+        counts = _is_of_a_model
     else:
         files = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(path for path in files if "/." not in f"/{path.relative_to(folder)}")
+        counts = _is_not_hidden
+    return sorted(path for path in files if counts(path.relative_to(folder)))
+
+
+def _is_of_a_model(path) -> bool:
+    is_of_a_model = OF_A_MODEL.fullmatch(path.name) and not OF_A_RUN.fullmatch(path.name)
+    return bool(is_of_a_model) and _is_not_hidden(path)
+
+
+def _is_not_hidden(path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
 
 
 def _of_file(path) -> str:
-    """The SHA-256 of a file. That of a large one is noted under its place, size and times: a copy
-    may bring its old mtime along, never its ctime.
-    """
-    facts = _facts(path)
-    note = cache_folder() / "fingerprints" / hashlib.sha256(facts.encode()).hexdigest()
-    with suppress(OSError, ValueError):
-        noted = note.read_text(encoding="utf-8")
-        if re.fullmatch("[0-9a-f]{64}", noted):
-            return noted
-    found = _hashed(path)
-    if _facts(path) != facts:
-        raise UserError(f"{path}: was written while it was read; start again when it is complete")
+    """The SHA-256 of a file."""
     stat = path.stat()
-    if stat.st_size >= LARGE and time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
-        with suppress(OSError):  # a cache that cannot be written costs time alone
-            write_text(note, found)
-    return found
-
-
-def _facts(path) -> str:
-    stat = path.stat()
-    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    if stat.st_size < LARGE:
+        return _hashed(path)
+    # a copy may bring its old mtime along, never its ctime
+    return _hashed_once(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def _hashed(path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _hashed_once(path, *version) -> str:
+    return _hashed(path)
 
 
 @cache
@@ -241,11 +233,7 @@ class KeptRows(UserDict[str, Row]):
         whole = self._file.read().rfind(b"\n") + 1
         self._file.truncate(whole)
 
-    def missing(
-        self,
-        keys: Iterable[str],
-        again: Callable[[Row], bool] | None = None,
-    ) -> list[str]:
+    def missing(self, keys: Iterable[str], again: Callable[[Row], bool] | None = None) -> list[str]:
         """The keys without a row, in their order and each once.
 
         Args:
@@ -293,32 +281,27 @@ class KeptRows(UserDict[str, Row]):
             together: whether the rows of a chunk depend on each other, as those of one batch do: by
                 a seed, or by a rounding error. Then a chunk with a missing row is made whole, and
                 what is kept of it stays. Otherwise the missing ones alone are made.
-            again: whether a row is to be made again by the next call, as an error is. Such a row is
-                kept for its chunk alone, and where there is none not at all.
+            again: whether a row is to be made again by the next call, as an error is.
             title: what the progress bar calls the job.
             unit: what it calls a row.
         """
         order = list(dict.fromkeys(keys))
-        lost: dict[str, Row] = {}
         hidden = not self.missing(order, again)
         with tqdm(total=len(order), desc=title, unit=unit, disable=hidden) as bar:
             for number, start in enumerate(range(0, len(order), size)):
                 chunk = order[start : start + size]
                 wanted = self.missing(chunk, again)
-                asked = chunk if together and self.missing(chunk) else wanted
                 bar.update(len(chunk) - len(wanted))
+                asked = wanted
+                if together and self.missing(chunk):
+                    asked = chunk
                 if not asked:
                     continue
                 for row in make(number, asked):
-                    key = row[self.key]
-                    if key not in wanted:
-                        continue
-                    bar.update()
-                    if again is not None and again(row) and not together:
-                        lost[key] = row
-                    else:
+                    if row[self.key] in wanted:
                         self.append(row)
-        return [lost.get(key) or self.data[key] for key in keys]
+                        bar.update()
+        return [self.data[key] for key in keys]
 
     def close(self) -> None:
         """Let another process open the file."""
@@ -370,17 +353,17 @@ def generate(
         for i, said in ask(number, [prompt_of[key] for key in asked]):
             yield {"key": asked[i], "answer": said.text, "error": said.error}
 
-    together = size is not None
     with KeptRows(partial) as kept:
-        if done := len(order) - len(kept.missing(order, failed)):
+        done = len(order) - len(kept.missing(order, failed))
+        if done:
             logger.info("%d of %d answers are there already.", done, len(order))
-        rows = kept.fill(
+        kept.fill(
             order,
             make,
-            size=size or len(order) or 1,
-            together=together,
+            size=size or max(1, len(order)),
+            together=size is not None,
             again=failed,
             unit="answer",
         )
-    said = {row["key"]: Completion(row["answer"], row["error"]) for row in rows}
-    return [said[key] for key in keys]
+        rows = [kept[key] for key in keys]
+    return [Completion(row["answer"], row["error"]) for row in rows]

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
@@ -102,8 +102,12 @@ class RecipeTrainingArguments(TrainingArguments):
                 "--deepspeed ../../launch/zero3.json."
             )
         self.dataloader_pin_memory = False
-        self.bf16 = self.fp16 = False
-        self.tf32 = self.fsdp = self.fsdp_config = self.fsdp_transformer_layer_cls_to_wrap = None
+        self.bf16 = False
+        self.fp16 = False
+        self.tf32 = None
+        self.fsdp = None
+        self.fsdp_config = None
+        self.fsdp_transformer_layer_cls_to_wrap = None
 
     def _join_cpu_processes(self) -> None:
         """One gloo group of the launched processes: without it each would train alone, and say
@@ -126,10 +130,13 @@ class RecipeTrainingArguments(TrainingArguments):
         """
         config = self.fsdp_config or {}
         if isinstance(config, str):
-            is_json = config.lstrip().startswith("{")
-            config = json.loads(config if is_json else Path(config).read_text(encoding="utf-8"))
-        if self.fsdp_transformer_layer_cls_to_wrap is not None:
-            config["transformer_layer_cls_to_wrap"] = [self.fsdp_transformer_layer_cls_to_wrap]
+            text = config
+            if not text.lstrip().startswith("{"):
+                text = Path(config).read_text(encoding="utf-8")
+            config = json.loads(text)
+        layer = self.fsdp_transformer_layer_cls_to_wrap
+        if layer is not None:
+            config["transformer_layer_cls_to_wrap"] = [layer]
             self.fsdp_transformer_layer_cls_to_wrap = None
         if self.gradient_checkpointing:
             config["activation_checkpointing"] = True
@@ -145,17 +152,6 @@ def _say_gone(flag: str, now: str) -> None:
 
 
 # --- the trainer ----------------------------------------------------------------------------------
-
-
-class BriefProgress(ProgressCallback):
-    """The stock progress bar, without what is logged for each category ("violence/f1")."""
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        brief = {}
-        for name, value in logs.items():
-            if "/" not in name or "flagged/" in name:
-                brief[name] = value
-        super().on_log(args, state, control, logs=brief, **kwargs)
 
 
 class LengthGroupedTrainer(Trainer):
@@ -181,11 +177,9 @@ class LengthGroupedTrainer(Trainer):
                 weights of the loss.
         """
         super().__init__(*args, **kwargs)
-        self.own_settings = as_json(settings or {})
+        self.own_settings = settings or {}
         self.run_settings: dict[str, Any] = {}
         self.save_total_limit = self.args.save_total_limit
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(BriefProgress)
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -206,13 +200,11 @@ class LengthGroupedTrainer(Trainer):
         self.run_settings = {
             **argument_settings(self.args),
             **rows_settings(self.train_dataset),
-            **self.own_settings,
+            **as_json(self.own_settings),
             "LoRA": lora_settings(self.model),
         }
         if resume_from_checkpoint is not None:
             refuse_another_run(self.args, resume_from_checkpoint, self.run_settings)
-            if is_main_process():
-                self._remove_halves()
         # transformers would take what users put beside checkpoints, such as checkpoint-2-merged,
         # for old ones
         self.args.save_total_limit = None
@@ -227,26 +219,12 @@ class LengthGroupedTrainer(Trainer):
             self.args.save_total_limit = self.save_total_limit
         refuse_diverged(self)
         if adapters_are_zero(self):
-            done = f"after {self.state.global_step} steps"
-            logger.warning("The adapters are still zero %s: nothing was learned.", done)
+            logger.warning(
+                "The adapters are still zero after %d steps: nothing was learned; raise the "
+                "learning rate, or lower --warmup_steps.",
+                self.state.global_step,
+            )
         return result
-
-    def _remove_halves(self) -> None:
-        """What a kill left of a checkpoint is written anew."""
-        for path in numbered_entries(self.args.output_dir):
-            if is_ours(path) and not is_whole(path):
-                remove_checkpoint(path)
-
-    def set_initial_training_values(self, args, dataloader):
-        """The stock lengths of a run; a warm-up that is longer than it is said."""
-        values = super().set_initial_training_values(args, dataloader)
-        steps = values[-1]
-        warmup = args.get_warmup_steps(steps)
-        if warmup >= steps and args.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau"):
-            what = f"takes {warmup} steps and the run has {steps}"
-            hint = f"the learning rate never reaches {args.learning_rate}; lower --warmup_steps"
-            logger.warning("The warm-up %s: %s.", what, hint)
-        return values
 
     def _save_checkpoint(self, model, trial):
         """The stock checkpoint, of weights that are numbers, with what its run was; old ones go."""
@@ -266,14 +244,6 @@ class LengthGroupedTrainer(Trainer):
         surplus = max(0, len(whole) - self.save_total_limit)
         for path in old[:surplus]:
             remove_checkpoint(path)
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """The stock log, without a mean loss of no steps, which would be 0."""
-        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
-            del logs["train_loss"]
-            end = f"the run ended with step {self.state.global_step}, whose weights are kept"
-            logger.info("Nothing is left to train: %s.", end)
-        super().log(logs, *args, **kwargs)
 
 
 # --- the loss on an answer's tokens ---------------------------------------------------------------
@@ -381,18 +351,20 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = list(super().__iter__())
+        order = super().__iter__()
         if not self.shuffle_batches:
-            return iter(order)
-        batches = _cut(order, self.batch_size)
+            return order
+        batches = in_batches(list(order), self.batch_size)
         turn = torch.randperm(len(batches), generator=self.generator).tolist()
-        # the last may be short: it stays the last
-        turn.append(turn.pop(turn.index(len(batches) - 1)))
-        return iter([row for i in turn for row in batches[i]])
+        last = len(batches) - 1  # which may be short
+        turn.remove(last)
+        turn.append(last)
+        return chain.from_iterable(batches[i] for i in turn)
 
 
-def _cut(order, size) -> list[list[int]]:
-    return [order[i : i + size] for i in range(0, len(order), size)]
+def in_batches(order: list[int], size: int) -> list[list[int]]:
+    """Row numbers, `size` at a time."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> float:
@@ -401,8 +373,9 @@ def useful_token_share(lengths: Sequence[int], batch_size: int, seed: int) -> fl
     """
     order = EpochLengthGroupedSampler(batch_size, list(lengths), seed)
     processed = 0
-    for batch in _cut([lengths[row] for row in order], batch_size):
-        processed += max(batch) * len(batch)
+    for batch in in_batches(list(order), batch_size):
+        longest = max(lengths[row] for row in batch)
+        processed += longest * len(batch)
     return sum(lengths) / processed
 
 
@@ -434,11 +407,6 @@ def checkpoints(folder: Path | str) -> list[Path]:
 def is_whole(checkpoint: Path) -> bool:
     """Whether the trainer's state is there; a kill may have left half of it."""
     return _read_json(checkpoint / STATE) is not None
-
-
-def is_ours(checkpoint: Path) -> bool:
-    """Whether a trainer of this file began it."""
-    return (checkpoint / SETTINGS).is_file()
 
 
 def _read_json(path):
@@ -490,7 +458,7 @@ def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
         wish = str(whole[-1])
     elif not is_whole(Path(wish)):
         raise UserError(f"{flag}: no such checkpoint (a folder with {STATE})")
-    if not is_ours(Path(wish)):
+    if not Path(wish, SETTINGS).is_file():
         logger.info("%s does not say what its run was; it is resumed without a comparison.", wish)
     refuse_another_run(args, wish, argument_settings(args))
     return wish
@@ -502,7 +470,8 @@ def _refuse_what_is_in_the_way(args: TrainingArguments) -> None:
     """
     for path in numbered_entries(args.output_dir):
         removable = args.overwrite_output_dir and (path.is_dir() or path.is_symlink())
-        if not (removable or is_whole(path) or is_ours(path)):
+        is_ours = is_whole(path) or (path / SETTINGS).is_file()
+        if not (is_ours or removable):
             what = f"is no checkpoint of a training run (it has no {STATE})"
             raise UserError(f"{path}: {what}; move it elsewhere")
 

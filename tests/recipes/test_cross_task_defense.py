@@ -328,11 +328,8 @@ def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypat
         "num_epochs": 1,
     }
     train.train(**options, output_dir=str(tmp_path / "out"), batch_size=2, micro_batch_size=2)
-    assert (
-        "The warm-up takes 10 steps and the run has 1: the learning rate never reaches 0.0003"
-        in caplog.text
-    )
     assert "The adapters are still zero after 1 steps: nothing was learned" in caplog.text
+    assert "lower --warmup_steps" in caplog.text
 
 
 @slow
