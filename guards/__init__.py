@@ -111,6 +111,7 @@ def _by_name(spec: str, options: dict[str, Any]) -> Guard:
     entry = zoo().get(name, {})
     kind = entry.get("kind", "classifier")
     if kind == "api":
+        options.pop("long_inputs", None)  # a text over the service's limit is an error
         return _made(spec, ApiGuard, entry["service"], options)
     model = options.pop("model", entry.get("model", spec))
     if kind == "generative":

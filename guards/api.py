@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import httpx2  # what the openai client and huggingface_hub speak HTTP with
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from common.conversation import Message, Messages, UserError, Verdict, check_url
 from common.run import is_main_process
-from guards.base import LAST_TURN, LONG_INPUTS, Guard, check_option
+from guards.base import LAST_TURN, Guard, check_option
 
 logger = logging.getLogger(__name__)
 # fmt: off
@@ -39,7 +38,6 @@ SEVERITIES = (0, 2, 4, 6)
 ERROR_CODE = re.compile(r'"(?:code|type|status|reason|errorType)"\s*:\s*"([A-Za-z_]{1,60})"')
 # A wrong key that comes as 400, an empty account that comes as 429.
 BUSY = (408, 409, 429)  # HTTP statuses that may pass, as those from 500 on
-WIDEST = 4  # bytes of a character
 NO_KEY = {"API_KEY_INVALID", "insufficient_quota"}
 # Scores in [0, 1], the decision, and the service's word for it.
 Reading = tuple[dict[str, float], bool, str | None]
@@ -151,7 +149,8 @@ class ApiGuard(Guard):
     The probability is the highest of the service's scores, `decided` the service's own decision:
     `flagged` (OpenAI), any of six attributes at 0.5 (Perspective), the highest severity at
     `threshold` (Azure). Azure's severities 0, 2, 4, 6 are given as severity/6: a scale, and no
-    calibrated probability. What fails is an error verdict, never "safe".
+    calibrated probability. What fails is an error verdict, never "safe"; so is a text over the
+    service's limit (Perspective 20,480 bytes, Azure 10,000 characters; OpenAI publishes none).
     Sources: the services' API references; attributes, language and thresholds as in ExpGuard's
     evaluation suite.
 
@@ -167,9 +166,6 @@ class ApiGuard(Guard):
         timeout: seconds of silence that end a try.
         backoff: seconds before the first retry, doubled each time; Retry-After goes before it.
             At most a minute.
-        long_inputs: for texts over the service's limit (Perspective 20,480 bytes, Azure 10,000
-            characters; OpenAI publishes none): "windows" judges overlapping pieces and takes the
-            maximum, "error" gives an error verdict, "truncate" cuts the end off.
 
     Raises:
         UserError: an unknown service or a wrong option, or the environment lacks a variable.
@@ -189,12 +185,10 @@ class ApiGuard(Guard):
         max_retries: int = 5,
         timeout: float = 30.0,
         backoff: float = 0.5,
-        long_inputs: str = "windows",
         progress: bool = True,
     ):
         """Check the options and find the key, in the environment alone; nothing is asked yet."""
         check_option("service", service, list(SERVICES))
-        check_option(f"{service}: long_inputs", long_inputs, LONG_INPUTS)
         if threshold is not None and (
             service != "azure-content-safety" or threshold not in SEVERITIES[1:]
         ):
@@ -211,7 +205,6 @@ class ApiGuard(Guard):
         self.concurrency = concurrency
         self.max_retries = max_retries
         self.backoff = backoff
-        self.long_inputs = long_inputs
         self.progress = progress
         self.model = {} if model is None else {"model": model}
         key = _variable(service, self.service.key)
@@ -231,108 +224,89 @@ class ApiGuard(Guard):
         error verdicts.
         """
         stopped = threading.Event()
-        long: list[str] = []
         hidden = not (self.progress and is_main_process())
         title = f"judging with {self.name}"
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 jobs = []
                 for messages in conversations:
-                    jobs.append(pool.submit(self._judge_one, messages, stopped, long))
+                    jobs.append(pool.submit(self._judge_one, messages, stopped))
                 with tqdm(desc=title, total=len(jobs), unit="text", disable=hidden) as bar:
                     for _ in as_completed(jobs):
                         bar.update()
             finally:
                 stopped.set()  # also when the caller was interrupted
         verdicts = [job.result() for job in jobs]
-        if long:
-            counts = len(long), len(jobs), self.service.limit, self.long_inputs
-            logger.info("%d of %d texts are longer than %d bytes: %s", *counts)
         failed = [verdict.error for verdict in verdicts if verdict.error]
         if failed:
-            counts = len(failed), len(jobs), failed[0]
-            logger.warning("%d of %d texts were not judged; the first: %s", *counts)
+            what = "%d of %d texts were not judged; the first: %s"
+            logger.warning(what, len(failed), len(jobs), failed[0])
         return verdicts
 
-    def _judge_one(self, messages: Messages, stopped: threading.Event, long: list[str]) -> Verdict:
+    def _judge_one(self, messages: Messages, stopped: threading.Event) -> Verdict:
         """The verdict on a last turn. Whatever goes wrong is not "safe", and no matter of the
         others.
         """
-        label = self.LABEL_OF[messages[-1]["role"]]
+        turn = messages[-1]
+        label = self.LABEL_OF[turn["role"]]
         try:
-            readings = []
-            for piece in self._pieces(messages[-1]["content"], long):
-                readings.append(self.service.read(self._ask(piece, stopped), self.threshold))
-            every = [score for scores, _, _ in readings for score in scores.values()]
-            # NaN and true are neither.
-            if not all(type(score) in (int, float) and 0 <= score <= 1 for score in every):
-                raise _Failure("a score in the answer is no number from 0 to 1")
+            answer = self._ask(turn["content"], stopped)
+            scores, decided, word = self.service.read(answer, self.threshold)
+            for score in scores.values():  # NaN and true are none
+                if type(score) not in (int, float) or not 0 <= score <= 1:
+                    raise _Failure("a score in the answer is no number from 0 to 1")
         except _Failure as error:
             return Verdict(error=f"{self.name}: {error}")
         except Exception as error:
             what = f"no text to be asked, or no usable answer ({type(error).__name__})"
             return Verdict(error=f"{self.name}: {what}")
-        verdict = Verdict()
-        worst, decided, word = max(readings, key=lambda one: (one[1], max(one[0].values())))
-        for name in worst:
-            highest = max(scores.get(name, 0) for scores, _, _ in readings)
-            verdict.categories[name] = float(highest)
+        verdict = Verdict(decided={label: decided})
+        verdict.categories = {name: float(score) for name, score in scores.items()}
+        setattr(verdict, label, max(verdict.categories.values()))
         if word is not None:
             verdict.native[label] = word
-        verdict.decided[label] = decided
-        setattr(verdict, label, float(max(every)))
         return verdict
-
-    def _pieces(self, text: str, long: list[str]) -> list[str]:
-        """`text` in what one request takes, as `long_inputs` says; windows overlap by a quarter.
-
-        Args:
-            long: gets the text if it is too long.
-        """
-        if not text.strip():
-            raise _Failure("empty text")
-        limit, encoding = self.service.limit, self.service.encoding
-        whole = text.encode(encoding)
-        if len(whole) <= limit:
-            return [text]
-        long.append(text)
-        if self.long_inputs == "error":
-            raise _Failure(f"the text has {len(whole)} bytes, more than {limit}; see long_inputs")
-        if self.long_inputs == "truncate":
-            return [whole[:limit].decode(encoding, "ignore")]
-        size = limit // WIDEST
-        step = size * 3 // 4
-        starts = range(0, len(text) - size + step, step)
-        pieces = [text[start : start + size] for start in starts]
-        return [piece for piece in pieces if piece.strip()]
 
     def _ask(self, text: str, stopped: threading.Event) -> Any:
         """The service's answer, parsed; a refused key sets `stopped`."""
-        key = self.service.key
-        for attempt in count():
+        service = self.service
+        if not text.strip():
+            raise _Failure("empty text")
+        length = len(text.encode(service.encoding))
+        if length > service.limit:
+            raise _Failure(f"the text has {length} bytes, more than {service.limit}")
+        for attempt in range(self.max_retries + 1):
             if stopped.is_set():
-                raise _Failure(f"not asked, because {key} was refused or the run was stopped")
+                raise _Failure(f"not asked, because {service.key} was refused or the run stopped")
             response = None
             try:
-                body = self.service.body(text) | self.model
-                response = self.client.post(self.url, json=body)
+                response = self.client.post(self.url, json=service.body(text) | self.model)
+                if response.status_code == 200:
+                    return response.json()
+                problem = self._problem(response, stopped)
             except httpx2.TransportError as error:
                 problem = type(error).__name__
-            else:
-                status = response.status_code
-                if status == 200:
-                    return response.json()
-                # Error codes alone: an error's sentences may quote the text or a part of the key.
-                codes = set(ERROR_CODE.findall(response.text))
-                problem = f"HTTP {status} {', '.join(sorted(codes))}".strip()
-                if status in (401, 403) or codes & NO_KEY:
-                    stopped.set()
-                    raise _Failure(f"{problem}: check {key}")
-                if status < 500 and status not in BUSY:
-                    raise _Failure(problem)
-            if attempt == self.max_retries:
-                raise _Failure(f"{problem}, {attempt + 1} times")
-            stopped.wait(_pause(response, self.backoff * 2**attempt))
+            if attempt < self.max_retries:
+                stopped.wait(_pause(response, self.backoff * 2**attempt))
+        raise _Failure(f"{problem}, {self.max_retries + 1} times")
+
+    def _problem(self, response: httpx2.Response, stopped: threading.Event) -> str:
+        """What is wrong with an answer, where asking again may help.
+
+        It holds error codes alone: an error's sentences may quote the text or a part of the key.
+
+        Raises:
+            _Failure: asking again does not help; where the key was refused, `stopped` is set.
+        """
+        status = response.status_code
+        codes = set(ERROR_CODE.findall(response.text))
+        problem = f"HTTP {status} {', '.join(sorted(codes))}".strip()
+        if status in (401, 403) or codes & NO_KEY:
+            stopped.set()
+            raise _Failure(f"{problem}: check {self.service.key}")
+        if status < 500 and status not in BUSY:
+            raise _Failure(problem)
+        return problem
 
 
 def _variable(service: str, name: str) -> str:

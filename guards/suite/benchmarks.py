@@ -38,18 +38,6 @@ from guards.suite.prepare import (
 )
 
 logger = logging.getLogger(__name__)
-# what of an entry goes into a benchmark's facts as it is
-COPIED = (
-    "hub",
-    "url",
-    "config",
-    "split",
-    "revision",
-    "licence",
-    "gate",
-    "notes",
-    "unsaid_is",
-)
 
 
 @dataclass(frozen=True)
@@ -111,12 +99,10 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
             are then not checked.
 
     Returns:
-        The benchmark. Its facts: the entry's hub or url, config, split, revision, licence, gate,
-        notes and unsaid_is; `page`, where a gate opens; `file`, the local copy's name; `expected`
-        (None: not confirmed) and `found` {"size", "positives"}; `mismatch`, how they differ, or
-        None; `left_out` {reason: rows}; `dropped`: so many of these are `expected`; `duplicates`
-        and `conflicts`, rows so marked; `recall_only`: all rows are positive by rule;
-        `contaminated_by`, names of guards.
+        The benchmark. Its facts: its entry in benchmarks.yaml; `page`, where a gate opens; `file`,
+        the local copy's name; `expected` (None: not confirmed) and `found` {"size", "positives"};
+        `mismatch`, how they differ, or None; `left_out` {reason: rows}; `recall_only`: all rows are
+        positive by rule; `contaminated_by`, names of guards.
 
     Raises:
         UserError: unknown name, no such file, closed gate, a column that is missing, an unknown
@@ -137,28 +123,22 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
         raise UserError(f"{spec}: no rows{why}")
     if max_rows is not None and max_rows < len(rows):
         rows = [rows[i * len(rows) // max_rows] for i in range(max_rows)]
-    duplicates, conflicts = _mark_repeats(rows)
-    reasons = [f"{column} is {word}" for column, word in entry.get("drop", {}).items()]
-    facts = {key: entry.get(key) for key in COPIED} | {
+    _mark_repeats(rows)
+    found = {"size": len(rows), "positives": sum(row["label"] for row in rows)}
+    mismatch = _mismatch(entry, found, left_out) if max_rows is None else None
+    if mismatch:
+        logger.warning("%s: %s", spec, mismatch)
+    facts = {
+        "contaminated_by": [],
+        **entry,
         "page": _page(entry),
         "file": Path(local).name if local else None,
         "left_out": left_out,
-        "dropped": sum(left_out.get(reason, 0) for reason in reasons),
-        "duplicates": duplicates,
-        "conflicts": conflicts,
         "recall_only": entry["gold"] == {"always": True},
-        "contaminated_by": list(entry.get("contaminated_by", ())),
-        "expected": {key: entry[key] for key in ("size", "positives")} if entry["size"] else None,
-        "found": {
-            "size": len(rows),
-            "positives": sum(row["label"] for row in rows),
-        },
-        "mismatch": None,
+        "expected": {key: entry[key] for key in found} if entry["size"] else None,
+        "found": found,
+        "mismatch": mismatch,
     }
-    if max_rows is None:
-        facts["mismatch"] = _mismatch(facts)
-    if facts["mismatch"]:
-        logger.warning("%s: %s", spec, facts["mismatch"])
     return Benchmark(name, entry["label"], rows, facts)
 
 
@@ -166,34 +146,32 @@ def _page(entry: Row) -> str | None:
     return f"https://huggingface.co/datasets/{entry['hub']}" if "hub" in entry else None
 
 
-def _mark_repeats(rows: Sequence[dict]) -> tuple[int, int]:
-    """Set `duplicate` and `conflict` on every row, and count them."""
+def _mark_repeats(rows: Sequence[dict]) -> None:
+    """Set `duplicate` and `conflicting` on every row."""
     labels_of = defaultdict(set)
     for row in rows:
-        row["duplicate"] = row["label"] in labels_of[row["id"]]
-        labels_of[row["id"]].add(row["label"])
+        labels = labels_of[row["id"]]
+        row["duplicate"] = row["label"] in labels
+        labels.add(row["label"])
     for row in rows:
-        row["conflicting"] = len(labels_of[row["id"]]) > 1
-    return sum(row["duplicate"] for row in rows), sum(row["conflicting"] for row in rows)
+        row["conflicting"] = len(labels_of[row["id"]]) == 2
 
 
-def _mismatch(facts: Row) -> str | None:
+def _mismatch(entry: Row, found: Row, left_out: Row) -> str | None:
     """How the counts differ from the known ones, and what was left out; None if they agree or
     nothing is known.
     """
-    expected = facts["expected"] or {}
-    found = facts["found"]
-    dropped = facts["dropped"]
-    known = [key for key, value in expected.items() if value is not None]
-    lacking = {key: expected[key] - found[key] for key in known}
+    expected = {key: entry[key] for key in found if entry[key] is not None}
+    reasons = [f"{column} is {word}" for column, word in entry.get("drop", {}).items()]
     # Papers count the dropped rows, of which each may be positive or not.
-    size_fits = lacking.get("size", dropped) == dropped
-    if size_fits and 0 <= lacking.get("positives", 0) <= dropped:
+    dropped = sum(left_out.get(reason, 0) for reason in reasons)
+    lacking = {key: value - found[key] for key, value in expected.items()}
+    if lacking.get("size", dropped) == dropped and 0 <= lacking.get("positives", 0) <= dropped:
         return None
-    ours = ", ".join(f"{key} {found[key]}" for key in known)
-    theirs = ", ".join(f"{key} {expected[key]}" for key in known)
-    left_out = "".join(f"; {rows} rows left out: {why}" for why, rows in facts["left_out"].items())
-    return f"expected {theirs} but found {ours}{left_out}"
+    theirs = ", ".join(f"{key} {value}" for key, value in expected.items())
+    ours = ", ".join(f"{key} {found[key]}" for key in expected)
+    lost = "".join(f"; {rows} rows left out: {why}" for why, rows in left_out.items())
+    return f"expected {theirs} but found {ours}{lost}"
 
 
 # --- a row ----------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from common.keep import Row
 from guards.suite.score import COMPARED, MARKS, PARSE_ERRORS
 from guards.suite.tables import METRICS
 
-# The columns of each section, {heading: where its value stands in a row}; a slash leads into a
-# mapping, and of two places both values are shown.
+# The columns of each section, {heading: where its value is in a row}; a slash leads into a mapping.
 NAMES = {"guard": "guard", "benchmark": "benchmark"}
 FAILED = NAMES | {"why": "reason"}
 GUARDS = {
@@ -19,25 +18,12 @@ GUARDS = {
     "sees of a conversation": "sees",
     "trained on their training part (in distribution)": "knows",
 }
-FACTS = ("label", "rows", "positives", "recall_only", *MARKS)
-FACTS += ("file", "hub", "revision", "licence", "mismatch")
-BENCHMARKS = {"": "name"} | {fact.replace("_", " "): fact for fact in FACTS}
-SCORES = (
-    "f1",
-    "f1_at_05",
-    "f1_at_validation",
-    "auprc",
-    "auroc",
-    "recall",
-)
-INTERVALS = NAMES | {METRICS[score]: f"{score} intervals/{score}" for score in SCORES}
-THRESHOLDS = NAMES | {
-    "flags above": "threshold/value",
-    "chosen by": "threshold/how",
-    "on": "threshold/on",
-}
-RULES = {"without a verdict": "errors"}
-RULES = NAMES | RULES | {rule: f"by_parse_errors/{rule}/f1" for rule in PARSE_ERRORS}
+FACTS = ("label", "rows", "positives", *MARKS, "file", "hub", "revision", "licence", "mismatch")
+BENCHMARKS = {"": "name"} | {fact: fact for fact in FACTS}
+SCORES = ("f1", "f1_at_05", "f1_at_validation", "auprc", "auroc", "recall")
+INTERVALS = NAMES | {METRICS[score]: f"intervals/{score}" for score in SCORES}
+RULES = NAMES | {"without a verdict": "errors"}
+RULES |= {rule: f"by_parse_errors/{rule}/f1" for rule in PARSE_ERRORS}
 PARTS = NAMES | {
     "rows that count": "part",
     "rows": "rows",
@@ -45,13 +31,10 @@ PARTS = NAMES | {
     "F1 ↑": "f1",
     "AUPRC ↑": "auprc",
 }
-DIFFERENCES = {
-    "first": "a",
-    "second": "b",
-    "benchmark": "benchmark",
-    "rows": "rows",
-}
-DIFFERENCES |= {METRICS[score]: f"{score}/difference {score}/interval" for score in COMPARED}
+DIFFERENCES = {"first": "a", "second": "b", "benchmark": "benchmark", "rows": "rows"}
+for score in COMPARED:
+    DIFFERENCES[METRICS[score]] = f"{score}/difference"
+    DIFFERENCES[f"{METRICS[score]}, 95 %"] = f"{score}/interval"
 
 
 def failures(results: Row) -> str:
@@ -63,13 +46,12 @@ def failures(results: Row) -> str:
 
 
 def details(results: Row) -> str:
-    """Guards, benchmarks, intervals, thresholds, parse errors, marked rows and paired differences."""
+    """Guards, benchmarks, intervals, parse errors, marked rows and paired differences."""
     guards = []
     for name, guard in results["guards"].items():
         guards.append(guard | {"name": name, "knows": ", ".join(guard["knows"])})
     benchmarks = [facts | {"name": name} for name, facts in results["benchmarks"].items()]
     measured = [cell for cell in results["cells"] if cell["status"] == "measured"]
-    fitted = [cell for cell in measured if cell["threshold"]]
     with_errors = [cell for cell in measured if cell["errors"]]
     parts = []
     for cell in measured:
@@ -80,41 +62,25 @@ def details(results: Row) -> str:
     sections = [
         _section("Guards", guards, GUARDS),
         _section("Benchmarks", benchmarks, BENCHMARKS),
-        _section(
-            "95 % intervals (bootstrap over prompts)",
-            measured,
-            INTERVALS,
-        ),
-        _section("Thresholds", fitted, THRESHOLDS),
-        _section(
-            "F1 by the rule for rows without a verdict",
-            with_errors,
-            RULES,
-        ),
+        _section("95 % intervals (bootstrap over prompts)", measured, INTERVALS),
+        _section("F1 by the rule for rows without a verdict", with_errors, RULES),
         _section("With and without marked rows", parts, PARTS),
-        _section(
-            "Paired differences, first minus second",
-            results["comparison"],
-            DIFFERENCES,
-        ),
+        _section("Paired differences, first minus second", results["comparison"], DIFFERENCES),
     ]
     return "\n".join(section for section in sections if section)
 
 
 def _section(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """A table under its title; nothing where it has no rows."""
-    lines = [[_value(row, places) for places in columns.values()] for row in rows]
-    return f"## {title}\n\n{report.table(lines, list(columns))}" if lines else ""
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        lines.append([_value(row, place) for place in columns.values()])
+    return f"## {title}\n\n{report.table(lines, list(columns))}"
 
 
-def _value(row: Row, places: str) -> Any:
-    values = []
-    for place in places.split():
-        value: Any = row
-        for key in place.split("/"):
-            value = value.get(key) if value else None
-        values.append(value)
-    first, *others = values
-    if not any(others):
-        return first
-    return " ".join(map(report.number, values))
+def _value(row: Any, place: str) -> Any:
+    for key in place.split("/"):
+        row = row.get(key) if row else None
+    return row

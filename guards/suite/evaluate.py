@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 
 import pandas
@@ -52,7 +51,7 @@ from guards.suite.score import (
 )
 from guards.suite.tables import (
     METRICS,
-    check_column,
+    check_alike,
     csv_text,
     grid,
     latex,
@@ -70,11 +69,7 @@ RULES = {
     "unsafe": "as unsafe",
     "excluded": "nowhere: they are left out",
 }
-CHUNK = {
-    "transformers": 64,
-    "server": 64,
-    "vllm": 1024,
-}  # rows between two writes
+CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two writes
 
 
 @dataclass
@@ -155,10 +150,10 @@ def main(default_config: Path | None = None) -> None:
     check_output_folder(args.output_dir)
     guards = candidates(args.guards, guard_options(args))
     results = evaluate(args, guards)
-    statuses = {cell["status"] for cell in results["cells"]}
-    measured = {cell["guard"] for cell in results["cells"] if cell["status"] == "measured"}
-    unmeasured = {guard.name for guard in guards} - measured
-    if "failed" in statuses or results["unread_benchmarks"] or unmeasured:
+    seen = {(cell["guard"], cell["status"]) for cell in results["cells"]}
+    failed = any(status == "failed" for _, status in seen)
+    all_measured = all((guard.name, "measured") in seen for guard in guards)
+    if failed or results["unread_benchmarks"] or not all_measured:
         logger.error("Not everything could be measured: see the table.")
         sys.exit(1)
 
@@ -195,7 +190,9 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
         "cells": [],
         "comparison": [],
     }
-    added = [cell for path in args.add_results for cell in add_results(Path(path), results, args)]
+    added = []
+    for path in args.add_results:
+        added += add_results(Path(path), results, args)
     to_judge = [*inputs.benchmarks, *inputs.validation.values()]
     folder = Path(args.output_dir) / "runs"
     found: dict[str, Found] = {}
@@ -205,9 +202,7 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
         results["cells"] += guard_cells(guard.name, one, inputs, args)
         found[guard.name] = one
     if args.compare:
-        results["comparison"] = compare_two(
-            *two_of(args.compare, names), inputs.benchmarks, found, args
-        )
+        results["comparison"] = compare_two(args, found)
     results["cells"] += added
     results["run"] = manifest([args])
     write_tables(args, results, predictions(inputs.benchmarks, found))
@@ -251,8 +246,6 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
         )
     if args.max_rows is not None and args.max_rows < 1:
         raise UserError(f"--max_rows {args.max_rows}: must be at least 1")
-    if args.bootstrap_rounds < 0:
-        raise UserError(f"--bootstrap_rounds {args.bootstrap_rounds}: must be 0 or more")
     if not names and not args.add_results:
         raise UserError("--guards: name at least one guard")
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -260,16 +253,10 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
         raise UserError(
             f"--guards: {', '.join(twice)} stands there twice; name one of them (name=folder)"
         )
-    if args.compare and not two_of(args.compare, names):
-        raise UserError(f"--compare {args.compare}: expected a,b, two of {', '.join(names)}")
-
-
-def two_of(text: str, names: Sequence[str]) -> tuple[str, str] | None:
-    """The two names of "a,b"; names may hold commas themselves."""
-    for a, b in permutations(names, 2):
-        if f"{a},{b}" == text:
-            return a, b
-    return None
+    if args.compare:
+        a, _, b = args.compare.partition(",")
+        if a not in names or b not in names:
+            raise UserError(f"--compare {args.compare}: expected a,b, two of {', '.join(names)}")
 
 
 def read_inputs(args: EvaluationArguments) -> Inputs:
@@ -333,41 +320,25 @@ def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row
     """
     try:
         other = json.loads(path.read_text(encoding="utf-8"))
-        cells, guards, benchmarks = (
-            other["cells"],
-            other["guards"],
-            other["benchmarks"],
-        )
-        twice = sorted(set(guards) & set(results["guards"]))
+        cells = other["cells"]
+        twice = sorted(other["guards"].keys() & results["guards"].keys())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--add_results {path}: no results.json of this script ({error!r:.80})"
-        ) from None
+        what = f"no results.json of this script ({error!r:.80})"
+        raise UserError(f"--add_results {path}: {what}") from None
     if twice:
         hint = "leave it out, or name ours otherwise"
         raise UserError(f"--add_results {path}: holds {', '.join(twice)} too; {hint}")
-    for name, facts in benchmarks.items():
-        if name not in results["benchmarks"]:
-            results["benchmarks"][name] = facts
-            continue
-        ours = {
-            "guard": "this run",
-            "benchmark": name,
-            "status": "measured",
-        }
-        ours |= dict.fromkeys(METRICS, 0.0)
-        ours["convention"] = convention(results["benchmarks"][name]["row_set"], args)
-        if not args.validation:
-            ours["f1_at_validation"] = None  # the thresholds are the guards' own
-        for metric in METRICS:
-            check_column(
-                [
-                    ours,
-                    *(cell for cell in cells if cell["benchmark"] == name),
-                ],
-                metric,
-            )
-    results["guards"] |= guards
+    keys = ["rows", "parse_errors"]
+    if args.validation:  # else the thresholds are the guards' own
+        keys.append("threshold")
+    for cell in cells:
+        facts = results["benchmarks"].get(cell["benchmark"])
+        if facts is not None and cell["status"] == "measured":
+            ours = {"guard": "this run", "convention": convention(facts["row_set"], args)}
+            check_alike(ours, cell, keys, "every metric")
+    for name, facts in other["benchmarks"].items():
+        results["benchmarks"].setdefault(name, facts)
+    results["guards"] |= other["guards"]
     return cells
 
 
@@ -379,34 +350,31 @@ def guard_cells(guard: str, found: Found, inputs: Inputs, args: EvaluationArgume
     thresholds = own_thresholds(found.about.get("thresholds", {}))
     if args.validation:
         on = ", ".join(args.validation)
-        thresholds = {
-            label: fit_threshold(found.said[part.name], on)
-            for label, part in inputs.validation.items()
-            if part.name in found.said
-        }
+        thresholds = {}
+        for label, part in inputs.validation.items():
+            if part.name in found.said:
+                thresholds[label] = fit_threshold(found.said[part.name], on)
     cells = []
     for benchmark in inputs.benchmarks:
         name = benchmark.name
-        threshold = thresholds.get(benchmark.label)
-        cell = {"guard": guard, "benchmark": name, "label": benchmark.label}
+        cell: Row = {"guard": guard, "benchmark": name, "label": benchmark.label}
         if name in found.problems:
             cells.append(cell | found.problems[name])
             continue
+        threshold = thresholds.get(benchmark.label)
         cell["status"] = "measured"
         cell["convention"] = convention(row_set(benchmark.rows), args, threshold)
-        cells.append(
-            cell
-            | score_cell(
-                found.said[name],
-                parse_errors=args.parse_errors,
-                threshold=threshold,
-                seed=args.seed,
-                rounds=args.bootstrap_rounds,
-            )
+        cell |= score_cell(
+            found.said[name],
+            parse_errors=args.parse_errors,
+            threshold=threshold,
+            seed=args.seed,
+            rounds=args.bootstrap_rounds,
         )
+        cells.append(cell)
     for part in inputs.validation.values():
-        problem = found.problems.get(part.name, {"status": "measured"})
-        if problem["status"] == "failed":
+        problem = found.problems.get(part.name)
+        if problem is not None and problem["status"] == "failed":
             cells.append({"guard": guard, "benchmark": part.name} | problem)
     return cells
 
@@ -423,11 +391,7 @@ def convention(
     elif threshold:
         how = str(threshold.get("how", "unknown"))
         kind = f"guard.json: {how.partition(', n=')[0]}"
-    return {
-        "rows": rows,
-        "parse_errors": args.parse_errors,
-        "threshold": kind,
-    }
+    return {"rows": rows, "parse_errors": args.parse_errors, "threshold": kind}
 
 
 def own_thresholds(known: Mapping[str, Row]) -> dict[str, Row]:
@@ -435,11 +399,8 @@ def own_thresholds(known: Mapping[str, Row]) -> dict[str, Row]:
     # A default is fitted on nothing.
     fitted = {name: threshold for name, threshold in known.items() if threshold.get("on")}
     if "flagged" in fitted:
-        flagged = fitted.pop("flagged")
-        fitted = {
-            "prompt_unsafe": flagged,
-            "response_unsafe": flagged,
-        } | fitted
+        for label in ("prompt_unsafe", "response_unsafe"):
+            fitted.setdefault(label, fitted["flagged"])
     return fitted
 
 
@@ -453,27 +414,16 @@ def fit_threshold(said: pandas.DataFrame, on: str) -> Row | None:
     return metrics.fit_threshold(usable.truth, usable.score, on)
 
 
-def compare_two(
-    a: str,
-    b: str,
-    benchmarks: Sequence[Benchmark],
-    found: Mapping[str, Found],
-    args: EvaluationArguments,
-) -> list[Row]:
-    """Guard a minus guard b on every benchmark that both judged."""
+def compare_two(args: EvaluationArguments, found: Mapping[str, Found]) -> list[Row]:
+    """The first guard of --compare minus the second on every benchmark that both judged."""
+    a, _, b = args.compare.partition(",")
     differences = []
-    for name in [benchmark.name for benchmark in benchmarks]:
-        ours = found[a].said.get(name)
+    for name, ours in found[a].said.items():
         theirs = found[b].said.get(name)
-        if ours is not None and theirs is not None:
-            one = compare(
-                ours,
-                theirs,
-                args.parse_errors,
-                args.seed,
-                args.bootstrap_rounds,
-            )
-            differences.append({"a": a, "b": b, "benchmark": name} | one)
+        if theirs is not None and not name.startswith("validation-"):
+            pair = {"a": a, "b": b, "benchmark": name}
+            rounds = args.bootstrap_rounds
+            differences.append(pair | compare(ours, theirs, args.parse_errors, args.seed, rounds))
     return differences
 
 
@@ -485,43 +435,45 @@ def predictions(benchmarks: Sequence[Benchmark], found: Mapping[str, Found]) -> 
     rows = []
     for benchmark in benchmarks:
         name = benchmark.name
-        verdicts = {g: one.verdicts[name] for g, one in found.items() if name in one.verdicts}
         for place, row in enumerate(benchmark.rows):
             item = {
                 "benchmark": name,
                 "id": row["id"],
                 "index": row["index"],
-            }
-            item |= {
                 "label": benchmark.label,
                 "truth": row["label"],
                 "groups": row["groups"],
+                **{mark: row[mark] for mark in MARKS},
+                "guards": {},
             }
-            item |= {mark: row[mark] for mark in MARKS}
-            item["guards"] = {guard: vars(each[place]) for guard, each in verdicts.items()}
+            for guard, one in found.items():
+                if name in one.verdicts:
+                    item["guards"][guard] = vars(one.verdicts[name][place])
             rows.append(item)
     return rows
 
 
 def write_tables(args: EvaluationArguments, results: Row, rows: Sequence[Row]) -> None:
     """results.json, predictions.jsonl and tables; a metric that was not measured alike has none."""
+    benchmarks = results["benchmarks"]
     papers = published()
     grids = []
     mixed = []
     for metric in METRICS:
         try:
-            grids.append(grid(results, metric, papers, args.published))
+            table = grid(results, metric, papers, args.published)
         except UserError as error:
             mixed.append(f"- {error}.\n")
             logger.warning("No table. %s", error)
-    grids = [table for table in grids if table is not None]
-    benchmarks = results["benchmarks"]
+            continue
+        if table is not None:
+            grids.append(table)
     parts = [HEAD.format(rule=RULES[args.parse_errors]), failures(results)]
     parts += [markdown(table, benchmarks) for table in grids]
     if mixed:
         parts.append("## No table\n\n" + "".join(mixed))
     parts.append(details(results))
-    text = "\n".join(part for part in parts if part)
+    text = "\n".join(filter(None, parts))
     files = {
         "results.json": json_text(results),
         "predictions.jsonl": json_lines(rows),
@@ -529,31 +481,24 @@ def write_tables(args: EvaluationArguments, results: Row, rows: Sequence[Row]) -
         "results.tex": "\n".join(latex(table, benchmarks) for table in grids),
         "results.csv": csv_text(grids),
     }
-    for (
-        name,
-        content,
-    ) in files.items():  # all of them, or none beside older ones
+    for name, content in files.items():  # all of them, or none beside older ones
         write_text(Path(args.output_dir) / name, content)
     print(text)
 
 
 def draw_curves(
-    args: EvaluationArguments,
-    benchmarks: Sequence[Benchmark],
-    found: Mapping[str, Found],
+    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
 ) -> None:
     """A picture for each benchmark with precision and recall of the guards that rank its rows."""
     for benchmark in benchmarks:
         name = benchmark.name
         curves = {}
         for guard, one in found.items():
-            if name in one.said:
-                table = counted(one.said[name], args.parse_errors).dropna(subset="score")
-                if table.truth.nunique() == 2:
-                    curves[guard] = (
-                        table.truth.to_numpy(),
-                        table.score.to_numpy(),
-                    )
+            if name not in one.said:
+                continue
+            table = counted(one.said[name], args.parse_errors).dropna(subset="score")
+            if table.truth.nunique() == 2:
+                curves[guard] = (table.truth.to_numpy(), table.score.to_numpy())
         if curves:
             path = Path(args.output_dir) / "precision-recall" / f"{name}.png"
             title = f"{name}: {benchmark.label} (n={len(benchmark.rows)})"

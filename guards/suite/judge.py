@@ -3,9 +3,9 @@
 import gc
 import logging
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pandas
@@ -46,7 +46,7 @@ TASKS = {
 }
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
 # kind of guard: options for all that it has not
-NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code")}
+NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code", "long_inputs")}
 NOT_SUPPORTED = {
     "status": "not supported",
     "reason": "the guard does not judge this label",
@@ -107,13 +107,11 @@ def candidates(specs: Sequence[str], options: Row) -> list[Candidate]:
 def _candidate(text: str, options: Row) -> Candidate:
     spec, own = re.fullmatch(r"(.*?)(?::(\w+=.*))?", text).groups()
     given = _own_options(spec, own)
-    name, model = _name_and_model(spec)
-    has_own_card = has_card(model)
+    name, spec = _name_and_model(spec)
+    has_own_card = has_card(spec)
     if name and not has_own_card:
+        given["model"] = spec
         spec = name
-        given["model"] = model
-    else:
-        spec = model
     about = described(spec)
     known_as = zoo_name(name or spec) or zoo_name(str(about.get("guard")))
     unwanted = NOT_FOR.get(str(about.get("kind")), SERVED)
@@ -199,9 +197,10 @@ def read_benchmarks(
         if benchmark.name in found:
             raise UserError(f"--benchmarks {spec}: {benchmark.name} stands there twice")
         found[benchmark.name] = benchmark
+    if unread and not found:
+        raise UserError("--benchmarks: none could be read")
     if not found:
-        none_left = f"--task_type {task_type}: none is left"
-        raise UserError("--benchmarks: none could be read" if unread else none_left)
+        raise UserError(f"--task_type {task_type}: none is left")
     return list(found.values()), unread
 
 
@@ -214,54 +213,40 @@ def read_validation(
         UserError: a test split, a benchmark, or rows of one class only.
     """
     tested = [Path(split_spec(spec)[1]).resolve() for spec in benchmarks if "@" in spec]
-    rows: dict[str, list[Row]] = {label: [] for label in sorted(labels)} if specs else {}
     for spec in specs:
         file = split_spec(spec)[1] if is_benchmark(spec) else spec
         if not file or metrics.is_test(file) or Path(parse_spec(file).name).resolve() in tested:
-            raise UserError(
-                f"--validation {spec}: is test data; a threshold is fitted on other rows"
-            )
-        if is_benchmark(spec):
-            benchmark = load_benchmark(spec)
-            if benchmark.label in labels:
-                rows[benchmark.label] += benchmark.rows
-        else:
-            for label in labels:
-                rows[label] += _validation_rows(spec, label)
+            what = "is test data; a threshold is fitted on other rows"
+            raise UserError(f"--validation {spec}: {what}")
     out = {}
-    for label, found in rows.items():
-        classes = {row["label"] for row in found}
+    for label in sorted(labels) if specs else ():
+        rows = []
+        for spec in specs:
+            rows += _validation_rows(spec, label)
+        classes = {row["label"] for row in rows}
         if len(classes) == 2:
-            out[label] = Benchmark(f"validation-{label}", label, found, {})
-        elif found:
-            raise UserError(
-                f"--validation: all {len(found)} rows with {label} have one class; a threshold "
-                "needs both"
-            )
+            out[label] = Benchmark(f"validation-{label}", label, rows, {})
+        elif rows:
+            what = f"all {len(rows)} rows with {label} have one class; a threshold needs both"
+            raise UserError(f"--validation: {what}")
         else:
-            logger.warning(
-                "--validation: no row has %s; its benchmarks get no threshold.",
-                label,
-            )
+            logger.warning("--validation: no row has %s, so no threshold is fitted for it.", label)
     return out
 
 
 def _validation_rows(spec: str, label: str) -> list[Row]:
     """The rows of a data spec that have a label, as those of a benchmark."""
+    if is_benchmark(spec):
+        benchmark = load_benchmark(spec)
+        return benchmark.rows if benchmark.label == label else []
     rows = []
     for row in data.load_conversations(spec):
-        if row[label] is not None:
-            prompt, response = last_turns(row["messages"])
-            messages = pair(prompt, None if label == "prompt_unsafe" else response)
-            key = row_id(label, messages)
-            rows.append(
-                {
-                    "id": key,
-                    "messages": messages,
-                    "label": row[label],
-                    "groups": {},
-                }
-            )
+        if row[label] is None:
+            continue
+        prompt, response = last_turns(row["messages"])
+        messages = pair(prompt, None if label == "prompt_unsafe" else response)
+        key = row_id(label, messages)
+        rows.append({"id": key, "messages": messages, "label": row[label], "groups": {}})
     return rows
 
 
@@ -275,8 +260,8 @@ def judge_all(
     chunk: int,
     overwrite: bool = False,
 ) -> Found:
-    """One guard's verdicts on each benchmark. It is loaded once, only if rows are missing, and
-    freed. What a guard raises is not raised: one that fails must not stop the others.
+    """One guard's verdicts on each benchmark. It is loaded once, only if rows are missing. What a
+    guard raises is not raised: one that fails must not stop the others.
 
     Args:
         folder: where its verdicts are kept, in `<benchmark>.jsonl`, and in `guards.jsonl` what it
@@ -287,131 +272,100 @@ def judge_all(
     Raises:
         UserError: a file of kept verdicts is broken, or another run writes it.
     """
-    folder = folder / re.sub(r"[^\w.=-]+", "_", candidate.name)
-    with ExitStack() as opened:
-        known = opened.enter_context(KeptRows(folder / "guards.jsonl", "identity"))
-        kept = []
-        for benchmark in benchmarks:
-            file = folder / f"{benchmark.name}.jsonl"
-            if overwrite:
-                file.unlink(missing_ok=True)
-            rows = opened.enter_context(KeptRows(file, "id"))
-            kept.append(KeptVerdicts(candidate, benchmark, rows))
-        found = _judge(candidate, kept, known, chunk)
-    gc.collect()
+    gc.collect()  # the guard before this one
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return found
-
-
-class KeptVerdicts:
-    """One guard's verdicts on one benchmark: those that are there, and those that are to come."""
-
-    def __init__(self, candidate: Candidate, benchmark: Benchmark, rows: KeptRows):
-        self.candidate = candidate
-        self.benchmark = benchmark
-        self.rows = rows
-        self.keys = [digest([candidate.identity, row["id"]]) for row in benchmark.rows]
-
-    def missing(self) -> bool:
-        """Whether a row has no verdict, or is to be asked again."""
-        return bool(self.rows.missing(self.keys, self.is_to_be_asked_again))
-
-    def is_to_be_asked_again(self, row: Row) -> bool:
-        """Whether a row's verdict is an error that may go away: of the network, of a server."""
-        error = row["verdict"]["error"]
-        return self.candidate.served and error is not None and LASTING.search(error) is None
-
-    def verdicts(self, guard: Guard | None, chunk: int) -> list[Verdict]:
-        """The verdicts on the benchmark's rows; what is missing is judged.
-
-        Raises:
-            UserError: not one row could be judged.
-        """
-        row_of = dict(zip(self.keys, self.benchmark.rows, strict=True))
-
-        def judge(_: int, keys: list[str]) -> list[Row]:
-            asked = [row_of[key] for key in keys]
-            said = guard.judge(
-                [row["messages"] for row in asked],
-                wanted=[self.benchmark.label],
-            )
-            return [
-                {
-                    "id": key,
-                    "row": row["id"],
-                    "guard": self.candidate.identity,
-                    "verdict": asdict(verdict),
-                }
-                for key, row, verdict in zip(keys, asked, said, strict=True)
-            ]
-
-        rows = self.rows.fill(
-            self.keys,
-            judge,
-            size=chunk,
-            together=not self.candidate.served,
-            again=self.is_to_be_asked_again,
-            title=f"{self.candidate.name} on {self.benchmark.name}",
-        )
-        out = [Verdict(**row["verdict"]) for row in rows]
-        if all(verdict.error is not None for verdict in out):
-            hint = "--overwrite asks it anew"
-            raise UserError(f"not one row could be judged: {out[0].error} ({hint})")
-        return out
-
-
-def _judge(
-    candidate: Candidate,
-    kept: Sequence[KeptVerdicts],
-    known: KeptRows,
-    chunk: int,
-) -> Found:
-    """`judge_all` on open files."""
+    folder = folder / re.sub(r"[^\w.=-]+", "_", candidate.name)
     found = Found()
-    guard = None
+    load = cache(candidate.load)
     broken = None
-    about = known.get(candidate.identity)
-    if about is None or any(k.missing() for k in kept if k.benchmark.label in about["judges"]):
+    with KeptRows(folder / "guards.jsonl", "identity") as known:
         try:
-            guard = candidate.load()
-            about = {
-                "identity": candidate.identity,
-                "judges": list(guard.judges),
-                "thresholds": guard.thresholds or {},
-                "sees": guard.sees,
-            }
-            known.append(about)
+            if candidate.identity not in known:
+                known.append(_facts(load(), candidate.identity))
+            found.about = known[candidate.identity]
         except Exception as error:  # whatever a guard can raise
-            broken = _one_line(error, f"{candidate.name} does not load")
-    for one in kept:
-        name = one.benchmark.name
-        label = one.benchmark.label
-        if about is not None and label not in about["judges"]:
+            broken = _failed(error, f"{candidate.name} does not load")
+    for benchmark in benchmarks:
+        name = benchmark.name
+        file = folder / f"{name}.jsonl"
+        if broken is not None:
+            found.problems[name] = broken
+            continue
+        if benchmark.label not in found.about["judges"]:
             found.problems[name] = NOT_SUPPORTED
-        elif broken and (about is None or one.missing()):
-            found.problems[name] = {"status": "failed", "reason": broken}
-        else:
+            continue
+        if overwrite:
+            file.unlink(missing_ok=True)
+        with KeptRows(file, "id") as kept:
             try:
-                said = one.verdicts(guard, chunk)
-                unsaid_is = one.benchmark.facts.get("unsaid_is")
+                said = _verdicts(candidate, benchmark, kept, load, chunk)
+                unsaid_is = benchmark.facts.get("unsaid_is")
+                found.said[name] = judged(benchmark.rows, said, benchmark.label, unsaid_is)
                 found.verdicts[name] = said
-                found.said[name] = judged(one.benchmark.rows, said, label, unsaid_is)
             except Exception as error:
-                reason = _one_line(error, f"{candidate.name} on {name}")
-                found.problems[name] = {
-                    "status": "failed",
-                    "reason": reason,
-                }
-    found.about = about or {}
+                found.problems[name] = _failed(error, f"{candidate.name} on {name}")
     return found
 
 
-def _one_line(error: Exception, what: str) -> str:
-    """What an error says; what is no mistake of the user's is logged with its traceback."""
+def _facts(guard: Guard, identity: str) -> Row:
+    """What is kept of a guard, so that a finished one is not loaded again."""
+    return {
+        "identity": identity,
+        "judges": list(guard.judges),
+        "thresholds": guard.thresholds or {},
+        "sees": guard.sees,
+    }
+
+
+def _verdicts(
+    candidate: Candidate,
+    benchmark: Benchmark,
+    kept: KeptRows,
+    load: Callable[[], Guard],
+    chunk: int,
+) -> list[Verdict]:
+    """The verdicts on a benchmark's rows; what is missing is judged.
+
+    Raises:
+        UserError: not one row could be judged.
+    """
+    keys = [digest([candidate.identity, row["id"]]) for row in benchmark.rows]
+    row_of = dict(zip(keys, benchmark.rows, strict=True))
+
+    def judge(_: int, asked: list[str]) -> Iterator[Row]:
+        conversations = [row_of[key]["messages"] for key in asked]
+        said = load().judge(conversations, wanted=[benchmark.label])
+        for key, verdict in zip(asked, said, strict=True):
+            row = {"id": key, "row": row_of[key]["id"], "guard": candidate.identity}
+            yield row | {"verdict": asdict(verdict)}
+
+    rows = kept.fill(
+        keys,
+        judge,
+        size=chunk,
+        together=not candidate.served,
+        again=_may_go_away if candidate.served else None,
+        title=f"{candidate.name} on {benchmark.name}",
+    )
+    out = [Verdict(**row["verdict"]) for row in rows]
+    if all(verdict.error is not None for verdict in out):
+        hint = "--overwrite asks it anew"
+        raise UserError(f"not one row could be judged: {out[0].error} ({hint})")
+    return out
+
+
+def _may_go_away(row: Row) -> bool:
+    """Whether a verdict is an error of the network or of a server, which is asked again."""
+    error = row["verdict"]["error"]
+    return error is not None and LASTING.search(error) is None
+
+
+def _failed(error: Exception, what: str) -> dict[str, str]:
+    """An error as a problem; what is no mistake of the user's is logged with its traceback."""
     reason = " ".join(str(error).split()) or type(error).__name__
     expected = isinstance(error, UserError)
     if not expected:
         reason = f"{type(error).__name__}: {reason}"
     logger.error("%s: %s", what, reason, exc_info=None if expected else error)
-    return f"{reason:.300}"
+    return {"status": "failed", "reason": f"{reason:.300}"}

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pandas
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from common import metrics
 from common.conversation import Verdict
@@ -113,8 +114,8 @@ def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> Row:
     truth = table.truth
     score = table.score
     own = metrics.binary(truth, table.decided.astype(float))
-    at_half = {}
-    at_threshold = {}
+    at_half: Row = {}
+    at_threshold: Row = {}
     recall = None
     if not score.isna().any():
         at_half = metrics.binary(truth, score)
@@ -201,54 +202,33 @@ def statistics(table: pandas.DataFrame, threshold: float | None = None) -> dict[
     score = table.score.to_numpy()
     decided = table.decided.to_numpy(dtype=bool)
     out = {
-        "f1": partial(_f1, truth, decided),
-        "recall": partial(_recall, truth, decided),
+        "f1": partial(_of_drawn, _f1, truth, decided),
+        "recall": partial(_of_drawn, _recall, truth, decided),
     }
-    if not table.score.isna().any():
-        out["f1_at_05"] = partial(_f1, truth, score > 0.5)
-        if threshold is not None:
-            out["f1_at_validation"] = partial(_f1, truth, score > threshold)
-        areas = _areas(truth, score)
-        out["auprc"] = lambda rows: areas(rows)[0]
-        out["auroc"] = lambda rows: areas(rows)[1]
+    if table.score.isna().any():
+        return out
+    out["f1_at_05"] = partial(_of_drawn, _f1, truth, score > 0.5)
+    if threshold is not None:
+        out["f1_at_validation"] = partial(_of_drawn, _f1, truth, score > threshold)
+    out["auprc"] = partial(_of_drawn, average_precision_score, truth, score)
+    out["auroc"] = partial(_of_drawn, roc_auc_score, truth, score)
     return out
 
 
-def _f1(truth, hit, rows):
-    """F1 of drawn rows, None without a positive."""
-    y = truth[rows]
-    p = hit[rows]
-    return float(2 * (y & p).sum() / (y.sum() + p.sum())) if y.any() else None
+def _of_drawn(metric, truth, said, rows):
+    """A metric of drawn rows; None without a positive, and a ranking's without a negative."""
+    drawn = truth[rows]
+    if not drawn.any() or (said.dtype != bool and drawn.all()):
+        return None
+    return float(metric(drawn, said[rows]))
 
 
-def _recall(truth, hit, rows):
-    """Recall of drawn rows, None without a positive."""
-    y = truth[rows]
-    return float(hit[rows][y].mean()) if y.any() else None
+def _f1(truth, flagged):
+    return 2 * (truth & flagged).sum() / (truth.sum() + flagged.sum())
 
 
-def _areas(truth, score):
-    """A function of drawn rows: average precision and AUROC, None where they are of one class.
-
-    These are scikit-learn's values. It would sort the rows anew at each of a thousand draws, which
-    takes seconds for each guard and benchmark.
-    """
-    order = np.argsort(-score, kind="stable")
-    truth = truth[order]
-    ends_a_tie = np.diff(score[order], append=np.nan) != 0
-
-    def areas(rows):
-        weight = np.bincount(rows, minlength=len(order))[order]
-        tp = np.cumsum(weight * truth)[ends_a_tie]
-        fp = np.cumsum(weight * ~truth)[ends_a_tie]
-        if not tp.any() or not fp.any():
-            return None, None
-        precision = tp / np.maximum(tp + fp, 1)
-        average_precision = (np.diff(tp, prepend=0) * precision).sum() / tp[-1]
-        under_roc = np.trapezoid(np.append(0, tp), np.append(0, fp))
-        return float(average_precision), float(under_roc / (tp[-1] * fp[-1]))
-
-    return areas
+def _recall(truth, flagged):
+    return flagged[truth].mean()
 
 
 def compare(
@@ -276,12 +256,7 @@ def compare(
     for name in COMPARED:
         if name not in ours or name not in theirs or ours[name](everything) is None:
             continue
-
-        def difference(drawn: np.ndarray, name: str = name) -> float | None:
-            x = ours[name](drawn)
-            y = theirs[name](drawn)
-            return None if x is None else x - y
-
+        difference = partial(_difference, ours[name], theirs[name])
         out[name] = {
             "a": ours[name](everything),
             "b": theirs[name](everything),
@@ -289,3 +264,8 @@ def compare(
             "interval": metrics.bootstrap(difference, len(both), prompts, rounds, seed),
         }
     return out
+
+
+def _difference(a, b, rows):
+    value = a(rows)
+    return None if value is None else value - b(rows)

@@ -85,11 +85,7 @@ def published() -> Row:
             for column, value in zip(columns, values, strict=True):
                 what = "average" if column in content["averages"] else "benchmark"
                 if value is not None:
-                    number = {
-                        "guard": guard,
-                        what: column,
-                        "value": float(value),
-                    }
+                    number = {"guard": guard, what: column, "value": float(value)}
                     content["numbers"].append(number | block)
     return content
 
@@ -108,15 +104,20 @@ def check_column(cells: Sequence[Row], metric: str) -> None:
         keys.append("threshold")
     with_value = [c for c in cells if c["status"] == "measured" and c.get(metric) is not None]
     for cell in with_value[1:]:
-        first = with_value[0]
-        for key in keys:
-            a, b = first["convention"][key], cell["convention"][key]
-            if a != b:
-                raise UserError(
-                    f"{cell['benchmark']}, {METRICS[metric]}: {first['guard']} and "
-                    f"{cell['guard']} are scored differently ({key}: {a} | {b}) and cannot stand "
-                    "in one column; score both alike, or leave one out"
-                )
+        check_alike(with_value[0], cell, keys, METRICS[metric])
+
+
+def check_alike(first: Row, second: Row, keys: Sequence[str], metric: str) -> None:
+    """Refuse two cells whose conventions differ in one of these keys."""
+    for key in keys:
+        a = first["convention"][key]
+        b = second["convention"][key]
+        if a != b:
+            raise UserError(
+                f"{second['benchmark']}, {metric}: {first['guard']} and {second['guard']} are "
+                f"scored differently ({key}: {a} | {b}) and cannot stand in one column; score "
+                "both alike, or leave one out"
+            )
 
 
 def grid(results: Row, metric: str, papers: Row, show: str = "run") -> Grid | None:
@@ -133,37 +134,29 @@ def grid(results: Row, metric: str, papers: Row, show: str = "run") -> Grid | No
     """
     benchmarks = results["benchmarks"]
     for name in benchmarks:
-        check_column(
-            [cell for cell in results["cells"] if cell["benchmark"] == name],
-            metric,
-        )
-    sets = mean_sets(benchmarks, metric, papers["averages"])
+        check_column([cell for cell in results["cells"] if cell["benchmark"] == name], metric)
     rows = own_rows(results, metric)
-    numbers = [v for values in rows.values() for v in values.values() if isinstance(v, float)]
-    if not numbers and metric != "f1":
+    if metric != "f1" and not any(map(has_number, rows.values())):
         return None
+    sets = mean_sets(benchmarks, metric, papers["averages"])
     in_run = {guard["zoo"] for guard in results["guards"].values()}
-    known = [number for number in papers["numbers"] if number["metric"] == metric]
-    of_run = [number for number in known if number["guard"] in in_run]
-    if show != "none":
-        rows |= published_rows(known if show == "all" else of_run, benchmarks, sets)
-    columns = [
-        *benchmarks,
-        *(f"mean of {len(sets[name])}: {name}" for name in sets),
-    ]
-    out = Grid(metric, columns, [], [])
+    for number in papers["numbers"] if show != "none" else ():
+        if number["metric"] == metric and (show == "all" or number["guard"] in in_run):
+            add_published(rows, number, benchmarks, sets)
+    out = Grid(metric, list(benchmarks), [], notes(rows, metric, benchmarks, sets, papers))
+    for name, members in sets.items():
+        out.columns.append(f"mean of {len(members)}: {name}")
     for (label, source), values in rows.items():
-        means = [values.get(name, mean(values, sets[name])) for name in sets]
-        out.rows.append((label, source, [*map(values.get, benchmarks), *means]))
-    out.notes = notes(out, benchmarks, sets, papers)
-    left_out = {number.get("benchmark") for number in of_run}
-    left_out = [b for b, facts in benchmarks.items() if b in left_out and not facts["complete"]]
-    if left_out:
-        out.notes.append(
-            "Published numbers are left out where the rows are not the whole known benchmark: "
-            f"{', '.join(left_out)}."
-        )
+        cells = [values.get(name) for name in benchmarks]
+        for name, members in sets.items():
+            cells.append(values.get(name, mean(values, members)))
+        out.rows.append((label, source, cells))
     return out
+
+
+def has_number(values: Mapping[str, Value]) -> bool:
+    """Whether anything was measured in a row."""
+    return any(isinstance(value, float) for value in values.values())
 
 
 def mean_sets(benchmarks: dict[str, Row], metric: str, named: Sets) -> Sets:
@@ -174,9 +167,10 @@ def mean_sets(benchmarks: dict[str, Row], metric: str, named: Sets) -> Sets:
     if metric in NEED_BOTH:
         usable = [name for name in benchmarks if not benchmarks[name]["recall_only"]]
     sets = {name: members for name, members in named.items() if set(members) <= set(usable)}
+    known = [set(members) for members in sets.values()]
     for label in LABELS:
         members = [name for name in usable if benchmarks[name]["label"] == label]
-        if len(members) > 1 and sorted(members) not in map(sorted, sets.values()):
+        if len(members) > 1 and set(members) not in known:
             sets[f"all {label}"] = members
     return sets
 
@@ -188,67 +182,67 @@ def own_rows(results: Row, metric: str) -> Rows:
         values: dict[str, Value] = dict.fromkeys(results["benchmarks"], NOT_MEASURED)
         mark = ""
         for cell in results["cells"]:
-            if cell["guard"] != guard or cell["benchmark"] not in values:
+            name = cell["benchmark"]
+            if cell["guard"] != guard or name not in values:
                 continue
             if cell["status"] != "measured":
-                values[cell["benchmark"]] = cell["status"]
-                continue
-            if metric != "f1_at_validation" or cell["threshold"] is not None:
-                values[cell["benchmark"]] = cell[metric]
-            if metric in OWN_DECISION and cell["decision"] != "own word":
+                values[name] = cell["status"]
+            elif metric != "f1_at_validation" or cell["threshold"] is not None:
+                values[name] = cell[metric]
+            if metric in OWN_DECISION and cell.get("decision") == "score > 0.5":
                 mark = NO_WORD
         rows[guard + mark, ""] = values
     return rows
 
 
-def published_rows(numbers: Sequence[Row], benchmarks: dict[str, Row], sets: Sets) -> Rows:
-    """What papers say of guards on benchmarks that were judged whole, and the means that they
-    print of these.
+def add_published(rows: Rows, number: Row, benchmarks: dict[str, Row], sets: Sets) -> None:
+    """Put what a paper says of a guard into a row of its own, if the benchmark, or each of a mean,
+    was judged whole.
     """
-    usable = {name for name, facts in benchmarks.items() if facts["complete"]}
-    usable |= {name for name, members in sets.items() if usable.issuperset(members)}
-    rows: Rows = {}
-    for number in numbers:
-        column = number.get("benchmark") or number["average"]
-        if column in usable:
-            decision = number["decision"]
-            mode = "" if decision in ("native", "score > 0.5") else f" ({decision})"
-            key = (
-                f"{number['guard']}{mode}, published",
-                number["source"],
-            )
-            rows.setdefault(key, {})[column] = number["value"] / 100
-    return rows
+    column = number.get("benchmark") or number["average"]
+    members = sets.get(column, [column])
+    if not all(name in benchmarks and benchmarks[name]["complete"] for name in members):
+        return
+    label = number["guard"]
+    if number["decision"] not in ("native", "score > 0.5"):
+        label += f" ({number['decision']})"
+    values = rows.setdefault((f"{label}, published", number["source"]), {})
+    values[column] = number["value"] / 100
 
 
 def mean(values: Mapping[str, Value], members: Sequence[str]) -> float | None:
     """The unweighted mean, only where every member has a number."""
     picked = [values.get(name) for name in members]
-    return fmean(picked) if all(isinstance(value, float) for value in picked) else None
+    if not all(isinstance(value, float) for value in picked):
+        return None
+    return fmean(picked)
 
 
-def notes(out: Grid, benchmarks: dict[str, Row], sets: Sets, papers: Row) -> list[str]:
+def notes(
+    rows: Rows,
+    metric: str,
+    benchmarks: dict[str, Row],
+    sets: Sets,
+    papers: Row,
+) -> list[str]:
     """What the numbers mean, and where published ones come from."""
-    found = [f"Mean, {s}: {', '.join(sets[s])}; only of rows with all of them." for s in sets]
-    if any(label.endswith(NO_WORD) for label, _, _ in out.rows):
-        found.append(
-            f"{NO_WORD.strip()} has no word of its own, in whole or in part: there, score > 0.5 "
-            "decides."
-        )
-    if out.metric.startswith("f1") and any(facts["recall_only"] for facts in benchmarks.values()):
-        found.append(
-            f"{NO_SAFE} No harmless row: F1 is 2R/(1+R), so the recall R stands beside it."
-        )
+    found = []
+    for name, members in sets.items():
+        found.append(f"Mean, {name}: {', '.join(members)}; only of rows with all of them.")
+    if any(label.endswith(NO_WORD) for label, _ in rows):
+        what = "has no word of its own, in whole or in part: there, score > 0.5 decides"
+        found.append(f"{NO_WORD.strip()} {what}.")
+    if metric.startswith("f1") and any(facts["recall_only"] for facts in benchmarks.values()):
+        what = "No harmless row: F1 is 2R/(1+R), so the recall R stands beside it"
+        found.append(f"{NO_SAFE} {what}.")
     rules = {number["source"]: number["parse_errors"] for number in papers["numbers"]}
-    for source in dict.fromkeys(source for _, source, _ in out.rows if source):
+    for source in dict.fromkeys(source for _, source in rows if source):
         text = papers["sources"][source]
         found.append(f"[{source}] {text}; rows without a verdict: {rules[source]}.")
-    redacted = [f"{b} ({f['dropped']})" for b, f in benchmarks.items() if f.get("dropped")]
-    if redacted:
-        found.append(
-            "Rows that papers count and that are left out here, redacted as they are: "
-            f"{', '.join(redacted)}."
-        )
+    partial = [name for name, facts in benchmarks.items() if not facts["complete"]]
+    if partial:
+        what = "are left out where the rows are not the whole known benchmark"
+        found.append(f"Published numbers {what}: {', '.join(partial)}.")
     return found
 
 
@@ -285,12 +279,8 @@ def latex(out: Grid, benchmarks: dict[str, Row]) -> str:
     for character in "&%$#_":
         caption = caption.replace(character, f"\\{character}")
     columns = "l" + "r" * len(out.columns)
-    table = as_text(out, benchmarks)
-    text = table.to_latex(
-        index=False,
-        escape=True,
-        caption=caption,
-        column_format=columns,
+    text = as_text(out, benchmarks).to_latex(
+        index=False, escape=True, caption=caption, column_format=columns
     )
     return text.translate(str.maketrans(LATEX))
 
@@ -302,10 +292,7 @@ def csv_text(grids: Sequence[Grid]) -> str:
     rows = []
     for out in grids:
         for label, source, values in out.rows:
-            row = {
-                "metric": out.metric,
-                "guard": label.removesuffix(NO_WORD),
-                "source": source,
-            }
+            guard = label.removesuffix(NO_WORD)
+            row = {"metric": out.metric, "guard": guard, "source": source}
             rows.append(row | dict(zip(out.columns, values, strict=True)))
     return pandas.DataFrame(rows).to_csv(index=False)

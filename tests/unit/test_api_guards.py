@@ -10,13 +10,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.conversation import UserError, pair
 from guards import api
@@ -510,7 +507,6 @@ def test_a_key_that_no_header_takes_is_refused_and_not_shown(load, monkeypatch, 
 
 WRONG = [
     ("openai", {}, "openai-moderation, perspective, azure-content-safety"),
-    ("perspective", {"long_inputs": "cut"}, "windows, error, truncate"),
     ("perspective", {"threshold": 4}, "threshold is for Azure alone"),
     ("azure-content-safety", {"threshold": 3}, "2, 4 or 6"),
     ("azure-content-safety", {"model": "x"}, "model is for openai-moderation"),
@@ -531,57 +527,11 @@ def test_wrong_options(server, service, options, message):
         ApiGuard(service, **options)
 
 
-LONG = {
-    "perspective": "é" * 30_000 + " rude 0.9",
-    "azure-content-safety": "a😀" * 9_000 + " rude 0.9",
-}
-
-
-@pytest.mark.parametrize("service", LONG)
-def test_harm_at_the_end_of_a_long_text(load, server, service, caplog):
-    caplog.set_level(logging.INFO)
-    found, short = load(service).judge(asks(LONG[service], "good"))
-    assert (
-        found.error is None
-        and found.prompt_unsafe >= 0.9
-        and found.decided == {"prompt_unsafe": True}
-    )
-    assert (
-        len(server.asked) >= 4
-        and short.prompt_unsafe == 0.0
-        and "1 of 2 texts are longer than" in caplog.text
-    )
-    assert load(service, long_inputs="truncate").judge(asks(LONG[service]))[0].decided == {
-        "prompt_unsafe": False
-    }
-
-
 @pytest.mark.parametrize(
     ("service", "most"), [("perspective", "é" * 10_240), ("azure-content-safety", "😀" * 5_000)]
 )
-def test_the_limit_is_the_services(load, server, service, most):
-    verdicts = load(service, long_inputs="error").judge(asks(most, most + "a"))
-    assert verdicts[0].error is None and failed(verdicts[1]) and "long_inputs" in verdicts[1].error
+def test_a_text_over_the_services_limit_is_an_error(load, server, service, most):
+    whole, over = load(service).judge(asks(most, most + "a"))
+    assert whole.error is None
+    assert failed(over) and "bytes, more than" in over.error
     assert len(server.asked) == 1
-
-
-def test_one_failing_window_fails_the_text(load, server):
-    """The harmless rest says nothing of the window that was not judged."""
-    guard, text = load("azure-content-safety"), "b" * 9_000 + "c" * 9_000
-    server.plan = {guard._pieces(text, [])[1]: [status(400)]}
-    assert failed(guard.judge(asks(text))[0])
-
-
-@given(
-    text=st.text("ab é😀\n", max_size=200).filter(str.strip), service=st.sampled_from(list(LIMITS))
-)
-def test_windows_overlap_and_cover(text, service):
-    """No piece is over the limit, and whatever is no longer than the overlap stands whole in one of
-    them.
-    """
-    guard = object.__new__(ApiGuard)
-    guard.long_inputs, guard.service = "windows", replace(api.SERVICES[service], limit=40)
-    pieces = guard._pieces(text, [])
-    assert all(len(piece.encode(LIMITS[service][0])) <= 40 for piece in pieces)
-    pairs = {text[i : i + 2] for i in range(len(text))}
-    assert all(any(two in piece for piece in pieces) for two in pairs if two.strip())

@@ -429,7 +429,6 @@ def test_results_of_another_run_join_the_table(arguments, tmp_path):
         ({"parse_errors": "safe"}, "--parse_errors safe: expected one of wrong, unsafe, excluded"),
         ({"engine": "server"}, "--engine server: needs --server_url"),
         ({"max_rows": 0}, "--max_rows 0"),
-        ({"bootstrap_rounds": -1}, "--bootstrap_rounds -1"),
         ({"compare": "keyword"}, "--compare keyword: expected a,b"),
         ({"compare": "keyword,nobody"}, "--compare keyword,nobody"),
         ({"benchmarks": ["xstest"]}, "no benchmark 'xstest'; near it: .*xstest_prompt"),
