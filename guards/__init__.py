@@ -17,7 +17,7 @@ from common.data import taxonomy
 from common.run import expand_home
 from common.saving import is_unfinished
 from guards.api import ApiGuard
-from guards.base import LONG_INPUTS, Guard
+from guards.base import LONG_INPUTS, SEES, Guard
 from guards.card import (
     Card,
     ClassifierCard,
@@ -49,6 +49,7 @@ OF_CLASSIFIERS = ("template", "labels", "max_length", "unsafe_labels", "problem_
 # Options that make another guard of a folder than its card describes, so that the card's probe says
 # nothing of it.
 OTHER_GUARD = (
+    "chat_template",
     "labels",
     "mode",
     "problem_type",
@@ -158,18 +159,21 @@ def add_probe(
         UserError: the folder is no guard that can be loaded, or another one than was trained.
     """
     card = card or read_card(folder)
+    known: dict[str, Any] = {"probe": None}
     given = {name: value for name, value in options.items() if value is not None}
-    guard = probe = None
+    guard = None
     try:
         guard = _loaded(str(folder), card, {"progress": False} | given)
         check_equal_outputs(guard, trained)
-        probe = make_probe(guard)
+        known["probe"] = make_probe(guard)
+        if guard.sees in SEES:
+            known["sees"] = guard.sees
     except torch.OutOfMemoryError:
         logger.warning(
             "%s: too little memory to load the guard; guards.add_probe adds its probe later",
             folder,
         )
-    write_card(folder, card.model_copy(update={"probe": probe}))
+    write_card(folder, card.model_copy(update=known))
     return guard
 
 
@@ -221,30 +225,23 @@ def _check(guard: Guard, spec: str, options: Mapping[str, Any]) -> None:
     adapter = options.get("adapter")
     folder = adapter or spec
     if not has_card(folder):
-        if has_card(spec):
-            logger.info("%s: its probe is not judged, because of %s", spec, adapter)
         return
     card = read_card(folder)
     if adapter is not None:
         trust = options.get("trust_remote_code", False)
         find_base(adapter, card, options.get("model", spec), trust)
     as_saved = {"mode": "strict", **card.model_dump(include={"template", "labels"})}
+    chat_template = Path(folder) / "chat_template.jinja"
+    if chat_template.is_file():
+        as_saved["chat_template"] = chat_template.read_text(encoding="utf-8")
     asked = [name for name in OTHER_GUARD if name in options]
     changed = [name for name in asked if options[name] != as_saved.get(name)]
-    if "chat_template" in options and guard.tokenizer.chat_template != _chat_template(folder):
-        changed.append("chat_template")
     if changed:
         logger.info("%s: its probe is not judged, because of %s", folder, ", ".join(changed))
     elif options.get("engine") == "server":
         _check_later(guard, card, folder)
     else:
         check_probe(guard, card, folder)
-
-
-def _chat_template(folder: str) -> str | None:
-    """The chat template that was saved in a folder."""
-    path = Path(folder) / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _check_later(guard: Guard, card: GuardCard, folder: str) -> None:

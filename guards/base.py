@@ -24,7 +24,7 @@ LAST_TURN = "last turn"
 LAST_TURNS = "last turns"  # the last question, and its answer
 WHOLE_CONVERSATION = "whole conversation"
 UNKNOWN = "not known"
-SEES = (LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION, UNKNOWN)
+SEES = (LAST_TURN, LAST_TURNS, WHOLE_CONVERSATION)
 TALK = [
     *pair("A first question?", "A first answer."),
     *pair("A last question?", "A last answer."),
@@ -82,7 +82,9 @@ class Guard:
     name: str
     thresholds: dict[str, dict[str, Any]]
     judges: Sequence[str] = ("response_unsafe",)  # of LABELS: what it can be asked
-    sees: str = UNKNOWN  # of SEES: what it sees of a conversation; turns before that do not count
+    sees: str = (
+        UNKNOWN  # or of SEES: what it sees of a conversation; turns before that do not count
+    )
     wanted: Collection[str] = ()  # see `judge`
     LABEL_OF: ClassVar = {
         "user": "prompt_unsafe",
@@ -152,7 +154,7 @@ def each(
 
 
 def seen_of(prompt_of: Callable[[Messages], Sequence[Part]]) -> str:
-    """What a guard sees of a conversation, one of SEES: found in the prompt that it writes of one.
+    """What a guard sees of a conversation, one of SEES or UNKNOWN: found in the prompt that it writes of one.
 
     Args:
         prompt_of: the whole prompt of a conversation, in pieces; UserError where it has none.

@@ -7,8 +7,7 @@ model, tokenizer, template, order of labels and adapter are still those.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -21,7 +20,6 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from common.bundled import resolve_model
@@ -39,8 +37,8 @@ from common.conversation import (
 from common.keep import fingerprint
 from common.run import write_json
 from common.saving import CARD_FILE, check_equal
-from common.templates import render, template_text
-from guards.base import LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, Guard, seen_of
+from common.templates import template_text
+from guards.base import SEES, Guard
 from guards.known import zoo
 
 logger = logging.getLogger(__name__)
@@ -77,14 +75,19 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def _unique(names: list[str]) -> list[str]:
-    repeated = [name for name in names if names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"{repeated[0]!r} is there twice")
+    if len(set(names)) < len(names):
+        raise ValueError("a name is there twice")
     return names
 
 
 def _known_template(name: str) -> str:
     template_text(name)  # or a UserError
+    return name
+
+
+def _generative_guard(name: str) -> str:
+    if zoo().get(name, {}).get("kind") != "generative":
+        raise ValueError(f"{name!r} is no generative guard of zoo.yaml")
     return name
 
 
@@ -110,15 +113,7 @@ class Threshold(CardModel):
     on: str | None = None
 
 
-def _of_known_labels(thresholds: dict[str, Threshold]) -> dict[str, Threshold]:
-    known = ("flagged", *LABELS)
-    for name in thresholds:
-        if name not in known:
-            raise ValueError(f"{name!r} is no label; expected some of {', '.join(known)}")
-    return thresholds
-
-
-Thresholds = Annotated[dict[str, Threshold], AfterValidator(_of_known_labels)]
+Thresholds = dict[Literal["flagged", LABELS], Threshold]
 THRESHOLDS: TypeAdapter[dict[str, Threshold]] = TypeAdapter(Thresholds)
 
 
@@ -135,7 +130,7 @@ class Probe(CardModel):
 class Origin(CardModel):
     """What is known of where a guard comes from."""
 
-    base_model: Text | None = Field(None, description="the model that was trained")
+    base_model: Text | None = None  # the model that was trained
     base_sha256: Text | None = None  # its fingerprint, where it was a folder
     data: dict[str, Any] = Field(default_factory=dict)  # free: what the training says of its data
 
@@ -150,31 +145,12 @@ class ArmOrigin(Origin):
     fingerprint: str | None = None
 
 
-def seen_by_template(template: str) -> str | None:
-    """What a guard with this template sees of a conversation (`Guard.sees`); None where it renders
-    none.
-    """
-    sees = seen_of(lambda messages: render(template, messages))
-    return None if sees == UNKNOWN else sees
-
-
-def seen_by_entry(entry: dict[str, Any]) -> str:
-    """The same of a generative guard of zoo.yaml; a chat template that is given all turns is taken
-    to print them.
-    """
-    if "template" in entry:
-        return seen_by_template(entry["template"])
-    return WHOLE_CONVERSATION if "conversation" in entry["messages"] else LAST_TURNS
-
-
 class GuardCard(Origin):
     """What every kind of guard has that `load_guard` loads."""
 
-    max_length: Count = Field(description="tokens that it sees of one conversation")
+    max_length: Count  # tokens that it sees of one conversation
     thresholds: Thresholds = Field(default_factory=dict)
-    sees: Literal["last turn", "last turns", "whole conversation"] | None = Field(
-        None, description="what its prompt holds of a conversation"
-    )
+    sees: Literal[SEES] | None = None  # what its prompt holds of a conversation
     probe: Probe | None = None
 
     def threshold_values(self) -> dict[str, dict[str, Any]]:
@@ -185,19 +161,11 @@ class GuardCard(Origin):
 class LabelledCard(GuardCard):
     """What the kinds have that give one probability a label."""
 
-    template: Annotated[str, AfterValidator(_known_template)] = Field(
-        description="the name of the prompt template that it was trained with"
-    )
-    labels: Annotated[list[Text], AfterValidator(_unique)] = Field(
-        min_length=1, description="one name for each output of the head, in their order"
-    )
+    template: Annotated[str, AfterValidator(_known_template)]  # that it was trained with
+    # one name for each output of the head, in their order
+    labels: Annotated[list[Text], AfterValidator(_unique)] = Field(min_length=1)
     pooling: Literal["last attended token", "first token", "mean of the attended tokens"] = POOLING
     num_hidden_layers: Count | None = None
-
-    @model_validator(mode="after")
-    def _say_what_it_sees(self) -> "LabelledCard":
-        self.sees = self.sees or seen_by_template(self.template)
-        return self
 
 
 class ClassifierCard(LabelledCard):
@@ -212,16 +180,10 @@ class LoraCard(LabelledCard):
     """
 
     kind: Literal["lora_guard"] = "lora_guard"
-    base_model: Text = Field(description="the chat model below the adapters: a folder or a hub id")
-    inputs: Annotated[list[Input], AfterValidator(_unique)] = Field(
-        min_length=1, description="what it was trained on: some of pair, prompt and response"
-    )
-    head_bias: list[float] | None = Field(
-        description="one number a label, or null where the head has none"
-    )
-    num_hidden_layers: Count | None = Field(
-        description="the layers of the base that it reads, or null for all"
-    )
+    base_model: Text  # the chat model below the adapters: a folder or a hub id
+    inputs: Annotated[list[Input], AfterValidator(_unique)] = Field(min_length=1)
+    head_bias: list[float] | None  # one number a label, or null where the head has none
+    num_hidden_layers: Count | None  # the layers of the base that it reads, or null for all
 
     @field_validator("head_bias")
     @classmethod
@@ -238,21 +200,7 @@ class GenerativeCard(GuardCard, ArmOrigin):
     """
 
     kind: Literal["generative"] = "generative"
-    guard: str = Field(
-        description="the guard of zoo.yaml whose prompt and words it was trained with"
-    )
-
-    @field_validator("guard")
-    @classmethod
-    def _is_in_the_zoo(cls, guard: str) -> str:
-        if zoo().get(guard, {}).get("kind") != "generative":
-            raise ValueError(f"{guard!r} is no generative guard of zoo.yaml")
-        return guard
-
-    @model_validator(mode="after")
-    def _say_what_it_sees(self) -> "GenerativeCard":
-        self.sees = self.sees or seen_by_entry(zoo()[self.guard])
-        return self
+    guard: Annotated[str, AfterValidator(_generative_guard)]
 
 
 class LinearProbeCard(ArmOrigin):
@@ -298,18 +246,15 @@ def read_card(folder: Path | str, kind: type[AnyCard] | None = None) -> AnyCard 
         file and field.
     """
     path = card_path(folder)
-    wanted = None if kind is None else kind.model_fields["kind"].default
     try:
         card = ADAPTER.validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-        found = card.kind
     except OSError as error:
         raise UserError(f"{path}: no guard of a recipe lies there ({error.strerror})") from None
     except ValidationError as error:
-        found = next(iter(error.errors()[0]["loc"]), None)
-        if wanted is None or found not in KINDS or found == wanted:
-            raise UserError(_one_line(path, error)) from None
-    if wanted not in (None, found):
-        raise UserError(f"{path}, field kind: expected {wanted!r}, found {found!r}")
+        raise UserError(_one_line(path, error)) from None
+    if kind is not None and not isinstance(card, kind):
+        wanted = kind.model_fields["kind"].default
+        raise UserError(f"{path}, field kind: expected {wanted!r}, found {card.kind!r}")
     return card
 
 
@@ -365,20 +310,12 @@ def _fault(error: Any, location: Sequence[Any]) -> str:
         return f"field kind: {error['ctx']['tag']!r} is unknown; known kinds: {', '.join(KINDS)}"
     field = f"field {'.'.join(map(str, location))}"
     if kind == "missing":
-        return f"{field}: missing{_meaning(error['loc'])}"
+        return f"{field}: missing"
     if kind == "extra_forbidden":
         return f"{field}: unknown; what is free to choose belongs under data"
     if kind == "value_error":
         return f"{field}: {error['ctx']['error']}"
     return f"{field}: {error['msg'][:1].lower()}{error['msg'][1:]}, found {error['input']!r:.60}"
-
-
-def _meaning(location: Sequence[Any]) -> str:
-    """What a missing field of a card says, in brackets; nothing of a field of a field."""
-    if len(location) != 2:
-        return ""
-    kind, name = location
-    return f" ({KINDS[kind].model_fields[name].description})"
 
 
 # --- what a card says of other files ----------------------------------------------------------------------------------
@@ -407,9 +344,8 @@ def check_tokenizer_file(folder: Path | str) -> None:
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise UserError(
-            f"{path}: is missing, without it the guard reads no text; restore the folder as it was trained"
-        )
+        what = "without it the guard reads no text; restore the folder as it was trained"
+        raise UserError(f"{path}: is missing, {what}")
 
 
 def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) -> None:
@@ -420,16 +356,12 @@ def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) ->
         LABEL_1, … are no
             names.
     """
-    path = card_path(where)
-    if len(card.labels) != len(names):
-        what = f"names {len(card.labels)} outputs, the model has {len(names)}"
-        raise UserError(f"{path}, field labels: {what}")
-    if list(names) == [f"LABEL_{i}" for i in range(len(names))]:
-        return
-    for i, (told, own) in enumerate(zip(card.labels, names, strict=True)):
-        if told != own:
-            what = f"output {i} is {told!r}, in config.json (id2label) {own!r}"
-            raise UserError(f"{path}, field labels: {what}")
+    unnamed = [f"LABEL_{i}" for i in range(len(card.labels))]
+    if list(names) not in (card.labels, unnamed):
+        ours = ", ".join(card.labels)
+        theirs = ", ".join(names)
+        what = f"{ours}; the model's outputs are {theirs} (config.json, id2label)"
+        raise UserError(f"{card_path(where)}, field labels: {what}")
 
 
 # --- the probe --------------------------------------------------------------------------------------------------------
@@ -458,11 +390,8 @@ def make_probe(guard: Guard) -> Probe | None:
         (verdict,) = guard.judge([messages])
         if verdict.error is None and outputs(verdict):
             return Probe(messages=messages, scores=outputs(verdict), dtype=guard.dtype)
-    logger.warning(
-        "%s: gives no verdict on a simple text (%s), so its card has no probe",
-        guard.name,
-        verdict.error,
-    )
+    what = "%s: gives no verdict on a simple text (%s), so its card has no probe"
+    logger.warning(what, guard.name, verdict.error)
     return None
 
 
@@ -501,12 +430,18 @@ def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: b
     Raises:
         UserError: the scores differ by more than number formats explain, or there is no verdict.
     """
-    path, probe = card_path(where), card.probe
+    path = card_path(where)
+    probe = card.probe
     if probe is None:
         logger.warning(NO_PROBE, path)
         return True
-    with _as_saved(guard, card):
+    asked_for = (guard.max_length, guard.long_inputs)
+    guard.max_length = card.max_length
+    guard.long_inputs = "windows"
+    try:
         (verdict,) = guard.judge([probe.messages])
+    finally:
+        guard.max_length, guard.long_inputs = asked_for
     if verdict.error is None:
         check_scores(outputs(verdict), guard.dtype, probe, where)
     elif must_answer:
@@ -530,30 +465,13 @@ def check_scores(said: Mapping[str, float], dtype: str, probe: Probe, where: Pat
     farthest = SERVER_FARTHEST if dtype == "server" else FARTHEST
     for name, saved in probe.scores.items():
         if name not in said:
-            raise UserError(
-                f"{path}, field probe.scores: the guard has no output {name!r}; it has {', '.join(said)}"
-            )
+            what = f"the guard has no output {name!r}; it has {', '.join(said)}"
+            raise UserError(f"{path}, field probe.scores: {what}")
         difference = log_odds(said[name], farthest) - log_odds(saved, farthest)
         if not abs(difference) <= tolerance:
             raise UserError(
-                f"{path}, field probe: {name} of its text is {said[name]:.3f}, and was {saved:.3f} when the guard was "
-                "saved: base model, tokenizer, template, order of labels or adapter are others than then; restore the "
-                "folder, or name the right base (base_model=…)"
+                f"{path}, field probe: {name} of its text is {said[name]:.3f}, and was {saved:.3f} "
+                "when the guard was saved: base model, tokenizer, template, order of labels or "
+                "adapter are others than then; restore the folder, or name the right base "
+                "(base_model=…)"
             )
-
-
-@contextmanager
-def _as_saved(guard: Guard, card: GuardCard) -> Iterator[None]:
-    """The guard with the card's room and the usual windows, whatever was asked for."""
-    values = {
-        "max_length": card.max_length,
-        "long_inputs": "windows",
-        "progress": False,
-        "with_categories": False,
-    }
-    before = {name: getattr(guard, name) for name in values if hasattr(guard, name)}
-    vars(guard).update({name: values[name] for name in before})
-    try:
-        yield
-    finally:
-        vars(guard).update(before)

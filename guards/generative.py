@@ -8,18 +8,16 @@ greedy decoding would write it. If the most likely token belongs to no word, the
 error. The probability is that of the words for unsafe, over those of all words.
 """
 
-import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from common.bundled import resolve_model
 from common.conversation import (
@@ -53,7 +51,6 @@ from guards.base import (
     seen_of,
 )
 
-logger = logging.getLogger(__name__)
 Ids = list[int]  # of tokens
 MODES = ("strict", "loose")
 # The kinds of a last turn: its label, and a conversation that ends with one.
@@ -70,6 +67,9 @@ class Answer(NamedTuple):
     word: str
     unsafe: bool | None
     probability: float | None
+
+    def rank(self) -> float:
+        return -1.0 if self.probability is None else self.probability
 
 
 @dataclass(frozen=True)
@@ -184,29 +184,48 @@ class GenerativeGuard(Guard):
         self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
         self.questions = [Question.read(question, mode) for question in entry["questions"]]
         self.variants = entry.get("variants", {"": {}})
-        asked = set()
+        asked = []
         for question in self.questions:
-            asked |= {question.label_of(kind) for kind in LAST if question.is_for(kind)}
+            asked += [question.label_of(kind) for kind in LAST if question.is_for(kind)]
         self.judges = tuple(label for label in LABELS if label in asked)
         self._words: dict[Any, dict[str, Ids]] = {}
-        self.tokenizer = _load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
-        self.tokenizer.chat_template = chat_template or self.tokenizer.chat_template
+        self._load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
+        if chat_template is not None:
+            self.tokenizer.chat_template = chat_template
         self._adds_bos = entry.get("add_special_tokens", True)
         if "messages" in entry:
             self._bring_bos()
         self._check_tokens()
         self.sees = seen_of(self.parts)
-        options["adapter"] = adapter or entry.get("adapter")
-        options |= {
-            "progress": progress,
-            "trust_remote_code": trust_remote_code,
-        }
-        self.model: Engine = load_engine(engine, model, self.tokenizer, name=self.name, **options)
+        self.model: Engine = load_engine(
+            engine,
+            model,
+            self.tokenizer,
+            name=self.name,
+            adapter=adapter or entry.get("adapter"),
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
         room = self.model.window
         if room is not None and self.max_length > room:
             what = f"max_length {self.max_length}: the model sees {room} tokens"
             raise UserError(f"{model}: {what}; lower it to that")
-        self.dtype = _dtype(engine, self.model)
+        if engine == "transformers":
+            self.dtype = number_format(self.model.model)
+        elif engine == "server":
+            self.dtype = "server"  # nobody knows it
+        else:
+            self.dtype = str(inference_dtype()).removeprefix("torch.")
+
+    def _load_tokenizer(self, source: str, trust_remote_code: bool) -> None:
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(source), trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise loading_error(source, error, "tokenizer cannot be loaded") from None
+        check_tokenizer(self.tokenizer, source)
 
     # --- the verdict ------------------------------------------------------------------------------
 
@@ -215,11 +234,7 @@ class GenerativeGuard(Guard):
         if self.pending_check is not None:
             check, self.pending_check = self.pending_check, None
             check()
-        self._long = 0
         verdicts, cases_of = each(conversations, self._cases)
-        if self._long:
-            counts = self._long, len(conversations), self.max_length, self.long_inputs
-            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
         groups: dict[tuple[str, str], list[Case]] = {}  # what shares most of its prompt
         for cases in cases_of.values():
             for case in cases:
@@ -245,31 +260,32 @@ class GenerativeGuard(Guard):
         """Fill in the answers, or the errors, of cases of one kind."""
         if question.anchor is not None:
             cases = self._write_to_anchor(question.anchor, cases)
-        tokens = []
+        words_of = []
         candidates: set[int] = set()
         for case in cases:
             case.said += question.prefix
             words = self._word_tokens(question, case.kind, case.said)
+            words_of.append(words)
             candidates.update(*words.values())
-            tokens.append(words)
         prompts = self.encode([case.prompt for case in cases])
         ordered = sorted(candidates)
         read = self.model.next_token(prompts, ordered)
-        for case, words, said in zip(cases, tokens, read, strict=True):
+        for case, words, said in zip(cases, words_of, read, strict=True):
             if said.error is not None:
                 case.error = said.error
                 continue
-            logprobs = dict(zip(ordered, said.logprobs, strict=True))
+            logprob = dict(zip(ordered, said.logprobs, strict=True))
             masses = {}
+            written = None
             for word, ids in words.items():
-                masses[word] = sum(math.exp(logprobs[i]) for i in ids)
-            written = [word for word, ids in words.items() if said.top in ids]
+                masses[word] = sum(math.exp(logprob[i]) for i in ids)
+                if said.top in ids:
+                    written = word
             if not all(map(math.isfinite, masses.values())):
                 case.error = "the model's output is not a number"
-            elif written:
-                case.said += written[0]
-                label = question.label_of(case.kind)
-                case.found[label] = question.answer(written[0], masses)
+            elif written is not None:
+                case.said += written
+                case.found[question.label_of(case.kind)] = question.answer(written, masses)
             else:
                 other = self.tokenizer.decode([said.top])
                 expected = " or ".join(map(repr, words))
@@ -317,19 +333,12 @@ class GenerativeGuard(Guard):
             for case in cases:
                 answer = case.found.get(LAST[case.kind])
                 if verdicts[place].error is None and answer is not None and answer.unsafe:
-                    unsafe.append((case, answer.probability, verdicts[place].categories))
+                    unsafe.append((case, answer, verdicts[place]))
         prompts = self.encode([case.prompt for case, _, _ in unsafe])
         completions = self.written(prompts, CATEGORY_TOKENS)
-        for (_, probability, categories), completion in zip(unsafe, completions, strict=True):
+        for (_, answer, verdict), completion in zip(unsafe, completions, strict=True):
             for code in re.findall(known["pattern"], completion.text):
-                categories[names.get(code, code)] = probability
-        errors = [one.error for one in completions if one.error is not None]
-        if errors:
-            counts = len(errors), len(completions), errors[0]
-            logger.warning(
-                "%d of %d unsafe texts: the categories are not known, the verdicts stand (%s)",
-                *counts,
-            )
+                verdict.categories[names.get(code, code)] = answer.probability
 
     # --- the prompt -------------------------------------------------------------------------------
 
@@ -374,22 +383,17 @@ class GenerativeGuard(Guard):
             what = f"not a conversation that ends with a {kind}"
             raise UserError(f"{self.name} judges {judged}, {what}")
         cases = []
-        is_long = False
         for variant in self.variants:
-            pieces: list[Messages] = [messages]
-            length = self._length(messages, variant)
-            if length > self.max_length:
-                is_long = True
-                pieces = self._shortened(messages, variant, length)
-            for piece in pieces:
+            for piece in self._fitting(messages, variant):
                 cases.append(Case(kind, variant, self.parts(piece, variant)))
-        self._long += is_long
         return cases
 
-    def _shortened(self, messages: Messages, variant: str, length: int) -> list[Messages]:
-        """What is judged of a conversation that is too long."""
+    def _fitting(self, messages: Messages, variant: str) -> list[Messages]:
+        """The conversation, or of one that is too long what `long_inputs` says."""
+        length = self._length(messages, variant)
+        if length <= self.max_length:
+            return [messages]
         if self.long_inputs == "error":
-            self._long += 1  # `_cases` does not come to it
             raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
         length_of = partial(self._length, variant=variant)
         pieces = windows(self.tokenizer, length_of, messages, self.max_length)
@@ -415,44 +419,33 @@ class GenerativeGuard(Guard):
             variant: one of the guard's policies; "" is the first.
         """
         if "template" in self.entry:
+            how = self.entry.get("strip")
+            if how == "each":
+                messages = [turn | {"content": turn["content"].strip()} for turn in messages]
             parts = render(self.entry["template"], messages, self.tokenizer)
-            return _stripped(parts, self.entry.get("strip", ""))
+            return _stripped(parts) if how == "all" else parts
         policy = self.variants[variant or next(iter(self.variants))]
-        kwargs = dict(self.entry.get("template_kwargs", {}))
-        kwargs |= policy.get(_kind(messages), {})
-        return render_chat(
-            self.tokenizer,
-            _alternating(messages),
-            wrap=self._wrap,
-            **kwargs,
-        )
+        kwargs = self.entry.get("template_kwargs", {}) | policy.get(_kind(messages), {})
+        turns = _alternating(messages)
+        return render_chat(self.tokenizer, turns, wrap=self._wrap, **kwargs)
 
     def _wrap(self, messages: Messages) -> list[dict[str, Any]]:
         """What the chat template gets: the turns, and instructions that may quote them."""
         prompt, response = last_turns(messages)
-        seen = {"prompt": prompt, "response": response}
-        if response is None:
-            del seen["response"]
+        seen = {"prompt": prompt}
+        if response is not None:
+            seen["response"] = response
         out: list[dict[str, Any]] = []
         for message in self.entry["messages"]:
             if message == "conversation":
                 out += messages
                 continue
             text = message.get("content") or template_text(message["content_file"])
-            out.append(
-                {
-                    "role": message["role"],
-                    "content": inline_template(text).render(**seen),
-                }
-            )
+            text = inline_template(text).render(**seen)
+            out.append({"role": message["role"], "content": text})
         if self.entry.get("content") == "parts":
-            out = [
-                {
-                    **m,
-                    "content": [{"type": "text", "text": m["content"]}],
-                }
-                for m in out
-            ]
+            for i, turn in enumerate(out):
+                out[i] = turn | {"content": [{"type": "text", "text": turn["content"]}]}
         return out
 
     def encode(self, prompts: Sequence[Sequence[Part]]) -> list[Ids]:
@@ -466,7 +459,8 @@ class GenerativeGuard(Guard):
         a tokenizer that is saved renders what was judged.
         """
         kind = "prompt" if LAST["prompt"] in self.judges else "response"
-        template, bos = self.tokenizer.chat_template, self.tokenizer.bos_token
+        template = self.tokenizer.chat_template
+        bos = self.tokenizer.bos_token
         prompt = self.parts(EXAMPLES[kind])
         self._adds_bos = bos is not None and not prompt[0].text.startswith(bos)
         (ids,) = self.encode([prompt])
@@ -503,17 +497,20 @@ class GenerativeGuard(Guard):
                 a word.
         """
         key = (question.label, kind, said[-24:])
-        if key not in self._words:
-            first = {word: self._first_tokens(word, kind, said) for word in question.words}
-            count = Counter(chain(*first.values()))
-            self._words[key] = {}
-            for word, ids in first.items():
-                own = sorted(i for i in ids if count[i] == 1)
-                if not own:
-                    what = f"no token that tells {word!r} from {list(first)}"
-                    raise UserError(f"{self.name}: its tokenizer has {what}")
-                self._words[key][word] = own
-        return self._words[key]
+        if key in self._words:
+            return self._words[key]
+        first = {word: self._first_tokens(word, kind, said) for word in question.words}
+        count = Counter()
+        for ids in first.values():
+            count.update(ids)
+        tokens = {}
+        for word, ids in first.items():
+            tokens[word] = sorted(i for i in ids if count[i] == 1)
+            if not tokens[word]:
+                what = f"no token that tells {word!r} from {list(first)}"
+                raise UserError(f"{self.name}: its tokenizer has {what}")
+        self._words[key] = tokens
+        return tokens
 
     def _first_tokens(self, word: str, kind: str, said: str) -> set[int]:
         """What a word begins with after `said`."""
@@ -528,43 +525,26 @@ class GenerativeGuard(Guard):
         return found
 
 
-def _dtype(name: str, engine: Engine) -> str:
-    """What an engine computes in; nobody knows it of a server."""
-    if name == "transformers":
-        return number_format(engine.model)
-    return "server" if name == "server" else str(inference_dtype()).removeprefix("torch.")
-
-
-def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    options = {"trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(source), **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise loading_error(source, error, "tokenizer cannot be loaded") from None
-    check_tokenizer(tokenizer, source)
-    return tokenizer
-
-
 def _verdict(cases: list[Case]) -> Verdict:
     """What the cases of one conversation say: the highest probability counts. Where one has failed,
     the conversation has no verdict.
     """
     verdict = Verdict()
+    answers: dict[str, list[Answer]] = {}
     for case in cases:
         if case.error is not None:
             return Verdict(error=case.error)
         for label, answer in case.found.items():
-            if answer.probability is None:
-                verdict.native.setdefault(label, answer.word)
-                continue
+            answers.setdefault(label, []).append(answer)
             if case.variant:
                 before = verdict.categories.get(case.variant, 0.0)
-                verdict.categories[case.variant] = max(answer.probability, before)
-            if answer.probability >= (getattr(verdict, label) or 0.0):
-                setattr(verdict, label, answer.probability)
-                verdict.native[label] = answer.word
-            decided = verdict.decided.get(label, False)
-            verdict.decided[label] = answer.unsafe or decided
+                verdict.categories[case.variant] = max(before, answer.probability)
+    for label, every in answers.items():
+        highest = max(every, key=Answer.rank)
+        verdict.native[label] = highest.word
+        if highest.probability is not None:
+            setattr(verdict, label, highest.probability)
+            verdict.decided[label] = any(answer.unsafe for answer in every)
     return verdict
 
 
@@ -573,29 +553,17 @@ def _kind(messages: Messages) -> str:
     return "prompt" if last_turns(messages)[1] is None else "response"
 
 
-def _stripped(parts: list[Part], how: str) -> list[Part]:
-    """A prompt whose content is stripped of white space as the guard's reference does it.
-
-    Args:
-        how: "each" content, or them "all" as one text, with what stands between; "" for neither.
-    """
-    content = [place for place, part in enumerate(parts) if part.is_content]
-    texts = [part.text for part in parts]
-    if how == "each":
-        for place in content:
-            texts[place] = texts[place].strip()
-    if how == "all":
-        first, last = content[0], content[-1]
-        while first < last and not texts[first].strip():
-            texts[first] = ""
-            first += 1
-        while first < last and not texts[last].strip():
-            texts[last] = ""
-            last -= 1
-        texts[first] = texts[first].lstrip()
-        texts[last] = texts[last].rstrip()
-    kinds = [part.is_content for part in parts]
-    return list(map(Part, texts, kinds))
+def _stripped(parts: list[Part]) -> list[Part]:
+    """A prompt whose contents are stripped of white space as one text, with what is between them."""
+    out = list(parts)
+    places = [place for place, part in enumerate(parts) if part.is_content]
+    inside = range(places[0], places[-1] + 1)
+    for order, strip in ((inside, str.lstrip), (reversed(inside), str.rstrip)):
+        for place in order:
+            out[place] = out[place]._replace(text=strip(out[place].text))
+            if out[place].text:
+                break
+    return out
 
 
 def _alternating(messages: Messages) -> list[Message]:

@@ -58,23 +58,6 @@ def test_a_card_comes_back_as_it_was(tmp_path, kind):
     assert CARDS[kind].items() <= written.items()
 
 
-@pytest.mark.parametrize(
-    ("kind", "sees"),
-    [
-        ("lora_guard", "last turns"),
-        ("classifier", "last turns"),
-        ("generative", "whole conversation"),
-    ],
-)
-def test_a_card_says_what_its_guard_sees_of_a_conversation(tmp_path, kind, sees):
-    """It follows from the template, so nobody has to write it, and a reader of the card need not
-    know the template.
-    """
-    (tmp_path / "guard.json").write_text(json.dumps(CARDS[kind]))
-    write_card(tmp_path, read_card(tmp_path))
-    assert json.loads((tmp_path / "guard.json").read_text())["sees"] == sees
-
-
 WRONG = [1, 1.0, 7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None]
 
 
@@ -91,7 +74,7 @@ def test_the_callers_threshold_is_checked_as_the_cards(tiny_classifier, tmp_path
     folder = str(tiny_classifier(tmp_path))
     with pytest.raises(UserError, match=r"^field thresholds\.flagged\.value: "):
         load_guard(folder, **threshold(value))
-    with pytest.raises(UserError, match=r"^field thresholds: 'flaged' is no label"):
+    with pytest.raises(UserError, match=r"^field thresholds\.flaged.*: input should be 'flagged'"):
         load_guard(folder, thresholds={"flaged": {"value": 0.5, "how": "default"}})
     given = {"flagged": {"value": 0.0, "how": "default"}}
     assert load_guard(folder, thresholds=given).thresholds == given
@@ -108,7 +91,7 @@ REQUIRED = [
 def test_what_changes_a_score_cannot_be_left_out(tmp_path, kind, name):
     card = {key: value for key, value in CARDS[kind].items() if key != name}
     said = refusal(tmp_path, card)
-    assert said.startswith(f"{tmp_path}/guard.json, field {name}: missing (")
+    assert said.startswith(f"{tmp_path}/guard.json, field {name}: missing")
 
 
 @pytest.mark.parametrize(
@@ -121,8 +104,8 @@ def test_what_changes_a_score_cannot_be_left_out(tmp_path, kind, name):
             {"head_bias": [float("nan")] * 15},
             "field head_bias.0: input should be a finite",
         ),
-        ("lora_guard", {"labels": ["unsafe", *LABELS]}, "field labels: 'unsafe' is there twice"),
-        ("classifier", {"labels": ["a", "b", "a"]}, "field labels: 'a' is there twice"),
+        ("lora_guard", {"labels": ["unsafe", *LABELS]}, "field labels: a name is there twice"),
+        ("classifier", {"labels": ["a", "b", "a"]}, "field labels: a name is there twice"),
         ("classifier", {"labels": "beavertails"}, "field labels: input should be a valid array"),
         (
             "lora_guard",
@@ -156,7 +139,7 @@ def test_what_changes_a_score_cannot_be_left_out(tmp_path, kind, name):
         (
             "classifier",
             {"thresholds": {"flaged": threshold(0.5)["thresholds"]["flagged"]}},
-            "field thresholds: 'flaged' is no label",
+            "field thresholds.flaged.[key]: input should be 'flagged', ",
         ),
         (
             "classifier",
