@@ -113,7 +113,7 @@ class Threshold(CardModel):
     on: str | None = None
 
 
-Thresholds = dict[Literal["flagged", LABELS], Threshold]
+Thresholds = dict[Literal["flagged", *LABELS], Threshold]
 THRESHOLDS: TypeAdapter[dict[str, Threshold]] = TypeAdapter(Thresholds)
 
 
@@ -356,12 +356,16 @@ def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) ->
         LABEL_1, … are no
             names.
     """
-    unnamed = [f"LABEL_{i}" for i in range(len(card.labels))]
-    if list(names) not in (card.labels, unnamed):
-        ours = ", ".join(card.labels)
-        theirs = ", ".join(names)
-        what = f"{ours}; the model's outputs are {theirs} (config.json, id2label)"
-        raise UserError(f"{card_path(where)}, field labels: {what}")
+    path = card_path(where)
+    if len(card.labels) != len(names):
+        what = f"names {len(card.labels)} outputs, the model has {len(names)}"
+        raise UserError(f"{path}, field labels: {what}")
+    if list(names) == [f"LABEL_{i}" for i in range(len(names))]:
+        return
+    for i, (told, own) in enumerate(zip(card.labels, names, strict=True)):
+        if told != own:
+            what = f"output {i} is {told!r}, in config.json (id2label) {own!r}"
+            raise UserError(f"{path}, field labels: {what}")
 
 
 # --- the probe --------------------------------------------------------------------------------------------------------

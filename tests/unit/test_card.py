@@ -203,3 +203,10 @@ def test_a_wrong_card_is_not_written(tmp_path):
     with pytest.raises(UserError, match="field max_length"):
         write_card(tmp_path, card)
     assert not has_card(tmp_path)
+
+
+@pytest.mark.parametrize("label", ["flagged", "prompt_unsafe", "response_refusal"])
+def test_a_threshold_is_of_any_label(tmp_path, label):
+    thresholds = {label: {"value": 0.3, "how": "max F1", "on": "some/rows"}}
+    write_card(tmp_path, GenerativeCard(guard="expguard", max_length=9, thresholds=thresholds))
+    assert read_card(tmp_path).threshold_values() == thresholds

@@ -237,8 +237,8 @@ def test_labels_in_another_order_than_the_models_own(tmp_path, tiny_classifier):
     names = [CATEGORIES[1], CATEGORIES[0], *CATEGORIES[2:]]
     write_card(folder, ClassifierCard(template="beavertails", labels=names, max_length=512))
     said = refusal(folder)
-    assert f"{folder}/guard.json, field labels: {names[0]}, {names[1]}, " in said
-    assert f"the model's outputs are {names[1]}, {names[0]}, " in said
+    assert f"{folder}/guard.json, field labels: output 0 is {names[0]!r}" in said
+    assert f"in config.json (id2label) {names[1]!r}" in said
 
 
 def test_labels_that_are_not_as_many_as_the_heads_outputs(folders):
