@@ -7,6 +7,7 @@ Scores are probabilities of the unsafe class; truths are booleans. common/guard_
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -17,7 +18,6 @@ from common.data.specs import Spec, parse_spec
 Truths = Sequence[bool]
 Scores = Sequence[float]
 Results = dict[str, float | int | list[float] | None]
-FIXED_FPR = 0.05  # the false-positive rate at which recall is reported
 
 
 def binary(truth: Truths, score: Scores, threshold: float = 0.5) -> Results:
@@ -37,12 +37,19 @@ def binary(truth: Truths, score: Scores, threshold: float = 0.5) -> Results:
     """
     y, p = _checked(truth, score)
     flagged = p > threshold
+    hit = flagged & y
     n = len(y)
     positives = int(y.sum())
     alarms = int(flagged.sum())
-    hits = int((flagged & y).sum())
+    hits = int(hit.sum())
     false_alarms = alarms - hits
     misses = positives - hits
+    auroc = brier = None
+    if 0 < positives < n:
+        auroc = float(roc_auc_score(y, p))
+    if n:
+        squares = (p - y) ** 2
+        brier = float(np.mean(squares))
     return {
         "support": n,
         "positives": positives,
@@ -55,10 +62,10 @@ def binary(truth: Truths, score: Scores, threshold: float = 0.5) -> Results:
         "f1": _f1(hits, alarms, positives),
         "fpr": _ratio(false_alarms, n - positives),
         "auprc": auprc(y, p),
-        "auroc": float(roc_auc_score(y, p)) if 0 < positives < n else None,
-        "recall_at_fpr05": recall_at_fpr(y, p, FIXED_FPR),
+        "auroc": auroc,
+        "recall_at_fpr05": recall_at_fpr(y, p, 0.05),
         "ece": expected_calibration_error(y, p),
-        "brier": float(np.mean((p - y) ** 2)) if n else None,
+        "brier": brier,
     }
 
 
@@ -91,14 +98,12 @@ def multilabel(
     """
     truth = np.asarray(truth)
     score = np.asarray(score, dtype=float)
-    shape = (len(truth), len(names))
-    if truth.shape != shape or score.shape != shape:
-        shapes = f"{truth.shape} and {score.shape}"
-        raise ValueError(f"expected two arrays of shape (n, {len(names)}), found {shapes}")
-    results = {}
-    results["flagged"] = binary(truth.any(1), score.max(1), threshold)
-    for column, name in enumerate(names):
-        results[name] = binary(truth[:, column], score[:, column], threshold)
+    any_truth = truth.any(1)
+    highest = score.max(1)
+    results = {"flagged": binary(any_truth, highest, threshold)}
+    columns = zip(names, truth.T, score.T, strict=True)
+    for name, y, p in columns:
+        results[name] = binary(y, p, threshold)
     return results
 
 
@@ -155,17 +160,22 @@ def fit_threshold(truth: Truths, score: Scores, split: str) -> dict:
             f"a threshold cannot be fitted on {split}: all {len(y)} rows have one class"
         )
     levels = np.unique([0.0, *p, 1.0])
-    low, high = levels[:-1], levels[1:]
+    low = levels[:-1]
+    high = levels[1:]
     middle = (low + high) / 2
-    middle = np.where(middle < high, middle, low)  # neighbours have no middle
-    candidates = np.append(middle, 1.0)
+    candidates = np.concatenate([middle, levels])  # two neighbouring floats have no middle
     passed = np.searchsorted(np.sort(p), candidates, side="right")
-    missed = np.searchsorted(np.sort(p[y]), candidates, side="right")
+    unsafe = np.sort(p[y])
+    missed = np.searchsorted(unsafe, candidates, side="right")
     hits = positives - missed
     flagged = len(p) - passed
     f1 = 2 * hits / (flagged + positives)
     best = candidates[np.argmax(f1)]
-    return {"value": float(best), "how": f"max F1, n={len(y)}", "on": split}
+    return {
+        "value": float(best),
+        "how": f"max F1, n={len(y)}",
+        "on": split,
+    }
 
 
 def is_test(spec: str) -> bool:
@@ -202,21 +212,19 @@ def bootstrap(
     groups = range(n) if groups is None else groups
     if len(groups) != n:
         raise ValueError(f"groups must name the group of each of {n} rows, found {len(groups)}")
+    if n == 0:
+        return None
+    rows_of: dict[Any, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(row)
+    members = list(rows_of.values())
     rng = np.random.default_rng(seed)
-    numbers: dict = {}
-    group_of = [numbers.setdefault(group, len(numbers)) for group in groups]
-    order = np.argsort(group_of, kind="stable")  # rows of one group stand together
-    sizes = np.bincount(group_of)
-    starts = np.cumsum(sizes) - sizes
     values = []
-    for _ in range(rounds if n else 0):
-        drawn = rng.integers(len(sizes), size=len(sizes))
-        size = sizes[drawn]
-        end = np.cumsum(size)
-        shift = starts[drawn] - (end - size)
-        places = np.arange(end[-1]) + np.repeat(shift, size)
-        rows = order[places]
-        value = statistic(rows)
+    for _ in range(rounds):
+        rows = []
+        for group in rng.integers(len(members), size=len(members)):
+            rows += members[group]
+        value = statistic(np.array(rows))
         if value is not None:
             values.append(value)
     if not values or len(values) * 2 < rounds:
@@ -232,38 +240,37 @@ def agreement(a: Truths, b: Truths, rounds: int = 1000) -> Results:
     """
     a = np.asarray(a, dtype=bool)
     b = np.asarray(b, dtype=bool)
-    if a.shape != b.shape or a.ndim != 1:
-        shapes = f"{a.shape} and {b.shape}"
-        raise ValueError(f"two judges need two lists of one length, found shapes {shapes}")
-    found = {"n": len(a)}
-    for name, statistic in {"agreement": _share, "kappa": _kappa}.items():
-        found[name] = statistic(a, b)
-        on_rows = lambda rows, of=statistic: of(a[rows], b[rows])  # noqa: E731
-        found[f"{name}_interval"] = bootstrap(on_rows, len(a), rounds=rounds)
-    return found
+    if len(a) != len(b):
+        raise ValueError(f"two judges need lists of one length, found {len(a)} and {len(b)}")
 
-
-def _share(a: np.ndarray, b: np.ndarray) -> float | None:
-    """The share of equal verdicts."""
-    if not len(a):
-        return None
     same = a == b
-    return float(same.mean())
 
+    def share(rows: np.ndarray) -> float | None:
+        if not len(rows):
+            return None
+        return float(same[rows].mean())
 
-def _kappa(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Cohen's kappa by hand: 1,000 rounds of scikit-learn's take seconds."""
-    never = not (a | b).any()
-    always = (a & b).all()
-    if never or always:
-        return None
-    share_a = a.mean()
-    share_b = b.mean()
-    both = share_a * share_b
-    neither = (1 - share_a) * (1 - share_b)
-    chance = both + neither
-    beyond = _share(a, b) - chance
-    return float(beyond / (1 - chance))
+    def kappa(rows: np.ndarray) -> float | None:  # scikit-learn's takes seconds for 1,000 rounds
+        if not len(rows):
+            return None
+        share_a = a[rows].mean()
+        share_b = b[rows].mean()
+        neither = (1 - share_a) * (1 - share_b)
+        chance = share_a * share_b + neither
+        if chance == 1:
+            return None
+        beyond = share(rows) - chance
+        return float(beyond / (1 - chance))
+
+    n = len(a)
+    every = np.arange(n)
+    return {
+        "n": n,
+        "agreement": share(every),
+        "agreement_interval": bootstrap(share, n, rounds=rounds),
+        "kappa": kappa(every),
+        "kappa_interval": bootstrap(kappa, n, rounds=rounds),
+    }
 
 
 def auprc(truth: Truths, score: Scores) -> float | None:

@@ -57,10 +57,13 @@ def write_model_card(
         adapter: whether the folder holds an adapter, and not a whole model.
     """
     data = [about_data(spec) for spec in train_data]
-    licences = {licence_of_model(base_model), *(one.get("licence") for one in data)}
+    languages = {one.get("language") for one in data}
+    licences = {one.get("licence") for one in data}
+    licences.add(licence_of_model(base_model))
+    licence = only(licences) or "other"
     known = ModelCardData(
-        language=only({one.get("language") for one in data}),
-        license=(only(licences) or "other").lower().replace(" ", "-"),
+        language=only(languages),
+        license=licence.lower().replace(" ", "-"),
         library_name="peft" if adapter else "transformers",
         tags=["guard", "moderation"],
         datasets=[one["hub"] for one in data if "hub" in one] or None,
@@ -102,4 +105,7 @@ def eval_results(measured: Measured | None, task: str) -> list[EvalResult]:
 
 def only(values: Set[str | None]) -> str | None:
     """What all of them are; None where they differ, or one is unknown."""
-    return next(iter(values)) if len(values) == 1 else None
+    if len(values) != 1:
+        return None
+    (value,) = values
+    return value

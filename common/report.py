@@ -3,7 +3,6 @@
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,13 @@ COLUMNS = {  # metric: heading with its direction
     "ece": "ECE ↓",
     "brier": "Brier ↓",
 }
+LINE_STYLES = (
+    "solid",
+    "dashed",
+    "dashdot",
+    (0, (1, 1)),
+    (0, (5, 1)),
+)
 
 
 def number(value: Any) -> str:
@@ -58,7 +64,8 @@ def metric_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """
     rows = []
     for name, values in metrics.items():
-        rows.append([name, *map(values.get, COLUMNS)])
+        cells = [values.get(column) for column in COLUMNS]
+        rows.append([name, *cells])
     return table(rows, ["", *COLUMNS.values()])
 
 
@@ -87,15 +94,17 @@ def plot_precision_recall(
     rate is dotted.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    styles = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1)))
-    style_of = dict(zip(curves, cycle(styles), strict=False))
-    for name, (truth, score) in curves.items():
+    for number, (name, (truth, score)) in enumerate(curves.items()):
         precision, recall, _ = precision_recall_curve(truth, score)
-        axes.step(recall, precision, where="post", linestyle=style_of[name], label=name)
+        style = LINE_STYLES[number % len(LINE_STYLES)]
+        axes.step(recall, precision, where="post", linestyle=style, label=name)
     base = sum(truth) / len(truth)
     axes.axhline(base, color="grey", linestyle=":", label=f"base rate {base:.2f}")
-    axes.set(title=title, xlabel="Recall of unsafe pairs", ylabel="Precision")
-    axes.set(xlim=(0, 1.01), ylim=(0, 1.03))
+    axes.set_title(title)
+    axes.set_xlabel("Recall of unsafe pairs")
+    axes.set_ylabel("Precision")
+    axes.set_xlim(0, 1.01)
+    axes.set_ylim(0, 1.03)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     save_figure(figure, path)

@@ -43,8 +43,13 @@ def deduplicate(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
         voted.update(_majority(group))
         unique.append(voted)
         opinions = {_opinion(row) for row in group}
-        conflicting += len(opinions) > 1
-    counts = {"rows": len(rows), "unique": len(unique), "conflicting": conflicting}
+        if len(opinions) > 1:
+            conflicting += 1
+    counts = {
+        "rows": len(rows),
+        "unique": len(unique),
+        "conflicting": conflicting,
+    }
     return Dataset.from_list(unique, features=FEATURES), counts
 
 
@@ -63,8 +68,9 @@ def _majority(group: Sequence[Mapping]) -> dict[str, bool | list[str] | None]:
     """
     voted = {}
     for label in LABELS:
-        votes = [row[label] for row in group if row[label] is not None]
-        voted[label] = sum(votes) * 2 > len(votes) if votes else None
+        said = Counter(row[label] for row in group)
+        known = said[True] or said[False]
+        voted[label] = said[True] > said[False] if known else None
     votes = Counter()
     voted["categories"] = None
     for row in group:
@@ -92,8 +98,10 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
     size = round(ratio * count)
     size = min(max(1, size), count - 1)  # neither side may be empty
     splitter = GroupShuffleSplit(1, test_size=size, random_state=seed)
-    train, held_out = next(splitter.split(groups, groups=groups))
-    return rows.select(sorted(train)), rows.select(sorted(held_out))
+    ((train, held_out),) = splitter.split(groups, groups=groups)
+    train = sorted(train)
+    held_out = sorted(held_out)
+    return rows.select(train), rows.select(held_out)
 
 
 def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
@@ -102,7 +110,11 @@ def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
     """
     pairs = {_pair_key(row) for row in train}
     prompts = {prompt for prompt, _ in pairs}
-    counts = {"rows": len(held_out), "prompt_in_train": 0, "pair_in_train": 0}
+    counts = {
+        "rows": len(held_out),
+        "prompt_in_train": 0,
+        "pair_in_train": 0,
+    }
     for row in held_out:
         key = _pair_key(row)
         counts["prompt_in_train"] += key[0] in prompts

@@ -71,12 +71,13 @@ def parse_spec(text: str) -> Spec:
     if Path(path).is_file() or Path(path).suffix.lower() in FILE_TYPES:
         return Spec(path, split=numbers, is_file=True)
     found = SPEC.fullmatch(text)
-    name, *marks = found["name"].split("@") if found else [""]
-    if len(marks) > 2 or not all([name, *marks]):
+    parts = found["name"].split("@") if found else [""]
+    if len(parts) > 3 or "" in parts:
         raise UserError(
             f"{text!r}: no data set; expected a file, or user/name, @configuration or @revision "
             "or both, and :split"
         )
+    name, *marks = parts
     return Spec(name, tuple(marks), found["split"] or "")
 
 
@@ -140,7 +141,8 @@ def _known_rows(spec: Spec, known: Mapping[str, Any], text: str) -> Rows:
     if "path" not in known:
         return _hub_rows(replace(spec, name=known["hub"]))
     rows = []
-    for split, part in zip(spec.splits, spec.split.split("+"), strict=True):
+    for part in spec.split.split("+"):
+        split, _, _ = part.partition("[")
         path = ROOT / known["path"].format(split=split)
         rows.append(_sliced(read_rows(path), part, text))
     return chain.from_iterable(rows)
@@ -224,5 +226,6 @@ def _hub_rows(spec: Spec) -> Rows:
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    said = str(error).strip() or type(error).__name__
+    line, *_ = said.splitlines()
+    return line[:200]

@@ -24,7 +24,11 @@ def taxonomy(name: str) -> list[str]:
 
 def columns_of(data_set: Mapping) -> set[str]:
     """Every column of a data set of `columns` in sources.yaml."""
-    return {*data_set["names"].values(), *data_set["unsafe_if_any"], *data_set["not_read"]}
+    return {
+        *data_set["names"].values(),
+        *data_set["unsafe_if_any"],
+        *data_set["not_read"],
+    }
 
 
 def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,19 +52,26 @@ def render(
     Raises:
         UserError: the template is unknown, or it needs a turn that the conversation lacks.
     """
-    contents = list(last_turns(messages))
-    given: dict[str, Any] = {}
-    for index, name in enumerate(("prompt", "response")):
-        if contents[index] is not None:
-            given[name] = _mark(index)
+    contents: list[str] = []
+
+    def marked(content: str) -> str:
+        contents.append(content)
+        return _mark(len(contents) - 1)
+
+    prompt, response = last_turns(messages)
+    given: dict[str, Any] = {
+        "bos_token": getattr(tokenizer, "bos_token", None) or "",
+        "eos_token": getattr(tokenizer, "eos_token", None) or "",
+    }
+    if prompt is not None:
+        given["prompt"] = marked(prompt)
+    if response is not None:
+        given["response"] = marked(response)
     turns = []
     for turn in judged_turns(messages):
-        turns.append(turn | {"content": _mark(len(contents))})
-        contents.append(turn["content"])
+        turns.append(turn | {"content": marked(turn["content"])})
     if turns:
         given["messages"] = turns
-    for name in ("bos_token", "eos_token"):
-        given[name] = getattr(tokenizer, name, None) or ""
     try:
         text = _template(template).render(given)
     except jinja2.UndefinedError as error:
@@ -101,7 +107,9 @@ def render_chat(
         return tokenizer.apply_chat_template(wrap(turns), chat_template=chat_template, **options)
 
     contents = [message["content"] for message in messages]
-    marked = [message | {"content": _mark(i)} for i, message in enumerate(messages)]
+    marked = []
+    for number, message in enumerate(messages):
+        marked.append(message | {"content": _mark(number)})
     try:
         text = rendered(marked)
         plain = rendered(messages)
@@ -156,7 +164,7 @@ def template_text(name: str) -> str:
     """
     found = {}
     for folder in FOLDERS:
-        for path in sorted(folder.glob("*.jinja")):
+        for path in folder.glob("*.jinja"):
             found[path.stem] = path
     if name not in found:
         raise UserError(f"template {name!r}: unknown; the templates are {', '.join(sorted(found))}")
@@ -211,34 +219,38 @@ def encode(
     out = []
     for prompt, encoding in zip(prompts, encoded(prompts), strict=True):
         parts = prompt
+        spans = _forged(parts, encoding, control, tokenizer)
         attempt = 0
-        while spans := _forged(parts, encoding, control, tokenizer):
-            if attempt == 16:
-                raise UserError(
-                    f"{tokenizer.name_or_path}: cannot keep {text_of(prompt)!r:.60} from becoming "
-                    "control tokens"
-                )
+        while spans and attempt < 16:
             parts = _broken(parts, spans, attempt)
             (encoding,) = encoded([parts])
+            spans = _forged(parts, encoding, control, tokenizer)
             attempt += 1
+        if spans:
+            raise UserError(
+                f"{tokenizer.name_or_path}: cannot keep {text_of(prompt)!r:.60} from becoming "
+                "control tokens"
+            )
         out.append(encoding.ids)
     return out
 
 
 def _forged(
-    parts: Sequence[Part], encoding: Encoding, control: set[int], tokenizer: PreTrainedTokenizerBase
+    parts: Sequence[Part],
+    encoding: Encoding,
+    control: set[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Span]:
     """Character spans of control tokens that cover content. A token added by the tokenizer itself
     covers nothing.
     """
     text = text_of(parts)
     is_content = _content_flags(parts)
-    unknown = tokenizer.unk_token_id
     spans = []
     for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         covered = text[start:end]
-        named = token == unknown and _spells_unknown(covered, tokenizer)
-        if token not in control and not named:
+        is_unknown = token == tokenizer.unk_token_id
+        if token not in control and not (is_unknown and _spells_unknown(covered, tokenizer)):
             continue
         # A template's token with lstrip/rstrip also covers the white space beside it, which is no
         # forgery.
@@ -249,9 +261,12 @@ def _forged(
     return spans
 
 
-def _content_flags(parts: Sequence[Part]) -> bytes:
-    """1 for each character of content, 0 for each of the template."""
-    return b"".join(bytes([part.is_content]) * len(part.text) for part in parts)
+def _content_flags(parts: Sequence[Part]) -> list[bool]:
+    """For each character whether it is content."""
+    flags = []
+    for part in parts:
+        flags += [part.is_content] * len(part.text)
+    return flags
 
 
 def _spells_unknown(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -264,28 +279,32 @@ def _spells_unknown(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _broken(parts: Sequence[Part], spans: list[Span], attempt: int) -> list[Part]:
-    """`parts` with a space inside each span, put in its content (a span of one character becomes
-    U+FFFD).
+    """`parts` with a space inside each span, put in its content.
 
-    Where that space stands at an end of the control string, because the string reaches into the
-    template or begins with characters that a normalizer drops, the next attempt has spaces
-    everywhere. Where it drops spaces, the one after that takes the characters away.
+    That space may be at an end of the control string, because the string reaches into the template
+    or begins with characters that a normalizer drops: the second attempt puts spaces everywhere. A
+    normalizer may drop spaces: from the third on, characters become U+FFFD, and so does a span of
+    one character.
     """
-    characters = list(text_of(parts))
+    changes: dict[int, str] = {}
+    text = text_of(parts)
     is_content = _content_flags(parts)
     for start, end in spans:
         inside = [index for index in range(start, end) if is_content[index]]
-        if attempt == 0 and end - start > 1:
-            characters[inside[0]] += " "
-            continue
+        if attempt == 0:
+            inside = inside[:1]
         for index in inside:
-            spread = attempt == 1 and end - start > 1
-            characters[index] = f" {characters[index]} " if spread else "\ufffd"
-    rest = iter(characters)
+            spaced = f"{text[index]} " if attempt == 0 else f" {text[index]} "
+            replaceable = attempt < 2 and end - start > 1
+            changes[index] = spaced if replaceable else "\ufffd"
     changed = []
+    place = 0
     for part in parts:
-        text = "".join(islice(rest, len(part.text)))
-        changed.append(Part(text, part.is_content))
+        written = ""
+        for index, character in enumerate(part.text, place):
+            written += changes.get(index, character)
+        changed.append(Part(written, part.is_content))
+        place += len(part.text)
     return changed
 
 
@@ -306,14 +325,20 @@ def windows(
         length: tokens of the prompt of a conversation.
     """
     prompt, response = last_turns(messages)
-    room = max_length - length(pair(prompt and "", response and ""))
+    empty = pair(prompt and "", response and "")
+    room = max_length - length(empty)
     while room >= 16:
-        asked = _pieces(tokenizer, prompt, room if response is None else room // 2)
-        longest = max(len(token_offsets(tokenizer, piece or "")) for piece in asked)
-        answered = _pieces(tokenizer, response, max(1, room - longest))
+        room_of_prompt = room if response is None else room // 2
+        asked = _pieces(tokenizer, prompt, room_of_prompt)
+        asked_tokens = [len(token_offsets(tokenizer, piece or "")) for piece in asked]
+        rest = max(1, room - max(asked_tokens))
+        answered = _pieces(tokenizer, response, rest)
         count = max(len(asked), len(answered))
-        both = zip(cycle(asked), cycle(answered), range(count))
-        pairs = [pair(question, answer) for question, answer, _ in both]
+        pairs = []
+        for number in range(count):
+            question = asked[number % len(asked)]
+            answer = answered[number % len(answered)]
+            pairs.append(pair(question, answer))
         if max(map(length, pairs)) <= max_length:
             return pairs
         room = room * 7 // 8  # pieces can grow by a few tokens at their seams
@@ -321,17 +346,21 @@ def windows(
 
 
 def _pieces(
-    tokenizer: PreTrainedTokenizerBase, text: str | None, size: int
-) -> list[str] | list[None]:
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | None,
+    size: int,
+) -> list[str | None]:
     """`text` in overlapping pieces of at most `size` tokens."""
     offsets = token_offsets(tokenizer, text or "")
     if len(offsets) <= size:
         return [text]
     step = max(1, size * 3 // 4)
+    end = len(offsets) - size + step
     pieces = []
-    for start in range(0, len(offsets) - size + step, step):
+    for start in range(0, end, step):
         covered = offsets[start : start + size]
-        first, last = covered[0][0], covered[-1][1]
+        first, _ = covered[0]
+        _, last = covered[-1]
         pieces.append(text[first:last])
     return pieces
 
@@ -354,12 +383,14 @@ def cut(ids: list[int], max_length: int, control: set[int]) -> list[int]:
     """
     if len(ids) <= max_length:
         return ids
-    tail = 0
-    while tail < len(ids) and ids[-1 - tail] in control:
-        tail += 1
-    if tail >= max_length:
+    body = len(ids)  # where the closing control tokens begin
+    while body and ids[body - 1] in control:
+        body -= 1
+    closing = ids[body:]
+    kept = max_length - len(closing)
+    if kept <= 0:
         raise UserError(
             f"--max_length {max_length}: too short for the template, whose closing tokens alone "
-            f"are {tail}"
+            f"are {len(closing)}"
         )
-    return ids[: max_length - tail] + ids[len(ids) - tail :]
+    return ids[:kept] + closing

