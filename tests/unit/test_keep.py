@@ -334,7 +334,7 @@ def test_errors_are_asked_again_and_alone(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"key": "a"}\n{"key": \n{"key": "b"}\n', "line 2, column 8: malformed JSON"),
+        ('{"key": "a"}\n{"key": \n{"key": "b"}\n', "line 2, column 9: malformed JSON"),
         ('{"key": "a"}\n["key"]\n', "line 2: expected an object"),
         ('{"id": "a"}\n', "a row has no field key"),
         ('{"key": 3}\n', "a row has no field key"),
