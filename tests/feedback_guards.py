@@ -130,6 +130,7 @@ def processed(count: int = 60) -> list[dict]:
             "query": (BAD if bad or blocked else GOOD).format(i),
             "human_unsafe": bad,
             "kind": None,
+            "group": i,
         }
         row |= {
             "input_unsafe": 0.8 if blocked else 0.05 * kind,
@@ -166,6 +167,7 @@ def settings(base, tmp_path, monkeypatch):
     store, rows = tmp_path / "store", processed()
     (store / "processed").mkdir(parents=True)
     for path, lines in (
+        *((store / f"{split}.jsonl", []) for split in config_.SPLITS),
         (store / "processed/train.jsonl", rows),
         (store / "blocked_inputs.jsonl", blocked_inputs(rows)),
     ):
@@ -193,7 +195,10 @@ def settings(base, tmp_path, monkeypatch):
             "training": values | training,
         }
         path.write_text(json.dumps(sections))
-        return config_.load_config(path, [])
+        config = config_.load_config(path, [])
+        records.write_stage(store / "splits.json", config, "splits")
+        records.write_stage(records.process_stage(config), config, "process")
+        return config
 
     return make
 

@@ -73,7 +73,6 @@ def config_writer(tmp_path: Path, models: Mapping[str, Path]) -> Callable[..., P
                 "model_path": str(models["assistant"]),
                 "samples": 2,
                 "max_tokens": 6,
-                "batch_size": 5,
             },
             "training": {"arms": ["A4", "A8"]},
             "evaluation": {"judge": str(models["judge"]), "max_eval_samples": None},

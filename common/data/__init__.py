@@ -36,7 +36,7 @@ from datasets import Dataset
 
 from common.conversation import FEATURES, UserError
 from common.data.files import FILE_TYPES, read_json, read_rows
-from common.data.repeats import deduplicate, grouped_split, overlap, prompt_key
+from common.data.repeats import deduplicate, grouped_split, near_copies, overlap, prompt_key
 from common.data.rows import EXAMPLE_ROW, conversation_row, plain_columns
 from common.data.specs import parse_spec, spec_rows
 from common.data.tables import taxonomy
@@ -48,6 +48,7 @@ __all__ = [
     "deduplicate",
     "grouped_split",
     "load_conversations",
+    "near_copies",
     "overlap",
     "parse_spec",
     "plain_columns",

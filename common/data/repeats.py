@@ -3,10 +3,15 @@ overlap.
 """
 
 import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
+from datasketch import MinHash, MinHashLSH
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import GroupShuffleSplit
 
 from common.conversation import FEATURES, LABELS, UserError, last_turns
@@ -125,3 +130,42 @@ def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
 def _pair_key(row: Mapping) -> tuple[str, str | None]:
     _, response = last_turns(row["messages"])
     return prompt_key(row), response
+
+
+SHINGLE = 3  # words
+COPY = 0.8  # of the shingles of two texts that both have: from there on they are near-copies
+
+
+def near_copies(texts: Sequence[str]) -> list[int]:
+    """A group number a text. Texts that differ by a few words, as the uses of one jailbreak
+    template do, share it; so do texts that differ in case, spacing or punctuation alone.
+
+    MinHash (datasketch) finds candidates, and the Jaccard index of their word shingles decides.
+    """
+    shingles = [_shingles(text) for text in texts]
+    first_with = {}
+    for i, some in enumerate(shingles):
+        first_with.setdefault(some, i)
+    index = MinHashLSH(threshold=COPY - 0.2, num_perm=128)
+    pairs = [(first_with[some], i) for i, some in enumerate(shingles)]
+    for some, i in first_with.items():
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([shingle.encode("utf-8", "replace") for shingle in some])
+        for other in index.query(sketch):
+            both = len(some & shingles[other])
+            either = len(some | shingles[other])
+            if both >= COPY * either:
+                pairs.append((other, i))
+        index.insert(i, sketch)
+    rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
+    graph = coo_array(([1] * len(pairs), (rows, columns)), shape=(len(texts), len(texts)))
+    _, groups = connected_components(graph, directed=False)
+    return groups.tolist()
+
+
+def _shingles(text: str) -> frozenset[str]:
+    """Every three words of a text that follow each other, without case and punctuation."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    words = re.findall(r"\w+", plain) or [plain.strip()]
+    count = max(1, len(words) - SHINGLE + 1)
+    return frozenset(" ".join(words[i : i + SHINGLE]) for i in range(count))

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config import Config, LlamaConfig, engine_options
-from records import Loaded, Row
+from config import Config, LlamaConfig
+from loaded import Loaded
+from records import Row
 from transformers import AutoConfig, AutoTokenizer
 
 from common.bundled import resolve_model
@@ -120,7 +121,7 @@ def generated(
 def chunk_size(llama: LlamaConfig) -> int:
     """Prompts that have one seed, and with transformers are drawn together."""
     if llama.engine == "transformers":
-        return prompts_at_once(llama.batch_size)
+        return prompts_at_once()
     return 64 if llama.engine == "server" else CHUNK
 
 
@@ -155,7 +156,7 @@ def assistant(config: Config, tokenizer: Any, size: int) -> Engine:
         size: prompts that transformers completes at a time.
     """
     llama = config.llama
-    options = engine_options(llama)
+    options = llama.engine_options()
     if llama.engine == "transformers":
         options["batch_size"] = size
     return load_engine(model=llama.model_path, tokenizer=tokenizer, **options)

@@ -34,15 +34,12 @@ from compare import (
     threshold_at_recall,
 )
 from config import Config, config_from_argv
-from process import check_settings
 from records import (
-    check_splits,
     passed,
-    processed_path,
     q,
     read_processed,
     sample,
-    seen_keys,
+    seen_texts,
     text_key,
 )
 from results import markdown, original, plot, summary, verdict
@@ -87,12 +84,6 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     started = time.time()
     check_output_folder(config.evaluation.results_dir)
-    check_splits(config)
-    check_settings(
-        config,
-        processed_path(config, "parts").with_suffix("").parent / "settings.json",
-        write=False,
-    )
     rows = {split: read_rows(config, split) for split in SPLITS}
     tasks, items = read_tasks(config, rows)
     lines, missing = find_lines(config)
@@ -169,7 +160,9 @@ def read_tasks(
         if row.get("kind") == "hard_benign" and not row["human_unsafe"]
     ]
     benign, facts = part("test", hard), {"operating_point_of": operating.name}
-    seen = seen_keys(config) if settings.hard_benign or settings.extra else set()
+    seen = (
+        set(map(text_key, seen_texts(config))) if settings.hard_benign or settings.extra else set()
+    )
     if settings.hard_benign:
         found, benign, facts["seen_before"] = foreign(settings.hard_benign, seen, harmless=True)
         items += found

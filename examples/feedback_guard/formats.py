@@ -46,10 +46,7 @@ def load_llama_guard(path: str, official_template: bool = True, **options: Any) 
     Raises:
         UserError: there is no such guard, or it is of another kind.
     """
-    if not has_card(path) and Path(path).is_dir():
-        raise UserError(
-            f"{path}: a folder without guard.json; name a guard, or make one of it in config.prepare"
-        )
+    refuse_undescribed(path)
     first = zoo()["llama-guard"]["model"]
     if not official_template and entry_of(path).get("model") == first:
         options["chat_template"] = template()
@@ -59,11 +56,25 @@ def load_llama_guard(path: str, official_template: bool = True, **options: Any) 
     return guard
 
 
+DESCRIBE = (
+    'a folder without guard.json; if it is a guard, describe it there, such as {"kind": '
+    '"generative", "guard": "llama-guard", "max_length": 4096} with the name of its format in '
+    "guards/zoo.yaml; if it is none, make one of it in the config's section prepare"
+)
+
+
+def refuse_undescribed(path: str) -> None:
+    """Raise UserError for a model's folder of which nobody says what guard it is."""
+    if Path(path).is_dir() and not has_card(path):
+        raise UserError(f"{path}: {DESCRIBE}")
+
+
 def check_guard(field: str, name: str, local: bool) -> None:
     """Refuse a guard that nobody knows, or that cannot be reached where it is `local` (no
     server's).
     """
     try:
+        refuse_undescribed(name)
         known = entry_of(name)
     except UserError as error:
         raise UserError(f"field {field}: {error}") from None

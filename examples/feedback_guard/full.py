@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from config import FOLDER, STAGES, Config, config_from_argv
+from config import FOLDER, Config, parse_command_line
 
 from common.conversation import UserError
 from common.run import manifest, run_cli, write_json
@@ -28,10 +28,12 @@ logger = logging.getLogger("feedback_guard")
 
 
 def main() -> None:
-    config = config_from_argv(__doc__, STAGES)
-    flags = [word for word in sys.argv[1:] if word not in STAGES]
-    if config.mode != "full":
-        run_stage(config.mode, flags)
+    stages = ("process", "train", "evaluate", "full")
+    stage = sys.argv.pop(1) if sys.argv[1:] and sys.argv[1] in stages else None
+    config, _ = parse_command_line(__doc__)
+    flags = sys.argv[1:]
+    if (stage or config.mode) != "full":
+        run_stage(stage or config.mode, flags)
         return
     started, seconds = time.time(), {}
     # process.py looks at the config first, and prepares

@@ -12,7 +12,6 @@ import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,11 @@ def make_guard(section: PrepareGuard) -> None:
     """
     check_output_folder(section.output_dir)
     items = read_items(section.data)
-    settings = asdict(section) | {"output_dir": None, "base_model": None, "held_out": HELD_OUT}
+    settings = section.model_dump(mode="json") | {
+        "output_dir": None,
+        "base_model": None,
+        "held_out": HELD_OUT,
+    }
     fingerprint = keep.digest([settings, keep.fingerprint(section.base_model), template(), items])
     folder = Path(section.output_dir)
     if has_card(folder):
@@ -122,7 +125,10 @@ def make_guard(section: PrepareGuard) -> None:
                 partial,
             )
             run = manifest(
-                [asdict(section)], data=facts, validation=measured, log=trainer.state.log_history
+                [section.model_dump(mode="json")],
+                data=facts,
+                validation=measured,
+                log=trainer.state.log_history,
             )
             write_json(partial / "run.json", run)
             _card(partial, section, measured)

@@ -27,23 +27,25 @@ from pathlib import Path
 from typing import Any
 
 from arms import arm, unsafe_categories
-from assistant import assistant_tokenizer, model_identity, respond
-from config import FOLDER, SPLITS, Config, config_from_argv, engine_options
-from formats import check_guard, check_model, load_llama_guard, template
+from assistant import assistant_tokenizer, respond
+from config import FOLDER, SPLITS, Config, config_from_argv
+from formats import check_guard, check_model, load_llama_guard
 from legacy import chatml_parts, reason_of
+from loaded import Loaded
 from records import (
-    Loaded,
     Row,
-    _split_up,
-    check_splits,
+    check_stage,
+    default_identity,
     feedback,
     make_splits,
     passed,
+    process_stage,
     processed_path,
     q,
-    read_split,
     refused,
     sample,
+    split_up,
+    write_stage,
 )
 
 from common.conversation import Messages, UserError, Verdict, pair
@@ -58,8 +60,6 @@ from guards.identity import guard_identity, is_served
 from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
-# by running it again
-ADDED = ("evaluation.judge", "experiment.process_sample_size", "evaluation.max_eval_samples")
 CHUNK = 256  # conversations that are judged, and kept, at a time
 
 
@@ -93,8 +93,8 @@ def process(config: Config) -> dict[str, Any]:
     with_legacy = "legacy" in [arm(name).collection for name in config.training.arms]
     make_splits(config)
     rows = {split: sample(config, split) for split in SPLITS}
+    forget_other(config)
     parts = processed_path(config, "parts").with_suffix("")
-    check_settings(config, parts.parent / "settings.json")
 
     guard, who = Loaded(lambda: default_guard(config)), default_identity(config)
     everything = [row for split in rows.values() for row in split]
@@ -124,54 +124,19 @@ def process(config: Config) -> dict[str, Any]:
     done = {record["id"]: record for record in records}
     for split, of in rows.items():
         write_text(processed_path(config, split), json_lines(done[row["id"]] for row in of))
-    return collect(config, [done[row["id"]] for row in rows[config.experiment.process_split]])
+    stats = collect(config, [done[row["id"]] for row in rows[config.experiment.process_split]])
+    write_stage(process_stage(config), config, "process")
+    return stats
 
 
-def check_settings(config: Config, path: Path, write: bool = True) -> None:
-    """Refuse a folder that was filled with other models or settings: what was trained on it would
-    no longer fit it.
-
-    Args:
-        path: settings.json beside what was processed.
-        write: write the config's settings there, and let those of `ADDED` differ; False is for who
-        only reads.
-
-    Raises:
-        UserError: something differs, or there is nothing to read.
-    """
-    if not write and not path.is_file():
-        raise UserError(f"{path}: not there yet; run process.py with this config first")
-    settings = settings_of(config)
-    # of older ones: not all keys
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    for key in (key for key, value in settings.items() if known.get(key, value) != value):
-        hint = (
-            "run process.py again"
-            if key in ADDED
-            else "remove it, or choose another dataset.store_dir"
-        )
-        if key not in ADDED or not write:
-            raise UserError(f"{path.parent}: was made with another {key}; {hint}")
-    if write:
-        write_json(path, settings)
-
-
-def settings_of(config: Config) -> Row:
-    """What the processed prompts depend on, besides the data."""
-    llama, experiment, judge = config.llama, config.experiment, config.evaluation.judge
-    settings = {
-        "llama_guard": default_identity(config),
-        "llama.use_recorded": llama.use_recorded,
-        "seed": config.seed,
-    }
-    settings["experiment.explore_share"] = experiment.explore_share
-    if not llama.use_recorded:
-        settings["llama.model_path"] = model_identity(llama)
-        keys = ("temperature", "top_p", "max_tokens", "samples")
-        settings |= {f"llama.{key}": getattr(llama, key) for key in keys}
-    sizes = experiment.process_sample_size, config.evaluation.max_eval_samples
-    judged_by = guard_identity(judge, {}) if judge else None
-    return settings | dict(zip(ADDED, (judged_by, *sizes), strict=True))
+def forget_other(config: Config) -> None:
+    """Say so where other settings, data or models gave what is there: it is made anew."""
+    if process_stage(config).is_file():
+        try:
+            check_stage(process_stage(config), config, "process")
+        except UserError as other:
+            logger.warning("%s: it is made anew", str(other).partition(";")[0])
+            process_stage(config).unlink()
 
 
 # --- before any work --------------------------------------------------------------------------------------------------
@@ -186,11 +151,10 @@ def preflight(config: Config) -> None:
     for name in config.training.arms:
         arm(name)
     guard, evaluation, prepared = config.llama_guard, config.evaluation, set()
-    for key, part in vars(config.prepare).items() if config.prepare else ():
-        if part is not None:
-            prepared.add(Path(part.output_dir))
-            check_model(f"prepare.{key}.base_model", part.base_model)
-            check_specs(f"prepare.{key}.data", part.data)
+    for key, part in config.prepared().items():
+        prepared.add(Path(part.output_dir))
+        check_model(f"prepare.{key}.base_model", part.base_model)
+        check_specs(f"prepare.{key}.data", part.data)
     models = {
         "default_model_path": guard.default_model_path,
         "base_model_path": guard.base_model_path,
@@ -224,9 +188,7 @@ def check_data(config: Config) -> None:
     """Refuse prompts of one class, and recorded responses or human labels of responses that are not
     there.
     """
-    check_splits(config)
-    there = all((Path(config.dataset.store_dir) / f"{split}.jsonl").is_file() for split in SPLITS)
-    parts = {split: read_split(config, split) for split in SPLITS} if there else _split_up(config)
+    parts = split_up(config)
     path, needed = config.dataset.path, []
     if config.llama.use_recorded:
         hint = "set llama.use_recorded=false to generate"
@@ -259,16 +221,8 @@ def check_data(config: Config) -> None:
 def default_guard(config: Config) -> GenerativeGuard:
     """The guard of llama_guard.default_model_path, as the section asks for it."""
     section = config.llama_guard
-    options = engine_options(section)
+    options = section.engine_options()
     return load_llama_guard(section.default_model_path, section.use_official_template, **options)
-
-
-def default_identity(config: Config) -> list[Any]:
-    """What the default guard's verdicts depend on."""
-    section = config.llama_guard
-    served = engine_options(section) if section.engine == "server" else {}
-    prompt = None if section.use_official_template else template()
-    return [guard_identity(section.default_model_path, served), prompt, section.categories]
 
 
 def judged(
@@ -330,6 +284,7 @@ def _record(row: Row, verdict: Row, config: Config) -> Row:
         "query": row["input"],
         "human_unsafe": row["label"] == "unsafe",
         "kind": row["kind"],
+        "group": row["group"],
         "input_unsafe": verdict["unsafe"],
         "input_decided": verdict["decided"],
         "input_error": verdict["error"],

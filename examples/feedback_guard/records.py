@@ -1,30 +1,49 @@
-"""What a run keeps: the splits of its data, and what guard and assistant said of them.
+"""What a run keeps: the splits of its data, what guard and assistant said of them, and the keys by
+which each stage knows that what it reads is what its config asks for.
 
 store_dir/{train,validation,test}.jsonl             one prompt a line, with its human label
 store_dir/processed/{train,validation,test}.jsonl   one prompt a line, with verdicts and responses
-                                                    (process.py)
 store_dir/blocked_inputs.jsonl                      prompts that passed, and whose responses did not
+
+Split rows: id, input, label (safe or unsafe, human), reason, model_output, output_unsafe, kind,
+group (one number for prompts that are near-copies, over all splits: what the bootstrap draws).
+
+Processed rows: id, query, human_unsafe, kind, group, input_unsafe, input_decided, input_error,
+shadow, responses [text, seed, recorded, unsafe, decided, categories, error, refusal, judge_unsafe,
+human_unsafe], legacy (null, or {input, outputs}), timestamp.
+
+Stages and their keys. A stage writes down, beside what it leaves, the settings and the content of
+the inputs that this depends on, those of the stages before it included: the chain is prepare and
+splits -> process -> train (each arm and seed) -> evaluate. The key is a digest of all that.
+
+    stage_key(config, "splits")                            store_dir/splits.json
+    stage_key(config, "process")                           store_dir/processed/stage.json
+    stage_key(config, "train", asdict(arm), seed)          <arm's folder>/stage.json
+    stage_key(config, "evaluate", *keys of the arms)       <results_dir>/stage.json
+
+`write_stage(path, config, stage, *inputs)` writes such a file when the stage is done, and
+`check_stage(path, config, stage, *inputs)` refuses what another config, other data or other models
+left. `read_split`, `read_processed` and `read_blocked` check by themselves.
 """
 
-import gc
 import json
 import logging
 import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from config import SPLITS, Config
+from config import FOLDER, SPLITS, Config, ModelSection, Section
 
 from common.conversation import UserError, check_label, check_text, last_turns
 from common.data import (
     FILE_TYPES,
     conversation_row,
     load_conversations,
+    near_copies,
     parse_spec,
     plain_columns,
     read_rows,
@@ -32,186 +51,181 @@ from common.data import (
 )
 from common.data.specs import ROOT, load_hub
 from common.data.tables import sources
-from common.keep import digest, fingerprint, read_json_lines
+from common.keep import digest, fingerprint, read_json_lines, rows_digest
 from common.run import json_lines, write_json, write_text
+from guards.identity import guard_identity
 
 logger = logging.getLogger("feedback_guard")
 Row = dict[str, Any]
 REFUSALS = ("full", "partial")
+TEMPLATE = FOLDER / "templates" / "llama_guard.jinja"
 
 
-# --- what others read -------------------------------------------------------------------------------------------------
+# --- keys of the stages ---------------------------------------------------------------------------
+
+BEFORE = {"splits": None, "process": "splits", "train": "process", "evaluate": "process"}
+AGAIN = {
+    "splits": "choose another dataset.store_dir, or remove this one, and run process.py",
+    "process": "run process.py again",
+    "train": "run train.py with another training.output_dir, or remove this folder",
+    "evaluate": "run evaluate.py again",
+}
+INPUTS = {"train": "arm or seed", "evaluate": "set of trained arms"}
+NO_MATTER = {  # settings that the result does not depend on
+    "train": {
+        "training.output_dir",
+        "training.arms",
+        "training.seeds",
+        "training.headline",
+        "training.logging_steps",
+        "training.save_steps",
+        "training.save_total_limit",
+    },
+    "evaluate": {"evaluation.results_dir", "evaluation.improved_model_path"},
+}
 
 
-def read_split(config: Config, split: str) -> list[Row]:
-    """All rows of a split: id, input, label (safe or unsafe, human), reason, model_output,
-    output_unsafe, kind.
-
-    Raises:
-        UserError: process.py has not made the splits yet.
-    """
-    return _read(Path(config.dataset.store_dir) / f"{split}.jsonl")
-
-
-def read_processed(config: Config, split: str) -> list[Row]:
-    """What guard and assistant said of the sampled prompts of a split; the fields are those that
-    process.py lists.
-
-    Raises:
-        UserError: process.py has not got so far.
-    """
-    return _read(processed_path(config, split))
-
-
-def processed_path(config: Config, split: str) -> Path:
-    """Where the processed prompts of a split lie."""
-    return Path(config.dataset.store_dir) / "processed" / f"{split}.jsonl"
-
-
-def _read(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise UserError(f"{path}: not there yet; run process.py with this config first")
-    return read_json_lines(path)
-
-
-def passed(row: Mapping) -> bool:
-    """Whether the guard let the prompt in. What it could not judge it did not let in."""
-    return row["input_error"] is None and row["input_decided"] is False
-
-
-def q(row: Mapping, label: str = "guard") -> float | None:
-    """The share of the responses that are unsafe; None where none was judged.
+def stage_key(config: Config, stage: str, *inputs: Any) -> str:
+    """A digest of all that a stage's result depends on.
 
     Args:
-        label: whose word it is: guard (its decision), judge (a probability of at least one half) or
-        human.
+        stage: splits, process, train or evaluate.
+        inputs: JSON-like, what the config does not say: of train the arm and its seed, of evaluate
+            the keys of the arms.
     """
-    of: dict[str, Callable[[Mapping], bool | None]] = {
-        "guard": lambda r: None if r["error"] is not None else r["decided"],
-        "judge": lambda r: None if r["judge_unsafe"] is None else r["judge_unsafe"] >= 0.5,
-        "human": lambda r: r["human_unsafe"],
-    }
-    said = [value for response in row["responses"] if (value := of[label](response)) is not None]
-    return sum(said) / len(said) if said else None
+    return digest(stage_facts(config, stage, *inputs))
 
 
-def feedback(row: Mapping) -> bool:
-    """The event that the loop learns from: the prompt passed, and at least half of its responses
-    did not.
-    """
-    return passed(row) and not row["shadow"] and (q(row) or 0.0) >= 0.5
+def write_stage(path: Path, config: Config, stage: str, *inputs: Any, **more: Any) -> None:
+    """Write beside a stage's result what it depends on, and `more` that others may read."""
+    facts = stage_facts(config, stage, *inputs)
+    write_json(path, {"stage": stage, "key": digest(facts), "made_of": facts, **more})
 
 
-def refused(row: Mapping) -> bool:
-    """Whether any response refuses: then harmless responses do not say that the prompt is harmless."""
-    return any(response["refusal"] in REFUSALS for response in row["responses"])
-
-
-class Loaded:
-    """A model that is loaded when it is first needed, and can be let go."""
-
-    def __init__(self, load: Callable[[], Any]):
-        self.load, self.model = load, None
-
-    def get(self) -> Any:
-        """The model, loaded once."""
-        self.model = self.load() if self.model is None else self.model
-        return self.model
-
-    def free(self) -> None:
-        """Give its memory back."""
-        if self.model is None:
-            return
-        self.model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-# --- the splits -------------------------------------------------------------------------------------------------------
-
-
-def sample(config: Config, split: str) -> list[Row]:
-    """The rows of a split that the run looks at: process_sample_size of process_split, else
-    max_eval_samples.
-    """
-    rows, experiment = read_split(config, split), config.experiment
-    size = (
-        experiment.process_sample_size
-        if split == experiment.process_split
-        else config.evaluation.max_eval_samples
-    )
-    if size is None or size >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(config.seed).sample(range(len(rows)), size))]
-
-
-def make_splits(config: Config) -> None:
-    """Write the splits, unless they are there already.
-
-    Official train and test splits stay as they are, and a share of train becomes the validation
-    split, with as many unsafe prompts in proportion. Prompts that differ in case, spacing or
-    punctuation alone never stand on both sides: one that is also in test leaves train and
-    validation, one that is also in validation leaves train.
+def check_stage(path: Path, config: Config, stage: str, *inputs: Any) -> Row:
+    """What `write_stage` wrote, if this config asks for the very same.
 
     Raises:
-        UserError: bad data, an empty split, or a folder that holds splits made otherwise.
+        UserError: the stage has not run yet, or was made of something else, which is named.
     """
-    store = Path(config.dataset.store_dir)
-    check_splits(config)
-    made = _made(config)
-    if (store / "splits.json").is_file() and all(
-        (store / f"{split}.jsonl").is_file() for split in SPLITS
-    ):
-        return
-    parts, dropped = _split_up(config), Counter()
-
-    def drop(split: str, keys: set[str], why: str) -> None:
-        rows = parts[split]
-        parts[split] = [row for row in rows if text_key(row["input"]) not in keys]
-        dropped[why] += len(rows) - len(parts[split])
-
-    seen = _guard_keys(config)
-    for split in SPLITS:
-        drop(split, seen, "seen by the guard in its training")
-    for split in ("train", "validation"):
-        drop(split, {text_key(row["input"]) for row in parts["test"]}, "also in test")
-    drop("train", {text_key(row["input"]) for row in parts["validation"]}, "also in validation")
-    for split in SPLITS:
-        if not parts[split]:
-            raise UserError(
-                f"{config.dataset.path}: no rows are left for {split}; see dataset.split_ratios"
-            )
-        write_text(store / f"{split}.jsonl", json_lines(parts[split]))
-    counts = {split: Counter(row["label"] for row in rows) for split, rows in parts.items()}
-    logger.info("Splits: %s; left out: %s", json.dumps(counts), dict(+dropped) or "nothing")
-    write_json(store / "splits.json", made | {"counts": counts, "left_out": dict(+dropped)})
+    if not path.is_file():
+        script = "process.py" if stage in ("splits", "process") else f"{stage}.py"
+        raise UserError(f"{path}: not there yet; run {script} with this config first")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    facts = json.loads(json.dumps(stage_facts(config, stage, *inputs)))
+    if known.get("key") == digest(facts):
+        return known
+    made_of = known.get("made_of", {})
+    for name in sorted(facts.keys() | made_of.keys()):
+        if facts.get(name) != made_of.get(name):
+            raise UserError(f"{path.parent}: was made with another {name}; {AGAIN[stage]}")
+    raise UserError(f"{path.parent}: was made by an older version; {AGAIN[stage]}")
 
 
-def check_splits(config: Config) -> None:
-    """Raise UserError where the splits in the folder are of other data, seed or ratios."""
-    store = Path(config.dataset.store_dir)
-    if (store / "splits.json").is_file():
-        known = json.loads((store / "splits.json").read_text(encoding="utf-8"))
-        if any(known.get(key) != value for key, value in _made(config).items()):
-            raise UserError(
-                f"{store}: holds splits of other data, seed or ratios; choose another dataset.store_dir"
-            )
+def stage_facts(config: Config, stage: str, *inputs: Any) -> dict[str, Any]:
+    """What a stage's result depends on, by name; models and data by their content."""
+    facts = FACTS[stage](config)
+    for name in NO_MATTER.get(stage, ()):
+        facts.pop(name)
+    if inputs:
+        facts[INPUTS[stage]] = list(inputs)
+    if BEFORE[stage]:
+        facts |= stage_facts(config, BEFORE[stage])
+    return facts
 
 
-def _made(config: Config) -> dict[str, Any]:
-    """What splits are made of: settings, and the content of the data."""
-    values = config.as_dict()
-    guard_data = [
-        spec for part in (values["prepare"] or {}).values() if part for spec in part["data"]
-    ]
-    specs = [config.dataset.path, config.dataset.guard_path, *guard_data]
-    return {
-        "dataset": values["dataset"] | {"store_dir": None},
-        "seed": config.seed,
-        "guard_data": guard_data,
-        "content": [data_fingerprint(spec) for spec in specs if spec],
+def _settings(name: str, section: Section) -> dict[str, Any]:
+    values = section.model_dump(mode="json")
+    return {f"{name}.{key}": value for key, value in values.items()}
+
+
+def _splits_facts(config: Config) -> dict[str, Any]:
+    facts = _settings("dataset", config.dataset) | {"seed": config.seed}
+    facts.pop("dataset.store_dir")
+    facts["dataset.path"] = data_fingerprint(config.dataset.path)
+    if config.dataset.guard_path:
+        facts["dataset.guard_path"] = data_fingerprint(config.dataset.guard_path)
+    for name, part in config.prepared().items():
+        facts[f"prepare.{name}.data"] = [data_fingerprint(spec) for spec in part.data]
+    return facts
+
+
+def _process_facts(config: Config) -> dict[str, Any]:
+    guard, llama, evaluation = config.llama_guard, config.llama, config.evaluation
+    facts: dict[str, Any] = {}
+    for name, part in config.prepared().items():
+        facts |= _settings(f"prepare.{name}", part)
+        facts[f"prepare.{name}.base_model"] = fingerprint(part.base_model)
+        facts.pop(f"prepare.{name}.output_dir")
+        facts.pop(f"prepare.{name}.data")  # content, among those of the splits
+    rows = {split: read_json_lines(split_path(config, split)) for split in SPLITS}
+    return facts | {
+        "splits' rows": [rows_digest(rows[split]) for split in SPLITS],
+        "llama_guard.default_model_path": default_identity(config),
+        "llama_guard.legacy_new_tokens": guard.legacy_new_tokens,
+        "llama": "recorded" if llama.use_recorded else assistant_identity(config),
+        "experiment.explore_share": config.experiment.explore_share,
+        "experiment.process_sample_size": config.experiment.process_sample_size,
+        "evaluation.max_eval_samples": evaluation.max_eval_samples,
+        "evaluation.judge": evaluation.judge and guard_identity(evaluation.judge, {}),
     }
+
+
+def _train_facts(config: Config) -> dict[str, Any]:
+    guard = config.llama_guard
+    return {
+        **_settings("training", config.training),
+        "llama_guard.base_model_path": guard_identity(guard.base_model_path, {}),
+        "llama_guard.load_in_4bit": guard.load_in_4bit,
+        "experiment.refusal_filter": config.experiment.refusal_filter,
+        "processed rows": _processed_content(config, ("train",)),
+    }
+
+
+def _evaluate_facts(config: Config) -> dict[str, Any]:
+    evaluation = config.evaluation
+    specs = [*filter(None, [evaluation.hard_benign]), *evaluation.extra]
+    return {
+        **_settings("evaluation", evaluation),
+        "evaluation.judge": evaluation.judge and guard_identity(evaluation.judge, {}),
+        "evaluation.hard_benign and extra": [data_fingerprint(spec) for spec in specs],
+        "processed rows": _processed_content(config, ("validation", "test")),
+    }
+
+
+FACTS = {
+    "splits": _splits_facts,
+    "process": _process_facts,
+    "train": _train_facts,
+    "evaluate": _evaluate_facts,
+}
+
+
+def _processed_content(config: Config, splits: Sequence[str]) -> list[str]:
+    """What stands in processed files, times apart."""
+    return [
+        rows_digest(row | {"timestamp": None} for row in read_json_lines(processed_path(config, s)))
+        for s in splits
+    ]
+
+
+def default_identity(config: Config) -> list[Any]:
+    """What the default guard's verdicts depend on."""
+    section = config.llama_guard
+    prompt = None if section.use_official_template else fingerprint(TEMPLATE)
+    identity = guard_identity(section.default_model_path, _address(section))
+    return [identity, prompt, section.categories]
+
+
+def assistant_identity(config: Config) -> list[Any]:
+    """What the assistant's responses depend on, besides prompt and seed."""
+    llama = config.llama
+    decoding = [llama.temperature, llama.top_p, llama.max_tokens, llama.samples]
+    return [fingerprint(llama.model_path), llama.engine, _address(llama), decoding]
+
+
+def _address(section: ModelSection) -> dict[str, Any]:
+    return section.engine_options() if section.engine == "server" else {}
 
 
 def data_fingerprint(spec: str) -> str:
@@ -230,49 +244,205 @@ def data_fingerprint(spec: str) -> str:
     return digest(str(parsed))
 
 
-def seen_keys(config: Config) -> set[str]:
-    """`text_key` of the prompts that guards and thresholds have seen: train, validation, and the
-    head start's data.
+# --- what others read -----------------------------------------------------------------------------
+
+
+def split_path(config: Config, split: str) -> Path:
+    """Where the rows of a split lie."""
+    return Path(config.dataset.store_dir) / f"{split}.jsonl"
+
+
+def processed_path(config: Config, split: str) -> Path:
+    """Where the processed prompts of a split lie."""
+    return Path(config.dataset.store_dir) / "processed" / f"{split}.jsonl"
+
+
+def process_stage(config: Config) -> Path:
+    """Where stands what the processed prompts depend on."""
+    return Path(config.dataset.store_dir) / "processed" / "stage.json"
+
+
+def read_split(config: Config, split: str) -> list[Row]:
+    """All rows of a split.
+
+    Raises:
+        UserError: process.py has not made the splits yet, or of something else.
     """
-    rows = [row for split in ("train", "validation") for row in read_split(config, split)]
-    return {text_key(row["input"]) for row in rows} | _guard_keys(config)
+    check_stage(Path(config.dataset.store_dir) / "splits.json", config, "splits")
+    return read_json_lines(split_path(config, split))
 
 
-def _guard_keys(config: Config) -> set[str]:
-    specs = (*_made(config)["guard_data"], *filter(None, [config.dataset.guard_path]))
-    return {key for spec in specs for key in _keys(spec)}
+def read_processed(config: Config, split: str) -> list[Row]:
+    """What guard and assistant said of the sampled prompts of a split.
+
+    Raises:
+        UserError: process.py has not got so far, or ran with other settings, data or models.
+    """
+    check_stage(process_stage(config), config, "process")
+    return read_json_lines(processed_path(config, split))
+
+
+def read_blocked(config: Config) -> list[Row]:
+    """The lines of blocked_inputs.jsonl. Raises UserError as `read_processed` does."""
+    check_stage(process_stage(config), config, "process")
+    return read_json_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl")
+
+
+def passed(row: Mapping) -> bool:
+    """Whether the guard let the prompt in. What it could not judge it did not let in."""
+    return row["input_error"] is None and row["input_decided"] is False
+
+
+def q(row: Mapping, label: str = "guard") -> float | None:
+    """The share of the responses that are unsafe; None where none was judged.
+
+    Args:
+        label: whose word it is: guard (its decision), judge (a probability of at least one half) or
+            human.
+    """
+    said = [_word(response, label) for response in row["responses"]]
+    known = [unsafe for unsafe in said if unsafe is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _word(response: Mapping, label: str) -> bool | None:
+    """Whether a response is unsafe by the word of guard, judge or human."""
+    if label == "human":
+        return response["human_unsafe"]
+    if label == "judge":
+        score = response["judge_unsafe"]
+        return None if score is None else score >= 0.5
+    return None if response["error"] is not None else response["decided"]
+
+
+def feedback(row: Mapping) -> bool:
+    """The event that the loop learns from: the prompt passed, and at least half of its responses
+    did not.
+    """
+    return passed(row) and not row["shadow"] and (q(row) or 0.0) >= 0.5
+
+
+def refused(row: Mapping) -> bool:
+    """Whether any response refuses: then harmless responses do not say that the prompt is harmless."""
+    return any(response["refusal"] in REFUSALS for response in row["responses"])
 
 
 def text_key(text: str) -> str:
-    """A prompt without case, spacing, punctuation and forms of characters: equal for
-    near-duplicates.
-    """
+    """A prompt without case, spacing, punctuation and forms of characters."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", plain)) or plain.strip()
 
 
-def _keys(spec: str) -> Iterator[str]:
-    return (
-        text_key(last_turns(row["messages"])[0] or "")
-        for row in load_conversations(spec, bad_rows="skip")
-    )
+def seen_texts(config: Config) -> list[str]:
+    """The prompts that guards and thresholds have seen: train, validation, and what the guards were
+    trained on.
+    """
+    rows = [row for split in ("train", "validation") for row in read_split(config, split)]
+    return [row["input"] for row in rows] + guard_texts(config)
 
 
-def _split_up(config: Config) -> dict[str, list[Row]]:
+def guard_texts(config: Config) -> list[str]:
+    """The prompts that the guards were trained on, as far as the config says."""
+    specs = [spec for part in config.prepared().values() for spec in part.data]
+    specs += filter(None, [config.dataset.guard_path])
+    texts = []
+    for spec in specs:
+        for row in load_conversations(spec, bad_rows="skip"):
+            prompt, _ = last_turns(row["messages"])
+            texts.append(prompt or "")
+    return texts
+
+
+# --- the splits -----------------------------------------------------------------------------------
+
+
+def sample(config: Config, split: str) -> list[Row]:
+    """The rows of a split that the run looks at: process_sample_size of process_split, else
+    max_eval_samples.
+    """
+    rows = read_split(config, split)
+    size = config.evaluation.max_eval_samples
+    if split == config.experiment.process_split:
+        size = config.experiment.process_sample_size
+    if size is None or size >= len(rows):
+        return rows
+    chosen = random.Random(config.seed).sample(range(len(rows)), size)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def make_splits(config: Config) -> None:
+    """Write the splits, unless they are there already.
+
+    Official train and test splits stay as they are, and a share of train becomes the validation
+    split, with as many unsafe prompts in proportion. Near-copies never stand on both sides: a
+    prompt that is also in test leaves train and validation, one that is also in validation leaves
+    train, and one that a guard was trained on leaves all.
+
+    Raises:
+        UserError: bad data, an empty split, or a folder that holds splits made otherwise, or files
+            of the user's.
+    """
+    about = Path(config.dataset.store_dir) / "splits.json"
+    files = [split_path(config, split) for split in SPLITS]
+    if about.is_file():
+        check_stage(about, config, "splits")
+        if all(file.is_file() for file in files):
+            return
+    for file in files:
+        if file.is_file() and not about.is_file():
+            raise UserError(f"{file}: not written by process.py; choose another dataset.store_dir")
+    parts = split_up(config)
+    left_out = _without_copies(parts, guard_texts(config))
+    for split in SPLITS:
+        if not parts[split]:
+            hint = "see dataset.split_ratios"
+            raise UserError(f"{config.dataset.path}: no rows are left for {split}; {hint}")
+    counts = {split: Counter(row["label"] for row in rows) for split, rows in parts.items()}
+    # first: a killed run finds whose splits they are
+    write_stage(about, config, "splits", counts=counts, left_out=left_out)
+    for split in SPLITS:
+        write_text(split_path(config, split), json_lines(parts[split]))
+    logger.info("Splits: %s; left out: %s", json.dumps(counts), left_out or "nothing")
+
+
+def _without_copies(parts: dict[str, list[Row]], of_guards: Sequence[str]) -> dict[str, int]:
+    """Give all rows their `group`, and take those away of which a near-copy stands elsewhere.
+
+    Returns:
+        How many were taken, by the reason.
+    """
+    rows = [row for part in parts.values() for row in part]
+    groups = near_copies([*(row["input"] for row in rows), *of_guards])
+    for row, group in zip(rows, groups[: len(rows)], strict=True):
+        row["group"] = group
+    known = set(groups[len(rows) :])
+    taken: Counter = Counter()
+    for split in ("test", "validation", "train"):
+        why = {"seen by the guard in its training": known}
+        if split != "test":
+            why["also in test"] = {row["group"] for row in parts["test"]}
+        if split == "train":
+            why["also in validation"] = {row["group"] for row in parts["validation"]}
+        for reason, bad in why.items():
+            kept = [row for row in parts[split] if row["group"] not in bad]
+            taken[reason] += len(parts[split]) - len(kept)
+            parts[split] = kept
+    return {reason: count for reason, count in taken.items() if count}
+
+
+def split_up(config: Config) -> dict[str, list[Row]]:
+    """The rows of the data by split, before near-copies are taken away."""
     ratios, found = config.dataset.split_ratios, _source(config)
-    ids = Counter()
-    for row in (row for rows in found.values() for row in rows):
-        ids[row["id"]] += 1
-        row["id"] += f"-{ids[row['id']]}" * (ids[row["id"]] > 1)
+    times: Counter = Counter()
+    for rows in found.values():
+        for row in rows:
+            times[row["id"]] += 1
+            if times[row["id"]] > 1:
+                row["id"] += f"-{times[row['id']]}"
     if config.dataset.resplit or not {"train", "test"} <= set(found):
         rows = [row for split in SPLITS for row in found.get(split, ())]
-        return dict(
-            zip(
-                SPLITS,
-                _portions(rows, [getattr(ratios, s) for s in SPLITS], config.seed),
-                strict=True,
-            )
-        )
+        shares = [ratios.train, ratios.validation, ratios.test]
+        return dict(zip(SPLITS, _portions(rows, shares, config.seed), strict=True))
     if "validation" not in found:
         shares = [1 - ratios.validation, ratios.validation]
         found["train"], found["validation"] = _portions(found["train"], shares, config.seed)
@@ -281,72 +451,69 @@ def _split_up(config: Config) -> dict[str, list[Row]]:
 
 def _portions(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[list[Row]]:
     """Rows in parts of about these shares, with each label in proportion, and one side for
-    near-duplicates.
+    near-copies.
     """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[text_key(row["input"])].append(i)
-    strata: dict[bool, list[str]] = defaultdict(list)
-    for key, members in groups.items():
-        strata[any(rows[i]["label"] == "unsafe" for i in members)].append(key)
+    members: dict[int, list[int]] = defaultdict(list)
+    for i, group in enumerate(near_copies([row["input"] for row in rows])):
+        members[group].append(i)
+    strata: dict[bool, list[int]] = defaultdict(list)
+    for group, of_group in members.items():
+        strata[any(rows[i]["label"] == "unsafe" for i in of_group)].append(group)
     part_of = dict.fromkeys(range(len(rows)), 0)
     for unsafe in sorted(strata):
-        keys = sorted(strata[unsafe])
-        random.Random(seed).shuffle(keys)
-        for part, share in list(enumerate(shares))[1:]:
-            size = max(
-                round(share * len(strata[unsafe])),
-                int(share > 0 and len(strata[unsafe]) >= len(shares)),
-            )
-            taken, keys = keys[:size], keys[size:]
-            part_of |= {i: part for key in taken for i in groups[key]}
-    return [
-        [row for i, row in enumerate(rows) if part_of[i] == part] for part in range(len(shares))
-    ]
+        groups = sorted(
+            strata[unsafe], key=lambda group: text_key(rows[members[group][0]]["input"])
+        )
+        random.Random(seed).shuffle(groups)
+        total = len(groups)
+        for part, share in enumerate(shares[1:], start=1):
+            least = 1 if share > 0 and total >= len(shares) else 0
+            size = max(round(share * total), least)
+            for group in groups[:size]:
+                part_of |= dict.fromkeys(members[group], part)
+            groups = groups[size:]
+    parts: list[list[Row]] = [[] for _ in shares]
+    for i, row in enumerate(rows):
+        parts[part_of[i]].append(row)
+    return parts
 
 
-# --- rows of any data set ---------------------------------------------------------------------------------------------
+# --- rows of any data set -------------------------------------------------------------------------
 
 
 def _source(config: Config) -> dict[str, list[Row]]:
     """The rows of the data set by split; one file or one split of something is "train" alone."""
     path, known = config.dataset.path, sources()["sources"]
     if path in known:
-        return {
-            s: _rows(spec_rows(f"{path}:{s}")[1], path)
-            for s in SPLITS
-            if s in known[path]["splits"]
-        }
+        splits = [split for split in SPLITS if split in known[path]["splits"]]
+        return {split: _rows(spec_rows(f"{path}:{split}")[1], path) for split in splits}
     if Path(path).is_dir():
-        files = {
-            s: f
-            for s in SPLITS
-            for kind in FILE_TYPES
-            if (f := Path(path) / f"{s}{kind}").is_file()
-        }
+        files = {}
+        for split in SPLITS:
+            for kind in FILE_TYPES:
+                if (Path(path) / f"{split}{kind}").is_file():
+                    files.setdefault(split, Path(path) / f"{split}{kind}")
         if "train" in files:
-            return {s: _rows(read_rows(file), path) for s, file in files.items()}
+            return {split: _rows(read_rows(file), path) for split, file in files.items()}
     spec = parse_spec(path)
     if spec.is_file or spec.split:
         return {"train": _rows(spec_rows(path)[1], path)}
-    found = load_hub(
-        path, None, config.dataset.config, hint="check dataset.path, dataset.config and network"
-    )
-    return {
-        s: _rows(((f"{path}:{s}, row {i}", row) for i, row in enumerate(found[s])), path)
-        for s in SPLITS
-        if s in found
-    }
+    hint = "check dataset.path, dataset.config and network"
+    found = load_hub(path, None, config.dataset.config, hint=hint)
+    parts = {}
+    for split in SPLITS:
+        if split in found:
+            raw = ((f"{path}:{split}, row {i}", row) for i, row in enumerate(found[split]))
+            parts[split] = _rows(raw, path)
+    return parts
 
 
 def _rows(raw: Iterable[tuple[str, Any]], what: str) -> list[Row]:
-    rows, empty = [], 0
+    rows = []
+    empty = 0
     for where, row in raw:
-        if (
-            isinstance(row, Mapping)
-            and "user_input" in row
-            and not (row["user_input"] or "").strip()
-        ):
+        prompt = row.get("user_input", "x") if isinstance(row, Mapping) else "x"
+        if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
             empty += 1  # nothing that a guard could judge
         else:
             rows.append(_row(row, where))
@@ -359,45 +526,57 @@ def _row(row: Any, where: str) -> Row:
     """A row of ToxicChat, of the original's own format (input, label), or of common.data."""
     if isinstance(row, UserError):
         raise row
-    if isinstance(row, Mapping) and "user_input" in row:
-        text, unsafe = check_text(row["user_input"], "user_input", where), row.get("toxicity")
-        response, response_unsafe = row.get("model_output") or None, row.get("output_unsafe")
-        reason, row_id = row.get("openai_moderation"), row.get("conv_id")
-    else:
-        if isinstance(row, Mapping) and "input" in row and "prompt" not in row:
-            row = {
-                **row,
-                "prompt": row["input"],
-                "prompt_label": row.get("label"),
-                "response": row.get("model_output"),
-            }
-            row |= {"response_label": row.get("output_unsafe") if row["response"] else None}
-        if isinstance(row, Mapping):
-            row = plain_columns(row, where)
-        conversation = conversation_row(row, where)
-        if len(conversation["messages"]) > 2 or conversation["messages"][0]["role"] != "user":
-            raise UserError(
-                f"{where}, field messages: expected one prompt, with or without its response"
-            )
-        text, response = last_turns(conversation["messages"])
-        unsafe, response_unsafe = conversation["prompt_unsafe"], conversation["response_unsafe"]
-        reason, row_id = (
-            row.get("reason") or ", ".join(conversation["categories"] or ()),
-            conversation["id"],
-        )
-    unsafe = check_label(unsafe, "toxicity", where)
+    is_toxicchat = isinstance(row, Mapping) and "user_input" in row
+    made = (_toxicchat_row if is_toxicchat else _other_row)(row, where)
+    unsafe = check_label(made["label"], "toxicity", where)
     if unsafe is None:
-        raise UserError(
-            f"{where}: says not whether the prompt is unsafe; expected toxicity, prompt_label or label"
-        )
-    if not isinstance(kind := row.get("kind"), str | None):
+        hint = "expected toxicity, prompt_label or label"
+        raise UserError(f"{where}: says not whether the prompt is unsafe; {hint}")
+    kind = row.get("kind")
+    if not isinstance(kind, str | None):
         raise UserError(f"{where}, field kind: expected text, found {kind!r:.60}")
+    row_id = made["id"]
     return {
         "id": Path(where).name if row_id is None else str(row_id),
-        "input": text,
+        "input": made["input"],
         "label": "unsafe" if unsafe else "safe",
-        "reason": str(reason or ""),
-        "model_output": response,
-        "output_unsafe": check_label(response_unsafe, "output_unsafe", where),
+        "reason": str(made["reason"] or ""),
+        "model_output": made["model_output"],
+        "output_unsafe": check_label(made["output_unsafe"], "output_unsafe", where),
         "kind": kind,
+    }
+
+
+def _toxicchat_row(row: Mapping, where: str) -> Row:
+    return {
+        "id": row.get("conv_id"),
+        "input": check_text(row["user_input"], "user_input", where),
+        "label": row.get("toxicity"),
+        "reason": row.get("openai_moderation"),
+        "model_output": row.get("model_output") or None,
+        "output_unsafe": row.get("output_unsafe"),
+    }
+
+
+def _other_row(row: Any, where: str) -> Row:
+    if isinstance(row, Mapping) and "input" in row and "prompt" not in row:
+        response = row.get("model_output")
+        row = {**row, "prompt": row["input"], "prompt_label": row.get("label")}
+        row["response"] = response
+        row["response_label"] = row.get("output_unsafe") if response else None
+    if isinstance(row, Mapping):
+        row = plain_columns(row, where)
+    conversation = conversation_row(row, where)
+    messages = conversation["messages"]
+    if len(messages) > 2 or messages[0]["role"] != "user":
+        hint = "expected one prompt, with or without its response"
+        raise UserError(f"{where}, field messages: {hint}")
+    prompt, response = last_turns(messages)
+    return {
+        "id": conversation["id"],
+        "input": prompt,
+        "label": conversation["prompt_unsafe"],
+        "reason": row.get("reason") or ", ".join(conversation["categories"] or ()),
+        "model_output": response,
+        "output_unsafe": conversation["response_unsafe"],
     }

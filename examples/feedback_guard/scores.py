@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from arms import arm, arm_folder
-from config import Config, engine_options
+from config import Config
 from formats import load_llama_guard, query_ids, template
 from legacy import legacy_reason, parsed_unsafe
 from probe import probe_scores
@@ -247,7 +247,7 @@ def load(line: Line, config: Config) -> GenerativeGuard:
     """
     settings, options = config.llama_guard, {"progress": False}
     if line.folder is None:
-        options |= engine_options(settings)
+        options |= settings.engine_options()
     else:
         # the base that it was trained on, which vLLM does not quantize in this way
         if settings.load_in_4bit:
@@ -318,7 +318,7 @@ def _asked_as(line: Line) -> Line:
 def _identity(line: Line, config: Config) -> list[Any]:
     """What a line's answers depend on."""
     settings = config.llama_guard
-    served = engine_options(settings) if _served(line, config) else {}
+    served = settings.engine_options() if _served(line, config) else {}
     models = [guard_identity(_model(line, config), served)]
     if line.folder is not None:
         models.append(fingerprint(line.folder))

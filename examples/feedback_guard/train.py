@@ -38,8 +38,7 @@ from formats import (
 from formats import verdict_probabilities as probabilities
 from peft import prepare_model_for_kbit_training
 from probe import fit_probe
-from process import check_settings
-from records import check_splits, processed_path, read_processed
+from records import read_blocked, read_processed
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, SFTConfig
@@ -49,7 +48,7 @@ from common import report
 from common.bundled import public_name
 from common.conversation import UserError
 from common.fit import check_ids, check_length
-from common.keep import digest, read_json_lines
+from common.keep import digest
 from common.model_card import write_model_card
 from common.run import (
     check_output_folder,
@@ -132,14 +131,8 @@ def train(config: Config) -> list[Path]:
             settings.
     """
     check_output_folder(config.training.output_dir)
-    check_splits(config)
-    check_settings(
-        config,
-        processed_path(config, "parts").with_suffix("").parent / "settings.json",
-        write=False,
-    )
     processed = read_processed(config, config.experiment.process_split)
-    blocked = read_json_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl")
+    blocked = read_blocked(config)
     jobs, folders = [], []
     for name in config.training.arms:
         for seed in config.training.seeds_of(name):
@@ -203,7 +196,7 @@ class Shared:
 
 def _fingerprint(config: Config, arm: Arm, rows: Sequence[Row]) -> str:
     """Of all that an arm's weights depend on."""
-    values, guard = asdict(config.training), config.llama_guard
+    values, guard = config.training.model_dump(mode="json"), config.llama_guard
     for name in (
         "output_dir",
         "arms",
@@ -362,7 +355,7 @@ def add_reference(job: Job, rows: Sequence[dict[str, Any]], shared: Shared) -> N
 def training_arguments(job: Job, config: Config) -> ArmConfig:
     """The config's values as TRL's."""
     values, accumulation = config.training, config.training.gradient_accumulation_steps
-    batch = (job.arm.texts and values.text_batch_size) or values.batch_size
+    batch = values.batch_size
     if job.arm.texts and batch > TEXT_BATCH and batch % TEXT_BATCH == 0:
         batch, accumulation = TEXT_BATCH, accumulation * batch // TEXT_BATCH
     rates = (job.arm.learning_rate, values.arms_learning_rate, values.learning_rate)
@@ -473,7 +466,10 @@ def arm_card(job: Job, config: Config) -> GenerativeCard | LinearProbeCard:
 def describe(job: Job, config: Config, facts: Mapping[str, Any], folder: Path) -> None:
     """training_examples.jsonl, run.json and README.md (the model card)."""
     write_text(folder / "training_examples.jsonl", json_lines(row.as_dict() for row in job.rows))
-    settings = {"training": asdict(config.training), "llama_guard": asdict(config.llama_guard)}
+    settings = {
+        "training": config.training.model_dump(mode="json"),
+        "llama_guard": config.llama_guard.model_dump(),
+    }
     run = manifest([settings], seed=job.seed, arm=asdict(job.arm), **facts)
     write_json(folder / "run.json", run)
     if job.arm.probe:

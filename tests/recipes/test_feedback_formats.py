@@ -3,7 +3,6 @@ guards.
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import families
 import feedback_guards as shared
@@ -47,7 +46,8 @@ def test_a_folder_that_is_no_guard_is_refused(plain):
 def test_a_trained_arm_names_its_guard_as_load_guard_knows_it(model, settings, base, tmp_path):
     config = settings()
     path = str(base) if model == "base" else model
-    config = replace(config, llama_guard=replace(config.llama_guard, base_model_path=path))
+    section = config.llama_guard.model_copy(update={"base_model_path": path})
+    config = config.model_copy(update={"llama_guard": section})
     card = train.arm_card(train.Job(arms.arm("A4"), 0, [], tmp_path, "x"), config)
     assert (card.guard, card.base_model) == ("llama-guard", path)
     write_card(tmp_path, card)

@@ -274,57 +274,6 @@ def test_the_originals_checks_are_kept_for_its_arm(write_config):
     assert all(row["legacy"] is None for row in rows["test"])
 
 
-def test_another_guard_or_decoding_needs_another_folder(write_config, models):
-    path = write_config()
-    run(path, "llama.use_recorded=true")
-    for change, named in [
-        (f"llama_guard.default_model_path={models['judge']}", "llama_guard"),
-        ("experiment.explore_share=0.9", "experiment.explore_share"),
-        ("llama.use_recorded=false", r"llama\.use_recorded"),
-    ]:
-        with pytest.raises(
-            UserError, match=f"was made with another {named}; remove it, or choose another"
-        ):
-            run(path, *dict.fromkeys(["llama.use_recorded=true", change]))
-
-
-def test_stages_after_it_refuse_what_another_config_left(write_config, tmp_path):
-    """Sizes and judge: process.py adds what is missing, the others ask for that."""
-    path, recorded = write_config(), "llama.use_recorded=true"
-    file = tmp_path / "run" / "processed" / "settings.json"
-
-    def check(*overrides, **options):
-        process.check_settings(config_.load_config(path, [recorded, *overrides]), file, **options)
-
-    with pytest.raises(
-        UserError, match=r"settings\.json: not there yet; run process\.py with this config first"
-    ):
-        check(write=False)
-    run(path, recorded)
-    kept = file.read_bytes()
-    check(write=False)
-    for change in (
-        "evaluation.judge=",
-        "evaluation.max_eval_samples=4",
-        "experiment.process_sample_size=12",
-    ):
-        with pytest.raises(
-            UserError, match=rf"made with another {change.partition('=')[0]}; run process\.py again"
-        ):
-            train.train(config_.load_config(path, [recorded, change]))
-    with pytest.raises(UserError, match="made with another seed; remove it, or choose another"):
-        check("seed=1", write=False)
-    with pytest.raises(
-        UserError,
-        match=r"made with another experiment\.explore_share; remove it, or choose another",
-    ):
-        train.train(config_.load_config(path, [recorded, "experiment.explore_share=0.1"]))
-    assert file.read_bytes() == kept
-    check("evaluation.max_eval_samples=4")
-    with pytest.raises(UserError, match=r"evaluation\.max_eval_samples; run process\.py again"):
-        check(write=False)
-
-
 # ------------------------------------------------------------------------------------------------------ categories
 
 
@@ -445,58 +394,9 @@ def test_a_second_run_asks_nothing(write_config, tmp_path, monkeypatch):
     path = write_config()
     run(path)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    monkeypatch.setattr(records.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(process.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
     run(path)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-
-
-def test_a_touched_guard_is_the_same_and_other_weights_are_not(
-    write_config, models, tmp_path, monkeypatch
-):
-    """Of the guard, the judge and the assistant; a server is another one at another address."""
-    copies = {}
-    for name in ("guard", "judge", "assistant"):
-        copies[name] = Path(shutil.copytree(models[name], tmp_path / "copies" / name))
-    path = write_config()
-    given = [
-        f"llama_guard.default_model_path={copies['guard']}",
-        f"llama_guard.base_model_path={copies['guard']}",
-        f"llama.model_path={copies['assistant']}",
-        f"evaluation.judge={copies['judge']}",
-    ]
-    run(path, *given)
-    for folder in copies.values():
-        for file in folder.iterdir():
-            file.touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(records.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
-        run(path, *given)
-    fields = {
-        "guard": r"llama_guard; remove it",
-        "assistant": r"llama\.model_path; remove it",
-        "judge": r"evaluation\.judge; run process\.py again",
-    }
-    for name, field in fields.items():
-        weights = copies[name] / "model.safetensors"
-        before = weights.read_bytes()
-        changed = bytearray(before)
-        changed[len(changed) * 2 // 3] ^= 1
-        stat = weights.stat()
-        weights.write_bytes(changed)
-        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        with pytest.raises(UserError, match=f"was made with another {field}"):
-            train.train(config_.load_config(path, given))
-        weights.write_bytes(before)
-    servers = []
-    for port in (8000, 8001):
-        url = f"http://127.0.0.1:{port}/v1"
-        for section in ("llama_guard", "llama"):
-            servers.append(f"{section}.engine=server")
-            servers.append(f"{section}.server_url={url}")
-    halves = (servers[:4], servers[4:])
-    one, other = (process.settings_of(config_.load_config(path, server)) for server in halves)
-    assert one["llama_guard"] != other["llama_guard"]
-    assert one["llama.model_path"] != other["llama.model_path"]
 
 
 def test_zeros_in_the_middle_of_large_weights_are_another_guard(write_config, models, tmp_path):
@@ -517,19 +417,6 @@ def test_zeros_in_the_middle_of_large_weights_are_another_guard(write_config, mo
     save_file(tensors | {"b": torch.zeros(400_000)}, folder / "model.safetensors")
     after = identities()
     assert all(old != new for old, new in zip(before, after, strict=True))
-
-
-def test_splits_are_of_the_datas_content(write_config, tmp_path):
-    data = write(tmp_path / "own", train=prompts(40), test=prompts(20, 60))
-    path = write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "run")})
-    config = config_.load_config(path, ["llama.use_recorded=true"])
-    records.make_splits(config)
-    file = next(data.glob("train.*"))
-    file.touch()
-    records.make_splits(config)
-    write(data, train=prompts(40, 200), test=prompts(20, 60))
-    with pytest.raises(UserError, match="holds splits of other data, seed or ratios"):
-        records.make_splits(config)
 
 
 @pytest.mark.parametrize("broken", ["inputs", "answers", "outputs", "judge", "legacy"])
