@@ -111,7 +111,7 @@ def test_values_can_be_set_from_the_command_line(change, value):
         ("llama.temperature=[1,2]", "llama.temperature: Input should be a valid number"),
         ("llama.model_path=[1,2]", "llama.model_path: Input should be a valid string"),
         ("training.arms=A4,A4", "training.arms: each value may stand once"),
-        ("training.arms=[]", "training.arms: should have at least 1 item"),
+        ("training.arms=[]", "training.arms: Value should have at least 1 item"),
         ("training.seeds=a", "training.seeds.0: Input should be a valid integer"),
         ("training.seeds=-1", "training.seeds.0: Input should be greater than or equal to 0"),
         ("training.headline.arms=A7", "training: headline.arms names an arm that is not among"),

@@ -59,18 +59,11 @@ def settings(stored, tmp_path):
     (store / "train.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in asked_as_the_original(processed()))
     )
-
-    def make(**training):
-        config = stored(**training)
-        if not (store / "settings.json").exists():
-            process.check_settings(config, store / "settings.json")
-        return config
-
-    return make
+    return stored
 
 
 def test_the_config_knows_the_arms():
-    assert set(arms.all_arms()) == set(config_.ALL_ARMS)
+    assert set(config_.DEFAULT_ARMS) < set(arms.all_arms())
     with pytest.raises(UserError, match="'A9' is none of A2, A2-parser"):
         arms.arm("A9")
 

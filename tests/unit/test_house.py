@@ -259,15 +259,10 @@ def private_names(path: Path) -> set[str]:
     return {name for name in found if name.startswith("_") and not name.startswith("__")} - PUBLIC
 
 
-PRIVATE = {  # these are still to be mended; the list only becomes shorter
-    "examples/feedback_guard/process.py": {"_split_up"},
-}
-
-
 @pytest.mark.parametrize("room", ARROWS)
 def test_nobody_touches_what_is_private(room):
     for path in python_files(room):
-        assert private_names(path) == PRIVATE.get(str(path.relative_to(ROOT)), set()), path
+        assert not private_names(path), path
 
 
 # What hashes or moves a folder's files knows the card's name, and does not read it.
