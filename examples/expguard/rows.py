@@ -74,12 +74,17 @@ def read_rows(name: str, data_dir: str, bad_rows: str = "error") -> list[Row]:
 def rows_of(name: str, data_dir: Path) -> Iterator[tuple[str, Any]]:
     """Rows as they stand, each with a text that says where it stands."""
     folder = folder_of(name, data_dir)
+    if folder is None and is_mix(name):
+        yield from hub_rows()
+        return
     if folder is None:
-        yield from hub_rows() if is_mix(name) else data.spec_rows(name)[1]
+        _, rows = data.spec_rows(name)
+        yield from rows
         return
     for subset in SUBSETS:
-        if (folder / f"{subset}.jsonl").is_file():
-            yield from data.read_rows(folder / f"{subset}.jsonl")
+        path = folder / f"{subset}.jsonl"
+        if path.is_file():
+            yield from data.read_rows(path)
     train = folder / "train.jsonl"
     if is_mix(name) and not train.is_file():
         yield from hub_rows()
@@ -89,7 +94,9 @@ def rows_of(name: str, data_dir: Path) -> Iterator[tuple[str, Any]]:
 
 def folder_of(name: str, data_dir: Path) -> Path | None:
     """The local folder that a name means, if there is one."""
-    for place in (Path(name).expanduser(), data_dir / name.removeprefix("6rightjade/")):
+    given = Path(name).expanduser()
+    of_mix = data_dir / name.removeprefix("6rightjade/")
+    for place in (given, of_mix):
         if place.is_dir():
             return place
     return None
@@ -102,7 +109,8 @@ def is_mix(name: str) -> bool:
 
 def hub_rows() -> Iterator[tuple[str, Any]]:
     rows = load_hub(HUB, "train", "expguardtrain", where=HUB, hint=GATED)
-    for number, row in enumerate(tqdm(rows, desc=f"reading {HUB}", unit="row")):
+    bar = tqdm(rows, desc=f"reading {HUB}", unit="row")
+    for number, row in enumerate(bar):
         yield f"{HUB}, row {number}", row
 
 
@@ -127,8 +135,13 @@ def checked_row(row: Any, where: str) -> Row:
             f"{where}, field response_label: empty, although the row has a response; "
             "fill in or empty both, or --bad_rows skip"
         )
-    kept = ("id", "messages", "prompt_unsafe", "response_unsafe")
-    return {name: found[name] for name in kept} | {"domain": str(domain or "none")}
+    return {
+        "id": found["id"],
+        "messages": found["messages"],
+        "prompt_unsafe": found["prompt_unsafe"],
+        "response_unsafe": found["response_unsafe"],
+        "domain": str(domain or "none"),
+    }
 
 
 # --- What is to be known before training --------------------------------------------------------
@@ -144,22 +157,31 @@ def load_rows(
     if not args.do_eval:
         return rows, None, ""
     given = data_args.val_data or validation_file(data_args)
-    name = given or f"{data_args.val_split_ratio} of {' '.join(data_args.dataset_name)}"
+    name = given
+    if given is None:
+        trained_on = " ".join(data_args.dataset_name)
+        name = f"{data_args.val_split_ratio} of {trained_on}"
     if metrics.is_test(name):
         raise UserError(
             f"--do_eval: {name} is a test set; neither epoch nor threshold is chosen on one"
         )
     if given is None:
-        return *stratified_split(rows, data_args.val_split_ratio, args.seed), name
-    return rows, read_rows(given, data_args.data_dir, data_args.bad_rows), name
+        train, held_out = stratified_split(rows, data_args.val_split_ratio, args.seed)
+        return train, held_out, name
+    validation = read_rows(given, data_args.data_dir, data_args.bad_rows)
+    return rows, validation, name
 
 
 def validation_file(data_args: DataArguments) -> str | None:
     """The val.jsonl of the first folder that has one."""
+    data_dir = Path(data_args.data_dir)
     for name in data_args.dataset_name:
-        folder = folder_of(name, Path(data_args.data_dir))
-        if folder is not None and (folder / "val.jsonl").is_file():
-            return str(folder / "val.jsonl")
+        folder = folder_of(name, data_dir)
+        if folder is None:
+            continue
+        path = folder / "val.jsonl"
+        if path.is_file():
+            return str(path)
     return None
 
 
@@ -174,7 +196,9 @@ def facts_of(
     if held_out is not None:
         facts["validation"] = describe(held_out)
         others["validation"] = held_out
-    facts["overlap"] = {name: data.overlap(rows, other) for name, other in others.items()}
+    facts["overlap"] = {}
+    for name, other in others.items():
+        facts["overlap"][name] = data.overlap(rows, other)
     return facts
 
 
@@ -183,18 +207,23 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
     labels = defaultdict(set)
     for row in rows:
         texts = [message["content"].strip() for message in row["messages"]]
-        labels[json.dumps(texts)].add((row["prompt_unsafe"], row["response_unsafe"]))
+        key = json.dumps(texts)
+        label = (row["prompt_unsafe"], row["response_unsafe"])
+        labels[key].add(label)
+    conflicting = [given for given in labels.values() if len(given) > 1]
+    domains = Counter(row["domain"] for row in rows)
     unsafe = [row for row in rows if row["prompt_unsafe"]]
+    unsafe_domains = Counter(row["domain"] for row in unsafe)
     answered = [row for row in rows if row["response_unsafe"] is not None]
     return {
         "rows": len(rows),
         "prompt_unsafe": len(unsafe),
         "with_response": len(answered),
         "response_unsafe": sum(row["response_unsafe"] for row in answered),
-        "domains": dict(Counter(row["domain"] for row in rows)),
-        "unsafe_prompts_by_domain": dict(Counter(row["domain"] for row in unsafe)),
+        "domains": dict(domains),
+        "unsafe_prompts_by_domain": dict(unsafe_domains),
         "duplicates": len(rows) - len(labels),
-        "conflicting": sum(len(given) > 1 for given in labels.values()),
+        "conflicting": len(conflicting),
         "sha256": rows_digest(rows),
     }
 
@@ -225,15 +254,27 @@ def stratified_split(rows: Sequence[Row], ratio: float, seed: int) -> tuple[list
     for row in rows:
         key = data.prompt_key(row)
         if key not in strata:
-            labels = row["prompt_unsafe"], str(row["response_unsafe"])
-            strata[key] = (*labels, row["domain"], rng.random())
+            strata[key] = (
+                row["prompt_unsafe"],
+                str(row["response_unsafe"]),
+                row["domain"],
+                rng.random(),
+            )
     held_out = set()
     # Every so many-th prompt in the order of strata: each gives its share.
-    for i, key in enumerate(sorted(strata, key=strata.get)):
-        if int((i + 1) * ratio + start) > int(i * ratio + start):
+    ordered = sorted(strata, key=strata.get)
+    for i, key in enumerate(ordered):
+        before = int(i * ratio + start)
+        after = int((i + 1) * ratio + start)
+        if after > before:
             held_out.add(key)
-    kept = [row for row in rows if data.prompt_key(row) not in held_out]
-    validation = [row for row in rows if data.prompt_key(row) in held_out]
+    kept = []
+    validation = []
+    for row in rows:
+        if data.prompt_key(row) in held_out:
+            validation.append(row)
+        else:
+            kept.append(row)
     if not kept or not validation:
         raise UserError(f"--val_split_ratio {ratio}: {len(rows)} rows are too few to hold some out")
     return kept, validation
@@ -264,7 +305,10 @@ def chat_template() -> str:
 
 def prompt_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
     """The ExpGuard prompt of a conversation in pieces, to be encoded without special tokens."""
-    stripped = [{**message, "content": message["content"].strip()} for message in messages]
+    stripped = []
+    for message in messages:
+        content = message["content"].strip()
+        stripped.append(message | {"content": content})
     return render("expguard", stripped, tokenizer)
 
 
@@ -296,14 +340,16 @@ class Encoder:
             for response_unsafe in (None, *WORDS):
                 target = self._target(prompt_unsafe, response_unsafe)
                 self.targets[prompt_unsafe, response_unsafe] = target
-        self.room = max_length - max(len(target) for target in self.targets.values())
+        lengths = [len(target) for target in self.targets.values()]
+        self.room = max_length - max(lengths)
         self._find_words()
 
     def _target(self, prompt_unsafe: bool, response_unsafe: bool | None) -> list[int]:
         messages = pair("x", None if response_unsafe is None else "y")
         parts = prompt_parts(messages, self.tokenizer)
-        text = Part(target_text(prompt_unsafe, response_unsafe), False)
-        prompt, whole = encode(self.tokenizer, [parts, [*parts, text]], add_special_tokens=False)
+        written = target_text(prompt_unsafe, response_unsafe)
+        with_target = [*parts, Part(written, False)]
+        prompt, whole = encode(self.tokenizer, [parts, with_target], add_special_tokens=False)
         if whole[: len(prompt)] != prompt:
             raise UserError(
                 "the tokenizer merges the end of the prompt with the verdict that follows"
@@ -320,10 +366,14 @@ class Encoder:
         self.agent = {}
         pairs = set()
         for answer in (None, False):
-            pairs.add((targets[False, answer][self.user], targets[True, answer][self.user]))
+            safe = targets[False, answer]
+            unsafe = targets[True, answer]
+            pairs.add((safe[self.user], unsafe[self.user]))
         for first in WORDS:
-            safe, unsafe = targets[first, False], targets[first, True]
-            place = self.agent[first] = first_difference(safe, unsafe)
+            safe = targets[first, False]
+            unsafe = targets[first, True]
+            place = first_difference(safe, unsafe)
+            self.agent[first] = place
             pairs.add((safe[place], unsafe[place]))
         if len(pairs) > 1:
             raise UserError(
@@ -337,7 +387,9 @@ class Encoder:
         """
         cuts = Counter(shortened_rows=0, shortened_responses=0, shortened_prompts=0)
         prompts = []
-        for start in tqdm(range(0, len(rows), 1000), desc="tokenizing", disable=len(rows) < 10_000):
+        starts = range(0, len(rows), 1000)
+        few = len(rows) < 10_000
+        for start in tqdm(starts, desc="tokenizing", disable=few):
             some = rows[start : start + 1000]
             encoded = self._encode([row["messages"] for row in some])
             for row, ids in zip(some, encoded, strict=True):
@@ -360,8 +412,11 @@ class Encoder:
         keep = [len(span) for span in spans]
         least = [1, max(1, self.room // 4)]
         while True:
-            cut = [texts[i][: spans[i][n - 1][1]] for i, n in enumerate(keep)]
-            (ids,) = self._encode([pair(*cut)])
+            contents = []
+            for text, span, count in zip(texts, spans, keep, strict=True):
+                _, end = span[count - 1]
+                contents.append(text[:end])
+            (ids,) = self._encode([pair(*contents)])
             excess = len(ids) - self.room
             if excess <= 0:
                 break
@@ -373,8 +428,12 @@ class Encoder:
                 )
             last = shrinkable[-1]
             keep[last] -= min(excess, keep[last] - least[last])
+        cut = []
         names = ("shortened_prompts", "shortened_responses")
-        return ids, [names[i] for i, n in enumerate(keep) if n < len(spans[i])]
+        for name, span, count in zip(names, spans, keep, strict=False):
+            if count < len(span):
+                cut.append(name)
+        return ids, cut
 
     def training_set(self, rows: Sequence[Row]) -> tuple[Dataset, dict[str, int]]:
         """`input_ids` and `labels` (-100 but on the verdict lines and EOS) of each row, and what
@@ -386,8 +445,9 @@ class Encoder:
             target = self.targets[row["prompt_unsafe"], row["response_unsafe"]]
             labels = [-100] * len(prompt) + target
             encoded.append({"input_ids": prompt + target, "labels": labels})
+        prompt_tokens = sum(len(prompt) for prompt in prompts)
         facts["tokens"] = sum(len(one["input_ids"]) for one in encoded)
-        facts["verdict_tokens"] = facts["tokens"] - sum(len(prompt) for prompt in prompts)
+        facts["verdict_tokens"] = facts["tokens"] - prompt_tokens
         return Dataset.from_list(encoded), facts
 
     def verdict_set(self, rows: Sequence[Row], prompts: Sequence[list[int]]) -> Dataset:
@@ -400,11 +460,14 @@ class Encoder:
         sequences = []
         for row, prompt in zip(rows, prompts, strict=True):
             if row["response_unsafe"] is None:
-                sequences.append(self._sequence(prompt, self.targets[False, None], self.user))
+                target = self.targets[False, None]
+                sequence = self._sequence(prompt, target, self.user)
+                sequences.append(sequence)
                 continue
             for first in WORDS:
                 target = self.targets[first, False]
-                sequences.append(self._sequence(prompt, target, self.user, self.agent[first]))
+                sequence = self._sequence(prompt, target, self.user, self.agent[first])
+                sequences.append(sequence)
         return Dataset.from_list(sequences)
 
     def _sequence(self, prompt: list[int], target: list[int], *places: int) -> dict[str, list[int]]:
@@ -440,14 +503,17 @@ class Validation:
 
     def __init__(self, rows: Sequence[Row], encoder: Encoder, name: str):
         """Raises UserError when there is nothing to select on."""
-        if not 0 < sum(row["prompt_unsafe"] for row in rows) < len(rows):
+        unsafe = [row for row in rows if row["prompt_unsafe"]]
+        if not 0 < len(unsafe) < len(rows):
             raise UserError(f"{name}: validation needs safe and unsafe prompts")
         self.name = name
         prompts, _ = encoder.prompts(rows)
         # what is alike in length is in one batch, and prompts alone come first
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["messages"]), len(prompts[i])))
+        lengths = [(len(row["messages"]), len(ids)) for row, ids in zip(rows, prompts, strict=True)]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
         rows = [rows[i] for i in order]
-        self.dataset = encoder.verdict_set(rows, [prompts[i] for i in order])
+        prompts = [prompts[i] for i in order]
+        self.dataset = encoder.verdict_set(rows, prompts)
         self.truths = {"prompt_unsafe": [row["prompt_unsafe"] for row in rows]}
         responses = [row["response_unsafe"] for row in rows]
         self.alone = responses.count(None)
@@ -459,25 +525,31 @@ class Validation:
         """Metrics of `prediction.predictions`, of shape (sequences, 2): P(unsafe) of prompt and
         response.
         """
-        scores = np.nan_to_num(np.asarray(prediction.predictions, dtype=float), nan=1.0)
-        alone, paired = scores[: self.alone], scores[self.alone :].reshape(-1, 2, 2)
+        scores = np.asarray(prediction.predictions, dtype=float)
+        scores = np.nan_to_num(scores, nan=1.0)
+        alone = scores[: self.alone]
+        paired = scores[self.alone :].reshape(-1, 2, 2)
         # of the two sequences of a row that one counts whose first verdict would be written
-        written = (paired[:, 0, 0] > 0.5).astype(int)
-        self.scores["prompt_unsafe"] = [*alone[:, 0].tolist(), *paired[:, 0, 0].tolist()]
-        self.scores["response_unsafe"] = paired[range(len(paired)), written, 1].tolist()
+        of_prompt = paired[:, 0, 0]
+        written = (of_prompt > 0.5).astype(int)
+        of_response = paired[range(len(paired)), written, 1]
+        self.scores["prompt_unsafe"] = [*alone[:, 0].tolist(), *of_prompt.tolist()]
+        self.scores["response_unsafe"] = of_response.tolist()
         values = {}
         for label, measured in self.measured().items():
+            turn = label.removesuffix("_unsafe")
             for name in ("f1", "auprc", "fpr"):
                 if measured[name] is not None:
-                    values[f"{label.removesuffix('_unsafe')}_{name}"] = measured[name]
+                    values[f"{turn}_{name}"] = measured[name]
         f1 = [value for name, value in values.items() if name.endswith("_f1")]
         return {"f1": float(np.mean(f1)), **values}
 
     def measured(self) -> dict[str, dict[str, Any]]:
         """`metrics.binary` of each label; a score that was not a number counts as unsafe."""
-        return {
-            label: metrics.binary(self.truths[label], self.scores[label]) for label in self.truths
-        }
+        found = {}
+        for label, truth in self.truths.items():
+            found[label] = metrics.binary(truth, self.scores[label])
+        return found
 
     def thresholds(self) -> dict[str, dict[str, Any]]:
         """The threshold with the highest F1 for each label that has both classes here."""
