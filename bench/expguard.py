@@ -53,34 +53,52 @@ def main() -> None:
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.model))
     rows = encoded_rows(tokenizer, args)
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(args.model), dtype=torch.float32)
+    path = resolve_model(args.model)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.to(device()).train()
     padded = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     original = f"original: padded to {args.maximum}"
+
+    def like_length() -> list[torch.Tensor]:
+        return ours(model, rows, args, padded)
+
+    def as_tree() -> list[torch.Tensor]:
+        return ours(model, rows, args, shared_prefix_collator)
+
+    def papers() -> list[torch.Tensor]:
+        return padded_to_maximum(model, rows, args, tokenizer.pad_token_id)
+
     ways = {
-        "like length, verdict logits": lambda: ours(model, rows, args, padded),
-        "laid out as a tree, verdict logits": lambda: ours(
-            model, rows, args, shared_prefix_collator
-        ),
-        original: lambda: padded_to_maximum(model, rows, args, tokenizer.pad_token_id),
+        "like length, verdict logits": like_length,
+        "laid out as a tree, verdict logits": as_tree,
+        original: papers,
     }
     ours(model, rows[-1:], args, padded)  # gradients get their memory
     seconds, gradients = take_turns(ways, args.rounds)
     median = medians(seconds)
 
     reference = gradients[original]
-    largest = max(gradient.abs().max().item() for gradient in reference)
+    largest = max(largest_of(gradient) for gradient in reference)
     differences = {}
     table = []
     for way, found in gradients.items():
-        apart = [(a - b).abs().max().item() for a, b in zip(found, reference, strict=True)]
+        apart = []
+        for a, b in zip(found, reference, strict=True):
+            apart.append(largest_of(a - b))
         differences[way] = max(apart) / largest
+        speed = len(rows) / median[way]
         ratio = median[original] / median[way]
-        table.append([way, len(rows) / median[way], ratio, differences[way]])
-    print(report.table(table, ["", "rows/s", "ratio", "gradient difference"]))
-    mean = statistics.mean(len(row["input_ids"]) for row in rows)
+        table.append([way, speed, ratio, differences[way]])
+    header = ["", "rows/s", "ratio", "gradient difference"]
+    print(report.table(table, header))
+    lengths = [len(row["input_ids"]) for row in rows]
+    mean = statistics.mean(lengths)
     print(f"{len(rows)} rows of {mean:.0f} tokens (target {TARGET}x)")
-    results = {"seconds": seconds, "differences": differences, "target": TARGET}
+    results = {
+        "seconds": seconds,
+        "differences": differences,
+        "target": TARGET,
+    }
     write_results(args, results)
     sys.exit(max(differences.values()) > TOLERANCE)
 
@@ -91,12 +109,22 @@ def main() -> None:
 def encoded_rows(tokenizer, args) -> list[dict]:
     """Rows as train.py encodes them, of which the last part is kept."""
     (recipe,) = recipe_modules("expguard", "rows")
-    sample = recipe.read_rows(str(ROOT / "data/sample/expguard/train.jsonl"), "")
-    encoded, _ = recipe.Encoder(tokenizer, 4096).training_set(strung(sample, args.rows))
+    path = ROOT / "data/sample/expguard/train.jsonl"
+    sample = recipe.read_rows(str(path), "")
+    encoder = recipe.Encoder(tokenizer, 4096)
+    long_rows = strung(sample, args.rows)
+    encoded, _ = encoder.training_set(long_rows)
     rows = []
     for row in encoded:
-        keep = max(round(len(row["input_ids"]) * args.maximum / 4096), verdicts([row]) + 1)
-        rows.append({name: row[name][-keep:] for name in ("input_ids", "labels")})
+        ids = row["input_ids"]
+        labels = row["labels"]
+        scaled = round(len(ids) * args.maximum / 4096)
+        keep = max(scaled, verdicts([row]) + 1)
+        kept = {
+            "input_ids": ids[-keep:],
+            "labels": labels[-keep:],
+        }
+        rows.append(kept)
     return rows
 
 
@@ -107,55 +135,82 @@ def strung(rows: list[dict], count: int) -> list[dict]:
     long_rows = []
     for i in range(count):
         row = rng.choice(answered)
-        some = rng.sample(answered, rng.randint(2, 16))
+        length = rng.randint(2, 16)
+        some = rng.sample(answered, length)
         turns = [last_turns(one["messages"]) for one in some]
         prompt = " ".join(question for question, _ in turns)
         response = " ".join(answer for _, answer in turns)
+        long_row = dict(row)
         if i % 2:
-            long_rows.append(row | {"messages": pair(prompt, response)})
+            long_row["messages"] = pair(prompt, response)
         else:
-            long_rows.append(row | {"messages": pair(prompt), "response_unsafe": None})
+            long_row["messages"] = pair(prompt)
+            long_row["response_unsafe"] = None
+        long_rows.append(long_row)
     return long_rows
 
 
 def verdicts(rows: list[dict]) -> int:
     """How many tokens are learned."""
-    return sum(label != -100 for row in rows for label in row["labels"])
+    count = 0
+    for row in rows:
+        for label in row["labels"]:
+            if label != -100:
+                count += 1
+    return count
 
 
 # --- The ways -----------------------------------------------------------------------------------
 
 
-def ours(model, rows: list[dict], args, collate) -> list[torch.Tensor]:
+def ours(model, rows, args, collate) -> list[torch.Tensor]:
     """Gradients by the recipe's loss, in batches of like length."""
     by_length = sorted(rows, key=lambda row: -len(row["input_ids"]))
     model.zero_grad()
     for start in range(0, len(rows), args.micro_batch):
-        batch = collate(by_length[start : start + args.micro_batch])
-        answers = read_answers(model, on_device(batch))
-        answers_loss(answers, verdicts(rows)).backward()
+        some = by_length[start : start + args.micro_batch]
+        batch = on_device(collate(some))
+        answers = read_answers(model, batch)
+        loss = answers_loss(answers, verdicts(rows))
+        loss.backward()
     return gradients_of(model)
 
 
-def padded_to_maximum(model, rows: list[dict], args, pad: int) -> list[torch.Tensor]:
+def padded_to_maximum(model, rows, args, pad: int) -> list[torch.Tensor]:
     """Gradients as the paper's code has them: every row as long as the maximum, all logits."""
     collate = DataCollatorForLanguageModeling(pad, pad_to_multiple_of=args.maximum)
     model.zero_grad()
     for start in range(0, len(rows), args.micro_batch):
-        batch = on_device(collate(rows[start : start + args.micro_batch]))
-        labels = batch.pop("labels")[:, 1:].flatten()
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum")
-        (loss / verdicts(rows)).backward()
+        some = rows[start : start + args.micro_batch]
+        batch = on_device(collate(some))
+        labels = batch.pop("labels")
+        labels = labels[:, 1:].flatten()
+        output = model(**batch, use_cache=False)
+        logits = output.logits[:, :-1]
+        logits = logits.float().flatten(0, 1)
+        loss = cross_entropy(logits, labels, reduction="sum")
+        loss = loss / verdicts(rows)
+        loss.backward()
     return gradients_of(model)
 
 
 def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device()) for name, tensor in batch.items()}
+    moved = {}
+    for name, tensor in batch.items():
+        moved[name] = tensor.to(device())
+    return moved
+
+
+def largest_of(tensor: torch.Tensor) -> float:
+    """The largest absolute value."""
+    return tensor.abs().max().item()
 
 
 def gradients_of(model) -> list[torch.Tensor]:
-    return [parameter.grad.clone() for parameter in model.parameters()]
+    gradients = []
+    for parameter in model.parameters():
+        gradients.append(parameter.grad.clone())
+    return gradients
 
 
 if __name__ == "__main__":

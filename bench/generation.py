@@ -51,7 +51,10 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--beams", type=int, nargs="*", default=[1, 4])
     parser.add_argument(
-        "--rows", type=int, default=96, help="rows to train on; 0 leaves training out"
+        "--rows",
+        type=int,
+        default=96,
+        help="rows to train on; 0 leaves training out",
     )
     args = parser.parse_args()
     set_seed(SEED)
@@ -82,7 +85,8 @@ def prompt_ids(tokenizer, count: int) -> list[list[int]]:
         rows += prompts.read_rows(SAMPLE / name)
     chosen = random.Random(SEED).sample(rows, count)
     asked = [(row["instruction"], None) for row in chosen]
-    return prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, asked)
+    template = prompts.load_template("alpaca")
+    return prompts.encode_prompts(template, tokenizer, asked)
 
 
 def save_adapter(name: str, folder: str) -> None:
@@ -99,31 +103,58 @@ def save_adapter(name: str, folder: str) -> None:
 # --- Generation ---------------------------------------------------------------------------------
 
 
-def generation(args, adapter: str, tokenizer, ids: list[list[int]], beams: int) -> dict[str, Any]:
+def generation(
+    args,
+    adapter: str,
+    tokenizer,
+    ids: list[list[int]],
+    beams: int,
+) -> dict[str, Any]:
     """Seconds of both ways for all prompts, and how many texts are equal."""
-    options = {"adapter": adapter, "batch_size": len(ids), "progress": False}
-    engine = load_engine("transformers", args.model, tokenizer, **options)
+    engine = load_engine(
+        "transformers",
+        args.model,
+        tokenizer,
+        adapter=adapter,
+        batch_size=len(ids),
+        progress=False,
+    )
     decoding = Decoding(args.new_tokens, beams)
-    base = AutoModelForCausalLM.from_pretrained(resolve_model(args.model), dtype=inference_dtype())
-    apart = PeftModel.from_pretrained(base.to(device()), adapter).eval()
-    ways = {
-        "ours": lambda: [one.text for one in engine.completions(ids, decoding)],
-        "original": lambda: one_at_a_time(apart, tokenizer, ids, decoding),
-    }
+    path = resolve_model(args.model)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=inference_dtype())
+    base = base.to(device())
+    apart = PeftModel.from_pretrained(base, adapter)
+    apart.eval()
+
+    def ours() -> list[str]:
+        completions = engine.completions(ids, decoding)
+        return [one.text for one in completions]
+
+    def original() -> list[str]:
+        return one_at_a_time(apart, tokenizer, ids, decoding)
+
+    ways = {"ours": ours, "original": original}
     seconds, texts = take_turns(ways, args.rounds, f"{beams} beams, ")
     median = medians(seconds)
     speeds = {}
     for name in ways:
-        speeds[name] = (min(seconds[name]), median[name], median["original"] / median[name])
+        ratio = median["original"] / median[name]
+        speeds[name] = (min(seconds[name]), median[name], ratio)
     ratio = median["original"] / median["ours"]
     equal = count_equal(texts["ours"], texts["original"])
     lines = [[name, *values] for name, values in speeds.items()]
-    print(report.table(lines, [f"{beams} beams", "s, best", "s, median", "ratio"]))
+    header = [f"{beams} beams", "s, best", "s, median", "ratio"]
+    print(report.table(lines, header))
     print(
         f"{beams} beams: {ratio:.1f}x (target {TARGET}x), equal {equal} of {len(ids)}\n",
         flush=True,
     )
-    return {"ways": speeds, "ratio": ratio, "equal": equal, "texts": texts["original"]}
+    return {
+        "ways": speeds,
+        "ratio": ratio,
+        "equal": equal,
+        "texts": texts["original"],
+    }
 
 
 @torch.inference_mode()
@@ -139,12 +170,18 @@ def one_at_a_time(model, tokenizer, ids: list[list[int]], decoding: Decoding) ->
             num_beams=decoding.num_beams,
             do_sample=False,
         )
-        texts.append(tokenizer.decode(written[0, len(row) :], skip_special_tokens=True))
+        answer = written[0, len(row) :]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        texts.append(text)
     return texts
 
 
 def vllm_generation(
-    args, adapter: str, tokenizer, ids: list[list[int]], reference: list[str]
+    args,
+    adapter: str,
+    tokenizer,
+    ids: list[list[int]],
+    reference: list[str],
 ) -> dict[str, Any]:
     """Seconds that vLLM takes for all prompts, greedy, after a first turn, and how many texts are
     equal.
@@ -152,13 +189,18 @@ def vllm_generation(
     engine = load_engine("vllm", args.model, tokenizer, adapter=adapter, progress=False)
     ways = {"vLLM": lambda: engine.completions(ids, Decoding(args.new_tokens))}
     seconds, answers = take_turns(ways, args.rounds + 1)
-    equal = count_equal([one.text for one in answers["vLLM"]], reference)
+    texts = [one.text for one in answers["vLLM"]]
+    equal = count_equal(texts, reference)
     print(f"vLLM, greedy: {min(seconds['vLLM']):.1f} s, equal {equal} of {len(ids)}")
     return {"seconds": seconds["vLLM"], "equal": equal}
 
 
 def count_equal(texts: list[str], reference: list[str]) -> int:
-    return sum(text == other for text, other in zip(texts, reference, strict=True))
+    equal = 0
+    for text, other in zip(texts, reference, strict=True):
+        if text == other:
+            equal += 1
+    return equal
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -176,7 +218,8 @@ def training(args) -> dict[str, tuple[float, float, float]]:
     """
     (recipe,) = recipe_modules("cross_task_defense", "train")
     (path,) = (SAMPLE / "training").glob("*_stripped.json")
-    rows = [row for _, row in read_rows(path)][: args.rows]
+    rows = [row for _, row in read_rows(path)]
+    rows = rows[: args.rows]
     speeds = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "rows.json")
@@ -193,12 +236,16 @@ def training(args) -> dict[str, tuple[float, float, float]]:
                 **way,
             )
             run = json.loads((output / "run.json").read_text(encoding="utf-8"))
-            speed = run["data"]["tokens"] / run["train"]["train_runtime"]
-            speeds[name] = speed, run["data"]["useful_token_share"]
+            facts = run["data"]
+            speed = facts["tokens"] / run["train"]["train_runtime"]
+            speeds[name] = (speed, facts["useful_token_share"])
     original, _ = speeds["padded, random order"]
-    found = {name: (speed, share, speed / original) for name, (speed, share) in speeds.items()}
+    found = {}
+    for name, (speed, share) in speeds.items():
+        found[name] = (speed, share, speed / original)
     lines = [[name, *values] for name, values in found.items()]
-    print(report.table(lines, ["training", "useful tokens/s", "useful tokens", "ratio"]))
+    header = ["training", "useful tokens/s", "useful tokens", "ratio"]
+    print(report.table(lines, header))
     return found
 
 

@@ -19,9 +19,9 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from datasets import Dataset
 from side_by_side import (
     SEED,
     TOLERANCE,
+    batches_of,
     bench_parser,
     compare,
     equality,
@@ -42,7 +43,7 @@ from side_by_side import (
 from transformers import DataCollatorWithPadding, set_seed
 
 from common import data, report, templates
-from common.conversation import last_turns, pair
+from common.conversation import Messages, last_turns, pair
 from common.run import device, run_cli
 from common.training import EpochLengthGroupedSampler
 
@@ -61,7 +62,13 @@ def parse() -> argparse.Namespace:
     add("--rows", type=int, default=256, help=about)
     add("--steps", type=int, default=3, help=f"training steps a round, of {BATCH} rows")
     about = "the k of 'guard at every k tokens'"
-    add("--every", type=int, nargs="+", default=[8, 16, 64], help=about)
+    add(
+        "--every",
+        type=int,
+        nargs="+",
+        default=[8, 16, 64],
+        help=about,
+    )
     add("--skip_training", action="store_true", help="moderating alone")
     args = parser.parse_args()
     if args.rounds < 2 or args.steps < 1 or args.rows < BATCH * args.steps:
@@ -85,8 +92,12 @@ def main() -> None:
     sample = data.load_conversations("beavertails-sample:train", require=["categories"])
     results: dict[str, Any] = {}
     if not args.skip_training:
-        results["training"] = found = training(model, tokenizer, sample, train, args)
-        lines = [[way, *list(values.values())[:-1]] for way, values in found["ways"].items()]
+        found = training(model, tokenizer, sample, train, args)
+        results["training"] = found
+        lines = []
+        for way, values in found["ways"].items():
+            *speeds, _ = values.values()
+            lines.append([way, *speeds])
         header = ["training", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]
         print(report.table(lines, header))
         target = f"{found['ratio']:.2f}x (target {TARGETS['training']}x)"
@@ -105,8 +116,11 @@ def main() -> None:
     chat.eos = set()  # every reply has 64 tokens, in every way
     chat.model.generation_config.eos_token_id = None
     for size in (1, 8):
-        results[f"batch {size}"] = found = moderating(chat, sample, size, args)
-        lines = [[name, *values] for name, values in found["ways"].items()]
+        found = moderating(chat, sample, size, args)
+        results[f"batch {size}"] = found
+        lines = []
+        for name, values in found["ways"].items():
+            lines.append([name, *values])
         header = [f"batch {size}", "s, best", "s, median", "of generation alone"]
         print(report.table(lines, header))
         best = f"{found['best']:.2f}x of generation alone with k = {found['best_k']}"
@@ -114,104 +128,151 @@ def main() -> None:
         target = f"target {TARGETS[size]:.2f}x"
         print(f"batch {size}: {best} ({target}, {floor}), outputs {said(found)}\n")
     write_results(args, results)
-    sys.exit(0 if all(result["equal"] for result in results.values()) else 1)
+    equal = [result["equal"] for result in results.values()]
+    sys.exit(not all(equal))
 
 
 def said(result: dict[str, Any]) -> str:
-    return f"{'equal' if result['equal'] else 'DIFFERENT'} (by {result['difference']:.1e})"
+    word = "equal" if result["equal"] else "DIFFERENT"
+    return f"{word} (by {result['difference']:.1e})"
 
 
-def training(model, tokenizer, sample: Dataset, train: ModuleType, args) -> dict[str, Any]:
+def training(model, tokenizer, sample, train, args) -> dict[str, Any]:
     """The same rows and optimizer steps both ways, each time from the same weights."""
     model.to(device()).train()
-    pairs = real_length_pairs(sample, args.rows)["log-normal lengths"]
-    ids = templates.encode(tokenizer, [templates.render("lora_guard", m, tokenizer) for m in pairs])
-    labels = (np.random.default_rng(SEED).random((len(ids), 15)) < 0.3).astype(float)
+    ids, labels = labelled_rows(tokenizer, sample, args.rows)
+    lengths = [len(row) for row in ids]
     loss_of = train.guard_loss(labels, unsafe_head=True)
-    longest = max(map(len, ids))
+    longest = max(lengths)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     initial = {name: p.detach().clone() for name, p in trained.items()}
-
-    def batches_of(order: list[int]) -> list[list[int]]:
-        return [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
-
-    # Batches that stand evenly in the order of length, so that a few of them have the lengths of
-    # all.
-    grouped = batches_of(list(EpochLengthGroupedSampler(BATCH, [len(i) for i in ids], SEED)))
-    grouped.sort(key=lambda batch: len(ids[batch[0]]))
-    grouped = [grouped[(2 * i + 1) * len(grouped) // (2 * args.steps)] for i in range(args.steps)]
-    mixed = batches_of(random.Random(SEED).sample(list(chain(*grouped)), len(grouped) * BATCH))
+    grouped = grouped_batches(lengths, args.steps)
+    drawn = list(chain(*grouped))
+    rng = random.Random(SEED)
+    shuffled = rng.sample(drawn, len(drawn))
+    mixed = batches_of(shuffled, BATCH)
     dynamic = DataCollatorWithPadding(tokenizer)
     fixed = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=longest)
 
-    def backward(indices: list[int], collate: Callable) -> torch.Tensor:
-        batch = collate([{"input_ids": ids[i], "labels": labels[i]} for i in indices]).to(device())
+    def backward(indices, collate: Callable) -> torch.Tensor:
+        rows = [{"input_ids": ids[i], "labels": labels[i]} for i in indices]
+        batch = collate(rows).to(device())
         truth = batch.pop("labels")
-        loss = loss_of(model(**batch), truth)
+        output = model(**batch)
+        loss = loss_of(output, truth)
         loss.backward()
         return loss.detach()
 
-    def run(batches: list[list[int]], collate: Callable) -> list[float]:
+    def run(batches, collate: Callable) -> list[float]:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(initial[name])
         optimizer = torch.optim.AdamW(trained.values(), lr=3e-4)
+        kind = device().type
         for indices in batches:
-            with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):
+            with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
                 backward(indices, collate)
             optimizer.step()
             optimizer.zero_grad()
-        return next(iter(trained.values()))[0].tolist()
+        first, *_ = trained.values()
+        return first[0].tolist()
 
     def loss_and_norm(collate: Callable) -> torch.Tensor:
         loss = backward(mixed[0], collate)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained.values()])
+        gradients = [parameter.grad for parameter in trained.values()]
+        norm = torch.nn.utils.get_total_norm(gradients)
         model.zero_grad()
         return torch.stack([loss, norm])
 
     equal = equality(loss_and_norm(dynamic), loss_and_norm(fixed))
     ways = {
-        "ours: similar lengths, padded to the batch's longest": lambda: run(grouped, dynamic),
-        f"reference: random order, padded to the longest of all ({longest})": lambda: run(
-            mixed, fixed
+        "ours: similar lengths, padded to the batch's longest": partial(run, grouped, dynamic),
+        f"reference: random order, padded to the longest of all ({longest})": partial(
+            run, mixed, fixed
         ),
     }
-    return compare(model, ways, len(grouped) * BATCH, args.rounds)[0] | equal
+    count = len(grouped) * BATCH
+    result, _ = compare(model, ways, count, args.rounds)
+    return result | equal
 
 
-def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
+def labelled_rows(tokenizer, sample: Dataset, count: int) -> tuple[list, np.ndarray]:
+    """Token ids of pairs of real lengths, and random labels."""
+    pairs = real_length_pairs(sample, count)["log-normal lengths"]
+    prompts = [templates.render("lora_guard", messages, tokenizer) for messages in pairs]
+    ids = templates.encode(tokenizer, prompts)
+    rng = np.random.default_rng(SEED)
+    unsafe = rng.random((len(ids), 15)) < 0.3
+    return ids, unsafe.astype(float)
+
+
+def grouped_batches(lengths: list[int], steps: int) -> list[list[int]]:
+    """Batches spread evenly over the order of length, so that a few have the lengths of all."""
+    order = list(EpochLengthGroupedSampler(BATCH, lengths, SEED))
+    epoch = batches_of(order, BATCH)
+    epoch.sort(key=lambda batch: lengths[batch[0]])
+    grouped = []
+    for step in range(steps):
+        place = (2 * step + 1) * len(epoch) // (2 * steps)
+        grouped.append(epoch[place])
+    return grouped
+
+
+def sample_prompts(sample: Dataset, size: int) -> list[Messages]:
+    rng = random.Random(SEED)
+    rows = rng.sample(range(len(sample)), size)
+    prompts = []
+    for row in rows:
+        question, _ = last_turns(sample[row]["messages"])
+        prompts.append(pair(question))
+    return prompts
+
+
+def moderating(chat, sample, size: int, args) -> dict[str, Any]:
     """Seconds of each way to generate 64 tokens for `size` prompts, and how they compare with
     generation alone.
     """
-    rows = random.Random(SEED).sample(range(len(sample)), size)
-    prompts = [pair(last_turns(sample[i]["messages"])[0]) for i in rows]
+    prompts = sample_prompts(sample, size)
     ids = [chat.chat_ids(messages) for messages in prompts]
 
     def generate(batch: list[list[int]]) -> list[list[int]]:
         texts = {"input_ids": batch}
         padded = chat.tokenizer.pad(texts, padding_side="left", return_tensors="pt")
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-        written = chat.model.generate(**padded.to(chat.device), **options)
-        return written[:, padded["input_ids"].shape[1] :].tolist()
+        padded = padded.to(chat.device)
+        written = chat.model.generate(
+            **padded,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        _, width = padded["input_ids"].shape
+        return written[:, width:].tolist()
 
     def reference() -> list[list[int]]:
         replies = []
         for messages, row in zip(prompts, ids, strict=True):
             replies += generate([row])
             spoken = chat.tokenizer.decode(replies[-1], skip_special_tokens=True)
-            for judged in (messages, pair(None, spoken)):
-                chat.judge_texts([judged])
+            chat.judge_texts([messages])
+            chat.judge_texts([pair(None, spoken)])
         return replies
 
     def floor() -> list[list[int]]:
         replies = generate(ids)
         spoken = chat.tokenizer.batch_decode(replies, skip_special_tokens=True)
-        asked = [messages[0]["content"] for messages in prompts]
-        chat.judge_texts([pair(*texts) for texts in zip(asked, spoken, strict=True)])
+        answered = []
+        for messages, reply in zip(prompts, spoken, strict=True):
+            answered.append(pair(messages[0]["content"], reply))
+        chat.judge_texts(answered)
         return replies
 
     def riding(every: int) -> list[list[int]]:
-        replies = chat.reply(prompts, max_new_tokens=NEW_TOKENS, guard_every=every, progress=False)
+        replies = chat.reply(
+            prompts,
+            max_new_tokens=NEW_TOKENS,
+            guard_every=every,
+            progress=False,
+        )
         scores[every] = [reply.response_unsafe for reply in replies]
         return [reply.token_ids for reply in replies]
 
@@ -221,15 +282,40 @@ def moderating(chat, sample: Dataset, size: int, args) -> dict[str, Any]:
         "floor": floor,
         "reference, one at a time": reference,
     }
-    ways |= {f"ours, k = {k}": lambda k=k: riding(k) for k in args.every}
+    for every in args.every:
+        ways[f"ours, k = {every}"] = partial(riding, every)
     seconds, replies = take_turns(ways, args.rounds, f"batch {size}, ")
+    alone = replies["generation alone"]
+    same = all(found == alone for found in replies.values())
+    return summary(seconds, scores, same)
+
+
+def summary(
+    seconds: dict[str, list[float]],
+    scores: dict[int, list[float]],
+    same: bool,
+) -> dict[str, Any]:
+    """How the ways compare with generation alone.
+
+    Args:
+        scores: of the guard, for each k.
+        same: whether all ways wrote the same replies.
+    """
     median = medians(seconds)
     alone = median["generation alone"]
-    ours = {k: median[f"ours, k = {k}"] / alone for k in args.every}
-    spread = [max(column) - min(column) for column in zip(*scores.values(), strict=True)]
-    same = all(found == replies["generation alone"] for found in replies.values())
+    ours = {}
+    for every in scores:
+        ours[every] = median[f"ours, k = {every}"] / alone
+    timed = {}
+    for name, times in seconds.items():
+        best = min(times)
+        ratio = median[name] / alone
+        timed[name] = (best, median[name], ratio)
+    spread = []
+    for said_by_k in zip(*scores.values(), strict=True):
+        spread.append(max(said_by_k) - min(said_by_k))
     return {
-        "ways": {name: (min(s), median[name], median[name] / alone) for name, s in seconds.items()},
+        "ways": timed,
         "best": min(ours.values()),
         "best_k": min(ours, key=ours.get),
         "floor": median["floor"] / alone,

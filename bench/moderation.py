@@ -15,12 +15,14 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, compress
 from typing import Any
 
 import torch
 from side_by_side import (
     SEED,
+    batches_of,
     bench_parser,
     compare,
     equality,
@@ -57,17 +59,21 @@ def main() -> None:
     model_args = recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers)
     model, tokenizer, _ = recipe.load_model(model_args)
     train = data.load_conversations(
-        "beavertails-sample:train", categories=recipe.CATEGORIES, require=["categories"]
+        "beavertails-sample:train",
+        categories=recipe.CATEGORIES,
+        require=["categories"],
     )
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         guard = ClassifierGuard(folder, max_length=MAX_LENGTH, progress=False)
-    for name, pairs in real_length_pairs(train, args.pairs).items():
+    judged = real_length_pairs(train, args.pairs)
+    for name, pairs in judged.items():
         results[f"judging, {name}"] = judging(guard, pairs, args.rounds)
     del guard
-    encoded = recipe.encode_rows(train, tokenizer, MAX_LENGTH).sort("length")
+    encoded = recipe.encode_rows(train, tokenizer, MAX_LENGTH)
+    encoded = encoded.sort("length")
     encoded = encoded.select_columns(["input_ids", "labels"])
     loss = recipe.multilabel_loss(1.0, 0.0)
     results["training, sample rows"] = training(model, tokenizer, encoded, loss, args)
@@ -75,104 +81,124 @@ def main() -> None:
     lines = []
     for name, result in results.items():
         for way, values in result["ways"].items():
-            lines.append([name, way, *list(values.values())[:-1]])
+            *speeds, _ = values.values()
+            lines.append([name, way, *speeds])
     header = ["", "way", "rows/s, best", "rows/s, median", "useful tokens", "ratio"]
     print(report.table(lines, header))
     for name, result in results.items():
-        target = f"{result['ratio']:.2f}x (target {TARGETS[name.split(',')[0]]}x)"
+        kind, _, _ = name.partition(",")
+        target = f"{result['ratio']:.2f}x (target {TARGETS[kind]}x)"
         equal = "equal" if result["equal"] else "DIFFERENT"
         print(f"{name}: {target}, outputs {equal} (by {result['difference']:.1e})")
     write_results(args, results)
-    sys.exit(0 if all(result["equal"] for result in results.values()) else 1)
+    equal = [result["equal"] for result in results.values()]
+    sys.exit(not all(equal))
 
 
-def training(model, tokenizer, rows, loss_of: Callable, args) -> dict[str, Any]:
+def training(model, tokenizer, rows, loss_of, args) -> dict[str, Any]:
     """The same rows and optimizer steps three ways, each time from the same weights."""
     model.to(device()).train()
-    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def batches_of(order: list[int]) -> list[list[int]]:
-        return [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
-
+    initial = {}
+    for name, tensor in model.state_dict().items():
+        initial[name] = tensor.clone()
     rng = random.Random(SEED)
-    epoch = batches_of(
-        list(EpochLengthGroupedSampler(BATCH, [len(ids) for ids in rows["input_ids"]], SEED))
-    )
-    grouped = rng.sample(epoch, min(args.rows // BATCH, len(epoch)))
-    mixed = batches_of(rng.sample(list(chain(*grouped)), len(grouped) * BATCH))
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = list(EpochLengthGroupedSampler(BATCH, lengths, SEED))
+    epoch = batches_of(order, BATCH)
+    count = min(args.rows // BATCH, len(epoch))
+    grouped = rng.sample(epoch, count)
+    drawn = list(chain(*grouped))
+    shuffled = rng.sample(drawn, len(drawn))
+    mixed = batches_of(shuffled, BATCH)
     dynamic = DataCollatorWithPadding(tokenizer)
     fixed = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=MAX_LENGTH)
 
     def backward(indices, collate: Callable) -> torch.Tensor:
-        batch = collate([rows[i] for i in indices]).to(device())
+        batch = collate([rows[i] for i in indices])
+        batch = batch.to(device())
         labels = batch.pop("labels")
-        loss = loss_of(model(**batch), labels)
+        output = model(**batch)
+        loss = loss_of(output, labels)
         loss.backward()
         return loss.detach()
 
     def run(batches, collate: Callable) -> list[float]:
         model.load_state_dict(initial)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        kind = device().type
         for indices in batches:
             # as --bf16 does
-            with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):
+            with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
                 backward(indices, collate)
             optimizer.step()
             optimizer.zero_grad()
-        return next(model.parameters())[0].tolist()
+        first = next(model.parameters())
+        return first[0].tolist()
 
     def loss_and_norm(collate: Callable) -> torch.Tensor:
         loss = backward(mixed[0], collate)
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None]
-        )
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         model.zero_grad()
         return torch.stack([loss, norm])
 
     equal = equality(loss_and_norm(dynamic), loss_and_norm(fixed))
     ways = {
-        "ours: similar lengths, padded to the batch's longest": lambda: run(grouped, dynamic),
-        "between: random order, padded to the batch's longest": lambda: run(mixed, dynamic),
-        f"paper's: random order, padded to {MAX_LENGTH}": lambda: run(mixed, fixed),
+        "ours: similar lengths, padded to the batch's longest": partial(run, grouped, dynamic),
+        "between: random order, padded to the batch's longest": partial(run, mixed, dynamic),
+        f"paper's: random order, padded to {MAX_LENGTH}": partial(run, mixed, fixed),
     }
-    return compare(model, ways, len(grouped) * BATCH, args.rounds)[0] | equal
+    count = len(grouped) * BATCH
+    result, _ = compare(model, ways, count, args.rounds)
+    return result | equal
 
 
-def judging(guard: ClassifierGuard, pairs: list[Messages], rounds: int) -> dict[str, Any]:
+def judging(
+    guard: ClassifierGuard,
+    pairs: list[Messages],
+    rounds: int,
+) -> dict[str, Any]:
     """From messages to probabilities, two ways with the same weights."""
 
     def render() -> list[list[templates.Part]]:
-        return [templates.render(guard.template, messages, guard.tokenizer) for messages in pairs]
+        prompts = []
+        for messages in pairs:
+            prompt = templates.render(guard.template, messages, guard.tokenizer)
+            prompts.append(prompt)
+        return prompts
 
     # Longer pairs are left out: the paper cuts them, the guard judges them in windows.
-    pairs = list(
-        compress(
-            pairs, [len(ids) <= MAX_LENGTH for ids in templates.encode(guard.tokenizer, render())]
-        )
-    )
+    ids = templates.encode(guard.tokenizer, render())
+    fits = [len(row) <= MAX_LENGTH for row in ids]
+    pairs = list(compress(pairs, fits))
 
     def ours() -> torch.Tensor:
-        return torch.tensor(
-            [[v.categories[name] for name in guard.labels] for v in guard.judge(pairs)]
-        )
+        scores = []
+        for verdict in guard.judge(pairs):
+            row = [verdict.categories[name] for name in guard.labels]
+            scores.append(row)
+        return torch.tensor(scores)
 
     @torch.inference_mode()
     def paper() -> torch.Tensor:
-        texts = ["".join(part.text for part in parts) for parts in render()]
-        batch = guard.tokenizer(texts, padding=True, return_tensors="pt").to(guard.device)
-        split = zip(
-            batch["input_ids"].split(JUDGE_BATCH),
-            batch["attention_mask"].split(JUDGE_BATCH),
-            strict=True,
-        )
-        logits = [guard.model(input_ids=ids, attention_mask=mask).logits for ids, mask in split]
-        return torch.cat(logits).float().sigmoid().cpu()
+        texts = [templates.text_of(parts) for parts in render()]
+        batch = guard.tokenizer(texts, padding=True, return_tensors="pt")
+        batch = batch.to(guard.device)
+        ids = batch["input_ids"].split(JUDGE_BATCH)
+        masks = batch["attention_mask"].split(JUDGE_BATCH)
+        logits = []
+        for some, mask in zip(ids, masks, strict=True):
+            output = guard.model(input_ids=some, attention_mask=mask)
+            logits.append(output.logits)
+        scores = torch.cat(logits).float().sigmoid()
+        return scores.cpu()
 
     ways = {
         "ours: judge()": ours,
         f"paper's: padded to the longest of all, batches of {JUDGE_BATCH}": paper,
     }
-    result, scores = compare(guard.model, ways, len(pairs), rounds)
+    count = len(pairs)
+    result, scores = compare(guard.model, ways, count, rounds)
     # bf16 rounds differently at each padded width: compare in float32
     if guard.model.dtype != torch.float32:
         guard.model.float()

@@ -42,7 +42,12 @@ def bench_parser(description: str, name: str, rounds: int) -> argparse.ArgumentP
         default="smollm2-135m-instruct",
         help="bundled name, hub id or folder",
     )
-    parser.add_argument("--rounds", type=int, default=rounds, help="how often the ways take turns")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=rounds,
+        help="how often the ways take turns",
+    )
     parser.add_argument(
         "--output",
         type=home_path,
@@ -58,14 +63,17 @@ def home_path(text: str) -> Path:
 
 def write_results(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
     """Write what was measured, with what it was measured on, to `--output`."""
-    write_json(args.output, manifest([vars(args)], seed=SEED, results=results))
+    written = manifest([vars(args)], seed=SEED, results=results)
+    write_json(args.output, written)
 
 
 # --- Timing -------------------------------------------------------------------------------------
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, what: str = ""
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    what: str = "",
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Run all ways, one after the other, `rounds` times, so that a slow minute slows all of them.
 
@@ -83,18 +91,33 @@ def take_turns(
         for name, way in ways.items():
             start = time.perf_counter()
             returned[name] = way()
-            seconds[name].append(time.perf_counter() - start)
-            line = f"{what}round {turn + 1}, {name}: {seconds[name][-1]:.2f} s"
+            took = time.perf_counter() - start
+            seconds[name].append(took)
+            line = f"{what}round {turn + 1}, {name}: {took:.2f} s"
             print(line, file=sys.stderr, flush=True)
     return seconds, returned
 
 
+def batches_of(order: list[int], size: int) -> list[list[int]]:
+    """Whole batches of so many rows; what is left over is in none."""
+    batches = []
+    for start in range(0, len(order) - size + 1, size):
+        batches.append(order[start : start + size])
+    return batches
+
+
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(rounds) for name, rounds in seconds.items()}
+    found = {}
+    for name, rounds in seconds.items():
+        found[name] = statistics.median(rounds)
+    return found
 
 
 def compare(
-    model, ways: dict[str, Callable], rows: int, rounds: int
+    model,
+    ways: dict[str, Callable],
+    rows: int,
+    rounds: int,
 ) -> tuple[dict[str, Any], list]:
     """Run the ways in turn (ours first, the paper's last) and count the tokens that they process.
 
@@ -109,7 +132,8 @@ def compare(
             masks.clear()
             result = way()
             useful = sum(mask.sum().item() for mask in masks)
-            share[name] = useful / sum(mask.numel() for mask in masks)
+            processed = sum(mask.numel() for mask in masks)
+            share[name] = useful / processed
             return result
 
         return run
@@ -118,7 +142,9 @@ def compare(
         masks.append(kwargs["attention_mask"])
 
     hook = model.register_forward_pre_hook(keep_mask, with_kwargs=True)
-    counting = {name: counted(name, way) for name, way in ways.items()}
+    counting = {}
+    for name, way in ways.items():
+        counting[name] = counted(name, way)
     seconds, returned = take_turns(counting, rounds)
     hook.remove()
     median = medians(seconds)
@@ -132,12 +158,18 @@ def compare(
             "ratio": median[papers] / median[name],
             "seconds": seconds[name],
         }
-    return {"ways": found, "ratio": found[ours]["ratio"]}, list(returned.values())
+    result = {
+        "ways": found,
+        "ratio": found[ours]["ratio"],
+    }
+    return result, list(returned.values())
 
 
 def equality(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
     """How far two results lie apart, relative to the second where that is above 1."""
-    difference = ((a - b).abs() / b.abs().clamp(min=1)).max().item()
+    apart = (a - b).abs()
+    size = b.abs().clamp(min=1)
+    difference = (apart / size).max().item()
     return {"difference": difference, "equal": difference <= TOLERANCE}
 
 
@@ -170,25 +202,39 @@ def real_length_pairs(train, count: int) -> dict[str, list[Messages]]:
     it is at hand.
     """
     rng = random.Random(SEED)
-    questions, answers = zip(*(last_turns(row["messages"]) for row in train), strict=True)
-    words = " ".join(rng.sample(answers, len(answers))).split()
+    turns = [last_turns(row["messages"]) for row in train]
+    questions = [question for question, _ in turns]
+    answers = [answer for _, answer in turns]
+    shuffled = rng.sample(answers, len(answers))
+    words = " ".join(shuffled).split()
     lengths = log_normal_lengths(count)
     starts = [rng.randrange(len(words) - 300) for _ in lengths]
+    lengths = rng.sample(lengths, count)
     built = []
-    for start, length in zip(starts, rng.sample(lengths, count), strict=True):
-        built.append(" ".join(words[start : start + length]))
-    pairs = {"log-normal lengths": [pair(rng.choice(questions), answer) for answer in built]}
+    for start, length in zip(starts, lengths, strict=True):
+        answer = words[start : start + length]
+        built.append(" ".join(answer))
+    strung = []
+    for answer in built:
+        question = rng.choice(questions)
+        strung.append(pair(question, answer))
+    pairs = {"log-normal lengths": strung}
     real = xstest_pairs()
     if real:
-        pairs["XSTest answers"] = rng.sample(real, min(count, len(real)))
+        some = min(count, len(real))
+        pairs["XSTest answers"] = rng.sample(real, some)
     return pairs
 
 
 def log_normal_lengths(count: int) -> list[int]:
     """Median 60 words; one answer in 270 reaches 300, and there the tail is cut off."""
     normal = statistics.NormalDist(math.log(60), 0.6)
-    shares = [(i + 0.5) / count for i in range(count)]
-    return [min(300, round(math.exp(normal.inv_cdf(share)))) for share in shares]
+    lengths = []
+    for number in range(count):
+        share = (number + 0.5) / count
+        words = math.exp(normal.inv_cdf(share))
+        lengths.append(min(300, round(words)))
+    return lengths
 
 
 def xstest_pairs() -> list[Messages]:
@@ -201,6 +247,7 @@ def xstest_pairs() -> list[Messages]:
     pairs = []
     for file in sorted(folder.glob("completions_*.csv")):
         for _, row in read_rows(file):
-            if (row["completion"] or "").strip():
-                pairs.append(pair(row["prompt"], row["completion"]))
+            answer = row["completion"] or ""
+            if answer.strip():
+                pairs.append(pair(row["prompt"], answer))
     return pairs

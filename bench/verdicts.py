@@ -57,12 +57,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     args = parser.parse_args()
     set_seed(SEED)
-    guard = GenerativeGuard(resolve_model(args.model), guard_entry(), progress=False)
+    path = resolve_model(args.model)
+    guard = GenerativeGuard(path, guard_entry(), progress=False)
     talks = [pair(text) for text in real_prompts(args.prompts)]
     ids = guard.prompt_ids(talks)
+
+    def one_by_one() -> list[Said]:
+        said = []
+        for talk in talks:
+            said += judged(guard, [talk])
+        return said
+
     ways = {
         "shared prefix": lambda: judged(guard, talks),
-        "forward": lambda: [said for talk in talks for said in judged(guard, [talk])],
+        "forward": one_by_one,
         "original, 12 tokens": lambda: original(guard, ids, 12),
         "original, 50 tokens": lambda: original(guard, ids, 50),
     }
@@ -74,12 +82,16 @@ def main() -> None:
 
     rows = []
     for name in ways:
-        ratios = [median[f"original, {n} tokens"] / median[name] for n in (12, 50)]
-        rows.append([name, len(ids) / median[name], *ratios])
+        speed = len(ids) / median[name]
+        over_12 = median["original, 12 tokens"] / median[name]
+        over_50 = median["original, 50 tokens"] / median[name]
+        rows.append([name, speed, over_12, over_50])
     header = ["", "verdicts/s", "x original, 12 tokens", "x original, 50 tokens"]
     print(report.table(rows, header))
     shared = shared_prefix(ids)
-    bound = sum(map(len, ids)) / (shared + sum(len(row) - shared for row in ids))
+    tokens = sum(len(row) for row in ids)
+    own = tokens - shared * len(ids)
+    bound = tokens / (shared + own)
     over_forward = median["forward"] / median["shared prefix"]
     verdicts = sum(word in WORDS for word, _ in reference)
     print(
@@ -87,8 +99,14 @@ def main() -> None:
         f"shared; shared prefix over forward {over_forward:.2f}x, bound {bound:.2f}x, reached "
         f"{over_forward / bound:.0%}; equal: {equal}; verdicts {verdicts} of {len(ids)}"
     )
-    results = {"seconds": seconds, "bound": bound, "over_forward": over_forward}
-    write_results(args, results | {"equal": equal, "targets": TARGETS})
+    results = {
+        "seconds": seconds,
+        "bound": bound,
+        "over_forward": over_forward,
+        "equal": equal,
+        "targets": TARGETS,
+    }
+    write_results(args, results)
     sys.exit(not equal)
 
 
@@ -104,7 +122,10 @@ def guard_entry() -> dict:
         "prefix": "The message is",
         "words": {" safe": False, " unsafe": True},
     }
-    return {"messages": [{"role": "user", "content": policy}], "questions": [question]}
+    return {
+        "messages": [{"role": "user", "content": policy}],
+        "questions": [question],
+    }
 
 
 def real_prompts(count: int) -> list[str]:
@@ -116,7 +137,12 @@ def real_prompts(count: int) -> list[str]:
         texts = [last_turns(row["messages"])[0] for row in rows]
     # Real users write more than XSTest's one line: some prompts are strung to three.
     rng = random.Random(SEED)
-    return [" ".join(rng.sample(texts, rng.choice((1, 2, 6)))) for _ in range(count)]
+    prompts = []
+    for _ in range(count):
+        size = rng.choice((1, 2, 6))
+        some = rng.sample(texts, size)
+        prompts.append(" ".join(some))
+    return prompts
 
 
 def same(said: list[Said], reference: list[Said]) -> bool:
@@ -124,7 +150,9 @@ def same(said: list[Said], reference: list[Said]) -> bool:
     for (word, probability), (other_word, other) in zip(said, reference, strict=True):
         if word != other_word:
             return False
-        if None not in (probability, other) and abs(probability - other) > TOLERANCE:
+        if probability is None or other is None:
+            continue
+        if abs(probability - other) > TOLERANCE:
             return False
     return True
 
@@ -133,8 +161,11 @@ def same(said: list[Said], reference: list[Said]) -> bool:
 
 
 def judged(guard: GenerativeGuard, talks) -> list[Said]:
-    verdicts = guard.judge(talks)
-    return [(v.native.get("prompt_unsafe", "other"), v.prompt_unsafe) for v in verdicts]
+    said = []
+    for verdict in guard.judge(talks):
+        word = verdict.native.get("prompt_unsafe", "other")
+        said.append((word, verdict.prompt_unsafe))
+    return said
 
 
 @torch.inference_mode()
@@ -147,9 +178,14 @@ def original(guard: GenerativeGuard, ids: list[list[int]], tokens: int) -> list[
         prompt = torch.tensor([row], device=model.device)
         mask = torch.ones_like(prompt)
         written = model.generate(
-            prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **length
+            prompt,
+            attention_mask=mask,
+            do_sample=False,
+            pad_token_id=0,
+            **length,
         )
-        text = guard.tokenizer.decode(written[0, len(row) :], skip_special_tokens=True)
+        answer = written[0, len(row) :]
+        text = guard.tokenizer.decode(answer, skip_special_tokens=True)
         said.append((first_word(text), None))
     return said
 
