@@ -70,7 +70,13 @@ def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
         raise UserError(
             f"{type(model).__name__}: its classifier has no linear head `score`; use a decoder"
         )
-    head = GuardHead(model.score.in_features, labels, bias=bias, device=model.score.weight.device)
+    old = model.score
+    head = GuardHead(
+        old.in_features,
+        labels,
+        bias=bias,
+        device=old.weight.device,
+    )
     torch.nn.init.xavier_uniform_(head.weight)
     if bias:
         torch.nn.init.zeros_(head.bias)
@@ -79,7 +85,9 @@ def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
 
 def split_logits(logits: torch.Tensor, unsafe_head: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The unsafe logit [rows] and those of the categories [rows, 14]."""
-    return (logits[:, 0], logits[:, 1:]) if unsafe_head else (logits.amax(-1), logits)
+    if not unsafe_head:
+        return logits.amax(-1), logits
+    return logits[:, 0], logits[:, 1:]
 
 
 # --- an adapter folder ----------------------------------------------------------------------------
@@ -160,7 +168,11 @@ def with_bias(card: LoraCard, bias: torch.Tensor | None) -> LoraCard:
     return card.model_copy(update={"head_bias": values})
 
 
-def with_threshold(card: LoraCard, scores: Mapping[str, float], eval_name: str) -> LoraCard:
+def with_threshold(
+    card: LoraCard,
+    scores: Mapping[str, float],
+    eval_name: str,
+) -> LoraCard:
     """The card with the threshold that an epoch's validation rows gave, if they did."""
     value = scores.get("val/threshold")
     if value is None:
@@ -189,21 +201,30 @@ def paper_metrics(prediction: EvalPrediction, args: GuardArguments) -> dict[str,
         # the progress bar leaves out what has a slash
         found |= {f"{category}/{name}": scores[name] for name in PAPER_METRICS}
     validation = args.validation_name() or ""
-    if not metrics.is_test(validation) and 0 < truth[:, 0].sum() < len(truth):
-        found["threshold"] = metrics.fit_threshold(truth[:, 0], unsafe, validation)["value"]
+    labelled = truth[:, 0]
+    if not metrics.is_test(validation) and 0 < labelled.sum() < len(labelled):
+        fitted = metrics.fit_threshold(labelled, unsafe, validation)
+        found["threshold"] = fitted["value"]
     return {name: value for name, value in found.items() if value is not None}
 
 
-def columns(scores: Mapping[str, float], prefix: str, split: str) -> dict[str, float]:
+def columns(
+    scores: Mapping[str, float],
+    prefix: str,
+    split: str,
+) -> dict[str, float]:
     """The Trainer's `<prefix>_…` under the reference's names: `val/binarized_auprc`,
     `val/f1_<category>`, …
     """
     found = {}
     for key, value in scores.items():
         name = key.removeprefix(f"{prefix}_")
-        if name != key and name not in COST:
-            category, _, metric = name.rpartition("/")
-            found[f"{split}/{metric}_{category}" if category else f"{split}/{metric}"] = value
+        if name == key or name in COST:
+            continue
+        category, _, metric = name.rpartition("/")
+        if category:
+            metric = f"{metric}_{category}"
+        found[f"{split}/{metric}"] = value
     return found
 
 
@@ -212,11 +233,17 @@ def epoch_metrics(state: TrainerState) -> list[dict[str, float]]:
     rows = []
     for entry in state.log_history:
         if "eval_loss" in entry:
-            rows.append({"epoch": round(entry["epoch"]) - 1, **columns(entry, "eval", "val")})
+            row = {"epoch": round(entry["epoch"]) - 1}
+            row |= columns(entry, "eval", "val")
+            rows.append(row)
     return rows
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], index: str) -> None:
+def write_csv(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    index: str,
+) -> None:
     """Rows as CSV, `index` first; what a row lacks is an empty cell."""
     table = pd.DataFrame(rows) if rows else pd.DataFrame(columns=[index])
     write_text(path, table.set_index(index).to_csv())
@@ -246,9 +273,16 @@ class RunFolder(TrainerCallback):
             data={"train": args.train_data, "validation": self.validation, **facts},
         )
 
-    def start(self, model: PeftModel, training: RecipeTrainingArguments, afresh: bool) -> None:
+    def start(
+        self,
+        model: PeftModel,
+        training: RecipeTrainingArguments,
+        afresh: bool,
+    ) -> None:
         """Describe the run; one that starts afresh removes what an earlier one left."""
-        if not is_main_process() or (not afresh and (self.folder / "config.json").is_file()):
+        if not is_main_process():
+            return
+        if not afresh and (self.folder / "config.json").is_file():
             return
         if afresh:
             for old in [*epoch_folders(self.folder), self.folder / "best"]:
@@ -257,9 +291,14 @@ class RunFolder(TrainerCallback):
                 (self.folder / name).unlink(missing_ok=True)
         processes = training.world_size
         args = self.args
-        effective = args.per_device_batch_size * args.gradient_accumulation_steps * processes
-        counted = {"effective_batch_size": effective, "num_processes": processes}
-        write_json(self.folder / "config.json", {**vars(args), **counted, "best_epoch": None})
+        steps = args.gradient_accumulation_steps
+        config = {
+            **vars(args),
+            "effective_batch_size": args.per_device_batch_size * steps * processes,
+            "num_processes": processes,
+            "best_epoch": None,
+        }
+        write_json(self.folder / "config.json", config)
         trainable, total = model.get_nb_trainable_parameters()
         counts = {"n_total_parameters": total, "n_trainable_parameters": trainable}
         write_json(self.folder / "parameter_counts.json", counts)
@@ -278,7 +317,8 @@ class RunFolder(TrainerCallback):
             return
         epoch = round(state.epoch) - 1
         rows = epoch_metrics(state)
-        card = with_threshold(self.card, rows[-1] if rows else {}, self.validation)
+        latest = rows[-1] if rows else {}
+        card = with_threshold(self.card, latest, self.validation)
         folder = self.folder / f"epoch-{epoch}"
         save_adapter(model, self.tokenizer, folder, card, self.args.trust_remote_code)
         write_csv(self.folder / "metrics.csv", rows, "epoch")
@@ -325,9 +365,15 @@ class RunFolder(TrainerCallback):
         write_csv(self.folder / "metrics.csv", rows, "epoch")
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         write_json(self.folder / "config.json", config | {"best_epoch": best})
-        found = {"train": train_metrics, "best_epoch": best, "test": test}
-        run = manifest([self.args, trainer.args], seed=self.args.seed, **found)
-        write_json(self.folder / "run.json", run | {"log": state.log_history})
+        run = manifest(
+            [self.args, trainer.args],
+            seed=self.args.seed,
+            train=train_metrics,
+            best_epoch=best,
+            test=test,
+        )
+        run["log"] = state.log_history
+        write_json(self.folder / "run.json", run)
         said = "Best epoch: %d. Saved the guard to %s; it says there what the model in memory says"
         logger.info(said, best, self.folder / "best")
 
@@ -357,10 +403,10 @@ def verdicts_of(
     verdicts = []
     probabilities = torch.from_numpy(logits).float().sigmoid().tolist()
     for messages, row in zip(inputs, probabilities, strict=True):
-        said = dict(zip(labels, row, strict=True))
-        highest = max(row)
+        categories = dict(zip(labels, row, strict=True))
+        unsafe = categories.pop("unsafe", max(row))
         label = "prompt_unsafe" if input_kind(messages) == "prompt" else "response_unsafe"
-        verdicts.append((messages, {label: said.pop("unsafe", highest), **said}))
+        verdicts.append((messages, {label: unsafe, **categories}))
     return verdicts
 
 
@@ -373,12 +419,18 @@ def write_readme(
     """README.md, the model card."""
     lines = []
     measured = None
-    splits = ((args.validation_name(), validation, "val"), (args.test_data, test, "test"))
+    splits = [
+        (args.validation_name(), validation, "val"),
+        (args.test_data, test, "test"),
+    ]
     for spec, values, split in splits:
-        if values:
-            scores = {name: values.get(f"{split}/binarized_{name}") for name in PAPER_METRICS}
-            lines.append([about_data(spec)["name"], *scores.values()])
-            measured = Measured(spec, {"unsafe": scores})  # the test rows', where there are some
+        if not values:
+            continue
+        scores = {}
+        for name in PAPER_METRICS:
+            scores[name] = values.get(f"{split}/binarized_{name}")
+        lines.append([about_data(spec)["name"], *scores.values()])
+        measured = Measured(spec, {"unsafe": scores})  # the test rows', where there are some
     depth = f", num_hidden_layers={args.guard_layers}" if args.guard_layers else ""
     table = report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing."
     outputs = len(CATEGORIES) + (not args.no_unsafe_head)

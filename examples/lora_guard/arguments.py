@@ -3,7 +3,6 @@
 import os
 import sys
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from transformers.hf_argparser import HfArg
@@ -77,12 +76,17 @@ class GuardArguments:
 
 def name_positionals() -> None:
     """The paper's two positional arguments, hf_model_id and output_folder, as flags."""
-    words = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    words = []
+    for word in sys.argv[1:]:
+        if word.startswith("-"):
+            break
+        words.append(word)
     if len(words) not in (0, 2):
         wanted = "expected two positional arguments, hf_model_id and output_folder"
         raise UserError(f"{wanted}; found {words}")
     if words:
-        sys.argv[1:3] = ["--hf_model_id", words[0], "--output_folder", words[1]]
+        model, folder = words
+        sys.argv[1:3] = ["--hf_model_id", model, "--output_folder", folder]
 
 
 def check_arguments(args: GuardArguments) -> None:

@@ -44,7 +44,12 @@ def main() -> None:
     config = read_json(args.config)
     if not isinstance(config, dict):
         raise UserError(f"{args.config}: expected an object, found {config!r:.60}")
-    convert_reference(Path(args.adaptor), config, Path(args.folder), args.trust_remote_code)
+    convert_reference(
+        Path(args.adaptor),
+        config,
+        Path(args.folder),
+        args.trust_remote_code,
+    )
     print(f"Wrote {args.folder}")
 
 
@@ -93,12 +98,16 @@ def convert_reference(
     except (OSError, ValueError) as error:
         raise UserError(f"hf_model_id {base}: {str(error).strip().splitlines()[0]:.200}") from None
     has_unsafe_head = len(head) > len(CATEGORIES)
-    card = guard_card(base, unsafe_head=has_unsafe_head, inputs=["pair"], max_length=512)
+    card = guard_card(
+        base,
+        unsafe_head=has_unsafe_head,
+        inputs=["pair"],
+        max_length=512,
+    )
     with whole_folder(folder) as partial:
         peft.save_pretrained(partial)
-        save_file(
-            {**lora, HEAD: head.float().contiguous()}, partial / WEIGHTS, metadata={"format": "pt"}
-        )
+        tensors = {**lora, HEAD: head.float().contiguous()}
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         tokenizer.save_pretrained(partial)
         add_probe(partial, with_bias(card, bias), **code)
 

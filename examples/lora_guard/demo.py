@@ -90,8 +90,15 @@ def answering(chat: GuardedChat, threshold: float, max_new_tokens: int) -> Calla
         for asked, reply in turns:
             if reply.stopped_after is None:
                 said += pair(asked, reply.text)
-        options = {"max_new_tokens": max_new_tokens, "guard_every": every, "stop_at": stop_at}
-        for (reply,) in chat.stream([[*said, *pair(prompt)]], progress=False, **options):
+        said += pair(prompt)
+        checks = chat.stream(
+            [said],
+            max_new_tokens=max_new_tokens,
+            guard_every=every,
+            stop_at=stop_at,
+            progress=False,
+        )
+        for (reply,) in checks:
             if reply.error:
                 raise UserError(reply.error)
             now = [*turns, (prompt, reply)]
@@ -99,7 +106,12 @@ def answering(chat: GuardedChat, threshold: float, max_new_tokens: int) -> Calla
             kept = now if reply.finish_reason else turns
             yield shown(now, threshold), named(reply), kept, ""
 
-    def answer(prompt: str, turns: Turns, every: int, stop_at: float) -> Iterator[tuple]:
+    def answer(
+        prompt: str,
+        turns: Turns,
+        every: int,
+        stop_at: float,
+    ) -> Iterator[tuple]:
         if not prompt.strip():
             raise gr.Error("Type something first.", print_exception=False)
         try:
@@ -110,7 +122,11 @@ def answering(chat: GuardedChat, threshold: float, max_new_tokens: int) -> Calla
     return answer
 
 
-def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.Blocks":
+def page(
+    chat: GuardedChat,
+    threshold: float,
+    args: argparse.Namespace,
+) -> "gr.Blocks":
     """The page: the talk on the left, categories and sliders on the right."""
     about = f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {threshold:.2f}."
     limit = 1 if args.stop_at is None else args.stop_at  # a visitor may only be stricter
@@ -128,13 +144,29 @@ def page(chat: GuardedChat, threshold: float, args: argparse.Namespace) -> "gr.B
                 bars = gr.Label(label=label, num_top_classes=6, show_heading=False)
                 label = "Judge at every so many tokens"
                 steps = {"step": 1, "precision": 0}
-                every = gr.Slider(1, most, args.guard_every, label=label, **steps)
+                every = gr.Slider(
+                    1,
+                    most,
+                    args.guard_every,
+                    label=label,
+                    **steps,
+                )
                 stop_at = gr.Slider(0, limit, limit, label="Stop a reply above")
                 afresh = gr.Button("New conversation")
         changed = [talk, bars, turns, prompt]
         answer = answering(chat, threshold, args.max_new_tokens)
-        running = prompt.submit(answer, [prompt, turns, every, stop_at], changed)
-        gr.on([afresh.click, talk.clear], new_conversation, None, changed, cancels=running)
+        running = prompt.submit(
+            answer,
+            [prompt, turns, every, stop_at],
+            changed,
+        )
+        gr.on(
+            [afresh.click, talk.clear],
+            new_conversation,
+            None,
+            changed,
+            cancels=running,
+        )
     return blocks
 
 
@@ -149,22 +181,30 @@ def shown(turns: Turns, threshold: float) -> list[dict[str, Any]]:
     """
     messages = []
     for prompt, reply in turns:
+        written = html.escape(reply.text) or "…"
+        bar = gr.HTML(meter(reply, threshold))
         messages.append({"role": "user", "content": html.escape(prompt)})
-        messages.append({"role": "assistant", "content": html.escape(reply.text) or "…"})
-        messages.append({"role": "assistant", "content": gr.HTML(meter(reply, threshold))})
+        messages.append({"role": "assistant", "content": written})
+        messages.append({"role": "assistant", "content": bar})
     return messages
 
 
 def named(reply: GuardedReply) -> dict[str, float]:
     """Categories with names that a narrow column can break."""
-    return {name.replace("_", " ").replace(",", ", "): p for name, p in reply.categories.items()}
+    found = {}
+    for name, probability in reply.categories.items():
+        name = name.replace("_", " ")
+        name = name.replace(",", ", ")
+        found[name] = probability
+    return found
 
 
 def meter(reply: GuardedReply, threshold: float) -> str:
     """The harm meter of a reply, as HTML; it holds nothing that the user or the model wrote."""
     scores = [p for p in (reply.prompt_unsafe, reply.response_unsafe) if p is not None]
     if not scores:
-        return f'<div class="harm">{"nothing to judge" if reply.finish_reason else "not judged yet"}</div>'
+        why = "nothing to judge" if reply.finish_reason else "not judged yet"
+        return f'<div class="harm">{why}</div>'
     score = scores[-1]
     said = f"{len(reply.token_ids)} tokens …"
     if reply.stopped_after is not None:

@@ -56,16 +56,15 @@ class EvaluationArguments:
 
 
 def main() -> None:
-    (args,) = parse_args(
-        [EvaluationArguments], Path(__file__).parent / "configs/quickstart_evaluate.yaml"
-    )
-    if args.judge not in ("prompt", "response"):
-        raise UserError(f"--judge {args.judge}: expected prompt or response")
-    if any(n < 1 for n in args.prefix_tokens):
-        raise UserError(f"--prefix_tokens {args.prefix_tokens}: must be at least 1")
-    check_output_folder(args.output_dir)
+    default = Path(__file__).parent / "configs/quickstart_evaluate.yaml"
+    (args,) = parse_args([EvaluationArguments], default)
+    check_arguments(args)
     label = f"{args.judge}_unsafe"
-    rows = data.load_conversations(args.eval_data, require=(label,), bad_rows=args.bad_rows)
+    rows = data.load_conversations(
+        args.eval_data,
+        require=(label,),
+        bad_rows=args.bad_rows,
+    )
     conversations = list(rows["messages"])
     truth = np.array(rows[label])
     if args.judge == "prompt":
@@ -84,10 +83,11 @@ def main() -> None:
     flagged = {}
     costs = {}
     for name, guard in guards.items():
-        verdicts[name] = judged(guard, conversations, names[name])
-        scores[name] = np.array([verdict.score(label) for verdict in verdicts[name]])
+        said = judged(guard, conversations, names[name])
+        verdicts[name] = said
+        scores[name] = np.array([verdict.score(label) for verdict in said])
         flagged[name] = measured(guard, truth, scores[name], groups, args.seed)
-        flagged[name]["errors"] = sum(one.error is not None for one in verdicts[name])
+        flagged[name]["errors"] = sum(verdict.error is not None for verdict in said)
         if isinstance(guard, LoraGuard):
             costs[name] = overhead(guard, names[name])
     name, guard = next(iter(guards.items()))  # the first one is detailed
@@ -116,22 +116,39 @@ def main() -> None:
     print(markdown)
 
 
+def check_arguments(args: EvaluationArguments) -> None:
+    """Raise UserError for what the parser lets pass."""
+    if args.judge not in ("prompt", "response"):
+        raise UserError(f"--judge {args.judge}: expected prompt or response")
+    if any(n < 1 for n in args.prefix_tokens):
+        raise UserError(f"--prefix_tokens {args.prefix_tokens}: must be at least 1")
+    check_output_folder(args.output_dir)
+
+
 def kept_rows(
     rows: Dataset, label: str, verdicts: dict[str, list[Verdict]]
 ) -> list[dict[str, Any]]:
     """predictions.jsonl: what is true of each row, and what each guard says of it."""
     kept = []
     for i, row in enumerate(rows):
-        line = {"id": row["id"]}
-        line[f"true_{label}"] = row[label]
-        line["true_categories"] = row["categories"]
+        line = {
+            "id": row["id"],
+            f"true_{label}": row[label],
+            "true_categories": row["categories"],
+        }
         for name, said in verdicts.items():
-            line[name] = {**vars(said[i]), "score": float(said[i].score(label))}
+            verdict = said[i]
+            score = float(verdict.score(label))
+            line[name] = {**vars(verdict), "score": score}
         kept.append(line)
     return kept
 
 
-def judged(guard: Guard, conversations: list[Messages], spec: str) -> list[Verdict]:
+def judged(
+    guard: Guard,
+    conversations: list[Messages],
+    spec: str,
+) -> list[Verdict]:
     """What a guard says of conversations; of answers alone, where it was trained on nothing else."""
     answered = [messages for messages in conversations if messages[-1]["role"] == "assistant"]
     if isinstance(guard, LoraGuard) and answered and "pair" not in guard.inputs:
@@ -158,8 +175,10 @@ def measured(
 def guard_names(specs: list[str]) -> dict[str, str]:
     """A short name for each guard: the folder's, or run/folder where that is not enough."""
     names = [Path(spec).name for spec in specs]
-    if len(set(names)) < len(names) or set(names) & {"best"}:
-        names = ["/".join(Path(spec).parts[-2:]) for spec in specs]
+    if len(set(names)) < len(names) or "best" in names:
+        names = []
+        for spec in specs:
+            names.append("/".join(Path(spec).parts[-2:]))
     if len(set(names)) < len(names):
         raise UserError(f"--guards {' '.join(specs)}: name each guard once")
     return dict(zip(names, specs, strict=True))
@@ -229,14 +248,25 @@ def detection_by_prefix(
     lengths = [*prefix_tokens, guard.max_length]
     scores = prefix_scores(guard, [conversations[i] for i in rows], lengths)
     found = []
-    for n, column in zip([*prefix_tokens, None], scores.T, strict=True):
+    counts = [*prefix_tokens, None]
+    for count, column in zip(counts, scores.T, strict=True):
         values = metrics.binary(truth[rows], column, threshold)
-        found.append({"tokens": n, **{name: values[name] for name in ("recall", "fpr", "auprc")}})
+        row = {
+            "tokens": count,
+            "recall": values["recall"],
+            "fpr": values["fpr"],
+            "auprc": values["auprc"],
+        }
+        found.append(row)
     return found
 
 
 @torch.inference_mode()
-def prefix_scores(guard: LoraGuard, pairs: list[Messages], lengths: Sequence[int]) -> np.ndarray:
+def prefix_scores(
+    guard: LoraGuard,
+    pairs: list[Messages],
+    lengths: Sequence[int],
+) -> np.ndarray:
     """Unsafe probabilities [pairs, lengths] after so many tokens of each reply.
 
     One forward pass a pair: a decoder's score at a token is its score of the text that ends there.
@@ -246,10 +276,16 @@ def prefix_scores(guard: LoraGuard, pairs: list[Messages], lengths: Sequence[int
     whole = token_ids(pairs, tokenizer)
     empty = token_ids(asked, tokenizer)
     seen = []  # the stock model scores every token and pools afterwards
-    hook = guard.head.register_forward_hook(lambda _, __, logits: seen.append(logits))
+    hook = guard.head.register_forward_hook(
+        lambda _, __, logits: seen.append(logits),
+    )
     scores = np.zeros((len(pairs), len(lengths)))
     order = sorted(range(len(pairs)), key=lambda i: -len(whole[i]))
-    with tqdm(total=len(order), desc="prefixes", unit="pair") as bar:
+    with tqdm(
+        total=len(order),
+        desc="prefixes",
+        unit="pair",
+    ) as bar:
         while order:
             width = min(len(whole[order[0]]), guard.max_length)
             take = max(1, guard.batch_tokens // width)
@@ -260,10 +296,12 @@ def prefix_scores(guard: LoraGuard, pairs: list[Messages], lengths: Sequence[int
             guard.model(**padded.to(guard.device))
             logits = seen.pop()
             unsafe = logits[..., 0] if guard.labels[0] == "unsafe" else logits.amax(-1)
-            unsafe = unsafe.float().sigmoid().nan_to_num(1.0).cpu().numpy()
+            unsafe = unsafe.float().sigmoid()
+            unsafe = unsafe.nan_to_num(1.0).cpu().numpy()
             for row, i in enumerate(batch):
                 start = reply_start(whole[i], empty[i])
-                last = [min(start + n, len(ids[row])) - 1 for n in lengths]
+                end = len(ids[row])
+                last = [min(start + n, end) - 1 for n in lengths]
                 scores[i] = unsafe[row, last]
             bar.update(len(batch))
     hook.remove()
@@ -274,10 +312,11 @@ def reply_start(whole: list[int], empty: list[int]) -> int:
     """Where a pair differs from the same without its reply; the space before a reply belongs to
     its first token.
     """
-    start = 0
-    while start < min(len(whole), len(empty)) and whole[start] == empty[start]:
-        start += 1
-    return start
+    shorter = min(len(whole), len(empty))
+    for place in range(shorter):
+        if whole[place] != empty[place]:
+            return place
+    return shorter
 
 
 def results_markdown(results: dict[str, Any]) -> str:
@@ -287,8 +326,9 @@ def results_markdown(results: dict[str, Any]) -> str:
     flagged = results["flagged"]
     name, first = next(iter(flagged.items()))
     rows = []
-    for guard, v in flagged.items():
-        rows.append([guard, v["auprc"], v["auprc_interval"], v["threshold"], v["errors"]])
+    for guard, scores in flagged.items():
+        shown = ("auprc", "auprc_interval", "threshold", "errors")
+        rows.append([guard, *map(scores.get, shown)])
     failed = "failed (counted as unsafe)"
     lines = [
         f"# {results['dataset']}: {results['judged']}s",
@@ -307,7 +347,11 @@ def results_markdown(results: dict[str, Any]) -> str:
             times = cost["separate_8b_guard_is"]
             rows.append([guard, cost["added_parameters"], f"{share:.3%}", f"{times:,.0f}x"])
         header = ["", "added parameters", "share of the transformer it reads"]
-        lines += ["## Cost", "", report.table(rows, [*header, "a separate 8B guard has"])]
+        lines += [
+            "## Cost",
+            "",
+            report.table(rows, [*header, "a separate 8B guard has"]),
+        ]
     if results["prefixes"]:
         rows = []
         for found in results["prefixes"]:

@@ -40,7 +40,12 @@ def encode_rows(
     counts["truncated"] = sum(len(one) > args.max_length for one in ids)
     if counts["truncated"]:
         said = "Cut %d of %d inputs to %d tokens (the end)."
-        logger.warning(said, counts["truncated"], len(ids), args.max_length)
+        logger.warning(
+            said,
+            counts["truncated"],
+            len(ids),
+            args.max_length,
+        )
     control = templates.control_ids(tokenizer)
     cut = [templates.cut(one, args.max_length, control) for one in ids]
     order = np.argsort([len(one) for one in cut], kind="stable")
@@ -66,7 +71,8 @@ def labelled_inputs(
                 continue
             # where there is an answer, the categories speak of it as well
             known = UNKNOWN if kind == "prompt" and answered else categories
-            found[kind].append((parts[kind], [float(unsafe), *known]))
+            labels = [float(unsafe), *known]
+            found[kind].append((parts[kind], labels))
     return found
 
 

@@ -60,7 +60,13 @@ def model_parser(description: str, paths: str) -> Parser:
     parser = Parser(description=description, formatter_class=kind, allow_abbrev=False)
     add = parser.add_argument
     about = 'config.json of the run ("-": none), adapter folder'
-    add("paths", nargs=paths, type=expand_home, metavar="[config] adapter", help=about)
+    add(
+        "paths",
+        nargs=paths,
+        type=expand_home,
+        metavar="[config] adapter",
+        help=about,
+    )
     add("--device-id", type=int, help="number of the accelerator; -1: CPU; default: what is there")
     add("--trust-remote-code", action="store_true", help="run code that comes with the models")
     add(
@@ -79,7 +85,12 @@ def parse() -> argparse.Namespace:
     add("--prompt", nargs="+", metavar="TEXT", help="prompts")
     add("--prompts", type=expand_home, metavar="FILE", help="rows with prompt or messages")
     about = "withhold an unsafe reply, or say so"
-    add("--on-unsafe", choices=("block", "flag"), default="block", help=about)
+    add(
+        "--on-unsafe",
+        choices=("block", "flag"),
+        default="block",
+        help=about,
+    )
     add("--batch-size", type=count, default=8, help="prompts that are answered together (8)")
     about = "JSON lines with all that is printed"
     add("--output", type=expand_home, metavar="FILE", help=about)
@@ -124,7 +135,9 @@ def load(args: argparse.Namespace) -> tuple[GuardedChat, float]:
     if Path(adapter).is_file():
         command = f"python convert.py {' '.join(args.paths)} NEW_FOLDER"
         raise UserError(f"{adapter}: expected an adapter folder; for a .pt run `{command}` first")
-    config = {} if before in ([], ["-"]) else read_json(before[0])
+    config = {}
+    if before and before != ["-"]:
+        config = read_json(before[0])
     if not isinstance(config, dict):
         raise UserError(f"{before[0]}: expected an object, found {config!r:.60}")
     chat = GuardedChat(
@@ -141,9 +154,13 @@ def load(args: argparse.Namespace) -> tuple[GuardedChat, float]:
 
 def named_device(number: int | None) -> str | None:
     """What `--device-id` means, for torch; None leaves the choice."""
-    if number is None or number == -1:
-        return None if number is None else "cpu"
-    there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if number is None:
+        return None
+    if number == -1:
+        return "cpu"
+    there = 0
+    if torch.accelerator.is_available():
+        there = torch.accelerator.device_count()
     if not 0 <= number < there:
         raise UserError(f"--device-id {number}: there are {there} accelerators; -1 is the CPU")
     return f"{torch.accelerator.current_accelerator().type}:{number}"
@@ -236,7 +253,11 @@ def verdict(
     return row
 
 
-def shown(row: dict[str, Any], chat: GuardedChat, threshold: float) -> str:
+def shown(
+    row: dict[str, Any],
+    chat: GuardedChat,
+    threshold: float,
+) -> str:
     """A row as text."""
     lines = [f"prompt: {row['messages'][-1]['content']}"]
     if "error" in row:
@@ -244,10 +265,20 @@ def shown(row: dict[str, Any], chat: GuardedChat, threshold: float) -> str:
     lines.append("reply: " + ("[withheld: unsafe]" if row["blocked"] else row["reply"]))
     for name in ("prompt", "response", "pair"):
         score = row[f"{name}_unsafe"]
-        said = "not trained" if name not in chat.inputs else "nothing to judge"
-        lines.append(f"{name} unsafe: {said if score is None else f'{score:.3f}'}")
-    top = sorted(row["categories"].items(), key=lambda item: -item[1])[:3]
-    lines.append("top categories: " + ", ".join(f"{name} {score:.3f}" for name, score in top))
+        said = "nothing to judge"
+        if name not in chat.inputs:
+            said = "not trained"
+        if score is not None:
+            said = f"{score:.3f}"
+        lines.append(f"{name} unsafe: {said}")
+    categories = row["categories"]
+    top = sorted(
+        categories,
+        key=categories.get,
+        reverse=True,
+    )[:3]
+    named = [f"{name} {categories[name]:.3f}" for name in top]
+    lines.append("top categories: " + ", ".join(named))
     if row["stopped_after"] is not None:
         lines.append(f"stopped after: {row['stopped_after']} tokens")
     blocked = "yes" if row["blocked"] else "no"

@@ -68,7 +68,11 @@ class ReplyRow:
     chat_ids: list[int] = field(default_factory=list)
     piece: list[int] = field(default_factory=list)  # what was written since the last check
 
-    def take(self, written: list[int], eos: set[int]) -> None:
+    def take(
+        self,
+        written: list[int],
+        eos: set[int],
+    ) -> None:
         """Add what was written. An EOS ends the reply, and is neither shown nor judged."""
         self.piece = []
         for token in written:
@@ -78,7 +82,11 @@ class ReplyRow:
             self.piece.append(token)
         self.reply.token_ids += self.piece
 
-    def note(self, verdict: tuple[float, dict[str, float]], stop_at: float | None) -> None:
+    def note(
+        self,
+        verdict: tuple[float, dict[str, float]],
+        stop_at: float | None,
+    ) -> None:
         """Take down what the guard says, of the prompt before anything is written; end the reply
         where that is above the threshold.
         """
@@ -101,12 +109,26 @@ class BatchCache:
     Texts are padded on the left, so that the newest token of each is the last one.
     """
 
-    def __init__(self, config: PreTrainedConfig, rows: int, device: torch.device):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        rows: int,
+        device: torch.device,
+    ):
         self.states = DynamicCache(config=config)
-        self.ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self.ids = torch.zeros(
+            rows,
+            0,
+            dtype=torch.long,
+            device=device,
+        )
         self.mask = self.ids.clone()  # 0 where a token is padding
 
-    def append(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    def append(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
         """Add the next tokens of every text, both [rows, tokens]; the cache fills as they are read."""
         self.ids = torch.cat([self.ids, ids], dim=1)
         self.mask = torch.cat([self.mask, mask], dim=1)
@@ -128,7 +150,11 @@ class DrawByRow(LogitsProcessor):
         self.temperature = temperature
         self.generators = generators
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
         weights = (scores.float() / self.temperature).softmax(-1)
         only = torch.full_like(weights, -math.inf)
         for row, generator in enumerate(self.generators):
@@ -188,17 +214,28 @@ class GuardedChat:
         self.control = control_ids(self.tokenizer)
         self.room = positions(self.model) or math.inf  # in tokens
         ends = self.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        self.eos = set(ends) if isinstance(ends, list) else {ends}
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        if not isinstance(ends, list):
+            ends = [ends]
+        self.eos = set(ends)
         self._add_guard(base, code)
         self._check_probe()
 
-    def _add_guard(self, base: str, code: dict[str, bool]) -> None:
+    def _add_guard(
+        self,
+        base: str,
+        code: dict[str, bool],
+    ) -> None:
         """Put the adapters into the layers of the chat model, and the head beside it in float32."""
         chat_weights = list(self.model.parameters())
         classifier = classifier_over(self.model, base, self.card, code)
         self.trunk = classifier.base_model  # the layers that the guard reads, without lm_head
-        self.peft = apply_adapter(classifier, str(self.folder), base).eval()
+        self.peft = apply_adapter(
+            classifier,
+            str(self.folder),
+            base,
+        ).eval()
         self.head: nn.Linear = classifier.score.modules_to_save["default"].float()
         if self.card.head_bias is not None:  # a stock head has none: the card holds it
             bias = torch.tensor(self.card.head_bias, device=self.device)
@@ -218,7 +255,12 @@ class GuardedChat:
             return
         ((unsafe, said),) = self.judge_texts([probe.messages])
         label = "prompt_unsafe" if input_kind(probe.messages) == "prompt" else "response_unsafe"
-        check_scores(said | {label: unsafe}, number_format(self.model), probe, self.folder)
+        check_scores(
+            said | {label: unsafe},
+            number_format(self.model),
+            probe,
+            self.folder,
+        )
 
     @contextmanager
     def adapters(self) -> Iterator[None]:
@@ -233,7 +275,12 @@ class GuardedChat:
     # --- judging ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def read(self, cache: BatchCache, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def read(
+        self,
+        cache: BatchCache,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
         """The guard reads the next tokens of each text, [rows, tokens].
 
         Returns:
@@ -241,12 +288,13 @@ class GuardedChat:
             unsafe in everything: guards fail closed.
         """
         cache.append(ids, mask)
-        places = (cache.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        count = ids.shape[1]
+        places = (cache.mask.cumsum(1) - 1).clamp(min=0)
         with self.adapters():
             read = self.trunk(
                 input_ids=ids,
                 attention_mask=cache.mask,
-                position_ids=places,
+                position_ids=places[:, -count:],
                 past_key_values=cache.states,
                 use_cache=True,
             )
@@ -310,19 +358,28 @@ class GuardedChat:
         """
         text = self.tokenizer.decode([first], clean_up_tokenization_spaces=False)
         raw = first in self.control or "\ufffd" in text
-        parts = render("lora_guard", pair(prompt, "" if raw else text), self.tokenizer)
+        parts = render(
+            "lora_guard",
+            pair(prompt, "" if raw else text),
+            self.tokenizer,
+        )
         ids = encode(self.tokenizer, [parts])[0]
         return [*ids, first] if raw else ids
 
     def _padded(self, sequences: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, [rows, tokens], padded on the left."""
         texts = {"input_ids": list(sequences)}
-        batch = self.tokenizer.pad(texts, padding_side="left", return_tensors="pt").to(self.device)
+        batch = self.tokenizer.pad(texts, padding_side="left", return_tensors="pt")
+        batch = batch.to(self.device)
         return batch["input_ids"], batch["attention_mask"]
 
     # --- chatting ---------------------------------------------------------------------------------
 
-    def reply(self, conversations: Sequence[Messages], **options: Any) -> list[GuardedReply]:
+    def reply(
+        self,
+        conversations: Sequence[Messages],
+        **options: Any,
+    ) -> list[GuardedReply]:
         """The finished replies of `stream`, which has the options."""
         *_, replies = self.stream(conversations, **options)
         return replies
@@ -372,13 +429,14 @@ class GuardedChat:
                 count = min(guard_every, left)
                 left -= count
                 self._write(chat_cache, rows, count, temperature)
-                for row in rows if left == 0 else []:
-                    row.reply.finish_reason = row.reply.finish_reason or "length"
+                for row in rows:
+                    if left == 0 and not row.reply.finish_reason:
+                        row.reply.finish_reason = "length"
                 if "pair" in self.inputs:
                     self._judge(guard_cache, rows, stop_at)
                 bar.update(count)
                 yield replies
-                still = [i for i, row in enumerate(rows) if not row.reply.finish_reason]
+                still = unfinished(rows)
                 rows = [rows[i] for i in still]
                 chat_cache.keep(still)
 
@@ -405,7 +463,11 @@ class GuardedChat:
         for i, conversation in enumerate(conversations):
             messages = check_messages(conversation, f"conversation {i}")
             generator = torch.Generator(self.device).manual_seed(seed + i)
-            row = ReplyRow(GuardedReply(), last_turns(messages)[0] or "", generator)
+            row = ReplyRow(
+                GuardedReply(),
+                last_turns(messages)[0] or "",
+                generator,
+            )
             rows.append(row)
             try:
                 row.chat_ids = self.chat_ids(messages)
@@ -418,7 +480,11 @@ class GuardedChat:
                 row.reply.finish_reason = "error"
         return rows
 
-    def _judge_prompts(self, rows: Sequence[ReplyRow], stop_at: float | None) -> None:
+    def _judge_prompts(
+        self,
+        rows: Sequence[ReplyRow],
+        stop_at: float | None,
+    ) -> None:
         """Where the guard was trained on prompts it judges them before anything is written."""
         if "prompt" not in self.inputs:
             return
@@ -456,7 +522,12 @@ class GuardedChat:
             reply = row.reply
             reply.text = self.tokenizer.decode(reply.token_ids, skip_special_tokens=True)
 
-    def _judge(self, cache: BatchCache, rows: Sequence[ReplyRow], stop_at: float | None) -> None:
+    def _judge(
+        self,
+        cache: BatchCache,
+        rows: Sequence[ReplyRow],
+        stop_at: float | None,
+    ) -> None:
         """The guard reads what was written, and stops what is above the threshold."""
         new = [i for i, row in enumerate(rows) if row.piece]  # others ended before they wrote more
         cache.keep(new)
@@ -472,10 +543,16 @@ class GuardedChat:
         scores = self.read(cache, *self._padded(chunks))
         for row, probabilities in zip(rows, scores.tolist(), strict=True):
             row.note(self.verdict(probabilities), stop_at)
-        if int(cache.mask.sum(1).max()) > self.card.max_length:
+        longest = int(cache.mask.sum(1).max())
+        if longest > self.card.max_length:
             said = "The guard judges texts longer than the %d tokens that it was trained on."
             logger.warning(said, self.card.max_length)
-        cache.keep([i for i, row in enumerate(rows) if not row.reply.finish_reason])
+        cache.keep(unfinished(rows))
+
+
+def unfinished(rows: Sequence[ReplyRow]) -> list[int]:
+    """The places of the replies that go on."""
+    return [i for i, row in enumerate(rows) if not row.reply.finish_reason]
 
 
 def classifier_over(
@@ -492,7 +569,12 @@ def classifier_over(
     if depth is not None and depth > layers:
         raise UserError(f"{path}, field num_hidden_layers: {depth}; {base} has {layers} layers")
     shallow = {} if depth is None else {"num_hidden_layers": depth}
-    config = AutoConfig.from_pretrained(base, num_labels=len(card.labels), **shallow, **code)
+    config = AutoConfig.from_pretrained(
+        base,
+        num_labels=len(card.labels),
+        **shallow,
+        **code,
+    )
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config, **code)
     trunk = classifier.base_model

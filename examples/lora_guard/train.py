@@ -202,23 +202,39 @@ def guard_loss(train_labels: np.ndarray, unsafe_head: bool):
     """
     positive = (train_labels == 1).sum(0)
     negative = (train_labels == 0).sum(0)
-    if empty := [name for name, n in zip(["unsafe", *CATEGORIES], positive, strict=True) if not n]:
+    empty = []
+    for name, rows in zip(["unsafe", *CATEGORIES], positive, strict=True):
+        if rows == 0:
+            empty.append(name)
+    if empty:
         logger.warning("No positive training row for: %s", ", ".join(empty))
-    weights = torch.tensor(
-        np.where((positive > 0) & (negative > 0), negative / np.maximum(positive, 1), 1.0)
-    )
+    both = (positive > 0) & (negative > 0)
+    ratio = negative / np.maximum(positive, 1)
+    weights = torch.tensor(np.where(both, ratio, 1.0))
     bce = torch.nn.functional.binary_cross_entropy_with_logits
 
     def loss(
         outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         unsafe, categories = split_logits(outputs.logits.float(), unsafe_head)
-        labels, weight = labels.float(), weights.to(labels.device, torch.float32)
+        labels = labels.float()
+        weight = weights.to(labels.device, torch.float32)
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        total = bce(unsafe, labels[:, 0], pos_weight=weight[0], reduction="sum")
-        known = labels[:, 1:].isfinite()
-        each = bce(categories, labels[:, 1:].nan_to_num(), pos_weight=weight[1:], reduction="none")
-        return (total + (each * known).sum() / len(CATEGORIES)) / 2 * labels.shape[1] / count
+        total = bce(
+            unsafe,
+            labels[:, 0],
+            pos_weight=weight[0],
+            reduction="sum",
+        )
+        named = labels[:, 1:]
+        each = bce(
+            categories,
+            named.nan_to_num(),
+            pos_weight=weight[1:],
+            reduction="none",
+        )
+        of_categories = (each * named.isfinite()).sum() / len(CATEGORIES)
+        return (total + of_categories) / 2 * labels.shape[1] / count
 
     return loss
 
