@@ -246,15 +246,21 @@ def read_card(folder: Path | str, kind: type[AnyCard] | None = None) -> AnyCard 
         file and field.
     """
     path = card_path(folder)
+    card = None
     try:
         card = ADAPTER.validate_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        found = card.kind
     except OSError as error:
         raise UserError(f"{path}: no guard of a recipe lies there ({error.strerror})") from None
     except ValidationError as error:
-        raise UserError(_one_line(path, error)) from None
-    if kind is not None and not isinstance(card, kind):
+        wrong = UserError(_one_line(path, error))
+        found = next(iter(error.errors()[0]["loc"]), None)
+    # What is wrong with a card of another kind is no matter of the caller's.
+    if kind is not None and found in KINDS and KINDS[found] is not kind:
         wanted = kind.model_fields["kind"].default
-        raise UserError(f"{path}, field kind: expected {wanted!r}, found {card.kind!r}")
+        raise UserError(f"{path}, field kind: expected {wanted!r}, found {found!r}")
+    if card is None:
+        raise wrong
     return card
 
 

@@ -29,8 +29,7 @@ from common.conversation import (
     last_turns,
     pair,
 )
-from common.engines import Completion, Decoding, Engine, load_engine
-from common.run import inference_dtype
+from common.engines import Completion, Decoding, Engine, dtype_name, load_engine
 from common.templates import (
     Part,
     encode,
@@ -184,10 +183,7 @@ class GenerativeGuard(Guard):
         self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
         self.questions = [Question.read(question, mode) for question in entry["questions"]]
         self.variants = entry.get("variants", {"": {}})
-        asked = []
-        for question in self.questions:
-            asked += [question.label_of(kind) for kind in LAST if question.is_for(kind)]
-        self.judges = tuple(label for label in LABELS if label in asked)
+        self.judges = self._judged()
         self._words: dict[Any, dict[str, Ids]] = {}
         self._load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
         if chat_template is not None:
@@ -213,10 +209,17 @@ class GenerativeGuard(Guard):
             raise UserError(f"{model}: {what}; lower it to that")
         if engine == "transformers":
             self.dtype = number_format(self.model.model)
-        elif engine == "server":
-            self.dtype = "server"  # nobody knows it
-        else:
-            self.dtype = str(inference_dtype()).removeprefix("torch.")
+        else:  # nobody knows it of a server
+            self.dtype = "server" if engine == "server" else dtype_name()
+
+    def _judged(self) -> tuple[str, ...]:
+        """The labels that its questions tell."""
+        asked = set()
+        for question in self.questions:
+            for kind in LAST:
+                if question.is_for(kind):
+                    asked.add(question.label_of(kind))
+        return tuple(label for label in LABELS if label in asked)
 
     def _load_tokenizer(self, source: str, trust_remote_code: bool) -> None:
         try:
@@ -425,7 +428,8 @@ class GenerativeGuard(Guard):
             parts = render(self.entry["template"], messages, self.tokenizer)
             return _stripped(parts) if how == "all" else parts
         policy = self.variants[variant or next(iter(self.variants))]
-        kwargs = self.entry.get("template_kwargs", {}) | policy.get(_kind(messages), {})
+        kwargs = dict(self.entry.get("template_kwargs", {}))
+        kwargs |= policy.get(_kind(messages), {})
         turns = _alternating(messages)
         return render_chat(self.tokenizer, turns, wrap=self._wrap, **kwargs)
 
@@ -445,7 +449,8 @@ class GenerativeGuard(Guard):
             out.append({"role": message["role"], "content": text})
         if self.entry.get("content") == "parts":
             for i, turn in enumerate(out):
-                out[i] = turn | {"content": [{"type": "text", "text": turn["content"]}]}
+                part = {"type": "text", "text": turn["content"]}
+                out[i] = turn | {"content": [part]}
         return out
 
     def encode(self, prompts: Sequence[Sequence[Part]]) -> list[Ids]:
@@ -560,8 +565,9 @@ def _stripped(parts: list[Part]) -> list[Part]:
     inside = range(places[0], places[-1] + 1)
     for order, strip in ((inside, str.lstrip), (reversed(inside), str.rstrip)):
         for place in order:
-            out[place] = out[place]._replace(text=strip(out[place].text))
-            if out[place].text:
+            text = strip(parts[place].text)
+            out[place] = parts[place]._replace(text=text)
+            if text:
                 break
     return out
 

@@ -61,25 +61,25 @@ def find_base(
         trained on; names
             file and field.
     """
-    path = Path(folder) / CONFIG
-    if given is not None:
-        where, name = "base_model", given
-    elif card.base_model is not None:
-        where, name = f"{card_path(folder)}, field base_model", card.base_model
-    else:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        where, name = f"{path}, field {NOTED}", str(noted.get(NOTED))
+    where = "base_model"
+    name = given
+    if name is None:
+        where = f"{card_path(folder)}, field base_model"
+        name = card.base_model
+    if name is None:
+        path = Path(folder) / CONFIG
+        where = f"{path}, field {NOTED}"
+        name = str(json.loads(path.read_text(encoding="utf-8")).get(NOTED))
     source = resolve_model(zoo().get(name, {}).get("model", name))
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         said = str(error).strip().splitlines()[0]
         hint = "if it was moved, say where it is (base_model=…)"
-        shown = name if source == name else f"{name} ({source})"
-        what = f"{shown}: no model that can be loaded; {hint}: {said:.200}"
-        raise UserError(f"{where}: {what}") from None
+        what = f"no model that can be loaded; {hint}: {said:.200}"
+        raise UserError(f"{where}: {source}: {what}") from None
     found = local_sha256(source)
-    if None not in (card.base_sha256, found) and card.base_sha256 != found:
+    if card.base_sha256 and found and card.base_sha256 != found:
         raise UserError(
             f"{card_path(folder)}, field base_sha256: {card.base_sha256:.12}… is the base that the "
             f"adapters were trained on, and {name} is another ({found:.12}…), with which they give "

@@ -74,7 +74,10 @@ def _read(name):
 
 def benchmark_names(label: str | None = None) -> list[str]:
     """All names, or those whose rows are judged for `label`, in the order of the file."""
-    return [name for name, entry in benchmarks().items() if label in (None, entry["label"])]
+    names = list(benchmarks())
+    if label is None:
+        return names
+    return [name for name in names if benchmarks()[name]["label"] == label]
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -111,8 +114,9 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     name, local = split_spec(spec)
     entry = benchmarks().get(name)
     if entry is None:
-        near = difflib.get_close_matches(name.lower(), benchmarks(), 5, 0.5) or list(benchmarks())
-        raise UserError(f"{spec}: no benchmark {name!r}; near it: {', '.join(near)}")
+        known = list(benchmarks())
+        near = difflib.get_close_matches(name.lower(), known, 5, 0.5)
+        raise UserError(f"{spec}: no benchmark {name!r}; near it: {', '.join(near or known)}")
     if "@" in spec and not local:
         raise UserError(f"{spec}: no file after the @; expected {name}@FILE")
     if max_rows is not None and max_rows < 1:
@@ -124,7 +128,8 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     if max_rows is not None and max_rows < len(rows):
         rows = [rows[i * len(rows) // max_rows] for i in range(max_rows)]
     _mark_repeats(rows)
-    found = {"size": len(rows), "positives": sum(row["label"] for row in rows)}
+    positives = sum(row["label"] for row in rows)
+    found = {"size": len(rows), "positives": positives}
     mismatch = _mismatch(entry, found, left_out) if max_rows is None else None
     if mismatch:
         logger.warning("%s: %s", spec, mismatch)
@@ -166,7 +171,8 @@ def _mismatch(entry: Row, found: Row, left_out: Row) -> str | None:
     # Papers count the dropped rows, of which each may be positive or not.
     dropped = sum(left_out.get(reason, 0) for reason in reasons)
     lacking = {key: value - found[key] for key, value in expected.items()}
-    if lacking.get("size", dropped) == dropped and 0 <= lacking.get("positives", 0) <= dropped:
+    size_fits = lacking.get("size", dropped) == dropped
+    if size_fits and 0 <= lacking.get("positives", 0) <= dropped:
         return None
     theirs = ", ".join(f"{key} {value}" for key, value in expected.items())
     ours = ", ".join(f"{key} {found[key]}" for key in expected)
@@ -198,13 +204,17 @@ def _labelled_rows(entry: Row, source: Iterator[SourceRow]) -> tuple[list[Row], 
     for annotations in items.values():
         row = annotations[0][1]
         messages = _messages(row, entry)
-        groups = {name: _group(row, rule) for name, rule in entry.get("groups", {}).items()}
+        groups = {}
+        for name, rule in entry.get("groups", {}).items():
+            value = _group(row, rule)
+            if value is not None:
+                groups[name] = value
         rows.append(
             {
                 "id": row_id(entry["label"], messages),
                 "messages": messages,
                 "label": fmean(share for share, _ in annotations) > 0.5,
-                "groups": {name: value for name, value in groups.items() if value is not None},
+                "groups": groups,
                 "index": row.index,
             }
         )
@@ -234,7 +244,8 @@ def _share(row: SourceRow, rule: Row) -> float:
     columns = rule["columns"]
     if not any(column in row.cells for column in columns):
         row.cell(columns[0])  # one may be absent, but not all
-    return float(sum(row.vote(column, rule) for column in columns) >= rule["at_least"])
+    votes = [row.vote(column, rule) for column in columns]
+    return float(sum(votes) >= rule["at_least"])
 
 
 def row_id(label: str, messages: Messages) -> str:
@@ -252,7 +263,8 @@ def _messages(row: SourceRow, entry: Row) -> Messages:
         for role, columns in part.items():
             first, *others = as_list(columns)
             filled = [column for column in others if plain(row.cell(column)) is not None]
-            content = entry.get("join", "").join(map(row.text, [first, *filled]))
+            texts = [row.text(column) for column in (first, *filled)]
+            content = entry.get("join", "").join(texts)
             messages.append({"role": role, "content": content})
     return messages
 
@@ -289,7 +301,9 @@ def _source_rows(name: str, entry: Row, local: str) -> Iterator[SourceRow]:
         splits = as_list(entry["split"])
         parts = {split: _hub_rows(name, entry, local, split) for split in splits}
     else:
-        urls = entry["url"] if isinstance(entry["url"], dict) else {None: entry["url"]}
+        urls = entry["url"]
+        if not isinstance(urls, dict):
+            urls = {None: urls}
         parts = {split: _url_rows(name, url, local) for split, url in urls.items()}
     numbers = count()
     for split, rows in parts.items():
@@ -332,7 +346,8 @@ def _url_rows(name: str, url: str, local: str) -> Rows:
     config = datasets.DownloadConfig(use_etag=False, force_extract=True)
     manager = datasets.DownloadManager(download_config=config)
     try:
-        path = Path(local, unquote(Path(url).name)) if local else manager.download(url)
+        place = Path(local, unquote(Path(url).name))
+        path = place if local else manager.download(url)
         if member:
             path = Path(manager.extract(str(path)), member)
     except Exception as error:  # the network's and an archive's errors share no base class

@@ -49,7 +49,8 @@ def details(results: Row) -> str:
     """Guards, benchmarks, intervals, parse errors, marked rows and paired differences."""
     guards = []
     for name, guard in results["guards"].items():
-        guards.append(guard | {"name": name, "knows": ", ".join(guard["knows"])})
+        knows = ", ".join(guard["knows"])
+        guards.append(guard | {"name": name, "knows": knows})
     benchmarks = [facts | {"name": name} for name, facts in results["benchmarks"].items()]
     measured = [cell for cell in results["cells"] if cell["status"] == "measured"]
     with_errors = [cell for cell in measured if cell["errors"]]

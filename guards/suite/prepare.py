@@ -111,11 +111,14 @@ def _saferlhf(rows: Rows) -> Iterator[SourceRow]:
     """
     answers: dict[bool, list[SourceRow]] = {True: [], False: []}
     for row in rows:
-        votes = [row.vote(f"is_response_{i}_safe", {"is": True, "not": False}) == 1 for i in (0, 1)]
-        if votes[0] != votes[1]:
-            for i, is_safe in enumerate(votes):
-                response = row.cell(f"response_{i}")
-                answers[is_safe].append(row.with_cells(response=response, is_safe=is_safe))
+        pair = []
+        for i in (0, 1):
+            is_safe = row.vote(f"is_response_{i}_safe", {"is": True, "not": False}) == 1
+            response = row.cell(f"response_{i}")
+            pair.append(row.with_cells(response=response, is_safe=is_safe))
+        if pair[0].cells["is_safe"] != pair[1].cells["is_safe"]:
+            for answer in pair:
+                answers[answer.cells["is_safe"]].append(answer)
     count = len(answers[True])
     drawn = random.Random(42).sample(range(count), min(1000, count))
     for is_safe in (True, False):
@@ -130,8 +133,11 @@ def _convabuse(rows: Rows) -> Iterator[SourceRow]:
     for row in rows:
         votes = []
         for annotator in range(1, 9):
-            columns = {n: f"Annotator{annotator}_is_abuse.{n}" for n in range(-3, 2)}
-            given = [n for n, column in columns.items() if among(row.cells.get(column), 1)]
+            given = []
+            for level in range(-3, 2):
+                column = f"Annotator{annotator}_is_abuse.{level}"
+                if among(row.cells.get(column), 1):
+                    given.append(level)
             if given:
                 votes.append(min(given) < 0)
         if not votes:
@@ -183,7 +189,9 @@ def _harmfulqa(rows: Rows) -> Iterator[SourceRow]:
         for colour in ("blue", "red"):
             column = f"{colour}_conversations"
             talks = row.cell(column) or {}
-            for number, turns in talks.items() if isinstance(talks, Mapping) else [("", talks)]:
+            if not isinstance(talks, Mapping):
+                talks = {"": talks}
+            for number, turns in talks.items():
                 messages = _talk(row, f"{column}[{number}]", turns)
                 if messages:
                     yield row.with_cells(colour=colour, messages=messages)
@@ -211,8 +219,11 @@ def _bot_adversarial(rows: Rows) -> Iterator[SourceRow]:
     the one judged.
     """
     for row in rows:
-        fields = (field.partition(":") for field in str(row.cell("text")).split("\t"))
-        line = replace(row, cells={name: value for name, _, value in fields})
+        cells = {}
+        for field in str(row.cell("text")).split("\t"):
+            name, _, value = field.partition(":")
+            cells[name] = value
+        line = replace(row, cells=cells)
         is_user = line.vote("speaker_to_eval", {"is": "bot", "not": "human"}) == 0
         messages = []
         for text in reversed(line.cell("text").split("\\n")):

@@ -164,25 +164,22 @@ def score_cell(
     groups = pandas.DataFrame(said.groups.tolist())
     cell["groups"] = {}
     for name in groups:
-        places = groups.groupby(name).groups
-        cell["groups"][name] = {
-            group: score(table[table.index.isin(rows)]) for group, rows in places.items()
-        }
+        found = {}
+        for group, rows in groups.groupby(name).groups.items():
+            found[group] = score(table[table.index.isin(rows)])
+        cell["groups"][name] = found
     marked = {name: table[name] for name in MARKS if said[name].any()}
     if len(marked) > 1:
         marked["any of these"] = table[[*MARKS]].any(axis=1)
-    cell["without"] = {name: score(table[~mask]) for name, mask in marked.items()}
-    cell["intervals"] = {
-        name: metrics.bootstrap(
-            statistic,
-            len(table),
-            table.prompt.tolist(),
-            rounds,
-            seed,
-        )
-        for name, statistic in statistics(table, value).items()
-        if cell[name] is not None
-    }
+    cell["without"] = {}
+    for name, mask in marked.items():
+        cell["without"][name] = score(table[~mask])
+    cell["intervals"] = {}
+    prompts = table.prompt.tolist()
+    for name, statistic in statistics(table, value).items():
+        if cell[name] is not None:
+            interval = metrics.bootstrap(statistic, len(table), prompts, rounds, seed)
+            cell["intervals"][name] = interval
     return cell
 
 
@@ -224,7 +221,8 @@ def _of_drawn(metric, truth, said, rows):
 
 
 def _f1(truth, flagged):
-    return 2 * (truth & flagged).sum() / (truth.sum() + flagged.sum())
+    hits = (truth & flagged).sum()
+    return 2 * hits / (truth.sum() + flagged.sum())
 
 
 def _recall(truth, flagged):

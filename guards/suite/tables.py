@@ -102,7 +102,8 @@ def check_column(cells: Sequence[Row], metric: str) -> None:
         keys.append("parse_errors")
     if metric == "f1_at_validation":
         keys.append("threshold")
-    with_value = [c for c in cells if c["status"] == "measured" and c.get(metric) is not None]
+    measured = [cell for cell in cells if cell["status"] == "measured"]
+    with_value = [cell for cell in measured if cell.get(metric) is not None]
     for cell in with_value[1:]:
         check_alike(with_value[0], cell, keys, METRICS[metric])
 
@@ -143,7 +144,8 @@ def grid(results: Row, metric: str, papers: Row, show: str = "run") -> Grid | No
     for number in papers["numbers"] if show != "none" else ():
         if number["metric"] == metric and (show == "all" or number["guard"] in in_run):
             add_published(rows, number, benchmarks, sets)
-    out = Grid(metric, list(benchmarks), [], notes(rows, metric, benchmarks, sets, papers))
+    said = notes(rows, metric, benchmarks, sets, papers)
+    out = Grid(metric, list(benchmarks), [], said)
     for name, members in sets.items():
         out.columns.append(f"mean of {len(members)}: {name}")
     for (label, source), values in rows.items():
@@ -166,7 +168,10 @@ def mean_sets(benchmarks: dict[str, Row], metric: str, named: Sets) -> Sets:
     usable = list(benchmarks)
     if metric in NEED_BOTH:
         usable = [name for name in benchmarks if not benchmarks[name]["recall_only"]]
-    sets = {name: members for name, members in named.items() if set(members) <= set(usable)}
+    sets = {}
+    for name, members in named.items():
+        if set(members) <= set(usable):
+            sets[name] = members
     known = [set(members) for members in sets.values()]
     for label in LABELS:
         members = [name for name in usable if benchmarks[name]["label"] == label]
@@ -232,7 +237,8 @@ def notes(
     if any(label.endswith(NO_WORD) for label, _ in rows):
         what = "has no word of its own, in whole or in part: there, score > 0.5 decides"
         found.append(f"{NO_WORD.strip()} {what}.")
-    if metric.startswith("f1") and any(facts["recall_only"] for facts in benchmarks.values()):
+    without_safe = any(facts["recall_only"] for facts in benchmarks.values())
+    if without_safe and metric.startswith("f1"):
         what = "No harmless row: F1 is 2R/(1+R), so the recall R stands beside it"
         found.append(f"{NO_SAFE} {what}.")
     rules = {number["source"]: number["parse_errors"] for number in papers["numbers"]}
