@@ -565,8 +565,8 @@ def _stripped(parts: list[Part]) -> list[Part]:
     inside = range(places[0], places[-1] + 1)
     for order, strip in ((inside, str.lstrip), (reversed(inside), str.rstrip)):
         for place in order:
-            text = strip(parts[place].text)
-            out[place] = parts[place]._replace(text=text)
+            text = strip(out[place].text)
+            out[place] = out[place]._replace(text=text)
             if text:
                 break
     return out
