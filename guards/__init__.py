@@ -177,7 +177,11 @@ def add_probe(
     return guard
 
 
-def _loaded(folder: str, card: Card, options: dict[str, Any]) -> Guard:
+def _loaded(
+    folder: str,
+    card: Card,
+    options: dict[str, Any],
+) -> Guard:
     """The guard of a folder with a card, which nobody has checked yet."""
     if isinstance(card, GenerativeCard):
         return _generative(folder, card, options)
@@ -189,12 +193,20 @@ def _loaded(folder: str, card: Card, options: dict[str, Any]) -> Guard:
     raise UserError(f"{card_path(folder)}, field kind: {what}")
 
 
-def _generative(folder: str, card: GenerativeCard, options: dict[str, Any]) -> Guard:
+def _generative(
+    folder: str,
+    card: GenerativeCard,
+    options: dict[str, Any],
+) -> Guard:
     """A folder with a whole causal LM, or with adapters on one."""
     check_tokenizer_file(folder)
     known = {
         # Without an adapter, which is of the zoo's own model.
-        "entry": {**zoo()[card.guard], "tokenizer": folder, "adapter": None},
+        "entry": {
+            **zoo()[card.guard],
+            "tokenizer": folder,
+            "adapter": None,
+        },
         "max_length": card.max_length,
         "thresholds": card.threshold_values(),
     }
@@ -208,7 +220,12 @@ def _generative(folder: str, card: GenerativeCard, options: dict[str, Any]) -> G
     return guard
 
 
-def _made(spec: str, kind: type[Guard], model: str, options: dict[str, Any]) -> Guard:
+def _made(
+    spec: str,
+    kind: type[Guard],
+    model: str,
+    options: dict[str, Any],
+) -> Guard:
     options = dict(options)
     if kind is not GenerativeGuard and options.pop("engine", "transformers") != "transformers":
         raise UserError(f"{spec}: --engine is for guards that generate")
@@ -218,7 +235,11 @@ def _made(spec: str, kind: type[Guard], model: str, options: dict[str, Any]) -> 
         raise UserError(f"{spec}: {str(error).split('__init__() ')[-1]}") from None
 
 
-def _check(guard: Guard, spec: str, options: Mapping[str, Any]) -> None:
+def _check(
+    guard: Guard,
+    spec: str,
+    options: Mapping[str, Any],
+) -> None:
     """Judge the probe of a guard's folder, or of the adapter that was put on it; a server is asked
     later.
     """

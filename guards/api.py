@@ -231,7 +231,12 @@ class ApiGuard(Guard):
                 jobs = []
                 for messages in conversations:
                     jobs.append(pool.submit(self._judge_one, messages, stopped))
-                with tqdm(desc=title, total=len(jobs), unit="text", disable=hidden) as bar:
+                with tqdm(
+                    desc=title,
+                    total=len(jobs),
+                    unit="text",
+                    disable=hidden,
+                ) as bar:
                     for _ in as_completed(jobs):
                         bar.update()
             finally:

@@ -121,7 +121,11 @@ class Guard:
         """One verdict a conversation, in order, of conversations that `check_messages` has read."""
         raise NotImplementedError(f"{type(self).__name__} implements neither judge_valid nor judge")
 
-    def moderate(self, conversations: Sequence[Messages], **_: Any) -> list[float]:
+    def moderate(
+        self,
+        conversations: Sequence[Messages],
+        **_: Any,
+    ) -> list[float]:
         """GuardBench's callback: the unsafe probability of each last turn, 1.0 where the guard says
         none ("n/a").
         """

@@ -50,7 +50,13 @@ POOLING = "last attended token"  # where the head of a decoder reads
 # How far the log-odds of a probe may move between two machines, by the coarser of the two number
 # formats. The logits of a 16-bit model are rounded to 1/8 where they are large; 4 bits change the
 # weights themselves.
-TOLERANCE = {"float32": 0.02, "float16": 0.5, "bfloat16": 0.5, "4bit": 2.0, "server": 0.5}
+TOLERANCE = {
+    "float32": 0.02,
+    "float16": 0.5,
+    "bfloat16": 0.5,
+    "4bit": 2.0,
+    "server": 0.5,
+}
 # A server tells the most likely tokens alone, so that it calls impossible what is only unlikely.
 # Its log-odds are compared up to here.
 SERVER_FARTHEST = 5.0
@@ -187,7 +193,11 @@ class LoraCard(LabelledCard):
 
     @field_validator("head_bias")
     @classmethod
-    def _fits_labels(cls, bias: list[float] | None, known: ValidationInfo) -> list[float] | None:
+    def _fits_labels(
+        cls,
+        bias: list[float] | None,
+        known: ValidationInfo,
+    ) -> list[float] | None:
         labels = known.data.get("labels", [])  # none where these are wrong themselves
         if bias is not None and labels and len(bias) != len(labels):
             raise ValueError(f"{len(bias)} numbers for {len(labels)} labels")
@@ -354,7 +364,11 @@ def check_tokenizer_file(folder: Path | str) -> None:
         raise UserError(f"{path}: is missing, {what}")
 
 
-def check_labels(card: LabelledCard, names: Sequence[str], where: Path | str) -> None:
+def check_labels(
+    card: LabelledCard,
+    names: Sequence[str],
+    where: Path | str,
+) -> None:
     """Compare the labels of a card with the names that a model has for its outputs.
 
     Raises:
@@ -426,7 +440,12 @@ def check_equal_outputs(
     check_equal([scores for _, scores in trained], saved, TOLERANCE[guard.dtype])
 
 
-def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: bool = True) -> bool:
+def check_probe(
+    guard: Guard,
+    card: GuardCard,
+    where: Path | str,
+    must_answer: bool = True,
+) -> bool:
     """Judge the card's probe, and compare with the scores that the guard gave when it was saved.
 
     Args:
@@ -459,7 +478,12 @@ def check_probe(guard: Guard, card: GuardCard, where: Path | str, must_answer: b
     return verdict.error is None
 
 
-def check_scores(said: Mapping[str, float], dtype: str, probe: Probe, where: Path | str) -> None:
+def check_scores(
+    said: Mapping[str, float],
+    dtype: str,
+    probe: Probe,
+    where: Path | str,
+) -> None:
     """Compare what a guard says of a probe with the scores in its card.
 
     Args:

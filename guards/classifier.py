@@ -192,7 +192,11 @@ class ClassifierGuard(Guard):
             raise UserError(f"{model}: has {len(names)} labels, {described}")
         return list(labels)
 
-    def _unsafe_labels(self, model: str, asked: Sequence[str] | None) -> list[str]:
+    def _unsafe_labels(
+        self,
+        model: str,
+        asked: Sequence[str] | None,
+    ) -> list[str]:
         """The labels that make a text unsafe.
 
         Raises:
@@ -246,7 +250,11 @@ class ClassifierGuard(Guard):
     def _render(self, messages: Messages) -> list[Part]:
         return render(self.template, messages, self.tokenizer)
 
-    def _fit(self, ids: list[int], messages: Messages) -> list[list[int]]:
+    def _fit(
+        self,
+        ids: list[int],
+        messages: Messages,
+    ) -> list[list[int]]:
         """A conversation's token ids, or of one that is too long what `long_inputs` says."""
         if len(ids) <= self.max_length:
             return [ids]
@@ -281,7 +289,12 @@ class ClassifierGuard(Guard):
         hidden = not (self.progress and is_main_process())
         activation = partial(torch.softmax, dim=-1) if self.exclusive else torch.sigmoid
         title = f"judging with {self.name}"
-        with tqdm(total=len(order), desc=title, unit="pair", disable=hidden) as bar:
+        with tqdm(
+            total=len(order),
+            desc=title,
+            unit="pair",
+            disable=hidden,
+        ) as bar:
             while order:
                 count = max(1, self.batch_tokens // len(sequences[order[0]]))
                 rows, order = order[:count], order[count:]

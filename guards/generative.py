@@ -296,7 +296,11 @@ class GenerativeGuard(Guard):
 
     # --- text that the guard writes ---------------------------------------------------------------
 
-    def _write_to_anchor(self, anchor: str, cases: list[Case]) -> list[Case]:
+    def _write_to_anchor(
+        self,
+        anchor: str,
+        cases: list[Case],
+    ) -> list[Case]:
         """Let the guard write, and keep what stands before its verdict. What has no anchor is an
         error.
         """
@@ -318,7 +322,11 @@ class GenerativeGuard(Guard):
                 found.append(case)
         return found
 
-    def written(self, prompts: Sequence[Ids], new_tokens: int) -> list[Completion]:
+    def written(
+        self,
+        prompts: Sequence[Ids],
+        new_tokens: int,
+    ) -> list[Completion]:
         """What the guard writes greedily after prompts (token ids), special tokens included."""
         decoding = Decoding(max_new_tokens=new_tokens)
         return self.model.completions(prompts, decoding, skip_special_tokens=False)
@@ -372,7 +380,11 @@ class GenerativeGuard(Guard):
         """
         question = self.questions[0]
         tokens: dict[bool, Ids] = {True: [], False: []}
-        for word, ids in self._word_tokens(question, kind, question.prefix).items():
+        for word, ids in self._word_tokens(
+            question,
+            kind,
+            question.prefix,
+        ).items():
             meaning = question.words[word]
             if meaning is not None:
                 tokens[meaning] += ids
@@ -491,7 +503,12 @@ class GenerativeGuard(Guard):
                     self._word_tokens(question, kind, said)
                     said += next(iter(question.words))
 
-    def _word_tokens(self, question: Question, kind: str, said: str) -> dict[str, Ids]:
+    def _word_tokens(
+        self,
+        question: Question,
+        kind: str,
+        said: str,
+    ) -> dict[str, Ids]:
         """First tokens of each word after `said`; none is shared by two words.
 
         A word that is written without a blank before it also counts with one, as SentencePiece has
@@ -517,7 +534,12 @@ class GenerativeGuard(Guard):
         self._words[key] = tokens
         return tokens
 
-    def _first_tokens(self, word: str, kind: str, said: str) -> set[int]:
+    def _first_tokens(
+        self,
+        word: str,
+        kind: str,
+        said: str,
+    ) -> set[int]:
         """What a word begins with after `said`."""
         case = Case(kind, "", self.parts(EXAMPLES[kind]), said)
         (before,) = self.encode([case.prompt])

@@ -121,7 +121,12 @@ class LoraGuard(ClassifierGuard):
         self.inputs, self.base_model = card.inputs, base_model
         super().__init__(model, card=card, **options)
 
-    def _load(self, model: str, labels: Sequence[str] | None, trust_remote_code: bool) -> None:
+    def _load(
+        self,
+        model: str,
+        labels: Sequence[str] | None,
+        trust_remote_code: bool,
+    ) -> None:
         card: LoraCard = self.card
         self.labels = list(labels or card.labels)
         source = find_base(model, card, self.base_model, trust_remote_code)
@@ -196,9 +201,18 @@ class LoraGuard(ClassifierGuard):
             raise UserError(f"not trained on a {kind}, only on: {', '.join(self.inputs)}")
         return super()._render(messages)
 
-    def _unsafe_labels(self, model: str, asked: Sequence[str] | None) -> list[str]:
+    def _unsafe_labels(
+        self,
+        model: str,
+        asked: Sequence[str] | None,
+    ) -> list[str]:
         return ["unsafe"] if "unsafe" in self.labels else super()._unsafe_labels(model, asked)
 
-    def _conclude(self, verdict: Verdict, rows: list[list[float]], messages: Messages) -> None:
+    def _conclude(
+        self,
+        verdict: Verdict,
+        rows: list[list[float]],
+        messages: Messages,
+    ) -> None:
         super()._conclude(verdict, rows, messages)
         verdict.categories.pop("unsafe", None)  # it is the verdict, and no category

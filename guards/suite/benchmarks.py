@@ -318,7 +318,12 @@ def _source_rows(name: str, entry: Row, local: str) -> Iterator[SourceRow]:
             yield SourceRow(row, next(numbers), where)
 
 
-def _hub_rows(name: str, entry: Row, local: str, split: str) -> Rows:
+def _hub_rows(
+    name: str,
+    entry: Row,
+    local: str,
+    split: str,
+) -> Rows:
     """Rows of a hub data set, or of a local folder in its layout."""
     hub = local or entry["hub"]
     revision = None if local else entry["revision"]

@@ -71,7 +71,11 @@ def details(results: Row) -> str:
     return "\n".join(section for section in sections if section)
 
 
-def _section(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+def _section(
+    title: str,
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
+) -> str:
     """A table under its title; nothing where it has no rows."""
     if not rows:
         return ""

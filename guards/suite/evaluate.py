@@ -345,7 +345,12 @@ def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def guard_cells(guard: str, found: Found, inputs: Inputs, args: EvaluationArguments) -> list[Row]:
+def guard_cells(
+    guard: str,
+    found: Found,
+    inputs: Inputs,
+    args: EvaluationArguments,
+) -> list[Row]:
     """One guard's cells: a benchmark each, and what failed of the validation rows."""
     thresholds = own_thresholds(found.about.get("thresholds", {}))
     if args.validation:

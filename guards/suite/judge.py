@@ -337,7 +337,11 @@ def _verdicts(
         conversations = [row_of[key]["messages"] for key in asked]
         said = load().judge(conversations, wanted=[benchmark.label])
         for key, verdict in zip(asked, said, strict=True):
-            row = {"id": key, "row": row_of[key]["id"], "guard": candidate.identity}
+            row = {
+                "id": key,
+                "row": row_of[key]["id"],
+                "guard": candidate.identity,
+            }
             yield row | {"verdict": asdict(verdict)}
 
     rows = kept.fill(

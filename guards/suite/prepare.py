@@ -197,7 +197,11 @@ def _harmfulqa(rows: Rows) -> Iterator[SourceRow]:
                     yield row.with_cells(colour=colour, messages=messages)
 
 
-def _talk(row: SourceRow, place: str, turns: Any) -> list[dict[str, str]]:
+def _talk(
+    row: SourceRow,
+    place: str,
+    turns: Any,
+) -> list[dict[str, str]]:
     """One conversation of HarmfulQA, up to its last answer."""
     messages = []
     for turn in as_list(turns or []):

@@ -108,7 +108,12 @@ def check_column(cells: Sequence[Row], metric: str) -> None:
         check_alike(with_value[0], cell, keys, METRICS[metric])
 
 
-def check_alike(first: Row, second: Row, keys: Sequence[str], metric: str) -> None:
+def check_alike(
+    first: Row,
+    second: Row,
+    keys: Sequence[str],
+    metric: str,
+) -> None:
     """Refuse two cells whose conventions differ in one of these keys."""
     for key in keys:
         a = first["convention"][key]
@@ -121,7 +126,12 @@ def check_alike(first: Row, second: Row, keys: Sequence[str], metric: str) -> No
             )
 
 
-def grid(results: Row, metric: str, papers: Row, show: str = "run") -> Grid | None:
+def grid(
+    results: Row,
+    metric: str,
+    papers: Row,
+    show: str = "run",
+) -> Grid | None:
     """The table of one metric; None where no guard has a value, but for F1, which says why.
 
     Args:
@@ -161,7 +171,11 @@ def has_number(values: Mapping[str, Value]) -> bool:
     return any(isinstance(value, float) for value in values.values())
 
 
-def mean_sets(benchmarks: dict[str, Row], metric: str, named: Sets) -> Sets:
+def mean_sets(
+    benchmarks: dict[str, Row],
+    metric: str,
+    named: Sets,
+) -> Sets:
     """What means are taken over: the papers' sets that are all there, and all benchmarks of one
     label.
     """
@@ -200,7 +214,12 @@ def own_rows(results: Row, metric: str) -> Rows:
     return rows
 
 
-def add_published(rows: Rows, number: Row, benchmarks: dict[str, Row], sets: Sets) -> None:
+def add_published(
+    rows: Rows,
+    number: Row,
+    benchmarks: dict[str, Row],
+    sets: Sets,
+) -> None:
     """Put what a paper says of a guard into a row of its own, if the benchmark, or each of a mean,
     was judged whole.
     """
