@@ -505,11 +505,11 @@ class ServerEngine(Engine):
             options["top_p"] = decoding.top_p
             if decoding.top_k:
                 more["top_k"] = decoding.top_k
-        for i, answer in self._ask(prompts, options):
-            if isinstance(answer, str):
-                yield i, Completion(error=answer)
+        for i, choice, error in self._ask(prompts, options):
+            if error is None:
+                yield i, Completion(choice.text)
             else:
-                yield i, Completion(answer.text)
+                yield i, Completion(error=error)
 
     def _next_token(self, prompts, candidates):
         more: dict[str, Any] = {"return_tokens_as_token_ids": True}
@@ -521,41 +521,40 @@ class ServerEngine(Engine):
             "logprobs": 20,
             "extra_body": more,
         }
-        for i, answer in self._ask(prompts, options):
-            if isinstance(answer, str):
-                yield i, NextToken(error=answer)
+        for i, choice, error in self._ask(prompts, options):
+            if error is None:
+                yield i, _next_token_of(choice, candidates)
             else:
-                yield i, _next_token_of(answer, candidates)
+                yield i, NextToken(error=error)
 
-    def _ask(self, prompts, options) -> Iterator[tuple[int, Any]]:
-        """(index of the prompt, the first choice of the answer or an error's text), as they come.
+    def _ask(self, prompts, options) -> Iterator[tuple[int, Any, str | None]]:
+        """(index of the prompt, first choice of the answer, error), as they come.
 
         Raises:
             EngineStopped: after what was answered, where the rest was not asked.
         """
         self.failures = 0
-        not_asked = 0
+        answered = 0
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             asked = {}
             for i, ids in enumerate(prompts):
                 asked[pool.submit(self._answer, ids, options)] = i
             for future in as_completed(asked):
-                answer = future.result()
-                if answer is None:
-                    not_asked += 1
-                else:
-                    yield asked[future], answer
+                choice, error = future.result()
+                if choice or error:
+                    answered += 1
+                    yield asked[future], choice, error
         finally:  # also when the caller was interrupted
             pool.shutdown(cancel_futures=True)
         if self.stopped:
-            what = f"{not_asked} of {len(prompts)} prompts were not asked"
+            what = f"{len(prompts) - answered} of {len(prompts)} prompts were not asked"
             raise EngineStopped(f"{self.url}: {self.stopped}; {what}, run it again for them")
 
     def _answer(self, ids, options):
-        """The first choice of the server's answer, or an error's text; None: it is not asked."""
+        """The first choice of the server's answer, or an error; neither where it is not asked."""
         if self.stopped:
-            return None
+            return None, None
         try:
             said = self.client.completions.create(model=self.model, prompt=ids, **options)
             choice = said.choices[0]
@@ -564,13 +563,13 @@ class ServerEngine(Engine):
         except (AttributeError, TypeError, LookupError):  # such as a proxy's page, with HTTP 200
             why = f"no completion in its answer: {said!r:.80}"
             self._count_failure(why, 500)
-            return why
+            return None, why
         except Exception as error:  # of the client, whose errors share no base class
             why = _without_key(error)
             self._count_failure(why, getattr(error, "status_code", 500))
-            return why
+            return None, why
         self.failures = 0
-        return choice
+        return choice, None
 
     def _count_failure(self, why, status) -> None:
         with self.lock:
@@ -633,12 +632,16 @@ def load_engine(
         UserError: see `check_engine`; or the engine cannot load the model.
     """
     check_engine(engine, options)
-    known = inspect.signature(ENGINES[engine]).parameters
     used = {}
-    for name, value in options.items():
-        if value is not None and name in known:
-            used[name] = value
+    for name in options_of(engine):
+        if options.get(name) is not None:
+            used[name] = options[name]
     return ENGINES[engine](model, tokenizer, **used)
+
+
+def options_of(engine: str) -> set[str]:
+    """What an engine can be told beside model and tokenizer."""
+    return set(inspect.signature(ENGINES[engine]).parameters)
 
 
 def check_engine(engine: str, options: Mapping[str, Any], num_beams: int = 1) -> None:
@@ -651,7 +654,7 @@ def check_engine(engine: str, options: Mapping[str, Any], num_beams: int = 1) ->
     if engine not in ENGINES:
         raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     given = {name for name, value in options.items() if value is not None}
-    wrong = given - set(inspect.signature(ENGINES[engine]).parameters) - LEFT_TO_A_SERVER
+    wrong = given - options_of(engine) - LEFT_TO_A_SERVER
     if wrong:
         raise UserError(f"--engine {engine}: takes no {', '.join(sorted(wrong))}")
     check_beams(ENGINES[engine], num_beams)
@@ -769,15 +772,12 @@ def apply_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
         result = adapted.load_adapter(adapter, "default", **options)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{adapter}: cannot be applied to {base}: {_line(error, 300)}") from None
-    keys = result.unexpected_keys or result.missing_keys
-    if not keys:
-        return adapted
-    adapted.unload()  # the model is again what it was
-    what = "places of the base without weights"
-    if result.unexpected_keys:
-        what = "weights that the base has no place for"
-    found = f"{len(keys)} {what} ({min(keys)}, …)"
-    raise UserError(f"{adapter}: is no adapter of {base}: {found}")
+    if result.unexpected_keys or result.missing_keys:
+        adapted.unload()  # the model is again what it was
+        surplus = f"{len(result.unexpected_keys)} weights that the base has no place for"
+        lack = f"{len(result.missing_keys)} places of the base without weights"
+        raise UserError(f"{adapter}: is no adapter of {base}: {surplus}, {lack}")
+    return adapted
 
 
 def check_adapter(base: str, adapter: str, trust_remote_code: bool = False) -> None:

@@ -37,10 +37,12 @@ def shared_prefix_collator(
         rows_of_it = at[:, None]
         mask[rows_of_it, at] = square.tril()
         for place, label in enumerate(rows[i]["labels"]):
-            if label != -100:
-                labels.append(label)
-                keep.append(path[place - 1])
-                owner.append(i)
+            if label == -100:
+                continue
+            before = path[place - 1]
+            keep.append(before)
+            labels.append(label)
+            owner.append(i)
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
@@ -87,12 +89,14 @@ def shared_prefix(
     """
     if len(prompts) < 2:
         return 0
-    shortest = min(map(len, prompts))
+    longest = min(map(len, prompts)) - 1
     first = min(prompts)
     last = max(prompts)  # no two prompts differ earlier than these
     length = 0
     for one, other in zip(first, last, strict=False):
-        if one != other or length == shortest - 1:
+        if one != other:
+            break
+        if length == longest:
             break
         length += 1
     if length < worth:

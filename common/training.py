@@ -130,10 +130,9 @@ class RecipeTrainingArguments(TrainingArguments):
         """
         config = self.fsdp_config or {}
         if isinstance(config, str):
-            text = config
-            if not text.lstrip().startswith("{"):
-                text = Path(config).read_text(encoding="utf-8")
-            config = json.loads(text)
+            if not config.startswith("{"):
+                config = Path(config).read_text(encoding="utf-8")
+            config = json.loads(config)
         layer = self.fsdp_transformer_layer_cls_to_wrap
         if layer is not None:
             config["transformer_layer_cls_to_wrap"] = [layer]
