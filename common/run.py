@@ -74,6 +74,8 @@ def run_cli(main: Callable[[], None]) -> None:
     logging.basicConfig(level=level, format="%(message)s")
     for chatty in ("httpx", "httpx2", "absl", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # 8 bits on a CPU: bitsandbytes says the same of every layer of every pass
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_time())
     try:
         main()
     except UserError as error:
@@ -86,6 +88,19 @@ def run_cli(main: Callable[[], None]) -> None:
         if is_main_process():
             say(stopped_line(stop))
         sys.exit(130)
+
+
+def _first_time() -> Callable[[logging.LogRecord], bool]:
+    """A filter of a logger that lets every message through once."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in said
+        said.add(message)
+        return new
+
+    return is_new
 
 
 def say(line: str) -> None:

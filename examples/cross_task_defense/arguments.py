@@ -18,7 +18,7 @@ class TrainArguments:
 
     Args:
         base_model: hub id, folder, or smollm2-135m-instruct (bundled).
-        data_path: Alpaca-format JSON or JSON lines, such as build_data.py writes.
+        data_path: a file in Alpaca's format, such as build_data.py writes, or a hub id.
         output_dir: the adapter; checkpoint-0 in it is the untrained one.
         batch_size: rows of an optimizer step over all processes; accumulation follows from it.
         micro_batch_size: rows of a forward pass, of one process.
@@ -47,7 +47,7 @@ class TrainArguments:
     """
 
     base_model: str
-    data_path: str
+    data_path: str = "yahma/alpaca-cleaned"
     output_dir: str = "output/lora-alpaca"
     batch_size: int = 128
     micro_batch_size: int = 4

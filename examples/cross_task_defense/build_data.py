@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import run
-from prompts import TASKS, read_rows, task_instruction, without_cues
+from prompts import TASKS, answered, read_rows, task_instruction, without_cues
 
 from common import data
 from common.conversation import UserError
@@ -76,7 +76,7 @@ def build(
     check_choice(tasks, n_defence, n_safety, counter_examples)
     check_output_folder(output_dir)
     path = Path(documents or SAMPLE / "documents.jsonl")
-    short = read_rows(Path(safety or SAMPLE / "safety.json"))
+    short = read_rows(safety or SAMPLE / "safety.json")
     common_rows = {
         "base": base_rows(base, n_base, seed),
         "safety": drawn(short, n_safety, seed, "--n_safety"),
@@ -170,17 +170,8 @@ def sizes_of(documents: list[dict[str, Any]]) -> str:
 
 def base_rows(spec: str | None, count: int | None, seed: int) -> list[dict[str, Any]]:
     """Ordinary instructions of a file, or of a hub data set in Alpaca's columns."""
-    if spec is None:
-        rows = read_rows(SAMPLE / "instructions.json", completions=False)
-    elif data.parse_spec(spec).is_file:
-        rows = read_rows(Path(spec), completions=False)
-    else:
-        _, found = data.spec_rows(spec if data.parse_spec(spec).split else f"{spec}:train")
-        rows = [row for _, row in found]
-    for name in ("instruction", "output"):
-        if name not in rows[0]:
-            raise UserError(f"--base {spec}: has no column {name}; Alpaca's format is needed")
-    rows = [row for row in rows if (row.get("output") or "").strip()]  # Alpaca has rows without one
+    path = spec or SAMPLE / "instructions.json"
+    rows = answered(read_rows(path), path)
     return drawn(rows, len(rows) if count is None else count, seed, "--n_base")
 
 

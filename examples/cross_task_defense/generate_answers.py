@@ -22,16 +22,18 @@ then 1, and the same command asks for these prompts again.
 
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flags import run
-from prompts import encode_prompts, load_template
-from transformers import AutoConfig, AutoTokenizer
+from prompts import encode_prompts, load_template, shortened
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from common.bundled import resolve_model
 from common.conversation import UserError
@@ -46,10 +48,13 @@ from common.engines import (
     load_engine,
     prompts_at_once,
 )
-from common.keep import digest, fingerprint, generate
+from common.keep import digest, fingerprint, generate, read_json_lines
 from common.run import check_output_folder, manifest, write_json
 
 logger = logging.getLogger("cross_task_defense")
+# parameters that name what others hold: weights, the text of a template
+NAMES = {"model", "revision", "lora_weights", "prompt_template", "trained_on", "server_url"}
+SEEDS_OF_A_DRAW = 100_000  # more than there are batches
 
 
 @dataclass(kw_only=True)
@@ -62,10 +67,13 @@ class AnswerArguments:
         base_model: hub id, folder, or smollm2-135m-instruct; default: what the adapter names.
         lora_weights: an adapter folder, or a hub id; without it the base model answers.
         prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's
-            own).
+            own); default: what the adapter was trained with, else alpaca.
+        cutoff_len: tokens of prompt and answer together. A longer prompt loses the end of its
+            document, as in training, never the task.
+        auth_token: of the hub, for gated models.
         load_8bit: base in 8 bits (bitsandbytes).
-        temperature: 0 decodes deterministically, and top_k and top_p are not used; above 0 they
-            are.
+        temperature: 0 decodes deterministically, without top_k and top_p; above 0, a prompt that is
+            there several times is drawn anew each time.
         engine: transformers, vllm or server.
         server_url: of an OpenAI-compatible server; its key is read from SERVER_API_KEY.
         server_model: the name that the server knows the model or its adapter by; default:
@@ -79,7 +87,9 @@ class AnswerArguments:
     output_path: str
     base_model: str | None = None
     lora_weights: str | None = None
-    prompt_template_path: str = "alpaca"
+    prompt_template_path: str | None = None
+    cutoff_len: int | None = None
+    auth_token: str | None = None
     load_8bit: bool = False
     max_new_tokens: int = 256
     num_beams: int = 4
@@ -107,7 +117,10 @@ class Questions:
 
 def generate_answers(**flags: Any) -> None:
     """Answer every prompt of the input files; the flags are the fields of `AnswerArguments`."""
+    # --- 1. Arguments ---------------------------------------------------------------------------
     args = AnswerArguments(**flags)
+    if args.auth_token:
+        os.environ["HF_TOKEN"] = args.auth_token
     options = engine_options(args)
     check_engine(args.engine, options, args.num_beams)
     decoding = Decoding(
@@ -115,50 +128,85 @@ def generate_answers(**flags: Any) -> None:
     )
     check_output_folder(args.output_path)
     args.base_model = args.base_model or adapter_base(args.lora_weights)
-    template = load_template(args.prompt_template_path)
+    template = choose_template(args)
+
+    # --- 2. Prompts that have no answer yet -----------------------------------------------------
     files = [read_prompts(path) for path in input_files(args.input_path)]
     parameters = parameters_of(args, template, decoding)
     folder = answers_folder(args)
-    # what transformers draws depends on the size of its batches
-    size = {"transformers": prompts_at_once(args.batch_size, args.num_beams), "vllm": CHUNK}
-    size = size.get(args.engine)
-    salt = [parameters, size]
-    job = digest([salt, [file.path.name for file in files]])[:12]
-    open_files = []
+    done = []
     for file in files:
-        if not finished(folder / file.path.name, parameters, file, args.overwrite):
-            open_files.append(file)
-    if not open_files:
+        done.append(finished(folder / file.path.name, parameters, file, args.overwrite))
+    if all(done):
         logger.info("All answers are there already.")
         return
     tokenizer = load_part(AutoTokenizer, args)
     prompts = []  # of all files in one list: short ones fill the batches of each other
-    for file in open_files:
-        prompts += encode_prompts(template, tokenizer, rows(file.instructions, file.inputs))
+    is_open = []
+    for file, is_done in zip(files, done, strict=True):
+        prompts += prompt_ids(file, template, tokenizer, args)
+        is_open += [not is_done] * len(file.instructions)
 
+    # --- 3. Answers, each kept as it comes ------------------------------------------------------
     @cache
     def loaded() -> Engine:
         return load_engine(args.engine, args.base_model, tokenizer, **options)
 
-    def ask(batch: int, missing: Sequence[list[int]]) -> Iterator[tuple[int, Completion]]:
-        # What transformers draws depends on all that it has drawn with a seed before, so that each
-        # batch has its own.
-        own = args.seed + batch if args.engine == "transformers" else args.seed
-        return loaded().complete(missing, replace(decoding, seed=own))
+    # what transformers draws depends on the size of its batches
+    sizes = {"transformers": prompts_at_once(args.batch_size, args.num_beams), "vllm": CHUNK}
+    size = sizes.get(args.engine)
+    partial = folder / "answers.partial.jsonl"
+    said: dict[int, Completion] = {}
+    keys = set()
+    for draw, numbers in enumerate(draws(prompts, args.temperature > 0)):
+        first_seed = args.seed + SEEDS_OF_A_DRAW * draw
 
-    partial = folder / f"{job}.partial.jsonl"
-    answers = iter(generate(ask, prompts, partial, salt, size=size))
+        def ask(batch: int, missing: Sequence[list[int]], seed: int = first_seed):
+            # What transformers draws depends on all that it has drawn with a seed before, so that
+            # each batch has its own.
+            own = seed + batch if args.engine == "transformers" else seed
+            return loaded().complete(missing, replace(decoding, seed=own))
+
+        salt = [identity(parameters), size, draw]
+        keys |= {digest([salt, prompts[i]]) for i in numbers}  # as `generate` calls what it keeps
+        numbers = [i for i in numbers if is_open[i]]
+        asked = [prompts[i] for i in numbers]
+        answers = generate(ask, asked, partial, salt, size=size)
+        said |= dict(zip(numbers, answers, strict=True))
+
+    # --- 4. Files of answers --------------------------------------------------------------------
     failed = 0
-    for file in open_files:
-        said = [next(answers) for _ in file.instructions]
-        failed += write_answers(folder / file.path.name, file, said, parameters)
-    logger.info("Wrote %d files to %s", len(open_files), folder)
+    start = 0
+    for file, is_done in zip(files, done, strict=True):
+        end = start + len(file.instructions)
+        if not is_done:
+            own = [said[i] for i in range(start, end)]
+            failed += write_answers(folder / file.path.name, file, own, parameters)
+        start = end
+    logger.info("Wrote %d files to %s", done.count(False), folder)
     if failed:
         sys.exit(
-            f"error: {failed} of {len(prompts)} prompts have no answer; run it again to ask for "
-            "them"
+            f"error: {failed} of {len(said)} prompts have no answer; run it again to ask for them"
         )
-    partial.unlink(missing_ok=True)
+    if keys >= {row["key"] for row in read_json_lines(partial)}:
+        partial.unlink()  # else it holds what an interrupted run was told of other files
+
+
+def draws(prompts: list[list[int]], each: bool) -> list[list[int]]:
+    """Indices of the prompts that are asked at a time. A repeated prompt is asked once, and with
+    `each` as often as it is there, in a draw of its own every time.
+    """
+    if not each:
+        return [list(range(len(prompts)))]
+    seen: Counter = Counter()
+    found: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        draw = seen[tuple(prompt)]
+        seen[tuple(prompt)] += 1
+        if draw == len(found):
+            found.append([])
+        found[draw].append(i)
+    return found
 
 
 # --- What is asked, and of whom -----------------------------------------------------------------
@@ -178,6 +226,62 @@ def engine_options(args: AnswerArguments) -> dict[str, Any]:
     return options
 
 
+def choose_template(args: AnswerArguments) -> dict[str, str] | None:
+    """The template that is asked for, or else the one that the adapter was trained with.
+
+    `args.prompt_template_path` is set to its name.
+    """
+    run = trained_with(args.lora_weights) if args.lora_weights else {}
+    trained = run.get("arguments", {}).get("prompt_template_name")
+    args.prompt_template_path = args.prompt_template_path or trained or "alpaca"
+    if args.prompt_template_path == trained and "prompt_template_text" in run:
+        return run["prompt_template_text"]
+    template = load_template(args.prompt_template_path)
+    if trained is not None and template != run.get("prompt_template_text", template):
+        logger.warning(
+            "%s was trained with the prompt template %s; it is asked with %s.",
+            args.lora_weights,
+            trained,
+            args.prompt_template_path,
+        )
+    return template
+
+
+def trained_with(lora_weights: str) -> dict[str, Any]:
+    """What train.py wrote of an adapter's training; empty for an adapter of others."""
+    path = adapter_file(lora_weights, "adapter_config.json").with_name("run.json")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}
+
+
+def prompt_ids(
+    file: Questions,
+    template: dict[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    args: AnswerArguments,
+) -> list[list[int]]:
+    """Token ids of a file's prompts; with `--cutoff_len` long documents are shortened."""
+    asked = rows(file.instructions, file.inputs)
+    prompts = encode_prompts(template, tokenizer, asked)
+    if args.cutoff_len is None:
+        return prompts
+    room = args.cutoff_len - args.max_new_tokens
+    for i, ids in enumerate(prompts):
+        if len(ids) <= room:
+            continue
+        shorter = shortened(asked[i], template, tokenizer, room)
+        if shorter is None:
+            raise UserError(
+                f"--cutoff_len {args.cutoff_len}: {file.path}, item {i + 1} has {len(ids)} tokens, "
+                f"with {args.max_new_tokens} for its answer, and no document that could be shortened"
+            )
+        prompts[i] = shorter
+    return prompts
+
+
 def parameters_of(
     args: AnswerArguments, template: dict[str, str] | None, decoding: Decoding
 ) -> dict[str, Any]:
@@ -193,14 +297,20 @@ def parameters_of(
         "engine": args.engine,
         "decoding": asdict(decoding),
     }
+    if args.cutoff_len is not None:
+        parameters["cutoff_len"] = args.cutoff_len
     if args.lora_weights:
-        weights = adapter_file(args.lora_weights, "adapter_model.safetensors")
+        trained_on = trained_with(args.lora_weights).get("arguments", {}).get("data_path")
         parameters["adapter_sha256"] = fingerprint(args.lora_weights)
-        parameters["trained_on"] = trained_on(weights.with_name("run.json"))
+        parameters["trained_on"] = trained_on and Path(trained_on).stem
     if args.engine == "server":
-        parameters["server_url"] = args.server_url.rpartition("@")[2]
         parameters["server_model"] = args.server_model
     return parameters
+
+
+def identity(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters without names: what is called otherwise and holds the same is the same."""
+    return {name: value for name, value in parameters.items() if name not in NAMES}
 
 
 def answers_folder(args: AnswerArguments) -> Path:
@@ -234,14 +344,6 @@ def load_part(kind: type, args: AnswerArguments) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--base_model {args.base_model}: {reason:.200}") from None
-
-
-def trained_on(path: Path) -> str | None:
-    """The name of an adapter's training set, from what train.py wrote beside it."""
-    try:
-        return Path(json.loads(path.read_text(encoding="utf-8"))["arguments"]["data_path"]).stem
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def input_files(spec: str) -> list[Path]:
@@ -311,8 +413,9 @@ def finished(path: Path, parameters: dict[str, Any], asked: Questions, overwrite
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: holds something else than answers; pass --overwrite") from None
     hint = "pass --overwrite, or choose another --output_path"
-    names = sorted({*known, *parameters})
-    differing = [name for name in names if known.get(name, ...) != parameters.get(name, ...)]
+    asked_with = identity(parameters)
+    names = sorted({*identity(known), *asked_with})
+    differing = [name for name in names if known.get(name, ...) != asked_with.get(name, ...)]
     if differing:
         raise UserError(
             f"{path}: holds answers with other parameters ({', '.join(differing)} differ); {hint}"

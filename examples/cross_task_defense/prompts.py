@@ -61,7 +61,7 @@ def split_document(instruction: str) -> tuple[str, str]:
 
 def load_template(name_or_path: str) -> dict[str, str] | None:
     """A template in the paper's JSON format: a name in configs/, or a path; None for "chat", the
-    tokenizer's own.
+    tokenizer's own. What is written as a path is never looked for elsewhere.
 
     Raises:
         UserError: no such template, or it lacks prompt_input or prompt_no_input.
@@ -69,7 +69,7 @@ def load_template(name_or_path: str) -> dict[str, str] | None:
     if name_or_path == "chat":
         return None
     path = Path(name_or_path)
-    if not path.is_file():
+    if not path.is_file() and path.parent in (Path(), Path("configs")):  # a name
         path = CONFIGS / f"{path.name.removesuffix('.json')}.json"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.json")))
@@ -125,33 +125,44 @@ def encode_prompts(
     return encode(tokenizer, parts, add_special_tokens=template is not None)
 
 
-def read_rows(path: Path, *, completions: bool = True) -> list[dict[str, Any]]:
-    """Rows {"instruction", "input", "output", …} of an Alpaca-format file, of any type that
-    `common.data` reads.
+def read_rows(spec: str | Path) -> list[dict[str, Any]]:
+    """Rows {"instruction", "input", "output", …} in Alpaca's format; some outputs may be empty.
+
+    Args:
+        spec: a file of any type that `common.data` reads, or a hub id; its split is train unless
+            the id names another (user/name:split).
 
     Raises:
         UserError: names file, row and field.
     """
+    parsed = data.parse_spec(str(spec))
+    on_hub = not parsed.is_file and not parsed.split
+    _, found = data.spec_rows(f"{spec}:train" if on_hub else str(spec))
     rows = []
-    needed = ("instruction", "output") if completions else ("instruction",)
-    for where, row in data.read_rows(path):
+    for where, row in found:
         if isinstance(row, UserError):
             raise row
-        for name in ("instruction", "output", "input"):
-            value = row.get(name) if isinstance(row, dict) else None
-            is_text = isinstance(value, str)
-            if name in needed and not (is_text and value.strip()):
-                raise UserError(f"{where}, field {name}: expected text, found {value!r:.60}")
-            if value is not None and not is_text:
-                raise UserError(
-                    f"{where}, field {name}: expected text or nothing, found {value!r:.60}"
-                )
+        check_row(row, where)
         rows.append(row)
-    if not rows:
-        raise UserError(
-            f"{path}: no rows; expected a list of rows with instruction, input and output"
-        )
     return rows
+
+
+def answered(rows: list[dict[str, Any]], spec: str | Path) -> list[dict[str, Any]]:
+    """The rows that have an output; Alpaca has some without."""
+    found = [row for row in rows if row["output"].strip()]
+    if not found:
+        raise UserError(f"{spec}: no rows with instruction and output")
+    return found
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raise UserError for a row that is none of Alpaca's; its output may be empty."""
+    for name in ("instruction", "output", "input"):
+        value = row.get(name) if isinstance(row, dict) else None
+        if name == "input" and value is None:
+            continue
+        if not isinstance(value, str) or (name == "instruction" and not value.strip()):
+            raise UserError(f"{where}, field {name}: expected text, found {value!r:.60}")
 
 
 # --- Training rows ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 from arguments import TrainArguments, accumulation, check, training_arguments
 from flags import run
 from peft import PeftModel, prepare_model_for_kbit_training
-from prompts import encode_rows, load_template, read_rows
+from prompts import answered, encode_rows, load_template, read_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -64,7 +64,8 @@ def train(**flags: Any) -> None:
 
     # --- 2. Data --------------------------------------------------------------------------------
     template = load_template(args.prompt_template_name)
-    rows = read_rows(Path(args.data_path))
+    found = read_rows(args.data_path)
+    rows = answered(found, args.data_path)
     if args.val_set_size >= len(rows):
         raise UserError(
             f"--val_set_size {args.val_set_size}: {args.data_path} has only {len(rows)} rows"
@@ -77,6 +78,7 @@ def train(**flags: Any) -> None:
     encoded, facts = encode_rows(
         rows, template, tokenizer, args.cutoff_len, args.train_on_inputs, args.add_eos_token
     )
+    facts["rows_without_output"] = len(found) - len(rows)
     check_ids(encoded["input_ids"], tokenizer, model)
     logger.info("Data: %s", json.dumps(facts))
 
@@ -108,7 +110,7 @@ def train(**flags: Any) -> None:
         trained = trainer.accelerator.unwrap_model(trainer.model)
         with whole_folder(args.output_dir, last="adapter_config.json") as folder:
             save_adapter(trained, state_dict, tokenizer, folder)
-            describe(args, facts, result.metrics, trainer, folder)
+            describe(args, template, facts, result.metrics, trainer, folder)
         logger.info("Saved the adapter to %s", args.output_dir)
 
 
@@ -178,6 +180,7 @@ def run_settings(args: TrainArguments) -> dict[str, Any]:
 
 def describe(
     args: TrainArguments,
+    template: dict[str, str] | None,
     facts: dict[str, int],
     metrics: dict[str, Any],
     trainer: SFTTrainer,
@@ -186,7 +189,8 @@ def describe(
     """run.json and the model card beside the adapter."""
     log = trainer.state.log_history
     best = trainer.state.best_model_checkpoint
-    record = {"data": facts, "train": metrics, "best_checkpoint": best and Path(best).name}
+    record = {"data": facts, "train": metrics, "prompt_template_text": template}
+    record["best_checkpoint"] = best and Path(best).name
     write_json(folder / "run.json", manifest([args], **record, log=log))
     losses = [[entry["step"], entry["loss"]] for entry in log if "loss" in entry]
     table = report.table(losses, ["step", "loss"]) if losses else "Fewer than 10 steps."

@@ -108,8 +108,35 @@ def test_templates_are_the_papers(tiny_base):
     )
     assert text("llama2", "Add.") == "[INST] Add. [/INST]"
     assert text("llama2-legacy", "Add.", "1") == "<s>[INST] <<SYS>>\nAdd.\n<<SYS>>\n\n1 [/INST]"
+
+
+@pytest.mark.parametrize("name", ["vicuna", "/nowhere/llama2.json", "nowhere/llama2.json"])
+def test_a_template_that_is_not_there_is_not_replaced(name):
     with pytest.raises(UserError, match="none of alpaca, llama2, llama2-legacy, chat"):
-        prompts.load_template("vicuna")
+        prompts.load_template(name)
+
+
+def test_rows_of_a_hub_data_set_and_rows_without_output(tmp_path):
+    """A local folder in the hub's layout stands for the hub."""
+    rows = [
+        {"instruction": "Name a colour.", "input": "", "output": "Blue."},
+        {"instruction": "Say nothing.", "input": "", "output": ""},
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.json").write_text(json.dumps(rows))
+    for spec in (tmp_path / "data/train.json", tmp_path / "data"):
+        found = prompts.read_rows(spec)
+        assert [row["output"] for row in found] == ["Blue.", ""]
+        assert prompts.answered(found, spec) == found[:1]
+    with pytest.raises(UserError, match="yahma/alpaca-cleaned"):  # offline
+        prompts.read_rows("yahma/alpaca-cleaned")
+
+
+def test_a_bad_row_is_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"instruction": "Name a colour.", "input": ["x"], "output": "y"}]))
+    with pytest.raises(UserError, match=r"rows\.json, row 0, field input: expected text"):
+        prompts.read_rows(path)
 
 
 def test_content_never_becomes_a_control_token(tiny_base):

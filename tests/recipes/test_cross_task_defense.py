@@ -15,7 +15,7 @@ import pytest
 import scripts
 import torch
 from completions import completion
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scripts import EXAMPLES, TORCHRUN, module
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -460,11 +460,10 @@ def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path
 
 def served(questions: Path, server, output: Path, base: Path, **options) -> None:
     """generate_answers.py with answers of a server."""
-    answers.generate_answers(
-        **{"base_model": str(base), "input_path": str(questions), "output_path": str(output)},
-        **{"engine": "server", "server_url": server.url, "server_model": "m"},
-        **{"num_beams": 1, "max_new_tokens": 12, "server_timeout": 9.0} | options,
-    )
+    given = {"base_model": str(base), "input_path": str(questions), "output_path": str(output)}
+    given |= {"engine": "server", "server_url": server.url, "server_model": "m"}
+    given |= {"num_beams": 1, "max_new_tokens": 12, "server_timeout": 9.0}
+    answers.generate_answers(**given | options)
 
 
 def test_a_prompt_that_fails_is_an_error_of_its_item(questions, tiny_base, tmp_path, serve, caplog):
@@ -626,6 +625,97 @@ def test_batches_of_another_size_are_not_mixed(ask, interrupted, caplog):
     assert "are there already" not in caplog.text
 
 
+def test_fewer_inputs_next_time_lose_nothing(ask, interrupted, questions, caplog):
+    caplog.set_level("INFO")
+    partial = interrupted()
+    ask(input_path=str(questions / "one.json"))
+    assert partial.is_file()
+    caplog.clear()
+    assert len(ask()) == 2
+    assert re.search(r"(\d+) of \1 answers are there already", caplog.text)
+    assert not partial.exists()
+
+
+def test_where_a_server_listens_is_no_part_of_an_answer(
+    questions, tiny_base, tmp_path, serve, caplog
+):
+    caplog.set_level("INFO")
+    server = serve(lambda body: completion("Said."))
+    served(questions, server, tmp_path, tiny_base)
+    asked = len(server.bodies)
+    other = server.url.replace("127.0.0.1", "localhost")
+    served(questions, server, tmp_path, tiny_base, server_url=other)
+    assert "All answers are there already" in caplog.text and len(server.bodies) == asked
+
+
+def test_draws_of_one_prompt_are_drawn_one_by_one(ask, tmp_path):
+    four = {"instructions": ["Say it."] * 4, "inputs": []}
+    (tmp_path / "four.json").write_text(json.dumps(four))
+    options = {"input_path": str(tmp_path / "four.json"), "top_k": 0, "top_p": 1.0}
+    (drawn,) = ask("drawn", temperature=1.0, **options).values()
+    (greedy,) = ask("greedy", **options).values()
+    assert len(set(drawn)) == 4 and len(set(greedy)) == 1
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path) -> Path:
+    """An adapter that changes the tiny base, with train.py's record of its template."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    template = prompts.load_template("llama2")
+    run = {"arguments": {"prompt_template_name": "llama2", "data_path": "a/rows.json"}}
+    run["prompt_template_text"] = template
+    (tmp_path / "adapter/run.json").write_text(json.dumps(run))
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_asked_with_the_template_that_it_was_trained_with(ask, adapter, caplog):
+    own = ask("own", lora_weights=str(adapter))
+    assert own == ask("named", lora_weights=str(adapter), prompt_template_path="llama2")
+    assert "was trained with" not in caplog.text
+    other = ask("other", lora_weights=str(adapter), prompt_template_path="alpaca")
+    assert other != own
+    assert "was trained with the prompt template llama2; it is asked with alpaca" in caplog.text
+
+
+def test_an_adapter_in_a_bin_file_is_read(ask, adapter):
+    as_safetensors = ask("one", lora_weights=str(adapter))
+    path = adapter / "adapter_model.safetensors"
+    torch.save(load_file(path), adapter / "adapter_model.bin")
+    path.unlink()
+    assert ask("other", lora_weights=str(adapter)) == as_safetensors != ask("plain")
+
+
+def test_long_documents_are_shortened_as_in_training(tiny_base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    template = prompts.load_template("alpaca")
+    texts = [row["instruction"] for row in rows_of(2)]
+    args = answers.AnswerArguments(input_path="", output_path="", cutoff_len=320, max_new_tokens=20)
+    file = answers.Questions(tmp_path / "long.json", texts, [])
+    for ids, text in zip(answers.prompt_ids(file, template, tokenizer, args), texts, strict=True):
+        assert len(ids) <= 300
+        said = tokenizer.decode(ids)
+        assert prompts.TASKS["summarize"] in said and text[:20] in said
+
+
+def test_the_hubs_key_is_handed_on_and_written_nowhere(ask, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    ask(auth_token="hf_secret")
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+    assert not [
+        path for path in (tmp_path / "out").rglob("*.json") if "hf_secret" in path.read_text()
+    ]
+
+
+@slow
+def test_eight_bits_on_a_cpu_say_so_once(tiny_base, questions, tmp_path):
+    base = ["--base_model", tiny_base, "--num_beams", 1]
+    done = generate(questions, tmp_path, *base, "--load_8bit")
+    assert done.stderr.count("MatMul8bitLt") == 1
+
+
 @slow
 def test_every_flag_is_used(trained, questions, tmp_path):
     """The original drops five of them."""
@@ -666,6 +756,8 @@ def test_every_flag_is_used(trained, questions, tmp_path):
         ({"max_new_tokens": 100_000}, "the model has room for"),
         ({"engine": "server", "num_beams": 4}, "beam search needs"),
         ({"input_path": "no.json"}, "--input_path no.json"),
+        ({"temperature": -1.0, "base_model": "no/model"}, "--temperature"),
+        ({"cutoff_len": 20}, r"--cutoff_len 20: .*one\.json, item 1 has"),
     ],
 )
 def test_a_mistake_in_generation_is_named(tiny_base, questions, tmp_path, change, message):
