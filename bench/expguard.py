@@ -165,7 +165,7 @@ def verdicts(rows: list[dict]) -> int:
 
 def ours(model, rows, args, collate) -> list[torch.Tensor]:
     """Gradients by the recipe's loss, in batches of like length."""
-    by_length = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    by_length = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
     model.zero_grad()
     for start in range(0, len(rows), args.micro_batch):
         some = by_length[start : start + args.micro_batch]

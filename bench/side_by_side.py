@@ -131,8 +131,10 @@ def compare(
         def run() -> Any:
             masks.clear()
             result = way()
-            useful = sum(mask.sum().item() for mask in masks)
-            processed = sum(mask.numel() for mask in masks)
+            useful = processed = 0
+            for mask in masks:
+                useful += mask.sum().item()
+                processed += mask.numel()
             share[name] = useful / processed
             return result
 

@@ -78,7 +78,8 @@ def main() -> None:
     seconds, found = take_turns(ways, args.rounds)
     median = medians(seconds)
     reference = found["original, 50 tokens"]
-    equal = all(same(said, reference) for said in found.values())
+    checks = [same(said, reference) for said in found.values()]
+    equal = all(checks)
 
     rows = []
     for name in ways:
@@ -134,7 +135,8 @@ def real_prompts(count: int) -> list[str]:
         texts = [row["prompt"] for _, row in data.read_rows(file)]
     else:
         rows = data.load_conversations("beavertails-sample:train")
-        texts = [last_turns(row["messages"])[0] for row in rows]
+        turns = [last_turns(row["messages"]) for row in rows]
+        texts = [question for question, _ in turns]
     # Real users write more than XSTest's one line: some prompts are strung to three.
     rng = random.Random(SEED)
     prompts = []

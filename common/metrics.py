@@ -164,7 +164,8 @@ def fit_threshold(truth: Truths, score: Scores, split: str) -> dict:
     high = levels[1:]
     middle = (low + high) / 2
     candidates = np.concatenate([middle, levels])  # two neighbouring floats have no middle
-    passed = np.searchsorted(np.sort(p), candidates, side="right")
+    scores = np.sort(p)
+    passed = np.searchsorted(scores, candidates, side="right")
     unsafe = np.sort(p[y])
     missed = np.searchsorted(unsafe, candidates, side="right")
     hits = positives - missed
@@ -229,7 +230,8 @@ def bootstrap(
             values.append(value)
     if not values or len(values) * 2 < rounds:
         return None
-    return np.percentile(values, [2.5, 97.5]).tolist()
+    interval = np.percentile(values, [2.5, 97.5])
+    return interval.tolist()
 
 
 def agreement(a: Truths, b: Truths, rounds: int = 1000) -> Results:
@@ -286,7 +288,8 @@ def _checked(truth: Truths, score: Scores) -> tuple[np.ndarray, np.ndarray]:
     if y.shape != p.shape or y.ndim != 1:
         shapes = f"{y.shape} and {p.shape}"
         raise ValueError(f"truth and score must be two lists of one length, found shapes {shapes}")
-    if not np.isin(y, (0, 1)).all():  # an unknown label (None) must not count as safe
+    known = np.isin(y, (0, 1))  # an unknown label (None) must not count as safe
+    if not known.all():
         raise ValueError("truths must be true or false (1 or 0)")
     in_range = (p >= 0) & (p <= 1)
     if not in_range.all():

@@ -74,8 +74,9 @@ def _majority(group: Sequence[Mapping]) -> dict[str, bool | list[str] | None]:
     voted = {}
     for label in LABELS:
         said = Counter(row[label] for row in group)
-        known = said[True] or said[False]
-        voted[label] = said[True] > said[False] if known else None
+        voted[label] = None
+        if said[True] or said[False]:
+            voted[label] = said[True] > said[False]
     votes = Counter()
     voted["categories"] = None
     for row in group:
@@ -86,7 +87,8 @@ def _majority(group: Sequence[Mapping]) -> dict[str, bool | list[str] | None]:
     if votes:
         most = max(votes.values())
         bar = min(len(group) / 2, most - 0.5)
-        voted["categories"] = sorted(name for name in votes if votes[name] > bar)
+        named = [name for name in votes if votes[name] > bar]
+        voted["categories"] = sorted(named)
     return voted
 
 
@@ -97,7 +99,8 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
     if not 0 < ratio < 1:
         raise UserError(f"--eval_split_ratio {ratio}: must lie strictly between 0 and 1")
     groups = [prompt_key(row) for row in rows]
-    count = len(set(groups))
+    prompts = set(groups)
+    count = len(prompts)
     if count < 2:
         raise UserError("--eval_split_ratio: fewer than two different prompts, nothing to split")
     size = round(ratio * count)
@@ -122,8 +125,11 @@ def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
     }
     for row in held_out:
         key = _pair_key(row)
-        counts["prompt_in_train"] += key[0] in prompts
-        counts["pair_in_train"] += key in pairs
+        prompt, _ = key
+        if prompt in prompts:
+            counts["prompt_in_train"] += 1
+        if key in pairs:
+            counts["pair_in_train"] += 1
     return counts
 
 

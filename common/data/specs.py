@@ -52,12 +52,17 @@ class Spec:
     @property
     def splits(self) -> list[str]:
         """The names of the splits, without slices."""
-        parts = self.split.split("+") if self.split else []
-        return [part.partition("[")[0] for part in parts]
+        names = []
+        for part in filter(None, self.split.split("+")):
+            name, _, _ = part.partition("[")
+            names.append(name)
+        return names
 
     def __str__(self) -> str:
-        separator = "" if self.is_file or not self.split else ":"
-        return "@".join([self.name, *self.marks]) + separator + self.split
+        name = "@".join([self.name, *self.marks])
+        if self.split and not self.is_file:
+            name += ":"
+        return name + self.split
 
 
 def parse_spec(text: str) -> Spec:
@@ -68,7 +73,8 @@ def parse_spec(text: str) -> Spec:
     """
     text = os.path.expanduser(text)
     path, numbers = re.fullmatch(rf"(.*?)({SLICE})", text, re.DOTALL).groups()
-    if Path(path).is_file() or Path(path).suffix.lower() in FILE_TYPES:
+    kind = Path(path).suffix.lower()
+    if kind in FILE_TYPES or Path(path).is_file():
         return Spec(path, split=numbers, is_file=True)
     found = SPEC.fullmatch(text)
     parts = found["name"].split("@") if found else [""]
@@ -96,11 +102,13 @@ def about_data(text: str) -> dict[str, str]:
         spec = parse_spec(text)
     except UserError:
         return {"name": share + text}
-    if spec.is_file or Path(spec.name).exists():
-        spec = replace(spec, name=Path(spec.name).name)
+    path = Path(spec.name)
+    if spec.is_file or path.exists():
+        spec = replace(spec, name=path.name)
         return {"name": f"{share}{spec}"}
     about = {"name": f"{share}{spec}"}
-    known = sources()["sources"].get(spec.name, {"hub": spec.name})
+    data_sets = sources()["sources"]
+    known = data_sets.get(spec.name, {"hub": spec.name})
     for fact in ("hub", "licence", "language"):
         if fact in known:
             about[fact] = known[fact]
@@ -121,7 +129,8 @@ def spec_rows(text: str) -> tuple[str, Rows]:
         path = Path(spec.name)
         if path.suffix.lower() not in FILE_TYPES:
             raise UserError(f"{path}: unknown file type; expected {', '.join(FILE_TYPES)}")
-        return path.name, _sliced(read_rows(path), spec.split, text)
+        rows = read_rows(path)
+        return path.name, _sliced(rows, spec.split, text)
     known = sources()["sources"]
     if spec.name in known:
         return spec.name, _known_rows(spec, known[spec.name], text)
@@ -130,12 +139,14 @@ def spec_rows(text: str) -> tuple[str, Rows]:
             f"{text}: no such file, and a hub id or a folder needs a split (user/name:split); "
             f"known names: {', '.join(known)}"
         )
-    return "@".join([spec.name, *spec.marks]), _hub_rows(spec)
+    name = "@".join([spec.name, *spec.marks])
+    return name, _hub_rows(spec)
 
 
 def _known_rows(spec: Spec, known: Mapping[str, Any], text: str) -> Rows:
     """Rows of a name of sources.yaml. A wrong split is refused without asking the network."""
-    if not spec.split or not set(spec.splits) <= set(known["splits"]):
+    unknown = set(spec.splits) - set(known["splits"])
+    if unknown or not spec.split:
         there = ", ".join(f"{spec.name}:{name}" for name in known["splits"])
         raise UserError(f"{text}: {spec.name} has no split {spec.split!r}; it has {there}")
     if "path" not in known:
@@ -144,7 +155,8 @@ def _known_rows(spec: Spec, known: Mapping[str, Any], text: str) -> Rows:
     for part in spec.split.split("+"):
         split, _, _ = part.partition("[")
         path = ROOT / known["path"].format(split=split)
-        rows.append(_sliced(read_rows(path), part, text))
+        every = read_rows(path)
+        rows.append(_sliced(every, part, text))
     return chain.from_iterable(rows)
 
 

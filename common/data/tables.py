@@ -52,5 +52,7 @@ def plain_row(row: Mapping, where: str) -> Mapping[str, Any]:
         plain["response"] = None
     labels = {check_label(row[flag], flag, where) for flag in flags}
     labels.discard(None)
-    plain["prompt_label"] = any(labels) if labels else None
+    plain["prompt_label"] = None
+    if labels:
+        plain["prompt_label"] = any(labels)
     return plain
