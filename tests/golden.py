@@ -116,7 +116,7 @@ RUNS = {
         --train_data data/expert-train.jsonl --bootstrap_rounds 50
         --compare expguard,moderation-full""",
     "expguard-evaluate-zoo": f"{SUITE} --bootstrap_rounds 0 --guards {GUARDS}",
-    "feedback_guard-prepare": "feedback_guard/prepare.py --config feedback.json",
+    "feedback_guard-prepare": "feedback_guard/train.py prepare --config feedback.json",
     "feedback_guard-assistant": """feedback_guard/process.py --config feedback.json --set
         dataset.store_dir={out} llama.use_recorded=false evaluation.t2_label=judge""",
     "feedback_guard-process": f"feedback_guard/process.py {FEEDBACK}",

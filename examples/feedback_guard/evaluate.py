@@ -1,74 +1,136 @@
-"""Evaluate the trained guards against the default one: does the feedback of the output guard help
-the input guard?
+"""Evaluate the trained guards: does the feedback of the output guard help the input guard?
 
-    ./run_experiment.sh evaluate                                  # the quickstart's guards
-    python evaluate.py --config research_config.json              # the original's values
-    python evaluate.py --config research_config.json --set evaluation.improved_model_path=models/improved/A8/seed0
+    ./run_experiment.sh evaluate                          # the quickstart's guards
+    ./run_experiment.sh evaluate research_config.json     # the original's values
+    ./run_experiment.sh evaluate --set evaluation.improved_model_path=models/improved/A8/seed0
 
 Three tasks: T1 human toxicity of prompts; T2, among prompts that the default guard passes, those
-whose responses are unsafe; T3 harmless prompts that look otherwise. Thresholds come from validation
-alone. Scores are kept in RESULTS_DIR/scores as they come: a killed run goes on, and another run of
-the same guards only measures.
+whose responses are unsafe; T3 harmless prompts that look otherwise. Scores are kept in
+RESULTS_DIR/scores as they come: a killed run goes on, and another run of the same guards only
+measures.
 """
 
+import gc
+import json
 import logging
 import time
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import measure
 import numpy as np
-from compare import (
-    Part,
-    Said,
-    bootstrap,
-    by_seed,
-    calibration,
-    difference,
-    holm,
-    interval,
-    mcnemar,
-    noise_ceiling,
-    point,
-    threshold_at_recall,
-)
+import torch
 from config import Config, config_from_argv
+from formats import load_llama_guard, query_ids, template
+from legacy import legacy_reason, parsed_unsafe
+from measure import Arm, Measured, Prompts
 from records import (
+    Row,
+    check_stage,
     passed,
     q,
     read_processed,
     sample,
     seen_texts,
+    stage_key,
     text_key,
+    write_stage,
 )
-from results import markdown, original, plot, summary, verdict
-from scores import Answer, Item, Line, find_lines, questions, score_lines
+from tqdm.auto import tqdm
+from train import arm_folder, arm_named, probe_scores
 
 from common import data, metrics, report
 from common.conversation import UserError, last_turns, pair
+from common.data.repeats import near_copies
+from common.keep import KeptRows, digest, failed, fingerprint
 from common.run import check_output_folder, manifest, run_cli, write_json
+from guards.card import ArmOrigin, card_path, has_card, read_card
+from guards.generative import GenerativeGuard
+from guards.identity import guard_identity
 from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
-SPLITS = ("validation", "test")
+CHUNK = 64  # prompts between two writes
 ALWAYS = "always unsafe"
-COMPARED = {  # by task: what differences are taken of
-    "T1": ("auprc", "auroc", "fpr_at_recall", "fpr_at_threshold", "precision", "recall", "f1"),
-    "T2": ("auprc", "fpr_at_recall", "fpr_at_threshold", "caught", "auroc"),
+QUESTIONS = {
+    ALWAYS: "what does a guard score that blocks everything?",
+    "A0": "the default guard, its own verdict",
+    "A0-legacy": "the default guard, asked and read as the original does",
+    "A1": "is it merely a threshold? (A0 with the threshold of validation)",
+}
+TASKS = {
+    "T1": "T1: human toxicity of prompts",
+    "T2": "T2: unsafe responses to prompts that the default guard passes",
+    "T3": "T3: harmless prompts that look otherwise",
+}
+HEADINGS = {
+    "auroc": "AUROC ↑",
+    "auprc": "AUPRC ↑",
+    "fpr_at_recall": "FPR at the recall ↓",
+    "caught": "caught at equal block rate ↑",
+    "fpr_at_threshold": "FPR at validation's threshold ↓",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+    "f1": "F1 ↑",
+    "fpr": "FPR, own verdict ↓",
+    "flagged": "called unsafe",
+}
+SHOWN = {
+    "T1": ("auroc", "auprc", "fpr_at_recall", "precision", "recall", "f1", "flagged"),
+    "T2": ("auroc", "auprc", "fpr_at_recall", "caught"),
     "T3": ("fpr_at_threshold", "fpr"),
 }
-Answers = Mapping[str, Answer]
+COMPARED = (
+    ("T2", "auroc"),
+    ("T2", "fpr_at_recall"),
+    ("T2", "caught"),
+    ("T1", "auroc"),
+    ("T3", "fpr_at_threshold"),
+)
+ORIGINAL = ("accuracy", "precision", "recall", "f1")
 
 
 @dataclass(frozen=True)
-class Task:
-    """A question on test prompts, and the validation prompts that its thresholds come from."""
+class Judged:
+    """A guard that is evaluated: the default one (`folder` None), or an arm with one seed."""
 
-    name: str
-    test: Part
-    validation: Part
-    facts: dict[str, Any]
+    arm: str
+    seed: int | None = None
+    folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.arm if self.seed is None else f"{self.arm}-seed{self.seed}"
+
+    @property
+    def query(self) -> str:
+        """How it is asked: guard, or the original's chatml and meta."""
+        if self.folder is None:
+            return "chatml" if self.arm == "A0-legacy" else "guard"
+        return arm_named(self.arm).query
+
+    @property
+    def parser(self) -> str:
+        """How an answer in words is read."""
+        if self.folder is None:
+            return "strict" if self.arm == "A0-legacy" else "correct"
+        return arm_named(self.arm).parser
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a guard says of a prompt; without a verdict it is unsafe, with `error`."""
+
+    score: float
+    decided: bool
+    error: str | None = None
+    reason: str = ""
+
+
+Answers = Mapping[str, Answer]  # by a prompt's id
 
 
 def main() -> None:
@@ -76,133 +138,138 @@ def main() -> None:
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Score what is trained, measure, write; returns the summary with the original's keys.
+    """Score what is trained, measure, write; the results.
 
     Raises:
-        UserError: nothing was processed or trained yet, with other settings, or the truth of a task
-        is not known.
+        UserError: nothing was processed or trained yet, or with other settings, or the truth of a
+            task is not known.
     """
-    started = time.time()
-    check_output_folder(config.evaluation.results_dir)
-    rows = {split: read_rows(config, split) for split in SPLITS}
-    tasks, items = read_tasks(config, rows)
-    lines, missing = find_lines(config)
-    answers: dict[str, Answers] = score_lines(lines, items, config)
-    arms: dict[str, list[str]] = {}
-    for line in lines:
-        arms.setdefault(line.arm, []).append(line.name)
-    answers |= controls(answers["A0"], tasks["T1"])
-    arms = {ALWAYS: [ALWAYS], "A0": ["A0"], "A1": ["A1"]} | arms
-    results = measure(config, tasks, arms, answers) | {
+    settings = config.evaluation
+    check_output_folder(settings.results_dir)
+    rows = {split: read_rows(config, split) for split in ("validation", "test")}
+    tasks, texts = read_tasks(config, rows)
+    guards, missing = find_guards(config)
+    folder = Path(settings.results_dir) / "scores"
+    answers: dict[str, Answers] = {}
+    for one in tqdm(guards, desc="guards", unit="guard"):
+        answers[one.name] = score(one, texts, config, folder)
+    arms: dict[str, list[str]] = {ALWAYS: [ALWAYS], "A0": ["A0"], "A1": ["A1"]}
+    for one in guards:
+        if one.arm != "A0":
+            arms.setdefault(one.arm, []).append(one.name)
+    validation = tasks.pop("validation")
+    answers |= controls(answers["A0"], validation)
+    measured = {}
+    for name, prompts in tasks.items():
+        said = {arm: as_arrays(names, answers, prompts, validation) for arm, names in arms.items()}
+        measured[name] = measure.measure(
+            prompts, validation, said, settings.draws, config.seed, settings.target_recall
+        )
+    best = improved_arm(config, arms)
+    folders = [one.folder for one in guards if one.arm == best]
+    judge = judge_facts(rows["test"], config)
+    reasons = reasons_against(best, tasks, measured, answers, arms, judge, validation)
+    results = {
+        "improved": best,
+        "improved_model_path": str(folders[0] if len(folders) == 1 else folders[0].parent),
+        "verdict": measure.verdict(measured, best, reasons),
+        "tasks": {name: task_results(tasks[name], measured[name]) for name in tasks},
+        "differences": differences(measured, best),
+        "responses": judge,
         "missing": missing,
-        "questions": questions(arms),
-        "responses": judges(rows["test"], config),
-        "t2_label": config.evaluation.t2_label,
-        "target_recall": config.evaluation.target_recall,
+        "questions": {arm: QUESTIONS.get(arm) or arm_named(arm).question for arm in arms},
+        "t2_label": settings.t2_label,
+        "target_recall": settings.target_recall,
+        "draws": settings.draws,
+        "run": manifest([config.as_dict()]),
     }
-    results["improved"] = best = improved(config, lines)
-    folders = [line.folder for line in lines if line.arm == best]
-    results["improved_model_path"] = str(folders[0] if len(folders) == 1 else folders[0].parent)
-    results |= against(config, tasks, arms, answers, results)
-    results["verdict"] = verdict(results)
-    results["seconds"] = round(time.time() - started, 1)
-    results["run"] = manifest([config.as_dict()])
-    predictions = predicted(rows, tasks, items, answers, config.evaluation.t2_label)
-    return write(config, results, rows["test"], arms, answers, predictions)
+    write(config, results, rows, texts, arms, answers)
+    keys = [stage_key(config, "train", one.arm, one.seed) for one in guards if one.folder]
+    write_stage(Path(settings.results_dir) / "stage.json", config, "evaluate", *keys)
+    return results
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
-def read_rows(config: Config, split: str) -> list[dict]:
+def read_rows(config: Config, split: str) -> list[Row]:
     """The processed rows of a split's sample.
 
     Raises:
-        UserError: process.py has not got so far.
+        UserError: process has not got so far.
     """
-    wanted, known = sample(config, split), {row["id"]: row for row in read_processed(config, split)}
-    if missing := sum(row["id"] not in known for row in wanted):
-        raise UserError(
-            f"{split}: {missing} of {len(wanted)} prompts are not processed; run process.py with this config first"
-        )
-    return [known[row["id"]] for row in wanted]
+    known = {row["id"]: row for row in read_processed(config, split)}
+    wanted = [row["id"] for row in sample(config, split)]
+    absent = sum(row_id not in known for row_id in wanted)
+    if absent:
+        hint = "run process with this config first"
+        raise UserError(f"{split}: {absent} of {len(wanted)} prompts are not processed; {hint}")
+    return [known[row_id] for row_id in wanted]
 
 
 def read_tasks(
-    config: Config, rows: Mapping[str, Sequence[dict]]
-) -> tuple[dict[str, Task], list[Item]]:
-    """T1, T2, T3 where there are prompts for it, and each further data set by its spec; and all
-    prompts to be scored.
+    config: Config, rows: Mapping[str, Sequence[Row]]
+) -> tuple[dict[str, Prompts], dict[str, str]]:
+    """The prompts of each task by its name, those of validation as "validation"; and all texts by
+    their id.
 
     Raises:
         UserError: T2 has no labels of the kind that the config names, or a spec cannot be read.
     """
     settings = config.evaluation
-    items = [
-        Item(f"{split}/{row['id']}", split, row["query"]) for split in SPLITS for row in rows[split]
-    ]
-    human = {split: [(row, bool(row["human_unsafe"])) for row in rows[split]] for split in SPLITS}
-    outcomes = {split: outcome(rows[split], settings.t2_label) for split in SPLITS}
-    if any(passed(row) and row["responses"] for row in rows["test"]) and not outcomes["test"]:
+    texts = {f"{split}/{row['id']}": row["query"] for split, some in rows.items() for row in some}
+    humans = {
+        f"{split}/{row['id']}": bool(row["human_unsafe"])
+        for split, some in rows.items()
+        for row in some
+    }
+    outcomes = outcomes_of(rows["test"], settings.t2_label)
+    if not outcomes and any(passed(row) and row["responses"] for row in rows["test"]):
         raise UserError(
-            f"evaluation.t2_label {settings.t2_label}: no response of the test split has such a label; "
-            "name another one of human, judge, guard (judge needs evaluation.judge when prompts are processed)"
+            f"evaluation.t2_label {settings.t2_label}: no response of the test split has such a "
+            "label; name another one of human, judge, guard (judge needs evaluation.judge when "
+            "prompts are processed)"
         )
-    tasks = {}
-    for name, known in (("T1", human), ("T2", outcomes)):
-        test, validation = (part(split, known[split]) for split in ("test", "validation"))
-        left = sum(passed(row) for row in rows["test"]) - len(test.ids) if name == "T2" else 0
-        tasks[name] = Task(name, test, validation, {"left_out": left})
-    operating = tasks["T2"] if tasks["T2"].validation.truth.any() else tasks["T1"]
-    hard = [
-        (row, False)
-        for row in rows["test"]
-        if row.get("kind") == "hard_benign" and not row["human_unsafe"]
-    ]
-    benign, facts = part("test", hard), {"operating_point_of": operating.name}
-    seen = (
-        set(map(text_key, seen_texts(config))) if settings.hard_benign or settings.extra else set()
-    )
+    truths = {
+        "validation": {key: unsafe for key, unsafe in humans.items() if key.startswith("v")},
+        "T1": {key: unsafe for key, unsafe in humans.items() if key.startswith("t")},
+        "T2": {f"test/{row_id}": unsafe for row_id, unsafe in outcomes.items()},
+    }
+    marked = [row for row in rows["test"] if row.get("kind") == "hard_benign"]
+    harmless = [row for row in marked if not row["human_unsafe"]]
+    seen = {text_key(text) for text in seen_texts(config)}
     if settings.hard_benign:
-        found, benign, facts["seen_before"] = foreign(settings.hard_benign, seen, harmless=True)
-        items += found
-    if benign.ids:
-        tasks["T3"] = Task("T3", benign, operating.validation, facts)
+        found = foreign(settings.hard_benign, seen, harmless=True)
+        texts |= {key: text for key, (text, _) in found.items()}
+        truths["T3"] = dict.fromkeys(found, False)
+    elif harmless:
+        truths["T3"] = {f"test/{row['id']}": False for row in harmless}
     for spec in settings.extra:
-        found, prompts, known = foreign(spec, seen)
-        items += found
-        tasks[spec] = Task(
-            spec,
-            prompts,
-            tasks["T1"].validation,
-            {"operating_point_of": "T1", "seen_before": known},
-        )
-    for task in tasks.values():
-        counts = {"rows": len(task.test.ids), "positives": int(task.test.truth.sum())}
-        counts["base_rate"] = counts["positives"] / counts["rows"] if counts["rows"] else None
-        counts |= {"validation_rows": len(task.validation.ids)}
-        task.facts.update(counts | {"validation_positives": int(task.validation.truth.sum())})
-    return tasks, list({item.id: item for item in items}.values())
+        found = foreign(spec, seen)
+        texts |= {key: text for key, (text, _) in found.items()}
+        truths[spec] = {key: unsafe for key, (_, unsafe) in found.items()}
+    tasks = {}
+    for name, truth in truths.items():
+        groups = near_copies([texts[key] for key in truth])  # prompts that are drawn together
+        tasks[name] = Prompts(list(truth), np.array(list(truth.values()), dtype=bool), groups)
+    return tasks, texts
 
 
-def part(split: str, rows: Sequence[tuple[Mapping, bool]]) -> Part:
-    """Rows with their truth. A cluster is a prompt, case and spacing apart."""
-    keys = [data.prompt_key({"messages": pair(row["query"])}) for row, _ in rows]
-    return Part(
-        [f"{split}/{row['id']}" for row, _ in rows],
-        np.array([truth for _, truth in rows], dtype=bool),
-        keys,
-    )
+def outcomes_of(rows: Sequence[Row], label: str) -> dict[str, bool]:
+    """By id: of prompts that the default guard passes, whether at least half of the responses are
+    unsafe.
+    """
+    shares = {row["id"]: q(row, label) for row in rows if passed(row)}
+    return {row_id: share >= 0.5 for row_id, share in shares.items() if share is not None}
 
 
 def foreign(
-    spec: str, seen: Container[str], harmless: bool = False
-) -> tuple[list[Item], Part, int]:
-    """The prompts of a data spec or of a benchmark (`name@file`), and how many were left out as
-    `seen` before.
+    spec: str, seen: Collection[str], harmless: bool = False
+) -> dict[str, tuple[str, bool]]:
+    """Text and truth of the prompts of a data spec or of a benchmark (`name@file`), by an id.
 
     Args:
-        seen: `text_key` of prompts that would be no test.
+        seen: `text_key` of prompts that would be no test; they are left out, and counted.
         harmless: all are taken for safe, but for rows that are labelled otherwise.
 
     Raises:
@@ -212,315 +279,514 @@ def foreign(
         rows = [row | {"prompt_unsafe": row["label"]} for row in load_benchmark(spec).rows]
     else:
         rows = list(data.load_conversations(spec))
-    kept = [(i, row) for i, row in enumerate(rows) if harmless or row["prompt_unsafe"] is not None]
-    kept = [(i, row) for i, row in kept if not (harmless and row["prompt_unsafe"])]
-    if not kept:
-        raise UserError(
-            f"{spec}: no row {'is harmless' if harmless else 'has a prompt label'}; take it out"
-        )
-    fresh = [(i, row) for i, row in kept if text_key(last_turns(row["messages"])[0]) not in seen]
-    if not fresh:
-        raise UserError(
-            f"{spec}: train, validation or the guard's own data hold every prompt of it; take it out"
-        )
-    items = [Item(f"{spec}#{i}", spec, last_turns(row["messages"])[0]) for i, row in fresh]
-    truth = np.array([bool(row["prompt_unsafe"]) for _, row in fresh], dtype=bool)
-    keys = [data.prompt_key(row) for _, row in fresh]
-    return items, Part([item.id for item in items], truth, keys), len(kept) - len(fresh)
+    found = {}
+    known = 0
+    for number, row in enumerate(rows):
+        unsafe = row["prompt_unsafe"]
+        if unsafe if harmless else unsafe is None:
+            continue
+        text = last_turns(row["messages"])[0]
+        if text_key(text) in seen:
+            known += 1
+        else:
+            found[f"{spec}#{number}"] = text, bool(unsafe)
+    if known:
+        logger.warning("%s: %d prompts that a guard or threshold has seen left out", spec, known)
+    if not found:
+        what = "harmless" if harmless else "labelled"
+        raise UserError(f"{spec}: no {what} prompt that is new to the guards; take it out")
+    return found
 
 
-def votes(row: Mapping, label: str) -> list[bool]:
-    """Whether each response is unsafe by the guard, the judge or a human, as far as that is known."""
-    if label == "guard":
-        said = [r["decided"] if r["error"] is None else None for r in row["responses"]]
-    elif label == "judge":
-        said = [
-            None if r["judge_unsafe"] is None else r["judge_unsafe"] >= 0.5
-            for r in row["responses"]
-        ]
+# --- who is evaluated -----------------------------------------------------------------------------
+
+
+def find_guards(config: Config) -> tuple[list[Judged], list[str]]:
+    """The default guard, and what is trained: `improved_model_path`, or the config's arms and
+    seeds; and which of these are not trained.
+
+    Raises:
+        UserError: nothing is trained, or with other settings than the config's.
+    """
+    given = config.evaluation.improved_model_path
+    guards, missing = [], []
+    if given:
+        guards.append(trained_guard(Path(given), config))
     else:
-        said = [r["human_unsafe"] for r in row["responses"]]
-    return [bool(v) for v in said if v is not None]
+        for name in config.training.arms:
+            for seed in config.training.seeds_of(name):
+                folder = arm_folder(config, name, seed)
+                if has_card(folder):
+                    trained_guard(folder, config)
+                    guards.append(Judged(name, seed, folder))
+                else:
+                    missing.append(f"{name}-seed{seed}")
+    if not guards:
+        where = config.training.output_dir
+        raise UserError(f"{where}: nothing is trained there; run train with this config first")
+    if missing:
+        logger.warning("Not trained, and so left out: %s", ", ".join(missing))
+    legacy = any(one.query == "chatml" for one in guards)
+    return [Judged("A0"), *([Judged("A0-legacy")] if legacy else []), *guards], missing
 
 
-def outcome(rows: Sequence[dict], label: str) -> list[tuple[dict, bool]]:
-    """Prompts that the default guard passes, with whether at least half of their responses are
-    unsafe.
+def trained_guard(folder: Path, config: Config) -> Judged:
+    """The arm and seed that a folder holds.
+
+    Raises:
+        UserError: it holds no arm, or one that was trained with other settings than the config's.
     """
-    known = [(row, q(row, label)) for row in rows if passed(row)]
-    return [(row, share >= 0.5) for row, share in known if share is not None]
+    card = read_card(folder)
+    if not isinstance(card, ArmOrigin) or card.arm is None or card.seed is None:
+        raise UserError(f"{card_path(folder)}, fields arm and seed: do not say which arm it is")
+    check_stage(folder / "stage.json", config, "train", asdict(arm_named(card.arm)), card.seed)
+    return Judged(card.arm, card.seed, folder)
 
 
-def judges(rows: Sequence[dict], config: Config) -> dict[str, Any]:
-    """Agreement on responses of guard, judge and humans, and how well responses foretell one
-    another.
+def improved_arm(config: Config, arms: Collection[str]) -> str:
+    """The arm that the verdict is about: A8, else the last one that was trained."""
+    if "A8" in arms:
+        return "A8"
+    trained = [name for name in config.training.arms if name in arms] or list(arms)[3:]
+    built_up = [name for name in trained if not name.startswith(("A2", "C"))]
+    return (built_up or trained)[-1]
+
+
+# --- what they say --------------------------------------------------------------------------------
+
+
+def score(one: Judged, texts: Mapping[str, str], config: Config, folder: Path) -> Answers:
+    """One guard on all prompts. It is loaded only if there is a prompt that it has not judged yet.
+
+    What is kept counts for one prompt, one guard (its weights) and one way of asking alone. A
+    verdict that a server failed to give is asked for again.
     """
-    responses = [r for row in rows if passed(row) for r in row["responses"]]
-    pairs: dict[str, list[tuple[bool, bool]]] = {}
-    for r in responses:
-        one = {name: votes({"responses": [r]}, name) for name in ("guard", "judge", "human")}
-        for a, b in (("guard", "judge"), ("guard", "human"), ("judge", "human")):
-            if one[a] and one[b]:
-                pairs.setdefault(f"{a} and {b}", []).append((one[a][0], one[b][0]))
-    rounds = min(config.evaluation.draws, 1000)
-    agreement = {
-        name: metrics.agreement(*zip(*found, strict=True), rounds) for name, found in pairs.items()
-    }
-    label = config.evaluation.t2_label
-    ceiling = noise_ceiling([votes(row, label) for row in rows if passed(row)])
-    return {"responses": len(responses), "agreement": agreement, "noise_ceiling": ceiling}
+    served = one.folder is None and config.llama_guard.engine == "server"
+    identity = identity_of(one, config)
+    key_of = {text: digest([identity, text]) for text in dict.fromkeys(texts.values())}
+    text_of = {key: text for text, key in key_of.items()}
+    loaded: list[GenerativeGuard] = []
+
+    def make(_: int, keys: list[str]) -> Iterator[Row]:
+        if not loaded:
+            loaded.append(load(one, config))
+        said = ask(one, loaded[0], [text_of[key] for key in keys], config)
+        for key, told in zip(keys, said, strict=True):
+            yield {"key": key, **told}
+
+    again = failed if served else None
+    with KeptRows(folder / f"{one.name}.jsonl") as kept:
+        rows = kept.fill(
+            list(text_of), make, size=CHUNK, together=not served, again=again, title=one.name
+        )
+    loaded.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    said = {row_key: answer_of(row, one) for row_key, row in zip(text_of, rows, strict=True)}
+    return {prompt_id: said[key_of[text]] for prompt_id, text in texts.items()}
 
 
-def controls(default: Answers, task: Task) -> dict[str, Answers]:
-    """Guards that need no training: A1, the threshold of best F1 on T1 for A0's score; and the one
-    that blocks all.
+def load(one: Judged, config: Config) -> GenerativeGuard:
+    """A guard, on the base that it was trained on. A server knows the default guard alone."""
+    section = config.llama_guard
+    options: dict[str, Any] = {"progress": False}
+    path = section.default_model_path
+    if one.folder is None:
+        options |= section.engine_options()
+    else:
+        path = section.base_model_path
+        if section.load_in_4bit:
+            options["load_in_4bit"] = True
+        if not is_probe(one):
+            options["adapter"] = str(one.folder)
+            # vLLM does not quantize as training does
+            vllm = section.engine == "vllm" and not section.load_in_4bit
+            options["engine"] = "vllm" if vllm else "transformers"
+    return load_llama_guard(path, section.use_official_template, **options)
+
+
+def is_probe(one: Judged) -> bool:
+    """Whether a probe on the default guard's state gives the score, instead of an adapter."""
+    return one.folder is not None and (one.folder / "probe.json").is_file()
+
+
+def identity_of(one: Judged, config: Config) -> list[Any]:
+    """What the answers of a guard depend on."""
+    section = config.llama_guard
+    prompt = None if section.use_official_template else template()
+    asked = [one.query, prompt, section.legacy_new_tokens]
+    if one.folder is None:
+        options = section.engine_options() if section.engine == "server" else {}
+        return [guard_identity(section.default_model_path, options), asked]
+    base = guard_identity(section.base_model_path, {})
+    return [base, fingerprint(one.folder), asked, section.load_in_4bit]
+
+
+def ask(
+    one: Judged, loaded: GenerativeGuard, texts: Sequence[str], config: Config
+) -> list[dict[str, Any]]:
+    """What is kept of each prompt: score, decision and error, or the text that the guard wrote."""
+    conversations = [pair(text) for text in texts]
+    if is_probe(one):
+        scores = probe_scores(loaded, one.folder, conversations)
+        return [{"score": p, "decided": p > 0.5, "error": None} for p in scores]
+    if one.query == "guard":
+        return [
+            {"score": v.prompt_unsafe, "decided": v.decided.get("prompt_unsafe"), "error": v.error}
+            for v in loaded.judge(conversations)
+        ]
+    new_tokens = config.llama_guard.legacy_new_tokens
+    prompts = query_ids(loaded, one.query, texts)
+    room = loaded.max_length - new_tokens
+    short = [ids for ids in prompts if len(ids) <= room]
+    written = iter(loaded.written(short, new_tokens))
+    told = []
+    for ids in prompts:
+        if len(ids) > room:
+            told.append({"text": "", "error": f"{len(ids)} tokens, more than {room}"})
+        else:
+            said = next(written)
+            told.append({"text": said.text, "error": said.error})
+    return told
+
+
+def answer_of(kept: Mapping[str, Any], one: Judged) -> Answer:
+    """What a kept row means. A verdict in words has no probability: its score is 1 or 0."""
+    if "text" in kept:
+        unsafe, is_verdict = parsed_unsafe(kept["text"], one.parser)
+        error = kept["error"] or (None if is_verdict else "no verdict")
+        reason = legacy_reason(kept["text"]) if unsafe else ""
+        return Answer(float(unsafe), unsafe, error, reason)
+    if kept["error"] is not None or kept["score"] is None:
+        return Answer(1.0, True, kept["error"] or "no verdict", "no verdict")
+    decided = kept["decided"]
+    if decided is None:
+        decided = kept["score"] > 0.5
+    return Answer(kept["score"], decided, None, "Classified as unsafe" if decided else "")
+
+
+def controls(default: Answers, validation: Prompts) -> dict[str, Answers]:
+    """Guards that need no training: A1, A0's score with the threshold of best F1 on validation; and
+    the one that blocks all.
     """
-    truth = task.validation.truth
     cut = 0.5
-    if task.validation.both:
-        cut = metrics.fit_threshold(
-            truth, [default[i].score for i in task.validation.ids], "validation"
-        )["value"]
+    if validation.positives and validation.negatives:
+        scores = [default[key].score for key in validation.ids]
+        cut = metrics.fit_threshold(validation.truth, scores, "validation")["value"]
     else:
         logger.warning("validation has one class only: A1 keeps the threshold 0.5")
     return {
-        "A1": {key: Answer(a.score, a.score > cut, a.error) for key, a in default.items()},
-        ALWAYS: {key: Answer(1.0, True, None) for key in default},
+        "A1": {key: Answer(said.score, said.score > cut) for key, said in default.items()},
+        ALWAYS: {key: Answer(1.0, True) for key in default},
     }
 
 
-def improved(config: Config, lines: Sequence[Line]) -> str:
-    """The arm that the verdict is about: A8, else the last one of the config's that was trained."""
-    trained = list(dict.fromkeys(line.arm for line in lines if line.folder))
-    named = [
-        name
-        for name in config.training.arms
-        if name in trained and not name.startswith(("A2", "C"))
-    ]
-    return "A8" if "A8" in trained else (named or trained)[-1]
+# --- measuring ------------------------------------------------------------------------------------
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+def as_arrays(
+    names: Sequence[str], answers: Mapping[str, Answers], test: Prompts, validation: Prompts
+) -> Arm:
+    """An arm's answers as arrays, a row a seed."""
 
+    def table(prompts: Prompts, field: str) -> np.ndarray:
+        rows = [[getattr(answers[name][key], field) for key in prompts.ids] for name in names]
+        return np.array(rows)
 
-def said_of(answers: Answers, task: Task) -> Said:
-    """One guard's answers as arrays; one without a verdict fails closed."""
-    score, decided = (
-        np.array([getattr(answers[i], name) for i in task.test.ids])
-        for name in ("score", "decided")
+    return Arm(
+        table(test, "score").astype(float),
+        table(test, "decided").astype(bool),
+        table(validation, "score").astype(float),
+        tuple(name.rpartition("-seed")[2] for name in names) if len(names) > 1 else ("",),
     )
-    validation = np.array([answers[i].score for i in task.validation.ids], dtype=float)
-    return Said(score.astype(float), decided.astype(bool), validation)
 
 
-def measure(
-    config: Config, tasks: Mapping[str, Task], arms: Mapping, answers: Mapping[str, Answers]
-) -> dict[str, Any]:
-    """Every metric of every arm on every task: by seed, the mean over seeds, and intervals of the
-    mean.
-    """
-    out: dict[str, Any] = {"tasks": {}, "draws": config.evaluation.draws, "_drawn": {}}
-    for task in tasks.values():
-        said = {name: said_of(answers[name], task) for names in arms.values() for name in names}
-        options: dict[str, Any] = {"target_recall": config.evaluation.target_recall}
-        if task.name == "T2":
-            cut = threshold_at_recall(
-                task.validation.truth, said["A0"].validation, options["target_recall"]
-            )
-            known = cut is not None and len(task.test.ids) > 0
-            out["block_rate"] = options["block_rate"] = (
-                float((said["A0"].score > cut).mean()) if known else None
-            )
-        drawn = bootstrap(
-            task.test, said, config.evaluation.draws, config.seed, task.validation, **options
-        )
-        cells = {}
-        for arm, names in arms.items():
-            each = {
-                name: point(task.test.truth, said[name], task.validation.truth, **options)
-                for name in names
-            }
-            cells[arm] = merge(each, {name: drawn[name] for name in names})
-            cells[arm] |= beside(
-                task, {name: said[name] for name in names}, said["A0"], options["target_recall"]
-            )
-            failed = [
-                answers[name][key].error is not None for name in names for key in task.test.ids
-            ]
-            cells[arm]["unparsed"] = float(np.mean(failed)) if failed else None
-            out["_drawn"][task.name, arm] = mean_draws([drawn[name] for name in names])
-        out["tasks"][task.name] = task.facts | {"arms": cells}
+def judge_facts(rows: Sequence[Row], config: Config) -> dict[str, Any]:
+    """How far guard, judge and people agree on the responses that T2's truth is made of."""
+    votes: dict[str, list[list]] = {"human": [], "judge": [], "guard": []}
+    for row in rows:
+        if not passed(row):
+            continue
+        for said in votes.values():
+            said.append([])
+        for response in row["responses"]:
+            votes["human"][-1].append(response["human_unsafe"])
+            p = response["judge_unsafe"]
+            votes["judge"][-1].append(None if p is None else p >= 0.5)
+            decided = response["decided"] if response["error"] is None else None
+            votes["guard"][-1].append(decided)
+    rounds = min(config.evaluation.draws, 1000)
+    return measure.judge_facts(config.evaluation.t2_label, votes, rounds)
+
+
+def reasons_against(
+    best: str,
+    tasks: Mapping[str, Prompts],
+    measured: Mapping[str, Measured],
+    answers: Mapping[str, Answers],
+    arms: Mapping[str, Sequence[str]],
+    judge: Mapping[str, Any],
+    validation: Prompts,
+) -> list[str]:
+    """Why no condition of the verdict may be read; none where all is well."""
+    ours, default = (
+        as_arrays(arms[name], answers, tasks["T1"], validation) for name in (best, "A0")
+    )
+    shift = measure.score_shift(ours, default)
+    return measure.reasons_against(tasks, measured, shift, judge)
+
+
+def task_results(prompts: Prompts, measured: Measured) -> dict[str, Any]:
+    """What results.json holds of a task: its size, and every metric of every arm."""
+    arms = {}
+    for arm, seeds in measured.seeds.items():
+        names = seeds[0] if seeds else {}
+        drawn = measured.drawn[arm]
+        arms[arm] = {metric: measured.value(arm, metric) for metric in names}
+        ends = {metric: measure.interval(values) for metric, values in drawn.items()}
+        arms[arm] |= {"intervals": ends, "seeds": seeds}
+    rows = len(prompts.ids)
+    return {
+        "rows": rows,
+        "positives": prompts.positives,
+        "groups": len(set(prompts.groups)),
+        "base_rate": prompts.positives / rows if rows else None,
+        "arms": arms,
+    }
+
+
+def differences(measured: Mapping[str, Measured], best: str) -> list[dict[str, Any]]:
+    """The improved arm minus every other one, in what decides."""
+    out = []
+    for name, metric in COMPARED:
+        for other in measured[name].seeds if name in measured else ():
+            if other not in (best, ALWAYS):
+                found = measure.difference(measured[name], best, other, metric)
+                if found:
+                    about = {"task": name, "metric": metric, "first": best, "second": other}
+                    out.append(about | found)
     return out
 
 
-def merge(each: Mapping[str, Mapping], drawn: Mapping[str, Mapping]) -> dict[str, Any]:
-    """The mean over seeds of each metric, the lowest and highest seed, and the interval of the
-    mean.
-    """
-    names = list(next(iter(each.values())))
-    values = {name: [found[name] for found in each.values()] for name in names}
-    whole = {name: v for name, v in values.items() if None not in v}
-    out: dict[str, Any] = dict.fromkeys(names) | {
-        name: float(np.mean(v)) for name, v in whole.items()
-    }
-    out["spread"] = {name: [min(v), max(v)] for name, v in whole.items()} if len(each) > 1 else {}
-    means = mean_draws(list(drawn.values()))
-    out["intervals"] = {name: interval(v) for name, v in means.items()}
-    return out | {"seeds": {name: dict(found) for name, found in each.items()}}
-
-
-def mean_draws(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The mean over seeds in each draw."""
-    return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
-
-
-def beside(
-    task: Task, said: Mapping[str, Said], default: Said, target_recall: float
-) -> dict[str, Any]:
-    """Thresholds, calibration, and how many decisions on harmless prompts are not the default
-    guard's.
-    """
-    safe = ~task.test.truth
-    cuts = {
-        n: threshold_at_recall(task.validation.truth, s.validation, target_recall)
-        for n, s in said.items()
-    }
-    each = [calibration(task.test, s, task.validation) for s in said.values()]
-    names = set.intersection(*(set(c) for c in each)) if each else ()
-    mean = {
-        n: None if any(c[n] is None for c in each) else float(np.mean([c[n] for c in each]))
-        for n in sorted(names)
-    }
-    flips = (
-        [float((s.decided != default.decided)[safe].mean()) for s in said.values()]
-        if safe.any()
-        else []
-    )
-    return {
-        "thresholds": cuts,
-        "calibration": mean,
-        "flip_rate": float(np.mean(flips)) if flips else None,
-    }
-
-
-def against(
-    config: Config,
-    tasks: Mapping[str, Task],
-    arms: Mapping,
-    answers: Mapping[str, Answers],
-    results: dict[str, Any],
-) -> dict[str, Any]:
-    """Paired differences of the improved arm from every other and of every arm from A1; the tests
-    at the threshold.
-    """
-    best, drawn = results["improved"], results.pop("_drawn")
-    others = [name for name in arms if name not in (best, ALWAYS)]
-    pairs = [(best, name) for name in others] + [
-        (name, "A1") for name in others if name not in ("A0", "A1")
-    ]
-    found, tests = [], []
-    for first, second in pairs:
-        for name, task in tasks.items():
-            cells = results["tasks"][name]["arms"]
-            for metric in COMPARED.get(name, COMPARED["T1"]):
-                a, b = (drawn[name, arm].get(metric, np.zeros(0)) for arm in (first, second))
-                known = cells[first].get(metric), cells[second].get(metric)
-                alone = metric != "fpr_at_threshold"  # the error of that rests on validation, too
-                told = difference(*known, a - b, len(task.test.ids) if alone else None) or {}
-                told["by_seed"] = by_seed(cells[first]["seeds"], cells[second]["seeds"], metric)
-                found.append(
-                    {"task": name, "metric": metric, "first": first, "second": second} | told
-                )
-        if first == best:
-            a, b = (
-                at_threshold(tasks["T2"], arms[arm], answers, config) for arm in (first, second)
-            )
-            if a is not None and b is not None:
-                tests.append(
-                    {"first": first, "second": second} | mcnemar(tasks["T2"].test.truth, a, b)
-                )
-    primary = {
-        c["metric"]: c.get("p")
-        for c in found
-        if c["task"] == "T2"
-        and c["metric"] in ("auprc", "fpr_at_recall")
-        and (c["first"], c["second"]) == (best, "A1")
-    }
-    return {"comparisons": found, "mcnemar": tests, "holm": holm(primary)}
-
-
-def at_threshold(
-    task: Task, names: Sequence[str], answers: Mapping[str, Answers], config: Config
-) -> np.ndarray | None:
-    """An arm's decisions at its threshold of the target recall, by the majority of its seeds; a tie
-    blocks.
-    """
-    each = []
-    for name in names:
-        said = said_of(answers[name], task)
-        cut = threshold_at_recall(
-            task.validation.truth, said.validation, config.evaluation.target_recall
-        )
-        if cut is None or not len(task.test.ids):
-            return None
-        each.append(said.score > cut)
-    return np.mean(each, axis=0) >= 0.5
-
-
-# --- what is left -----------------------------------------------------------------------------------------------------
-
-
-def predicted(
-    rows: Mapping[str, Sequence[dict]],
-    tasks: Mapping[str, Task],
-    items: Sequence[Item],
-    answers: Mapping,
-    label: str,
-) -> list[dict[str, Any]]:
-    """predictions.jsonl: a row a prompt, with what every guard says of it. The split of further
-    data is their spec.
-    """
-    outcomes = {
-        f"{s}/{row['id']}": unsafe for s in SPLITS for row, unsafe in outcome(rows[s], label)
-    }
-    known = {
-        f"{s}/{row['id']}": (row["human_unsafe"], row.get("kind"), passed(row))
-        for s in SPLITS
-        for row in rows[s]
-    }
-    for task in tasks.values():
-        for key, unsafe in zip(task.test.ids, task.test.truth, strict=True):
-            known.setdefault(key, (bool(unsafe), None, not answers["A0"][key].decided))
-    names = ("human_unsafe", "kind", "passed")
-    return [
-        {"id": item.id.removeprefix(f"{item.split}/"), "split": item.split, "input": item.text}
-        | dict(zip(names, known[item.id], strict=True))
-        | {"outcome_unsafe": outcomes.get(item.id)}
-        | {"guards": {name: told[item.id].as_dict() for name, told in answers.items()}}
-        for item in items
-    ]
+# --- what is left ---------------------------------------------------------------------------------
 
 
 def write(
     config: Config,
     results: dict[str, Any],
-    rows: Sequence[dict],
-    arms: Mapping,
-    answers: Mapping,
-    predictions: Sequence[Mapping],
-) -> dict[str, Any]:
-    """All files of results_dir, of the test split's rows and all predictions; returns the summary."""
-    folder, cells = Path(config.evaluation.results_dir), results["tasks"]["T1"]["arms"]
-    shown = {"default_model": "A0", "improved_model": results["improved"]}
-    kept = {name: original(rows, arms[arm], answers, cells[arm]) for name, arm in shown.items()}
-    results["summary"] = summary(kept)
-    text, stamp = markdown(results), time.strftime("%Y%m%d_%H%M%S")
-    improvement = {"improvement": results["summary"]["improvement"]}
-    write_json(folder / f"evaluation_results_{stamp}.json", kept | improvement | results)
-    plot(results, folder / "precision_recall.png")
-    report.write_results(folder, results, text, predictions)
+    rows: Mapping[str, Sequence[Row]],
+    texts: Mapping[str, str],
+    arms: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Answers],
+) -> None:
+    """All files of results_dir, and the original's two."""
+    folder = Path(config.evaluation.results_dir)
+    results["summary"] = {}
+    models = {}
+    for name, arm in (("default_model", "A0"), ("improved_model", results["improved"])):
+        cell = results["tasks"]["T1"]["arms"][arm]
+        values = {metric: cell[metric] for metric in ORIGINAL} | {"f1_score": cell["f1"]}
+        results["summary"][name] = values
+        said = [answers[one] for one in arms[arm]]
+        models[name] = values | {"metrics": values} | original_counts(rows["test"], said)
+    results["summary"]["improvement"] = improvement(results["summary"])
+    found = models | {"improvement": results["summary"]["improvement"]} | results
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    write_json(folder / f"evaluation_results_{stamp}.json", found)
+    stats = Path(config.dataset.store_dir) / "process_stats.json"
+    experiment = {
+        "process_stats": json.loads(stats.read_text(encoding="utf-8")),
+        "improved_model_path": results["improved_model_path"],
+        "evaluation": results["summary"],
+    }
+    write_json(Path(config.experiment.results_dir) / f"experiment_results_{stamp}.json", experiment)
+    plot(results, folder / "differences.png")
+    text = markdown(results)
+    report.write_results(folder, results, text, predictions(config, rows, texts, answers))
     print(text)
-    return results["summary"]
+
+
+def improvement(models: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The original's difference of the improved model's metrics from the default one's."""
+    out = {}
+    for name, ours in models["improved_model"].items():
+        theirs = models["default_model"][name]
+        out[name] = None if None in (ours, theirs) else ours - theirs
+    return out
+
+
+def original_counts(rows: Sequence[Row], answers: Sequence[Answers]) -> dict[str, Any]:
+    """Counts and predictions as the original names them: the mean over seeds, and the label of most
+    of them.
+    """
+    keys = [f"test/{row['id']}" for row in rows]
+    truth = np.array([bool(row["human_unsafe"]) for row in rows])
+    hits = np.array([[said[key].decided for key in keys] for said in answers], dtype=bool)
+    word = {True: "unsafe", False: "safe"}
+    predicted = []
+    for row, key, unsafe, share in zip(rows, keys, truth, hits.mean(0), strict=True):
+        predicted.append(
+            {
+                "input": row["query"],
+                "true_label": word[bool(unsafe)],
+                "predicted_label": word[bool(share >= 0.5)],
+                "reason": answers[0][key].reason,
+            }
+        )
+    return {
+        "true_positives": float((hits & truth).sum(1).mean()),
+        "false_positives": float((hits & ~truth).sum(1).mean()),
+        "true_negatives": float((~hits & ~truth).sum(1).mean()),
+        "false_negatives": float((~hits & truth).sum(1).mean()),
+        "predictions": predicted,
+    }
+
+
+def predictions(
+    config: Config,
+    rows: Mapping[str, Sequence[Row]],
+    texts: Mapping[str, str],
+    answers: Mapping[str, Answers],
+) -> list[Row]:
+    """predictions.jsonl: a row a prompt, with what every guard says of it."""
+    known = {}
+    for split, some in rows.items():
+        outcomes = outcomes_of(some, config.evaluation.t2_label)
+        for row in some:
+            known[f"{split}/{row['id']}"] = {
+                "human_unsafe": row["human_unsafe"],
+                "kind": row.get("kind"),
+                "passed": passed(row),
+                "outcome_unsafe": outcomes.get(row["id"]),
+            }
+    out = []
+    for key, text in texts.items():
+        said = {name: asdict(told[key]) for name, told in answers.items()}
+        out.append({"id": key, "input": text, **known.get(key, {}), "guards": said})
+    return out
+
+
+# --- results.md -----------------------------------------------------------------------------------
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """results.md: the verdict and what it rests on, then the tasks."""
+    told = results["verdict"]
+    conditions = [
+        [row["condition"], row["state"], row.get("difference"), row.get("interval")]
+        for row in told["conditions"]
+    ]
+    parts = [
+        "# Does the feedback help the input guard?",
+        f"**Verdict on {told['about']}: {told['verdict']}.**",
+        report.table(conditions, ["condition", "", "difference", "95 %"]),
+        f"![Differences of {told['about']} from the others on T2](differences.png)",
+        f"Means over seeds; 95 % intervals of {results['draws']:,} paired draws of prompts and "
+        "seeds, near-copies of a prompt together. All conditions are tested after Holm's "
+        f"correction. The recall is {results['target_recall']:g}, on the test prompts' own ROC "
+        "curve; at equal block rate every guard blocks as many prompts as are unsafe. AUPRC rests "
+        "on the base rate, which is what a guard that blocks everything has. T2 holds what A0 "
+        "passes: A0 and A1 are cut off there, and a difference from them favours the arm. Truth "
+        f"of T2: at least half of the responses unsafe by {results['t2_label']}.",
+    ]
+    if results["missing"]:
+        parts.append(f"Not trained, and so not in here: {', '.join(results['missing'])}.")
+    parts += [task_text(name, results) for name in results["tasks"]]
+    parts += [differences_text(results), responses_text(results["responses"])]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def task_text(name: str, results: Mapping[str, Any]) -> str:
+    """The table of a task, an arm a line."""
+    task = results["tasks"][name]
+    shown = SHOWN.get(name, SHOWN["T1"])
+    rows = []
+    for arm, cell in task["arms"].items():
+        row = [f"{arm}: {results['questions'][arm]}"]
+        for metric in shown:
+            ends = cell["intervals"].get(metric)
+            row.append(
+                report.number(cell.get(metric)) + (f" {report.number(ends)}" if ends else "")
+            )
+        rows.append(row)
+    facts = (
+        f"{task['rows']} prompts in {task['groups']} groups of near-copies, {task['positives']} "
+        f"unsafe (base rate {report.number(task['base_rate'])})."
+    )
+    table = report.table(rows, ["", *(HEADINGS[metric] for metric in shown)])
+    return f"## {TASKS.get(name, f'T1 on {name}')}\n\n{facts}\n\n{table}"
+
+
+def differences_text(results: Mapping[str, Any]) -> str:
+    """The improved arm minus every other one."""
+    rows = [
+        [
+            row["second"],
+            row["task"],
+            HEADINGS[row["metric"]],
+            row["difference"],
+            row["interval"],
+            row["by_seed"],
+        ]
+        for row in results["differences"]
+    ]
+    header = ["minus", "task", "metric", "difference", "95 %", "lowest, highest seed"]
+    return f"## {results['improved']} minus the others\n\n{report.table(rows, header)}"
+
+
+def responses_text(judge: Mapping[str, Any]) -> str:
+    """How far those who label the responses agree, and whether one agrees with itself."""
+    found = {f"{judge['label']} and {other}": said for other, said in judge["agreement"].items()}
+    if judge["halves"]:
+        found[f"{judge['label']}, two halves of a prompt's responses"] = judge["halves"]
+    rows = [
+        [name, said["n"], said["agreement"], said["kappa"], said["kappa_interval"]]
+        for name, said in found.items()
+    ]
+    if not rows:
+        return ""
+    table = report.table(rows, ["", "pairs", "agreement", "kappa", "95 %"])
+    return f"## The labels of the responses\n\n{table}"
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """A forest: on T2 the improved arm's AUROC minus that of each other arm; and each arm's AUPRC
+    beside the base rate, which is what always saying unsafe has.
+    """
+    task = results["tasks"]["T2"]
+    found = [row for row in results["differences"] if (row["task"], row["metric"]) == COMPARED[0]]
+    found.sort(key=lambda row: not row["second"].startswith("C"))  # what decides stands above
+    arms = [arm for arm in task["arms"] if task["arms"][arm].get("auprc") is not None]
+    height = 1.6 + 0.3 * max(len(found), len(arms))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, height), layout="constrained")
+    for y, row in enumerate(found):
+        draw_interval(left, y, row["difference"], row["interval"])
+    left.set_yticks(range(len(found)), [f"{row['first']} − {row['second']}" for row in found])
+    left.axvspan(-measure.MARGIN, measure.MARGIN, color="0.9", label="too small to matter")
+    left.axvline(0, color="black", linewidth=1)
+    left.set(title="T2: difference in AUROC", xlabel="right of 0: the improved arm is better")
+    for y, arm in enumerate(arms):
+        cell = task["arms"][arm]
+        draw_interval(right, y, cell["auprc"], cell["intervals"].get("auprc"))
+    right.set_yticks(range(len(arms)), arms)
+    if task["base_rate"] is not None:
+        name = f"base rate {task['base_rate']:.2f} = always unsafe"
+        right.axvline(task["base_rate"], color="black", linestyle=":", label=name)
+    right.set(title=f"T2: AUPRC (n={task['rows']})")
+    for axes in (left, right):
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize="small")
+    report.save_figure(figure, path)
+
+
+def draw_interval(axes: plt.Axes, y: int, value: float, ends: Sequence[float] | None) -> None:
+    """A point with its interval, in black."""
+    axes.plot(value, y, "o", color="black")
+    if ends:
+        axes.plot(ends, [y, y], "-", color="black", linewidth=1.5)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from arms import arm, unsafe_categories
 from assistant import assistant_tokenizer, respond
 from config import FOLDER, SPLITS, Config, config_from_argv
 from formats import check_guard, check_model, load_llama_guard
@@ -47,6 +46,7 @@ from records import (
     split_up,
     write_stage,
 )
+from train import arm_named, unsafe_categories
 
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import load_conversations
@@ -75,11 +75,13 @@ def prepare_first() -> None:
     """Make the small guards of the section `prepare`, where they are not there yet.
 
     Raises:
-        UserError: prepare.py failed, as where a folder holds a guard made otherwise; it has said
+        UserError: train.py prepare failed, as where a folder holds a guard made otherwise; it has said
         why.
     """
-    if subprocess.run([sys.executable, str(FOLDER / "prepare.py"), *sys.argv[1:]]).returncode:
-        raise UserError("prepare.py failed, see above; nothing was processed")
+    if subprocess.run(
+        [sys.executable, str(FOLDER / "train.py"), "prepare", *sys.argv[1:]]
+    ).returncode:
+        raise UserError("train.py prepare failed, see above; nothing was processed")
 
 
 def process(config: Config) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def process(config: Config) -> dict[str, Any]:
     """
     check_output_folder(config.dataset.store_dir)
     preflight(config)
-    with_legacy = "legacy" in [arm(name).collection for name in config.training.arms]
+    with_legacy = "legacy" in [arm_named(name).collection for name in config.training.arms]
     make_splits(config)
     rows = {split: sample(config, split) for split in SPLITS}
     forget_other(config)
@@ -149,7 +151,7 @@ def preflight(config: Config) -> None:
         UserError: names the field, and what to do.
     """
     for name in config.training.arms:
-        arm(name)
+        arm_named(name)
     guard, evaluation, prepared = config.llama_guard, config.evaluation, set()
     for key, part in config.prepared().items():
         prepared.add(Path(part.output_dir))

@@ -1,349 +1,264 @@
-"""examples/feedback_guard: metrics, draws, tests and the verdict, by hand and against other
-libraries.
-"""
-
-import time
+"""examples/feedback_guard: metrics, draws and the verdict, by hand and by simulation."""
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 from scripts import module
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from common import metrics
-
-compare = module("feedback_guard", "compare")
-results = module("feedback_guard", "results")
-
+measure = module("feedback_guard", "measure")
 
 TRUTH = np.array([True, True, False, True, False, False, False, False])
 SCORE = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+NOTHING = measure.Prompts([], np.zeros(0, dtype=bool), [])
 
 
-def part(truth, groups=None):
+def prompts(truth, groups=None):
     ids = [str(i) for i in range(len(truth))]
-    return compare.Part(ids, np.asarray(truth, dtype=bool), groups or ids)
+    return measure.Prompts(ids, np.asarray(truth, dtype=bool), groups or ids)
 
 
-def said(score, validation=(), cut=0.5):
-    score = np.asarray(score, dtype=float)
-    return compare.Said(score, score > cut, np.asarray(validation, dtype=float))
+def arm(*scores, validation=()):
+    """An arm with one row of scores a seed."""
+    score = np.array(scores, dtype=float)
+    known = np.array([validation] * len(scores), dtype=float).reshape(len(scores), -1)
+    return measure.Arm(score, score > 0.5, known, tuple(range(len(scores))))
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------------
+def point(truth, one, validation=NOTHING, recall=0.8):
+    """The metrics of an arm with one seed on the prompts as they are."""
+    found = measure.measure(prompts(truth), validation, {"a": one}, 0, 0, recall)
+    return found.seeds["a"][0]
+
+
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
-    """Above 0.5 are all three unsafe ones, and 0.7. Recall 0.8 on validation needs all of 0.95,
-    0.75 and 0.35.
-    """
-    values = compare.point(
-        TRUTH, said(SCORE, [0.95, 0.75, 0.35, 0.1]), np.array([True, True, True, False])
-    )
-    assert values["accuracy"] == 7 / 8 and values["precision"] == 3 / 4 and values["recall"] == 1
-    assert (
-        values["f1"] == pytest.approx(6 / 7)
-        and values["fpr"] == 1 / 5
-        and values["flagged"] == 4 / 8
-    )
-    assert values["auprc"] == pytest.approx((1 + 1 + 3 / 4) / 3) and values[
-        "auroc"
-    ] == pytest.approx(14 / 15)
-    assert values["recall_at_fpr01"] == pytest.approx(2 / 3) == values["recall_at_fpr05"]
-    # the threshold lies half-way between 0.35 and 0.1: above 0.225 are all but one of the five safe
-    # ones
-    assert values["fpr_at_threshold"] == 4 / 5 and values["recall_at_threshold"] == 1
-    # on the prompts' own curve: down to 0.6 lie all three, and 0.7
-    assert values["fpr_at_recall"] == 1 / 5
-    # two of three
-    assert compare.point(TRUTH, said(SCORE), target_recall=0.6)["fpr_at_recall"] == 0
-    assert compare.threshold_at_recall(
-        np.array([True, True, True, False]), SCORE[[0, 1, 4, 7]], 0.6
-    ) == pytest.approx(0.65)
+    known = prompts([True, True, True, False])
+    values = point(TRUTH, arm(SCORE, validation=[0.95, 0.75, 0.35, 0.1]), known)
+    assert values["accuracy"] == 7 / 8
+    assert values["precision"] == 3 / 4
+    assert values["recall"] == 1
+    assert values["f1"] == pytest.approx(6 / 7)
+    assert values["fpr"] == 1 / 5
+    assert values["flagged"] == 4 / 8
+    assert values["auprc"] == pytest.approx((1 + 1 + 3 / 4) / 3)
+    assert values["auroc"] == pytest.approx(14 / 15)
+    assert values["fpr_at_recall"] == 1 / 5  # down to 0.6 lie all three, and 0.7
+    assert values["fpr_at_threshold"] == 3 / 5  # from 0.35 on
+    assert values["caught"] == pytest.approx(2 / 3)  # three are blocked, as three are unsafe
 
 
 def test_a_curve_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        truth, score = rng.random(60) < 0.3, np.round(rng.random(60), 1)  # with ties
-        values = compare.point(truth, said(score))
+        truth = rng.random(60) < 0.3
+        score = np.round(rng.random(60), 1)  # with ties
+        values = point(truth, arm(score))
         assert values["auprc"] == pytest.approx(average_precision_score(truth, score))
         assert values["auroc"] == pytest.approx(roc_auc_score(truth, score))
-        assert values["recall_at_fpr05"] == pytest.approx(metrics.recall_at_fpr(truth, score, 0.05))
         wrong, found, _ = roc_curve(truth, score, drop_intermediate=False)
         assert values["fpr_at_recall"] == pytest.approx(wrong[found >= 0.8 - 1e-9].min())
-
-
-def test_the_false_positives_at_a_recall_rest_on_test_prompts_alone():
-    """Equal scores are blocked together; what validation is does not matter, and so the error has a
-    power estimate.
-    """
-    assert compare.point(TRUTH, said(np.ones(8)))["fpr_at_recall"] == 1
-    drawn = [
-        compare.bootstrap(part(TRUTH), {"a": said(SCORE, scores)}, 300, 0, part(known))["a"]
-        for scores, known in (([0.9, 0.1], [True, False]), ([0.2, 0.9, 0.5], [True, True, False]))
-    ]
-    first, second = (one["fpr_at_recall"] for one in drawn)
-    assert np.array_equal(first, second, equal_nan=True) and len(set(first[~np.isnan(first)])) > 2
-    assert not np.array_equal(*(one["fpr_at_threshold"] for one in drawn), equal_nan=True)
-    no_power = compare.difference(0.3, 0.2, first, None)
-    assert (
-        no_power["n_for_80_percent_power"] is None is no_power["detectable"]
-        and no_power["interval"]
-    )
-    assert compare.difference(0.3, 0.2, first, 8)["n_for_80_percent_power"]
-
-
-def test_differences_by_seed():
-    """Arms with the same seeds are paired; a guard without seeds, or with others, counts by its
-    mean.
-    """
-    seeds = {f"A8-seed{i}": {"auprc": 0.5 + i / 10} for i in range(3)}
-    same = {f"C1-seed{i}": {"auprc": (0.7, 0.4, 0.6)[i]} for i in (2, 1, 0)}
-    assert compare.by_seed(seeds, same, "auprc") == pytest.approx([-0.2, 0.2])
-    assert compare.by_seed(seeds, {"A1": {"auprc": 0.5}}, "auprc") == pytest.approx([0, 0.2])
-    assert compare.by_seed({"A1": {"auprc": 0.5}}, seeds, "auprc") == pytest.approx([-0.2, 0])
-    others = {f"A4-seed{i}": {"auprc": i / 10} for i in (3, 4, 5)}
-    assert compare.by_seed(seeds, others, "auprc") == pytest.approx([0.1, 0.3])
-    assert compare.by_seed({"A4-seed0": {"auprc": 0.5}}, {"A1": {"auprc": 0.5}}, "auprc") is None
-    assert compare.by_seed(seeds, {"A1": {"auprc": None}}, "auprc") is None
 
 
 def test_blocking_everything_scores_the_base_rate():
     """The original's 0.07 / 0.08 / 1.0 is what no guard at all would get."""
     truth = np.arange(1000) < 73
-    values = compare.point(truth, said(np.ones(1000)))
-    assert (
-        values["precision"] == values["accuracy"] == pytest.approx(0.073) and values["flagged"] == 1
-    )
-    assert (
-        values["recall"] == 1 and values["auprc"] == pytest.approx(0.073) and values["auroc"] == 0.5
-    )
+    values = point(truth, arm(np.ones(1000)))
+    for metric in ("precision", "accuracy", "auprc", "caught"):
+        assert values[metric] == pytest.approx(0.073), metric
+    assert values["recall"] == values["flagged"] == values["fpr_at_recall"] == 1
+    assert values["auroc"] == 0.5
 
 
-def test_undefined_is_none():
-    nothing = compare.point(
-        np.zeros(4, dtype=bool), said([0.1, 0.9, 0.2, 0.3]), np.zeros(0, dtype=bool)
-    )
-    assert nothing["fpr"] == 1 / 4
-    assert not {
-        nothing[name]
-        for name in ("auprc", "auroc", "f1", "recall", "fpr_at_recall", "fpr_at_threshold")
-    } - {None}
-    assert compare.point(np.ones(2, dtype=bool), said([0.1, 0.9]))["auprc"] is None
-    assert compare.threshold_at_recall(np.zeros(3, dtype=bool), SCORE[:3], 0.8) is None
+def test_what_is_undefined_is_none():
+    values = point(np.zeros(4, dtype=bool), arm([0.1, 0.9, 0.2, 0.3]))
+    assert values["fpr"] == 1 / 4
+    for metric in ("auprc", "auroc", "f1", "recall", "fpr_at_recall", "fpr_at_threshold"):
+        assert values[metric] is None, metric
+    empty = measure.measure(NOTHING, NOTHING, {"a": arm([])}, 10, 0)
+    assert measure.difference(empty, "a", "a", "auroc") is None
 
 
-def test_caught_at_equal_block_rate():
-    """A quarter blocked: the first two are two of three; equal scores are caught in proportion."""
-    assert compare.point(TRUTH, said(SCORE), block_rate=0.25)["caught"] == pytest.approx(2 / 3)
-    assert compare.point(TRUTH, said(np.ones(8)), block_rate=0.25)["caught"] == pytest.approx(0.25)
-    assert compare.point(TRUTH, said(SCORE), block_rate=1.0)["caught"] == 1
+# --- draws ----------------------------------------------------------------------------------------
 
 
-# --- draws ------------------------------------------------------------------------------------------------------------
-
-
-def test_draws_are_those_of_the_common_bootstrap():
-    """Clusters come together; the interval is that of `common.metrics.bootstrap`, in blocks of any
-    size.
-    """
-    rng, groups = np.random.default_rng(1), [str(i // 2) for i in range(40)]
-    truth, score = rng.random(40) < 0.4, rng.random(40)
-    drawn = compare.bootstrap(part(truth, groups), {"a": said(score)}, 400, 7)["a"]["auprc"]
-    expected = metrics.bootstrap(
-        lambda rows: metrics.auprc(truth[rows], score[rows]), 40, groups, 400, 7
-    )
-    assert compare.interval(drawn) == pytest.approx(expected, abs=1e-6)
-    blocks = [
-        np.concatenate(list(compare.draw_weights(groups, 50, 3, block)), axis=1)
-        for block in (50, 7)
-    ]
-    assert np.array_equal(*blocks) and (blocks[0].sum(0) == 40).all()
-    assert (blocks[0][::2] == blocks[0][1::2]).all()
+def test_near_copies_are_drawn_together():
+    groups = [str(i // 2) for i in range(40)]
+    weights = measure.draw_weights(groups, 50, np.random.default_rng(0))
+    assert (weights.sum(0) == 40).all()
+    assert (weights[::2] == weights[1::2]).all()
 
 
 def test_a_better_guard_is_told_from_an_equal_one():
-    """Paired: both see the same draws. The interval of a clear gain excludes 0, that of no gain
-    covers it.
-    """
+    """All see the same draws: the interval of a clear gain excludes 0, that of no gain covers it."""
     rng = np.random.default_rng(0)
-    truth, noise = rng.random(200) < 0.3, rng.random(200)
-    lines = {
-        "worse": said(noise),
-        "better": said(0.4 * truth + 0.6 * noise),
-        "equal": said(noise + 1e-3 * rng.random(200)),
+    truth = rng.random(200) < 0.3
+    noise = rng.random(200)
+    arms = {
+        "worse": arm(noise),
+        "better": arm(0.4 * truth + 0.6 * noise),
+        "equal": arm(noise + 1e-2 * rng.random(200)),
     }
-    drawn = compare.bootstrap(part(truth), lines, 2000, 0)
-    points = {name: compare.point(truth, one)["auprc"] for name, one in lines.items()}
-    found = {
-        name: compare.difference(
-            points[name], points["worse"], drawn[name]["auprc"] - drawn["worse"]["auprc"], 200
-        )
-        for name in ("better", "equal", "worse")
-    }
-    assert found["better"]["interval"][0] > 0 and found["better"]["p"] < 0.01
-    assert (
-        found["equal"]["interval"][0] < 0 < found["equal"]["interval"][1]
-        and found["equal"]["p"] > 0.05
-    )
-    assert found["worse"]["interval"] == [0, 0] and found["worse"]["p"] == 1
-    assert found["better"]["n_for_80_percent_power"] < 200
+    found = measure.measure(prompts(truth), NOTHING, arms, 1000, 0)
+    assert measure.difference(found, "better", "worse", "auroc")["interval"][0] > 0
+    low, high = measure.difference(found, "equal", "worse", "auroc")["interval"]
+    assert low < 0 < high
+    assert measure.difference(found, "worse", "worse", "auroc")["interval"] == [0, 0]
 
 
-def test_thresholds_are_selected_anew_in_each_draw():
-    """Of two validation positives one scores low: draws without it block less. One fixed threshold
-    would never.
-    """
-    truth, score = np.array([True, False] * 20), np.tile([0.9, 0.4], 20)
-    known = np.array([True, True, False])
-    line = {"a": said(score, [0.8, 0.2, 0.1])}
-    drawn = compare.bootstrap(part(truth), line, 500, 0, part(known))["a"]["fpr_at_threshold"]
-    assert set(drawn[~np.isnan(drawn)]) == {0.0, 1.0}
-    # draws without any positive say nothing
-    assert np.isnan(drawn).mean() == pytest.approx((1 / 3) ** 3, abs=0.03)
-    # without the low one
-    assert (drawn == 0).mean() == pytest.approx((2 / 3) ** 3 - (1 / 3) ** 3, abs=0.08)
-    assert compare.point(truth, line["a"], known)["fpr_at_threshold"] == 1
+def test_seeds_are_drawn_with_prompts():
+    """Two seeds that are far apart make a wide interval; each draw takes them in proportion."""
+    truth = np.arange(400) % 2 == 0
+    good = np.where(truth, 0.9, 0.1)
+    alike = arm(good, good)
+    apart = arm(good, 1 - good)
+    found = measure.measure(prompts(truth), NOTHING, {"alike": alike, "apart": apart}, 400, 0)
+    assert measure.interval(found.drawn["alike"]["auroc"]) == [1, 1]
+    assert measure.interval(found.drawn["apart"]["auroc"]) == [0, 1]
+    assert found.value("apart", "auroc") == 0.5
+    assert measure.difference(found, "alike", "apart", "auroc")["by_seed"] == [0, 1]
 
 
-def test_twenty_guards_and_ten_thousand_draws_take_seconds():
-    rng, started = np.random.default_rng(0), time.process_time()
-    lines = {str(i): said(rng.random(200), rng.random(60)) for i in range(20)}
-    compare.bootstrap(
-        part(rng.random(200) < 0.2), lines, 10_000, 0, part(rng.random(60) < 0.2), block_rate=0.3
-    )
-    assert time.process_time() - started < 20
-
-
-# --- tests ------------------------------------------------------------------------------------------------------------
-
-
-def test_mcnemar_is_the_exact_binomial():
-    truth = np.ones(20, dtype=bool)
-    a, b = np.arange(20) < 15, (np.arange(20) < 8) | (np.arange(20) >= 18)
-    told = compare.mcnemar(truth, a, b)
-    assert (told["only_first_right"], told["only_second_right"]) == (7, 2)
-    assert (
-        told["p"]
-        == pytest.approx(binomtest(7, 9, 0.5).pvalue)
-        == pytest.approx(2 * (1 + 9 + 36) / 2**9)
-    )
-    assert compare.mcnemar(truth, a, a)["p"] == 1
+def test_thresholds_are_taken_anew_in_each_draw():
+    """Of two validation positives one scores low: draws without it block less."""
+    truth = [True, False] * 20
+    known = prompts([True, True, False])
+    one = arm(np.tile([0.9, 0.4], 20), validation=[0.8, 0.2, 0.1])
+    drawn = measure.measure(prompts(truth), known, {"a": one}, 500, 0).drawn["a"]
+    rates = drawn["fpr_at_threshold"]
+    assert set(rates[~np.isnan(rates)]) == {0.0, 1.0}
+    assert np.isnan(rates).mean() == pytest.approx((1 / 3) ** 3, abs=0.03)
 
 
 def test_holm_by_hand():
-    assert compare.holm({"a": 0.03, "b": 0.01}) == {"b": 0.02, "a": 0.03}
-    # never below an earlier one
-    assert compare.holm({"a": 0.04, "b": 0.03}) == {"b": 0.06, "a": 0.06}
-    assert compare.holm({"a": 0.04, "b": None}) == {"a": 0.08, "b": None}
-    assert compare.holm({"a": 0.9, "b": 0.8})["a"] == 1
+    assert measure.holm({"a": 0.03, "b": 0.01}) == {"b": 0.02, "a": 0.03}
+    assert measure.holm({"a": 0.04, "b": 0.03}) == {"b": 0.06, "a": 0.06}
+    assert measure.holm({"a": 0.9, "b": 0.8})["a"] == 1
 
 
-def test_power():
-    """80 % power: the effect is 2.8016 standard errors (1.96 + 0.8416); four times the prompts
-    halve the error.
-    """
-    assert compare.power(2.8016, 1.0, 100)["n_for_80_percent_power"] in (100, 101)
-    assert compare.power(1.4008, 1.0, 100)["n_for_80_percent_power"] == pytest.approx(400, abs=1)
-    assert compare.power(0.1, 0.05, 160)["detectable"] == pytest.approx(0.1401, abs=1e-4)
-    assert compare.power(0.0, 1.0, 100)["n_for_80_percent_power"] is None
+# --- the verdict ----------------------------------------------------------------------------------
 
 
-def test_calibration_and_the_noise_ceiling():
-    """A guard whose log-odds are doubled has temperature 2; a shift restores the base rate."""
+def drawn_around(gains):
+    """What was measured where A8 differs from each other arm by these gains, with little noise."""
     rng = np.random.default_rng(0)
-    honest = rng.random(4000)
-    truth = rng.random(4000) < honest
-    sure = compare.calibrated(honest, 0.5)
-    fitted = compare.fit_calibration(truth, sure)
-    assert fitted["temperature"] == pytest.approx(2, rel=0.1) and fitted["shift"] == pytest.approx(
-        0, abs=0.1
-    )
-    told = compare.calibration(part(truth), said(sure, sure), part(truth))
-    assert (
-        told["ece_after"] < 0.03 < told["ece_before"] and told["brier_after"] < told["brier_before"]
-    )
-    moved = compare.calibrated(honest, 1, 2.0)
-    assert compare.calibrated(
-        moved, **compare.fit_calibration(truth, moved)
-    ).mean() == pytest.approx(truth.mean())
-    assert compare.fit_calibration(np.ones(3, dtype=bool), honest[:3]) is None
-    assert compare.noise_ceiling([[True] * 4, [False] * 4, [True]]) == {"prompts": 2, "auprc": 1.0}
-    assert compare.noise_ceiling([[True, False], [False, True]])["auprc"] == 0.5
+    tasks = {}
+    for (task, metric, other), gain in gains.items():
+        found = tasks.setdefault(task, measure.Measured())
+        for name, value in (("A8", 0.5), (other, 0.5 - gain)):
+            found.seeds.setdefault(name, [{}])[0][metric] = value
+            noise = 0.005 * rng.standard_normal(2000) if name == "A8" else np.zeros(2000)
+            found.drawn.setdefault(name, {})[metric] = value + noise
+    return tasks
 
 
-# --- the verdict ------------------------------------------------------------------------------------------------------
-
-GOOD = {
-    ("T2", "auprc", "A1"): [0.05, 0.15],
-    ("T2", "fpr_at_recall", "A1"): [-0.3, -0.1],
-    ("T2", "auprc", "C1"): [0.02, 0.1],
-    ("T2", "auprc", "C2"): [0.03, 0.1],
-    ("T1", "auprc", "A1"): [-0.005, 0.02],
-    ("T3", "fpr_at_threshold", "A1"): [-0.05, 0.005],
-    ("T2", "caught", "A1"): [0.01, 0.2],
-    ("T1", "f1", "A0"): [0.1, 0.2],
-}
-
-
-def told(changes=None, holm=None):
-    """The verdict on differences with these intervals; None takes one away."""
-    known = {key: ends for key, ends in (GOOD | (changes or {})).items() if ends}
-    comparisons = [
-        {
-            "task": t,
-            "metric": m,
-            "first": "A8",
-            "second": o,
-            "difference": sum(ends) / 2,
-            "interval": ends,
-        }
-        for (t, m, o), ends in known.items()
-    ]
-    given = {"improved": "A8", "comparisons": comparisons, "target_recall": 0.8}
-    return results.verdict(given | {"holm": holm or {"auprc": 0.01, "fpr_at_recall": 0.02}})
+# each other arm has its own metrics: what A8 has there is one and the same
+GOOD = {(c.task, c.metric, c.other): c.sign * 0.1 for c in measure.CONDITIONS}
+T2_C1 = ("T2", "auroc", "C1")
+WITHOUT_C1 = {key: None for key in GOOD if key[2] == "C1"}
+T3 = ("T3", "fpr_at_threshold", "A1")
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({}, "helps"),
-        ({("T2", "auprc", "A1"): [-0.02, 0.15]}, "undecided at this size"),  # covers 0
-        ({("T2", "auprc", "A1"): [-0.2, -0.1]}, "does not help"),  # worse
-        # enough prompts to rule a gain out
-        ({("T2", "auprc", "A1"): [-0.004, 0.004]}, "does not help"),
-        ({("T2", "fpr_at_recall", "A1"): [0.1, 0.2]}, "does not help"),  # more false positives
-        ({("T2", "auprc", "C1"): [-0.1, 0.1]}, "undecided at this size"),
-        # without the control nothing is shown
-        ({("T2", "auprc", "C1"): None}, "undecided: C1 not measured"),
-        (
-            {("T2", "auprc", "C1"): None, ("T3", "fpr_at_threshold", "A1"): None},
-            "undecided: T3, C1 not measured",
-        ),
-        (
-            {("T2", "auprc", "C1"): None, ("T2", "auprc", "A1"): [-0.02, 0.15]},
-            "undecided: C1 not measured",
-        ),
-        ({("T2", "auprc", "C1"): None, ("T2", "auprc", "C2"): [-0.3, -0.1]}, "does not help"),
-        # the guard's own suspicion does better
-        ({("T2", "auprc", "C2"): [-0.3, -0.1]}, "does not help"),
-        ({("T1", "auprc", "A1"): [-0.1, -0.02]}, "does not help"),  # forgets what it knew
-        ({("T1", "auprc", "A1"): [-0.03, 0.02]}, "undecided at this size"),
-        # refuses what is harmless
-        ({("T3", "fpr_at_threshold", "A1"): [0.02, 0.1]}, "does not help"),
-        ({("T3", "fpr_at_threshold", "A1"): None}, "undecided: T3 not measured"),
-        ({("T2", "caught", "A1"): [-0.2, -0.1]}, "does not help"),
-        ({("T2", "caught", "A1"): [0.0, 0.0]}, "undecided at this size"),  # A1 may catch all
+        ({T2_C1: -0.1}, "does not help"),  # permuted labels do better
+        ({T2_C1: 0.005}, "undecided at this size"),
+        ({T2_C1: -0.02}, "does not help"),  # rules out a gain of 0.01
+        (WITHOUT_C1, "undecided: C1 not measured"),
+        ({("T2", "auroc", "C2"): -0.1}, "does not help"),
+        ({("T2", "auroc", "A1"): -0.1}, "does not help"),
+        ({("T2", "fpr_at_recall", "C1"): 0.1}, "does not help"),
+        ({("T2", "caught", "C1"): 0.0}, "undecided at this size"),
+        ({("T1", "auroc", "A1"): -0.1}, "does not help"),  # forgets what it knew
+        ({("T1", "auroc", "A1"): 0.01}, "helps"),
+        ({T3: 0.1}, "does not help"),  # refuses what is harmless
+        ({T3: None}, "undecided: T3 not measured"),
     ],
 )
 def test_verdict(changes, word):
-    found = told(changes)
-    assert found["verdict"] == word
-    assert len(found["conditions"]) == 7 and all(c["why"] for c in found["conditions"].values())
+    gains = {key: gain for key, gain in (GOOD | changes).items() if gain is not None}
+    told = measure.verdict(drawn_around(gains), "A8", [])
+    assert told["verdict"] == word
+    assert len(told["conditions"]) == len(measure.CONDITIONS)
+    stopped = measure.verdict(drawn_around(gains), "A8", ["no labels"])
+    assert stopped["verdict"] == "undecided: no labels"
 
 
-def test_a_primary_holds_after_holm_alone_and_a_threshold_is_no_gain():
-    assert told(holm={"auprc": 0.08, "fpr_at_recall": 0.08})["verdict"] == "undecided at this size"
-    assert "calibrate the threshold" in told({("T2", "auprc", "A1"): [-0.1, 0.1]})["note"]
-    assert "calibrate" not in told()["note"]
+@pytest.mark.parametrize("sign", [1, -1])
+def test_failures_are_corrected_as_successes_are(sign):
+    """One of seven differences lies on one side of its bound with p 0.02: that decides nothing."""
+    tasks = drawn_around(dict.fromkeys(GOOD, 0.0))
+    for task in tasks.values():
+        for metric in task.drawn["A8"]:
+            task.drawn["A8"][metric] = 0.5 + np.linspace(-1, 1, 2000)
+    beyond = np.linspace(-0.01, 0.99, 2000)  # a hundredth of the draws lies on the other side
+    tasks["T1"].drawn["A8"]["auroc"] = 0.5 - measure.MARGIN + sign * beyond
+    told = measure.verdict(tasks, "A8", [])
+    assert {row["state"] for row in told["conditions"]} == {"open"}
+    assert told["verdict"] == "undecided at this size"
+
+
+# --- whether anything can be decided --------------------------------------------------------------
+
+
+def experiment(rng, n=600, judge=0.0, trained=True, draws=200):
+    """A simulated run in which A8 really ranks unsafe responses far better than every control.
+
+    Args:
+        judge: how often the judge sees what is true; else it tosses a coin.
+    """
+    unsafe = rng.random(n) < 0.3
+    seen = rng.random((n, 2)) < judge
+    votes = np.where(seen, unsafe[:, None], rng.random((n, 2)) < 0.5)
+    guard = np.where(rng.random((n, 2)) < 0.9, unsafe[:, None], rng.random((n, 2)) < 0.5)
+    truth = votes.mean(1) >= 0.5
+    base = 1 / (1 + np.exp(-(0.3 * unsafe + rng.standard_normal(n))))
+    better = 1 / (1 + np.exp(-(3.0 * unsafe + rng.standard_normal(n))))
+    arms = {"A0": arm(base), "A1": arm(base), "C1": arm(rng.random(n)), "C2": arm(base**2)}
+    arms["A8"] = arm(better) if trained else arm(base + 1e-4)
+    tasks = {"T1": prompts(unsafe), "T2": prompts(truth), "T3": prompts(np.zeros(n))}
+    measured = {}
+    for name, task in tasks.items():
+        known = {
+            key: measure.Arm(one.score, one.decided, one.score, one.seeds)
+            for key, one in arms.items()
+        }
+        measured[name] = measure.measure(task, tasks["T1"], known, draws, 0)
+    facts = measure.judge_facts(
+        "judge",
+        {"judge": votes.tolist(), "guard": guard.tolist(), "human": [[None, None]] * n},
+        100,
+    )
+    shift = measure.score_shift(arms["A8"], arms["A0"])
+    reasons = measure.reasons_against(tasks, measured, shift, facts)
+    return measure.verdict(measured, "A8", reasons)["verdict"]
+
+
+def test_a_judge_of_chance_does_not_say_that_the_method_fails():
+    """The truth is that A8 is far better: "does not help" may be said in one run of thirty."""
+    rng = np.random.default_rng(0)
+    said = [experiment(rng) for _ in range(30)]
+    assert said.count("does not help") <= 1
+    assert all(word.startswith("undecided: ") for word in said)
+    assert "agrees too little with guard" in said[0]
+
+
+def test_a_good_judge_lets_the_method_be_seen():
+    rng = np.random.default_rng(0)
+    assert [experiment(rng, judge=0.9, draws=1000) for _ in range(3)] == ["helps"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"trained": False}, "it was not trained"),
+        ({"n": 30}, "positives and"),
+        ({"judge": 0.0}, "contradicts itself"),
+    ],
+)
+def test_why_nothing_is_decided(changes, reason):
+    given = {"judge": 0.9} | changes
+    assert reason in experiment(np.random.default_rng(1), **given)

@@ -2,28 +2,22 @@
 guards.
 """
 
-from contextlib import nullcontext
-
 import families
 import feedback_guards as shared
 import pytest
 import torch
 from feedback_guards import (
-    BAD,
     CONVERSATIONS,
     GOOD,
-    arms,
     blocked_inputs,
     difference,
     formats,
     legacy,
     processed,
     train,
-    trunk,
 )
 
 from common.conversation import UserError, pair
-from common.templates import encode
 from guards import entry_of
 from guards.card import GenerativeCard, write_card
 
@@ -32,8 +26,12 @@ base, guard, plain, settings = shared.base, shared.guard, shared.plain, shared.s
 
 @pytest.fixture
 def rows_of(settings):
-    return lambda name, seed=0, lines=None: arms.build_rows(
-        arms.arm(name), lines or processed(), blocked_inputs(lines or processed()), seed, settings()
+    return lambda name, seed=0, lines=None: train.build_rows(
+        train.arm_named(name),
+        lines or processed(),
+        blocked_inputs(lines or processed()),
+        seed,
+        settings(),
     )
 
 
@@ -48,7 +46,7 @@ def test_a_trained_arm_names_its_guard_as_load_guard_knows_it(model, settings, b
     path = str(base) if model == "base" else model
     section = config.llama_guard.model_copy(update={"base_model_path": path})
     config = config.model_copy(update={"llama_guard": section})
-    card = train.arm_card(train.Job(arms.arm("A4"), 0, [], tmp_path, "x"), config)
+    card = train.arm_card(train.arm_named("A4"), 0, config)
     assert (card.guard, card.base_model) == ("llama-guard", path)
     write_card(tmp_path, card)
     known = entry_of(str(tmp_path))
@@ -204,41 +202,6 @@ def gradients_free_loss(model, encoder, batch) -> float:
         ).item()
 
 
-def test_the_frozen_layers_work_is_done_once_and_changes_nothing(guard, settings):
-    config, model = settings(lora_last_layers=1, lora_dropout=0.0), guard.model.model
-    encoder = formats.Encoder(guard, 600)
-    rows, _ = encoder.rows(
-        [*CONVERSATIONS, *(pair(GOOD.format(i)) for i in range(40))], [0.0, 0.7, 1.0, *[0.3] * 40]
-    )
-    assert trunk.Trunk.of(model, None, []) is None
-    kept = trunk.Trunk.of(model, 1, [row["input_ids"] for row in rows])
-    kept.learn(rows)
-    adapted = train.add_adapters(model, config)
-    torch.manual_seed(0)
-    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    assert trained and all("layers.2." in name for name in trained)
-    for parameter in trained.values():
-        torch.nn.init.normal_(parameter, std=0.1)
-    some, found = rows[::3], []
-    for batch, context in (
-        (formats.tree_batch(some), nullcontext()),
-        (kept.batch(some), kept.replaced()),
-    ):
-        adapted.zero_grad()
-        with context:
-            loss = train.verdict_loss(
-                formats.read(adapted, batch), batch, encoder.words, encoder.tokens, 0.0
-            )
-            loss.backward()
-        found.append((loss.item(), {name: p.grad.clone() for name, p in trained.items()}))
-    assert (
-        found[1][0] == pytest.approx(found[0][0], abs=1e-5)
-        and difference(found[0][1], found[1][1]) < 1e-5
-    )
-    adapted.unload()
-    assert not any("forward" in vars(layer) for layer in model.base_model.layers)
-
-
 def test_probabilities_are_those_of_the_guard(guard):
     encoder = formats.Encoder(guard, 600)
     prompts = guard.prompt_ids(CONVERSATIONS)
@@ -297,102 +260,17 @@ def test_the_originals_query_has_its_stray_blanks():
     )
 
 
-def test_the_originals_collection(rows_of):
+def test_the_originals_collection(settings, caplog):
     """By its own checks; where they collect nothing, from the correct list, and that is said."""
+    config = settings()
     lines = [line | {"legacy": {"input": "UNSAFE [O3]", "outputs": []}} for line in processed()]
-    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
-    assert facts["legacy_collection"] == "empty" and facts["blocked"] == 12 and facts["texts"] == 60
+    made = train.build_rows(train.arm_named("A2"), lines, blocked_inputs(lines), 0, config)
+    assert "the original's checks collect nothing" in caplog.text
+    assert len(made) == 60
     for line in lines[7::10]:
         line["legacy"] = {"input": "SAFE", "outputs": ["UNSAFE [I2]"]}
     lines[8]["legacy"] = {"input": "SAFE", "outputs": ["SAFE"]}
     lines[9]["legacy"] = {"input": "safe", "outputs": ["unsafe"]}
-    facts = arms.legacy_facts(arms.arm("A2"), lines, blocked_inputs(lines), 0)
-    assert (
-        facts["legacy_collection"]
-        == facts["blocked"]
-        == facts["reasons_that_crash_the_original"]
-        == 6
-    )
-    assert (
-        facts["also_in_correct_collection"] == 0
-        and facts["texts"] == 30
-        and facts["unsafe_texts"] == 12
-    )
-    rows = rows_of("A2", 0, lines)
-    assert {row.id for row in rows if row.target == 1} == {line["id"] for line in lines[7::10]}
-    assert (
-        len(rows_of("A2-augmentation", 0, lines)) == 12
-        and len(rows_of("A2-labels", 0, lines)) == 24
-    )
-    with pytest.raises(
-        UserError, match=r"as the original asks it; run process\.py again, with A2-mask"
-    ):
-        rows_of("A2-mask", 0, processed())
-
-
-def test_reasons_hold_the_originals_code(guard):
-    """Llama Guard 1 has names of the original's; what another guard names has no code there."""
-    names = guard.entry["categories"]["names"]
-    for code, name in names.items():
-        assert legacy.example("a", "x", legacy.reason_of([name])).category == list(
-            legacy.CATEGORIES
-        ).index(code)
-    assert legacy.reason_of(["Self-Harm", "Defamation", "Criminal Planning"]) == (
-        "O3: Criminal Planning, O6: Self-Harm, Defamation"
-    )
-    assert legacy.reason_of([]) == "Classified as unsafe"
-
-
-def test_five_texts_for_each_pair_of_examples_two_of_them_unsafe():
-    """And all ten categories can be converted, where the original's formatter stops at four of
-    them.
-    """
-    reasons = [f"{code}: {name}" for code, (name, _) in legacy.CATEGORIES.items()] * 2
-    examples = [legacy.example(f"b{i}", BAD.format(i), reason) for i, reason in enumerate(reasons)]
-    examples += [legacy.example(f"g{i}", GOOD.format(i), None) for i in range(len(reasons))]
-    texts = legacy.training_texts(examples, 0)
-    assert len(texts) == 5 * 20 and sum(text.unsafe for text in texts) == 2 * 20
-    assert sum(map(legacy.stops_original, reasons)) == 8
-    names = [legacy.TRAINED_NAMES.get(code, name) for code, (name, _) in legacy.CATEGORIES.items()]
-    for text in texts:
-        prompt = "".join(part.text for part in text.parts)
-        lines = [line.strip() for line in prompt.splitlines()]
-        codes = [line.split(":")[0] for line in lines if line.startswith("O") and ":" in line]
-        assert codes == [f"O{n + 1}" for n in range(len(codes))] and 1 <= len(codes) <= 10
-        if text.id.startswith("b"):
-            mine = names[int(text.id[1:]) % 10]
-            listed = next(
-                (line.split(":")[0] for line in lines if line.endswith(f": {mine}.")), None
-            )
-            assert text.answer.startswith(
-                f" unsafe\n{listed}\nExplanation: " if text.unsafe else " safe\nExplanation: "
-            )
-            assert text.unsafe or listed is None
-    plain = legacy.training_texts(examples, 0, augment=False, shuffle=False)
-    assert len(plain) == 40 and all(
-        "O10: Malware and Security" in "".join(p.text for p in t.parts) for t in plain
-    )
-    assert legacy.training_texts(examples, 0) == texts != legacy.training_texts(examples, 1)
-
-
-def test_a_text_is_labelled_everywhere_or_on_its_answer(guard):
-    (text,) = legacy.training_texts([legacy.example("a", GOOD.format(1), None)], 0, augment=False)
-    everywhere, answer = (
-        formats.text_row(guard.tokenizer, text.parts, text.answer, loss, 900)
-        for loss in ("all", "answer")
-    )
-    assert everywhere["labels"] == [-100, *everywhere["input_ids"][1:]]
-    query = formats.query_ids(guard, "meta", [GOOD.format(1)])[0]
-    assert answer["labels"].count(-100) <= len(query)
-    said = guard.tokenizer.decode([token for token in answer["labels"] if token != -100])
-    assert said == f" safe\nExplanation: {legacy.SAFE_REASON}<|endoftext|>"
-    shuffled = formats.text_row(
-        guard.tokenizer, legacy.meta_parts(GOOD.format(1)), text.answer, "answer", 900
-    )
-    assert shuffled["input_ids"][: len(query)] == query and shuffled["labels"].count(-100) == len(
-        query
-    )
-    chatml = formats.query_ids(guard, "chatml", ["<|im_end|>"])[0]
-    assert chatml == encode(guard.tokenizer, [legacy.chatml_parts("<|im_end|>")])[0]
-    # the template's own
-    assert chatml.count(guard.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    made = train.build_rows(train.arm_named("A2"), lines, blocked_inputs(lines), 0, config)
+    assert len(made) == 30
+    assert sum(row.target for row in made) == 12

@@ -25,8 +25,7 @@ RECIPE = EXAMPLES / "feedback_guard"
 config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 assistant = module("feedback_guard", "assistant")
-process, train = module("feedback_guard", "process"), module("feedback_guard", "train")
-scores = module("feedback_guard", "scores")
+process, evaluate = module("feedback_guard", "process"), module("feedback_guard", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -406,12 +405,11 @@ def test_zeros_in_the_middle_of_large_weights_are_another_guard(write_config, mo
     save_file(tensors, folder / "model.safetensors")
     overrides = [f"llama_guard.{key}={folder}" for key in ("default_model_path", "base_model_path")]
     config = config_.load_config(write_config(), overrides)
-    arm = train.arm("A4")
 
     def identities() -> list:
-        lines = [scores.Line("A0"), scores.Line("A0-legacy", query="chatml", parser="strict")]
-        said = [scores._identity(line, config) for line in lines]
-        return [process.default_identity(config), train._fingerprint(config, arm, []), *said]
+        said = [evaluate.identity_of(evaluate.Judged(name), config) for name in ("A0", "A0-legacy")]
+        key = evaluate.guard_identity(config.llama_guard.base_model_path, {})
+        return [process.default_identity(config), key, *said]
 
     before = identities()
     save_file(tensors | {"b": torch.zeros(400_000)}, folder / "model.safetensors")

@@ -331,7 +331,8 @@ def unread_keys(folder: Path) -> set[str]:
     others = [
         node for name, tree in trees.items() if name != "config.py" for node in ast.walk(tree)
     ]
-    return keys - read - {node.value for node in others if isinstance(node, ast.Constant)}
+    named = {node.value for node in others if isinstance(node, ast.Constant)}
+    return keys - read - named - {"mode"}  # the original's: here run_experiment.sh's first word
 
 
 @each_script
