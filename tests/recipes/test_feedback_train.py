@@ -186,10 +186,13 @@ def test_kl_holds_safe_traffic_near_the_guard(settings, guard):
     """Mean |P - P before| over the safe rows of A5, and of A7 with a large penalty."""
     drift = {}
     for name in ("A5", "A7"):
-        (folder,) = train.train(settings(arms=[name], max_steps=40, kl_weight=10.0))
+        config = settings(arms=[name], max_steps=40, kl_weight=10.0)
+        (folder,) = train.train(config)
         rows = [row for row in examples_of(folder) if row["target"] == 0]
         prompts = guard.prompt_ids([row["messages"] for row in rows])
-        trained = load_guard(guard.name, adapter=str(folder), progress=False)
+        trained = load_guard(
+            config.llama_guard.base_model_path, adapter=str(folder), progress=False
+        )
         tokens = formats.Encoder(guard, 600).tokens
         models = guard.model.model, trained.model.model
         before, after = (formats.verdict_probabilities(m, prompts, tokens) for m in models)
