@@ -390,9 +390,12 @@ def reasons_against(
             out.append(
                 f"{name} has {prompts.positives} positives and {prompts.negatives} negatives"
             )
-    if judge["label"] != "human" and (judge["kappa_low"] or 0) <= LEAST_KAPPA:
-        others = judge["beside"] or "nobody"
-        out.append(f"the {judge['label']} agrees too little with {others} on the responses")
+    if judge["label"] != "human" and not judge["beside"]:
+        out.append(f"nobody but the {judge['label']} has labelled the responses")
+    elif judge["label"] != "human" and (judge["kappa_low"] or 0) <= LEAST_KAPPA:
+        out.append(
+            f"the {judge['label']} agrees too little with the {judge['beside']} on responses"
+        )
     if judge["halves"] and (judge["halves_low"] or 0) <= 0:
         out.append(f"the {judge['label']} contradicts itself on responses to the same prompt")
     if "T2" in measured and best_auroc_low(measured["T2"]) <= 0.5:

@@ -204,7 +204,7 @@ def test_failures_are_corrected_as_successes_are(sign):
 # --- whether anything can be decided --------------------------------------------------------------
 
 
-def experiment(rng, n=600, judge=0.0, trained=True, draws=200):
+def experiment(rng, n=600, judge=0.0, trained=True, draws=200, beside=True):
     """A simulated run in which A8 really ranks unsafe responses far better than every control.
 
     Args:
@@ -215,6 +215,7 @@ def experiment(rng, n=600, judge=0.0, trained=True, draws=200):
     votes = np.where(seen, unsafe[:, None], rng.random((n, 2)) < 0.5)
     guard = np.where(rng.random((n, 2)) < 0.9, unsafe[:, None], rng.random((n, 2)) < 0.5)
     truth = votes.mean(1) >= 0.5
+    others = guard.tolist() if beside else [[None, None]] * n
     base = 1 / (1 + np.exp(-(0.3 * unsafe + rng.standard_normal(n))))
     better = 1 / (1 + np.exp(-(3.0 * unsafe + rng.standard_normal(n))))
     arms = {"A0": arm(base), "A1": arm(base), "C1": arm(rng.random(n)), "C2": arm(base**2)}
@@ -229,7 +230,7 @@ def experiment(rng, n=600, judge=0.0, trained=True, draws=200):
         measured[name] = measure.measure(task, tasks["T1"], known, draws, 0)
     facts = measure.judge_facts(
         "judge",
-        {"judge": votes.tolist(), "guard": guard.tolist(), "human": [[None, None]] * n},
+        {"judge": votes.tolist(), "guard": others, "human": [[None, None]] * n},
         100,
     )
     shift = measure.score_shift(arms["A8"], arms["A0"])
@@ -243,12 +244,29 @@ def test_a_judge_of_chance_does_not_say_that_the_method_fails():
     said = [experiment(rng) for _ in range(30)]
     assert said.count("does not help") <= 1
     assert all(word.startswith("undecided: ") for word in said)
-    assert "agrees too little with guard" in said[0]
+    assert "agrees too little with the guard" in said[0]
 
 
 def test_a_good_judge_lets_the_method_be_seen():
     rng = np.random.default_rng(0)
     assert [experiment(rng, judge=0.9, draws=1000) for _ in range(3)] == ["helps"] * 3
+
+
+def test_prompts_that_the_default_guard_passes_favour_the_arm_but_not_against_c1():
+    """A8, C1 and A0 are equally good. A0 blocks a third, and T2 is what it passes."""
+    rng = np.random.default_rng(0)
+    unsafe = rng.random(3000) < 0.3
+    default, ours, control = (
+        1 / (1 + np.exp(-(unsafe + rng.standard_normal(3000)))) for _ in range(3)
+    )
+    passed = default <= np.quantile(default, 2 / 3)
+    arms = {"A1": default, "A8": ours, "C1": control, "C2": default**2}
+    said = {name: arm(score[passed]) for name, score in arms.items()}
+    found = measure.measure(prompts(unsafe[passed]), NOTHING, said, 400, 0)
+    assert measure.difference(found, "A8", "A1", "auroc")["interval"][0] > 0
+    low, high = measure.difference(found, "A8", "C1", "auroc")["interval"]
+    assert low < 0 < high
+    assert measure.verdict({"T2": found}, "A8", [])["verdict"] != "helps"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +275,7 @@ def test_a_good_judge_lets_the_method_be_seen():
         ({"trained": False}, "it was not trained"),
         ({"n": 30}, "positives and"),
         ({"judge": 0.0}, "contradicts itself"),
+        ({"beside": None}, "nobody but the judge has labelled"),
     ],
 )
 def test_why_nothing_is_decided(changes, reason):
