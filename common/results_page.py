@@ -1,0 +1,109 @@
+"""results.html: what an evaluation found, as one page that needs no network and no build.
+
+Tables, precision-recall and reliability, a threshold that can be moved, and the rows that the guards
+got wrong, side by side. Texts are hostile: they are data in the page, and shown as text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from common.conversation import Messages, Verdict, last_turns
+from common.run import write_text
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+LONGEST = 4000  # characters of a text that the page shows
+DATA = "DATA</script>"  # where the template holds the data
+
+
+@dataclass(frozen=True)
+class PageGuard:
+    """A guard of the page, and above which score it calls a row unsafe."""
+
+    name: str
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table, whose cells are texts."""
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass
+class PageRow:
+    """A judged conversation.
+
+    `truth`: whether it is unsafe; None where nobody says so.
+    `scores`, `errors`: of each guard its probability of unsafe (None: it has no opinion) and why it
+        failed, if it did.
+    """
+
+    id: str
+    set: str
+    prompt: str | None
+    response: str | None
+    truth: bool | None
+    categories: Sequence[str] = ()
+    language: str | None = None
+    scores: list[float | None] = field(default_factory=list)
+    errors: list[str | None] = field(default_factory=list)
+
+    def add(self, verdict: Verdict, label: str) -> None:
+        """What the next guard says of `label` (of `common.conversation.LABELS`)."""
+        self.scores.append(None if verdict.error else getattr(verdict, label))
+        self.errors.append(verdict.error)
+
+
+def page_row(row: Mapping, data_set: str, label: str) -> PageRow:
+    """A row of `load_conversations` for the page."""
+    messages: Messages = row["messages"]
+    prompt, response = last_turns(messages)
+    return PageRow(
+        id=str(row["id"]),
+        set=data_set,
+        prompt=shortened(prompt),
+        response=shortened(response),
+        truth=row[label],
+        categories=row["categories"] or [],
+        language=row.get("language"),
+    )
+
+
+def shortened(text: str | None) -> str | None:
+    """A text as the page shows it: its beginning, where it is very long."""
+    if text is None or len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} … ({len(text)} characters in all)"
+
+
+def write_results_page(
+    path: Path | str,
+    *,
+    title: str,
+    note: str,
+    tables: Sequence[PageTable],
+    guards: Sequence[PageGuard],
+    rows: Sequence[PageRow],
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        note: a sentence below the title.
+        guards: in the order of the rows' scores.
+    """
+    data = {
+        "title": title,
+        "note": note,
+        "tables": [asdict(table) for table in tables],
+        "guards": [asdict(guard) for guard in guards],
+        "rows": [asdict(row) for row in rows],
+    }
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    text = text.replace("<", "\\u003c")  # so no text can end the script element
+    before, after = TEMPLATE.read_text(encoding="utf-8").split(DATA)
+    write_text(Path(path), f"{before}{text}</script>{after}")
