@@ -1,0 +1,171 @@
+"""results.html in a real browser: what a person sees, moves and filters, and that texts stay texts."""
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from common import metrics
+from common.conversation import Verdict, pair
+from common.results_page import PageGuard, PageTable, page_row, write_results_page
+
+ROWS = 10_000
+HOSTILE = "</script><script>document.title='forged'</script><img src=x onerror=\"document.title='forged'\">"
+GUARDS = [PageGuard("first", 0.5), PageGuard("second", 0.4)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list:
+    """Rows of two benchmarks in two languages; the second guard fails on some."""
+    draw = random.Random(0)
+    made = []
+    for i in range(ROWS):
+        unsafe = draw.random() < 0.3
+        row = page_row(
+            {
+                "id": f"row-{i}",
+                "messages": pair(f"Question {i}? {HOSTILE}", f"Answer {i}."),
+                "response_unsafe": unsafe,
+                "categories": [draw.choice(["privacy", "violence"])] if unsafe else [],
+                "language": draw.choice(["en", "de"]),
+            },
+            draw.choice(["beavertails", "xstest"]),
+            "response_unsafe",
+        )
+        for failed in (False, i % 997 == 0):
+            score = min(1.0, max(0.0, draw.gauss(0.7 if unsafe else 0.3, 0.2)))
+            error = "too long" if failed else None
+            row.add(Verdict(response_unsafe=score, error=error), "response_unsafe")
+        made.append(row)
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(rows, tmp_path_factory):
+    """The page in a browser that may ask for nothing but the file itself."""
+    path = tmp_path_factory.mktemp("page") / "results.html"
+    table = PageTable("Flagged", ["", "F1 ↑"], [["first <b>", "0.800"]])
+    write_results_page(
+        path, title="Two guards", note="A note.", tables=[table], guards=GUARDS, rows=rows
+    )
+    with sync_playwright() as playwright:
+        program = shutil.which("chromium") or playwright.chromium.executable_path
+        if not Path(program).exists():
+            pytest.skip(
+                "no Chromium: install Debian's package chromium, or run `playwright install`"
+            )
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        asked, faults = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(path.as_uri())
+        yield page
+        assert asked == [path.as_uri()], "the page asked for something else"
+        assert not faults
+        browser.close()
+
+
+def score(page: Page, name: str) -> float:
+    return float(page.locator(f"[data-score='{name}']").inner_text())
+
+
+def choose(page: Page, **choices: str) -> None:
+    """Set the controls back, and then to what is asked for."""
+    defaults = {"guard": "first", "set": "all", "category": "all", "language": "all"}
+    for name, label in (defaults | choices).items():
+        page.locator(f"#{name}").select_option(label=label)
+
+
+def scores_of(rows: list, guard: int, threshold: float) -> dict:
+    """The metrics of Python; a verdict that failed counts as unsafe."""
+    said = [1.0 if row.errors[guard] else row.scores[guard] for row in rows]
+    return metrics.binary([row.truth for row in rows], said, threshold)
+
+
+def test_texts_stay_texts(page):
+    assert page.title() == "Two guards"
+    assert page.locator("article img, article script").count() == 0
+    assert HOSTILE in page.locator("article p").first.inner_text()
+    assert page.locator("#tables td").first.inner_text() == "first <b>"
+
+
+@pytest.mark.parametrize("threshold", ["0.25", "0.5", "0.8"])
+def test_the_slider_moves_the_counts(page, rows, threshold):
+    choose(page)
+    page.locator("#threshold").fill(threshold)
+    expected = scores_of(rows, 0, float(threshold))
+    for name, key in [("precision", "precision"), ("recall", "recall"), ("false positives", "fpr")]:
+        assert score(page, name) == pytest.approx(expected[key], abs=6e-4), name
+
+
+def test_the_counts_are_those_of_the_filtered_rows(page, rows):
+    choose(page, guard="second", set="xstest", language="de", category="privacy")
+    chosen = [
+        row
+        for row in rows
+        if (row.set, row.language) == ("xstest", "de")
+        and (not row.truth or "privacy" in row.categories)
+    ]
+    expected = scores_of(chosen, 1, 0.4)
+    assert score(page, "recall") == pytest.approx(expected["recall"], abs=6e-4)
+    assert score(page, "false positives") == pytest.approx(expected["fpr"], abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("show", "unsafe"), [("false positives", False), ("false negatives", True)]
+)
+def test_errors_come_the_worst_first(page, rows, show, unsafe):
+    choose(page, show=show)
+    page.locator("#own").click()
+    wrong = [row for row in rows if row.truth == unsafe and (row.scores[0] > 0.5) != unsafe]
+    expect(page.locator("#count")).to_contain_text(f"{len(wrong)} rows")
+    shown = re.findall(r"first: ([\d.]+)", page.locator("#rows").inner_text())
+    expected = sorted((row.scores[0] for row in wrong), reverse=not unsafe)[: len(shown)]
+    assert [float(value) for value in shown] == pytest.approx(expected, abs=6e-4)
+    assert len(shown) == 25
+
+
+def test_rows_are_found_by_words_and_leafed_through(page):
+    choose(page, show="all rows")
+    page.locator("#text").fill("question 99")
+    expect(page.locator("#count")).to_have_text("111 rows, page 1 of 5")
+    page.locator("#next").click()
+    expect(page.locator("#count")).to_have_text("111 rows, page 2 of 5")
+    page.locator("#text").fill("")
+
+
+def test_where_guards_disagree_they_stand_side_by_side(page):
+    choose(page, show="guards disagree")
+    header = page.locator("article header").first
+    expect(header).to_contain_text("first: ")
+    expect(header).to_contain_text("second: ")
+    assert page.locator("article").first.locator(".wrong").count() == 1
+
+
+def test_a_failed_verdict_says_why(page):
+    choose(page, show="all rows", guard="second")
+    page.locator("#text").fill("answer 997.")
+    expect(page.locator("article header").first).to_contain_text("second: failed: too long")
+    page.locator("#text").fill("")
+
+
+def test_ten_thousand_rows_stay_quick(page):
+    """Each move of the slider draws everything anew; the browser's own clock says how long."""
+    choose(page)
+    took = page.evaluate(
+        """() => {
+            const slider = document.getElementById("threshold");
+            const start = performance.now();
+            for (let i = 0; i < 10; i += 1) {
+                slider.value = i / 10;
+                slider.dispatchEvent(new Event("input"));
+            }
+            return (performance.now() - start) / 10;
+        }"""
+    )
+    assert took < 500, f"{took:.0f} ms a move"
