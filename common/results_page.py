@@ -8,7 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from common import report
 from common.conversation import Messages, Verdict, last_turns
 from common.run import write_text
 
@@ -54,13 +56,23 @@ class PageRow:
     errors: list[str | None] = field(default_factory=list)
 
     def add(self, verdict: Verdict, label: str) -> None:
-        """What the next guard says of `label` (of `common.conversation.LABELS`)."""
-        self.scores.append(None if verdict.error else getattr(verdict, label))
-        self.errors.append(verdict.error)
+        """What the next guard says of `label` (of `common.conversation.LABELS`).
+
+        A guard that has words alone scores 1 or 0.
+        """
+        score = getattr(verdict, label)
+        if score is None and label in verdict.decided:
+            score = float(verdict.decided[label])
+        self.add_score(score, verdict.error)
+
+    def add_score(self, score: float | None, error: str | None = None) -> None:
+        """The probability of unsafe that the next guard, or a baseline, gives."""
+        self.scores.append(None if error or score is None else float(score))
+        self.errors.append(error)
 
 
-def page_row(row: Mapping, data_set: str, label: str) -> PageRow:
-    """A row of `load_conversations` for the page."""
+def page_row(row: Mapping, data_set: str, truth: bool | None) -> PageRow:
+    """A row for the page: `id`, `messages`, and where they are known `categories` and `language`."""
     messages: Messages = row["messages"]
     prompt, response = last_turns(messages)
     return PageRow(
@@ -68,10 +80,19 @@ def page_row(row: Mapping, data_set: str, label: str) -> PageRow:
         set=data_set,
         prompt=shortened(prompt),
         response=shortened(response),
-        truth=row[label],
-        categories=row["categories"] or [],
+        truth=truth,
+        categories=row.get("categories") or [],
         language=row.get("language"),
     )
+
+
+def scores_table(heading: str, scores: Mapping[str, Mapping[str, Any]]) -> PageTable:
+    """`common.metrics.binary` of several guards or categories, one row a name."""
+    rows = []
+    for name, values in scores.items():
+        cells = [report.number(values.get(column)) for column in report.COLUMNS]
+        rows.append([name, *cells])
+    return PageTable(heading, ["", *report.COLUMNS.values()], rows)
 
 
 def shortened(text: str | None) -> str | None:

@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg
 from common import data, metrics, report
 from common.conversation import UserError, check_url
 from common.keep import Row
+from common.results_page import PageGuard, page_row, write_results_page
 from common.run import (
     check_output_folder,
     json_lines,
@@ -207,6 +208,7 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     results["run"] = manifest([args])
     write_tables(args, results, predictions(inputs.benchmarks, found))
     draw_curves(args, inputs.benchmarks, found)
+    write_page(args, inputs.benchmarks, found)
     return results
 
 
@@ -508,3 +510,35 @@ def draw_curves(
             path = Path(args.output_dir) / "precision-recall" / f"{name}.png"
             title = f"{name}: {benchmark.label} (n={len(benchmark.rows)})"
             report.plot_precision_recall(curves, path, title)
+
+
+def write_page(
+    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
+) -> None:
+    """results.html: the rows of all benchmarks, with what each guard says of them."""
+    guards = []
+    for name, one in found.items():
+        thresholds = own_thresholds(one.about.get("thresholds", {}))
+        kept = {threshold["value"] for threshold in thresholds.values()}
+        guards.append(PageGuard(name, kept.pop() if len(kept) == 1 else 0.5))
+    rows = []
+    for benchmark in benchmarks:
+        for place, row in enumerate(benchmark.rows):
+            groups = row["groups"]
+            categories = [str(value) for name, value in groups.items() if name != "language"]
+            facts = {**row, "categories": categories, "language": groups.get("language")}
+            shown = page_row(facts, benchmark.name, row["label"])
+            for one in found.values():
+                if benchmark.name in one.verdicts:
+                    shown.add(one.verdicts[benchmark.name][place], benchmark.label)
+                else:
+                    shown.add_score(None)
+            rows.append(shown)
+    write_results_page(
+        Path(args.output_dir) / "results.html",
+        title="Guards on benchmarks",
+        note="results.md holds the tables; a guard without probabilities scores 1 or 0.",
+        tables=[],
+        guards=guards,
+        rows=rows,
+    )

@@ -28,12 +28,11 @@ def rows() -> list:
             {
                 "id": f"row-{i}",
                 "messages": pair(f"Question {i}? {HOSTILE}", f"Answer {i}."),
-                "response_unsafe": unsafe,
                 "categories": [draw.choice(["privacy", "violence"])] if unsafe else [],
                 "language": draw.choice(["en", "de"]),
             },
             draw.choice(["beavertails", "xstest"]),
-            "response_unsafe",
+            unsafe,
         )
         for failed in (False, i % 997 == 0):
             score = min(1.0, max(0.0, draw.gauss(0.7 if unsafe else 0.3, 0.2)))

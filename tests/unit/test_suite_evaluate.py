@@ -162,6 +162,7 @@ def test_a_run_from_rows_to_tables(arguments, tmp_path):
             "precision-recall",
             "predictions.jsonl",
             "results.csv",
+            "results.html",
             "results.json",
             "results.md",
             "results.tex",
