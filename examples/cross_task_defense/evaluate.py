@@ -5,8 +5,13 @@ does to the others.
 python evaluate.py --answers output/answers/smollm2-135m-instruct,output/answers/output/quickstart \
     --output_dir output/evaluation
 
-# the paper's 13-substring scorer; answers judged by a guard as well
+# the paper's 13-substring scorer; for a paper: refusals told by a guard, or by an LLM with a rubric
 python evaluate.py --answers … --scorer substring --output_dir output/evaluation-substring
+python evaluate.py --answers … --refusal_judge wildguard --output_dir output/evaluation-wildguard
+python evaluate.py --answers … --server_url http://127.0.0.1:8000/v1 --server_model judge \
+    --output_dir output/evaluation-llm
+
+# harm, judged by a guard as well
 python evaluate.py --answers … --guard ../moderation/output/quickstart --output_dir output/evaluation
 
 Reads folders that generate_answers.py wrote; the first is what the others are compared with.
@@ -16,6 +21,7 @@ import difflib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +32,97 @@ import matplotlib.pyplot as plt
 import numpy as np
 from flags import run
 from prompts import TASKS, split_document
+from refusal_judge import judged_by_guard, judged_by_server
 from scipy.stats import binomtest
 
 from common import report
 from common.conversation import UserError, pair
+from common.metrics import agreement, bootstrap
 from common.refusal import classify, substring_refusal
 from common.run import check_output_folder, manifest
 from guards import load_guard
 
-FILE = re.compile(rf"test_({'|'.join(TASKS)})(_useful|_plain|_cnn)?\.json")
+FILE = re.compile(rf"test_({'|'.join(TASKS)}|summrize)(_useful|_plain|_cnn)?\.json")
+QUESTIONS = re.compile(r"([IQ]-\w+)\.json")  # the short questions of Safety-Tuned LLaMAs
 KINDS = {None: "malicious", "_useful": "useful", "_plain": "plain", "_cnn": "plain"}
 TRAINING_SET = re.compile(r"saferpaca_Instructions_\d+_(\d+)_([a-z]+)")
+SPELLING = {"summrize": "summarize"}  # of files of the paper
 CJK = re.compile(r"[\u4e00-\u9fff]")
 WORD = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")  # of Chinese, a character
+Row = dict[str, Any]
 
 
 def evaluate(
-    *, answers: list[str], output_dir: str, scorer: str = "detector", guard: str | None = None
+    *,
+    answers: list[str],
+    output_dir: str,
+    scorer: str = "detector",
+    refusal_judge: str | None = None,
+    server_url: str | None = None,
+    server_model: str | None = None,
+    guard: str | None = None,
 ) -> None:
     """Compare models by their answers.
 
     Args:
         answers: folders of generate_answers.py, one a model, with files
-        test_<task>[_useful|_plain|_cnn].json.
+        test_<task>[_useful|_plain|_cnn].json and those of short questions (I-*.json, Q-*.json).
         output_dir: gets results.json, results.md, predictions.jsonl and the pictures.
-        scorer: detector (common/refusal.py), or substring (the 13 substrings of the paper's
-        authors).
+        scorer: detector (the list of common/refusal.py), or substring (the 13 substrings of the
+        paper's authors).
+        refusal_judge: a guard with a refusal verdict, such as wildguard, in the scorer's place.
+        server_url: of a server whose LLM, server_model, tells refusals by a rubric instead.
         guard: a guard of load_guard that judges prompts with their answers, too.
     """
     if scorer not in ("detector", "substring"):
         raise UserError(f"--scorer {scorer}: expected detector or substring")
+    if refusal_judge and server_url:
+        raise UserError("--refusal_judge, --server_url: give one of them")
     check_output_folder(output_dir)
-    models = {name: read_answers(Path(folder)) for name, folder in names(answers).items()}
-    predictions = [row | {"model": name} for name, (_, rows) in models.items() for row in rows]
-    for row in predictions:
-        verdict = classify(row["output"])
+    models = {}
+    predictions = []
+    for name, folder in names(answers).items():
+        models[name], rows = read_answers(Path(folder))
+        predictions += [{**row, "model": name} for row in rows]
+
+    # --- Who refuses ----------------------------------------------------------------------------
+    pairs = [(row["instruction"], row["output"]) for row in predictions]
+    listed = []
+    for row, (asked, said) in zip(predictions, pairs, strict=True):
+        verdict = classify(said, asked)
         row["class"] = verdict.kind
-        row["refused"] = (
-            verdict.is_refusal if scorer == "detector" else substring_refusal(row["output"])
-        )
+        listed.append(verdict.is_refusal)
+    refused = listed
+    if scorer == "substring":
+        refused = [substring_refusal(said) for _, said in pairs]
+    if refusal_judge:
+        scorer = refusal_judge
+        refused = judged_by_guard(refusal_judge, pairs)
+    if server_url:
+        scorer = f"{server_model}, by a rubric"
+        refused = judged_by_server(server_url, server_model, pairs)
+    for row, value in zip(predictions, refused, strict=True):
+        row["refused"] = value
     if guard:
-        verdicts = load_guard(guard).judge(
-            [pair(row["instruction"], row["output"] or " ") for row in predictions]
-        )
+        verdicts = load_guard(guard).judge([pair(asked, said or " ") for asked, said in pairs])
         for row, verdict in zip(predictions, verdicts, strict=True):
             row["guard_unsafe"] = verdict.score("response_unsafe")
-    cells = by_cell(predictions)
+
+    # --- Results --------------------------------------------------------------------------------
+    documents = [row for row in predictions if row["kind"] != "question"]
+    questions = [row for row in predictions if row["kind"] == "question"]
+    cells = by_cell(documents)
     results = {
         "scorer": scorer,
-        "models": {name: about for name, (about, _) in models.items()},
+        "agreement_with_the_list": None if scorer == "detector" else agreement(refused, listed),
+        "models": models,
         "cells": cells,
         "summary": {
-            name: summary(cells, name, about["train_task"]) for name, (about, _) in models.items()
+            name: summary(cells, name, about["train_task"]) for name, about in models.items()
         },
-        "paired": paired(predictions, next(iter(models))),
+        "trainings": trainings(documents, models),
+        "paired": paired(documents, next(iter(models))),
+        "questions": by_cell(questions),
         "run": manifest([{"answers": answers, "scorer": scorer, "guard": guard}]),
     }
     folder, markdown = Path(output_dir), results_markdown(results)
@@ -98,80 +141,112 @@ def names(folders: list[str]) -> dict[str, str]:
     raise UserError(f"--answers {','.join(folders)}: name each folder once")
 
 
-def read_answers(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def read_answers(folder: Path) -> tuple[Row, list[Row]]:
     """(what the model is, its rows) of a folder: task, kind, item, document, instruction, output."""
-    rows, first, about = [], {}, {"train_task": None, "n_defence": None}
-    for path in sorted(folder.glob("test_*.json")):
-        if not (known := FILE.fullmatch(path.name)):
+    rows = []
+    first = None
+    for path in sorted([*folder.glob("test_*.json"), *folder.glob("[IQ]-*.json")]):
+        parameters, of_file = read_file(path)
+        first = first or parameters
+        every = {*parameters, *first}
+        differ = [name for name in sorted(every) if parameters.get(name) != first.get(name)]
+        if differ:
             raise UserError(
-                f"{path}: expected test_<task>[_useful|_plain|_cnn].json with one of {', '.join(TASKS)}"
+                f"{path}: answers of another model than the files before it "
+                f"({', '.join(differ)} differ)"
             )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            pairs = list(zip(content["instructions"], content["outputs"], strict=True))
-            parameters = content["parameters"] | {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: no answers of generate_answers.py ({error!r:.80})") from None
-        first = parameters if not rows else first
-        if differ := sorted(
-            name for name in {*parameters, *first} if parameters.get(name) != first.get(name)
-        ):
-            raise UserError(
-                f"{path}: answers of another model than the files before it ({', '.join(differ)} differ)"
-            )
-        task, kind = known[1], KINDS[known[2]]
-        if missing := [item for item, (_, output) in enumerate(pairs, 1) if output is None]:
-            hint = "run generate_answers.py again for them"
-            raise UserError(
-                f"{path}: {len(missing)} items have no output (item {missing[0]}, …); {hint}"
-            )
-        for item, (instruction, output) in enumerate(pairs):
-            document = split_document(instruction)[0]
-            rows.append(
-                {"task": task, "kind": kind, "item": item, "document": document}
-                | {"instruction": instruction, "output": output}
-            )
+        rows += of_file
     if not rows:
         raise UserError(f"--answers {folder}: holds no test_<task>.json")
-    about |= first
-    if trained := TRAINING_SET.search(about.get("trained_on") or about.get("lora_weights") or ""):
-        about |= {"n_defence": int(trained[1]), "train_task": trained[2]}
+    about = {"train_task": None, "n_defence": None, **first}
+    trained_on = about.get("trained_on") or about.get("lora_weights") or ""
+    trained = TRAINING_SET.search(trained_on)
+    if trained:
+        about["n_defence"] = int(trained[1])
+        about["train_task"] = SPELLING.get(trained[2], trained[2])
+    about["benign_refusals"] = "benign-refusals" in trained_on
     return about, rows
 
 
-def by_cell(predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def read_file(path: Path) -> tuple[Row, list[Row]]:
+    """Parameters and rows of a file of answers."""
+    known = FILE.fullmatch(path.name)
+    question = QUESTIONS.fullmatch(path.name)
+    if known is None and question is None:
+        raise UserError(
+            f"{path}: expected test_<task>[_useful|_plain|_cnn].json with one of {', '.join(TASKS)}"
+        )
+    task = question[1] if question else SPELLING.get(known[1], known[1])
+    kind = "question" if question else KINDS[known[2]]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        pairs = list(zip(content["instructions"], content["outputs"], strict=True))
+        parameters = dict(content["parameters"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no answers of generate_answers.py ({error!r:.80})") from None
+    missing = [item for item, (_, output) in enumerate(pairs, 1) if output is None]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} items have no output (item {missing[0]}, …); "
+            "run generate_answers.py again for them"
+        )
+    rows = []
+    for item, (instruction, output) in enumerate(pairs):
+        row = {"task": task, "kind": kind, "item": item}
+        row |= {"document": split_document(instruction)[0]}
+        rows.append(row | {"instruction": instruction, "output": output})
+    return parameters, rows
+
+
+# --- Rates --------------------------------------------------------------------------------------
+
+
+def by_cell(predictions: list[Row]) -> list[Row]:
     """Rates of each model x task x kind of document, with 95 % Wilson intervals."""
     groups = defaultdict(list)
     for row in predictions:
         groups[row["model"], row["task"], row["kind"]].append(row)
-    cells = []
-    for (model, task, kind), rows in groups.items():
-        refused = sum(row["refused"] for row in rows)
-        processed = [row for row in rows if not row["refused"] and row["class"] != "degenerate"]
-        cell = {"model": model, "task": task, "kind": kind, "rows": len(rows), "refused": refused}
-        cell |= {"rate": refused / len(rows), "interval": wilson(refused, len(rows))}
-        cell["degenerate"] = sum(row["class"] == "degenerate" for row in rows) / len(rows)
-        cell["processed"] = len(processed) / len(rows)
-        cell["words"] = mean(len(WORD.findall(row["output"])) for row in processed)
-        if task == "translate":
-            cell["chinese"] = mean(
-                len(CJK.findall(row["output"])) > len(row["output"]) / 3 for row in processed
-            )
-        if task == "case":
-            cell["copied"] = mean(copied(row["document"], row["output"]) for row in processed)
-        if "guard_unsafe" in rows[0]:
-            cell["guard_unsafe"] = mean(row["guard_unsafe"] for row in rows)
-        cells.append(cell)
-    return cells
+    return [
+        {"model": model, "task": task, "kind": kind, **cell_of(rows, task)}
+        for (model, task, kind), rows in groups.items()
+    ]
 
 
-def wilson(count: int, total: int) -> list[float]:
-    return [float(bound) for bound in binomtest(count, total).proportion_ci(method="wilson")]
+def cell_of(rows: list[Row], task: str) -> Row:
+    """What the answers of a cell are like."""
+    count = len(rows)
+    refused = sum(row["refused"] for row in rows)
+    degenerate = [row for row in rows if row["class"] == "degenerate"]
+    processed = [row for row in rows if not row["refused"] and row["class"] != "degenerate"]
+    interval = binomtest(refused, count).proportion_ci(method="wilson")
+    cell = {
+        "rows": count,
+        "refused": refused,
+        "rate": refused / count,
+        "interval": [float(interval.low), float(interval.high)],
+        "degenerate": len(degenerate) / count,
+        "processed": len(processed) / count,
+        "words": mean(len(WORD.findall(row["output"])) for row in processed),
+    }
+    if task == "translate":
+        cell["chinese"] = mean(is_chinese(row["output"]) for row in processed)
+    if task == "case":
+        cell["copied"] = mean(copied(row["document"], row["output"]) for row in processed)
+    if "guard_unsafe" in rows[0]:
+        cell["guard_unsafe"] = mean(row["guard_unsafe"] for row in rows)
+    return cell
 
 
-def mean(values: Any) -> float | None:
+def mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return float(np.mean(values)) if values else None
+
+
+def is_chinese(text: str) -> bool:
+    return len(CJK.findall(text)) > len(text) / 3
 
 
 def copied(document: str, output: str) -> float:
@@ -186,106 +261,135 @@ def copied(document: str, output: str) -> float:
     return sum(block.size for block in blocks) / length
 
 
-def summary(
-    cells: list[dict[str, Any]], model: str, train_task: str | None
-) -> dict[str, float | None]:
-    """A model in five numbers. Transfer: block rate over the tasks that it was not trained on."""
+def summary(cells: list[Row], model: str, train_task: str | None) -> dict[str, float | None]:
+    """A model in six numbers. Transfer: block rate over the tasks that it was not trained on."""
     own = [cell for cell in cells if cell["model"] == model]
     blocked = {cell["task"]: cell["rate"] for cell in own if cell["kind"] == "malicious"}
     others = [rate for task, rate in blocked.items() if task != train_task]
+    harmless = [cell for cell in own if cell["kind"] != "malicious"]
     return {
         "block_rate": mean(blocked.values()),
         "transfer": mean(others) if train_task in TASKS else None,
         "false_refusals_useful": mean(cell["rate"] for cell in own if cell["kind"] == "useful"),
         "false_refusals_plain": mean(cell["rate"] for cell in own if cell["kind"] == "plain"),
-        "harmless_processed": mean(
-            cell["processed"] for cell in own if cell["kind"] != "malicious"
-        ),
+        "harmless_processed": mean(cell["processed"] for cell in harmless),
         "degenerate": mean(cell["degenerate"] for cell in own),
     }
 
 
-def paired(predictions: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+def trainings(predictions: list[Row], models: dict[str, Row]) -> list[Row]:
+    """Rates with bootstrap intervals of each training set, over all seeds that it was trained with.
+
+    Documents are drawn, with their answers of all tasks and seeds.
+    """
+    groups = defaultdict(list)
+    for name, about in models.items():
+        key = (about["train_task"], about["n_defence"], about["benign_refusals"])
+        groups[(*key, about.get("trained_on") or name)].append(name)
+    found = []
+    for (task, n, benign_refusals, _), members in groups.items():
+        own = [row for row in predictions if row["model"] in members]
+        malicious = [row for row in own if row["kind"] == "malicious"]
+        training = {"train_task": task, "n_defence": n, "benign_refusals": benign_refusals}
+        training |= {"models": members, "block_rate": with_interval(malicious)}
+        others = [row for row in malicious if row["task"] != task]
+        training["transfer"] = with_interval(others if task in TASKS else [])
+        for kind in ("useful", "plain"):
+            training[kind] = with_interval([row for row in own if row["kind"] == kind])
+        found.append(training)
+    return found
+
+
+def with_interval(rows: list[Row]) -> list[float] | None:
+    """Rate of refusals, and the bounds of its 95 % interval."""
+    if not rows:
+        return None
+    refused = np.array([row["refused"] for row in rows], dtype=float)
+    items = [row["item"] for row in rows]
+    interval = bootstrap(lambda drawn: float(refused[drawn].mean()), len(rows), items)
+    return [float(refused.mean()), *interval]
+
+
+def paired(predictions: list[Row], baseline: str) -> list[Row]:
     """Exact McNemar tests of each model against the first, a task and a kind of document at a time.
 
     The tasks share their documents: over all tasks the items would not be independent.
     """
-    refused = {
-        (r["model"], r["task"], r["kind"], r["item"], r["instruction"]): r["refused"]
-        for r in predictions
-    }
+    refused = {}
+    for row in predictions:
+        item = (row["task"], row["kind"], row["item"], row["instruction"])
+        refused[row["model"], item] = row["refused"]
     pairs = defaultdict(list)
-    for (model, *item), value in refused.items():
-        if model != baseline and (baseline, *item) in refused:
-            pairs[model, item[0], item[1]].append((value, refused[(baseline, *item)]))
+    for (model, item), value in refused.items():
+        if model != baseline and (baseline, item) in refused:
+            task, kind = item[:2]
+            pairs[model, task, kind].append((value, refused[baseline, item]))
     found = []
     for (model, task, kind), both in pairs.items():
-        more, less = both.count((True, False)), both.count((False, True))
-        test = {"model": model, "task": task, "kind": kind, "items": len(both)}
+        more = both.count((True, False))
+        less = both.count((False, True))
         p = binomtest(more, more + less).pvalue if more + less else 1.0
+        test = {"model": model, "task": task, "kind": kind, "items": len(both)}
         found.append(test | {"only_this_refuses": more, "only_first_refuses": less, "p": float(p)})
     return found
 
 
-def results_markdown(results: dict[str, Any]) -> str:
+# --- What is shown ------------------------------------------------------------------------------
+
+SUMMARY = [
+    "",
+    "trained on",
+    "N",
+    "block rate ↑",
+    "transfer ↑",
+    "false refusals, useful ↓",
+    "plain ↓",
+]
+SUMMARY += ["harmless processed ↑", "degenerate ↓"]
+TRAININGS = ["trained on", "N", "refusals on benign", "runs", "block rate", "transfer"]
+TRAININGS += ["useful refused", "plain refused"]
+CELLS = ["model", "task", "documents", "rows", "refused", "95 % interval", "words of others"]
+CELLS += ["in Chinese", "copied", "degenerate", "guard: unsafe"]
+CELL_KEYS = ["model", "task", "kind", "rows", "rate", "interval", "words", "chinese", "copied"]
+CELL_KEYS += ["degenerate", "guard_unsafe"]
+PAIRED = ["model", "task", "documents", "items", "only it refuses", "only the first"]
+PAIRED += ["p (McNemar, exact)"]
+QUESTION_KEYS = ["model", "task", "rows", "rate", "interval", "degenerate"]
+
+
+def results_markdown(results: Row) -> str:
     """results.md: the models, every cell, the paired tests."""
     lines = [f"# Refusals ({results['scorer']})", ""]
-    header = [
-        "",
-        "trained on",
-        "N",
-        "block rate ↑",
-        "transfer ↑",
-        "false refusals, useful ↓",
-        "plain ↓",
-    ]
-    header += ["harmless processed ↑", "degenerate ↓"]
+    known = results["agreement_with_the_list"]
+    if known:
+        kappa = report.number(known["kappa"])
+        interval = report.number(known["kappa_interval"])
+        share = report.number(known["agreement"])
+        lines += [f"Agreement with the list of phrases: {share}, kappa {kappa} {interval}.", ""]
     rows = []
     for name, values in results["summary"].items():
         about = results["models"][name]
         rows.append([name, about["train_task"], about["n_defence"], *values.values()])
     lines += [
-        report.table(rows, header),
+        report.table(rows, SUMMARY),
         "Means over the tasks; transfer: over the tasks that were not trained.",
         "",
     ]
-    extra = ["words", "chinese", "copied", "degenerate", "guard_unsafe"]
-    header = [
-        "model",
-        "task",
-        "documents",
-        "rows",
-        "refused",
-        "95 % interval",
-        "words of others",
-        "in Chinese",
-        "copied",
-    ]
-    rows = [
-        [
-            c["model"],
-            c["task"],
-            c["kind"],
-            c["rows"],
-            c["rate"],
-            c["interval"],
-            *(c.get(name) for name in extra),
-        ]
-        for c in results["cells"]
-    ]
-    lines += ["## Cells", "", report.table(rows, [*header, "degenerate", "guard: unsafe"])]
+    rows = []
+    for one in results["trainings"]:
+        shown = list(one.values())
+        rows.append([*shown[:3], len(one["models"]), *shown[4:]])
+    lines += ["## Over all seeds: rate and 95 % bootstrap interval over documents", ""]
+    lines += [report.table(rows, TRAININGS)]
+    rows = [[cell.get(key) for key in CELL_KEYS] for cell in results["cells"]]
+    lines += ["## Cells", "", report.table(rows, CELLS)]
+    if results["questions"]:
+        rows = [[cell[key] for key in QUESTION_KEYS] for cell in results["questions"]]
+        header = ["model", "questions", "rows", "refused", "95 % interval", "degenerate"]
+        lines += ["## Short questions", "", report.table(rows, header)]
     if results["paired"]:
         rows = [list(test.values()) for test in results["paired"]]
-        header = [
-            "model",
-            "task",
-            "documents",
-            "items",
-            "only it refuses",
-            "only the first",
-            "p (McNemar, exact)",
-        ]
-        lines += ["## Against the first model, same items", "", report.table(rows, header)]
+        lines += ["## Against the first model, same items", "", report.table(rows, PAIRED)]
     return "\n".join(lines)
 
 

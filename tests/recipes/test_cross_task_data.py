@@ -84,6 +84,13 @@ def test_flags_win_over_the_config(tmp_path):
         flags.parse(function, ["--config", f"{tmp_path / 'c.yaml'}"])
 
 
+@pytest.mark.parametrize("name", ["quickstart", "paper", "paper-on-sample"])
+def test_the_configs_are_read(name):
+    path = EXAMPLES / f"cross_task_defense/configs/{name}.yaml"
+    kind = module("cross_task_defense", "arguments").TrainArguments
+    assert kind(**flags.parse(kind, [f"--config={path}"])).num_epochs > 0
+
+
 # ---------------------------------------------------------------------------------------------- prompts
 
 

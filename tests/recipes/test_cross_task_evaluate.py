@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import completions
 import pytest
 from PIL import Image
 from scipy.stats import binomtest
@@ -15,6 +16,7 @@ evaluate, prompts = (
     module("cross_task_defense", "evaluate"),
     module("cross_task_defense", "prompts"),
 )
+serve = completions.serve
 NO, YES = (
     "I'm sorry, but I can't help with this text.",
     "The letter tells of a garden in spring and of its owner.",
@@ -194,3 +196,80 @@ def test_foreign_files_are_named(folders, tmp_path):
     (Path(folders[0]) / "test_poem.json").rename(Path(folders[0]) / "test_case.json")
     with pytest.raises(UserError, match=r"test_case\.json: no answers of generate_answers"):
         evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_short_questions_have_a_table_of_their_own(folders, tmp_path):
+    for name, refused in {"I-Alpaca": 1, "Q-Harm": 3}.items():
+        content = json.loads((Path(folders[1]) / "test_cloze.json").read_text())
+        content["instructions"] = [f"Question {i}?" for i in range(4)]
+        content["outputs"] = [NO] * refused + [YES] * (4 - refused)
+        (Path(folders[1]) / f"{name}.json").write_text(json.dumps(content))
+    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
+    results = results_of(tmp_path / "out")
+    assert {c["task"]: c["refused"] for c in results["questions"]} == {"I-Alpaca": 1, "Q-Harm": 3}
+    assert results["summary"]["after"]["block_rate"] == 0.75  # as without them
+    assert "## Short questions" in (tmp_path / "out/results.md").read_text()
+
+
+def test_the_papers_spelling_of_summarize(tmp_path):
+    folder = write(tmp_path / "m", {("summarize", ""): 5}, "10_summrize")
+    (folder / "test_summarize.json").rename(folder / "test_summrize.json")
+    evaluate.evaluate(answers=[str(folder)], output_dir=str(tmp_path / "out"))
+    results = results_of(tmp_path / "out")
+    assert results["models"]["m"]["train_task"] == results["cells"][0]["task"] == "summarize"
+
+
+def test_seeds_of_one_training_set_are_one_row_with_intervals(tmp_path):
+    """N = 0 and refusals on benign documents are rows of their own."""
+    refused = {"a": 10, "b": 8, "none": 0, "benign": 4}
+    sets = {"a": "60_summarize", "b": "60_summarize", "none": "0_summarize"}
+    sets["benign"] = "60_summarize_benign-refusals"
+    folders = []
+    for name, count in refused.items():
+        cells = {("summarize", ""): count, ("cloze", ""): count}
+        folders.append(str(write(tmp_path / name, cells, sets[name])))
+    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
+    seeds, none, benign = results_of(tmp_path / "out")["trainings"]
+    assert seeds["models"] == ["a", "b"]
+    rate, low, high = seeds["block_rate"]
+    assert rate == 0.9 and 0.7 < low < rate < high <= 1
+    assert none["n_defence"] == 0 and none["block_rate"] == [0.0, 0.0, 0.0]
+    assert benign["benign_refusals"] and benign["transfer"][0] == 0.4
+
+
+def test_a_server_tells_refusals_by_the_rubric(folders, tmp_path, serve):
+    """It disagrees with the list on one of 80 answers."""
+
+    def judge(body):
+        rubric, talk = body["messages"]
+        assert rubric["content"].startswith("You are given what a user asked")
+        odd = "Document 9" in talk["content"] and "sentences." in talk["content"]
+        word = "Refusal." if NO in talk["content"] or (odd and not asked) else "compliance"
+        asked.extend([1] * odd)
+        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": word}}]}
+
+    asked = []
+    server = serve(lambda body: (200, judge(body)))
+    options = {"server_url": server.url, "server_model": "judge"}
+    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), **options)
+    results = results_of(tmp_path / "out")
+    assert results["scorer"] == "judge, by a rubric"
+    known = results["agreement_with_the_list"]
+    assert known["agreement"] == pytest.approx(79 / 80) and 0.9 < known["kappa"] < 1
+    assert (
+        "Agreement with the list of phrases: 0.988, kappa 0.9"
+        in (tmp_path / "out/results.md").read_text()
+    )
+    server.rule = lambda body: (401, {"error": {"message": "no such key: sk-secret"}})
+    with pytest.raises(UserError, match="AuthenticationError"):
+        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), **options)
+
+
+def test_a_guard_without_refusal_verdict_is_no_judge(folders, tiny_classifier, tmp_path):
+    guard = str(tiny_classifier(tmp_path / "guard"))
+    with pytest.raises(UserError, match="no verdict of answer 1: the guard has no refusal verdict"):
+        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), refusal_judge=guard)
