@@ -22,14 +22,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from flags import run
 from prompts import TASKS, split_document
 from refusal_judge import judged_by_guard, judged_by_server
@@ -336,25 +335,15 @@ def paired(predictions: list[Row], baseline: str) -> list[Row]:
 
 # --- What is shown ------------------------------------------------------------------------------
 
-SUMMARY = [
-    "",
-    "trained on",
-    "N",
-    "block rate ↑",
-    "transfer ↑",
-    "false refusals, useful ↓",
-    "plain ↓",
-]
-SUMMARY += ["harmless processed ↑", "degenerate ↓"]
-TRAININGS = ["trained on", "N", "refusals on benign", "runs", "block rate", "transfer"]
-TRAININGS += ["useful refused", "plain refused"]
-CELLS = ["model", "task", "documents", "rows", "refused", "95 % interval", "words of others"]
-CELLS += ["in Chinese", "copied", "degenerate", "guard: unsafe"]
-CELL_KEYS = ["model", "task", "kind", "rows", "rate", "interval", "words", "chinese", "copied"]
-CELL_KEYS += ["degenerate", "guard_unsafe"]
-PAIRED = ["model", "task", "documents", "items", "only it refuses", "only the first"]
-PAIRED += ["p (McNemar, exact)"]
-QUESTION_KEYS = ["model", "task", "rows", "rate", "interval", "degenerate"]
+SUMMARY = "model|trained on|N|block rate ↑|transfer ↑|false refusals, useful ↓|plain ↓"
+SUMMARY += "|harmless processed ↑|degenerate ↓"
+TRAININGS = "trained on|N|refusals on benign|runs|block rate|transfer|useful refused|plain refused"
+CELLS = "model|task|documents|rows|refused|95 % interval|words of others|in Chinese|copied"
+CELLS += "|degenerate|guard: unsafe"
+CELL_KEYS = "model|task|kind|rows|rate|interval|words|chinese|copied|degenerate|guard_unsafe"
+PAIRED = "model|task|documents|items|only it refuses|only the first|p (McNemar, exact)"
+QUESTIONS_TABLE = "model|questions|rows|refused|95 % interval|degenerate"
+QUESTION_KEYS = "model|task|rows|rate|interval|degenerate"
 
 
 def results_markdown(results: Row) -> str:
@@ -370,92 +359,74 @@ def results_markdown(results: Row) -> str:
     for name, values in results["summary"].items():
         about = results["models"][name]
         rows.append([name, about["train_task"], about["n_defence"], *values.values()])
-    lines += [
-        report.table(rows, SUMMARY),
-        "Means over the tasks; transfer: over the tasks that were not trained.",
-        "",
-    ]
+    lines.append(report.table(rows, SUMMARY.split("|")))
+    lines += ["Means over the tasks; transfer: over the tasks that were not trained.", ""]
     rows = []
     for one in results["trainings"]:
-        shown = list(one.values())
-        rows.append([*shown[:3], len(one["models"]), *shown[4:]])
-    lines += ["## Over all seeds: rate and 95 % bootstrap interval over documents", ""]
-    lines += [report.table(rows, TRAININGS)]
-    rows = [[cell.get(key) for key in CELL_KEYS] for cell in results["cells"]]
-    lines += ["## Cells", "", report.table(rows, CELLS)]
-    if results["questions"]:
-        rows = [[cell[key] for key in QUESTION_KEYS] for cell in results["questions"]]
-        header = ["model", "questions", "rows", "refused", "95 % interval", "degenerate"]
-        lines += ["## Short questions", "", report.table(rows, header)]
-    if results["paired"]:
-        rows = [list(test.values()) for test in results["paired"]]
-        lines += ["## Against the first model, same items", "", report.table(rows, PAIRED)]
+        rows.append(list((one | {"models": len(one["models"])}).values()))
+    title = "Over all seeds: rate and 95 % bootstrap interval over documents"
+    cells = [[cell.get(key) for key in CELL_KEYS.split("|")] for cell in results["cells"]]
+    questions = [[cell[key] for key in QUESTION_KEYS.split("|")] for cell in results["questions"]]
+    tests = [list(test.values()) for test in results["paired"]]
+    tables = [
+        (title, rows, TRAININGS),
+        ("Cells", cells, CELLS),
+        ("Short questions", questions, QUESTIONS_TABLE),
+        ("Against the first model, same items", tests, PAIRED),
+    ]
+    for heading, rows, header in tables:
+        if rows:
+            lines += [f"## {heading}", "", report.table(rows, header.split("|"))]
     return "\n".join(lines)
 
 
-def plot_heat_map(results: dict[str, Any], path: Path) -> None:
+def plot_heat_map(results: Row, path: Path) -> None:
     """Refusal rates, one row a model: malicious documents by task, then harmless ones."""
-    models, kinds = list(results["models"]), ("malicious", "useful", "plain")
-    rate = {(c["model"], c["kind"], c["task"]): c["rate"] for c in results["cells"]}
+    models = list(results["models"])
+    kinds = ("malicious", "useful", "plain")
+    height = 1.8 + 0.45 * len(models)
     figure, axes = plt.subplots(
-        1, 3, figsize=(13, 1.8 + 0.45 * len(models)), sharey=True, layout="constrained"
+        1, 3, figsize=(13, height), sharey=True, squeeze=False, layout="constrained"
     )
-    for ax, kind in zip(axes, kinds, strict=True):
-        values = np.array(
-            [[rate.get((m, kind, t), np.nan) for t in TASKS] for m in models], dtype=float
-        )
+    rates = pd.DataFrame(results["cells"]).pivot_table("rate", ["kind", "model"], "task")
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        order = pd.MultiIndex.from_product([[kind], models])
+        values = rates.reindex(index=order, columns=list(TASKS)).to_numpy()
         ax.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             if not np.isnan(value):
-                ax.text(
-                    j,
-                    i,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    color="white" if value > 0.55 else "black",
-                )
+                color = "white" if value > 0.55 else "black"
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
         for i, model in enumerate(models):  # the trained task is framed
             trained = results["models"][model]["train_task"]
             for j, task in enumerate(TASKS):
                 if trained in (task, "mix"):
-                    ax.add_patch(
-                        plt.Rectangle((j - 0.47, i - 0.46), 0.94, 0.92, fill=False, lw=2, hatch="")
-                    )
-        ax.set(title=f"{kind}: refused", xticks=range(len(TASKS)), yticks=range(len(models)))
-        ax.set_xticklabels(TASKS, rotation=30, ha="right")
-        ax.set_yticklabels(models)
+                    ax.add_patch(plt.Rectangle((j - 0.47, i - 0.46), 0.94, 0.92, fill=False, lw=2))
+        ax.set_title(f"{kind}: refused")
+        ax.set_xticks(range(len(TASKS)), TASKS, rotation=30, ha="right")
+        ax.set_yticks(range(len(models)), models)
     report.save_figure(figure, path)
 
 
-def plot_trade_off(results: dict[str, Any], path: Path) -> None:
+def plot_trade_off(results: Row, path: Path) -> None:
     """Safety against usefulness, one line a trained task through its N."""
     figure, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     lines = defaultdict(list)
     for name, values in results["summary"].items():
-        about, processed = results["models"][name], values["harmless_processed"]
-        if processed is not None and values["block_rate"] is not None:
-            lines[about["train_task"] or name].append(
-                (about["n_defence"] or 0, values["block_rate"], processed)
-            )
-    for (task, points), marker in zip(lines.items(), "osD^vP*X" * len(lines), strict=False):
-        points.sort()
-        ax.plot(
-            [p[1] for p in points],
-            [p[2] for p in points],
-            marker=marker,
-            color="black",
-            lw=0.8,
-            label=task,
-        )
-        for n, x, y in points:
+        about = results["models"][name]
+        point = (about["n_defence"] or 0, values["block_rate"], values["harmless_processed"])
+        if None not in point:
+            lines[about["train_task"] or name].append(point)
+    for (task, points), marker in zip(lines.items(), cycle("osD^vP*X")):
+        numbers, blocked, processed = zip(*sorted(points), strict=True)
+        ax.plot(blocked, processed, marker=marker, color="black", lw=0.8, label=task)
+        for n, x, y in zip(numbers, blocked, processed, strict=True):
             ax.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    ax.set(
-        xlim=(-0.03, 1.05),
-        ylim=(-0.03, 1.05),
-        xlabel="Block rate on malicious documents (all tasks)",
-    )
-    ax.set(ylabel="Harmless documents processed", title="Safety and usefulness (numbers: N)")
+    ax.set_title("Safety and usefulness (numbers: N)")
+    ax.set_xlabel("Block rate on malicious documents (all tasks)")
+    ax.set_ylabel("Harmless documents processed")
+    ax.set_xlim(-0.03, 1.05)
+    ax.set_ylim(-0.03, 1.05)
     ax.grid(alpha=0.3)
     if lines:
         ax.legend()

@@ -26,12 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def run(function: Callable, default_config: Path | None = None, kind: type | None = None) -> None:
-    """Call a function of keywords with `--config file.yaml` and flags; flags win.
-
-    Args:
-        default_config: the config that is used when there is no argument at all.
-        kind: a dataclass whose fields are the flags; without it they are the function's own
-            parameters.
+    """Call a function of keywords with `--config file.yaml` and flags, which win. With `kind` the
+    flags are the fields of that dataclass; `default_config` is used without any argument.
     """
     run_cli(lambda: function(**parse(kind or function, sys.argv[1:], default_config)))
 
@@ -44,8 +40,7 @@ def parse(target: Callable, argv: list[str], default_config: Path | None = None)
     """
     if not argv and default_config is not None:
         path = os.path.relpath(default_config)
-        hint = "(for the paper's run: --config configs/paper.yaml)"
-        logger.info("No arguments: running %s %s", path, hint)
+        logger.info("No arguments: running %s (the paper's: --config configs/paper.yaml)", path)
         argv = [f"--config={path}"]
         sys.argv += argv  # for run.json, and for the command that goes on after Ctrl-C
     flags = read_flags(target, argv)
@@ -53,15 +48,14 @@ def parse(target: Callable, argv: list[str], default_config: Path | None = None)
     config = {} if path is None else read_config(path)
     if not isinstance(config, dict):
         raise UserError(f"--config {path}: expected names with values, found {config!r:.60}")
-    given = {name: (f"--config {path}: {name}", value) for name, value in config.items()}
-    given |= {name: (f"--{name}", value) for name, value in flags.items()}
     kinds = get_type_hints(target)
     parameters = signature(target).parameters
     values = {}
-    for name, (where, value) in given.items():
-        if name not in parameters:
-            raise UserError(f"{where}: unknown; --help lists the flags")
-        values[name] = converted(value, kinds[name], where)
+    for prefix, given in ((f"--config {path}: ", config), ("--", flags)):
+        for name, value in given.items():
+            if name not in parameters:
+                raise UserError(f"{prefix}{name}: unknown; --help lists the flags")
+            values[name] = converted(value, kinds[name], prefix + name)
     for name, parameter in parameters.items():
         if parameter.default is Parameter.empty and values.get(name) is None:
             raise UserError(f"--{name}: is needed; --help lists the flags")
@@ -75,8 +69,7 @@ def read_flags(target: Callable, argv: list[str]) -> dict[str, str]:
     def record(**values: str) -> None:
         found.update(values)
 
-    config = Parameter("config", Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
-    parameters = [config]
+    parameters = [Parameter("config", Parameter.KEYWORD_ONLY, default=None)]
     for one in signature(target).parameters.values():
         default = None if one.default is Parameter.empty else one.default
         parameters.append(one.replace(kind=Parameter.KEYWORD_ONLY, default=default))
