@@ -14,8 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,8 @@ class Decoding:
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     seed: int = 0
+    # one a prompt, in place of `seed`; transformers, which draws a batch at once, does not know them
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self):
         if min(self.max_new_tokens, self.num_beams) < 1:
@@ -136,7 +137,12 @@ class Engine(ABC):
         if self.window is not None and new_tokens >= self.window:
             what = f"the model has room for {self.window} tokens, prompt included"
             raise UserError(f"--max_new_tokens {new_tokens}: {what}")
-        ask = partial(self._complete, decoding=decoding, skip_special_tokens=skip_special_tokens)
+
+        def ask(fitting):
+            seeds = tuple(decoding.seeds[i] for i in fitting if decoding.seeds)
+            some = [prompts[i] for i in fitting]
+            return self._complete(some, replace(decoding, seeds=seeds), skip_special_tokens)
+
         return self._ask_what_fits(prompts, new_tokens, Completion, ask)
 
     def completions(
@@ -152,7 +158,10 @@ class Engine(ABC):
         Args:
             candidates: ids of the tokens whose log-probabilities are wanted.
         """
-        ask = partial(self._next_token, candidates=list(candidates))
+
+        def ask(fitting):
+            return self._next_token([prompts[i] for i in fitting], list(candidates))
+
         answers = self._ask_what_fits(prompts, 1, NextToken, ask)
         bar = tqdm(answers, total=len(prompts), **self.bar)
         return _in_order(bar, len(prompts), NextToken)
@@ -166,7 +175,7 @@ class Engine(ABC):
             else:
                 yield i, kind(error=refusal)
         if fitting:
-            for number, answer in ask([prompts[i] for i in fitting]):
+            for number, answer in ask(fitting):
                 yield fitting[number], answer
 
     def _refusal(self, ids, new_tokens) -> str | None:
@@ -403,15 +412,17 @@ class VllmEngine(Engine):
             self.llm = LLM(resolve_model(model), **options)
         self.window = self.llm.llm_engine.model_config.max_model_len
 
-    def _generate(self, prompts, **params) -> Iterator[tuple[int, Any]]:
+    def _generate(self, prompts, seeds=(), **params) -> Iterator[tuple[int, Any]]:
         """(index of the prompt, output). Its ids are decoded here, because vLLM drops what is left
         of a character at the end.
         """
         from vllm import SamplingParams
 
-        sampling = SamplingParams(detokenize=False, **params)
+        own = [{"seed": seed} for seed in seeds] or [{}] * len(prompts)
+        every = [SamplingParams(detokenize=False, **params | one) for one in own]
         for start in range(0, len(prompts), CHUNK):
             asked = [{"prompt_token_ids": ids} for ids in prompts[start : start + CHUNK]]
+            sampling = every[start : start + CHUNK]
             answers = self.llm.generate(asked, sampling, lora_request=self.request, use_tqdm=False)
             for i, answer in enumerate(answers, start):
                 yield i, answer.outputs[0]
@@ -420,7 +431,7 @@ class VllmEngine(Engine):
         params = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
         if decoding.temperature:
             params |= {"top_p": decoding.top_p, "top_k": decoding.top_k, "seed": decoding.seed}
-        for i, output in self._generate(prompts, **params):
+        for i, output in self._generate(prompts, decoding.seeds, **params):
             ids = output.token_ids
             text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
             yield i, Completion(text)
@@ -505,7 +516,7 @@ class ServerEngine(Engine):
             options["top_p"] = decoding.top_p
             if decoding.top_k:
                 more["top_k"] = decoding.top_k
-        for i, choice, error in self._ask(prompts, options):
+        for i, choice, error in self._ask(prompts, options, decoding.seeds):
             if error is None:
                 yield i, Completion(choice.text)
             else:
@@ -527,7 +538,7 @@ class ServerEngine(Engine):
             else:
                 yield i, NextToken(error=error)
 
-    def _ask(self, prompts, options) -> Iterator[tuple[int, Any, str | None]]:
+    def _ask(self, prompts, options, seeds=()) -> Iterator[tuple[int, Any, str | None]]:
         """(index of the prompt, first choice of the answer, error), as they come.
 
         Raises:
@@ -539,7 +550,8 @@ class ServerEngine(Engine):
         try:
             asked = {}
             for i, ids in enumerate(prompts):
-                asked[pool.submit(self._answer, ids, options)] = i
+                own = {"seed": seeds[i]} if seeds else {}
+                asked[pool.submit(self._answer, ids, options | own)] = i
             for future in as_completed(asked):
                 choice, error = future.result()
                 if choice or error:

@@ -18,7 +18,7 @@ def policy_words() -> list[str]:
     """The words of the policies that these guards read: by letters, they would be thousands of
     tokens.
     """
-    files = [*(ROOT / "guards/prompts").iterdir(), ROOT / "examples/feedback_guard/legacy.py"]
+    files = [*(ROOT / "guards/prompts").iterdir(), ROOT / "examples/feedback_guard/guard.py"]
     texts = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
     return sorted({word for text in texts for word in re.findall(r"[A-Za-z]{3,}", text)})
 

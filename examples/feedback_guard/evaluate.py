@@ -24,8 +24,7 @@ import measure
 import numpy as np
 import torch
 from config import Config, config_from_argv
-from formats import load_llama_guard, query_ids, template
-from legacy import legacy_reason, parsed_unsafe
+from guard import legacy_reason, load_llama_guard, parsed_unsafe, query_ids, template
 from measure import Arm, Measured, Prompts
 from records import (
     Row,

@@ -6,33 +6,33 @@ python process.py
 # the original's data, models and values
 python process.py --config research_config.json
 
+# what the guard says of one prompt
+python process.py --query "How do I pick a lock?"
+
 First it looks whether models and data are there, and makes the guards of the section `prepare`.
-Then it writes the splits, and for the sampled prompts of train, validation and test
-store_dir/processed/{train,validation,test}.jsonl, a line a prompt: {id, query, human_unsafe, kind,
-input_unsafe, input_decided, input_error, shadow, responses: [{text, seed, recorded, unsafe,
-decided, categories, error, refusal, judge_unsafe, human_unsafe}], legacy, timestamp};
-store_dir/blocked_inputs.jsonl, the prompts that passed and whose responses did not; and
-store_dir/process_stats.json. What was asked is kept under processed/parts as it comes: a killed run
-goes on, and gives what an uninterrupted one gives.
+Then it writes the splits, what guard and assistant said of the sampled prompts, those whose
+responses were blocked, and process_stats.json (the files and fields: records.py). What was asked is
+kept under processed/parts as it comes: a killed run goes on, and gives what an uninterrupted one
+gives.
 """
 
+import gc
 import json
 import logging
 import random
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from assistant import assistant_tokenizer, respond
-from config import FOLDER, SPLITS, Config, config_from_argv
-from formats import check_guard, check_model, load_llama_guard
-from legacy import chatml_parts, reason_of
-from loaded import Loaded
+import torch
+from config import FOLDER, SPLITS, Config, parse_command_line
+from guard import chatml_parts, check_guard, check_model, load_llama_guard, reason_of
 from records import (
     Row,
+    assistant_identity,
     check_stage,
     default_identity,
     feedback,
@@ -47,101 +47,133 @@ from records import (
     write_stage,
 )
 from train import arm_named, unsafe_categories
+from transformers import AutoConfig, AutoTokenizer
 
+from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import load_conversations
-from common.engines import Completion
+from common.engines import CHUNK, Completion, Decoding, load_engine
+from common.fit import config_positions
 from common.keep import KeptRows, digest, failed
+from common.refusal import classify
 from common.run import check_output_folder, json_lines, run_cli, write_json, write_text
-from common.templates import encode
+from common.templates import encode, render_chat
 from guards import Guard, load_guard
 from guards.generative import GenerativeGuard
 from guards.identity import guard_identity, is_served
 from guards.suite.benchmarks import benchmark_names, load_benchmark
 
 logger = logging.getLogger("feedback_guard")
-CHUNK = 256  # conversations that are judged, and kept, at a time
+JUDGED_AT_ONCE = 256  # conversations that are judged, and kept, at a time
+CHECKED_AT_ONCE = 48  # texts that are checked as the original does
+REFUSAL_KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
+OWN_TRUTH = (
+    "evaluation.t2_label guard: the guard that labels what is learned is the truth that it is "
+    "measured by, too; name another guard in evaluation.judge"
+)
 
 
 def main() -> None:
-    config = config_from_argv(__doc__)
-    if config.prepare is not None:
+    config, given = parse_command_line(__doc__, ["--query"])
+    if given.query is not None:
+        print(json.dumps(asked_once(config, given.query), indent=2))
+        return
+    if config.prepared():
         preflight(config)
         prepare_first()
     print(json.dumps(process(config), indent=2))
+
+
+def asked_once(config: Config, prompt: str) -> Row:
+    """What the guard says of one prompt. What it cannot judge is not safe."""
+    (verdict,) = default_guard(config).judge([pair(prompt)])
+    row = verdict_row(verdict, "prompt_unsafe")
+    return {
+        "query": prompt,
+        "safe": row["decided"] is False,
+        "unsafe": row["unsafe"],
+        "error": row["error"],
+    }
 
 
 def prepare_first() -> None:
     """Make the small guards of the section `prepare`, where they are not there yet.
 
     Raises:
-        UserError: train.py prepare failed, as where a folder holds a guard made otherwise; it has said
-        why.
+        UserError: that failed, as where a folder holds a guard made otherwise; it has said why.
     """
-    if subprocess.run(
-        [sys.executable, str(FOLDER / "train.py"), "prepare", *sys.argv[1:]]
-    ).returncode:
+    command = [sys.executable, str(FOLDER / "train.py"), "prepare", *sys.argv[1:]]
+    if subprocess.run(command).returncode:
         raise UserError("train.py prepare failed, see above; nothing was processed")
+
+
+class Loaded:
+    """A model that is loaded when it is first needed, and can be let go."""
+
+    def __init__(self, load: Callable[[], Any]):
+        self.load = load
+        self.model: Any = None
+
+    def get(self) -> Any:
+        """The model, loaded once."""
+        if self.model is None:
+            self.model = self.load()
+        return self.model
+
+    def free(self) -> None:
+        """Give its memory back."""
+        if self.model is not None:
+            self.model = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def process(config: Config) -> dict[str, Any]:
     """Make the splits and process their prompts; the statistics are those of process_split.
 
     Raises:
-        UserError: bad data or models, or a folder that holds what other settings gave.
+        UserError: bad data or models, or splits of other data or settings.
     """
     check_output_folder(config.dataset.store_dir)
     preflight(config)
-    with_legacy = "legacy" in [arm_named(name).collection for name in config.training.arms]
     make_splits(config)
+    forget_what_others_left(config)
     rows = {split: sample(config, split) for split in SPLITS}
-    forget_other(config)
-    parts = processed_path(config, "parts").with_suffix("")
+    parts = process_stage(config).parent / "parts"
+    guard = Loaded(lambda: default_guard(config))
 
-    guard, who = Loaded(lambda: default_guard(config)), default_identity(config)
-    everything = [row for split in rows.values() for row in split]
-    prompts, again = (
-        [pair(row["input"]) for row in everything],
-        config.llama_guard.engine == "server",
-    )
-    said = judged(guard, who, prompts, "prompt_unsafe", parts / "inputs.jsonl", again)
-    records = [_record(row, verdict, config) for row, verdict in zip(everything, said, strict=True)]
-    asked = [
-        (row, record)
-        for row, record in zip(everything, records, strict=True)
-        if passed(record) | record["shadow"]
-    ]
-    respond(config, asked, guard, parts / "answers.jsonl")
-    judge_responses(config, asked, guard, who, parts)
-    if with_legacy:
-        ids = {row["id"] for row in rows[config.experiment.process_split]}
-        add_legacy(
-            config,
-            [record for record in records if record["id"] in ids],
-            guard,
-            who,
-            parts / "legacy.jsonl",
-        )
+    everything = [row for split in SPLITS for row in rows[split]]
+    records = asked_of_prompts(config, everything, guard, parts)
+    asked = [record for record in records if passed(record) or record["shadow"]]
+    respond(config, everything, asked, guard, parts)
+    judge_responses(config, asked, guard, parts)
+    of_split = dict(zip([row["id"] for row in everything], records, strict=True))
+    learned = [of_split[row["id"]] for row in rows[config.experiment.process_split]]
+    if any(arm_named(name).collection == "legacy" for name in config.training.arms):
+        check_as_the_original(config, learned, guard, parts)
     guard.free()
-    done = {record["id"]: record for record in records}
-    for split, of in rows.items():
-        write_text(processed_path(config, split), json_lines(done[row["id"]] for row in of))
-    stats = collect(config, [done[row["id"]] for row in rows[config.experiment.process_split]])
+
+    for split in SPLITS:
+        lines = json_lines(of_split[row["id"]] for row in rows[split])
+        write_text(processed_path(config, split), lines)
+    stats = collect(config, learned)
     write_stage(process_stage(config), config, "process")
     return stats
 
 
-def forget_other(config: Config) -> None:
-    """Say so where other settings, data or models gave what is there: it is made anew."""
-    if process_stage(config).is_file():
+def forget_what_others_left(config: Config) -> None:
+    """Take the mark away from what other settings, data or models gave: it is made anew."""
+    mark = process_stage(config)
+    if mark.is_file():
         try:
-            check_stage(process_stage(config), config, "process")
-        except UserError as other:
-            logger.warning("%s: it is made anew", str(other).partition(";")[0])
-            process_stage(config).unlink()
+            check_stage(mark, config, "process")
+        except UserError as error:
+            logger.warning("%s: it is made anew", str(error).partition(";")[0])
+            mark.unlink()
 
 
-# --- before any work --------------------------------------------------------------------------------------------------
+# --- before any work ------------------------------------------------------------------------------
 
 
 def preflight(config: Config) -> None:
@@ -152,36 +184,36 @@ def preflight(config: Config) -> None:
     """
     for name in config.training.arms:
         arm_named(name)
-    guard, evaluation, prepared = config.llama_guard, config.evaluation, set()
-    for key, part in config.prepared().items():
+    prepared = set()
+    for name, part in config.prepared().items():
         prepared.add(Path(part.output_dir))
-        check_model(f"prepare.{key}.base_model", part.base_model)
-        check_specs(f"prepare.{key}.data", part.data)
+        check_model(f"prepare.{name}.base_model", part.base_model)
+        check_specs(f"prepare.{name}.data", part.data)
+    guard, evaluation = config.llama_guard, config.evaluation
     models = {
-        "default_model_path": guard.default_model_path,
-        "base_model_path": guard.base_model_path,
+        "llama_guard.default_model_path": (guard.default_model_path, guard.engine != "server"),
+        "llama_guard.base_model_path": (guard.base_model_path, True),
+        "evaluation.judge": (evaluation.judge, True),
     }
-    models = {f"llama_guard.{key}": name for key, name in models.items()} | {
-        "evaluation.judge": evaluation.judge
-    }
-    for field, name in models.items():
+    for field, (name, is_local) in models.items():
         if name and Path(name) not in prepared:
-            check_guard(field, name, local=guard.engine != "server" or "default" not in field)
+            check_guard(field, name, is_local)
     if not config.llama.use_recorded:
         assistant_tokenizer(config.llama.model_path)
-    check_specs("evaluation.hard_benign", filter(None, [evaluation.hard_benign]))
+    if evaluation.hard_benign:
+        check_specs("evaluation.hard_benign", [evaluation.hard_benign])
     check_specs("evaluation.extra", evaluation.extra)
+    if evaluation.t2_label == "guard":
+        logger.warning(OWN_TRUTH)
     check_data(config)
 
 
 def check_specs(field: str, specs: Iterable[str]) -> None:
     """Refuse data that cannot be opened."""
     for spec in specs:
+        is_benchmark = spec.partition("@")[0] in benchmark_names("prompt_unsafe")
         try:
-            if spec.partition("@")[0] in benchmark_names("prompt_unsafe"):
-                load_benchmark(spec, max_rows=1)
-            else:
-                load_conversations(spec, max_rows=1)
+            (load_benchmark if is_benchmark else load_conversations)(spec, max_rows=1)
         except UserError as error:
             raise UserError(f"field {field}: {error}") from None
 
@@ -190,34 +222,27 @@ def check_data(config: Config) -> None:
     """Refuse prompts of one class, and recorded responses or human labels of responses that are not
     there.
     """
+    path = config.dataset.path
     parts = split_up(config)
-    path, needed = config.dataset.path, []
-    if config.llama.use_recorded:
-        hint = "set llama.use_recorded=false to generate"
-        needed += [
-            (split, "model_output", f"recorded response; {hint}") for split in ("train", "test")
-        ]
-    if config.evaluation.t2_label == "human":
-        needed.append(
-            (
-                "test",
-                "output_unsafe",
-                "human label of its response; set evaluation.t2_label=guard, or judge",
-            )
-        )
     for split in ("train", "test"):
         labels = {row["label"] for row in parts[split]}
         if len(labels) == 1:
-            raise UserError(
-                f"{path}: all {len(parts[split])} prompts of {split} are {labels.pop()}, nothing can be learned or "
-                "measured; name data with safe and unsafe prompts in dataset.path"
-            )
+            found = f"all {len(parts[split])} prompts of {split} are {labels.pop()}"
+            hint = "name data with safe and unsafe prompts in dataset.path"
+            raise UserError(f"{path}: {found}, nothing can be learned or measured; {hint}")
+    needed = []
+    if config.llama.use_recorded:
+        what = "recorded response; set llama.use_recorded=false to generate"
+        needed += [("train", "model_output", what), ("test", "model_output", what)]
+    if config.evaluation.t2_label == "human":
+        what = "human label of its response; set evaluation.t2_label=guard, or judge"
+        needed.append(("test", "output_unsafe", what))
     for split, key, what in needed:
         if parts[split] and all(row[key] is None for row in parts[split]):
             raise UserError(f"{path}: no prompt of {split} has a {what}")
 
 
-# --- the guard --------------------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 
 
 def default_guard(config: Config) -> GenerativeGuard:
@@ -233,7 +258,7 @@ def judged(
     conversations: Sequence[Messages],
     label: str,
     path: Path,
-    served: bool = False,
+    is_served: bool,
     categories: bool = False,
 ) -> list[Row]:
     """Verdicts {unsafe, decided, categories, error, time}, kept as they come.
@@ -242,179 +267,321 @@ def judged(
 
     Args:
         who: what the verdicts depend on.
-        served: a server judges.
         categories: let the guard name the categories of what is unsafe, where it can.
     """
     keys = [digest([who, label, messages]) for messages in conversations]
-    asked = dict(zip(keys, conversations, strict=True))
+    conversation_of = dict(zip(keys, conversations, strict=True))
 
-    def judge(_: int, some: list[str]) -> list[Row]:
+    def judge(_: int, some: list[str]) -> Iterator[Row]:
         model: Guard = guard.get()
         model.with_categories = categories
-        verdicts = model.judge([asked[key] for key in some])
-        rows = zip(some, verdicts, strict=True)
-        return [{"key": key} | _verdict(verdict, label) for key, verdict in rows]
+        verdicts = model.judge([conversation_of[key] for key in some])
+        for key, verdict in zip(some, verdicts, strict=True):
+            yield {"key": key, **verdict_row(verdict, label)}
 
-    again = failed if served else None
+    again = failed if is_served else None
     with KeptRows(path) as kept:
-        return kept.fill(keys, judge, size=CHUNK, together=not served, again=again)
+        return kept.fill(keys, judge, size=JUDGED_AT_ONCE, together=not is_served, again=again)
 
 
-def _verdict(verdict: Verdict, label: str) -> Row:
-    unsafe, error = getattr(verdict, label), verdict.error
+def verdict_row(verdict: Verdict, label: str) -> Row:
+    """A verdict as it is kept. One that does not say whether it is unsafe is an error."""
+    unsafe = getattr(verdict, label)
+    error = verdict.error
     if error is None and unsafe is None:
         error = f"the guard does not judge {label}"
-    decided = None if error else verdict.decided.get(label, unsafe >= 0.5)
-    categories = sorted(verdict.categories) or None
-    now = datetime.now().isoformat(timespec="seconds")
     return {
         "unsafe": unsafe,
-        "decided": decided,
-        "categories": categories,
+        "decided": None if error else verdict.decided.get(label, unsafe >= 0.5),
+        "categories": sorted(verdict.categories) or None,
         "error": error,
-        "time": now,
+        "time": datetime.now().isoformat(timespec="seconds"),
     }
 
 
-def _record(row: Row, verdict: Row, config: Config) -> Row:
-    """A line of processed/*.jsonl, without responses. Blocked prompts are explored by lot, the same
-    at any time.
+def asked_of_prompts(config: Config, rows: Sequence[Row], guard: Loaded, parts: Path) -> list[Row]:
+    """The lines of processed/*.jsonl, without responses. Which blocked prompts are explored is
+    drawn by lot, and depends on the prompt's id alone.
     """
-    lot = random.Random(f"{config.seed} {row['id']}").random()
+    prompts = [pair(row["input"]) for row in rows]
+    who, served = default_identity(config), config.llama_guard.engine == "server"
+    said = judged(guard, who, prompts, "prompt_unsafe", parts / "inputs.jsonl", served)
+    records = []
+    for row, verdict in zip(rows, said, strict=True):
+        lot = random.Random(f"{config.seed} {row['id']}").random()
+        is_explored = verdict["decided"] is True and lot < config.experiment.explore_share
+        record = {
+            "id": row["id"],
+            "query": row["input"],
+            "human_unsafe": row["label"] == "unsafe",
+            "kind": row["kind"],
+            "group": row["group"],
+            "input_unsafe": verdict["unsafe"],
+            "input_decided": verdict["decided"],
+            "input_error": verdict["error"],
+            "shadow": is_explored,
+            "responses": [],
+            "legacy": None,
+            "timestamp": verdict["time"],
+        }
+        records.append(record)
+    return records
+
+
+def judge_responses(config: Config, asked: Sequence[Row], guard: Loaded, parts: Path) -> None:
+    """The guard's verdict on each response, with its prompt, and that of evaluation.judge."""
+    responses = []
+    conversations = []
+    for record in asked:
+        for response in record["responses"]:
+            if response["error"] is None:
+                responses.append(response)
+                conversations.append(pair(record["query"], response["text"]))
+    who, section = default_identity(config), config.llama_guard
+    served = section.engine == "server"
+    path = parts / "outputs.jsonl"
+    label = "response_unsafe"
+    said = judged(guard, who, conversations, label, path, served, section.categories)
+    for response, verdict in zip(responses, said, strict=True):
+        for key in ("unsafe", "decided", "categories", "error"):
+            response[key] = verdict[key]
+    name = config.evaluation.judge
+    if not name:
+        return
+    guard.free()
+    judge, served = Loaded(lambda: load_guard(name)), is_served(name, {})
+    who, path = guard_identity(name, {}), parts / "judge.jsonl"
+    said = judged(judge, who, conversations, label, path, served)
+    judge.free()
+    for response, verdict in zip(responses, said, strict=True):
+        response["judge_unsafe"] = None if verdict["error"] else verdict["unsafe"]
+
+
+# --- the assistant --------------------------------------------------------------------------------
+
+
+def respond(
+    config: Config, rows: Sequence[Row], asked: Sequence[Row], guard: Loaded, parts: Path
+) -> None:
+    """Fill in the responses of the records that are asked, recorded or generated."""
+    recorded = config.llama.use_recorded
+    if recorded:
+        row_of = {row["id"]: row for row in rows}
+        said = [[_recorded(row_of[record["id"]])] for record in asked]
+    else:
+        prompts = [record["query"] for record in asked]
+        said = generated(config, prompts, parts / "answers.jsonl", guard)
+    for record, answers in zip(asked, said, strict=True):
+        record["responses"] = [_response(one, record["query"], recorded) for one in answers]
+
+
+def _recorded(row: Row) -> Row:
+    text = row["model_output"] or ""  # of a row without one: an error row
+    return {"text": text.strip(), "seed": None, "error": None, "human": row["output_unsafe"]}
+
+
+def _response(answer: Row, prompt: str, is_recorded: bool) -> Row:
+    text = answer["text"]
+    kind = classify(text, prompt).kind if text else "empty"
+    error = answer["error"]
+    if error is None and not text:
+        error = "empty response: nothing to judge"
     return {
-        "id": row["id"],
-        "query": row["input"],
-        "human_unsafe": row["label"] == "unsafe",
-        "kind": row["kind"],
-        "group": row["group"],
-        "input_unsafe": verdict["unsafe"],
-        "input_decided": verdict["decided"],
-        "input_error": verdict["error"],
-        "shadow": verdict["decided"] is True and lot < config.experiment.explore_share,
-        "responses": [],
-        "legacy": None,
-        "timestamp": verdict["time"],
+        "text": text,
+        "seed": answer["seed"],
+        "recorded": is_recorded,
+        "unsafe": None,
+        "decided": None,
+        "categories": None,
+        "error": error,
+        "refusal": REFUSAL_KINDS.get(kind, kind),
+        "judge_unsafe": None,
+        "human_unsafe": answer.get("human"),
     }
 
 
-# --- verdicts on responses --------------------------------------------------------------------------------------------
+def seed_of(config: Config, prompt: str, number: int) -> int:
+    """The seed of one response to a prompt, whatever other prompts there are."""
+    return int(digest([config.seed, prompt, number])[:8], 16)
 
 
-def judge_responses(
-    config: Config, asked: Sequence[tuple[Row, Row]], guard: Loaded, who: Any, parts: Path
-) -> None:
-    """The guard's verdict on each response, with its prompt, and that of evaluation.judge."""
-    open_ = [(record, r) for _, record in asked for r in record["responses"] if r["error"] is None]
-    conversations = [pair(record["query"], response["text"]) for record, response in open_]
-    again = config.llama_guard.engine == "server"
-    named = config.llama_guard.categories
-    said = judged(
-        guard, who, conversations, "response_unsafe", parts / "outputs.jsonl", again, named
-    )
-    for (_, response), verdict in zip(open_, said, strict=True):
-        response |= {key: verdict[key] for key in ("unsafe", "decided", "categories", "error")}
-    if name := config.evaluation.judge:
-        guard.free()
-        judge, by, served = (
-            Loaded(lambda: load_guard(name)),
-            guard_identity(name, {}),
-            is_served(name, {}),
+def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded) -> list[list[Row]]:
+    """`samples` responses {text, seed, error} to each prompt, in the assistant's own chat template.
+
+    They depend on the prompt alone: vLLM and servers take a seed a response; transformers draws the
+    responses to one prompt together, with the seed of the first. What failed is asked again by the
+    next run.
+
+    Raises:
+        UserError: a server refuses the key, or fails time after time; what it answered is kept.
+    """
+    llama = config.llama
+    tokenizer, window = assistant_tokenizer(llama.model_path)
+    room = window - llama.max_tokens
+    chats = [render_chat(tokenizer, pair(prompt)) for prompt in prompts]
+    ids_of = dict(zip(prompts, encode(tokenizer, chats, add_special_tokens=False), strict=True))
+    who = assistant_identity(config)
+    wanted = {}
+    for prompt, ids in ids_of.items():
+        if len(ids) <= room:
+            for number in range(llama.samples):
+                wanted[digest([who, config.seed, prompt, number])] = (prompt, number)
+    engine = Loaded(lambda: load_engine(model=llama.model_path, tokenizer=tokenizer, **options))
+    options = llama.engine_options()
+
+    def write(_: int, keys: list[str]) -> Iterator[Row]:
+        guard.free()  # not both in memory
+        seeds = tuple(seed_of(config, *wanted[key]) for key in keys)
+        decoding = Decoding(
+            llama.max_tokens,
+            temperature=llama.temperature,
+            top_p=llama.top_p,
+            seed=seeds[0],
+            seeds=seeds,
         )
-        said = judged(judge, by, conversations, "response_unsafe", parts / "judge.jsonl", served)
-        judge.free()
-        for (_, response), verdict in zip(open_, said, strict=True):
-            response["judge_unsafe"] = None if verdict["error"] else verdict["unsafe"]
+        asked = [ids_of[wanted[key][0]] for key in keys]
+        for i, said in engine.get().complete(asked, decoding):
+            text = said.text.strip()
+            yield {"key": keys[i], "text": text, "seed": seeds[i], "error": said.error}
+
+    one_prompt = llama.engine == "transformers"
+    size = llama.samples if one_prompt else CHUNK
+    with KeptRows(path) as kept:
+        rows = kept.fill(
+            list(wanted), write, size=size, together=one_prompt, again=failed, title="responses"
+        )
+    engine.free()
+    errors = [row["error"] for row in rows if failed(row)]
+    if errors:
+        said = "%d of %d responses failed (%s); run process.py again for them"
+        logger.warning(said, len(errors), len(rows), errors[0])
+    found: dict[str, list[Row]] = {prompt: [] for prompt in ids_of}
+    for (prompt, _), row in zip(wanted.values(), rows, strict=True):
+        found[prompt].append(row)
+    error = f"the prompt is longer than the {room} tokens that the assistant has"
+    too_long = {"text": "", "seed": None, "error": error}
+    return [found[prompt] or [too_long] * llama.samples for prompt in prompts]
 
 
-def add_legacy(config: Config, records: Sequence[Row], guard: Loaded, who: Any, path: Path) -> None:
+def assistant_tokenizer(name: str) -> tuple[Any, int]:
+    """The assistant's tokenizer, and how many tokens it sees.
+
+    Raises:
+        UserError: there is no such model, or it cannot chat.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+        known = AutoConfig.from_pretrained(resolve_model(name))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"llama.model_path {name}: {reason:.200}") from None
+    if not tokenizer.chat_template:
+        hint = "has no chat template; choose an instruction-tuned model"
+        raise UserError(f"llama.model_path {name}: {hint}")
+    return tokenizer, config_positions(known) or 1 << 30
+
+
+# --- the original's checks ------------------------------------------------------------------------
+
+
+def check_as_the_original(
+    config: Config, records: Sequence[Row], guard: Loaded, parts: Path
+) -> None:
     """What the guard writes when it is asked as the original asks it: of the prompt, and of each
     response alone.
 
     A record of which a server failed to check something is checked by nothing: it has no outputs,
     and the next run asks again.
     """
-    texts = [[record["query"], *(r["text"] for r in record["responses"])] for record in records]
-    tokens = config.llama_guard.legacy_new_tokens
-    keys = {text: digest([who, tokens, text]) for each in texts for text in each}
-    text_of = {key: text for text, key in keys.items()}
-    served = config.llama_guard.engine == "server"
+    section = config.llama_guard
+    who = default_identity(config)
+    text_of = {}
+    for record in records:
+        for text in (record["query"], *(r["text"] for r in record["responses"])):
+            text_of[digest([who, section.legacy_new_tokens, text])] = text
 
-    def check(_: int, some: list[str]) -> Iterator[Row]:
-        for text, said in _legacy_checks(guard.get(), [text_of[key] for key in some], tokens):
-            yield {"key": keys[text], "text": said.text, "error": said.error}
+    def check(_: int, keys: list[str]) -> Iterator[Row]:
+        texts = [text_of[key] for key in keys]
+        said = written_as_the_original(guard.get(), texts, section.legacy_new_tokens)
+        for key, one in zip(keys, said, strict=True):
+            yield {"key": key, "text": one.text, "error": one.error}
 
-    order = sorted(text_of, key=lambda key: len(text_of[key]))
-    options = {"together": not served, "again": failed if served else None}
-    with KeptRows(path) as kept:
-        rows = kept.fill(order, check, size=48, title="the original's checks", **options)
-    said = dict(zip(order, rows, strict=True))
-    errors = [row["error"] for row in rows if row["error"] is not None]
-    if errors:
-        logger.warning(
-            "llama_guard.server_url %s: %d of the original's %d checks failed (%s); run process.py again for them",
-            *(config.llama_guard.server_url, len(errors), len(rows), errors[0]),
+    keys = sorted(text_of, key=lambda key: len(text_of[key]))
+    is_served = section.engine == "server"
+    with KeptRows(parts / "legacy.jsonl") as kept:
+        rows = kept.fill(
+            keys,
+            check,
+            size=CHECKED_AT_ONCE,
+            together=not is_served,
+            again=failed if is_served else None,
+            title="the original's checks",
         )
-    for record, each in zip(records, texts, strict=True):
-        of_record = [said[keys[text]] for text in each]
-        if any(row["error"] is not None for row in of_record):
-            record["legacy"] = {"input": "", "outputs": []}
-            continue
-        prompt, *responses = (row["text"] for row in of_record)
-        record["legacy"] = {"input": prompt, "outputs": responses}
+    said = {text_of[key]: row for key, row in zip(keys, rows, strict=True)}
+    errors = [row["error"] for row in rows if failed(row)]
+    if errors:
+        line = "%d of the original's %d checks failed (%s); run process.py again for them"
+        logger.warning(line, len(errors), len(rows), errors[0])
+    for record in records:
+        prompt = said[record["query"]]
+        outputs = [said[response["text"]] for response in record["responses"]]
+        record["legacy"] = {"input": "", "outputs": []}
+        if not any(failed(row) for row in (prompt, *outputs)):
+            texts = [row["text"] for row in outputs]
+            record["legacy"] = {"input": prompt["text"], "outputs": texts}
 
 
-def _legacy_checks(
+def written_as_the_original(
     guard: GenerativeGuard, texts: Sequence[str], new_tokens: int
-) -> Iterator[tuple[str, Completion]]:
-    """Each text with what the guard writes of it; what does not fit is no "SAFE"."""
+) -> list[Completion]:
+    """What the guard writes of each text; what does not fit is no "SAFE"."""
     asked = encode(guard.tokenizer, [chatml_parts(text) for text in texts])
     room = guard.max_length - new_tokens
     written = iter(guard.written([ids for ids in asked if len(ids) <= room], new_tokens))
-    for text, ids in zip(texts, asked, strict=True):
-        yield text, next(written) if len(ids) <= room else Completion()
+    return [next(written) if len(ids) <= room else Completion() for ids in asked]
 
 
-# --- what is collected ------------------------------------------------------------------------------------------------
+# --- what is collected ----------------------------------------------------------------------------
 
 
 def collect(config: Config, records: Sequence[Row]) -> dict[str, Any]:
     """Write blocked_inputs.jsonl and process_stats.json, whose content is returned."""
-    store, found = (
-        Path(config.dataset.store_dir),
-        [record for record in records if feedback(record)],
-    )
-    write_text(store / "blocked_inputs.jsonl", json_lines(map(_blocked, found)))
-    explored = [record for record in records if record["shadow"]]
-    counts = {
+    store = Path(config.dataset.store_dir)
+    found = [record for record in records if feedback(record)]
+    write_text(store / "blocked_inputs.jsonl", json_lines(map(blocked_row, found)))
+    stats: dict[str, Any] = {
         "total": len(records),
         "input_blocked": sum(not passed(record) for record in records),
         "output_blocked": len(found),
-        "both_safe": sum(
-            passed(record) and (q(record) or 0) < 0.5 and q(record) is not None
-            for record in records
-        ),
+        "both_safe": sum(_is_safe(record) for record in records),
     }
-    stats = counts | {
-        f"{key}_percent": 100 * value / len(records) for key, value in list(counts.items())[1:]
-    }
+    for key in ("input_blocked", "output_blocked", "both_safe"):
+        stats[f"{key}_percent"] = 100 * stats[key] / len(records)
+    explored = [record for record in records if record["shadow"]]
+    over_blocked = 0
+    for record in explored:
+        doubtful = config.experiment.refusal_filter and refused(record)
+        over_blocked += q(record) == 0 and not doubtful
     stats["explored"] = len(explored)
-    refusals = [config.experiment.refusal_filter and refused(record) for record in explored]
-    stats["over_blocked"] = sum(
-        q(r) == 0 and not refusal for r, refusal in zip(explored, refusals, strict=True)
-    )
-    errors = [
-        [r["input_error"], *(response["error"] for response in r["responses"])] for r in records
-    ]
-    stats["errors"] = sum(any(each) for each in errors)
+    stats["over_blocked"] = over_blocked
+    stats["errors"] = sum(map(_has_error, records))
     write_json(store / "process_stats.json", stats)
     if not found:
-        logger.warning(
-            "No prompt passed whose responses did not: there is no feedback to learn from."
-        )
+        hint = "there is no feedback to learn from"
+        logger.warning("No prompt passed whose responses did not: %s.", hint)
     return stats
 
 
-def _blocked(record: Row) -> Row:
+def _is_safe(record: Row) -> bool:
+    share = q(record)
+    return passed(record) and share is not None and share < 0.5
+
+
+def _has_error(record: Row) -> bool:
+    return bool(record["input_error"]) or any(map(failed, record["responses"]))
+
+
+def blocked_row(record: Row) -> Row:
     """A line of blocked_inputs.jsonl: the original's keys, and what they rest on."""
     kept = ("text", "seed", "recorded", "unsafe", "decided", "error")
     return {

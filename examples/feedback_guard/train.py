@@ -22,20 +22,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import legacy
 import numpy as np
 import torch
 import yaml
 from config import Config, PrepareGuard, config_from_argv
 from datasets import Dataset
-from formats import (
+from guard import (
     NOTHING,
     Encoder,
+    example,
+    legacy_reason,
+    legacy_safe,
     load_llama_guard,
     padded_batch,
     read,
     template,
     text_row,
+    training_texts,
     verdict_loss,
     verdict_probabilities,
     verdict_states,
@@ -383,10 +386,10 @@ def legacy_blocked(processed: Sequence[Row]) -> dict[str, str]:
     found = {}
     for row in processed:
         said = row["legacy"]
-        if said and said["outputs"] and legacy.legacy_safe(said["input"]):
+        if said and said["outputs"] and legacy_safe(said["input"]):
             output = said["outputs"][0]
-            if not legacy.legacy_safe(output):
-                found[row["id"]] = legacy.legacy_reason(output)
+            if not legacy_safe(output):
+                found[row["id"]] = legacy_reason(output)
     return found
 
 
@@ -403,15 +406,15 @@ def rows_of_texts(
         found = collected or found
     prompts = {row["id"]: row["query"] for row in processed}
     reasons = {row_id: reason for row_id, reason in found.items() if row_id in prompts}
-    bad = [legacy.example(row_id, prompts[row_id], reason) for row_id, reason in reasons.items()]
+    bad = [example(row_id, prompts[row_id], reason) for row_id, reason in reasons.items()]
     harmless = [row for row in processed if row["human_unsafe"] is False]
     if arm.collection == "correct":
         known = {text_key(one.prompt) for one in bad}
         harmless = [row for row in processed if passed(row) and q(row) == 0]
         harmless = [row for row in harmless if text_key(row["query"]) not in known]
     first = harmless[: min(len(bad), len(processed) // 2)]  # as they come
-    good = [legacy.example(row["id"], row["query"], None) for row in first]
-    texts = legacy.training_texts([*bad, *good], seed, augment=arm.augment, shuffle=arm.augment)
+    good = [example(row["id"], row["query"], None) for row in first]
+    texts = training_texts([*bad, *good], seed, augment=arm.augment, shuffle=arm.augment)
     return [
         TrainingRow(
             text.id,

@@ -12,7 +12,6 @@ from feedback_guards import (
     blocked_inputs,
     difference,
     formats,
-    legacy,
     processed,
     train,
 )
@@ -229,16 +228,16 @@ def test_probabilities_are_those_of_the_guard(guard):
     ],
 )  # fmt: skip
 def test_verdicts_are_parsed_as_the_original_and_as_they_ask_for(text, strict, correct):
-    assert legacy.parse_verdict(text) is correct
+    assert formats.parse_verdict(text) is correct
     assert (
-        legacy.parsed_unsafe(text, "strict") == (strict, True)
-        and legacy.legacy_safe(text) is not strict
+        formats.parsed_unsafe(text, "strict") == (strict, True)
+        and formats.legacy_safe(text) is not strict
     )
-    assert legacy.parsed_unsafe(text, "correct") == (correct is not False, correct is not None)
+    assert formats.parsed_unsafe(text, "correct") == (correct is not False, correct is not None)
 
 
 def test_the_originals_query_has_its_stray_blanks():
-    text = legacy.chatml_prompt("Hello {x}")
+    text = formats.chatml_prompt("Hello {x}")
     assert text.startswith(
         "<|im_start|>system\nYou are a content moderation assistant. Your task is to determine "
     )
@@ -253,10 +252,10 @@ def test_the_originals_query_has_its_stray_blanks():
         "your analysis.\n    <|im_end|>\n<|im_start|>user\nUser Prompt: Hello {x}\n\nIs this prompt safe or unsafe?"
         "<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert legacy.legacy_reason("UNSAFE [O3, O1]") == "O1: Violence and Hate"
+    assert formats.legacy_reason("UNSAFE [O3, O1]") == "O1: Violence and Hate"
     assert (
-        legacy.legacy_reason("O10") == "O1: Violence and Hate"
-        and legacy.legacy_reason("x") == "Classified as unsafe"
+        formats.legacy_reason("O10") == "O1: Violence and Hate"
+        and formats.legacy_reason("x") == "Classified as unsafe"
     )
 
 
