@@ -10,7 +10,6 @@ from feedback_guards import (
     CONVERSATIONS,
     GOOD,
     blocked_inputs,
-    difference,
     formats,
     processed,
     train,
@@ -141,46 +140,38 @@ def test_categories_of_unsafe_responses_are_learned_where_known(rows_of, guard):
     assert verdict.strip() == f"unsafe\nO3,O6{guard.tokenizer.eos_token}"
 
 
-def gradients(
-    model: torch.nn.Module, encoder, batches: list[dict], weight: float
-) -> tuple[float, dict]:
-    model.zero_grad()
-    total = 0.0
-    for batch, share in batches:
-        loss = (
-            train.verdict_loss(
-                formats.read(model, batch), batch, encoder.words, encoder.tokens, weight
-            )
-            * share
-        )
-        loss.backward()
-        total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+def verdict_loss(model: torch.nn.Module, encoder, batch: dict, weight: float = 0.0) -> torch.Tensor:
+    answers = formats.read(model, batch)
+    return formats.verdict_loss(answers, batch, encoder.words, encoder.tokens, weight)
 
 
-def test_a_tree_of_rows_has_the_loss_and_gradients_of_plain_rows(guard):
+@pytest.fixture
+def rows(guard) -> tuple[formats.Encoder, list[dict]]:
     encoder = formats.Encoder(guard, 600)
     conversations = [*CONVERSATIONS, *(pair(GOOD.format(i)) for i in range(5))]
     targets = [0.0, 0.75, 1.0, 0.2, 0.0, 1.0, 0.5, 0.0]
-    rows, _ = encoder.rows(conversations, targets, [None, None, ["O1", "O3"], *[None] * 5])
-    for i, row in enumerate(rows):
+    made, _ = encoder.rows(conversations, targets, [None, None, ["O1", "O3"], *[None] * 5])
+    for i, row in enumerate(made):
         row["g0"] = [formats.NOTHING, 0.3, 0.9, 0.1][i % 4]
-    model = guard.model.model.requires_grad_(True)
-    tree = formats.tree_batch(rows)
-    plain = [(formats.padded_batch([row]), 1 / len(rows)) for row in rows]
-    assert tree["input_ids"].shape[1] < 0.45 * sum(len(row["input_ids"]) for row in rows)
-    for weight in (0.0, 0.5):
-        wanted = gradients(model, encoder, plain, weight)
-        for batch in (tree, formats.padded_batch(rows)):
-            got = gradients(model, encoder, [(batch, 1.0)], weight)
-            assert (
-                got[0] == pytest.approx(wanted[0], abs=1e-5)
-                and difference(got[1], wanted[1]) < 1e-5
-            )
-    model.requires_grad_(False)
-    # soft cross-entropy on the word, the rest of the line, by transformers' own logits
+    return encoder, made
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_padded_batch_has_the_loss_of_its_rows(guard, rows, weight):
+    encoder, made = rows
+    model = guard.model.model
+    with torch.no_grad():
+        batch = verdict_loss(model, encoder, formats.padded_batch(made), weight)
+        alone = [verdict_loss(model, encoder, formats.padded_batch([row]), weight) for row in made]
+    assert batch.item() == pytest.approx(sum(alone).item() / len(made), abs=1e-5)
+
+
+def test_the_loss_is_soft_cross_entropy_on_the_word_and_the_rest_of_the_line(guard, rows):
+    """By transformers' own logits."""
+    encoder, made = rows
+    model = guard.model.model
     by_hand = []
-    for row in rows:
+    for row in made:
         at = row["labels"].count(-100)
         with torch.no_grad():
             logprobs = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
@@ -189,16 +180,9 @@ def test_a_tree_of_rows_has_the_loss_and_gradients_of_plain_rows(guard):
         safe, unsafe = (logprobs[at - 1, word].item() for word in encoder.words)
         mean = sum(rest) / len(rest) if rest else 0.0
         by_hand.append(-(q * unsafe + (1 - q) * safe) - max(q, 1 - q) * mean)
-    assert gradients_free_loss(model, encoder, tree) == pytest.approx(
-        sum(by_hand) / len(rows), abs=1e-4
-    )
-
-
-def gradients_free_loss(model, encoder, batch) -> float:
     with torch.no_grad():
-        return train.verdict_loss(
-            formats.read(model, batch), batch, encoder.words, encoder.tokens, 0.0
-        ).item()
+        loss = verdict_loss(model, encoder, formats.padded_batch(made))
+    assert loss.item() == pytest.approx(sum(by_hand) / len(made), abs=1e-4)
 
 
 def test_probabilities_are_those_of_the_guard(guard):
