@@ -34,7 +34,6 @@ from records import (
     read_processed,
     sample,
     seen_texts,
-    stage_key,
     text_key,
     write_stage,
 )
@@ -183,7 +182,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "run": manifest([config.as_dict()]),
     }
     write(config, results, rows, texts, arms, answers)
-    keys = [stage_key(config, "train", one.arm, one.seed) for one in guards if one.folder]
+    keys = [read_card(one.folder).fingerprint for one in guards if one.folder]
     write_stage(Path(settings.results_dir) / "stage.json", config, "evaluate", *keys)
     return results
 

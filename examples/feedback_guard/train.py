@@ -594,24 +594,17 @@ def encode_rows(
 def arm_arguments(arm: Arm, seed: int, steps: int, config: Config) -> ArmArguments:
     """The config's values as TRL's."""
     values = config.training
-    rate = values.learning_rate
-    warmup = values.warmup_steps
-    if values.arms_learning_rate is not None:
-        rate = values.arms_learning_rate
-    if values.arms_warmup_steps is not None:
-        warmup = values.arms_warmup_steps
-    if arm.learning_rate is not None:
-        rate = arm.learning_rate
-    if arm.warmup_steps is not None:
-        warmup = arm.warmup_steps
+    # an arm's own, else that of all arms, else the original's
+    rates = arm.learning_rate, values.arms_learning_rate, values.learning_rate
+    warmups = arm.warmup_steps, values.arms_warmup_steps, values.warmup_steps
     return arguments_for(
         arm_folder(config, arm.name, seed),
         max_steps=steps,
         num_train_epochs=values.epochs,
         per_device_train_batch_size=values.batch_size,
         gradient_accumulation_steps=values.gradient_accumulation_steps,
-        learning_rate=rate,
-        warmup_steps=warmup,
+        learning_rate=first_given(rates),
+        warmup_steps=first_given(warmups),
         weight_decay=values.weight_decay,
         logging_steps=values.logging_steps,
         save_steps=values.save_steps,
@@ -619,6 +612,11 @@ def arm_arguments(arm: Arm, seed: int, steps: int, config: Config) -> ArmArgumen
         gradient_checkpointing=config.llama_guard.load_in_4bit,
         seed=seed,
     )
+
+
+def first_given(values: Iterable[float | None]) -> float:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
 
 
 def arguments_for(folder: Path, **values: Any) -> ArmArguments:
