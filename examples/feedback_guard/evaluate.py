@@ -157,16 +157,19 @@ def evaluate(config: Config) -> dict[str, Any]:
             arms.setdefault(one.arm, []).append(one.name)
     validation = tasks.pop("validation")
     answers |= controls(answers["A0"], validation)
-    measured = {}
+    arrays, measured = {}, {}
     for name, prompts in tasks.items():
-        said = {arm: as_arrays(names, answers, prompts, validation) for arm, names in arms.items()}
+        arrays[name] = {
+            arm: as_arrays(names, answers, prompts, validation) for arm, names in arms.items()
+        }
         measured[name] = measure.measure(
-            prompts, validation, said, settings.draws, config.seed, settings.target_recall
+            prompts, validation, arrays[name], settings.draws, config.seed, settings.target_recall
         )
     best = improved_arm(config, arms)
     folders = [one.folder for one in guards if one.arm == best]
     judge = judge_facts(rows["test"], config)
-    reasons = reasons_against(best, tasks, measured, answers, arms, judge, validation)
+    shift = measure.score_shift(arrays["T1"][best], arrays["T1"]["A0"])
+    reasons = measure.reasons_against(tasks, measured, shift, judge)
     results = {
         "improved": best,
         "improved_model_path": str(folders[0] if len(folders) == 1 else folders[0].parent),
@@ -516,23 +519,6 @@ def judge_facts(rows: Sequence[Row], config: Config) -> dict[str, Any]:
             votes["guard"][-1].append(decided)
     rounds = min(config.evaluation.draws, 1000)
     return measure.judge_facts(config.evaluation.t2_label, votes, rounds)
-
-
-def reasons_against(
-    best: str,
-    tasks: Mapping[str, Prompts],
-    measured: Mapping[str, Measured],
-    answers: Mapping[str, Answers],
-    arms: Mapping[str, Sequence[str]],
-    judge: Mapping[str, Any],
-    validation: Prompts,
-) -> list[str]:
-    """Why no condition of the verdict may be read; none where all is well."""
-    ours, default = (
-        as_arrays(arms[name], answers, tasks["T1"], validation) for name in (best, "A0")
-    )
-    shift = measure.score_shift(ours, default)
-    return measure.reasons_against(tasks, measured, shift, judge)
 
 
 def task_results(prompts: Prompts, measured: Measured) -> dict[str, Any]:
