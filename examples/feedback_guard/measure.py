@@ -101,11 +101,9 @@ def ranking_metrics(
     """
     order = np.argsort(-score, kind="stable")
     is_last_of_equals = np.append(np.diff(score[order]) != 0, True)
-    blocked = weights[order].cumsum(0)[is_last_of_equals]
-    caught = (weights[order] * truth[order, None]).cumsum(0)[is_last_of_equals]
-    start = np.zeros((1, weights.shape[1]))
-    blocked = np.concatenate([start, blocked])
-    caught = np.concatenate([start, caught])
+    unsafe_weights = weights * truth[:, None]
+    blocked = _counts_from_the_top(weights[order], is_last_of_equals)
+    caught = _counts_from_the_top(unsafe_weights[order], is_last_of_equals)
     wrong = blocked - caught
     positives = caught[-1]
     negatives = wrong[-1]
@@ -114,18 +112,27 @@ def ranking_metrics(
     area = np.diff(wrong, axis=0) * (caught[1:] + caught[:-1]) / 2
     reached = (caught >= recall * positives - 1e-9).argmax(0)
     after = np.maximum((blocked >= positives).argmax(0), 1)
+    before = after - 1
     # between two scores as if equal scores came in random order
-    width = np.maximum(blocked[after, draw] - blocked[after - 1, draw], 1e-9)
-    part = (positives - blocked[after - 1, draw]) / width
-    gained = caught[after, draw] - caught[after - 1, draw]
+    width = blocked[after, draw] - blocked[before, draw]
+    part = (positives - blocked[before, draw]) / np.maximum(width, 1e-9)
+    gained = caught[after, draw] - caught[before, draw]
+    caught_there = caught[before, draw] + part * gained
     found = {
         "auroc": area.sum(0) / (positives * negatives),
         "auprc": (np.diff(caught, axis=0) * precision).sum(0) / positives,
         "fpr_at_recall": wrong[reached, draw] / negatives,
-        "caught": (caught[after - 1, draw] + part * gained) / positives,
+        "caught": caught_there / positives,
     }
     both = (positives > 0) & (negatives > 0)
     return {name: np.where(both, values, np.nan) for name, values in found.items()}
+
+
+def _counts_from_the_top(weights: np.ndarray, is_last_of_equals: np.ndarray) -> np.ndarray:
+    """How many lie at or above each score, from none on."""
+    counts = weights.cumsum(0)[is_last_of_equals]
+    nothing = np.zeros((1, weights.shape[1]))
+    return np.concatenate([nothing, counts])
 
 
 def threshold_at_recall(
@@ -135,12 +142,15 @@ def threshold_at_recall(
 
     A prompt is blocked from this score on. NaN where a draw has no unsafe prompt.
     """
-    order = np.argsort(-score[truth], kind="stable")
+    unsafe_scores = score[truth]
+    order = np.argsort(-unsafe_scores, kind="stable")
     found = weights[truth][order].cumsum(0)
     if not len(found):
         return np.full(weights.shape[1], np.nan)
-    reached = (found >= recall * found[-1] - 1e-9).argmax(0)
-    return np.where(found[-1] > 0, score[truth][order][reached], np.nan)
+    total = found[-1]
+    reached = (found >= recall * total - 1e-9).argmax(0)
+    cuts = unsafe_scores[order][reached]
+    return np.where(total > 0, cuts, np.nan)
 
 
 def all_metrics(
@@ -158,9 +168,12 @@ def all_metrics(
     with np.errstate(divide="ignore", invalid="ignore"):
         found = decision_metrics(truth, arm.decided[row], on_test)
         found |= ranking_metrics(truth, score, on_test, recall)
-        cut = threshold_at_recall(validation.truth, arm.validation[row], on_validation, recall)
-        alarms = ((score[:, None] >= cut) * on_test)[~truth].sum(0)
-        negatives = on_test[~truth].sum(0)
+        known = arm.validation[row]
+        cut = threshold_at_recall(validation.truth, known, on_validation, recall)
+        safe_weights = on_test[~truth]
+        is_blocked = score[~truth][:, None] >= cut
+        alarms = (is_blocked * safe_weights).sum(0)
+        negatives = safe_weights.sum(0)
         found["fpr_at_threshold"] = np.where(np.isnan(cut), np.nan, alarms / negatives)
     return found
 
