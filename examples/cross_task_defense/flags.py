@@ -6,14 +6,16 @@ eight GPUs is over (google/python-fire#168), and takes `--max_new_tokens 8x` for
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import wraps
 from inspect import Parameter, Signature, signature
 from io import StringIO
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import fire
 from fire.decorators import SetParseFn
@@ -26,17 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(function: Callable, default_config: Path | None = None, kind: type | None = None) -> None:
-    """Call a function of keywords with `--config file.yaml` and flags, which win. With `kind` the
-    flags are the fields of that dataclass; `default_config` is used without any argument.
-    """
+    """Call a function with `--config file.yaml` and flags, which are its own or a dataclass's."""
     run_cli(lambda: function(**parse(kind or function, sys.argv[1:], default_config)))
 
 
 def parse(target: Callable, argv: list[str], default_config: Path | None = None) -> dict[str, Any]:
-    """The values for a function or a dataclass, each of the type that it is annotated with.
-
-    Raises:
-        UserError: an unknown flag or key, a value of another type, a required one that is absent.
+    """The values for a function or a dataclass, each of the type that it is annotated with; a
+    UserError for an unknown flag, a value of another type, or a required one that is absent.
     """
     if not argv and default_config is not None:
         path = os.path.relpath(default_config)
@@ -65,16 +63,16 @@ def parse(target: Callable, argv: list[str], default_config: Path | None = None)
 def read_flags(target: Callable, argv: list[str]) -> dict[str, str]:
     """What fire reads from the command line, as text."""
     found: dict[str, str] = {}
-
-    def record(**values: str) -> None:
-        found.update(values)
-
     parameters = [Parameter("config", Parameter.KEYWORD_ONLY, default=None)]
     for one in signature(target).parameters.values():
         default = None if one.default is Parameter.empty else one.default
         parameters.append(one.replace(kind=Parameter.KEYWORD_ONLY, default=default))
+
+    @wraps(target)
+    def record(**values: str) -> None:
+        found.update(values)
+
     record.__signature__ = Signature(parameters)
-    record.__name__, record.__doc__ = target.__name__, target.__doc__
     command = ["--help"] if {"--help", "-h"} & set(argv) else argv
     said = StringIO()
     try:
@@ -91,20 +89,19 @@ def read_flags(target: Callable, argv: list[str]) -> dict[str, str]:
 
 def converted(value: Any, kind: Any, where: str) -> Any:
     """A value, text or YAML's, as `kind`."""
-    if isinstance(kind, UnionType):  # of a kind and None
-        value = None if value in ("None", "null", "") else value
-        kind = get_args(kind)[0]
-    if value is None:
+    optional = NoneType in get_args(kind)
+    if value is None or (optional and value in ("None", "null", "")):
         return None
-    if get_origin(kind) is list:
-        items = value if isinstance(value, list) else str(value).strip("[]() ").split(",")
+    text = expand_home(str(value))
+    if "list" in str(kind):
+        items = value if isinstance(value, list) else text.strip("[]() ").split(",")
         words = [str(item).strip(" '\"") for item in items]
-        return [converted(word, get_args(kind)[0], where) for word in words if word]
-    bare = kind is str and where.startswith("--") and value in ("True", "False")
+        text = [expand_home(word) for word in words if word]
+    name = re.search("int|float|bool|str", str(kind))[0].replace("str", "text")
+    bare = name == "text" and where.startswith("--") and value in ("True", "False")
     try:
         if not bare:
-            return TypeAdapter(kind).validate_python(expand_home(str(value)))
+            return TypeAdapter(kind).validate_python(text)
     except ValidationError:
         pass
-    name = "text" if kind is str else kind.__name__
     raise UserError(f"{where} {value}: expected {name}")
