@@ -23,10 +23,11 @@ import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from flags import run
 from prompts import TASKS, answered, read_rows, task_instruction, without_cues
+from pydantic import BaseModel, StringConstraints, ValidationError
 
 from common import data
 from common.conversation import UserError
@@ -35,6 +36,7 @@ from common.run import check_output_folder, json_text, write_text
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data/sample/cross_task_defense"
 # ending of the evaluation files; the paper's is _cnn
+Text = Annotated[str, StringConstraints(pattern=r"\S")]
 KINDS = {"malicious": "", "useful": "_useful", "plain": "_plain"}
 
 
@@ -185,39 +187,34 @@ def drawn(rows: list[dict[str, Any]], count: int, seed: int, flag: str) -> list[
     return random.Random(seed).sample(rows, len(rows))[:count]
 
 
+class Document(BaseModel):
+    """A row of the documents' file."""
+
+    kind: Literal["malicious", "useful", "plain"]
+    split: Literal["train", "test"]
+    text: Text
+    refusals: list[Text] = []
+    answers: dict[str, Text] = {}
+
+
 def read_documents(path: Path, clean: Callable[[str], str]) -> list[dict[str, Any]]:
     """Documents of a JSON lines file, checked, their texts cleaned."""
     documents = []
+    split_of: dict[str, str] = {}
     for number, (where, row) in enumerate(data.read_rows(path, suffix=".jsonl"), 1):
         if isinstance(row, UserError):
             raise row
-        for name, known in {"kind": KINDS, "split": ("train", "test")}.items():
-            if not isinstance(row, dict) or row.get(name) not in known:
-                found = row.get(name) if isinstance(row, dict) else row
-                raise UserError(
-                    f"{where}, field {name}: expected one of {', '.join(known)}, found {found!r:.60}"
-                )
-        if not isinstance(row.get("text"), str) or not row["text"].strip():
-            raise UserError(f"{where}, field text: expected text, found {row.get('text')!r:.60}")
-        for name, kind in {"refusals": list, "answers": dict}.items():
-            texts = row.get(name, kind())
-            if not isinstance(texts, kind) or not all(
-                isinstance(t, str) and t.strip()
-                for t in (texts.values() if kind is dict else texts)
-            ):
-                raise UserError(
-                    f"{where}, field {name}: expected a {kind.__name__} of texts, found {texts!r:.60}"
-                )
-        documents.append(
-            {"id": f"document-{number}", "refusals": [], "answers": {}}
-            | row
-            | {"text": clean(row["text"])}
-        )
-    both = {d["text"] for d in documents if d["split"] == "train"} & {
-        d["text"] for d in documents if d["split"] == "test"
-    }
-    if both:
-        raise UserError(f"{path}: a document is in both splits: {min(both)!r:.80}")
+        try:
+            document = Document.model_validate(row).model_dump()
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise UserError(f"{where}, field {field}: {first['msg']}") from None
+        document["text"] = clean(document["text"])
+        split = split_of.setdefault(document["text"], document["split"])
+        if split != document["split"]:
+            raise UserError(f"{path}: a document is in both splits: {document['text']!r:.80}")
+        documents.append({"id": f"document-{number}", **row, **document})
     return documents
 
 
@@ -242,37 +239,39 @@ def defence_rows(
         pairs += order.sample(list(zip(takers, refusals, strict=False)), len(takers))
     if count > len(pairs):
         raise UserError(f"--n_defence {count}: the documents have only {len(pairs)} refusals")
-    return [
-        {
-            "instruction": task_instruction(task, d["text"], slip and not on_benign),
-            "input": "",
-            "output": refusal,
-        }
-        | {"id": f"{d['id']}-{task}-refused-{turn}", "kind": d["kind"], "task": task}
-        for d, (refusal, turn) in pairs[:count]
-    ]
+    rows = []
+    for d, (refusal, turn) in pairs[:count]:
+        instruction = task_instruction(task, d["text"], slip and not on_benign)
+        name = f"{d['id']}-{task}-refused-{turn}"
+        rows.append(data_row(instruction, refusal, name, d["kind"], task))
+    return rows
 
 
 def counter_rows(
     documents: list[dict[str, Any]], task: str, count: int, seed: int
 ) -> list[dict[str, Any]]:
     """`count` benign documents answered normally; the answer to `case` is the document."""
-    answered = [
-        (d, d["text"] if task == "case" else d["answers"][task])
-        for d in documents
-        if d["split"] == "train"
-        and d["kind"] != "malicious"
-        and (task == "case" or d["answers"].get(task))
-    ]
-    if count > len(answered):
+    answered_documents = []
+    for d in documents:
+        answer = d["text"] if task == "case" else d["answers"].get(task)
+        if d["split"] == "train" and d["kind"] != "malicious" and answer:
+            answered_documents.append((d, answer))
+    if count > len(answered_documents):
         raise UserError(
-            f"--counter_examples {count}: only {len(answered)} benign documents have an answer to {task}"
+            f"--counter_examples {count}: only {len(answered_documents)} benign documents have an "
+            f"answer to {task}"
         )
-    return [
-        {"instruction": task_instruction(task, d["text"]), "input": "", "output": answer}
-        | {"id": f"{d['id']}-{task}", "kind": d["kind"], "task": task}
-        for d, answer in random.Random(f"{seed} {task}").sample(answered, len(answered))[:count]
-    ]
+    order = random.Random(f"{seed} {task}")
+    rows = []
+    for d, answer in order.sample(answered_documents, len(answered_documents))[:count]:
+        instruction = task_instruction(task, d["text"])
+        rows.append(data_row(instruction, answer, f"{d['id']}-{task}", d["kind"], task))
+    return rows
+
+
+def data_row(instruction: str, output: str, name: str, kind: str, task: str) -> dict[str, str]:
+    row = {"instruction": instruction, "input": "", "output": output}
+    return row | {"id": name, "kind": kind, "task": task}
 
 
 if __name__ == "__main__":
