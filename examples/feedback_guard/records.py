@@ -33,6 +33,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,8 @@ def _process_facts(config: Config) -> dict[str, Any]:
         facts[f"prepare.{name}.base_model"] = fingerprint(part.base_model)
         facts.pop(f"prepare.{name}.output_dir")
         facts.pop(f"prepare.{name}.data")  # content, among those of the splits
-    rows = {split: read_json_lines(split_path(config, split)) for split in SPLITS}
     return facts | {
-        "splits' rows": [rows_digest(rows[split]) for split in SPLITS],
+        "splits' rows": [content_of(split_path(config, split)) for split in SPLITS],
         "llama_guard.default_model_path": default_identity(config),
         "llama_guard.legacy_new_tokens": guard.legacy_new_tokens,
         "llama": "recorded" if llama.use_recorded else assistant_identity(config),
@@ -178,7 +178,7 @@ def _train_facts(config: Config) -> dict[str, Any]:
         "llama_guard.base_model_path": guard_identity(guard.base_model_path, {}),
         "llama_guard.load_in_4bit": guard.load_in_4bit,
         "experiment.refusal_filter": config.experiment.refusal_filter,
-        "processed rows": _processed_content(config, ("train",)),
+        "processed rows": content_of(processed_path(config, "train")),
     }
 
 
@@ -189,7 +189,7 @@ def _evaluate_facts(config: Config) -> dict[str, Any]:
         **_settings("evaluation", evaluation),
         "evaluation.judge": evaluation.judge and guard_identity(evaluation.judge, {}),
         "evaluation.hard_benign and extra": [data_fingerprint(spec) for spec in specs],
-        "processed rows": _processed_content(config, ("validation", "test")),
+        "processed rows": [content_of(processed_path(config, s)) for s in ("validation", "test")],
     }
 
 
@@ -201,12 +201,17 @@ FACTS = {
 }
 
 
-def _processed_content(config: Config, splits: Sequence[str]) -> list[str]:
-    """What stands in processed files, times apart."""
-    return [
-        rows_digest(row | {"timestamp": None} for row in read_json_lines(processed_path(config, s)))
-        for s in splits
-    ]
+def content_of(path: Path) -> str:
+    """What stands in a file of rows, times apart. It is read once, until it is written anew."""
+    if not path.is_file():
+        raise UserError(f"{path}: not there yet; run process.py with this config first")
+    stat = path.stat()
+    return _content_once(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _content_once(path: Path, *_: int) -> str:
+    return rows_digest(row | {"timestamp": None} for row in read_json_lines(path))
 
 
 def default_identity(config: Config) -> list[Any]:
