@@ -746,7 +746,9 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, height), layout="constrained")
     for y, row in enumerate(found):
         draw_interval(left, y, row["difference"], row["interval"])
-    left.set_yticks(range(len(found)), [f"{row['first']} − {row['second']}" for row in found])
+    names = [f"{row['first']} − {row['second']}" for row in found]
+    cut_off = [f"{name} (cut off on T2)" if name[-2:] in ("A0", "A1") else name for name in names]
+    left.set_yticks(range(len(found)), cut_off)
     left.axvspan(-measure.MARGIN, measure.MARGIN, color="0.9", label="too small to matter")
     left.axvline(0, color="black", linewidth=1)
     left.set(title="T2: difference in AUROC", xlabel="right of 0: the improved arm is better")
