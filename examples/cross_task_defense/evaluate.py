@@ -86,12 +86,8 @@ def evaluate(
 
     # --- Who refuses ----------------------------------------------------------------------------
     pairs = [(row["instruction"], row["output"]) for row in predictions]
-    listed = []
-    for row, (asked, said) in zip(predictions, pairs, strict=True):
-        verdict = classify(said, asked)
-        row["class"] = verdict.kind
-        listed.append(verdict.is_refusal)
-    refused = listed
+    listed = [classify(said, asked) for asked, said in pairs]
+    refused = [verdict.is_refusal for verdict in listed]
     if scorer == "substring":
         refused = [substring_refusal(said) for _, said in pairs]
     if refusal_judge:
@@ -100,8 +96,9 @@ def evaluate(
     if server_url:
         scorer = f"{server_model}, by a rubric"
         refused = judged_by_server(server_url, server_model, pairs)
-    for row, value in zip(predictions, refused, strict=True):
-        row["refused"] = value
+    by_list = [verdict.is_refusal for verdict in listed]
+    for row, verdict, value in zip(predictions, listed, refused, strict=True):
+        row |= {"class": verdict.kind, "refused": value}
     if guard:
         verdicts = load_guard(guard).judge([pair(asked, said or " ") for asked, said in pairs])
         for row, verdict in zip(predictions, verdicts, strict=True):
@@ -113,7 +110,7 @@ def evaluate(
     cells = by_cell(documents)
     results = {
         "scorer": scorer,
-        "agreement_with_the_list": None if scorer == "detector" else agreement(refused, listed),
+        "agreement_with_the_list": None if scorer == "detector" else agreement(refused, by_list),
         "models": models,
         "cells": cells,
         "summary": {

@@ -20,14 +20,14 @@ stopped. A prompt that fails has null for its output and says why under `errors`
 then 1, and the same command asks for these prompts again.
 """
 
+import functools
 import json
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,30 +148,19 @@ def generate_answers(**flags: Any) -> None:
         is_open += [not is_done] * len(file.instructions)
 
     # --- 3. Answers, each kept as it comes ------------------------------------------------------
-    @cache
-    def loaded() -> Engine:
-        return load_engine(args.engine, args.base_model, tokenizer, **options)
-
     # what transformers draws depends on the size of its batches
     sizes = {"transformers": prompts_at_once(args.batch_size, args.num_beams), "vllm": CHUNK}
     size = sizes.get(args.engine)
     partial = folder / "answers.partial.jsonl"
+    ask = asker(args, options, tokenizer, decoding)
     said: dict[int, Completion] = {}
     keys = set()
     for draw, numbers in enumerate(draws(prompts, args.temperature > 0)):
-        first_seed = args.seed + SEEDS_OF_A_DRAW * draw
-
-        def ask(batch: int, missing: Sequence[list[int]], seed: int = first_seed):
-            # What transformers draws depends on all that it has drawn with a seed before, so that
-            # each batch has its own.
-            own = seed + batch if args.engine == "transformers" else seed
-            return loaded().complete(missing, replace(decoding, seed=own))
-
         salt = [identity(parameters), size, draw]
         keys |= {digest([salt, prompts[i]]) for i in numbers}  # as `generate` calls what it keeps
         numbers = [i for i in numbers if is_open[i]]
         asked = [prompts[i] for i in numbers]
-        answers = generate(ask, asked, partial, salt, size=size)
+        answers = generate(functools.partial(ask, draw), asked, partial, salt, size=size)
         said |= dict(zip(numbers, answers, strict=True))
 
     # --- 4. Files of answers --------------------------------------------------------------------
@@ -190,6 +179,29 @@ def generate_answers(**flags: Any) -> None:
         )
     if keys >= {row["key"] for row in read_json_lines(partial)}:
         partial.unlink()  # else it holds what an interrupted run was told of other files
+
+
+def asker(
+    args: AnswerArguments,
+    options: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
+) -> Callable[[int, int, Sequence[list[int]]], Iterator[tuple[int, Completion]]]:
+    """A function that asks the engine, which is loaded when it is first needed."""
+
+    @functools.cache
+    def loaded() -> Engine:
+        return load_engine(args.engine, args.base_model, tokenizer, **options)
+
+    def ask(draw: int, batch: int, missing: Sequence[list[int]]):
+        seed = args.seed + SEEDS_OF_A_DRAW * draw
+        if args.engine == "transformers":
+            # What it draws depends on all that it has drawn with a seed before, so that each batch
+            # has its own.
+            seed += batch
+        return loaded().complete(missing, replace(decoding, seed=seed))
+
+    return ask
 
 
 def draws(prompts: list[list[int]], each: bool) -> list[list[int]]:
@@ -295,7 +307,7 @@ def parameters_of(
         "lora_weights": args.lora_weights,
         "load_8bit": args.load_8bit,
         "engine": args.engine,
-        "decoding": asdict(decoding),
+        "decoding": json.loads(json.dumps(asdict(decoding))),  # as it is read again
     }
     if args.cutoff_len is not None:
         parameters["cutoff_len"] = args.cutoff_len
