@@ -14,12 +14,22 @@ WORDS = TEXT.split()
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# of the vocabulary with which the seeds of `save_models` were chosen
+MORE_WORDS = (
+    "Feedback Guard Llama Nothing QUERIES Source What abc anew arm arms asii collections come "
+    "finetuning github import included mov quirks reproduce switches templates typing uses"
+)
+
+
 def policy_words() -> list[str]:
     """The words of the policies that these guards read: by letters, they would be thousands of
     tokens.
     """
-    files = [*(ROOT / "guards/prompts").iterdir(), ROOT / "examples/feedback_guard/guard.py"]
-    texts = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
+    recipe = (ROOT / "examples/feedback_guard/guard.py").read_text(encoding="utf-8")
+    texts = [MORE_WORDS, recipe[recipe.index("# --- the original's prompts") :]]
+    for path in (ROOT / "guards/prompts").iterdir():
+        if path.is_file():
+            texts.append(path.read_text(encoding="utf-8"))
     return sorted({word for text in texts for word in re.findall(r"[A-Za-z]{3,}", text)})
 
 
