@@ -4,8 +4,10 @@ Scores are probabilities of the unsafe class; truths are booleans. common/guard_
 `binary` as a Hugging Face metric.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from common.conversation import UserError
 from common.data.specs import Spec, parse_spec
 
+HIGHEST = math.nextafter(1.0, 0.0)  # threshold: above 1 nothing could be flagged, not even an error
 Truths = Sequence[bool]
 Scores = Sequence[float]
 Results = dict[str, float | int | list[float] | None]
@@ -30,7 +33,7 @@ def binary(truth: Truths, score: Scores, threshold: float = 0.5) -> Results:
     Returns:
         support, positives, base_rate (an AUPRC to beat: that of a guard that guesses),
         always_unsafe_f1, threshold, accuracy, precision, recall, f1, fpr, auprc, auroc,
-        recall_at_fpr05, ece (10 equal-width bins), brier.
+        recall_at_fpr01, recall_at_fpr05, ece (10 equal-width bins), brier.
 
     Raises:
         ValueError: lengths differ, a truth is neither yes nor no, or a score is no probability.
@@ -63,6 +66,7 @@ def binary(truth: Truths, score: Scores, threshold: float = 0.5) -> Results:
         "fpr": _ratio(false_alarms, n - positives),
         "auprc": auprc(y, p),
         "auroc": auroc,
+        "recall_at_fpr01": recall_at_fpr(y, p, 0.01),
         "recall_at_fpr05": recall_at_fpr(y, p, 0.05),
         "ece": expected_calibration_error(y, p),
         "brier": brier,
@@ -136,8 +140,47 @@ def expected_calibration_error(truth: Truths, score: Scores, bins: int = 10) -> 
     return float(error)
 
 
-def fit_threshold(truth: Truths, score: Scores, split: str) -> dict:
-    """The threshold with the highest F1.
+@dataclass(kw_only=True)
+class OperatingPoint:
+    """What thresholds are fitted for, as flags of a command; without any the highest F1."""
+
+    target_fpr: float | None = field(
+        default=None,
+        metadata={"help": "Fit thresholds to at most this share of false positives, such as 0.01."},
+    )
+    target_recall: float | None = field(
+        default=None,
+        metadata={"help": "Fit thresholds to at least this recall, such as 0.9."},
+    )
+
+    def check_operating_point(self) -> None:
+        """Raise UserError where the two do not go together, or are no shares."""
+        for flag in ("target_fpr", "target_recall"):
+            share = getattr(self, flag)
+            if share is not None and not 0 < share < 1:
+                raise UserError(f"--{flag} {share}: must lie between 0 and 1, such as 0.01")
+        if None not in (self.target_fpr, self.target_recall):
+            raise UserError("--target_fpr and --target_recall: give one of them")
+
+    def in_words(self) -> str:
+        """What a card says of how its thresholds were fitted."""
+        if self.target_fpr is not None:
+            return f"at most {self.target_fpr:g} false positives"
+        if self.target_recall is not None:
+            return f"recall of at least {self.target_recall:g}"
+        return "max F1"
+
+
+def fit_threshold(
+    truth: Truths,
+    score: Scores,
+    split: str,
+    point: OperatingPoint | None = None,
+) -> dict:
+    """The threshold with the highest F1, or that of an operating point.
+
+    For a share of false positives it is the lowest threshold that keeps to it, and for a recall the
+    highest that reaches it: of all that do, the one that costs least.
 
     Args:
         split: the name of the data; a threshold is never fitted on a test split.
@@ -170,11 +213,20 @@ def fit_threshold(truth: Truths, score: Scores, split: str) -> dict:
     missed = np.searchsorted(unsafe, candidates, side="right")
     hits = positives - missed
     flagged = len(p) - passed
-    f1 = 2 * hits / (flagged + positives)
-    best = candidates[np.argmax(f1)]
+    fpr = (flagged - hits) / (len(y) - positives)
+    recall = hits / positives
+    point = point or OperatingPoint()
+    if point.target_fpr is not None:
+        best = candidates[fpr <= point.target_fpr].min()
+    elif point.target_recall is not None:
+        reached = candidates[recall >= point.target_recall]
+        best = reached.max(initial=0.0)  # a score of 0 is above no threshold
+    else:
+        f1 = 2 * hits / (flagged + positives)
+        best = candidates[np.argmax(f1)]
     return {
-        "value": float(best),
-        "how": f"max F1, n={len(y)}",
+        "value": min(float(best), HIGHEST),
+        "how": f"{point.in_words()}, n={len(y)}",
         "on": split,
     }
 
@@ -232,6 +284,41 @@ def bootstrap(
         return None
     interval = np.percentile(values, [2.5, 97.5])
     return interval.tolist()
+
+
+def intervals(
+    truth: Truths,
+    score: Scores,
+    threshold: float,
+    groups: Sequence | None = None,
+    seed: int = 0,
+) -> dict[str, list[float] | None]:
+    """`bootstrap` of what a guard is chosen by: auprc_interval, auroc_interval, and at `threshold`
+    recall_interval and fpr_interval.
+    """
+    y, p = _checked(truth, score)
+    flagged = p > threshold
+
+    def auroc(rows: np.ndarray) -> float | None:
+        drawn = y[rows]
+        if drawn.all() or not drawn.any():
+            return None
+        return float(roc_auc_score(drawn, p[rows]))
+
+    def share_flagged(rows: np.ndarray, unsafe: bool) -> float | None:
+        hits = flagged[rows][y[rows] == unsafe]
+        return float(hits.mean()) if len(hits) else None
+
+    statistics = {
+        "auprc": lambda rows: auprc(y[rows], p[rows]),
+        "auroc": auroc,
+        "recall": lambda rows: share_flagged(rows, True),
+        "fpr": lambda rows: share_flagged(rows, False),
+    }
+    found = {}
+    for name, statistic in statistics.items():
+        found[f"{name}_interval"] = bootstrap(statistic, len(y), groups, seed=seed)
+    return found
 
 
 def agreement(a: Truths, b: Truths, rounds: int = 1000) -> Results:

@@ -24,6 +24,7 @@ COLUMNS = {  # metric: heading with its direction
     "precision": "precision ↑",
     "recall": "recall ↑",
     "fpr": "FPR ↓",
+    "recall_at_fpr01": "recall at FPR 1 % ↑",
     "recall_at_fpr05": "recall at FPR 5 % ↑",
     "ece": "ECE ↓",
     "brier": "Brier ↓",
@@ -69,6 +70,29 @@ def metric_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return table(rows, ["", *COLUMNS.values()])
 
 
+def findings(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """In words what intervals say of guards: whether one can be told from chance, and from what it
+    must beat.
+
+    Args:
+        scores: of `common.metrics.binary` with `auroc_interval`; of a baseline also
+            `guard_gain_interval`, by how much the first guard's AUPRC is above its own.
+    """
+    said = []
+    first = next(iter(scores))
+    for name, values in scores.items():
+        interval = values.get("auroc_interval")
+        if interval is not None and interval[0] <= 0.5:
+            what = "is worse than chance" if interval[1] < 0.5 else "cannot be told from chance"
+            said.append(f"{name} {what} here: its AUROC is in {number(interval)}.")
+        gain = values.get("guard_gain_interval")
+        if gain is not None and gain[0] <= 0:
+            said.append(
+                f"{first} is not better than {name} here: its AUPRC is {number(gain)} above."
+            )
+    return said
+
+
 def write_results(
     folder: Path,
     results: Mapping[str, Any],
@@ -91,8 +115,10 @@ def plot_precision_recall(
     curves: Mapping[str, tuple[Sequence[bool], Sequence[float]]], path: Path, title: str
 ) -> None:
     """Precision-recall curves of guards on the same rows, readable in black and white; the base
-    rate is dotted.
+    rate is dotted. Without an unsafe row there is no recall, and no picture.
     """
+    if not all(any(truth) for truth, _ in curves.values()):
+        return
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     for number, (name, (truth, score)) in enumerate(curves.items()):
         precision, recall, _ = precision_recall_curve(truth, score)

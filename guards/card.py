@@ -172,6 +172,20 @@ class LabelledCard(GuardCard):
     labels: Annotated[list[Text], AfterValidator(_unique)] = Field(min_length=1)
     pooling: Literal["last attended token", "first token", "mean of the attended tokens"] = POOLING
     num_hidden_layers: Count | None = None
+    category_thresholds: dict[Text, Threshold] = Field(default_factory=dict)
+
+    @field_validator("category_thresholds")
+    @classmethod
+    def _of_labels(cls, thresholds: dict[str, Threshold], info: ValidationInfo) -> Any:
+        strange = set(thresholds) - set(info.data.get("labels", thresholds))
+        if strange:
+            raise ValueError(f"{min(strange)!r} is none of the labels")
+        return thresholds
+
+    def threshold_values(self) -> dict[str, dict[str, Any]]:
+        """All thresholds as plain values, those of categories by their label."""
+        thresholds = self.thresholds | self.category_thresholds
+        return {name: threshold.model_dump() for name, threshold in thresholds.items()}
 
 
 class ClassifierCard(LabelledCard):

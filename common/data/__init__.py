@@ -67,6 +67,7 @@ def load_conversations(
     *,
     categories: Sequence[str] | None = None,
     require: Sequence[str] = (),
+    need_positive: bool = True,
     bad_rows: str = "error",
     max_rows: int | None = None,
 ) -> Dataset:
@@ -76,8 +77,9 @@ def load_conversations(
         spec: see the module's docstring.
         categories: the names that a row's categories may have; None allows any (BeaverTails rows
             are always checked against their own fourteen).
-        require: labels (of `LABELS`, or "categories") that every row must know, and of which at
-            least one row must be positive.
+        require: labels (of `LABELS`, or "categories") that every row must know.
+        need_positive: whether one row at least must be positive for each of these. Without one
+            nothing can be learned, but the false positives on benign traffic can be measured.
         bad_rows: "error" stops at the first bad row, "skip" counts and leaves out bad rows (never a
             missing column).
         max_rows: read only the first so many good rows.
@@ -113,7 +115,7 @@ def load_conversations(
         logger.warning(said, spec, len(bad), len(bad) + len(good), bad[0])
     if not good:
         raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
-    for label in require:
+    for label in require if need_positive else ():
         if not any(row[label] for row in good):
             raise UserError(
                 f"{spec}, field {label}: no positive row among {len(good)}; "

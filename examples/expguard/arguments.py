@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from trl import SFTConfig
 
 from common.conversation import UserError
+from common.metrics import OperatingPoint
 from common.run import usable_attention
 from common.training import RecipeTrainingArguments
 
@@ -56,8 +57,8 @@ class ModelArguments:
     )
 
 
-@dataclass
-class DataArguments:
+@dataclass(kw_only=True)
+class DataArguments(OperatingPoint):
     dataset_name: list[str] = field(
         default_factory=lambda: ["expguardmix"],
         metadata={

@@ -551,10 +551,10 @@ class Validation:
             found[label] = metrics.binary(truth, self.scores[label])
         return found
 
-    def thresholds(self) -> dict[str, dict[str, Any]]:
-        """The threshold with the highest F1 for each label that has both classes here."""
+    def thresholds(self, point: metrics.OperatingPoint) -> dict[str, dict[str, Any]]:
+        """The threshold of an operating point for each label that has both classes here."""
         found = {}
         for label, truth in self.truths.items():
             if 0 < sum(truth) < len(truth):
-                found[label] = metrics.fit_threshold(truth, self.scores[label], self.name)
+                found[label] = metrics.fit_threshold(truth, self.scores[label], self.name, point)
         return found

@@ -67,6 +67,7 @@ def main() -> None:
         Path(__file__).parent / "configs/quickstart.yaml",
     )
     check(model_args, args)
+    data_args.check_operating_point()
     checkpoint = checkpoint_to_resume(args) if args.do_train else None
     if args.do_train and checkpoint is None:
         refuse_to_overwrite(args.output_dir, args.overwrite_output_dir)
@@ -186,7 +187,7 @@ def save_guard(
     card = GenerativeCard(
         guard="expguard",  # the entry of guards/zoo.yaml: prompt and verdict words
         max_length=trainer.processing_class.model_max_length,
-        thresholds=validation.thresholds() if validation else {},
+        thresholds=validation.thresholds(data_args) if validation else {},
         base_model=model_args.model_name_or_path,
         base_sha256=local_sha256(model_args.model_name_or_path),
         data={

@@ -172,12 +172,13 @@ def with_threshold(
     card: LoraCard,
     scores: Mapping[str, float],
     eval_name: str,
+    how: str,
 ) -> LoraCard:
     """The card with the threshold that an epoch's validation rows gave, if they did."""
     value = scores.get("val/threshold")
     if value is None:
         return card
-    threshold = Threshold(value=value, how="max F1", on=eval_name)
+    threshold = Threshold(value=value, how=how, on=eval_name)
     return card.model_copy(update={"thresholds": {"flagged": threshold}})
 
 
@@ -203,7 +204,7 @@ def paper_metrics(prediction: EvalPrediction, args: GuardArguments) -> dict[str,
     validation = args.validation_name() or ""
     labelled = truth[:, 0]
     if not metrics.is_test(validation) and 0 < labelled.sum() < len(labelled):
-        fitted = metrics.fit_threshold(labelled, unsafe, validation)
+        fitted = metrics.fit_threshold(labelled, unsafe, validation, args)
         found["threshold"] = fitted["value"]
     return {name: value for name, value in found.items() if value is not None}
 
@@ -318,7 +319,7 @@ class RunFolder(TrainerCallback):
         epoch = round(state.epoch) - 1
         rows = epoch_metrics(state)
         latest = rows[-1] if rows else {}
-        card = with_threshold(self.card, latest, self.validation)
+        card = with_threshold(self.card, latest, self.validation, self.args.in_words())
         folder = self.folder / f"epoch-{epoch}"
         save_adapter(model, self.tokenizer, folder, card, self.args.trust_remote_code)
         write_csv(self.folder / "metrics.csv", rows, "epoch")
@@ -356,7 +357,7 @@ class RunFolder(TrainerCallback):
             trainer.accelerator.unwrap_model(trainer.model),  # of the best epoch, or the last
             self.tokenizer,
             self.folder / "best",
-            with_threshold(self.card, validated, self.validation),
+            with_threshold(self.card, validated, self.validation, self.args.in_words()),
             self.args.trust_remote_code,
             verdicts_of(compared, outputs, self.card.labels),
             lambda partial: write_readme(partial, self.args, validated, tested),

@@ -14,8 +14,8 @@ from common.training import RecipeTrainingArguments
 from guards.card import INPUTS
 
 
-@dataclass
-class GuardArguments:
+@dataclass(kw_only=True)
+class GuardArguments(metrics.OperatingPoint):
     hf_model_id: str = HfArg(help="Chat model: hub id, folder, or smollm2-135m-instruct (bundled).")
     output_folder: str = HfArg(help="Adapter folders, metrics and checkpoints of the run.")
     epochs: int = 1
@@ -97,6 +97,7 @@ def check_arguments(args: GuardArguments) -> None:
         raise UserError(f"--guard-inputs {given}: expected some of {known}")
     if args.eval_data is not None and args.eval_split_ratio is not None:
         raise UserError("--eval-data and --eval-split-ratio: give one of them")
+    args.check_operating_point()
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: must be 1 or more")
     if not 0 <= args.lora_dropout < 1:

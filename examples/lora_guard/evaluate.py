@@ -64,6 +64,7 @@ def main() -> None:
     rows = data.load_conversations(
         args.eval_data,
         require=(label,),
+        need_positive=False,
         bad_rows=args.bad_rows,
     )
     conversations = list(rows["messages"])
@@ -194,12 +195,8 @@ def measured(
 ) -> dict[str, Any]:
     """Every metric at the guard's own threshold; the interval draws rows of one prompt together."""
     threshold = guard.thresholds.get("flagged", {"value": 0.5})["value"]
-
-    def auprc(drawn: np.ndarray) -> float | None:
-        return metrics.auprc(truth[drawn], scores[drawn])
-
-    interval = metrics.bootstrap(auprc, len(truth), groups, seed=seed)
-    return metrics.binary(truth, scores, threshold) | {"auprc_interval": interval}
+    found = metrics.binary(truth, scores, threshold)
+    return found | metrics.intervals(truth, scores, threshold, groups, seed)
 
 
 def guard_names(specs: list[str]) -> dict[str, str]:
@@ -357,7 +354,7 @@ def results_markdown(results: dict[str, Any]) -> str:
     name, first = next(iter(flagged.items()))
     rows = []
     for guard, scores in flagged.items():
-        shown = ("auprc", "auprc_interval", "threshold", "errors")
+        shown = ("auprc_interval", "auroc_interval", "fpr_interval", "threshold", "errors")
         rows.append([guard, *map(scores.get, shown)])
     failed = "failed (counted as unsafe)"
     lines = [
@@ -368,7 +365,10 @@ def results_markdown(results: dict[str, Any]) -> str:
         f"{report.number(first['always_unsafe_f1'])}.",
         "",
         report.metric_table(flagged),
-        report.table(rows, ["", "AUPRC ↑", "95 % interval", "threshold", failed]),
+        report.table(rows, ["", "AUPRC ↑", "AUROC ↑", "FPR ↓", "threshold", failed]),
+        "95 % intervals: 1,000 bootstrap draws of prompts.",
+        "",
+        *report.findings(flagged),
     ]
     if results["overhead"]:
         rows = []

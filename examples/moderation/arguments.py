@@ -34,8 +34,8 @@ class ModelArguments:
     )
 
 
-@dataclass
-class DataArguments:
+@dataclass(kw_only=True)
+class DataArguments(metrics.OperatingPoint):
     train_data_name_or_path: str = HfArg(
         help="Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl."
     )
@@ -74,6 +74,7 @@ def check_arguments(data_args: DataArguments, args: RecipeTrainingArguments) -> 
     Raises:
         UserError: two arguments do not go together.
     """
+    data_args.check_operating_point()
     if data_args.head_fit_rows < 0:
         raise UserError(f"--head_fit_rows {data_args.head_fit_rows}: must be 0 (off) or more")
     if data_args.head_fit_rows and (args.fsdp or args.deepspeed):

@@ -13,7 +13,7 @@ Without arguments it evaluates what `torchrun train.py` without arguments has le
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,9 @@ def options(args: EvaluationArguments) -> dict[str, Any]:
 def report_metrics(args: EvaluationArguments) -> None:
     """Judge labelled rows and write every metric, beside the baselines."""
     require = {"require": ("response_unsafe",)}
-    rows = data.load_conversations(args.eval_dataset, bad_rows=args.bad_rows, **require)
+    rows = data.load_conversations(
+        args.eval_dataset, bad_rows=args.bad_rows, need_positive=False, **require
+    )
     fit_rows = data.load_conversations(args.baselines, **require) if args.baselines else None
     guard = load_guard(args.model_path, **options(args))
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
@@ -176,24 +178,20 @@ def compare(
     """
     truth = np.array(rows["response_unsafe"])
     groups = [data.prompt_key(row) for row in rows]
-
-    def interval(statistic: Callable[[np.ndarray], float | None]) -> list[float] | None:
-        return metrics.bootstrap(statistic, len(truth), groups, seed=seed)
-
     comparison = {}
     for name, score in scores.items():
-
-        def auprc(drawn: np.ndarray, score: np.ndarray = score) -> float | None:
-            return metrics.auprc(truth[drawn], score[drawn])
-
-        def gain(drawn: np.ndarray, auprc: Callable = auprc) -> float | None:
-            theirs = auprc(drawn)
-            return None if theirs is None else auprc(drawn, scores["guard"]) - theirs
-
-        found = metrics.binary(truth, score, threshold if name == "guard" else 0.5)
-        found["auprc_interval"] = interval(auprc)
+        at = threshold if name == "guard" else 0.5
+        found = metrics.binary(truth, score, at)
+        found |= metrics.intervals(truth, score, at, groups, seed)
         if name != "guard":
-            found["guard_gain_interval"] = interval(gain)
+
+            def gain(drawn: np.ndarray, score: np.ndarray = score) -> float | None:
+                theirs = metrics.auprc(truth[drawn], score[drawn])
+                if theirs is None:
+                    return None
+                return metrics.auprc(truth[drawn], scores["guard"][drawn]) - theirs
+
+            found["guard_gain_interval"] = metrics.bootstrap(gain, len(truth), groups, seed=seed)
         comparison[name] = found
     return comparison
 
@@ -268,23 +266,26 @@ def metrics_markdown(results: dict[str, Any]) -> str:
     flagged = results["flagged"]
     threshold = results["threshold"]
     first = next(iter(flagged.values()))
-    intervals = [
-        [n, v["auprc"], v["auprc_interval"], v.get("guard_gain_interval")]
-        for n, v in flagged.items()
-    ]
+    columns = ["auprc_interval", "auroc_interval", "fpr_interval", "guard_gain_interval"]
+    intervals = [[name, *map(values.get, columns)] for name, values in flagged.items()]
     lines = [
         f"# {results['guard']} on {results['dataset']}",
         "",
-        f"{first['support']} pairs, {first['positives']} unsafe. A guess has AUPRC {first['base_rate']:.3f}; "
-        f"flagging everything has F1 {report.number(first['always_unsafe_f1'])}. "
-        f"The guard flags above {threshold['value']:.3f} ({threshold['how']}), the others above 0.5.",
+        f"{first['support']} pairs, {first['positives']} unsafe. A guess has AUPRC "
+        f"{first['base_rate']:.3f}; flagging everything has F1 "
+        f"{report.number(first['always_unsafe_f1'])}. The guard flags above "
+        f"{threshold['value']:.3f} ({threshold['how']}), the others above 0.5.",
         f"Verdicts that failed: {results['errors']} (counted as unsafe).",
         "",
         "## Flagged",
         "",
         report.metric_table(flagged),
-        report.table(intervals, ["", "AUPRC ↑", "95 % interval", "guard minus this"]),
-        "Intervals: 1,000 paired bootstrap draws of prompts.",
+        report.table(
+            intervals, ["", "AUPRC ↑", "AUROC ↑", "FPR ↓", "AUPRC of the guard above this"]
+        ),
+        "95 % intervals: 1,000 paired bootstrap draws of prompts.",
+        "",
+        *report.findings(flagged),
     ]
     if results["categories"]:
         lines += ["", "## Categories", "", report.metric_table(results["categories"])]

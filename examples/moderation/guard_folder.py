@@ -39,6 +39,7 @@ from guards.card import ClassifierCard, Threshold, local_sha256
 
 logger = logging.getLogger("moderation")
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
+ENOUGH = 10  # unsafe validation rows of a category, to fit a threshold for it
 TEMPLATE = "beavertails"  # the text that is trained: common/templates/beavertails.jinja
 
 
@@ -99,12 +100,14 @@ def save_guard(
     for row, scores in zip(compared, sigmoid(outputs).tolist(), strict=True):
         trained.append((row["messages"], dict(zip(CATEGORIES, scores, strict=True))))
     scores = {} if validation is None else scores_by_label(validation)
+    thresholds = fit_thresholds(validation, data_args)
     card = ClassifierCard(
         template=TEMPLATE,
         labels=CATEGORIES,
         max_length=model_args.max_length,
         pooling=pooling(trainer.accelerator.unwrap_model(trainer.model)),
-        thresholds={"flagged": fit_threshold(validation, data_args.validation_name())},
+        thresholds={"flagged": thresholds.pop("flagged")},
+        category_thresholds=thresholds,
         base_model=model_args.model_name_or_path,
         base_sha256=local_sha256(model_args.model_name_or_path),
         num_hidden_layers=model_args.num_hidden_layers,
@@ -173,14 +176,27 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return found
 
 
-def fit_threshold(validation: PredictionOutput | None, name: str | None) -> Threshold:
-    """The threshold for "flagged": with the best F1 on validation rows, else the paper's 0.5."""
-    if validation is not None and not metrics.is_test(name):
-        truth = (validation.label_ids > 0.5).any(1)
-        if 0 < truth.sum() < len(truth):
-            flagged = sigmoid(validation.predictions).numpy().max(1)
-            return Threshold(**metrics.fit_threshold(truth, flagged, name))
-    return Threshold(value=0.5, how="default")
+def fit_thresholds(
+    validation: PredictionOutput | None, data_args: DataArguments
+) -> dict[str, Threshold]:
+    """The thresholds for "flagged" and for the categories that have rows enough, fitted on
+    validation rows; without any the paper's 0.5 for "flagged".
+    """
+    thresholds = {"flagged": Threshold(value=0.5, how="default")}
+    name = data_args.validation_name()
+    if validation is None or metrics.is_test(name):
+        return thresholds
+    truths = validation.label_ids > 0.5
+    scores = sigmoid(validation.predictions).numpy()
+    if 0 < truths.any(1).sum() < len(truths):
+        fitted = metrics.fit_threshold(truths.any(1), scores.max(1), name, data_args)
+        thresholds["flagged"] = Threshold(**fitted)
+    for column, label in enumerate(CATEGORIES):
+        truth = truths[:, column]
+        if ENOUGH <= truth.sum() < len(truth):
+            fitted = metrics.fit_threshold(truth, scores[:, column], name, data_args)
+            thresholds[label] = Threshold(**fitted)
+    return thresholds
 
 
 # --- model cards ----------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ RULES = {
 CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two writes
 
 
-@dataclass
-class EvaluationArguments:
+@dataclass(kw_only=True)
+class EvaluationArguments(metrics.OperatingPoint):
     output_dir: str = HfArg(help="Folder for tables, pictures, predictions and kept verdicts.")
     guards: list[str] = HfArg(
         default_factory=list,
@@ -228,6 +228,7 @@ class Inputs:
 
 def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
     """Raise UserError for what can be seen to be wrong before anything is read."""
+    args.check_operating_point()
     choices = {
         "task_type": (None, *TASKS, "both"),
         "engine": tuple(CHUNK),
@@ -360,7 +361,7 @@ def guard_cells(
         thresholds = {}
         for label, part in inputs.validation.items():
             if part.name in found.said:
-                thresholds[label] = fit_threshold(found.said[part.name], on)
+                thresholds[label] = fit_threshold(found.said[part.name], on, args)
     cells = []
     for benchmark in inputs.benchmarks:
         name = benchmark.name
@@ -394,7 +395,7 @@ def convention(
     """
     kind = None
     if args.validation:
-        kind = f"fitted on {' '.join(args.validation)}"
+        kind = f"{args.in_words()}, fitted on {' '.join(args.validation)}"
     elif threshold:
         how = str(threshold.get("how", "unknown"))
         kind = f"guard.json: {how.partition(', n=')[0]}"
@@ -411,14 +412,14 @@ def own_thresholds(known: Mapping[str, Row]) -> dict[str, Row]:
     return fitted
 
 
-def fit_threshold(said: pandas.DataFrame, on: str) -> Row | None:
-    """The threshold with the highest F1 on validation rows that have a probability; None where
+def fit_threshold(said: pandas.DataFrame, on: str, point: metrics.OperatingPoint) -> Row | None:
+    """The threshold of an operating point on validation rows that have a probability; None where
     there is none to fit.
     """
     usable = said[~said.failed].dropna(subset="score")
     if usable.truth.nunique() < 2:
         return None
-    return metrics.fit_threshold(usable.truth, usable.score, on)
+    return metrics.fit_threshold(usable.truth, usable.score, on, point)
 
 
 def compare_two(args: EvaluationArguments, found: Mapping[str, Found]) -> list[Row]:

@@ -29,7 +29,7 @@ MARKS = ("contaminated", "conflicting", "duplicate")
 COMPARED = ("f1", "f1_at_05", "auprc", "auroc")
 
 OF_DECISION = ("f1", "precision", "recall", "fpr", "accuracy")
-OF_SCORE = ("auroc", "recall_at_fpr05", "ece", "brier")
+OF_SCORE = ("auroc", "recall_at_fpr01", "recall_at_fpr05", "ece", "brier")
 OF_THRESHOLD = ("f1", "recall", "fpr")
 
 Statistic = Callable[[np.ndarray], float | None]
@@ -116,10 +116,8 @@ def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> Row:
     own = metrics.binary(truth, table.decided.astype(float))
     at_half: Row = {}
     at_threshold: Row = {}
-    recall = None
     if not score.isna().any():
         at_half = metrics.binary(truth, score)
-        recall = metrics.recall_at_fpr(truth, score, 0.01)
         if threshold is not None:
             at_threshold = metrics.binary(truth, score, threshold)
     return {
@@ -130,7 +128,6 @@ def score_rows(table: pandas.DataFrame, threshold: float | None = None) -> Row:
         **{f"{name}_at_validation": at_threshold.get(name) for name in OF_THRESHOLD},
         # without a negative row, the average precision of every guard is 1
         "auprc": None if truth.all() else at_half.get("auprc"),
-        "recall_at_fpr01": recall,
         **{name: at_half.get(name) for name in OF_SCORE},
     }
 

@@ -210,3 +210,12 @@ def test_a_threshold_is_of_any_label(tmp_path, label):
     thresholds = {label: {"value": 0.3, "how": "max F1", "on": "some/rows"}}
     write_card(tmp_path, GenerativeCard(guard="expguard", max_length=9, thresholds=thresholds))
     assert read_card(tmp_path).threshold_values() == thresholds
+
+
+def test_a_threshold_of_a_category_is_of_a_label(tmp_path):
+    thresholds = {"privacy": {"value": 0.3, "how": "max F1", "on": "some/rows"}}
+    card = CARDS["classifier"] | {"labels": ["privacy", "drugs"], "category_thresholds": thresholds}
+    (tmp_path / "guard.json").write_text(json.dumps(card))
+    assert read_card(tmp_path).threshold_values()["privacy"]["value"] == 0.3
+    said = refusal(tmp_path, card | {"labels": ["drugs"]})
+    assert said.endswith("field category_thresholds: 'privacy' is none of the labels")

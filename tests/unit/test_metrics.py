@@ -52,7 +52,10 @@ def every_threshold(p: np.ndarray) -> list[float]:
 def test_binary_equals_sklearn(rows, threshold):
     y, p = columns(rows)
     flagged = p > threshold
-    recalls = [recall for _, recall, fpr in map(partial(rates, y, p), [-1.0, *p]) if fpr <= 0.05]
+    recalls = {}
+    for share in (0.01, 0.05):
+        at_levels = map(partial(rates, y, p), [-1.0, *p, 1.0])
+        recalls[share] = max(recall for _, recall, fpr in at_levels if fpr <= share)
     expected = {
         "support": len(y),
         "positives": y.sum(),
@@ -66,7 +69,8 @@ def test_binary_equals_sklearn(rows, threshold):
         "fpr": 1 - sk.recall_score(~y, ~flagged),
         "auprc": sk.average_precision_score(y, p),
         "auroc": sk.roc_auc_score(y, p),
-        "recall_at_fpr05": max(recalls),
+        "recall_at_fpr01": recalls[0.01],
+        "recall_at_fpr05": recalls[0.05],
         "brier": sk.brier_score_loss(y, p),
     }
     found = metrics.binary(y, p, threshold)
@@ -81,7 +85,7 @@ def test_threshold_is_strict():
 
 
 OF_UNSAFE = {"always_unsafe_f1", "recall", "f1", "auprc"}
-OF_BOTH = {"auroc", "recall_at_fpr05"}
+OF_BOTH = {"auroc", "recall_at_fpr01", "recall_at_fpr05"}
 
 
 @pytest.mark.parametrize(
