@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput
@@ -153,6 +154,17 @@ def _say_gone(flag: str, now: str) -> None:
 # --- the trainer ----------------------------------------------------------------------------------
 
 
+class BriefProgress(ProgressCallback):
+    """The stock progress bar, without the hundreds of numbers of single categories."""
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        brief = {}
+        for name, value in logs.items():
+            if "/" not in name or "flagged/" in name:
+                brief[name] = value
+        super().on_log(args, state, control, logs=brief, **kwargs)
+
+
 class LengthGroupedTrainer(Trainer):
     """A Trainer whose length-grouped order depends on seed and epoch alone, and that knows its own
     checkpoints.
@@ -179,6 +191,8 @@ class LengthGroupedTrainer(Trainer):
         self.own_settings = settings or {}
         self.run_settings: dict[str, Any] = {}
         self.save_total_limit = self.args.save_total_limit
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(BriefProgress)
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
