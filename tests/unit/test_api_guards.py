@@ -12,36 +12,23 @@ from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx2
 import pytest
 
 from common.conversation import UserError, pair
-from guards import api
 from guards.api import ApiGuard
 
 KEY = "key-Zx81qLm0vK77-sT5wPd3rY9aB2"
-KEYS = {"openai-moderation": "OPENAI_API_KEY", "perspective": "PERSPECTIVE_API_KEY"}
-KEYS |= {"azure-content-safety": "AZURE_CONTENT_SAFETY_KEY"}
+KEYS = {
+    "openai-moderation": "OPENAI_API_KEY",
+    "perspective": "PERSPECTIVE_API_KEY",
+    "azure-content-safety": "AZURE_CONTENT_SAFETY_KEY",
+}
 SIX = ["IDENTITY_ATTACK", "INSULT", "SEVERE_TOXICITY", "SEXUALLY_EXPLICIT", "THREAT", "TOXICITY"]
-THIRTEEN = [
-    *(
-        "harassment",
-        "harassment/threatening",
-        "hate",
-        "hate/threatening",
-        "illicit",
-        "illicit/violent",
-        "self-harm",
-    ),
-    *(
-        "self-harm/instructions",
-        "self-harm/intent",
-        "sexual",
-        "sexual/minors",
-        "violence",
-        "violence/graphic",
-    ),
-]
+CATEGORIES = """
+harassment harassment/threatening hate hate/threatening illicit illicit/violent self-harm
+self-harm/instructions self-harm/intent sexual sexual/minors violence violence/graphic
+"""
+THIRTEEN = CATEGORIES.split()
 LIMITS = {"perspective": ("utf-8", 20480), "azure-content-safety": ("utf-16-le", 20000)}  # in bytes
 every_service = pytest.mark.parametrize("service", KEYS)
 
@@ -55,34 +42,29 @@ def answer(service: str, text: str) -> dict:
     """A right answer of `service`; one category has the score, the others less."""
     value = score(text)
     if service == "openai-moderation":
-        scores = dict.fromkeys(THIRTEEN, value / 10) | {"harassment": value}
         result = {
             "flagged": value > 0.3,
             "categories": dict.fromkeys(THIRTEEN, value > 0.3),
-            "category_scores": scores,
+            "category_scores": dict.fromkeys(THIRTEEN, value / 10) | {"harassment": value},
         }
         return {"id": "modr-1", "model": "omni-moderation-2024-09-26", "results": [result]}
     if service == "perspective":
-        scores = dict.fromkeys(SIX, value / 10) | {"INSULT": value}
-        attributes = {
-            name: {"summaryScore": {"value": v, "type": "PROBABILITY"}}
-            for name, v in scores.items()
-        }
+        attributes = {}
+        for name in SIX:
+            probability = value if name == "INSULT" else value / 10
+            summary = {"value": probability, "type": "PROBABILITY"}
+            attributes[name] = {"summaryScore": summary}
         return {"attributeScores": attributes, "languages": ["en"], "detectedLanguages": ["en"]}
-    found = {"Hate": 2 * int(value * 3.99), "SelfHarm": 0, "Sexual": 0, "Violence": 0}
-    return {
-        "blocklistsMatch": [],
-        "categoriesAnalysis": [{"category": c, "severity": s} for c, s in found.items()],
-    }
+    found = [{"category": "Hate", "severity": 2 * int(value * 3.99)}]
+    found += [{"category": name, "severity": 0} for name in ("SelfHarm", "Sexual", "Violence")]
+    return {"blocklistsMatch": [], "categoriesAnalysis": found}
 
 
 QUOTES = f"Incorrect API key provided: {KEY[:8]}***{KEY[-4:]}, that is {KEY}."
+INVALID = {"code": 400, "message": QUOTES, "details": [{"reason": "API_KEY_INVALID"}]}
 REFUSALS = {  # how each service refuses a key; none should be quoted
     "openai-moderation": (401, {"error": {"message": QUOTES, "code": "invalid_api_key"}}),
-    "perspective": (
-        400,
-        {"error": {"code": 400, "message": QUOTES, "details": [{"reason": "API_KEY_INVALID"}]}},
-    ),
+    "perspective": (400, {"error": INVALID}),
     "azure-content-safety": (401, {"error": {"code": "401", "message": QUOTES}}),
 }
 
@@ -106,24 +88,22 @@ class Handler(BaseHTTPRequestHandler):
         """Service, key and text of the request; an AssertionError when it is not what the service
         documents.
         """
-        body, path = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.path
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        path = self.path
         assert self.headers["Content-Type"] == "application/json"
         if path == "/v1/moderations":
-            assert set(body) == {"input", "model"} and body["model"] == self.server.model
-            return (
-                "openai-moderation",
-                self.headers["Authorization"].removeprefix("Bearer "),
-                body["input"],
-            )
+            assert set(body) == {"input", "model"}
+            assert body["model"] == self.server.model
+            key = self.headers["Authorization"].removeprefix("Bearer ")
+            return "openai-moderation", key, body["input"]
         if path == "/v1alpha1/comments:analyze":
-            assert (
-                sorted(body["requestedAttributes"]) == SIX
-                and body["languages"] == ["en"]
-                and body["doNotStore"]
-            )
+            assert sorted(body["requestedAttributes"]) == SIX
+            assert body["languages"] == ["en"]
+            assert body["doNotStore"]
             return "perspective", self.headers["X-Goog-Api-Key"], body["comment"]["text"]
         assert path == "/contentsafety/text:analyze?api-version=2024-09-01", path
-        assert body["outputType"] == "FourSeverityLevels" and len(body["categories"]) == 4
+        assert body["outputType"] == "FourSeverityLevels"
+        assert len(body["categories"]) == 4
         return "azure-content-safety", self.headers["Ocp-Apim-Subscription-Key"], body["text"]
 
     def do_POST(self):
@@ -170,32 +150,34 @@ def cut(handler: Handler) -> None:
     hang_up(handler)
 
 
-@pytest.fixture
-def server(monkeypatch):
+class Server(ThreadingHTTPServer):
     """`plan[text]` lists what goes wrong with the next requests for a text; `asked` holds (text,
     time) of them all.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a client that gave up
-    server.lock, server.plan, server.asked, server.busy, server.peak, server.delay = (
-        threading.Lock(),
-        {},
-        [],
-        0,
-        0,
-        0,
-    )
-    server.model, server.url = (
-        "omni-moderation-2024-09-26",
-        f"http://127.0.0.1:{server.server_address[1]}",
-    )
+
+    model = "omni-moderation-2024-09-26"
+    busy = peak = delay = 0
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.plan = {}
+        self.asked = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        run = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+        run.start()
+
+    def handle_error(self, *_):
+        """A client gave up."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
     for name in KEYS.values():
         monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("AZURE_CONTENT_SAFETY_ENDPOINT", f"{server.url}/")  # as the portal shows it
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-    ).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -204,13 +186,11 @@ def server(monkeypatch):
 @pytest.fixture
 def load(server):
     """`load(service, **options)`: the guard, asking the local server."""
+    urls = {"openai-moderation": f"{server.url}/v1", "perspective": server.url}
 
     def load(service: str, **options) -> ApiGuard:
-        base = {"openai-moderation": f"{server.url}/v1", "perspective": server.url}.get(service)
-        return ApiGuard(
-            service,
-            **({"base_url": base, "backoff": 0.02, "timeout": 5.0, "progress": False} | options),
-        )
+        quick = {"backoff": 0.02, "timeout": 5.0, "progress": False}
+        return ApiGuard(service, **({"base_url": urls.get(service)} | quick | options))
 
     return load
 
@@ -219,136 +199,116 @@ def asks(*texts: str) -> list:
     return list(map(pair, texts))
 
 
-def failed(verdict) -> bool:
+def check_failed(*verdicts) -> None:
     """An error verdict counts as unsafe and says nothing else."""
-    empty = not (verdict.categories or verdict.decided or verdict.native)
-    return (
-        bool(verdict.error)
-        and empty
-        and verdict.score("prompt_unsafe") == verdict.score("response_unsafe") == 1.0
-    )
+    for verdict in verdicts:
+        assert verdict.error
+        assert not verdict.categories
+        assert not verdict.decided
+        assert not verdict.native
+        assert verdict.score("prompt_unsafe") == 1.0
+        assert verdict.score("response_unsafe") == 1.0
 
 
-FOUND = [
-    ("openai-moderation", 0.75, "harassment", "flagged"),
-    ("perspective", 0.75, "INSULT", None),
-]
-FOUND += [("azure-content-safety", 4 / 6, "Hate", "severity 4")]
-
-
-@pytest.mark.parametrize(("service", "probability", "category", "word"), FOUND)
+@pytest.mark.parametrize(
+    ("service", "probability", "category", "word"),
+    [
+        ("openai-moderation", 0.75, "harassment", "flagged"),
+        ("perspective", 0.75, "INSULT", None),
+        ("azure-content-safety", 4 / 6, "Hate", "severity 4"),
+    ],
+)
 def test_right_answers(load, service, probability, category, word):
     """The last turn alone is judged: a user's as a prompt, an assistant's as a response."""
     guard = load(service)
-    turns = [
+    talks = [
         pair("so rude 0.75"),
         pair("not so rude 0.1", "so rude 0.75"),
         pair("so rude 0.75", "How nice."),
     ]
-    asked, answered, mild = guard.judge(turns)
-    assert (
-        asked.prompt_unsafe
-        == answered.response_unsafe
-        == asked.categories[category]
-        == pytest.approx(probability)
-    )
-    assert (asked.response_unsafe, answered.prompt_unsafe, mild.prompt_unsafe) == (None, None, None)
-    assert asked.decided == {"prompt_unsafe": True} and answered.decided == {
-        "response_unsafe": True
-    }
-    assert (
-        mild.response_unsafe == 0.0
-        and mild.decided == {"response_unsafe": False}
-        and mild.error is None
-    )
-    assert asked.native.get("prompt_unsafe") == word and guard.judges == (
-        "prompt_unsafe",
-        "response_unsafe",
-    )
-    assert guard.moderate([pair("so rude 0.75", "Nice."), pair("rude 0.75")]) == [
-        0.0,
-        pytest.approx(probability),
-    ]
+    asked, answered, mild = guard.judge(talks)
+    assert asked.prompt_unsafe == pytest.approx(probability)
+    assert asked.categories[category] == asked.prompt_unsafe
+    assert asked.response_unsafe is None
+    assert asked.decided == {"prompt_unsafe": True}
+    assert asked.native.get("prompt_unsafe") == word
+    assert answered.response_unsafe == asked.prompt_unsafe
+    assert answered.prompt_unsafe is None
+    assert answered.decided == {"response_unsafe": True}
+    assert mild.response_unsafe == 0.0
+    assert mild.decided == {"response_unsafe": False}
+    assert guard.moderate(talks) == [asked.prompt_unsafe, asked.prompt_unsafe, 0.0]
 
 
-DECISIONS = [  # of rude 0.2, 0.4, 0.49, 0.6 and 0.9
-    ("openai-moderation", {}, [False, True, True, True, True]),  # the server's own threshold
-    ("perspective", {}, [False, False, False, True, True]),
-    ("azure-content-safety", {}, [False, False, False, True, True]),
-    ("azure-content-safety", {"threshold": 2}, [False, True, True, True, True]),
-    ("azure-content-safety", {"threshold": 6}, [False, False, False, False, True]),
-]
-
-
-@pytest.mark.parametrize(("service", "options", "decided"), DECISIONS)
-def test_decisions(load, service, options, decided):
-    verdicts = load(service, **options).judge(
-        asks("rude 0.2", "rude 0.4", "rude 0.49", "rude 0.6", "rude 0.9")
-    )
-    assert [v.decided["prompt_unsafe"] for v in verdicts] == decided
+@pytest.mark.parametrize(
+    ("service", "options", "unsafe"),
+    [  # how many of rude 0.9, 0.6, 0.49, 0.4 and 0.2
+        ("openai-moderation", {}, 4),  # the server's own threshold
+        ("perspective", {}, 2),
+        ("azure-content-safety", {}, 2),
+        ("azure-content-safety", {"threshold": 2}, 4),
+        ("azure-content-safety", {"threshold": 6}, 1),
+    ],
+)
+def test_decisions(load, service, options, unsafe):
+    texts = ["rude 0.9", "rude 0.6", "rude 0.49", "rude 0.4", "rude 0.2"]
+    verdicts = load(service, **options).judge(asks(*texts))
+    decided = [v.decided["prompt_unsafe"] for v in verdicts]
+    assert decided == [i < unsafe for i in range(5)]
 
 
 def test_another_model(load, server):
     server.model = "omni-moderation-latest"
-    assert (
-        load("openai-moderation", model=server.model).judge(asks("rude 0.9"))[0].prompt_unsafe
-        == 0.9
-    )
-    assert failed(load("openai-moderation").judge(asks("rude 0.9"))[0])
+    (right,) = load("openai-moderation", model=server.model).judge(asks("rude 0.9"))
+    assert right.prompt_unsafe == 0.9
+    check_failed(*load("openai-moderation").judge(asks("rude 0.9")))
 
 
 @every_service
 def test_order_and_concurrency(load, server, service):
-    server.delay, guard = 0.02, load(service, concurrency=4)
+    server.delay = 0.02
     texts = [f"{i}: rude 0.{i}" for i in range(10, 50)]
     server.plan = {text: [status(503)] for text in texts[::5]}  # come back late
-    found = [verdict.prompt_unsafe for verdict in guard.judge(asks(*texts))]
-    assert found[::13] == [guard.judge(asks(text))[0].prompt_unsafe for text in texts[::13]]
-    assert found == sorted(found) and len(set(found)) > 1 and server.peak == 4
+    found = [v.prompt_unsafe for v in load(service, concurrency=4).judge(asks(*texts))]
+    assert found == sorted(found)
+    assert found[0] < found[-1]
+    assert server.peak == 4
 
 
 FAULTS = {
     "429": status(429, {"error": {"type": "requests", "code": "rate_limit_exceeded"}}),
     "503": status(503),
+    "500": status(500, b"<p>oops</p>"),
+    "slow": slow,
+    "cut": cut,
+    "hang_up": hang_up,
 }
-FAULTS |= {"500": status(500, b"<p>oops</p>"), "slow": slow, "cut": cut, "hang_up": hang_up}
 
 
 @every_service
 def test_passing_faults_are_retried_and_lasting_ones_are_errors(load, server, service):
-    """And Retry-After is waited for."""
-    server.plan = {f"rude 0.9 {name}": [fault] * 2 for name, fault in FAULTS.items()}
-    server.plan |= {f"lasting {name}": [fault] * 9 for name, fault in FAULTS.items()}
-    texts = ["later", *server.plan, "good"]
-    server.plan["later"] = [status(429, Retry_After=1)]
-    verdicts = dict(
-        zip(texts, load(service, timeout=0.4, max_retries=2).judge(asks(*texts)), strict=True)
-    )
+    passing = [f"rude 0.9 {name}" for name in FAULTS]
+    lasting = [f"lasting {name}" for name in FAULTS]
+    for first, second, fault in zip(passing, lasting, FAULTS.values(), strict=True):
+        server.plan |= {first: [fault] * 2, second: [fault] * 9}
+    verdicts = load(service, timeout=0.4, max_retries=2).judge(asks(*passing, *lasting))
+    for verdict in verdicts[: len(FAULTS)]:
+        assert verdict.error is None
+        assert verdict.decided == {"prompt_unsafe": True}
+    for verdict in verdicts[len(FAULTS) :]:
+        check_failed(verdict)
+        assert "3 times" in verdict.error
     asked = Counter(text for text, _ in server.asked)
-    for name in FAULTS:
-        passing, lasting = f"rude 0.9 {name}", f"lasting {name}"
-        assert (
-            verdicts[passing].decided == {"prompt_unsafe": True} and verdicts[passing].error is None
-        ), name
-        assert failed(verdicts[lasting]) and "3 times" in verdicts[lasting].error, name
-        assert asked[passing] == asked[lasting] == 3, name
-    first, second = (when for text, when in server.asked if text == "later")
-    assert (
-        second - first >= 1.0
-        and verdicts["later"].prompt_unsafe == verdicts["good"].prompt_unsafe == 0.0
-    )
+    assert asked == dict.fromkeys(passing + lasting, 3)
 
 
-def test_pauses_are_bounded():
-    for asked, least, most in (
-        ("7", 7, 7),
-        ("86400", 60, 60),
-        *((word, 3, 4) for word in ("soon", "-5", "nan", "")),
-    ):
-        assert (
-            least <= api._pause(httpx2.Response(429, headers={"Retry-After": asked}), 4.0) <= most
-        )
-    assert 3 <= api._pause(None, 4.0) <= 4 and api._pause(None, 1e9) == 60
+@every_service
+def test_retry_after_is_waited_for(load, server, service):
+    server.plan["later"] = [status(429, Retry_After=1)]
+    (verdict,) = load(service).judge(asks("later"))
+    (_, first), (_, second) = server.asked
+    assert second - first >= 1.0
+    assert verdict.prompt_unsafe == 0.0
 
 
 SCORE = {
@@ -364,93 +324,66 @@ def spoiled(service: str, value) -> bytes:
     return json.dumps(answer(service, "good")).replace(SCORE[service], new, 1).encode()
 
 
-NO_SCORES = [..., None, "0", True, False, -2, 1.5, 7, float("nan"), float("inf"), [], 10**400]
-NO_ANSWERS = [
-    b"",
-    b"{",
-    b"null",
-    b"[]",
-    b"{}",
-    b"<html>safe</html>",
-    b'"safe"',
-    b"\xff\xfe",
-    b"[" * 100_000,
-]
+NO_SCORES = [..., None, "0", True, -2, 7, float("nan"), float("inf"), [], 10**400]
+NO_ANSWERS = [b"", b"{", b"[]", b"{}", b"<html>safe</html>", b"\xff\xfe", b"[" * 100_000]
 
 
 @every_service
 def test_an_answer_without_its_scores_is_an_error(load, server, service):
     """And is not asked for again: 200 was the service's last word."""
-    bodies = [*(spoiled(service, value) for value in NO_SCORES), *NO_ANSWERS]
+    bodies = [spoiled(service, value) for value in NO_SCORES] + NO_ANSWERS
     if service == "openai-moderation":
         good = json.dumps(answer(service, "good"))
-        bodies += [
-            good.replace('"flagged": false', f'"flagged": {word}').encode()
-            for word in ("null", "0", '"false"')
-        ]
+        bodies.append(good.replace('"flagged": false', '"flagged": null').encode())
     server.plan = {f"bad {i}": [status(200, body)] for i, body in enumerate(bodies)}
     *bad, good = load(service).judge(asks(*server.plan, "good"))
-    assert [body for body, verdict in zip(bodies, bad, strict=True) if not failed(verdict)] == []
-    assert good.prompt_unsafe == 0.0 and len(server.asked) == len(bodies) + 1
+    check_failed(*bad)
+    assert good.prompt_unsafe == 0.0
+    assert len(server.asked) == len(bodies) + 1
 
 
 @every_service
 def test_items_that_cannot_be_asked_are_errors_of_their_own(load, server, service):
-    server.plan = {
-        "unwanted": [
-            status(400, {"error": {"code": "LANGUAGE_NOT_SUPPORTED", "message": "unwanted"}})
-        ]
-    }
+    refusal = {"error": {"code": "LANGUAGE_NOT_SUPPORTED", "message": "unwanted"}}
+    server.plan["unwanted"] = [status(400, refusal)]
     server.plan["elsewhere"] = [status(302, Location="http://127.0.0.1:9/")]
     system = [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]
-    conversations = [
-        pair("rude 0.9"),
-        pair(" \n"),
-        pair("unwanted"),
-        [],
-        system,
-        pair("\ud800"),
-        pair("elsewhere"),
-    ]
-    verdicts = load(service).judge([*conversations, pair("good")])
-    assert [bool(v.error) for v in verdicts] == [False, *[True] * 6, False] and all(
-        map(failed, verdicts[1:-1])
-    )
-    assert verdicts[2].error == f"{service}: HTTP 400 LANGUAGE_NOT_SUPPORTED"
+    wrong = [pair("unwanted"), pair("elsewhere"), pair(" \n"), [], system, pair("\ud800")]
+    first, *verdicts, last = load(service).judge([pair("rude 0.9"), *wrong, pair("good")])
+    check_failed(*verdicts)
+    assert verdicts[0].error == f"{service}: HTTP 400 LANGUAGE_NOT_SUPPORTED"
     assert sorted(text for text, _ in server.asked) == ["elsewhere", "good", "rude 0.9", "unwanted"]
-    assert verdicts[0].decided["prompt_unsafe"] and verdicts[-1].prompt_unsafe == 0.0
-    assert load(service).judge([]) == []
+    assert first.decided["prompt_unsafe"]
+    assert last.prompt_unsafe == 0.0
 
 
 @every_service
 def test_a_refused_key_ends_the_asking(load, server, service, monkeypatch):
     monkeypatch.setenv(KEYS[service], "key-wrong")
     verdicts = load(service, concurrency=2).judge(asks(*(f"text {i}" for i in range(30))))
-    assert len(server.asked) <= 2 and len(verdicts) == 30
-    assert all(map(failed, verdicts)) and all(KEYS[service] in v.error for v in verdicts)
+    check_failed(*verdicts)
+    assert len(server.asked) <= 2
+    assert all(KEYS[service] in v.error for v in verdicts)
 
 
 @every_service
 def test_a_refused_key_ends_waiting_and_keeps_what_was_judged(load, server, service):
     server.plan = {"waits": [status(503, Retry_After=50)], "last": ["refuse"]}
+    talks = asks("waits", "rude 0.9", "last", "never", "never")
     begun = time.monotonic()
-    verdicts = load(service, concurrency=2).judge(
-        asks("waits", "rude 0.9", "last", "never", "never")
-    )
-    assert time.monotonic() - begun < 5 and verdicts[1].decided == {"prompt_unsafe": True}
-    assert all(map(failed, (verdicts[0], *verdicts[2:]))) and "never" not in dict(server.asked)
+    waits, judged, *rest = load(service, concurrency=2).judge(talks)
+    assert time.monotonic() - begun < 5
+    assert judged.decided == {"prompt_unsafe": True}
+    check_failed(waits, *rest)
+    assert "never" not in dict(server.asked)
 
 
 def test_an_empty_account_ends_the_asking(load, server):
-    server.plan = {
-        "text 0": [status(429, {"error": {"message": "…", "code": "insufficient_quota"}})]
-    }
+    server.plan["text 0"] = [status(429, {"error": {"code": "insufficient_quota"}})]
     verdicts = load("openai-moderation", concurrency=1).judge(asks("text 0", "text 1"))
-    assert (
-        all(map(failed, verdicts))
-        and len(server.asked) == 1
-        and "insufficient_quota" in verdicts[0].error
-    )
+    check_failed(*verdicts)
+    assert len(server.asked) == 1
+    assert "insufficient_quota" in verdicts[0].error
 
 
 @every_service
@@ -460,39 +393,33 @@ def test_no_key_in_any_output(load, server, service, caplog, capfd):
     """
     caplog.set_level(logging.DEBUG)
     quoting = {"error": {"code": KEY, "type": KEY, "message": f"sorry, {KEY}"}}
-    faults = FAULTS | {
-        "bad": status(200, b"{"),
-        "quotes": status(400, quoting),
-        "tired": status(500, quoting),
-    }
-    server.plan = {name: [fault] * 9 for name, fault in faults.items()} | {"refused": ["refuse"]}
+    server.plan = {name: [fault] * 9 for name, fault in FAULTS.items()}
+    server.plan["quotes"] = [status(400, quoting)]
+    server.plan["tired"] = [status(500, quoting)] * 9
     guard = load(service, timeout=0.4, max_retries=1, progress=True)
-    verdicts = guard.judge([*asks("good", *faults), pair("\ud800")]) + guard.judge(asks("refused"))
+    verdicts = guard.judge(asks("good", *server.plan))
+    server.plan["refused"] = ["refuse"]
+    verdicts += guard.judge(asks("refused"))
     printed = capfd.readouterr()
-    assert (
-        "HTTP Request: POST http://127.0.0.1" in caplog.text
-        and "send_request_headers" in caplog.text
-    )
-    assert (
-        f"judging with {service}" in printed.err
-        and [v.error is None for v in verdicts].count(True) == 1
-    )
-    output = [
-        caplog.text,
-        *printed,
-        *(f"{vars(r)}" for r in caplog.records),
-        f"{verdicts} {guard} {vars(guard)}",
-    ]
-    assert not [text for text in output if any(part in text for part in (KEY, KEY[:8], KEY[-4:]))]
+    assert "send_request_headers" in caplog.text
+    assert f"judging with {service}" in printed.err
+    records = [str(vars(record)) for record in caplog.records]
+    output = "\n".join([*records, *printed, f"{verdicts} {guard} {vars(guard)}"])
+    for part in (KEY, KEY[:8], KEY[-4:]):
+        assert part not in output
 
 
-@pytest.mark.parametrize("missing", [*KEYS.values(), "AZURE_CONTENT_SAFETY_ENDPOINT"])
-def test_a_missing_variable_is_named(server, monkeypatch, missing):
-    service = next((s for s, name in KEYS.items() if name == missing), "azure-content-safety")
-    for unset in (lambda: monkeypatch.setenv(missing, " "), lambda: monkeypatch.delenv(missing)):
-        unset()
-        with pytest.raises(UserError, match=f"{missing} is not set"):
-            ApiGuard(service)
+@pytest.mark.parametrize(
+    ("service", "missing"),
+    [*KEYS.items(), ("azure-content-safety", "AZURE_CONTENT_SAFETY_ENDPOINT")],
+)
+def test_a_missing_variable_is_named(server, monkeypatch, service, missing):
+    monkeypatch.setenv(missing, " ")
+    with pytest.raises(UserError, match=f"{missing} is not set"):
+        ApiGuard(service)
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=f"{missing} is not set"):
+        ApiGuard(service)
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"{KEY}é", f"\x00{KEY}"])
@@ -500,30 +427,28 @@ def test_a_key_that_no_header_takes_is_refused_and_not_shown(load, monkeypatch, 
     monkeypatch.setattr("os.environ", {"OPENAI_API_KEY": key})
     with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
         load("openai-moderation")
-    assert KEY not in "".join(traceback.format_exception(error.value)) + repr(
-        error.value.__context__
-    )
+    assert KEY not in "".join(traceback.format_exception(error.value))
+    assert KEY not in repr(error.value.__context__)
 
 
-WRONG = [
-    ("openai", {}, "openai-moderation, perspective, azure-content-safety"),
-    ("perspective", {"threshold": 4}, "threshold is for Azure alone"),
-    ("azure-content-safety", {"threshold": 3}, "2, 4 or 6"),
-    ("azure-content-safety", {"model": "x"}, "model is for openai-moderation"),
-    *(
-        ("perspective", {name: -1}, name)
-        for name in ("concurrency", "timeout", "max_retries", "backoff")
-    ),
-    *(
-        ("perspective", {"base_url": url}, "base URL")
-        for url in ("localhost", "https://a/?key=x", "https://u:p@a")
-    ),
-]
-
-
-@pytest.mark.parametrize(("service", "options", "message"), WRONG)
-def test_wrong_options(server, service, options, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize(
+    ("service", "options", "hint"),
+    [
+        ("openai", {}, "openai-moderation, perspective, azure-content-safety"),
+        ("perspective", {"threshold": 4}, "threshold is for Azure alone"),
+        ("azure-content-safety", {"threshold": 3}, "2, 4 or 6"),
+        ("azure-content-safety", {"model": "x"}, "model is for openai-moderation"),
+        ("perspective", {"concurrency": -1}, "concurrency"),
+        ("perspective", {"timeout": -1}, "timeout"),
+        ("perspective", {"max_retries": -1}, "max_retries"),
+        ("perspective", {"backoff": -1}, "backoff"),
+        ("perspective", {"base_url": "localhost"}, "base URL"),
+        ("perspective", {"base_url": "https://a/?key=x"}, "base URL"),
+        ("perspective", {"base_url": "https://u:p@a"}, "base URL"),
+    ],
+)
+def test_wrong_options(server, service, options, hint):
+    with pytest.raises(UserError, match=hint):
         ApiGuard(service, **options)
 
 
@@ -533,5 +458,5 @@ def test_wrong_options(server, service, options, message):
 def test_a_text_over_the_services_limit_is_an_error(load, server, service, most):
     whole, over = load(service).judge(asks(most, most + "a"))
     assert whole.error is None
-    assert failed(over) and "bytes, more than" in over.error
+    check_failed(over)
     assert len(server.asked) == 1

@@ -58,33 +58,30 @@ def test_a_card_comes_back_as_it_was(tmp_path, kind):
     assert CARDS[kind].items() <= written.items()
 
 
-WRONG = [1, 1.0, 7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None]
+WRONG = [1, 7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None]
 
 
 @pytest.mark.parametrize("value", WRONG)
-@pytest.mark.parametrize("kind", CARDS)
-def test_a_threshold_is_a_probability_that_a_score_can_exceed(tmp_path, kind, value):
+def test_a_threshold_is_a_probability_that_a_score_can_exceed(tmp_path, value):
     """One of 1, 7, NaN, -1 or `true` would block nothing, or everything, without a word."""
-    said = refusal(tmp_path, CARDS[kind] | threshold(value))
+    said = refusal(tmp_path, GENERATIVE | threshold(value))
     assert said.startswith(f"{tmp_path}/guard.json, field thresholds.flagged.value: ")
 
 
-@pytest.mark.parametrize("value", WRONG)
-def test_the_callers_threshold_is_checked_as_the_cards(tiny_classifier, tmp_path, value):
+def test_the_callers_threshold_is_checked_as_the_cards(tiny_classifier, tmp_path):
     folder = str(tiny_classifier(tmp_path))
     with pytest.raises(UserError, match=r"^field thresholds\.flagged\.value: "):
-        load_guard(folder, **threshold(value))
-    with pytest.raises(UserError, match=r"^field thresholds\.flaged.*: input should be 'flagged'"):
+        load_guard(folder, **threshold(7))
+    with pytest.raises(UserError, match=r"^field thresholds\.flaged"):
         load_guard(folder, thresholds={"flaged": {"value": 0.5, "how": "default"}})
     given = {"flagged": {"value": 0.0, "how": "default"}}
     assert load_guard(folder, thresholds=given).thresholds == given
 
 
-REQUIRED = [
-    *(("lora_guard", name) for name in LORA if name not in ("kind", "thresholds")),
-    *(("classifier", name) for name in ("template", "labels", "max_length")),
-    *(("generative", name) for name in ("guard", "max_length")),
-]
+MAY_BE_LEFT_OUT = ("kind", "thresholds", "base_model", "num_hidden_layers", "data", "arm", "seed")
+REQUIRED = [("lora_guard", "base_model"), ("lora_guard", "num_hidden_layers")]
+for kind, card in CARDS.items():
+    REQUIRED += [(kind, name) for name in card if name not in MAY_BE_LEFT_OUT]
 
 
 @pytest.mark.parametrize(("kind", "name"), REQUIRED)
@@ -94,92 +91,49 @@ def test_what_changes_a_score_cannot_be_left_out(tmp_path, kind, name):
     assert said.startswith(f"{tmp_path}/guard.json, field {name}: missing")
 
 
+HALF_A_THRESHOLD = {"flagged": {"value": 0.5}}
+
+
 @pytest.mark.parametrize(
-    ("kind", "change", "said"),
+    ("kind", "change", "place"),
     [
-        ("lora_guard", {"head_bias": [0.5]}, "field head_bias: 1 numbers for 15 labels"),
-        ("lora_guard", {"head_bias": "x"}, "field head_bias: input should be a valid array"),
-        (
-            "lora_guard",
-            {"head_bias": [float("nan")] * 15},
-            "field head_bias.0: input should be a finite",
-        ),
-        ("lora_guard", {"labels": ["unsafe", *LABELS]}, "field labels: a name is there twice"),
-        ("classifier", {"labels": ["a", "b", "a"]}, "field labels: a name is there twice"),
-        ("classifier", {"labels": "beavertails"}, "field labels: input should be a valid array"),
-        (
-            "lora_guard",
-            {"inputs": "pair"},
-            "field inputs: input should be a valid array, found 'pair'",
-        ),
-        ("lora_guard", {"inputs": []}, "field inputs: list should have at least 1 item"),
-        ("lora_guard", {"inputs": ["both"]}, "field inputs.0: input should be 'pair', 'prompt' or"),
-        (
-            "lora_guard",
-            {"num_hidden_layers": "two"},
-            "field num_hidden_layers: input should be a valid integer",
-        ),
-        (
-            "lora_guard",
-            {"num_hidden_layers": 0},
-            "field num_hidden_layers: input should be greater",
-        ),
-        (
-            "lora_guard",
-            {"template": "lora"},
-            "field template: template 'lora': unknown; the templates are",
-        ),
-        ("lora_guard", {"template": ["x"]}, "field template: input should be a valid string"),
-        ("lora_guard", {"base_model": ""}, "field base_model: "),
-        ("classifier", {"max_length": "long"}, "field max_length: input should be a valid integer"),
-        ("classifier", {"max_length": True}, "field max_length: input should be a valid integer"),
-        ("classifier", {"max_length": 0}, "field max_length: input should be greater"),
-        ("classifier", {"pooling": "mean"}, "field pooling: input should be 'last attended token'"),
-        ("classifier", {"head_bias": None}, "field head_bias: unknown"),
-        (
-            "classifier",
-            {"thresholds": {"flaged": threshold(0.5)["thresholds"]["flagged"]}},
-            "field thresholds.flaged.[key]: input should be 'flagged', ",
-        ),
-        (
-            "classifier",
-            {"thresholds": {"flagged": {"value": 0.5}}},
-            "field thresholds.flagged.how: missing",
-        ),
-        ("classifier", {"thresholds": {"flagged": 0.5}}, "field thresholds.flagged: "),
-        (
-            "generative",
-            {"guard": "nobody"},
-            "field guard: 'nobody' is no generative guard of zoo.yaml",
-        ),
-        (
-            "generative",
-            {"guard": "beaver-dam-7b"},
-            "field guard: 'beaver-dam-7b' is no generative guard",
-        ),
-        (
-            "generative",
-            {"kind": "oracle"},
-            "field kind: 'oracle' is unknown; known kinds: classifier, lora",
-        ),
-        ("generative", {"probe": {}}, "field probe.messages: missing"),
+        ("lora_guard", {"head_bias": [0.5]}, "head_bias: 1 numbers for 15 labels"),
+        ("lora_guard", {"head_bias": [float("nan")] * 15}, "head_bias.0: "),
+        ("lora_guard", {"inputs": "pair"}, "inputs: "),
+        ("lora_guard", {"inputs": []}, "inputs: "),
+        ("lora_guard", {"inputs": ["both"]}, "inputs.0: "),
+        ("lora_guard", {"num_hidden_layers": 0}, "num_hidden_layers: "),
+        ("lora_guard", {"template": "lora"}, "template: template 'lora': unknown"),
+        ("lora_guard", {"base_model": ""}, "base_model: "),
+        ("classifier", {"labels": ["a", "b", "a"]}, "labels: a name is there twice"),
+        ("classifier", {"labels": "beavertails"}, "labels: "),
+        ("classifier", {"max_length": "long"}, "max_length: "),
+        ("classifier", {"max_length": True}, "max_length: "),
+        ("classifier", {"max_length": 0}, "max_length: "),
+        ("classifier", {"pooling": "mean"}, "pooling: "),
+        ("classifier", {"head_bias": None}, "head_bias: unknown"),
+        ("classifier", {"thresholds": {"flaged": None}}, "thresholds.flaged"),
+        ("classifier", {"thresholds": HALF_A_THRESHOLD}, "thresholds.flagged.how: missing"),
+        ("generative", {"guard": "nobody"}, "guard: 'nobody' is no generative guard"),
+        ("generative", {"guard": "beaver-dam-7b"}, "guard: 'beaver-dam-7b' is no generative"),
+        ("generative", {"kind": "oracle"}, "kind: 'oracle' is unknown; known kinds: "),
+        ("generative", {"probe": {}}, "probe.messages: missing"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, kind, change, said):
-    assert f"{tmp_path}/guard.json, {said}" in refusal(tmp_path, CARDS[kind] | change)
+def test_what_is_wrong_is_named(tmp_path, kind, change, place):
+    said = refusal(tmp_path, CARDS[kind] | change)
+    assert said.startswith(f"{tmp_path}/guard.json, field {place}")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (
-            '{"kind": "classifier",\n]',
-            "malformed JSON (Invalid JSON: key must be a string at line 2",
-        ),
+        ('{"kind": "classifier",\n]', "at line 2"),
         ("\xff", "malformed JSON"),
-        ("[]", "expected an object, found []"),
+        ("[]", "expected an object"),
         ("{}", "field kind: missing"),
     ],
+    ids=["no JSON", "no UTF-8", "no object", "no kind"],
 )
 def test_what_is_no_card_is_named(tmp_path, content, said):
     assert said in refusal(tmp_path, content)

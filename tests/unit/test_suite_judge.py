@@ -2,8 +2,8 @@
 that differ.
 """
 
+import os
 import shutil
-from pathlib import Path
 
 import completions
 import families
@@ -55,20 +55,14 @@ def identity(spec: str) -> str:
 )
 def test_another_prompt_is_another_guard(tmp_path, monkeypatch, spec, template):
     """The prompt's text counts, and not only its name."""
-    folders = [
-        Path(shutil.copytree(folder, tmp_path / str(i)))
-        for i, folder in enumerate(common.templates.FOLDERS)
-    ]
-    monkeypatch.setattr(common.templates, "FOLDERS", folders)
+    prompts = tmp_path / "prompts"
+    for folder in common.templates.FOLDERS:
+        shutil.copytree(folder, prompts, dirs_exist_ok=True)
+    monkeypatch.setattr(common.templates, "FOLDERS", [prompts])
     write_card(tmp_path, lora_card())
     spec = spec.format(folder=tmp_path)
     before = identity(spec)
-    assert before == identity(spec)
-    path = next(
-        folder / f"{template}.jinja"
-        for folder in folders
-        if (folder / f"{template}.jinja").is_file()
-    )
+    path = prompts / f"{template}.jinja"
     path.write_text(path.read_text() + "!")
     assert identity(spec) != before
 
@@ -77,14 +71,20 @@ def test_another_prompt_is_another_guard(tmp_path, monkeypatch, spec, template):
     "spec", ["llama-guard:adapter={part}", "llama-guard:model={part}", "{guard}"]
 )
 def test_other_weights_are_another_guard(tmp_path, spec):
-    """Of the adapter, and of the base model that guard.json names."""
-    part, guard = tmp_path / "part", tmp_path / "guard"
-    part.mkdir(), guard.mkdir()
-    write_card(guard, lora_card(str(part)))
-    (part / "adapter_model.safetensors").write_text("weights")
-    spec = spec.format(part=part, guard=guard)
+    """Of the adapter, and of the base model that guard.json names; by content, whatever their
+    date.
+    """
+    guard = tmp_path / "guard"
+    weights = tmp_path / "part/adapter_model.safetensors"
+    weights.parent.mkdir()
+    write_card(guard, lora_card(str(weights.parent)))
+    spec = spec.format(part=weights.parent, guard=guard)
+    weights.write_text("weights")
     before = identity(spec)
-    (part / "adapter_model.safetensors").write_text("other weights")
+    os.utime(weights, (1, 1))
+    assert identity(spec) == before
+    weights.write_text("another")  # as long
+    os.utime(weights, (1, 1))
     assert identity(spec) != before
 
 
@@ -95,26 +95,31 @@ def test_a_guard_by_its_adapters_id():
     assert (base.zoo, base.released) == (None, False)
 
 
-def test_the_names_of_the_papers_code_are_known():
-    """Of guards, with and without a folder, and of benchmarks."""
+def test_the_papers_names_of_guards(tmp_path):
+    """With and without a folder."""
     for name, ours in ALIASES.items():
         if zoo()[ours]["kind"] != "api":
             (found,) = judge.candidates([name], {})
-            assert (found.name, found.zoo, found.released) == (ours, ours, True)
-    asked = {
-        "prompt": "expguardtest toxicchat openai_mod xstest_prompt_harm harmbench "
-        "aegis_safety_dataset2 wildguardtest_prompt",
-        "response": "expguardtest beavertails saferlhf harmbench aegis_safety_dataset2 "
-        "wildguardtest_response",
-    }
-    for task, names in asked.items():
-        found = [split_spec(f"{name}:{task}")[0] for name in names.split()]
-        assert found == paper()["tasks"][task]
-
-
-def test_a_paper_s_name_for_a_folder(tmp_path):
+            assert found.name == found.zoo == ours
+            assert found.released
     (found,) = judge.candidates([f"ExpGuard={tmp_path}"], {})
-    assert (found.name, found.zoo) == ("expguard", "expguard")
+    assert found.name == found.zoo == "expguard"
+
+
+PROMPTS = "expguardtest toxicchat openai_mod xstest_prompt_harm harmbench aegis_safety_dataset2"
+RESPONSES = "expguardtest beavertails saferlhf harmbench aegis_safety_dataset2"
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("prompt", f"{PROMPTS} wildguardtest_prompt"),
+        ("response", f"{RESPONSES} wildguardtest_response"),
+    ],
+)
+def test_the_papers_names_of_benchmarks(task, names):
+    found = [split_spec(f"{name}:{task}")[0] for name in names.split()]
+    assert found == paper()["tasks"][task]
 
 
 def test_a_benchmark_by_the_papers_name(arguments, file):
@@ -183,8 +188,7 @@ def test_errors_of_a_real_server(arguments, tmp_path, serve):
     """A prompt that it refuses and an answer that cannot be read are not asked again; an answer
     that came from something else on the way is.
     """
-    words = [word for question in zoo()["wildguard"]["questions"] for word in question["words"]]
-    families.save(tmp_path / "model", "mistral", [word.strip() for word in words])
+    families.save(tmp_path / "model", "mistral", ["yes", "no", "n/a"])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     asked = []
 
@@ -207,7 +211,7 @@ def test_errors_of_a_real_server(arguments, tmp_path, serve):
     guards = judge.candidates([f"wildguard={tmp_path / 'model'}"], evaluate.guard_options(args))
     results = evaluate.evaluate(args, guards)
     assert cells(results, "wildguard")["expguardtest_prompt"]["errors"] == 3
-    assert len(asked) == 12 and {"cat", "dog", "cow"} < set(asked)
+    assert {"cat", "dog", "cow"} < set(asked)
     asked.clear()
     assert evaluate.evaluate(args, guards)["cells"] == results["cells"]
     assert asked == ["cow"]
@@ -216,28 +220,27 @@ def test_errors_of_a_real_server(arguments, tmp_path, serve):
 # --- one table --------------------------------------------------------------------------------------------------------
 
 
+def flagged(value: float, how: str, on: str | None) -> dict:
+    return {"flagged": {"value": value, "how": how, "on": on}}
+
+
 def test_an_unfitted_threshold_is_none(arguments, tmp_path):
-    default = {"flagged": {"value": 0.5, "how": "default", "on": None}}
-    fitted = {"flagged": {"value": 0.95, "how": "max F1, n=9", "on": "own"}}
-    results = evaluate.evaluate(
-        arguments(), [candidate(thresholds=fitted), candidate("other", thresholds=default)]
-    )
+    fitted = candidate(thresholds=flagged(0.95, "max F1, n=9", "own"))
+    default = candidate("other", thresholds=flagged(0.5, "default", None))
+    results = evaluate.evaluate(arguments(), [fitted, default])
     assert {cell["threshold"] for cell in cells(results, "other").values()} == {None}
     text = (tmp_path / "out/results.md").read_text().partition("## F1 at the threshold")[2]
-    assert "| other | not measured | not measured |" in text and "## No table" not in text
+    assert "| other | not measured | not measured |" in text
 
 
 def test_what_differs_costs_one_table(arguments, tmp_path):
-    own = [{"flagged": {"value": 0.5, "how": how, "on": "own"}} for how in ("max F1", "max recall")]
-    evaluate.evaluate(
-        arguments(), [candidate(thresholds=own[0]), candidate("other", thresholds=own[1])]
-    )
+    one = candidate(thresholds=flagged(0.5, "max F1", "own"))
+    other = candidate("other", thresholds=flagged(0.5, "max recall", "own"))
+    evaluate.evaluate(arguments(), [one, other])
     text = (tmp_path / "out/results.md").read_text()
-    assert "## F1 at the guard's own decision" in text and "## F1 at the threshold" not in text
-    assert (
-        "## No table\n\n- expguardtest_prompt, F1 at the threshold of the validation data ↑: "
-        in text
-    )
+    assert "## F1 at the guard's own decision" in text
+    assert "## F1 at the threshold" not in text
+    assert "## No table\n\n- expguardtest_prompt, F1 at the threshold" in text
     assert "f1_at_validation" not in (tmp_path / "out/results.csv").read_text()
 
 
@@ -262,16 +265,13 @@ class Mute(Guard):
 
 def test_a_guard_that_judges_nothing_of_what_was_asked(arguments, tmp_path, monkeypatch):
     """A table says so, and the exit code."""
-    made = [judge.Candidate("mute", "mute", "1", Mute), candidate()]
+    mute = judge.Candidate("mute", "mute", "1", Mute)
     monkeypatch.setattr(evaluate, "parse_args", lambda *_: [arguments(task_type="prompt")])
-    monkeypatch.setattr(evaluate, "candidates", lambda *_: made[:1])
+    monkeypatch.setattr(evaluate, "candidates", lambda *_: [mute])
     with pytest.raises(SystemExit) as stopped:
         evaluate.main()
     assert stopped.value.code == 1
-    text = (tmp_path / "out/results.md").read_text()
-    assert "| mute | not supported |" in text and "\n## Recall" not in text
-    monkeypatch.setattr(evaluate, "candidates", lambda *_: made[1:])
-    evaluate.main()
+    assert "| mute | not supported |" in (tmp_path / "out/results.md").read_text()
 
 
 def test_files_of_other_runs_are_read_one_after_another(arguments, tmp_path):
@@ -279,18 +279,20 @@ def test_files_of_other_runs_are_read_one_after_another(arguments, tmp_path):
     stand first.
     """
     prompts, responses = arguments().benchmarks
-    for name, specs in {"a": [responses], "b": [prompts]}.items():
-        out = str(tmp_path / name)
-        evaluate.evaluate(arguments(benchmarks=specs, output_dir=out), [candidate("same")])
-    files, late = [str(tmp_path / name / "results.json") for name in "ab"], candidate("late")
+    for name, spec in {"a": responses, "b": prompts}.items():
+        args = arguments(benchmarks=[spec], output_dir=str(tmp_path / name))
+        evaluate.evaluate(args, [candidate("same")])
+    first = str(tmp_path / "a/results.json")
+    second = str(tmp_path / "b/results.json")
+    late = candidate("late")
+    both = arguments(add_results=[first, second], benchmarks=[prompts])
     with pytest.raises(UserError, match=r"b.results\.json: holds same too"):
-        evaluate.evaluate(arguments(add_results=files, benchmarks=[prompts]), [late])
+        evaluate.evaluate(both, [late])
     assert not late.load.made
-    results = evaluate.evaluate(arguments(add_results=files[:1], benchmarks=[prompts]), [late])
+    results = evaluate.evaluate(arguments(add_results=[first], benchmarks=[prompts]), [late])
     assert list(results["benchmarks"]) == ["expguardtest_prompt", "expguardtest_response"]
-    assert [(cell["guard"], cell["benchmark"]) for cell in results["cells"]] == [
-        *(("late", "expguardtest_prompt"), ("same", "expguardtest_response"))
-    ]
+    assert list(cells(results, "late")) == ["expguardtest_prompt"]
+    assert list(cells(results, "same")) == ["expguardtest_response"]
 
 
 def test_later_commands_read_what_the_papers_leaves():
