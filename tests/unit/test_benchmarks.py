@@ -24,16 +24,21 @@ from common.data import deduplicate
 from guards import zoo
 from guards.suite.benchmarks import benchmark_names, benchmarks, load_benchmark
 
-ROOT = Path(__file__).resolve().parents[2]
-CORE = {
-    "expguardtest_prompt", "expguardtest_response", "toxicchat", "toxicchat_full", "openai_moderation", "xstest_prompt",
-    "harmbench_prompt", "harmbench_response", "aegis1_prompt", "aegis2_prompt", "aegis2_response", "simplesafetytests",
-    "wildguardtest_prompt", "wildguardtest_response", "wildguardtest_refusal", "xstest_response_harm",
-    "xstest_response_refusal", "beavertails", "beavertails_330k", "saferlhf",
-}  # fmt: skip
-
-
 AEGIS2 = benchmarks()["aegis2_prompt"]
+PINNED = r"https://raw\.githubusercontent\.com/[^/]+/[^/]+/[0-9a-f]{40}/|http://parl\.ai/.*_v[0-9.]+\.tar\.gz#"
+
+
+def miniature(name: str, folder: Path, **options):
+    """The miniature of a benchmark, loaded."""
+    return load_benchmark(f"{name}@{write(name, folder)}", **options)
+
+
+def labels_of(loaded) -> list[bool]:
+    return [row["label"] for row in loaded.rows]
+
+
+def column(loaded, name: str) -> list:
+    return [row[name] for row in loaded.rows]
 
 
 def rows_of(name: str, folder: Path, rows: list, file: str = "rows.jsonl"):
@@ -49,178 +54,159 @@ def rows_of(name: str, folder: Path, rows: list, file: str = "rows.jsonl"):
 @pytest.mark.parametrize("name", benchmark_names())
 def test_miniature(name, tmp_path):
     made = MINIATURES[name]
-    loaded = load_benchmark(f"{name}@{write(name, tmp_path)}")
-    assert [row["label"] for row in loaded.rows] == expected(name)
+    loaded = miniature(name, tmp_path)
+    assert labels_of(loaded) == expected(name)
     assert loaded.rows[0]["groups"] == made.groups
     assert sum(loaded.facts["left_out"].values()) == made.left_out
     assert loaded.facts["found"] == {"size": len(made.labels), "positives": sum(made.labels)}
-    assert loaded.label == benchmarks()[name]["label"] and loaded.name == name
+    assert loaded.label == benchmarks()[name]["label"]
     last = "user" if loaded.label == "prompt_unsafe" else "assistant"
     for row in loaded.rows:
         assert row["messages"][-1]["role"] == last
-        assert (
-            row["id"]
-            == hashlib.sha256(json.dumps([loaded.label, row["messages"]]).encode()).hexdigest()
-        )
-    texts = [row["messages"][-1]["content"] for row in loaded.rows]
-    assert len(set(texts)) >= min(2, len(texts)) and all(text == text.strip() for text in texts)
-
-
-def test_every_core_benchmark_is_known():
-    assert CORE <= set(benchmark_names()) == set(MINIATURES)
-    by_label = [benchmark_names(label) for label in LABELS]
-    assert sorted(name for names in by_label for name in names) == sorted(
-        benchmark_names()
-    ) and all(by_label)
+        text = json.dumps([loaded.label, row["messages"]])
+        assert row["id"] == hashlib.sha256(text.encode()).hexdigest()
+    texts = {row["messages"][-1]["content"] for row in loaded.rows}
+    assert len(texts) > 1
+    assert all(text == text.strip() for text in texts)
 
 
 @pytest.mark.parametrize("name", benchmark_names())
 def test_entry_is_whole(name):
     """Licence, gate, label, a pinned source, and counts or null."""
     entry = benchmarks()[name]
-    assert (
-        entry["licence"]
-        and entry["gate"] in ("none", "auto", "manual")
-        and entry["label"] in LABELS
-    )
-    size, positives = entry["size"], entry["positives"]
-    assert size is None or (isinstance(size, int) and size > 0)
-    assert positives is None or (isinstance(positives, int) and positives <= (size or positives))
-    if "hub" in entry:
-        assert re.fullmatch(r"[0-9a-f]{40}|main|v0", entry["revision"]) and entry["split"]
-    else:
-        urls = entry["url"].values() if isinstance(entry["url"], dict) else [entry["url"]]
-        pinned = r"https://raw\.githubusercontent\.com/[^/]+/[^/]+/[0-9a-f]{40}/|http://parl\.ai/.*_v[0-9.]+\.tar\.gz#"
-        assert all(re.match(pinned, url) for url in urls)
+    assert entry["licence"]
+    assert entry["gate"] in ("none", "auto", "manual")
+    assert entry["label"] in LABELS
     assert set(entry.get("contaminated_by", ())) <= set(zoo())
+    if entry["size"] is not None:
+        assert 0 <= (entry["positives"] or 0) <= entry["size"]
     if entry["gold"] == {"always": True}:
-        assert size == positives
+        assert entry["size"] == entry["positives"]
+    if "hub" in entry:
+        assert re.fullmatch(r"[0-9a-f]{40}|main|v0", entry["revision"])
+        assert entry["split"]
+        return
+    urls = entry["url"].values() if isinstance(entry["url"], dict) else [entry["url"]]
+    assert all(re.match(PINNED, url) for url in urls)
 
 
 # --- messages, groups, marks, facts -----------------------------------------------------------------------------------
 
 
-def test_turns_are_kept(tmp_path):
+THREE_TURNS = [*pair("Hello.", ITEMS[1].answer), *pair(ITEMS[2].prompt)]
+CONVABUSE = [
+    {"role": "assistant", "content": "Hello."},
+    *pair("Hi.", "How are you?"),
+    *pair(ITEMS[0].prompt),
+]
+DICES = [*pair("Hello.", "Hello, how are you?"), *pair(ITEMS[7].prompt, ITEMS[7].answer)]
+PROSOCIAL = [*pair(ITEMS[4].prompt, ITEMS[4].answer), *pair(ITEMS[5].prompt)]
+WITH_CONTEXT = pair(f"{UNSAFE_PROMPTS[2]}\n\nThe letters lie in a box at the gate.")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "messages"),
+    [
+        ("convabuse", 0, CONVABUSE),
+        ("dices_350", 0, DICES),
+        ("dices_990", 0, DICES),
+        ("prosocial_dialog", 4, PROSOCIAL),
+        ("harmbench_behaviors", 2, WITH_CONTEXT),
+        ("safetext", 0, pair("If the pan is hot, touch it.")),
+        ("harmfulqa_conversations", 3, pair(ITEMS[1].prompt, ITEMS[1].answer)),
+        ("bot_adversarial_dialogue_prompt", 2, THREE_TURNS),
+        ("bot_adversarial_dialogue_response", 2, pair(ITEMS[2].prompt, ITEMS[2].answer)),
+    ],
+)
+def test_turns_are_kept(name, row, messages, tmp_path):
     """Several turns, a leading assistant turn, joined columns, and turns put together from other
-    rows.
+    rows; a last question that nobody answered is left out.
     """
-    first = lambda name, n=0: load_benchmark(f"{name}@{write(name, tmp_path)}").rows[n]["messages"]  # noqa: E731
-    assert [(m["role"], m["content"]) for m in first("convabuse")] == [
-        ("assistant", "Hello."), ("user", "Hi."), ("assistant", "How are you?"), ("user", ITEMS[0].prompt),
-    ]  # fmt: skip
-    for name in ("dices_350", "dices_990"):
-        greeting = pair("Hello.", "Hello, how are you?")
-        assert first(name) == greeting + pair(ITEMS[7].prompt, ITEMS[7].answer)
-    assert first("prosocial_dialog", 4) == pair(ITEMS[4].prompt, ITEMS[4].answer) + pair(
-        ITEMS[5].prompt
-    )
-    assert first("harmbench_behaviors", 2) == pair(
-        f"{UNSAFE_PROMPTS[2]}\n\nThe letters lie in a box at the gate."
-    )
-    assert first("safetext") == pair("If the pan is hot, touch it.")
-    # but for a last question
-    assert first("harmfulqa_conversations", 3) == pair(ITEMS[1].prompt, ITEMS[1].answer)
-    three = [*pair("Hello.", ITEMS[1].answer), *pair(ITEMS[2].prompt)]
-    assert first("bot_adversarial_dialogue_prompt", 2) == three
-    assert first("bot_adversarial_dialogue_response", 2) == pair(ITEMS[2].prompt, ITEMS[2].answer)
-    assert first("xstest_response_refusal", 2) == pair(ITEMS[2].prompt, ITEMS[2].answer)
+    assert miniature(name, tmp_path).rows[row]["messages"] == messages
 
 
 def test_turns_stand_in_the_order_of_their_numbers(tmp_path):
     """Also where a file writes the numbers as text."""
-    rows = [
-        {"context": f"q{n}", "response": f"a{n}", "safety_label": "__casual__"} for n in range(12)
-    ]
-    rows = [row | {"dialogue_id": "0", "response_id": str(n)} for n, row in enumerate(rows)]
+    row = {"safety_label": "__casual__", "dialogue_id": "0"}
+    rows = []
+    turns = []
+    for n in range(12):
+        turn = {"context": f"q{n}", "response": f"a{n}", "response_id": str(n)}
+        rows.append(row | turn)
+        turns += [f"q{n}", f"a{n}"]
     last = rows_of("prosocial_dialog", tmp_path, rows[::-1]).rows[-1]["messages"]
-    assert [message["content"] for message in last] == [
-        text for n in range(12) for text in (f"q{n}", f"a{n}")
-    ][:-1]
+    assert [message["content"] for message in last] == turns[:-1]
 
 
 def test_sub_groups(tmp_path):
     """A null has no group; scores below the bar and values that are not listed have a name."""
-    toxicchat = load_benchmark(f"toxicchat@{write('toxicchat', tmp_path)}").rows
-    assert [row["groups"]["openai_moderation"] for row in toxicchat] == ["harassment"] + [
-        "low_confidence"
-    ] * 5
-    assert [row["groups"]["prompt_type"] for row in toxicchat] == ["adversarial"] + ["vanilla"] * 5
-    harmbench = load_benchmark(f"harmbench_response@{write('harmbench_response', tmp_path)}").rows
-    assert [row["groups"]["prompt_type"] for row in harmbench] == ["vanilla"] + ["adversarial"] * 7
+    groups = column(miniature("toxicchat", tmp_path), "groups")
+    assert groups[0] == {"openai_moderation": "harassment", "prompt_type": "adversarial"}
+    assert groups[1] == {"openai_moderation": "low_confidence", "prompt_type": "vanilla"}
+    groups = column(miniature("harmbench_response", tmp_path), "groups")
+    assert groups[:2] == [{"prompt_type": "vanilla"}, {"prompt_type": "adversarial"}]
     row = {"prompt": "Hello.", "prompt_label": "safe", "domain": None}
-    assert rows_of("expguardtest_prompt", tmp_path, [row]).rows[0]["groups"] == {}
+    assert column(rows_of("expguardtest_prompt", tmp_path, [row]), "groups") == [{}]
 
 
 def test_a_cell_of_text_is_never_run(tmp_path):
     trap = tmp_path / "trap"
     row = {"user_input": "Hello.", "human_annotation": True, "toxicity": 0, "jailbreaking": 0}
     row["openai_moderation"] = f"[('a', __import__('pathlib').Path({str(trap)!r}).write_text('x'))]"
-    with pytest.raises(
-        UserError, match="line 1, field openai_moderation: expected a list of names"
-    ):
+    with pytest.raises(UserError, match="line 1, field openai_moderation"):
         rows_of("toxicchat", tmp_path, [row])
     assert not trap.exists()
 
 
 def test_repeats_and_conflicts_are_marked(tmp_path):
-    rows = [
-        {"prompt": text, "label": label}
-        for text, label in zip("aabbbc", "su" + "sss" + "u", strict=True)
-    ]
-    rows = [row | {"label": {"s": "safe", "u": "unsafe"}[row["label"]]} for row in rows]
+    labels = ["safe", "unsafe", "safe", "safe", "safe", "unsafe"]
+    rows = []
+    for text, label in zip("aabbbc", labels, strict=True):
+        rows.append({"prompt": text, "label": label})
     loaded = rows_of("xstest_prompt", tmp_path, rows)
-    assert [row["conflicting"] for row in loaded.rows] == [True, True, False, False, False, False]
-    assert [row["duplicate"] for row in loaded.rows] == [False, False, False, True, True, False]
-    assert len({row["id"] for row in loaded.rows}) == 3
-    other = rows_of("or_bench_hard", tmp_path, [{"prompt": "a"}]).rows[0]
+    assert column(loaded, "conflicting") == [True, True, False, False, False, False]
+    assert column(loaded, "duplicate") == [False, False, False, True, True, False]
+    assert len(set(column(loaded, "id"))) == 3
     # the same question of the same text, in whatever benchmark
-    assert other["id"] == loaded.rows[0]["id"]
-    assert (
-        rows_of("dynahate", tmp_path, [{"text": "a", "label": "hate", "split": "test"}]).rows[0][
-            "id"
-        ]
-        == other["id"]
-    )
+    other = rows_of("or_bench_hard", tmp_path, [{"prompt": "a"}])
+    assert column(other, "id") == column(loaded, "id")[:1]
 
 
-def test_counts_are_checked(tmp_path, caplog, monkeypatch):
-    path = write("aegis2_prompt", tmp_path)
-    loaded = load_benchmark(f"aegis2_prompt@{path}")
-    said = "expected size 1964, positives 1059 but found size 8, positives 4; 1 rows left out: prompt is REDACTED"
-    assert loaded.facts["mismatch"] == said and said in caplog.text
-    assert loaded.facts["left_out"] == {"prompt is REDACTED": 1}
-    for size, positives, fits in (
-        (9, 4, True),
-        (9, 5, True),
-        (9, 6, False),
-        (9, 3, False),
-        (8, 4, False),
-    ):
-        monkeypatch.setitem(
-            benchmarks(), "aegis2_prompt", AEGIS2 | {"size": size, "positives": positives}
-        )
-        # the known ones count it
-        assert (load_benchmark(f"aegis2_prompt@{path}").facts["mismatch"] is None) == fits
-    caplog.clear()
-    few = load_benchmark(f"aegis2_prompt@{path}", max_rows=3)
-    assert few.facts["mismatch"] is None and not caplog.text and few.facts["found"]["size"] == 3
-    unknown = load_benchmark(f"aegis2_response@{write('aegis2_response', tmp_path)}").facts
-    assert unknown["expected"] is None and unknown["mismatch"] is None
+def test_counts_are_checked(tmp_path, caplog):
+    facts = miniature("aegis2_prompt", tmp_path).facts
+    assert "expected size 1964, positives 1059 but found size 8, positives 4" in facts["mismatch"]
+    assert facts["mismatch"] in caplog.text
+    assert facts["left_out"] == {"prompt is REDACTED": 1}
+    few = miniature("aegis2_prompt", tmp_path, max_rows=3).facts
+    assert few["mismatch"] is None
+    assert few["found"]["size"] == 3
+    unknown = miniature("aegis2_response", tmp_path).facts
+    assert unknown["expected"] is None
+    assert unknown["mismatch"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "positives", "fits"),
+    [(9, 4, True), (9, 5, True), (9, 6, False), (9, 3, False), (8, 4, False)],
+)
+def test_counts_of_redacted_rows_are_known(tmp_path, monkeypatch, size, positives, fits):
+    """The row that is left out is counted, and may be of either class."""
+    changed = AEGIS2 | {"size": size, "positives": positives}
+    monkeypatch.setitem(benchmarks(), "aegis2_prompt", changed)
+    mismatch = miniature("aegis2_prompt", tmp_path).facts["mismatch"]
+    assert (mismatch is None) == fits
 
 
 def test_facts(tmp_path):
-    facts = load_benchmark(f"wildguardtest_prompt@{write('wildguardtest_prompt', tmp_path)}").facts
-    assert (
-        facts["page"] == "https://huggingface.co/datasets/allenai/wildguardmix"
-        and facts["gate"] == "auto"
-    )
-    assert (
-        facts["licence"] == "ODC-BY"
-        and facts["contaminated_by"] == ["wildguard"]
-        and not facts["recall_only"]
-    )
-    assert facts["file"] == "wildguard_test.parquet" and str(tmp_path) not in json.dumps(facts)
-    assert load_benchmark(f"harmfulq@{write('harmfulq', tmp_path)}").facts["recall_only"]
+    facts = miniature("wildguardtest_prompt", tmp_path).facts
+    assert facts["page"] == "https://huggingface.co/datasets/allenai/wildguardmix"
+    assert facts["gate"] == "auto"
+    assert facts["licence"] == "ODC-BY"
+    assert facts["contaminated_by"] == ["wildguard"]
+    assert not facts["recall_only"]
+    assert facts["file"] == "wildguard_test.parquet"
+    assert str(tmp_path) not in json.dumps(facts)
+    assert miniature("harmfulq", tmp_path).facts["recall_only"]
 
 
 def test_an_answer_without_a_label_is_left_out(tmp_path):
@@ -234,18 +220,14 @@ def test_an_answer_without_a_label_is_left_out(tmp_path):
 
 def test_few_rows_are_spread(tmp_path):
     """Sets are sorted by label: the first rows alone would all be safe."""
-    path = write("saferlhf", tmp_path)
-    few = load_benchmark(f"saferlhf@{path}", max_rows=4)
-    assert [row["label"] for row in few.rows] == [False, False, True, True]
-    assert len(load_benchmark(f"saferlhf@{path}", max_rows=99).rows) == 10
-    with pytest.raises(UserError, match="max_rows 0: must be at least 1"):
-        load_benchmark(f"saferlhf@{path}", max_rows=0)
+    few = miniature("saferlhf", tmp_path, max_rows=4)
+    assert labels_of(few) == [False, False, True, True]
+    assert len(miniature("saferlhf", tmp_path, max_rows=99).rows) == 10
+    with pytest.raises(UserError, match="max_rows 0"):
+        miniature("saferlhf", tmp_path, max_rows=0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["toxicchat", "wildguardtest_refusal", "openai_moderation", "beavertails", "aegis1_prompt"],
-)
+@pytest.mark.parametrize("name", ["toxicchat", "wildguardtest_refusal", "beavertails"])
 def test_file_types_agree(name, tmp_path):
     """True, "True", 1, "1.0" and an empty cell mean the same in every file type."""
     frame = pandas.DataFrame(MINIATURES[name].content)
@@ -253,20 +235,16 @@ def test_file_types_agree(name, tmp_path):
     frame.to_parquet(tmp_path / "r.parquet")
     frame.to_json(tmp_path / "r.json", orient="records")
     frame.to_json(tmp_path / "r.jsonl", orient="records", lines=True)
-    loaded = [
-        load_benchmark(f"{name}@{tmp_path}/r.{kind}").rows
-        for kind in ("csv", "parquet", "json", "jsonl")
-    ]
-    assert [row["label"] for row in loaded[0]] == expected(name)
-    assert all(other == loaded[0] for other in loaded[1:])
+    first = load_benchmark(f"{name}@{tmp_path}/r.csv")
+    assert labels_of(first) == expected(name)
+    for kind in ("parquet", "json", "jsonl"):
+        assert load_benchmark(f"{name}@{tmp_path}/r.{kind}").rows == first.rows
 
 
-def test_ways_to_write_true(tmp_path):
-    rows = [
-        {"user_input": "q", "human_annotation": yes, "toxicity": False}
-        for yes in (True, 1, "TRUE", "1.0")
-    ]
-    assert [row["label"] for row in rows_of("toxicchat", tmp_path, rows).rows] == [False] * 4
+@pytest.mark.parametrize("yes", [True, 1, "TRUE", "1.0"])
+def test_ways_to_write_true(yes, tmp_path):
+    row = {"user_input": "q", "human_annotation": yes, "toxicity": False}
+    assert labels_of(rows_of("toxicchat", tmp_path, [row])) == [False]
 
 
 # --- rules that need code ---------------------------------------------------------------------------------------------
@@ -277,52 +255,44 @@ def test_saferlhf_draws_as_the_reference_does(tmp_path):
     in both.
     """
     rng = random.Random(7)
-    rows = [
-        {
-            "prompt": f"question {n}", "response_0": f"first {n}", "response_1": f"second {n}",
-            "is_response_0_safe": rng.random() < 0.5, "is_response_1_safe": rng.random() < 0.5,
-        }
-        for n in range(2400)
-    ]  # fmt: skip
-    safe, harmful = [], []
-    for row in rows:
-        if row["is_response_0_safe"] and not row["is_response_1_safe"]:
-            safe.append((row["prompt"], row["response_0"]))
-            harmful.append((row["prompt"], row["response_1"]))
-        if row["is_response_1_safe"] and not row["is_response_0_safe"]:
-            harmful.append((row["prompt"], row["response_0"]))
-            safe.append((row["prompt"], row["response_1"]))
-    assert len(safe) > 1000
+    rows = []
+    safe = []
+    harmful = []
+    for n in range(2400):
+        row = {"prompt": f"question {n}", "response_0": f"first {n}", "response_1": f"second {n}"}
+        first = rng.random() < 0.5
+        second = rng.random() < 0.5
+        rows.append(row | {"is_response_0_safe": first, "is_response_1_safe": second})
+        if first and not second:
+            safe.append(pair(row["prompt"], row["response_0"]))
+            harmful.append(pair(row["prompt"], row["response_1"]))
+        if second and not first:
+            harmful.append(pair(row["prompt"], row["response_0"]))
+            safe.append(pair(row["prompt"], row["response_1"]))
     random.seed(42)
     places = random.sample(range(len(safe)), 1000)
-    wanted = [(safe[i], False) for i in places] + [(harmful[i], True) for i in places]
+    wanted = [safe[i] for i in places] + [harmful[i] for i in places]
     random.seed(1)
     loaded = rows_of("saferlhf", tmp_path, rows)
-    assert [
-        (tuple(m["content"] for m in row["messages"]), row["label"]) for row in loaded.rows
-    ] == wanted
+    assert column(loaded, "messages") == wanted
+    assert labels_of(loaded) == [False] * 1000 + [True] * 1000
     assert loaded.facts["mismatch"] is None
-    assert all(row["messages"][0]["content"] == f"question {row['index']}" for row in loaded.rows)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
 def test_majority_is_that_of_deduplicate(tmp_path_factory, annotations):
-    folder = tmp_path_factory.mktemp("majority")
-    rows = [
-        {"prompt": f"q{i // 2}", "response": f"a{i % 2}", "is_safe": safe}
-        for i, safe in annotations
-    ]
-    loaded = rows_of("beavertails_330k", folder, rows).rows
-    plain = [
-        dict.fromkeys(FEATURES)
-        | {"messages": pair(r["prompt"], r["response"]), "response_unsafe": not r["is_safe"]}
-        for r in rows
-    ]
+    rows = []
+    plain = []
+    for i, safe in annotations:
+        row = {"prompt": f"q{i // 2}", "response": f"a{i % 2}", "is_safe": safe}
+        rows.append(row)
+        known = {"messages": pair(row["prompt"], row["response"]), "response_unsafe": not safe}
+        plain.append(dict.fromkeys(FEATURES) | known)
+    loaded = rows_of("beavertails_330k", tmp_path_factory.mktemp("majority"), rows)
     unique, _ = deduplicate(datasets.Dataset.from_list(plain, features=FEATURES))
-    assert [(r["messages"], r["label"]) for r in loaded] == [
-        (r["messages"], r["response_unsafe"]) for r in unique
-    ]
+    assert column(loaded, "messages") == list(unique["messages"])
+    assert labels_of(loaded) == list(unique["response_unsafe"])
 
 
 # --- where rows come from ---------------------------------------------------------------------------------------------
@@ -332,38 +302,33 @@ def hub_folder(name: str, folder: Path, **splits: list) -> Path:
     """A local folder as a data set repository on the hub: a card that names config, splits and
     files.
     """
-    entry = benchmarks()[name]
+    config = benchmarks()[name].get("config", "default")
     folder.mkdir()
-    files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits)
-    (folder / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: {entry.get('config', 'default')}\n  data_files:\n{files}---\n"
-    )
+    card = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
     for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        card += f"  - split: {split}\n    path: {split}.jsonl\n"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines)
+    (folder / "README.md").write_text(card + "---\n")
     return folder
 
 
 def test_hub_layout(tmp_path):
     """`datasets.load_dataset` reads a folder as it reads the hub: config, one split, two splits."""
-    folder = hub_folder(
-        "toxicchat", tmp_path / "toxicchat", test=MINIATURES["toxicchat"].content, train=[]
-    )
+    rows = MINIATURES["toxicchat"].content
+    folder = hub_folder("toxicchat", tmp_path / "toxicchat", test=rows, train=[])
     loaded = load_benchmark(f"toxicchat@{folder}")
-    assert [row["label"] for row in loaded.rows] == expected("toxicchat")
-    assert [row["index"] for row in loaded.rows] == [0, 1, 2, 4, 5, 6]
-    parts = {
-        part: [{"Goal": f"{part} {n}", "Category": "c"} for n in range(3)]
-        for part in ("harmful", "benign")
-    }
-    loaded = load_benchmark(
-        f"jailbreakbench@{hub_folder('jailbreakbench', tmp_path / 'jbb', **parts)}"
-    )
-    assert [row["label"] for row in loaded.rows] == [True] * 3 + [False] * 3
-    assert loaded.rows[3]["messages"] == pair("benign 0") and loaded.rows[5]["index"] == 5
-    with pytest.raises(
-        UserError, match=r"toxicchat, .*jbb:test: .*pass a local copy: toxicchat@FILE"
-    ):
-        load_benchmark(f"toxicchat@{tmp_path / 'jbb'}")
+    assert labels_of(loaded) == expected("toxicchat")
+    assert column(loaded, "index") == [0, 1, 2, 4, 5, 6]
+    parts = {}
+    for part in ("harmful", "benign"):
+        parts[part] = [{"Goal": f"{part} {n}", "Category": "c"} for n in range(3)]
+    folder = hub_folder("jailbreakbench", tmp_path / "jbb", **parts)
+    loaded = load_benchmark(f"jailbreakbench@{folder}")
+    assert labels_of(loaded) == [True] * 3 + [False] * 3
+    assert loaded.rows[3]["messages"] == pair("benign 0")
+    with pytest.raises(UserError, match=r"toxicchat, .*jbb:test: .*local copy: toxicchat@FILE"):
+        load_benchmark(f"toxicchat@{folder}")
 
 
 def test_hub_out_of_reach(tmp_path, monkeypatch):
@@ -372,61 +337,70 @@ def test_hub_out_of_reach(tmp_path, monkeypatch):
     page = "https://huggingface.co/datasets/6rightjade/expguardmix"
     with pytest.raises(UserError, match=f"visit {re.escape(page)}, accept the terms"):
         load_benchmark("expguardtest_prompt")
-    with pytest.raises(
-        UserError, match=r"aegis1_prompt, nvidia/.* \(pass a local copy: aegis1_prompt@FILE\)$"
-    ):
+    with pytest.raises(UserError, match=r"aegis1_prompt, nvidia/.* \(pass a local copy: aegis1"):
         load_benchmark("aegis1_prompt")
 
 
-def test_files_of_the_web(tmp_path, monkeypatch):
-    """Downloaded once into the cache of `datasets`, read from there without a network; two files
-    are two splits.
-    """
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A folder that a web server shows, and its address; files of the web come into a new cache."""
     served = tmp_path / "served"
     served.mkdir()
-    for word, texts in {"Safe": ["Stir the soup.", "Sleep."], "Unsafe": ["Touch the pan."]}.items():
-        (served / f"I-PhysicalSafety{word}.json").write_text(
-            json.dumps({"instructions": texts, "inputs": []})
-        )
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", tmp_path / "extracted")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        base = f"http://127.0.0.1:{server.server_port}"
-        urls = {word.lower(): f"{base}/I-PhysicalSafety{word}.json" for word in ("Safe", "Unsafe")}
-        monkeypatch.setitem(
-            benchmarks(), "i_physical_safety", benchmarks()["i_physical_safety"] | {"url": urls}
-        )
-        first = load_benchmark("i_physical_safety")
-        name = "bot_adversarial_dialogue_response"
-        with tarfile.open(served / "dialogues_v0.2.tar.gz", "w:gz") as archive:
-            archive.add(line_file := write(name, tmp_path), "folder/test.txt")
-        url = f"{base}/dialogues_v0.2.tar.gz#folder/test.txt"
-        monkeypatch.setitem(benchmarks(), name, benchmarks()[name] | {"url": url})
-        packed = load_benchmark(name).rows
-        assert (
-            packed
-            == load_benchmark(f"{name}@{line_file}").rows
-            == load_benchmark(f"{name}@{served}").rows
-        )
-        # one that was replaced is read anew
-        with tarfile.open(served / "dialogues_v0.2.tar.gz", "w:gz") as archive:
-            line_file.write_text(
-                line_file.read_text(encoding="utf-8").split("\n")[-1], encoding="utf-8"
-            )
-            archive.add(line_file, "folder/test.txt")
-        (last,) = load_benchmark(f"{name}@{served / 'dialogues_v0.2.tar.gz'}").rows
-        assert last["messages"] == packed[-1]["messages"]
-        monkeypatch.setitem(
-            benchmarks(), "harmfulq", benchmarks()["harmfulq"] | {"url": f"{base}/none.json"}
-        )
-        with pytest.raises(
-            UserError, match=r"harmfulq, http://\S+: .*\(check the network, or pass a local copy"
-        ):
-            load_benchmark("harmfulq")
+        yield served, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-    assert [row["label"] for row in first.rows] == [False, False, True]
-    assert load_benchmark("i_physical_safety").rows == first.rows
+
+
+def test_files_of_the_web(web, monkeypatch):
+    """Downloaded once into the cache of `datasets`, read from there without a network; two files
+    are two splits.
+    """
+    served, base = web
+    urls = {}
+    for word, texts in {"Safe": ["Stir the soup.", "Sleep."], "Unsafe": ["Touch it."]}.items():
+        file = served / f"I-PhysicalSafety{word}.json"
+        file.write_text(json.dumps({"instructions": texts, "inputs": []}))
+        urls[word.lower()] = f"{base}/{file.name}"
+    entry = benchmarks()["i_physical_safety"] | {"url": urls}
+    monkeypatch.setitem(benchmarks(), "i_physical_safety", entry)
+    first = load_benchmark("i_physical_safety")
+    assert labels_of(first) == [False, False, True]
     assert load_benchmark(f"i_physical_safety@{served}").rows == first.rows
+    for file in served.iterdir():
+        file.unlink()
+    assert load_benchmark("i_physical_safety").rows == first.rows
+
+
+def test_a_file_that_the_web_has_not(web, monkeypatch):
+    entry = benchmarks()["harmfulq"] | {"url": f"{web[1]}/none.json"}
+    monkeypatch.setitem(benchmarks(), "harmfulq", entry)
+    with pytest.raises(UserError, match=r"harmfulq, http://\S+: .*or pass a local copy"):
+        load_benchmark("harmfulq")
+
+
+def test_a_packed_file(web, tmp_path, monkeypatch):
+    served, base = web
+    name = "bot_adversarial_dialogue_response"
+    file = write(name, tmp_path)
+    packed = served / "dialogues_v0.2.tar.gz"
+
+    def pack():
+        with tarfile.open(packed, "w:gz") as archive:
+            archive.add(file, "folder/test.txt")
+
+    pack()
+    entry = benchmarks()[name] | {"url": f"{base}/{packed.name}#folder/test.txt"}
+    monkeypatch.setitem(benchmarks(), name, entry)
+    rows = load_benchmark(name).rows
+    assert rows == load_benchmark(f"{name}@{file}").rows
+    assert rows == load_benchmark(f"{name}@{served}").rows
+    # one that was replaced is read anew
+    file.write_text(file.read_text(encoding="utf-8").split("\n")[-1], encoding="utf-8")
+    pack()
+    (last,) = load_benchmark(f"{name}@{packed}").rows
+    assert last["messages"] == rows[-1]["messages"]

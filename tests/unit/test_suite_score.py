@@ -28,14 +28,47 @@ ROWS = [
     row("e", False, "b"),
     row("f", True),
 ]
+
+
+def says(probability: float, unsafe: bool) -> Verdict:
+    """A score, and the guard's own word."""
+    return Verdict(prompt_unsafe=probability, decided={"prompt_unsafe": unsafe})
+
+
 VERDICTS = [
-    Verdict(prompt_unsafe=0.9, decided={"prompt_unsafe": True}),
-    Verdict(prompt_unsafe=0.7, decided={"prompt_unsafe": False}),
-    Verdict(prompt_unsafe=0.2, decided={"prompt_unsafe": False}),
-    Verdict(prompt_unsafe=0.6, decided={"prompt_unsafe": True}),
-    Verdict(prompt_unsafe=0.1, decided={"prompt_unsafe": False}),
+    says(0.9, True),
+    says(0.7, False),
+    says(0.2, False),
+    says(0.6, True),
+    says(0.1, False),
     Verdict(error="no answer"),
 ]
+BY_HAND = {  # of a, b, c, f unsafe and d, e safe; own decisions: a and d
+    "wrong": {
+        "rows": 6,
+        "f1": 2 / 6,
+        "recall": 1 / 4,
+        "fpr": 1 / 2,
+        "f1_at_05": 4 / 7,
+        "auroc": 5 / 8,
+    },
+    "unsafe": {
+        "rows": 6,
+        "f1": 4 / 7,
+        "recall": 2 / 4,
+        "fpr": 1 / 2,
+        "f1_at_05": 6 / 8,
+        "auroc": 7 / 8,
+    },
+    "excluded": {
+        "rows": 5,
+        "f1": 2 / 5,
+        "recall": 1 / 3,
+        "fpr": 1 / 2,
+        "f1_at_05": 4 / 6,
+        "auroc": 5 / 6,
+    },
+}
 
 
 def score(rows=ROWS, verdicts=VERDICTS, **changes):
@@ -43,67 +76,25 @@ def score(rows=ROWS, verdicts=VERDICTS, **changes):
     return scoring.score_cell(scoring.judged(rows, verdicts, "prompt_unsafe"), **options)
 
 
-@pytest.mark.parametrize(
-    ("parse_errors", "by_hand"),
-    [  # of a, b, c, f unsafe and d, e safe; own decisions: a and d
-        (
-            "wrong",
-            {
-                "rows": 6,
-                "f1": 2 / 6,
-                "recall": 1 / 4,
-                "fpr": 1 / 2,
-                "f1_at_05": 4 / 7,
-                "auroc": 5 / 8,
-            },
-        ),
-        (
-            "unsafe",
-            {
-                "rows": 6,
-                "f1": 4 / 7,
-                "recall": 2 / 4,
-                "fpr": 1 / 2,
-                "f1_at_05": 6 / 8,
-                "auroc": 7 / 8,
-            },
-        ),
-        (
-            "excluded",
-            {
-                "rows": 5,
-                "f1": 2 / 5,
-                "recall": 1 / 3,
-                "fpr": 1 / 2,
-                "f1_at_05": 4 / 6,
-                "auroc": 5 / 6,
-            },
-        ),
-    ],
-)
-def test_scores_by_hand(parse_errors, by_hand):
+@pytest.mark.parametrize("parse_errors", BY_HAND)
+def test_scores_by_hand(parse_errors):
     cell = score(parse_errors=parse_errors)
+    by_hand = BY_HAND[parse_errors]
     assert {name: cell[name] for name in by_hand} == pytest.approx(by_hand)
-    assert (cell["asked"], cell["errors"], cell["error_rate"], cell["decision"]) == (
-        6,
-        1,
-        1 / 6,
-        "own word",
-    )
-    assert cell["by_parse_errors"][parse_errors].items() <= cell.items()
-    assert len({part["f1"] for part in cell["by_parse_errors"].values()}) == 3
+    assert cell["asked"] == 6
+    assert cell["errors"] == 1
+    assert cell["error_rate"] == 1 / 6
+    assert cell["decision"] == "own word"
+    for rule, part in cell["by_parse_errors"].items():
+        assert part["f1"] == pytest.approx(BY_HAND[rule]["f1"])
 
 
-def test_an_error_on_a_safe_row_counts_too():
-    verdicts = [
-        *VERDICTS[:4],
-        Verdict(error="no answer"),
-        Verdict(prompt_unsafe=0.8, decided={"prompt_unsafe": True}),
-    ]
-    assert [
-        score(verdicts=verdicts, parse_errors=rule)["fpr"] for rule in scoring.PARSE_ERRORS
-    ] == [1.0, 1.0, 1.0]
-    assert score(verdicts=verdicts)["recall"] == 2 / 4  # a and f
+@pytest.mark.parametrize("parse_errors", BY_HAND)
+def test_an_error_on_a_safe_row_counts_too(parse_errors):
+    verdicts = [*VERDICTS[:4], Verdict(error="no answer"), says(0.8, True)]
+    cell = score(verdicts=verdicts, parse_errors=parse_errors)
+    assert cell["fpr"] == 1.0
+    assert cell["recall"] == 2 / 4  # a and f
 
 
 NOT_SAID = Verdict(prompt_unsafe=0.9, native={"response_unsafe": "n/a"})
@@ -141,49 +132,52 @@ def test_the_benchmarks_say_how_no_opinion_counts():
 
 def test_no_opinion_on_a_prompt_counts_as_safe():
     """Neither an error nor the word of another label makes it unsafe."""
-    verdicts = [*VERDICTS[:5], Verdict(response_unsafe=0.9, native={"prompt_unsafe": "n/a"})]
-    found, with_error = score(verdicts=verdicts), score()
-    assert (found["errors"], found["f1"]) == (1, with_error["f1"])  # f is unsafe: wrong both ways
+    said = Verdict(response_unsafe=0.9, native={"prompt_unsafe": "n/a"})
+    verdicts = [*VERDICTS[:5], said]
+    assert score(verdicts=verdicts)["f1"] == score()["f1"]  # f is unsafe: wrong both ways
     rows = [*ROWS[:5], row("f", False)]
-    assert score(rows, verdicts)["fpr"] == 1 / 3 and score(rows)["fpr"] == 2 / 3
+    assert score(rows, verdicts)["fpr"] == 1 / 3
+    assert score(rows)["fpr"] == 2 / 3
 
 
 def test_without_a_word_the_score_decides():
-    verdicts = [replace(v, decided={}) for v in VERDICTS]
-    cell = score(verdicts=verdicts)
-    assert cell["f1"] == cell["f1_at_05"] != score()["f1"]
+    cell = score(verdicts=[replace(v, decided={}) for v in VERDICTS])
+    assert cell["f1"] == score()["f1_at_05"]
     assert cell["decision"] == "score > 0.5"
 
 
 def test_a_word_without_a_probability_has_no_ranking():
     verdicts = [replace(VERDICTS[0], prompt_unsafe=None), *VERDICTS[1:]]
     cell = score(verdicts=verdicts, threshold={"value": 0.5, "how": "max F1", "on": "v"}, rounds=20)
-    assert cell["f1"] == score()["f1"] and cell["errors"] == 1
-    assert all(
-        cell[name] is None
-        for name in ("f1_at_05", "f1_at_validation", "auprc", "auroc", "recall_at_fpr01")
-    )
+    assert cell["f1"] == score()["f1"]
+    assert cell["errors"] == 1
+    for name in ("f1_at_05", "f1_at_validation", "auprc", "auroc", "recall_at_fpr01"):
+        assert cell[name] is None
     assert set(cell["intervals"]) == {"f1", "recall"}
 
 
-def test_threshold_and_groups():
+def test_threshold():
     cell = score(threshold={"value": 0.15, "how": "max F1", "on": "v"})
-    assert (cell["f1_at_validation"], cell["recall_at_validation"], cell["fpr_at_validation"]) == (
-        6 / 8,
-        3 / 4,
-        1 / 2,
-    )
-    groups = cell["groups"]["domain"]
-    assert [(groups[g]["rows"], groups[g]["positives"]) for g in "ab"] == [(3, 3), (3, 1)]
-    assert [(groups[g]["f1"], groups[g]["fpr"]) for g in "ab"] == [(2 / 4, None), (0.0, 1 / 2)]
+    assert cell["f1_at_validation"] == 6 / 8
+    assert cell["recall_at_validation"] == 3 / 4
+    assert cell["fpr_at_validation"] == 1 / 2
+
+
+def test_groups():
+    groups = score()["groups"]["domain"]
+    assert groups["a"]["rows"] == 3
+    assert groups["a"]["f1"] == 2 / 4
+    assert groups["a"]["fpr"] is None
+    assert groups["b"]["positives"] == 1
+    assert groups["b"]["f1"] == 0.0
+    assert groups["b"]["fpr"] == 1 / 2
 
 
 def test_one_class_has_no_ranking():
-    assert {
-        score([row(k, True) for k in "abcdef"])[name]
-        for name in ("auprc", "auroc", "fpr", "recall_at_fpr05")
-    } == {None}
-    assert score([row(k, False) for k in "abcdef"])["f1"] is None
+    unsafe = score([row(text, True) for text in "abcdef"])
+    for name in ("auprc", "auroc", "fpr", "recall_at_fpr05"):
+        assert unsafe[name] is None
+    assert score([row(text, False) for text in "abcdef"])["f1"] is None
 
 
 def test_marked_rows():
@@ -203,41 +197,46 @@ def test_marked_rows():
 
 
 def test_row_sets():
+    """Whatever their order; other rows, other labels and repeats are another set."""
     rows = ROWS[:3]
-    assert scoring.row_set(rows) == scoring.row_set(rows[::-1])
-    others = [rows[:2], [*rows, rows[0]], [*rows[:2], rows[2] | {"label": False}]]
-    assert len({scoring.row_set(r) for r in (rows, *others)}) == 4
+    relabelled = [*rows[:2], rows[2] | {"label": False}]
+    same = scoring.row_set(rows)
+    assert scoring.row_set(rows[::-1]) == same
+    for others in (rows[:2], [*rows, rows[0]], relabelled):
+        assert scoring.row_set(others) != same
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=30), st.data())
 def test_statistics_are_scikit_learns(pairs, data):
     """Of rows drawn with replacement, scores with ties."""
-    truth, level = np.array([p[0] for p in pairs]), np.array([p[1] / 5 for p in pairs])
-    drawn = np.array(data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=40)))
+    truth = np.array([unsafe for unsafe, _ in pairs])
+    level = np.array([fifths / 5 for _, fifths in pairs])
+    places = st.integers(0, len(pairs) - 1)
+    drawn = np.array(data.draw(st.lists(places, min_size=1, max_size=40)))
     table = pandas.DataFrame({"truth": truth, "score": level, "decided": level > 0.5})
     statistics = scoring.statistics(table, 0.3)
-    y, p = truth[drawn], level[drawn]
+    found = {name: statistic(drawn) for name, statistic in statistics.items()}
+    y = truth[drawn]
+    p = level[drawn]
     if not y.any():
-        assert {statistic(drawn) for statistic in statistics.values()} == {None}
+        assert set(found.values()) == {None}
         return
-    assert statistics["f1"](drawn) == pytest.approx(f1_score(y, p > 0.5))
-    assert statistics["f1_at_validation"](drawn) == pytest.approx(f1_score(y, p > 0.3))
-    assert statistics["recall"](drawn) == pytest.approx(recall_score(y, p > 0.5))
+    assert found["f1"] == pytest.approx(f1_score(y, p > 0.5))
+    assert found["f1_at_validation"] == pytest.approx(f1_score(y, p > 0.3))
+    assert found["recall"] == pytest.approx(recall_score(y, p > 0.5))
     if y.all():
-        assert statistics["auprc"](drawn) is None and statistics["auroc"](drawn) is None
+        assert found["auprc"] is None
+        assert found["auroc"] is None
         return
-    assert statistics["auprc"](drawn) == pytest.approx(average_precision_score(y, p))
-    assert statistics["auroc"](drawn) == pytest.approx(roc_auc_score(y, p))
+    assert found["auprc"] == pytest.approx(average_precision_score(y, p))
+    assert found["auroc"] == pytest.approx(roc_auc_score(y, p))
 
 
 def test_intervals_hold_the_value_and_draw_prompts_together():
     rng = np.random.default_rng(0)
     rows = [row(f"p{i}", bool(i % 2)) for i in range(60)]
-    verdicts = [
-        Verdict(prompt_unsafe=float(np.clip(0.4 * r["label"] + 0.6 * rng.random(), 0, 1)))
-        for r in rows
-    ]
+    verdicts = [Verdict(prompt_unsafe=0.4 * r["label"] + 0.6 * rng.random()) for r in rows]
     cell = score(rows, verdicts, rounds=300)
     for name, (low, high) in cell["intervals"].items():
         assert low < cell[name] < high
@@ -248,16 +247,15 @@ def test_intervals_hold_the_value_and_draw_prompts_together():
 def test_paired_difference():
     rows = [row(f"p{i}", i % 2 == 0) for i in range(40)]
     sure = [Verdict(prompt_unsafe=0.9 if r["label"] else 0.1) for r in rows]
-    weak = [
-        Verdict(error="x") if i < 2 else Verdict(prompt_unsafe=0.9 if i % 3 else 0.1)
-        for i in range(40)
-    ]
-    a, b = (scoring.judged(rows, verdicts, "prompt_unsafe") for verdicts in (sure, weak))
-    same, better = (
-        scoring.compare(a, a, "wrong", 0, 100),
-        scoring.compare(a, b, "excluded", 0, 100),
-    )
-    assert same["f1"]["difference"] == 0 and same["auroc"]["interval"] == [0.0, 0.0]
+    weak = [Verdict(prompt_unsafe=0.9 if i % 3 else 0.1) for i in range(40)]
+    weak[:2] = [Verdict(error="x")] * 2
+    a = scoring.judged(rows, sure, "prompt_unsafe")
+    b = scoring.judged(rows, weak, "prompt_unsafe")
+    same = scoring.compare(a, a, "wrong", 0, 100)
+    assert same["f1"]["difference"] == 0
+    assert same["auroc"]["interval"] == [0.0, 0.0]
+    better = scoring.compare(a, b, "excluded", 0, 100)
     f1 = f1_score([r["label"] for r in rows[2:]], [bool(i % 3) for i in range(2, 40)])
-    assert better["rows"] == 38 and better["f1"]["difference"] == pytest.approx(1 - f1)
-    assert better["f1"]["interval"][0] > 0 and better["auprc"]["interval"][0] > 0
+    assert better["rows"] == 38
+    assert better["f1"]["difference"] == pytest.approx(1 - f1)
+    assert better["f1"]["interval"][0] > 0

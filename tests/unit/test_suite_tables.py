@@ -3,6 +3,7 @@
 import csv
 import re
 
+import pandas
 import pytest
 
 from common.conversation import UserError
@@ -13,28 +14,31 @@ from guards.suite.benchmarks import benchmark_names
 
 def results_of(values, complete=True, recall_only=(), **conventions):
     """results.json of guards with one F1 a benchmark; None is "not measured", text another status."""
-    names = {name: None for found in values.values() for name in found}
-    facts = {"label": "prompt_unsafe", "complete": complete}
-    out = {
-        "benchmarks": {n: facts | {"recall_only": n in recall_only} for n in names},
-        "cells": [],
-        "guards": {},
-    }
+    benchmarks = {}
+    cells = []
     for guard, found in values.items():
-        out["guards"][guard] = {"zoo": guard.split()[0]}
+        convention = {"rows": "r", "parse_errors": "wrong", "threshold": None}
+        convention |= conventions.get(guard, {})
         for name, value in found.items():
-            scored = {"rows": "r", "parse_errors": "wrong", "threshold": None}
-            cell = {
-                "guard": guard,
-                "benchmark": name,
-                "status": "measured",
-                "f1": value,
-                "decision": "own word",
+            benchmarks[name] = {
+                "label": "prompt_unsafe",
+                "complete": complete,
+                "recall_only": name in recall_only,
             }
-            cell |= {"status": value} if isinstance(value, str) else {}
-            cell["convention"] = scored | conventions.get(guard, {})
-            out["cells"] += [cell] if value is not None else []
-    return out
+            if value is None:
+                continue
+            cells.append(
+                {
+                    "guard": guard,
+                    "benchmark": name,
+                    "status": value if isinstance(value, str) else "measured",
+                    "f1": value,
+                    "decision": "own word",
+                    "convention": convention,
+                }
+            )
+    guards = {guard: {"zoo": guard} for guard in values}
+    return {"benchmarks": benchmarks, "cells": cells, "guards": guards}
 
 
 PAPERS = tables.published()
@@ -54,71 +58,61 @@ def test_grid_and_its_formats():
         ("b", "", ["not supported", "not measured", None]),
     ]
     text = tables.markdown(grid, results["benchmarks"])
-    assert (
-        "| x_y † | 0.800 | 0.500 (R 0.333) | 0.650 |\n| b | not supported | not measured | – |"
-        in text
-    )
-    assert (
-        "Mean, all prompt_unsafe: toxicchat, harmbench_prompt" in text and "† has no word" in text
-    )
+    assert "| x_y † | 0.800 | 0.500 (R 0.333) | 0.650 |" in text
+    assert "| b | not supported | not measured | – |" in text
+    assert "Mean, all prompt_unsafe: toxicchat, harmbench_prompt" in text
+    assert "† has no word" in text
     latex = tables.latex(grid, results["benchmarks"])
-    assert r"x\_y $\dagger$ & 0.800 & 0.500 (R 0.333) & 0.650 \\" in latex and not re.search(
-        r"(?<!\\)[_%#]", latex
-    )
+    assert r"x\_y $\dagger$ & 0.800 & 0.500 (R 0.333) & 0.650 \\" in latex
+    assert not re.search(r"(?<!\\)[_%#]", latex)
     first, second = csv.DictReader(tables.csv_text([grid]).splitlines())
-    assert (first["metric"], first["guard"], first["source"], first["toxicchat"]) == (
-        "f1",
-        "x_y",
-        "",
-        "0.8",
-    )
-    assert (second["toxicchat"], second["harmbench_prompt"]) == ("not supported", "not measured")
+    assert first["metric"] == "f1"
+    assert first["guard"] == "x_y"
+    assert first["toxicchat"] == "0.8"
+    assert second["toxicchat"] == "not supported"
+    assert second["harmbench_prompt"] == "not measured"
+
+
+PUBLIC = PAPERS["averages"]["public prompts (ExpGuard)"]
 
 
 def test_a_mean_needs_a_whole_row():
-    names = PAPERS["averages"]["public prompts (ExpGuard)"]
-    values = {
-        "a": dict.fromkeys(names, 0.5) | {"aegis1_prompt": 0.2},
-        "b": dict.fromkeys(names, 0.5) | {"toxicchat": "failed"},
-    }
-    grid = tables.grid(results_of(values), "f1", PAPERS)
-    assert grid.columns[-2:] == [
-        "mean of 6: public prompts (ExpGuard)",
-        "mean of 7: all prompt_unsafe",
-    ]
-    assert [values[-2:] for _, _, values in grid.rows] == [
-        [0.5, pytest.approx(3.2 / 7)],
-        [None, None],
-    ]
+    whole = dict.fromkeys(PUBLIC, 0.5) | {"aegis1_prompt": 0.2}
+    failed = dict.fromkeys(PUBLIC, 0.5) | {"toxicchat": "failed"}
+    grid = tables.grid(results_of({"a": whole, "b": failed}), "f1", PAPERS)
+    means = ["mean of 6: public prompts (ExpGuard)", "mean of 7: all prompt_unsafe"]
+    assert grid.columns[-2:] == means
+    (_, _, first), (_, _, second) = grid.rows
+    assert first[-2:] == [0.5, pytest.approx(3.2 / 7)]
+    assert second[-2:] == [None, None]
 
 
 def test_published_numbers_stand_in_rows_of_their_own():
-    names = PAPERS["averages"]["public prompts (ExpGuard)"]
-    values = {"expguard": dict.fromkeys(names, 0.5), "qwen3guard-gen-8b": dict.fromkeys(names, 0.6)}
-    grid = tables.grid(results_of(values), "f1", PAPERS)
+    values = {name: dict.fromkeys(PUBLIC, 0.5) for name in ("expguard", "qwen3guard-gen-8b")}
+    results = results_of(values)
+    grid = tables.grid(results, "f1", PAPERS)
     found = {(label, source): values for label, source, values in grid.rows}
     assert found["expguard, published", "ExpGuard"] == [None] * 6 + [0.857]
-    strict, loose = (
-        found[f"qwen3guard-gen-8b ({mode}), published", "Qwen3Guard"]
-        for mode in ("strict", "loose")
-    )
-    assert (strict[0], loose[0]) == pytest.approx((0.689, 0.828)) and strict[-1] is None
-    assert any(note.startswith("[Qwen3Guard] ") and "2510.14276" in note for note in grid.notes)
-    every = tables.grid(results_of(values), "f1", PAPERS, "all").rows
-    assert (
-        len(every)
-        > len(grid.rows)
-        > len(tables.grid(results_of(values), "f1", PAPERS, "none").rows)
-        == 2
-    )
-    assert not tables.grid(results_of({"llama-guard": {"xstest_prompt": 0.5}}), "f1", PAPERS).rows[
-        1:
-    ]  # GuardBench: at 0.5
+    strict = found["qwen3guard-gen-8b (strict), published", "Qwen3Guard"]
+    loose = found["qwen3guard-gen-8b (loose), published", "Qwen3Guard"]
+    assert strict[0] == pytest.approx(0.689)
+    assert loose[0] == pytest.approx(0.828)
+    assert any("2510.14276" in note for note in grid.notes)
+    assert len(tables.grid(results, "f1", PAPERS, "all").rows) > len(grid.rows)
+    assert len(tables.grid(results, "f1", PAPERS, "none").rows) == 2
+
+
+def test_published_numbers_at_another_decision_are_left_out():
+    """GuardBench: at 0.5."""
+    grid = tables.grid(results_of({"llama-guard": {"xstest_prompt": 0.5}}), "f1", PAPERS)
+    assert len(grid.rows) == 1
 
 
 def test_published_numbers_of_other_rows_are_left_out():
     grid = tables.grid(results_of({"wildguard": {"toxicchat": 0.5}}, complete=False), "f1", PAPERS)
-    assert len(grid.rows) == 1 and "left out" in grid.notes[-1] and "toxicchat" in grid.notes[-1]
+    assert len(grid.rows) == 1
+    assert "left out" in grid.notes[-1]
+    assert "toxicchat" in grid.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -133,33 +127,28 @@ def test_differently_scored_cells_share_no_column(metric, key, other):
     results = results_of({"a": {"toxicchat": 0.8}, "b": {"toxicchat": 0.7}}, b={key: other})
     for cell in results["cells"]:
         cell |= {"auprc": 0.5, "f1_at_validation": 0.5, "threshold": {"value": 0.5}}
-    with pytest.raises(
-        UserError, match=rf"toxicchat, .*: a and b are scored differently \({key}: .*{other}"
-    ):
+    said = rf"toxicchat, .*: a and b are scored differently \({key}: .*{other}"
+    with pytest.raises(UserError, match=said):
         tables.grid(results, metric, PAPERS)
     results["cells"][1]["status"] = "failed"
     assert tables.grid(results, metric, PAPERS).rows[1][2] == ["failed"]
 
 
 def test_published_file():
-    numbers = PAPERS["numbers"]
-    assert {n["guard"] for n in numbers} <= {*zoo(), *PAPERS["elsewhere"]} and not set(
-        PAPERS["elsewhere"]
-    ) & set(zoo())
-    assert {n["benchmark"] for n in numbers if "benchmark" in n} <= set(benchmark_names())
-    assert {name for members in PAPERS["averages"].values() for name in members} <= set(
-        benchmark_names()
-    )
-    assert {n["source"] for n in numbers} == set(PAPERS["sources"])
-    assert {n["metric"] for n in numbers} == {"f1", "f1_at_05"} and all(
-        0 <= n["value"] <= 100 for n in numbers
-    )
-    assert {n["parse_errors"] for n in numbers} == {"wrong", "safe", "excluded", "unknown"}
-    keys = [
-        (n["guard"], n["source"], n["decision"], n.get("benchmark") or n["average"])
-        for n in numbers
-    ]
-    assert len(keys) == len(set(keys)) > 300
+    numbers = pandas.DataFrame(PAPERS["numbers"])
+    assert len(numbers) > 300
+    assert set(numbers["guard"]) <= {*zoo(), *PAPERS["elsewhere"]}
+    assert set(numbers["benchmark"].dropna()) <= set(benchmark_names())
+    assert set(numbers["average"].dropna()) <= set(PAPERS["averages"])
+    assert set(numbers["source"]) == set(PAPERS["sources"])
+    assert set(numbers["metric"]) == {"f1", "f1_at_05"}
+    assert set(numbers["parse_errors"]) == {"wrong", "safe", "excluded", "unknown"}
+    assert numbers["value"].between(0, 100).all()
+    keys = ["guard", "source", "decision", "benchmark", "average"]
+    assert not numbers.duplicated(keys).any()
+    assert not set(PAPERS["elsewhere"]) & set(zoo())
+    for members in PAPERS["averages"].values():
+        assert set(members) <= set(benchmark_names())
 
 
 def test_published_averages_are_means_of_their_columns():
