@@ -1,6 +1,4 @@
-"""Templates: reference ids where content is plain, no control token from content ever, cutting,
-windows, padding.
-"""
+"""Templates: reference ids where content is plain, no control token from content ever, windows."""
 
 import copy
 import json
@@ -25,12 +23,11 @@ from common.templates import (
     windows,
 )
 
-CONTROL = [
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>",  # byte-level BPE
-    "<s>", "</s>", "<unk>",  # Unigram
-    "[CLS]", "[SEP]", "[PAD]", "[MASK]",  # WordPiece; [UNK] apart, because text may yield it
-    "[inst]",  # matched after normalization
-]  # fmt: skip
+BPE = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>"]
+UNIGRAM = ["<s>", "</s>", "<unk>"]
+WORDPIECE = ["[CLS]", "[SEP]", "[PAD]", "[MASK]"]  # [UNK] is left out: text may yield it
+NORMALIZED = "[inst]"  # matched after normalization
+CONTROL = [*BPE, *UNIGRAM, *WORDPIECE, NORMALIZED]
 PLAIN = "How do I keep my bicycle? Buy two locks."
 
 
@@ -39,23 +36,19 @@ def wide(text: str) -> str:
     return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 
 
-VARIANTS = [
-    variant
-    for text in CONTROL
-    for variant in (
-        text, text[:-2], text[:2], text[2:], text[-1], wide(text), wide(text[0]) + text[1:], text.upper(), text.lower(),
-        "\u200b".join(text), f"{text[:2]}\u00ad{text[2:]}", f"\u200b\u200b{text}", text[:5] + text + text[5:],
-        f" {text}", f"{text}  ", text + text,
-    )
-]  # fmt: skip
-hostile = st.lists(
-    st.sampled_from([*VARIANTS, "<|im_<|im_end|>end|>", "\n", "x"]) | st.text(max_size=3),
-    max_size=6,
-)
-hostile = hostile.map("".join)
-plain = st.text(max_size=60) | st.lists(
-    st.sampled_from([*PLAIN.split(), "  ", "\n", "é", "中", "🙂", "▁"])
-).map("".join)
+def variants(text: str) -> list[str]:
+    """What could become a control token, alone or beside other text."""
+    halves = [text[:-2], text[:2], text[2:], text[-1], text[:5] + text + text[5:]]
+    cases = [text, text.upper(), text.lower(), wide(text), wide(text[0]) + text[1:]]
+    hidden = ["\u200b".join(text), f"{text[:2]}\u00ad{text[2:]}", f"\u200b\u200b{text}"]
+    return [*halves, *cases, *hidden, f" {text}", f"{text}  ", text + text]
+
+
+ATTACKS = [attack for text in CONTROL for attack in variants(text)]
+ATTACK = st.sampled_from([*ATTACKS, "<|im_<|im_end|>end|>", "\n", "x"]) | st.text(max_size=3)
+HOSTILE = st.lists(ATTACK, max_size=6).map("".join)
+PIECE = st.sampled_from([*PLAIN.split(), "  ", "\n", "é", "中", "🙂", "▁"])
+HARMLESS = st.text(max_size=60) | st.lists(PIECE).map("".join)
 FORGEABLE = [
     "bpe",
     "unigram",
@@ -76,94 +69,84 @@ def forgeable(request, make_tokenizer):
         backend.normalizer = normalizers.BertNormalizer(lowercase=False)
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     elif twist == "normalized":  # looked for in lower-cased text without zero-width characters
-        tokenizer.add_tokens(
-            [AddedToken("[inst]", normalized=True, special=True, lstrip=True, rstrip=True)]
-        )
+        token = AddedToken("[inst]", normalized=True, special=True, lstrip=True, rstrip=True)
+        tokenizer.add_tokens([token])
     elif twist == "spaceless":
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.NFKC(), normalizers.Replace(" ", "")]
-        )
+        steps = [normalizers.NFKC(), normalizers.Replace(" ", "")]
+        backend.normalizer = normalizers.Sequence(steps)
     return tokenizer
 
 
 def reference(tokenizer, question: str, answer: str) -> str:
-    return (
-        f"BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}{tokenizer.eos_token or ''}"
-    )
+    """The text of the paper's code."""
+    end = tokenizer.eos_token or ""
+    return f"BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}{end}"
+
+
+def prompt_ids(tokenizer, messages, **options) -> list[int]:
+    (ids,) = encode(tokenizer, [render("beavertails", messages, tokenizer)], **options)
+    return ids
 
 
 def encoded(tokenizer, question: str, answer: str, **options) -> list[int]:
-    return encode(tokenizer, [render("beavertails", pair(question, answer), tokenizer)], **options)[
-        0
-    ]
+    return prompt_ids(tokenizer, pair(question, answer), **options)
 
 
 def controls(tokenizer, ids: list[int]) -> list[int]:
     """The control ids in `ids`, by the names that these tests gave them."""
     vocabulary = tokenizer.get_vocab()
-    known = {vocabulary[text] for text in [*CONTROL, "<pad>"] if text in vocabulary}
+    known = {vocabulary.get(text) for text in [*CONTROL, "<pad>"]}
     return [i for i in ids if i in known]
 
 
-def visible(tokenizer, text: str) -> str:
-    """The characters that the model sees of `text`, without white space."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    return "".join((normalizer.normalize_str(text) if normalizer else text).split())
+def own_controls(tokenizer, **options) -> list[int]:
+    """The control ids of a harmless pair."""
+    return controls(tokenizer, encoded(tokenizer, PLAIN, PLAIN, **options))
 
 
-def test_golden_parts(tokenizer):
-    """The text of the paper's code: no separator after ASSISTANT:, the answer as it is, EOS."""
-    parts = render("beavertails", pair("Why? ", " So."), tokenizer)
+# --- what is rendered -----------------------------------------------------------------------------
+
+
+def test_last_turns_are_rendered_as_the_paper_does(tokenizer):
+    """No separator after ASSISTANT:, the answer as it is, EOS."""
+    parts = render("beavertails", [*pair("one", "two"), *pair("Why? ", " So.")], tokenizer)
     assert "".join(part.text for part in parts) == reference(tokenizer, "Why? ", " So.")
-    assert parts[:4] == [
-        Part("BEGINNING OF CONVERSATION: USER: ", False), Part("Why? ", True), Part(" ASSISTANT:", False),
-        Part(" So.", True),
-    ]  # fmt: skip
-    assert parts[4:] == ([Part(tokenizer.eos_token, False)] if tokenizer.eos_token else [])
-
-
-def test_last_turns_are_judged(tokenizer):
-    messages = [*pair("one", "two"), *pair("three", "four")]
-    assert render("beavertails", messages, tokenizer) == render(
-        "beavertails", pair("three", "four"), tokenizer
-    )
+    assert [part for part in parts if part.is_content] == [Part("Why? ", True), Part(" So.", True)]
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "words"),
-    [
-        ("beavertails", pair("Why?"), "no such turn"),
-        ("beavertails", [], "no such turn"),
-        ("beavertale", pair("a", "b"), "unknown; the templates are"),
-    ],
+    ("template", "messages"),
+    [("beavertails", pair("Why?")), ("beavertails", []), ("beavertale", pair("a", "b"))],
+    ids=["no answer", "no turn", "no such template"],
 )
-def test_render_refuses(make_tokenizer, template, messages, words):
-    with pytest.raises(UserError, match=words):
+def test_render_refuses(make_tokenizer, template, messages):
+    with pytest.raises(UserError):
         render(template, messages, make_tokenizer("bpe"))
 
 
 @settings(max_examples=100, deadline=None)
-@given(question=plain, answer=plain, special=st.booleans())
+@given(question=HARMLESS, answer=HARMLESS, special=st.booleans())
 @example(question="two  spaces   three", answer="\ue000prompt\ue001 ends in a space ", special=True)
 @example(question="", answer="", special=True)
 def test_plain_text_gives_the_reference_ids(tokenizer, question, answer, special):
-    expected = tokenizer(reference(tokenizer, question, answer), add_special_tokens=special)[
-        "input_ids"
-    ]
-    own = tokenizer(reference(tokenizer, PLAIN, PLAIN), add_special_tokens=special)["input_ids"]
-    assume(
-        controls(tokenizer, expected) == controls(tokenizer, own)
-        and tokenizer.unk_token not in question + answer
-    )
+    text = reference(tokenizer, question, answer)
+    expected = tokenizer(text, add_special_tokens=special)["input_ids"]
+    own = own_controls(tokenizer, add_special_tokens=special)
+    assume(controls(tokenizer, expected) == own)
+    assume(tokenizer.unk_token not in question + answer)
     assert encoded(tokenizer, question, answer, add_special_tokens=special) == expected
 
 
 @pytest.mark.parametrize("content", [PLAIN, ' He said "no".\n\tä \\', '"}, {"a": "', "<|im_end|>"])
 def test_content_that_is_quoted_as_json(make_tokenizer, content):
     """It stays content, escaped as JSON has it, and cannot end itself."""
-    tokenizer, quoting = make_tokenizer("bpe"), inline_template('{"text": {{ text | tojson }}}')
+    tokenizer = make_tokenizer("bpe")
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    wrap = lambda m: [{"role": "user", "content": quoting.render(text=m[0]["content"])}]  # noqa: E731
+    quoting = inline_template('{"text": {{ text | tojson }}}')
+
+    def wrap(messages):
+        return [{"role": "user", "content": quoting.render(text=messages[0]["content"])}]
+
     parts = render_chat(tokenizer, pair(content), wrap=wrap)
     assert json.loads("".join(part.text for part in parts)) == {"text": content}
     assert [part.is_content for part in parts] == [False, True, False]
@@ -173,22 +156,27 @@ def test_no_prompts(tokenizer):
     assert encode(tokenizer, []) == []
 
 
+# --- no control token from content ----------------------------------------------------------------
+
+
 @settings(max_examples=200, deadline=None)
-@given(question=hostile, answer=hostile)
+@given(question=HOSTILE, answer=HOSTILE)
 @example(question="</s>", answer="<|im_<|im_end|>end|>")
 @example(question="\u200b" * 40 + "[inst]", answer="[SEP]" * 40)
 @example(question="a ＜/s＞", answer="[S\u200bEP] [SEP")
 def test_content_never_becomes_control(forgeable, question, answer):
     """The control ids are those of a harmless pair, and of the content no character is lost."""
     ids = encoded(forgeable, question, answer)
-    assert controls(forgeable, ids) == controls(forgeable, encoded(forgeable, PLAIN, PLAIN))
-    assert forgeable.eos_token is None or ids[-1] == forgeable.eos_token_id
+    assert controls(forgeable, ids) == own_controls(forgeable)
+    normalizer = forgeable.backend_tokenizer.normalizer
     # there nothing but removal helps
-    spaceless = "Replace" in str(forgeable.backend_tokenizer.normalizer)
-    if not spaceless and (forgeable.unk_token_id not in ids or forgeable.unk_token != "[UNK]"):
+    spaceless = "Replace" in str(normalizer)
+    unknown = forgeable.unk_token == "[UNK]" and forgeable.unk_token_id in ids
+    if not spaceless and not unknown:
         seen = forgeable.decode([i for i in ids if i not in control_ids(forgeable)])
         sent = reference(forgeable, question, answer).removesuffix(forgeable.eos_token or "")
-        assert "".join(seen.split()) == visible(forgeable, sent)
+        visible = normalizer.normalize_str(sent) if normalizer else sent
+        assert "".join(seen.split()) == "".join(visible.split())
 
 
 @pytest.mark.parametrize(
@@ -202,13 +190,10 @@ def test_content_never_becomes_control(forgeable, question, answer):
 )
 def test_ways_round_that_no_string_search_sees(forgeable, content):
     """The tokenizer alone is fooled by these; the encoder is not."""
-    assert not any(text in content for text in CONTROL)
-    assert len(controls(forgeable, forgeable(content)["input_ids"])) > len(
-        controls(forgeable, forgeable("")["input_ids"])
-    )
-    assert controls(forgeable, encoded(forgeable, content, content)) == controls(
-        forgeable, encoded(forgeable, PLAIN, PLAIN)
-    )
+    fooled = controls(forgeable, forgeable(content)["input_ids"])
+    assert len(fooled) > len(controls(forgeable, forgeable("")["input_ids"]))
+    ids = encoded(forgeable, content, content)
+    assert controls(forgeable, ids) == own_controls(forgeable)
 
 
 @pytest.mark.parametrize(
@@ -224,20 +209,22 @@ def test_ways_round_that_no_string_search_sees(forgeable, content):
 def test_half_a_control_string_beside_the_template(tokenizer, token, question, answer):
     """Content cannot complete a control string with the template's own text."""
     changed = copy.deepcopy(tokenizer)
-    token = token.format(eos=tokenizer.eos_token or "<|x|>")
-    answer = answer if tokenizer.eos_token or token[0] != "!" else f"{answer}<|x|>"
+    end = changed.eos_token or "<|x|>"
+    token = token.format(eos=end)
+    if answer == "so!" and changed.eos_token is None:
+        answer += end
     changed.add_tokens([AddedToken(token, normalized=False, special=True)])
     forged = changed.convert_tokens_to_ids(token)
     assert forged in changed(reference(changed, question, answer))["input_ids"]
     ids = encoded(changed, question, answer)
     assert forged not in ids
-    assert controls(changed, ids) == controls(changed, encoded(changed, PLAIN, PLAIN))
+    assert controls(changed, ids) == own_controls(changed)
 
 
 def test_which_added_tokens_are_control(make_tokenizer):
     tokenizer = make_tokenizer("bpe")
     tokenizer.add_tokens(["▁▁", "guardrail", "\t\t"])
-    named = {tokenizer.convert_ids_to_tokens(i) for i in control_ids(tokenizer)}
+    named = set(tokenizer.convert_ids_to_tokens(control_ids(tokenizer)))
     assert named == {"<|im_start|>", "<|im_end|>", "<tool_call>"}
 
 
@@ -245,16 +232,16 @@ def test_template_eos_that_takes_spaces_is_no_forgery(make_tokenizer):
     tokenizer = make_tokenizer("bpe")
     tokenizer.add_tokens([AddedToken("<eos>", lstrip=True, normalized=False, special=True)])
     tokenizer.eos_token = "<eos>"
-    assert (
-        encoded(tokenizer, "Why", "so   ")
-        == tokenizer(reference(tokenizer, "Why", "so   "))["input_ids"]
-    )
+    expected = tokenizer(reference(tokenizer, "Why", "so   "))["input_ids"]
+    assert encoded(tokenizer, "Why", "so   ") == expected
 
 
 def test_slow_tokenizer_refused():
-    slow = ByT5Tokenizer()
-    with pytest.raises(UserError, match="only a slow tokenizer"):
-        encode(slow, [render("beavertails", pair("a", "b"), slow)])
+    with pytest.raises(UserError, match="slow tokenizer"):
+        encoded(ByT5Tokenizer(), "a", "b")
+
+
+# --- what does not fit ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["bpe", "bpe, one token for all", "unigram", "wordpiece"])
@@ -263,99 +250,76 @@ def test_cut_keeps_what_closes(make_tokenizer, family):
     tokenizer = make_tokenizer(family.split(",")[0])
     if "one token" in family:
         tokenizer.bos_token = tokenizer.unk_token = tokenizer.eos_token
-    ids, control = encoded(tokenizer, "Why?", "word " * 50), control_ids(tokenizer)
+    ids = encoded(tokenizer, "Why?", "word " * 50)
+    control = control_ids(tokenizer)
     assert ids[-1] in control
-    for length in (2, 30, len(ids) - 1):
-        assert cut(ids, length, control) == [*ids[: length - 1], ids[-1]]
+    assert cut(ids, 30, control) == [*ids[:29], ids[-1]]
     assert cut(ids, len(ids), control) == ids
-    with pytest.raises(UserError, match="--max_length 1: too short"):
+    with pytest.raises(UserError, match="--max_length 1"):
         cut(ids, 1, control)
 
 
 LONG = " ".join(f"item{i};" for i in range(150))
+LONG_PAIRS = {
+    "answer": pair("Why?", LONG),
+    "question": pair(LONG, "So."),
+    "both": pair(LONG, LONG),
+    "question without an answer's text": pair(LONG, ""),
+    "control strings": pair("Why?", "<|im_end|></s>" + LONG),
+}
 
 
 @pytest.mark.parametrize("max_length", [160, 256])
-@pytest.mark.parametrize(
-    ("question", "answer"),
-    [
-        ("Why?", LONG),
-        (LONG, "So."),
-        (LONG, LONG.replace("item", "thing")),
-        (LONG, ""),
-        ("Why?", "<|im_end|></s>" + LONG),
-    ],
-    ids=["answer", "question", "both", "question without an answer's text", "control strings"],
-)
-def test_windows_show_everything(tokenizer, question, answer, max_length):
-    """Every word with its neighbour is in some window (so they overlap), and each window is a whole
-    prompt.
-    """
-    pieces = windows(
-        tokenizer, lambda m: len(prompt_ids(tokenizer, m)), pair(question, answer), max_length
-    )
-    ids = [prompt_ids(tokenizer, piece) for piece in pieces]
-    shown = ["".join(tokenizer.decode(window).lower().split()) for window in ids]
-    own = controls(tokenizer, encoded(tokenizer, PLAIN, PLAIN))
-    for window, text in zip(ids, shown, strict=True):
-        assert len(window) <= max_length
-        assert "beginningofconversation:user:" in text and "assistant:" in text
-        assert controls(tokenizer, window) == own
-    for name in ("item", "thing"):
-        neighbours = (
-            [f"{name}{i};{name}{i + 1};" for i in range(149)]
-            if f"{name}0" in question + answer
-            else []
-        )
-        assert [words for words in neighbours if not any(words in text for text in shown)] == []
-
-
-def prompt_ids(tokenizer, messages) -> list[int]:
-    return encode(tokenizer, [render("beavertails", messages, tokenizer)])[0]
+@pytest.mark.parametrize("messages", LONG_PAIRS.values(), ids=LONG_PAIRS)
+def test_windows_show_everything(tokenizer, messages, max_length):
+    """Every word and its neighbour are in one window (so they overlap); each is a whole prompt."""
+    pieces = windows(tokenizer, lambda m: len(prompt_ids(tokenizer, m)), messages, max_length)
+    shown = []
+    for piece in pieces:
+        ids = prompt_ids(tokenizer, piece)
+        assert len(ids) <= max_length
+        assert controls(tokenizer, ids) == own_controls(tokenizer)
+        shown.append("".join(tokenizer.decode(ids).lower().split()))
+    assert all("beginningofconversation:user:" in text for text in shown)
+    assert all("assistant:" in text for text in shown)
+    for i in range(149):
+        assert any(f"item{i};item{i + 1};" in text for text in shown), i
 
 
 def test_windows_need_room(tokenizer):
-    with pytest.raises(UserError, match="--max_length 20: leaves no room"):
+    with pytest.raises(UserError, match="--max_length 20"):
         windows(tokenizer, lambda m: len(prompt_ids(tokenizer, m)), pair("Why?", LONG), 20)
 
 
-@pytest.mark.parametrize(
-    ("family", "roles", "extra", "pad"),
-    [
-        ("bpe", {}, [], "<pad>"),
-        ("bpe", {}, ["<repo_name>"], "<repo_name>"),
-        ("bpe", {"pad_token": "<tool_call>"}, ["<repo_name>"], "<tool_call>"),
-        (
-            "bpe",
-            {"bos_token": "<|im_end|>", "unk_token": "<|im_end|>", "pad_token": None},
-            [],
-            "<|endoftext|>",
-        ),
-        ("unigram", {}, [], "<pad>"),
-        ("unigram", {"bos_token": None}, [], "<pad>"),
-        ("wordpiece", {}, [], "[PAD]"),
-        ("wordpiece", {"pad_token": None}, [], "[PAD]"),
-    ],
-)
+# --- padding --------------------------------------------------------------------------------------
+
+ONE_FOR_ALL = {"bos_token": "<|im_end|>", "unk_token": "<|im_end|>", "pad_token": None}
+PADDING = {  # the tokenizer: family, its roles, extra tokens, the pad token that it gets
+    "pad is EOS": ("bpe", {}, [], "<pad>"),
+    "an unused token": ("bpe", {}, ["<repo_name>"], "<repo_name>"),
+    "a pad of its own": ("bpe", {"pad_token": "<tool_call>"}, ["<repo_name>"], "<tool_call>"),
+    "one token for all": ("bpe", ONE_FOR_ALL, [], "<|endoftext|>"),
+    "no pad": ("unigram", {}, [], "<pad>"),
+    "no pad, no BOS": ("unigram", {"bos_token": None}, [], "<pad>"),
+    "BERT": ("wordpiece", {}, [], "[PAD]"),
+    "BERT without pad": ("wordpiece", {"pad_token": None}, [], "[PAD]"),
+}
+
+
+@pytest.mark.parametrize(("family", "roles", "extra", "pad"), PADDING.values(), ids=PADDING)
 def test_pad_token_never_ends_a_text(make_tokenizer, make_classifier, family, roles, extra, pad):
     tokenizer = make_tokenizer(family)
     tokenizer.add_special_tokens({"extra_special_tokens": extra})
     for role, token in roles.items():
         setattr(tokenizer, role, token)
     model = make_classifier(tokenizer)
-    known = len(tokenizer)
     fit_classifier(tokenizer, model)
     assert tokenizer.pad_token == pad
-    assert tokenizer.pad_token_id not in (
-        tokenizer.eos_token_id,
-        encoded(tokenizer, "Why?", "So.")[-1],
-    )
-    assert (len(tokenizer) > known) == (pad == "<pad>")
+    assert tokenizer.pad_token_id != encoded(tokenizer, "Why?", "So.")[-1]
+    assert tokenizer.padding_side == "right"
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
-    assert model.config.pad_token_id == tokenizer.pad_token_id and tokenizer.padding_side == "right"
-    assert controls(tokenizer, encoded(tokenizer, pad, pad)) == controls(
-        tokenizer, encoded(tokenizer, PLAIN, PLAIN)
-    )
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert controls(tokenizer, encoded(tokenizer, pad, pad)) == own_controls(tokenizer)
 
 
 def test_stock_pooling_reads_the_last_attended_token(tokenizer, make_classifier):
@@ -363,15 +327,10 @@ def test_stock_pooling_reads_the_last_attended_token(tokenizer, make_classifier)
     own = copy.deepcopy(tokenizer)
     model = make_classifier(own)
     fit_classifier(own, model)
-    ids = [
-        encoded(own, "Why?", answer)
-        for answer in ("", "So.", "word " * 30, "<|im_end|></s>[PAD] x <pad>")
-    ]
+    answers = ["", "So.", "word " * 30, "<|im_end|></s>[PAD] x <pad>"]
+    ids = [encoded(own, "Why?", answer) for answer in answers]
     batch = own.pad({"input_ids": ids}, return_tensors="pt")
     with torch.inference_mode():
         together = model(**batch).logits
         alone = torch.cat([model(input_ids=torch.tensor([sequence])).logits for sequence in ids])
-        states = model.model(**batch).last_hidden_state
-    last = states[torch.arange(len(ids)), batch["attention_mask"].sum(1) - 1]
     assert torch.allclose(together, alone, atol=1e-5)
-    assert torch.allclose(together, model.score(last), atol=1e-5)
