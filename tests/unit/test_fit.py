@@ -51,7 +51,7 @@ def test_lora_guard_refuses_more_tokens_than_the_model_has_positions(tmp_path):
     train = module("lora_guard", "train")
     base = str(BASES["gpt2"](tmp_path, n_positions=128))
     with pytest.raises(UserError, match="--max-length 512: the model sees 128 tokens"):
-        train.load_model(train.GuardArguments(hf_model_id=base, train_data="nowhere"))
+        train.load_model(train.GuardArguments(hf_model_id=base, output_folder="nowhere"))
 
 
 def test_a_guard_sees_no_more_than_its_model(tmp_path):
