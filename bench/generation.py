@@ -158,7 +158,12 @@ def generation(
 
 
 @torch.inference_mode()
-def one_at_a_time(model, tokenizer, ids: list[list[int]], decoding: Decoding) -> list[str]:
+def one_at_a_time(
+    model,
+    tokenizer,
+    ids: list[list[int]],
+    decoding: Decoding,
+) -> list[str]:
     """The original's loop."""
     texts = []
     for row in ids:

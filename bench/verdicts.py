@@ -171,7 +171,11 @@ def judged(guard: GenerativeGuard, talks) -> list[Said]:
 
 
 @torch.inference_mode()
-def original(guard: GenerativeGuard, ids: list[list[int]], tokens: int) -> list[Said]:
+def original(
+    guard: GenerativeGuard,
+    ids: list[list[int]],
+    tokens: int,
+) -> list[Said]:
     """One prompt at a time: generate, decode, parse the first word."""
     model = guard.model.model
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens}

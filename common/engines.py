@@ -331,7 +331,8 @@ class TransformersEngine(Engine):
         for prompt in prompts:
             gap = width - len(prompt)
             ids.append(prompt[:shared] + [pad] * gap + prompt[shared:])
-            mask.append([1] * shared + [0] * gap + [1] * (len(prompt) - shared))
+            own = len(prompt) - shared
+            mask.append([1] * shared + [0] * gap + [1] * own)
         if cache is not None:
             cache = copy.deepcopy(cache)
             cache.batch_repeat_interleave(len(prompts))

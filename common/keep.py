@@ -243,7 +243,11 @@ class KeptRows(UserDict[str, Row]):
         whole = self._file.read().rfind(b"\n") + 1
         self._file.truncate(whole)
 
-    def missing(self, keys: Iterable[str], again: Callable[[Row], bool] | None = None) -> list[str]:
+    def missing(
+        self,
+        keys: Iterable[str],
+        again: Callable[[Row], bool] | None = None,
+    ) -> list[str]:
         """The keys without a row, in their order and each once.
 
         Args:

@@ -112,7 +112,9 @@ def write_results(
 
 
 def plot_precision_recall(
-    curves: Mapping[str, tuple[Sequence[bool], Sequence[float]]], path: Path, title: str
+    curves: Mapping[str, tuple[Sequence[bool], Sequence[float]]],
+    path: Path,
+    title: str,
 ) -> None:
     """Precision-recall curves of guards on the same rows, readable in black and white; the base
     rate is dotted. Without an unsafe row there is no recall, and no picture.

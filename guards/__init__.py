@@ -78,7 +78,10 @@ def load_guard(spec: str, **options: Any) -> Guard:
             saved.
     """
     spec = expand_home(spec)
-    given = {name: expand_home(value) for name, value in options.items() if value is not None}
+    given = {}
+    for name, value in options.items():
+        if value is not None:
+            given[name] = expand_home(value)
     check_thresholds(given.get("thresholds", {}))
     if has_card(spec):
         guard = _loaded(spec, read_card(spec), given)

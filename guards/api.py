@@ -85,7 +85,9 @@ def _azure(text: str) -> dict[str, Any]:
 
 def _read_azure(said: Any, threshold: int) -> Reading:
     found = {entry["category"]: entry["severity"] for entry in said["categoriesAnalysis"]}
-    if any(type(found[name]) is not int or found[name] not in SEVERITIES for name in HARMS):
+    severities = [found[name] for name in HARMS]
+    known = [type(one) is int and one in SEVERITIES for one in severities]
+    if not all(known):
         raise _Failure("a severity in the answer is none of 0, 2, 4, 6")
     worst = max(found[name] for name in HARMS)
     return (

@@ -130,7 +130,8 @@ class Guard:
         none ("n/a").
         """
         verdicts = self.judge(conversations)
-        return [self._moderated(m, v) for m, v in zip(conversations, verdicts, strict=True)]
+        judged = zip(conversations, verdicts, strict=True)
+        return [self._moderated(messages, verdict) for messages, verdict in judged]
 
     def _moderated(self, messages: Messages, verdict: Verdict) -> float:
         if verdict.error is not None:

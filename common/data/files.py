@@ -33,7 +33,12 @@ Rows = Iterator[tuple[str, Any]]
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
-def read_rows(path: Path | str, *, suffix: str | None = None, nested: bool = False) -> Rows:
+def read_rows(
+    path: Path | str,
+    *,
+    suffix: str | None = None,
+    nested: bool = False,
+) -> Rows:
     """The rows of a data file, in order.
 
     Args:

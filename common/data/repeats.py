@@ -164,7 +164,8 @@ def near_copies(texts: Sequence[str]) -> list[int]:
                 pairs.append((other, i))
         index.insert(i, sketch)
     rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
-    graph = coo_array(([1] * len(pairs), (rows, columns)), shape=(len(texts), len(texts)))
+    ones = [1] * len(pairs)
+    graph = coo_array((ones, (rows, columns)), shape=(len(texts), len(texts)))
     _, groups = connected_components(graph, directed=False)
     return groups.tolist()
 

@@ -86,7 +86,10 @@ def _known_columns() -> set[str]:
 
 
 def conversation_row(
-    row: Any, where: str, categories: Sequence[str] | None = None, require: Sequence[str] = ()
+    row: Any,
+    where: str,
+    categories: Sequence[str] | None = None,
+    require: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One checked row in the columns of `FEATURES`, without `source`.
 

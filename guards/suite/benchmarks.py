@@ -183,7 +183,10 @@ def _mismatch(entry: Row, found: Row, left_out: Row) -> str | None:
 # --- a row ----------------------------------------------------------------------------------------
 
 
-def _labelled_rows(entry: Row, source: Iterator[SourceRow]) -> tuple[list[Row], dict[str, int]]:
+def _labelled_rows(
+    entry: Row,
+    source: Iterator[SourceRow],
+) -> tuple[list[Row], dict[str, int]]:
     """The rows that a benchmark counts, with their gold labels, and how many it does not, by
     reason. Annotations of one item are one row.
     """

@@ -215,7 +215,8 @@ def read_validation(
     tested = [Path(split_spec(spec)[1]).resolve() for spec in benchmarks if "@" in spec]
     for spec in specs:
         file = split_spec(spec)[1] if is_benchmark(spec) else spec
-        if not file or metrics.is_test(file) or Path(parse_spec(file).name).resolve() in tested:
+        is_tested = file and Path(parse_spec(file).name).resolve() in tested
+        if not file or metrics.is_test(file) or is_tested:
             what = "is test data; a threshold is fitted on other rows"
             raise UserError(f"--validation {spec}: {what}")
     out = {}
@@ -246,7 +247,13 @@ def _validation_rows(spec: str, label: str) -> list[Row]:
         prompt, response = last_turns(row["messages"])
         messages = pair(prompt, None if label == "prompt_unsafe" else response)
         key = row_id(label, messages)
-        rows.append({"id": key, "messages": messages, "label": row[label], "groups": {}})
+        row = {
+            "id": key,
+            "messages": messages,
+            "label": row[label],
+            "groups": {},
+        }
+        rows.append(row)
     return rows
 
 

@@ -63,7 +63,8 @@ class SourceRow:
             return 1.0
         if "half" in rule and among(value, rule["half"]):
             return 0.5
-        known = ", ".join(str(rule[key]) for key in ("is", "not", "half") if key in rule)
+        words = [str(rule[key]) for key in ("is", "not", "half") if key in rule]
+        known = ", ".join(words)
         raise self.wrong(column, f"unknown label {value!r:.60}; known: {known}")
 
     def with_cells(self, **cells: Any) -> "SourceRow":
