@@ -82,7 +82,7 @@ def main() -> None:
     set_seed(SEED)
     train, adapter, riding = recipe_modules("lora_guard", "train", "adapter", "riding")
     depth = {"guard_layers": args.guard_layers, "lora_dropout": 0.0}
-    recipe = train.GuardArguments(args.model, "unused", **depth)
+    recipe = train.GuardArguments(hf_model_id=args.model, output_folder="unused", **depth)
     model, tokenizer = train.load_model(recipe)
     model = train.add_adapters(model, recipe)
     for name, parameter in model.named_parameters():
