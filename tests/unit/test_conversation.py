@@ -7,61 +7,57 @@ from common.templates import Part
 from guards.base import LAST_TURN, LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, seen_of
 
 
-def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in turns]
+def said(*turns: str) -> list[dict[str, str]]:
+    """Turns written as `role: content`."""
+    return [dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns]
 
 
 def test_data_and_judge_read_alike_but_for_empty_texts():
     empty = pair("Why?", "")
     assert check_messages(empty, "x", allow_empty=True) == empty
-    with pytest.raises(UserError, match=r"^x, field messages\[1\].content: empty text"):
+    with pytest.raises(UserError, match=r"^x, field messages\[1\].content"):
         check_messages(empty, "x")
 
 
 def test_turns_of_one_role_are_one_turn():
-    written = said(
-        ("system", "a"), ("developer", "b"), ("user", "c"), ("user", "d"), ("assistant", "e")
-    )
-    assert check_messages(written, "x") == said(
-        ("system", "a\n\nb"), ("user", "c\n\nd"), ("assistant", "e")
-    )
-
-
-def test_what_was_given_is_not_changed():
-    written = said(("user", "a"), ("user", "b"))
-    check_messages(written, "x")
-    assert written == said(("user", "a"), ("user", "b"))
+    """And what was given is not changed."""
+    turns = ("system: a", "developer: b", "user: c", "user: d", "assistant: e")
+    written = said(*turns)
+    read = check_messages(written, "x")
+    assert read == said("system: a\n\nb", "user: c\n\nd", "assistant: e")
+    assert written == said(*turns)
 
 
 def test_questions_and_answers_of_a_conversation():
-    written = said(
-        ("system", "s"),
-        ("assistant", "hi"),
-        ("user", "a"),
-        ("system", "t"),
-        ("user", "b"),
-        ("assistant", "c"),
-    )
-    assert judged_turns(written) == said(("user", "a\n\nb"), ("assistant", "c"))
+    turns = said("system: s", "assistant: hi", "user: a", "system: t", "user: b", "assistant: c")
+    assert judged_turns(turns) == said("user: a\n\nb", "assistant: c")
     assert judged_turns(pair(None, "hi")) == []
 
 
-def test_what_a_prompt_holds():
-    def whole(messages):
-        return [Part(message["content"], True) for message in messages]
+def parts(messages):
+    return [Part(message["content"], True) for message in messages]
 
-    def answers_only(messages):
-        return whole(messages[-1:])
 
-    def prompts_only(messages):
-        if messages[-1]["role"] == "assistant":
-            raise UserError("judges prompts alone")
-        return whole(messages)
+def prompts_only(messages):
+    if messages[-1]["role"] == "assistant":
+        raise UserError("judges prompts alone")
+    return parts(messages)
 
-    def none(messages):
-        raise UserError("has no prompt")
 
-    seen = [
-        seen_of(one) for one in (whole, lambda m: whole(m[-2:]), answers_only, prompts_only, none)
-    ]
-    assert seen == [WHOLE_CONVERSATION, LAST_TURNS, LAST_TURN, WHOLE_CONVERSATION, UNKNOWN]
+def no_prompt(messages):
+    raise UserError("has no prompt")
+
+
+@pytest.mark.parametrize(
+    ("render", "seen"),
+    [
+        (parts, WHOLE_CONVERSATION),
+        (prompts_only, WHOLE_CONVERSATION),
+        (lambda messages: parts(messages[-2:]), LAST_TURNS),
+        (lambda messages: parts(messages[-1:]), LAST_TURN),
+        (no_prompt, UNKNOWN),
+    ],
+    ids=["all turns", "all turns of prompts", "last turns", "last turn", "no prompt"],
+)
+def test_what_a_guard_sees_is_what_its_prompt_holds(render, seen):
+    assert seen_of(render) == seen

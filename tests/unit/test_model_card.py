@@ -8,6 +8,7 @@ from common.data.specs import about_data
 from common.model_card import Measured, write_model_card
 
 SAMPLE = "beavertails-sample:train"
+SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def written(folder, **changes) -> ModelCard:
@@ -23,38 +24,33 @@ def written(folder, **changes) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-def test_the_hub_reads_what_was_measured(tmp_path):
-    values = {"flagged": {"auprc": 0.91234, "f1": 0.5, "auroc": None, "support": 20}}
-    card = written(tmp_path, measured=Measured("beavertails-sample:test", values))
-    data = card.data
-    assert (data.base_model, data.base_model_relation) == (
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "finetune",
-    )
-    assert (data.license, data.language, data.pipeline_tag) == (
-        "apache-2.0",
-        "en",
-        "text-classification",
-    )
-    assert data.metrics == ["average_precision", "f1"] and data.datasets is None
-    found = {
-        (r.metric_type, r.metric_value, r.metric_name, r.dataset_name) for r in data.eval_results
-    }
-    sample = "beavertails-sample:test"
-    wanted = {
-        ("average_precision", 0.9123, "AUPRC of flagged", sample),
-        ("f1", 0.5, "F1 of flagged", sample),
-    }
-    assert found == wanted
+def test_the_card_has_its_text_and_names_the_base(tmp_path):
+    card = written(tmp_path)
     assert card.text.startswith("\n# A guard\n\nJudges.\n\n```python\nprint(1)\n```\n")
     assert card.text.endswith("## Limits\n\nEnglish.\n")
+    assert card.data.base_model == SMOLLM
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.language == "en"
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.datasets is None
+
+
+def test_the_hub_reads_what_was_measured(tmp_path):
+    """What is undefined, or no quality, is left out."""
+    values = {"flagged": {"auprc": 0.91234, "f1": 0.5, "auroc": None, "support": 20}}
+    data = written(tmp_path, measured=Measured("beavertails-sample:test", values)).data
+    assert data.metrics == ["average_precision", "f1"]
+    auprc, f1 = data.eval_results
+    assert auprc.metric_name == "AUPRC of flagged"
+    assert auprc.metric_value == 0.9123
+    assert f1.metric_value == 0.5
+    assert f1.dataset_name == "beavertails-sample:test"
 
 
 @pytest.mark.parametrize(
     ("base", "hub_id"),
     [
-        ("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-        (str(bundled.cache_folder() / bundled.NAME), "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (str(bundled.cache_folder() / bundled.NAME), SMOLLM),
         ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
         ("gpt2", "gpt2"),
         ("/x/hub/models--Qwen--Qwen3-0.6B/snapshots/0123abc", "Qwen/Qwen3-0.6B"),
@@ -73,7 +69,6 @@ def test_a_base_is_a_hub_id_or_not_named(tmp_path, base, hub_id):
 def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
     """`llama` is a name that the hub could have, and here it is a folder."""
     monkeypatch.chdir(tmp_path)
-    assert bundled.hub_id("llama") == "llama"
     (tmp_path / "llama").mkdir()
     assert bundled.hub_id("llama") is None
 
@@ -81,30 +76,33 @@ def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("base", "data", "licence"),
     [
-        (bundled.NAME, [SAMPLE], "apache-2.0"),
-        (bundled.NAME, [SAMPLE, "PKU-Alignment/BeaverTails:330k_train"], "other"),
-        (bundled.NAME, ["rows.jsonl"], "other"),
-        ("gpt2", [SAMPLE], "other"),
+        (bundled.NAME, SAMPLE, "apache-2.0"),
+        (bundled.NAME, "PKU-Alignment/BeaverTails:330k_train", "other"),
+        (bundled.NAME, "rows.jsonl", "other"),
+        ("gpt2", SAMPLE, "other"),
     ],
 )
 def test_a_licence_is_named_where_it_is_one(tmp_path, base, data, licence):
-    assert written(tmp_path, base_model=base, train_data=data).data.license == licence
+    card = written(tmp_path, base_model=base, train_data=[SAMPLE, data])
+    assert card.data.license == licence
 
 
 def test_data_is_named_without_folders_of_the_users(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}")
-    assert about_data(str(rows)) == {"name": "rows.jsonl"}
     assert about_data(f"0.1 of {rows}[:50]") == {"name": "0.1 of rows.jsonl[:50]"}
     assert about_data(f"{tmp_path}:train") == {"name": f"{tmp_path.name}:train"}
-    beavertails = {"hub": "PKU-Alignment/BeaverTails", "licence": "CC BY-NC 4.0", "language": "en"}
-    spec = "PKU-Alignment/BeaverTails:30k_train"
-    assert about_data(spec) == beavertails | {"name": spec}
     assert about_data("user/rows@v2:train") == {"name": "user/rows@v2:train", "hub": "user/rows"}
-    card = written(tmp_path, train_data=[spec, "user/rows:train", str(rows)])
+
+
+def test_data_of_the_hub_is_named_by_its_id(tmp_path):
+    spec = "PKU-Alignment/BeaverTails:30k_train"
+    assert about_data(spec)["licence"] == "CC BY-NC 4.0"
+    card = written(tmp_path, train_data=[spec, "user/rows:train", str(tmp_path / "rows.jsonl")])
     assert card.data.datasets == ["PKU-Alignment/BeaverTails", "user/rows"]
 
 
 def test_an_adapter_is_one(tmp_path):
     data = written(tmp_path, base_model="gpt2", adapter=True, task="text-generation").data
-    assert (data.library_name, data.base_model_relation) == ("peft", "adapter")
+    assert data.library_name == "peft"
+    assert data.base_model_relation == "adapter"

@@ -4,37 +4,40 @@ import json
 
 import pytest
 
-from common.conversation import UserError
+from common.conversation import UserError, pair
 from common.data import load_conversations
 
 
-def load(tmp_path, rows, **options):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_conversations(str(tmp_path / "rows.jsonl"), **options)
+@pytest.fixture
+def load(tmp_path):
+    """`load(row)`: the conversation of a row of JSON."""
+
+    def read(row: dict) -> dict:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        (found,) = load_conversations(str(tmp_path / "rows.jsonl"))
+        return found
+
+    return read
 
 
-def test_toxicchat(tmp_path):
-    """The label is the prompt's; what a model answered is left out, and so are the automatic
-    scores.
-    """
-    row = {
-        "conv_id": "c1",
-        "user_input": "Hello?",
-        "model_output": "Hi!",
-        "human_annotation": True,
-        "toxicity": 0,
-    }
-    rows = load(
-        tmp_path,
-        [
-            row | {"jailbreaking": 0, "openai_moderation": "[]"},
-            row | {"conv_id": "c2", "toxicity": 1},
-        ],
+@pytest.mark.parametrize("toxicity", [0, 1])
+def test_toxicchat(load, toxicity):
+    """The label is the prompt's; what a model answered and the automatic scores are left out."""
+    found = load(
+        {
+            "conv_id": "c1",
+            "user_input": "Hello?",
+            "model_output": "Hi!",
+            "human_annotation": True,
+            "toxicity": toxicity,
+            "jailbreaking": 0,
+            "openai_moderation": "[]",
+        }
     )
-    assert rows["prompt_unsafe"] == [False, True] and rows["id"] == ["c1", "c2"]
-    assert rows["messages"][0] == [{"role": "user", "content": "Hello?"}] and rows[
-        "response_unsafe"
-    ] == [None, None]
+    assert found["id"] == "c1"
+    assert found["messages"] == pair("Hello?")
+    assert found["prompt_unsafe"] is bool(toxicity)
+    assert found["response_unsafe"] is None
 
 
 @pytest.mark.parametrize(
@@ -44,23 +47,23 @@ def test_toxicchat(tmp_path):
         ({"S": 0, "V2": 1}, True),
         ({"SH": 1}, True),
         ({"S": None}, None),
-        ({"HR": 0}, False),
         ({"S": False, "H": True}, True),
         ({"S": "0.0", "H": "1.0"}, True),
         ({"S": "false", "H": "TRUE"}, True),
     ],
+    ids=str,
 )
-def test_openai_moderation(tmp_path, flags, expected):
+def test_openai_moderation(load, flags, expected):
     """Unsafe if any present key is 1; an absent or null key is unknown."""
-    assert load(tmp_path, [{"prompt": "Some text.", **flags}])["prompt_unsafe"] == [expected]
+    assert load({"prompt": "Some text."} | flags)["prompt_unsafe"] is expected
 
 
-def test_a_flag_that_is_no_flag_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"rows.jsonl, line 1, field H: unknown label 7"):
-        load(tmp_path, [{"prompt": "Some text.", "S": 0, "H": 7}])
+def test_a_flag_that_is_no_flag_is_refused(load):
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1, field H"):
+        load({"prompt": "Some text.", "S": 0, "H": 7})
 
 
-def test_other_rows_are_left_alone(tmp_path):
+def test_other_rows_are_left_alone(load):
     """A column that happens to be called S, among others that no known data set has."""
-    rows = load(tmp_path, [{"prompt": "Some text.", "S": 1, "mine": 2, "prompt_label": "safe"}])
-    assert rows["prompt_unsafe"] == [False]
+    row = {"prompt": "Some text.", "S": 1, "mine": 2, "prompt_label": "safe"}
+    assert load(row)["prompt_unsafe"] is False
