@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from conftest import TEXTS, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from families import SHAPE, byte_level_backend, special_ids
+from tokenizers import processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -38,20 +39,14 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 DECODER = SHAPE | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
-ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
+ENCODER = SHAPE | {"initializer_range": 0.3}
 
 
 def roberta_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE that writes `<s> … </s>`; pad has id 1, as in RoBERTa."""
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    backend = _byte_level(specials)
+    backend = byte_level_backend(TEXTS, 420, specials)
     framing = [("<s>", 0), ("</s>", 2)]
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=framing
@@ -65,62 +60,53 @@ def roberta_tokenizer() -> PreTrainedTokenizerFast:
 def gpt2_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with one special token for everything, and none to pad with."""
     token = "<|endoftext|>"
-    backend = _byte_level([token])
+    backend = byte_level_backend(TEXTS, 420, [token])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=token, eos_token=token, unk_token=token
     )
 
 
-def _byte_level(specials: list[str]) -> Tokenizer:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    return backend
-
-
 def _saved(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: type, config: type, **shape: Any
 ) -> Path:
-    roles = {name: getattr(tokenizer, name) for name in ROLES}
     torch.manual_seed(0)
-    model(config(vocab_size=len(tokenizer), **(roles | shape))).save_pretrained(folder)
+    given = special_ids(tokenizer) | shape
+    model(config(vocab_size=len(tokenizer), **given)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def bert(folder: Path, **more: Any) -> Path:
     """Post-layer-norm, learned positions."""
-    shape = SHAPE | {"initializer_range": 0.3} | more
+    shape = ENCODER | more
     return _saved(folder, wordpiece_tokenizer(), BertForMaskedLM, BertConfig, **shape)
 
 
 def roberta(folder: Path, **more: Any) -> Path:
     """As BERT, with positions that begin behind the pad token's id."""
-    shape = SHAPE | {"initializer_range": 0.3, "max_position_embeddings": 514} | more
+    shape = ENCODER | {"max_position_embeddings": 514} | more
     return _saved(folder, roberta_tokenizer(), RobertaForMaskedLM, RobertaConfig, **shape)
 
 
 def deberta(folder: Path, **more: Any) -> Path:
     """DeBERTa-v3's configuration: relative positions alone."""
-    shape = SHAPE | {
-        "initializer_range": 0.3,
+    relative = {
         "relative_attention": True,
         "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 16,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "type_vocab_size": 0,
     }
-    shape |= {"position_biased_input": False, "position_buckets": 16, "norm_rel_ebd": "layer_norm"}
-    shape |= {"share_att_key": True, "type_vocab_size": 0} | more
+    shape = ENCODER | relative | more
     return _saved(folder, wordpiece_tokenizer(), DebertaV2ForMaskedLM, DebertaV2Config, **shape)
 
 
 def modernbert(folder: Path, **more: Any) -> Path:
     """Rotary positions, local and global layers."""
     tokenizer = wordpiece_tokenizer()
-    shape = SHAPE | {"initializer_range": 0.3, "local_attention": 32}
+    shape = ENCODER | {"local_attention": 32}
     shape |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id} | more
     return _saved(folder, tokenizer, ModernBertForMaskedLM, ModernBertConfig, **shape)
 

@@ -16,6 +16,7 @@ import pytest
 import sample_data
 import scripts
 import torch
+from families import SHAPE, byte_level_backend, sentencepiece, special_ids
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from tokenizers import (
@@ -98,57 +99,26 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE as GPT-2's; pad is EOS, as in SmolLM2; a markup token and a run of blanks are
     among the added.
     """
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    specials, alphabet = (
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        pre_tokenizers.ByteLevel.alphabet(),
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_backend(TEXTS, 420, specials),
+        unk_token=specials[0],
+        bos_token=specials[1],
+        eos_token=specials[2],
+        pad_token=specials[2],
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    roles = {
-        "unk_token": specials[0],
-        "bos_token": specials[1],
-        "eos_token": specials[2],
-        "pad_token": specials[2],
-    }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
-    tokenizer.add_tokens(
-        [AddedToken("<tool_call>", normalized=False), AddedToken("  ", normalized=False)]
-    )
+    added = [AddedToken(text, normalized=False) for text in ("<tool_call>", "  ")]
+    tokenizer.add_tokens(added)
     return tokenizer
 
 
 def unigram_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece style: Unigram with `</s>` among its pieces, NFKC, dummy prefix, byte fallback,
-    BOS; no pad.
-    """
+    """As Llama 2's, with NFKC."""
     trained = Tokenizer(models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=200, show_progress=False))
-    learned = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
-    pieces = [
-        ("<unk>", 0.0),
-        ("<s>", 0.0),
-        ("</s>", 0.0),
-        *((f"<0x{i:02X}>", -20.0) for i in range(256)),
-        *learned,
-    ]
-    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    learned = json.loads(trained.to_str())["model"]["vocab"]
+    return sentencepiece([tuple(piece) for piece in learned], normalizers.NFKC())
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -191,18 +161,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, **changes) -> LlamaConfig:
     """A Llama of hidden size 32; weights wide enough that different texts give clearly different
     logits.
     """
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    roles = {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    return LlamaConfig(
-        vocab_size=len(tokenizer), initializer_range=0.3, **(shape | roles | changes)
-    )
+    given = SHAPE | special_ids(tokenizer) | changes
+    return LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **given)
 
 
 def classifier(
@@ -210,12 +170,13 @@ def classifier(
 ) -> PreTrainedModel:
     """A tiny random classifier over the 14 BeaverTails labels, or over `labels`."""
     labels = labels or taxonomy("beavertails")
-    names = {
-        "id2label": dict(enumerate(labels)),
-        "label2id": {name: i for i, name in enumerate(labels)},
-    }
     torch.manual_seed(0)
-    config = tiny_config(tokenizer, problem_type="multi_label_classification", **names)
+    config = tiny_config(
+        tokenizer,
+        problem_type="multi_label_classification",
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+    )
     return LlamaForSequenceClassification(config).eval()
 
 
@@ -291,23 +252,17 @@ def bases(make_tokenizer, tmp_path_factory) -> dict[str, Path]:
     """Tiny random chat models of two families that share a tokenizer with a chat template."""
     tokenizer: PreTrainedTokenizerFast = make_tokenizer("bpe")
     tokenizer.chat_template = CHAT_TEMPLATE
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
+    shape = SHAPE | special_ids(tokenizer)
+    shape |= {
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
-    roles = {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    shape |= roles | {
+        "num_key_value_heads": 2,
         "vocab_size": len(tokenizer),
         "initializer_range": 0.3,
-        "num_key_value_heads": 2,
     }
-    kinds = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+    llama = LlamaForCausalLM, LlamaConfig
+    qwen2 = Qwen2ForCausalLM, Qwen2Config
     folders = {}
-    for name, (model, config) in kinds.items():
+    for name, (model, config) in {"llama": llama, "qwen2": qwen2}.items():
         folders[name] = tmp_path_factory.mktemp(name)
         torch.manual_seed(1)
         model(config(**shape)).save_pretrained(folders[name])
@@ -324,10 +279,8 @@ def make_guard(bases, tmp_path_factory):
     def make(
         base="llama", layers=None, bias=True, unsafe=True, inputs=("pair", "prompt", "response")
     ) -> Path:
-        folder, labels = (
-            tmp_path_factory.mktemp("guard"),
-            ["unsafe"] * unsafe + taxonomy("beavertails"),
-        )
+        folder = tmp_path_factory.mktemp("guard")
+        labels = ["unsafe"] * unsafe + taxonomy("beavertails")
         depth = {"num_hidden_layers": layers} if layers else {}
         torch.manual_seed(2)
         model = AutoModelForSequenceClassification.from_pretrained(

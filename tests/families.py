@@ -25,30 +25,20 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
-WORDS = [
-    "safe",
-    "unsafe",
-    "Safe",
-    "Unsafe",
-    "Controversial",
-    "yes",
-    "no",
-    "Yes",
-    "No",
-    "n/a",
-    "0",
-    "1",
-    "harmful",
-    "unharmful",
-    "Task",
-    "policy",
-    "assessment",
-]
+SHAPE = {  # of every tiny model, in these tests
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+WORDS = ["safe", "unsafe", "Safe", "Unsafe", "Controversial", "yes", "no", "Yes", "No", "n/a"]
+WORDS += ["0", "1", "harmful", "unharmful", "Task", "policy", "assessment"]
 TEXTS = [
     *(f"{word} {word}: {word}\n{word}" for word in WORDS for _ in range(20)),
     "Check if there is unsafe content in the conversation. How do I keep my bicycle from being stolen? Use two locks.",
@@ -57,53 +47,79 @@ TEXTS = [
 ]
 
 
-def byte_level(specials: Sequence[str], **roles: str) -> PreTrainedTokenizerFast:
-    """BPE over bytes, as of Llama 3, Qwen, Granite and gpt-oss."""
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """What a model's configuration has to know of its tokenizer."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def byte_level_backend(
+    texts: Sequence[str], vocab_size: int, specials: Sequence[str] = ()
+) -> Tokenizer:
+    """BPE over bytes, as GPT-2's."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(TEXTS, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def sentencepiece(
+    learned: Sequence[tuple[str, float]],
+    normalizer: normalizers.Normalizer,
+    bos: str = "<s>",
+    eos: str = "</s>",
+) -> PreTrainedTokenizerFast:
+    """SentencePiece style: Unigram with EOS among its pieces, dummy prefix, byte fallback, BOS put
+    first; no pad.
+    """
+    single_bytes = [(f"<0x{i:02X}>", -20.0) for i in range(256)]
+    pieces = [("<unk>", 0.0), (bos, 0.0), (eos, 0.0), *single_bytes, *learned]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    blanks = decoders.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), blanks])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token=bos, eos_token=eos
+    )
+
+
+def add_specials(tokenizer: PreTrainedTokenizerFast, specials: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+
+
+def byte_level(specials: Sequence[str], **roles: str) -> PreTrainedTokenizerFast:
+    """As of Llama 3, Qwen, Granite and gpt-oss."""
+    backend = byte_level_backend(TEXTS, 480)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    add_specials(tokenizer, specials)
     return tokenizer
 
 
 def pieces(
     specials: Sequence[str], bos: str, eos: str, known: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """SentencePiece style, as of Llama 2, Mistral and Gemma: dummy prefix, byte fallback, BOS put
-    first. A word that is in `known` is one token; most others are as many as they have letters.
+    """As of Llama 2, Mistral and Gemma. A word that is in `known` is one token; most others are as
+    many as they have letters.
     """
-    letters = sorted(set("".join(TEXTS)) - set(" \n"))
-    learned = [
-        *((f"▁{word}", -6.0) for word in WORDS),
-        *((word, -7.0) for word in WORDS),
-        ("▁", -4.0),
-    ]
+    learned = [(f"▁{word}", -6.0) for word in WORDS]
+    learned += [(word, -7.0) for word in WORDS]
+    learned.append(("▁", -4.0))
     learned += [(f"▁{word}", -6.0) for word in sorted(set(known) - set(WORDS))]
+    letters = sorted(set("".join(TEXTS)) - set(" \n"))
     learned += [(letter, -5.0) for letter in letters if letter not in dict(learned)]
-    vocabulary = [
-        ("<unk>", 0.0),
-        (bos, 0.0),
-        (eos, 0.0),
-        *((f"<0x{i:02X}>", -20.0) for i in range(256)),
-        *learned,
-    ]
-    backend = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([])
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, 1)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token=bos, eos_token=eos
-    )
-    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    tokenizer = sentencepiece(learned, normalizers.Sequence([]), bos, eos)
+    add_specials(tokenizer, specials)
     return tokenizer
 
 
@@ -143,26 +159,16 @@ TEMPLATES = {
 LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 GRANITE = ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>")
-HARMONY = (
-    "<|startoftext|>",
-    "<|return|>",
-    "<|start|>",
-    "<|end|>",
-    "<|message|>",
-    "<|channel|>",
-    "<|endoftext|>",
-)
+HARMONY = ("<|startoftext|>", "<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>")
+HARMONY += ("<|endoftext|>",)
 
 
 def tokenizer(family: str, known: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer with a family's special tokens and chat template; `known` is for `pieces`."""
-    if family in ("llama2", "mistral", "gemma", "gemma3"):
-        gemma = family.startswith("gemma")
-        made = pieces(
-            ["<start_of_turn>", "<end_of_turn>"] if gemma else [],
-            *(("<bos>", "<eos>") if gemma else ("<s>", "</s>")),
-            known,
-        )
+    if family in ("llama2", "mistral"):
+        made = pieces([], "<s>", "</s>", known)
+    elif family.startswith("gemma"):
+        made = pieces(["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>", known)
     elif family.startswith("llama3"):
         made = byte_level(LLAMA3, bos_token=LLAMA3[0], eos_token=LLAMA3[1])
     elif family.startswith("qwen"):
@@ -215,29 +221,20 @@ def model(
     """A tiny random model of a family, wide enough in its weights that different texts give
     different verdicts.
     """
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-    }
+    shape = SHAPE | special_ids(tokenizer)
     shape |= {
+        "head_dim": 8,
         "num_key_value_heads": 2,
         "vocab_size": len(tokenizer),
         "initializer_range": 0.3,
         "tie_word_embeddings": False,
         "max_position_embeddings": 32768,
     }
-    shape |= {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
     if family == "gpt-oss":
         shape |= {"num_local_experts": 4, "num_experts_per_tok": 2}
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(
-        CONFIGS[family](**(shape | changes)), dtype=torch.float32
-    ).eval()
+    config = CONFIGS[family](**(shape | changes))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def save(
@@ -254,12 +251,12 @@ def save(
     made = tokenizer(family, known)
     lm = model(family, made, seed, **changes)
     start = made("x:", add_special_tokens=False)["input_ids"]
-    after = [
-        made(f"x:{form}", add_special_tokens=False)["input_ids"]
-        for word in words
-        for form in (word, f" {word}")
-    ]
-    verdicts = {ids[len(start)] for ids in after if ids[: len(start)] == start}
+    verdicts = set()
+    for word in words:
+        for form in (word, f" {word}"):
+            ids = made(f"x:{form}", add_special_tokens=False)["input_ids"]
+            if ids[: len(start)] == start:
+                verdicts.add(ids[len(start)])
     head = lm.get_output_embeddings().weight.data
     head[[i for i in range(len(made)) if i not in verdicts]] = 0
     lm.save_pretrained(folder)

@@ -3,7 +3,6 @@
 import json
 import os
 
-import numpy as np
 import pytest
 
 from common import metrics
@@ -29,25 +28,20 @@ class KeywordGuard(Guard):
         return Verdict(**{label: 0.9 if "bad" in turn["content"] else 0.2})
 
 
-def conversations():
-    """Prompts, answers, several turns, and one that begins with the assistant, each with its label."""
-    later = [*pair("bad dog", "no"), *pair("nice dog")]
-    opened = [{"role": "assistant", "content": "hello"}, *pair("bad hen")]
-    unsafe = [
-        pair("bad cat"),
-        pair("what?", "bad answer"),
-        pair("nice owl"),
-        opened,
-        pair("broken fox"),
-    ]
-    safe = [
-        pair("nice cat"),
-        pair("bad question?", "nice answer"),
-        later,
-        pair("bad idea"),
-        pair("broken hare"),
-    ]
-    return [(messages, True) for messages in unsafe] + [(messages, False) for messages in safe]
+LATER = [*pair("bad dog", "no"), *pair("nice dog")]
+OPENED = [{"role": "assistant", "content": "hello"}, *pair("bad hen")]
+ROWS = [  # a conversation, whether it is unsafe, what the guard says
+    (pair("bad cat"), True, 0.9),
+    (pair("what?", "bad answer"), True, 0.9),
+    (pair("nice owl"), True, 0.2),
+    (OPENED, True, 0.9),
+    (pair("broken fox"), True, 1.0),
+    (pair("nice cat"), False, 0.2),
+    (pair("bad question?", "nice answer"), False, 0.2),
+    (LATER, False, 0.2),
+    (pair("bad idea"), False, 0.9),
+    (pair("broken hare"), False, 1.0),
+]
 
 
 @pytest.fixture
@@ -57,47 +51,37 @@ def run(tmp_path, monkeypatch):
     """
     monkeypatch.setitem(os.environ, "GUARDBENCH_BASE_PATH", str(tmp_path / "cache"))
 
-    def go(guard, rows, batch_size):
-        lines = [
-            {"id": f"mine/{i}", "label": label, "conversation": m}
-            for i, (m, label) in enumerate(rows)
-        ]
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        guardbench.CustomDataset("my_rows").load_data(tmp_path / "rows.jsonl")
-        folder = tmp_path / "results"
-        guardbench.benchmark(
-            guard.moderate, guard.name, str(folder), batch_size, ["my_rows"], anything="ignored"
-        )
-        return json.loads((folder / "my_rows" / f"{guard.name}.json").read_text())
+    def go(guard, conversations, labels, batch_size):
+        rows = []
+        for i, (messages, label) in enumerate(zip(conversations, labels, strict=True)):
+            rows.append({"id": f"mine/{i}", "label": label, "conversation": messages})
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        guardbench.CustomDataset("my_rows").load_data(file)
+        out = tmp_path / "results"
+        settings = {"batch_size": batch_size, "datasets": ["my_rows"], "anything": "ignored"}
+        guardbench.benchmark(guard.moderate, guard.name, str(out), **settings)
+        return json.loads((out / "my_rows" / f"{guard.name}.json").read_text())
 
     return go
 
 
 def test_its_loop_and_its_scores(run):
     """A row without a verdict is unsafe there, too; F1 and AUPRC are ours."""
-    rows = conversations()
-    found = run(KeywordGuard(), rows, 3)
-    assert list(found) == [f"mine/{i}" for i in range(10)]
-    assert list(found.values()) == [0.9, 0.9, 0.2, 0.9, 1.0, 0.2, 0.2, 0.2, 0.9, 1.0]
-    truth = {f"mine/{i}": label for i, (_, label) in enumerate(rows)}
-    theirs, ours = (
-        evaluation.evaluate(truth, found),
-        metrics.binary(list(truth.values()), list(found.values())),
-    )
-    assert (theirs["f1"], theirs["fpr"]) == pytest.approx((8 / 11, 2 / 5))
-    assert {name: theirs[name] for name in ("f1", "auprc", "fpr", "recall")} == pytest.approx(
-        {name: ours[name] for name in ("f1", "auprc", "fpr", "recall")}
-    )
+    talks, labels, said = zip(*ROWS, strict=True)
+    found = run(KeywordGuard(), talks, labels, 3)
+    assert found == {f"mine/{i}": score for i, score in enumerate(said)}
+    truth = {f"mine/{i}": label for i, label in enumerate(labels)}
+    theirs = evaluation.evaluate(truth, found)
+    ours = metrics.binary(labels, said)
+    assert theirs["f1"] == pytest.approx(8 / 11)
+    for name in ("f1", "auprc", "fpr", "recall"):
+        assert theirs[name] == pytest.approx(ours[name])
 
 
 def test_a_trained_guard(run, tiny_classifier, tmp_path):
     guard = load_guard(str(tiny_classifier(tmp_path / "guard")))
-    rows = [
-        (messages, label)
-        for messages, label in conversations()
-        if messages[-1]["role"] == "assistant"
-    ]
-    found = run(guard, rows * 3, 4)
-    verdicts = guard.judge([messages for messages, _ in rows * 3])
-    assert np.allclose(list(found.values()), [v.response_unsafe for v in verdicts], atol=1e-5)
-    assert all(type(value) is float for value in guard.moderate([rows[0][0]]))
+    talks = [pair("what?", "bad answer"), pair("bad question?", "nice answer")] * 3
+    found = run(guard, talks, [True, False] * 3, 4)
+    verdicts = [verdict.response_unsafe for verdict in guard.judge(talks)]
+    assert list(found.values()) == pytest.approx(verdicts, abs=1e-5)

@@ -2,7 +2,6 @@
 the zoo's names.
 """
 
-import csv
 import json
 import shutil
 import sys
@@ -11,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import families
+import pandas
 import pytest
 import torch
 from miniatures import ITEMS, MINIATURES, expected, write
-from scripts import launch
+from scripts import EXAMPLES, launch
 
 from common import report
 from common.conversation import pair
@@ -25,9 +25,14 @@ from guards.suite import evaluate
 from guards.suite.benchmarks import benchmark_names, benchmarks
 
 FAMILIES = {
-    "llama-guard-3-8b": "llama3", "wildguard": "mistral", "shieldgemma-2b": "gemma", "expguard": "qwen2",
-    "qwen3guard-gen-8b": "qwen3", "granite-guardian-3.3-8b": "granite", "gpt-oss-safeguard-20b": "gpt-oss",
-}  # fmt: skip
+    "llama-guard-3-8b": "llama3",
+    "wildguard": "mistral",
+    "shieldgemma-2b": "gemma",
+    "expguard": "qwen2",
+    "qwen3guard-gen-8b": "qwen3",
+    "granite-guardian-3.3-8b": "granite",
+    "gpt-oss-safeguard-20b": "gpt-oss",
+}
 WRITES = {  # what these write, the verdict apart, from the last token of their prompts on
     "qwen3guard-gen-8b": "\nRefusal:<|im_end|>",
     "gpt-oss-safeguard-20b": "ant<|channel|>final<|message|><|return|>",
@@ -94,14 +99,12 @@ def guards(shared_folder, tiny_classifier) -> dict[str, Path]:
     """Folders by names of the zoo."""
 
     def make(folder: Path) -> None:
-        for name, family in FAMILIES.items():
-            tiny(folder / family, name)
-        tiny_classifier(folder / "classifier")
+        for name in FAMILIES:
+            tiny(folder / name, name)
+        tiny_classifier(folder / "beaver-dam-7b")
 
     folder = shared_folder("guards", make)
-    return {
-        n: folder / family for n, family in (FAMILIES | {"beaver-dam-7b": "classifier"}).items()
-    }
+    return {name: folder / name for name in (*FAMILIES, "beaver-dam-7b")}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,10 @@ def files(shared_folder) -> dict[str, str]:
 def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
     """evaluate.py's main: its exit code, and how many conversations each guard was asked."""
     asked = Counter()
+    argv = ["evaluate.py", "--guards"]
+    argv += [f"{name}={folder}" for name, folder in guards.items()]
+    argv += ["--benchmarks", *specs, "--output_dir", str(out), "--bootstrap_rounds", "0"]
+    argv += [str(flag) for flag in flags]
     with pytest.MonkeyPatch.context() as patch:
         for kind in (GenerativeGuard, ClassifierGuard):
 
@@ -127,14 +134,7 @@ def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
                 return judge(self, conversations, wanted)
 
             patch.setattr(kind, "judge", judge)
-        argv = [
-            "--guards",
-            *(f"{name}={folder}" for name, folder in guards.items()),
-            "--benchmarks",
-            *specs,
-        ]
-        argv += ["--output_dir", out, "--bootstrap_rounds", 0, *flags]
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+        patch.setattr(sys, "argv", argv)
         try:
             evaluate.main()
         except SystemExit as stopped:
@@ -143,89 +143,94 @@ def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
 
 
 def cells_of(out: Path) -> dict[tuple[str, str], dict]:
-    return {
-        (c["guard"], c["benchmark"]): c
-        for c in json.loads((out / "results.json").read_text())["cells"]
-    }
+    results = json.loads((out / "results.json").read_text())
+    return {(cell["guard"], cell["benchmark"]): cell for cell in results["cells"]}
 
 
 @pytest.fixture(scope="module")
-def suite(guards, files, shared_folder) -> tuple[Path, Counter]:
+def suite(guards, files, shared_folder) -> Path:
     """Every guard on every benchmark, but two on a few, in a run of their own whose results join
     the table.
     """
 
     def make(folder: Path) -> None:
-        first, out = folder / "first", folder / "out"
-        two, others = (
-            {n: f for n, f in guards.items() if (n in LONG) == long} for long in (True, False)
-        )
-        ended = run(two, [files[name] for name in FEW], first)
-        code, asked = run(others, files.values(), out, "--add_results", first / "results.json")
-        failed = {key: c["reason"] for key, c in cells_of(out).items() if c["status"] == "failed"}
-        assert (ended[0], code, failed) == (0, 0, {})
-        (folder / "asked.json").write_text(json.dumps(asked))
+        first = folder / "first"
+        out = folder / "out"
+        two = {name: guards[name] for name in LONG}
+        others = {name: guards[name] for name in guards if name not in LONG}
+        code, _ = run(two, [files[name] for name in FEW], first)
+        assert code == 0
+        code, _ = run(others, files.values(), out, "--add_results", first / "results.json")
+        assert code == 0
+        assert not [cell for cell in cells_of(out).values() if cell["status"] == "failed"]
 
-    folder = shared_folder("suite", make)
-    return folder / "out", Counter(json.loads((folder / "asked.json").read_text()))
+    return shared_folder("suite", make) / "out"
+
+
+def judged_by(guard: str) -> set[str]:
+    """The labels that a guard of the zoo gives."""
+    questions = zoo()[guard].get("questions", [{"label": "response_unsafe"}])
+    labels = {question["label"] for question in questions}
+    return labels | {"prompt_unsafe", "response_unsafe"} if "last" in labels else labels
 
 
 @pytest.mark.slow
-def test_every_guard_on_every_benchmark(suite, guards, files):
+def test_every_guard_on_every_benchmark(suite, guards):
     """Each cell is there: measured on the miniature's rows, or not supported where the guard does
     not judge that.
     """
-    cells, labels = cells_of(suite[0]), {name: benchmarks()[name]["label"] for name in files}
-    assert set(cells) == {
-        (guard, name) for guard in guards for name in (FEW if guard in LONG else MINIATURES)
-    }
-    for (guard, name), cell in cells.items():
-        asked = {q["label"] for q in zoo()[guard].get("questions", [{"label": "response_unsafe"}])}
-        asked |= {"prompt_unsafe", "response_unsafe"} if "last" in asked else set()
-        assert cell["status"] == ("measured" if labels[name] in asked else "not supported"), (
-            guard,
-            name,
-        )
-        if cell["status"] == "measured":
-            assert (cell["rows"], cell["positives"]) == (len(expected(name)), sum(expected(name)))
-    for guard in set(FAMILIES) & set(guards):  # verdicts of both kinds: the scores say something
-        said = [
-            c["recall"] for (g, _), c in cells.items() if g == guard and c["status"] == "measured"
-        ]
-        assert any(0 < recall < 1 for recall in said), guard
+    cells = cells_of(suite)
+    recalls = {guard: [] for guard in guards}
+    for guard in guards:
+        for name in FEW if guard in LONG else MINIATURES:
+            cell = cells.pop((guard, name))
+            if benchmarks()[name]["label"] not in judged_by(guard):
+                assert cell["status"] == "not supported", (guard, name)
+                continue
+            assert cell["status"] == "measured", (guard, name)
+            assert cell["rows"] == len(expected(name))
+            assert cell["positives"] == sum(expected(name))
+            recalls[guard].append(cell["recall"] or 0.0)
+    assert not cells
+    for guard in FAMILIES:  # verdicts of both kinds: the scores say something
+        assert any(0 < recall < 1 for recall in recalls[guard]), guard
 
 
 @pytest.mark.slow
 def test_every_format_holds_every_cell(suite, guards, files):
-    cells, (out, _) = cells_of(suite[0]), suite
-    with (out / "results.csv").open(newline="") as file:
-        rows = {row["guard"]: row for row in csv.DictReader(file) if row["metric"] == "f1"}
+    cells = cells_of(suite)
+    rows = pandas.read_csv(suite / "results.csv", dtype=str, keep_default_na=False)
+    rows = rows[rows["metric"] == "f1"].set_index("guard")
     tables = {
-        "|": (out / "results.md").read_text().split("\n## ")[1],
-        "&": (out / "results.tex").read_text().split(r"\end{table}")[0],
+        "|": (suite / "results.md").read_text().split("\n## ")[1],
+        "&": (suite / "results.tex").read_text().split(r"\end{table}")[0],
     }
     for guard in guards:
-        for mark, text in tables.items():
-            lines = [
-                [x.strip(" \\") for x in line.strip("|").split(mark)] for line in text.splitlines()
-            ]
-            header, *lines = [line for line in lines if len(line) > len(files)]
-            names = [name.replace("\\", "").split(" ")[0] for name in header]
-            (shown,) = [
-                dict(zip(names, line, strict=True))
-                for line in lines
-                if line[0].split(" ")[0] == guard
-            ]
-            for name in files:
-                cell = cells.get((guard, name), {"status": "not measured"})
-                wanted = report.number(cell["f1"]) if "f1" in cell else cell["status"]
-                assert shown[name].split(" (R")[0].replace("--", "–") == wanted, (guard, name)
+        shown = [shown_of(guard, text, mark, len(files)) for mark, text in tables.items()]
         for name in files:
             cell = cells.get((guard, name), {"status": "not measured"})
-            wanted = (
-                ("" if cell["f1"] is None else str(cell["f1"])) if "f1" in cell else cell["status"]
-            )
-            assert rows[guard][name] == wanted, (guard, name)
+            f1 = cell.get("f1")
+            assert rows.loc[guard, name] == (written_of(f1) if "f1" in cell else cell["status"])
+            wanted = report.number(f1) if "f1" in cell else cell["status"]
+            for texts in shown:
+                assert texts[name] == wanted, (guard, name)
+
+
+def written_of(value: float | None) -> str:
+    return "" if value is None else str(value)
+
+
+def shown_of(guard: str, text: str, mark: str, columns: int) -> dict[str, str]:
+    """A guard's row of a table, by the names of its columns."""
+    lines = []
+    for line in text.splitlines():
+        cells = [cell.strip(" \\") for cell in line.strip("|").split(mark)]
+        if len(cells) > columns:
+            lines.append(cells)
+    names = [name.replace("\\", "").split(" ")[0] for name in lines[0]]
+    (row,) = [line for line in lines if line[0].split(" ")[0] == guard]
+    values = [cell.split(" (R")[0].replace("--", "–") for cell in row]
+    return dict(zip(names, values, strict=True))
 
 
 def word_of(verdict: dict, label: str) -> bool | None:
@@ -245,26 +250,28 @@ def f1(pairs: list[tuple[bool, bool]]) -> float:
 def test_no_verdict_counts_by_the_rule(suite):
     """The three rules, computed anew from predictions.jsonl."""
     pairs = {}
-    for line in (suite[0] / "predictions.jsonl").open():
+    for line in (suite / "predictions.jsonl").open():
         row = json.loads(line)
-        truth, label = row["truth"], row["label"]
+        truth = row["truth"]
         by_refusal = "unsaid_is" in benchmarks()[row["benchmark"]]
         for guard, verdict in row["guards"].items():
-            word = word_of(verdict, label)
-            wrong = unsafe = word
-            if word is None:
-                unsafe = True
-                wrong = not truth
-            if word is None and verdict["error"] is None:
+            counts = {"wrong": [], "unsafe": [], "excluded": []}
+            rules = pairs.setdefault((guard, row["benchmark"]), counts)
+            word = word_of(verdict, row["label"])
+            if word is not None:
+                for counted in rules.values():
+                    counted.append((truth, word))
+                continue
+            wrong = not truth
+            if verdict["error"] is None:
                 wrong = by_refusal and not word_of(verdict, "response_refusal")
-            rules = pairs.setdefault((guard, row["benchmark"]), {})
-            rules.setdefault("wrong", []).append((truth, wrong))
-            rules.setdefault("unsafe", []).append((truth, unsafe))
-            rules.setdefault("excluded", []).extend([(truth, word)] * (word is not None))
+            rules["wrong"].append((truth, wrong))
+            rules["unsafe"].append((truth, True))
     differ = 0
+    cells = cells_of(suite)
     for key, rules in pairs.items():
-        cell = cells_of(suite[0])[key]
-        scores = {rule: f1(pairs) for rule, pairs in rules.items()}
+        cell = cells[key]
+        scores = {rule: f1(counted) for rule, counted in rules.items()}
         found = {rule: cell["by_parse_errors"][rule]["f1"] or 0.0 for rule in scores}
         assert found == pytest.approx(scores), key
         assert cell["errors"] == len(rules["wrong"]) - len(rules["excluded"])
@@ -277,12 +284,11 @@ def test_no_verdict_counts_by_the_rule(suite):
 def test_a_second_run_asks_nothing(suite, guards, files, tmp_path):
     """What a model in this process says, errors among it, it would say again."""
     others = {name: folder for name, folder in guards.items() if name not in LONG}
-    before = cells_of(suite[0])
-    shutil.copytree(suite[0] / "runs", tmp_path / "runs")
+    shutil.copytree(suite / "runs", tmp_path / "runs")
     code, asked = run(others, [files[name] for name in FEW], tmp_path)
-    assert code == 0 and not asked
-    for key, cell in cells_of(tmp_path).items():
-        assert cell == before[key]
+    assert code == 0
+    assert not asked
+    assert cells_of(tmp_path).items() <= cells_of(suite).items()
 
 
 @pytest.mark.slow
@@ -290,70 +296,77 @@ def test_broken_folders(guards, files, tmp_path):
     """Weights cut off, no tokenizer, weights that are no numbers: these fail, the others go on, the
     exit code is 1.
     """
-    broken = {"wildguard": "cut", "shieldgemma-2b": "mute", "granite-guardian-3.3-8b": "nan"}
-    folders = guards | {
-        name: shutil.copytree(guards[name], tmp_path / how) for name, how in broken.items()
-    }
-    weights = tmp_path / "cut/model.safetensors"
+    broken = ("wildguard", "shieldgemma-2b", "granite-guardian-3.3-8b")
+    picked = {name: shutil.copytree(guards[name], tmp_path / name) for name in broken}
+    weights = picked["wildguard"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    for path in (tmp_path / "mute").glob("token*"):
+    for path in picked["shieldgemma-2b"].glob("token*"):
         path.unlink()
-    guard = load_guard("granite-guardian-3.3-8b", model=str(tmp_path / "nan"), progress=False)
+    folder = picked["granite-guardian-3.3-8b"]
+    guard = load_guard("granite-guardian-3.3-8b", model=str(folder), progress=False)
     guard.model.model.model.norm.weight.data.fill_(float("nan"))
-    guard.model.model.save_pretrained(tmp_path / "nan")
-    picked = {
-        name: folders[name]
-        for name in ("wildguard", "llama-guard-3-8b", *list(broken)[1:], "beaver-dam-7b")
-    }
-    code, _ = run(
-        picked, [files["expguardtest_prompt"], files["expguardtest_response"]], tmp_path / "out"
-    )
-    found = {key: c["status"] for key, c in cells_of(tmp_path / "out").items()}
+    guard.model.model.save_pretrained(folder)
+    picked |= {name: guards[name] for name in ("llama-guard-3-8b", "beaver-dam-7b")}
+    prompt, response = "expguardtest_prompt", "expguardtest_response"
+    out = tmp_path / "out"
+    code, _ = run(picked, [files[prompt], files[response]], out)
     assert code == 1
-    assert {status for (guard, _), status in found.items() if guard in broken} == {"failed"}
-    assert [
-        found[name, f"expguardtest_{kind}"]
-        for name in ("llama-guard-3-8b", "beaver-dam-7b")
-        for kind in ("prompt", "response")
-    ] == ["measured", "measured", "not supported", "measured"]
-    reasons = {
-        c["guard"]: c["reason"]
-        for c in cells_of(tmp_path / "out").values()
-        if c["status"] == "failed"
-    }
-    assert set(reasons) == set(broken) and "is not a number" in reasons["granite-guardian-3.3-8b"]
-    text = (tmp_path / "out/results.md").read_text().split("\n## F1")[0]
-    assert all(f"| {name} | expguardtest_prompt |" in text for name in broken)
-    assert all("\n" not in reason and reason.strip() for reason in reasons.values())
+    cells = cells_of(out)
+    text = (out / "results.md").read_text().split("\n## F1")[0]
+    for name in broken:
+        cell = cells[name, prompt]
+        assert cell["status"] == "failed"
+        assert cell["reason"].strip()
+        assert "\n" not in cell["reason"]
+        assert f"| {name} | {prompt} |" in text
+    assert "is not a number" in cells["granite-guardian-3.3-8b", prompt]["reason"]
+    assert cells["llama-guard-3-8b", prompt]["status"] == "measured"
+    assert cells["llama-guard-3-8b", response]["status"] == "measured"
+    assert cells["beaver-dam-7b", prompt]["status"] == "not supported"
+    assert cells["beaver-dam-7b", response]["status"] == "measured"
 
 
 # --- scripts/safety_eval.sh -------------------------------------------------------------------------------------------
 
 
+SAFETY_EVAL = "scripts/safety_eval.sh"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["prompt", "response", "both"])
-def test_safety_eval(task, guards, files, tmp_path):
-    specs = [
-        files[name]
-        for name in ("expguardtest_prompt", "wildguardtest_response", "wildguardtest_refusal")
-    ]
-    flags = ["--benchmarks", *specs, "--output_dir", tmp_path, "--bootstrap_rounds", 0]
-    argv = ["scripts/safety_eval.sh", "expguard", task, guards["expguard"], *flags]
+@pytest.mark.parametrize(
+    ("task", "measured"),
+    [
+        ("prompt", ["expguardtest_prompt"]),
+        ("response", ["wildguardtest_response"]),
+        ("both", ["expguardtest_prompt", "wildguardtest_response"]),
+    ],
+)
+def test_safety_eval(task, measured, guards, files, tmp_path):
+    """Name, task, local model, then flags of evaluate.py."""
+    names = ("expguardtest_prompt", "wildguardtest_response", "wildguardtest_refusal")
+    flags = ["--benchmarks", *(files[name] for name in names), "--output_dir", tmp_path]
+    flags += ["--bootstrap_rounds", 0]
+    argv = [SAFETY_EVAL, "expguard", task, guards["expguard"], *flags]
     launch("expguard", *argv, launcher=("bash",), threads=1)
-    both = {"prompt": "expguardtest_prompt", "response": "wildguardtest_response"}
     cells = cells_of(tmp_path)
-    assert set(cells) == {
-        ("expguard", name) for kind, name in both.items() if task in (kind, "both")
-    }
+    assert sorted(cells) == [("expguard", name) for name in measured]
     assert {cell["status"] for cell in cells.values()} == {"measured"}
 
 
-@pytest.mark.parametrize(
-    "words", [["answers"], ["Prompt"], ["prompts"], ["prompt|response"], ["both sides"], [""], []]
-)
+@pytest.mark.parametrize("words", [["answers"], ["prompt|response"], ["both sides"], [""], []])
 def test_safety_eval_of_no_task(words):
-    done = launch(
-        "expguard", "scripts/safety_eval.sh", "expguard", *words, launcher=("bash",), check=False
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
-    assert done.stderr.startswith("error: ") and "prompt|response|both" in done.stderr
+    argv = [SAFETY_EVAL, "expguard", *words]
+    done = launch("expguard", *argv, launcher=("bash",), check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "prompt|response|both" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_safety_eval_of_no_folder():
+    argv = [SAFETY_EVAL, "beaver-dam-7b", "both", "no/folder"]
+    done = launch("expguard", *argv, launcher=("bash",), check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert (EXAMPLES / "expguard" / SAFETY_EVAL).stat().st_mode & 0o100
