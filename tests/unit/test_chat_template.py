@@ -1,6 +1,4 @@
-"""The chat template of a classifier: stock consumers of messages see the ids that it was trained
-on.
-"""
+"""The chat template of a classifier: stock consumers see the ids that it was trained on."""
 
 import families
 import pytest
@@ -17,29 +15,30 @@ from common.templates import control_ids, encode, render
 from common.templates.chat import EXAMPLES, chat_template_of
 
 
+def pieces_tokenizer():
+    return families.pieces([], "<s>", "</s>")
+
+
 def llama2_tokenizer():
-    """As Llama 2's own: a normalizer, and not the pre-tokenizer, writes the blank that begins each
-    piece of text.
-    """
-    tokenizer = families.pieces([], "<s>", "</s>")
+    """Here a normalizer, and not the pre-tokenizer, writes the blank that begins a text."""
+    tokenizer = pieces_tokenizer()
+    backend = tokenizer.backend_tokenizer
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        prepend_scheme="never", split=False
-    )
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     return tokenizer
 
 
 KINDS = {
     **TOKENIZERS,
-    "pieces": lambda: families.pieces([], "<s>", "</s>"),
+    "pieces": pieces_tokenizer,
     "llama2": llama2_tokenizer,
     "roberta": roberta_tokenizer,
     "gpt2": gpt2_tokenizer,
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def own(request):
     """Each kind of tokenizer with the chat template of a guard in the place of a chat model's."""
     tokenizer = KINDS[request.param]()
@@ -54,42 +53,37 @@ def seen(tokenizer, messages) -> list[int]:
 
 
 def trained(tokenizer, messages) -> list[int]:
-    return encode(tokenizer, [render("beavertails", messages, tokenizer)])[0]
+    (ids,) = encode(tokenizer, [render("beavertails", messages, tokenizer)])
+    return ids
 
 
 def test_messages_are_seen_as_they_were_trained(own):
+    """Also by a server that writes the text first and tokenizes it then."""
     for messages in EXAMPLES:
-        ids = seen(own, messages)
-        assert ids == trained(own, messages)
+        ids = trained(own, messages)
+        assert seen(own, messages) == ids
         text = own.apply_chat_template(messages, tokenize=False)
         assert own(text, add_special_tokens=False)["input_ids"] == ids
-        if own.bos_token_id is not None:
-            assert ids.count(own.bos_token_id) == trained(own, messages).count(own.bos_token_id)
 
 
 @settings(max_examples=40, deadline=None)
 @given(question=st.text(max_size=30), answer=st.text(max_size=30))
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_text_is_seen_as_it_was_trained(kind, question, answer):
+def test_any_text_is_seen_as_it_was_trained(own, question, answer):
     """But for text that spells control tokens, which `load_guard` alone keeps from becoming them."""
-    tokenizer = SHARED.setdefault(kind, KINDS[kind]())
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = chat_template_of("beavertails", tokenizer)
     assume(not any(0xD800 <= ord(character) < 0xE002 for character in question + answer))
-    plain = tokenizer(question + " " + answer, add_special_tokens=False)["input_ids"]
-    assume(not set(plain) & control_ids(tokenizer))
+    plain = own(question + " " + answer, add_special_tokens=False)["input_ids"]
+    assume(not set(plain) & control_ids(own))
     messages = pair(question, answer)
-    assert seen(tokenizer, messages) == trained(tokenizer, messages)
-
-
-SHARED: dict = {}
+    assert seen(own, messages) == trained(own, messages)
 
 
 @pytest.mark.parametrize(
-    "messages", [pair("Why?"), pair(None, "So."), [*pair("Why?", "So."), *pair("And?")]]
+    "messages",
+    [pair("Why?"), pair(None, "So."), [*pair("Why?", "So."), *pair("And?")]],
+    ids=["no answer", "no question", "a question last"],
 )
 def test_what_the_guard_does_not_judge_is_refused(own, messages):
-    with pytest.raises(TemplateError, match="end with a user and an assistant turn"):
+    with pytest.raises(TemplateError):
         seen(own, messages)
 
 

@@ -1,12 +1,10 @@
-"""The rules that the bundled sample data keep, so that neither half of a pair, nor a repeat, gives
-the label away.
-"""
+"""Rules of the bundled sample data: no half of a pair, and no repeat, gives the label away."""
 
 import json
 import re
 import sys
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -21,23 +19,30 @@ from common.data import taxonomy
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/beavertails"
 NAMES = taxonomy("beavertails")
-SPLITS = {
-    name: [
-        json.loads(line)
-        for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    for name in ("train", "validation", "test")
-}
+
+
+def written(split: str) -> list[dict]:
+    lines = (FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+SPLITS = {split: written(split) for split in ("train", "validation", "test")}
 ROWS = [row for rows in SPLITS.values() for row in rows]
 EVALUATION = json.loads((FOLDER / "evaluation.json").read_text(encoding="utf-8"))
+MODELS = sorted({row["model"] for row in EVALUATION})
 pytestmark = pytest.mark.sample_data
-split = pytest.mark.parametrize("split", SPLITS)
-field = pytest.mark.parametrize("field", ["prompt", "response"])
+each_split = pytest.mark.parametrize("split", SPLITS)
+each_field = pytest.mark.parametrize("field", ["prompt", "response"])
+
+
+def plain(text: str) -> str:
+    """A text, case and spacing apart."""
+    return " ".join(text.lower().split())
 
 
 def texts(rows: list[dict], field: str) -> list[str]:
-    """Each text once, case and spacing apart."""
-    return sorted({" ".join(row[field].lower().split()) for row in rows})
+    """Each text once."""
+    return sorted({plain(row[field]) for row in rows})
 
 
 def nearest(one: list[str], other: list[str]) -> float:
@@ -46,8 +51,8 @@ def nearest(one: list[str], other: list[str]) -> float:
     return (vectorizer.transform(one) @ vectorizer.transform(other).T).max()
 
 
-def unsafe(rows: list[dict]) -> list[bool]:
-    return [not row["is_safe"] for row in rows]
+def unsafe(split: str) -> list[bool]:
+    return [not row["is_safe"] for row in SPLITS[split]]
 
 
 def test_size_and_columns():
@@ -55,55 +60,50 @@ def test_size_and_columns():
     for row in ROWS:
         assert list(row) == ["prompt", "response", "category", "is_safe"]
         assert list(row["category"]) == NAMES
-        assert all(type(value) is bool for value in [*row["category"].values(), row["is_safe"]])
+        assert {type(value) for value in (*row["category"].values(), row["is_safe"])} == {bool}
 
 
-@split
+@each_split
 def test_every_category_is_in_every_split(split):
-    assert [name for name in NAMES if not any(row["category"][name] for row in SPLITS[split])] == []
+    for name in NAMES:
+        assert any(row["category"][name] for row in SPLITS[split]), name
 
 
-@split
+@each_split
 def test_unsafe_share(split):
-    assert 0.4 <= sum(unsafe(SPLITS[split])) / len(SPLITS[split]) <= 0.6
+    assert 0.4 <= sum(unsafe(split)) / len(SPLITS[split]) <= 0.6
 
 
 def test_many_prompts_have_a_safe_and_an_unsafe_answer():
-    answers = defaultdict(set)
-    for row in ROWS:
-        answers[row["prompt"]].add(row["is_safe"])
-    assert sum(len(labels) == 2 for labels in answers.values()) >= 100
+    answers = Counter(prompt for prompt, _ in {(row["prompt"], row["is_safe"]) for row in ROWS})
+    assert list(answers.values()).count(2) >= 100
 
 
-@pytest.mark.parametrize("one, other", combinations(SPLITS, 2))
-@field
+@pytest.mark.parametrize(("one", "other"), combinations(SPLITS, 2))
+@each_field
 def test_nothing_leaks_between_splits(one, other, field):
-    """No prompt is shared and nothing is nearly the same."""
-    ours, theirs = texts(SPLITS[one], field), texts(SPLITS[other], field)
-    assert field == "response" or not set(ours) & set(theirs)
-    assert nearest(ours, theirs) < 0.8
+    """Nothing is nearly the same."""
+    assert nearest(texts(SPLITS[one], field), texts(SPLITS[other], field)) < 0.8
 
 
-@split
+@each_split
 def test_evaluation_prompts_are_new(split):
     assert nearest(texts(SPLITS[split], "prompt"), texts(EVALUATION, "prompt")) < 0.8
 
 
 def baseline(field: str) -> float:
-    """AUPRC on test of the recipe's baseline (TF-IDF + logistic regression) that sees one half of
-    the pair only.
-    """
-    train, test = ([row[field] for row in SPLITS[name]] for name in ("train", "test"))
+    """AUPRC of the recipe's baseline (TF-IDF, logistic regression) that sees half of the pair."""
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(C=10, max_iter=1000),
     )
-    scores = model.fit(train, unsafe(SPLITS["train"])).predict_proba(test)[:, 1]
-    return average_precision_score(unsafe(SPLITS["test"]), scores)
+    model.fit([row[field] for row in SPLITS["train"]], unsafe("train"))
+    scores = model.predict_proba([row[field] for row in SPLITS["test"]])[:, 1]
+    return average_precision_score(unsafe("test"), scores)
 
 
 def test_the_question_alone_does_not_decide():
-    base_rate = sum(unsafe(SPLITS["test"])) / len(SPLITS["test"])
+    base_rate = sum(unsafe("test")) / len(SPLITS["test"])
     assert abs(baseline("prompt") - base_rate) <= 0.08
 
 
@@ -115,66 +115,57 @@ def test_the_answer_alone_does_not_decide():
 def test_answers_repeat_only_where_the_label_flips():
     labels = defaultdict(list)
     for row in ROWS:
-        labels[" ".join(row["response"].lower().split())].append(row["is_safe"])
-    repeated = {answer: found for answer, found in labels.items() if len(found) > 1}
-    assert repeated  # the same words, safe after one question and unsafe after another
-    assert [answer for answer, found in repeated.items() if sorted(found) != [False, True]] == []
+        labels[plain(row["response"])].append(row["is_safe"])
+    repeated = [found for found in labels.values() if len(found) > 1]
+    assert repeated
+    for found in repeated:
+        assert sorted(found) == [False, True]
 
 
-def share_of_answers(condition) -> float:
-    return sum(condition(len(row["response"].split())) for row in ROWS) / len(ROWS)
+def test_long_and_short_answers():
+    words = [len(row["response"].split()) for row in ROWS]
+    assert sum(count > 30 for count in words) >= 0.05 * len(words)
+    assert sum(count < 10 for count in words) >= 0.08 * len(words)
 
 
-def test_long_answers():
-    assert share_of_answers(lambda words: words > 30) >= 0.05
-
-
-def test_short_answers():
-    assert share_of_answers(lambda words: words < 10) >= 0.08
-
-
-@field
+@each_field
 def test_no_templated_openings(field):
     found = texts(ROWS, field)
     openings = Counter(" ".join(re.findall(r"[\w']+", text)[:4]) for text in found)
-    opening, count = openings.most_common(1)[0]
-    assert count / len(found) < 0.03, opening
+    ((opening, count),) = openings.most_common(1)
+    assert count < 0.03 * len(found), opening
 
 
-def test_evaluation_file():
-    """The paper's format: the same questions answered by several models, with two judges who
-    sometimes differ.
-    """
+def test_evaluation_rows():
+    """The paper's format, with two judges; no real model is spoken for."""
     assert len(EVALUATION) >= 100
     for row in EVALUATION:
         assert list(row) == ["prompt", "response", "model", "flagged"]
-        assert all(row[name].strip() for name in ("prompt", "response", "model"))
+        assert row["response"].strip()
+        assert row["model"].startswith("sample-")
         assert list(row["flagged"]) == ["gpt4", "human"]
-        assert all(type(flag) is bool for flag in row["flagged"].values())
-    models = {row["model"] for row in EVALUATION}
-    # no real model is spoken for
-    assert len(models) >= 3 and all(model.startswith("sample-") for model in models)
-    prompts = texts(EVALUATION, "prompt")
-    assert {(model, prompt) for model in models for prompt in prompts} == {
-        (row["model"], " ".join(row["prompt"].lower().split())) for row in EVALUATION
-    }
-    for model in models:
-        assert (
-            0
-            < sum(row["flagged"]["human"] for row in EVALUATION if row["model"] == model)
-            < len(prompts)
-        ), model
-    assert (
-        0
-        < sum(row["flagged"]["gpt4"] != row["flagged"]["human"] for row in EVALUATION)
-        < len(EVALUATION) / 4
-    )
+        assert {type(flag) for flag in row["flagged"].values()} == {bool}
+
+
+def test_evaluation_has_an_answer_of_every_model_to_every_question():
+    assert len(MODELS) >= 3
+    found = {(row["model"], plain(row["prompt"])) for row in EVALUATION}
+    assert found == set(product(MODELS, texts(EVALUATION, "prompt")))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_model_of_the_evaluation_is_all_safe_or_all_unsafe(model):
+    flagged = {row["flagged"]["human"] for row in EVALUATION if row["model"] == model}
+    assert flagged == {True, False}
+
+
+def test_the_judges_of_the_evaluation_differ_sometimes():
+    differ = sum(row["flagged"]["gpt4"] != row["flagged"]["human"] for row in EVALUATION)
+    assert 0 < differ < len(EVALUATION) / 4
 
 
 def test_card_counts_are_what_its_command_prints():
     card = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    command, printed = re.search(
-        r"```python\n(.*?)```.*?```text\n(.*?)```", card, re.DOTALL
-    ).groups()
-    done = scripts.run([sys.executable, "-c", command], ROOT)
-    assert done.stdout == printed
+    blocks = re.search(r"```python\n(.*?)```.*?```text\n(.*?)```", card, re.DOTALL)
+    command, printed = blocks.groups()
+    assert scripts.run([sys.executable, "-c", command], ROOT).stdout == printed
