@@ -15,12 +15,9 @@ from pathlib import Path
 import datasets
 import pandas
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from miniatures import ITEMS, MINIATURES, UNSAFE_PROMPTS, expected, write
 
-from common.conversation import FEATURES, LABELS, UserError, pair
-from common.data import deduplicate
+from common.conversation import LABELS, UserError, pair
 from guards import zoo
 from guards.suite.benchmarks import benchmark_names, benchmarks, load_benchmark
 
@@ -277,22 +274,6 @@ def test_saferlhf_draws_as_the_reference_does(tmp_path):
     assert column(loaded, "messages") == wanted
     assert labels_of(loaded) == [False] * 1000 + [True] * 1000
     assert loaded.facts["mismatch"] is None
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
-def test_majority_is_that_of_deduplicate(tmp_path_factory, annotations):
-    rows = []
-    plain = []
-    for i, safe in annotations:
-        row = {"prompt": f"q{i // 2}", "response": f"a{i % 2}", "is_safe": safe}
-        rows.append(row)
-        known = {"messages": pair(row["prompt"], row["response"]), "response_unsafe": not safe}
-        plain.append(dict.fromkeys(FEATURES) | known)
-    loaded = rows_of("beavertails_330k", tmp_path_factory.mktemp("majority"), rows)
-    unique, _ = deduplicate(datasets.Dataset.from_list(plain, features=FEATURES))
-    assert column(loaded, "messages") == list(unique["messages"])
-    assert labels_of(loaded) == list(unique["response_unsafe"])
 
 
 # --- where rows come from ---------------------------------------------------------------------------------------------

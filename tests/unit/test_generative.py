@@ -10,7 +10,7 @@ import pytest
 import torch
 from completions import completion, token
 from families import GUARDS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from common.conversation import UserError, pair
 from common.templates import control_ids
@@ -568,25 +568,3 @@ def test_a_guard_that_thinks_first(tmp_path):
     never = GenerativeGuard(str(tmp_path), {**entry, "generate": 3}, progress=False)
     for verdict in never.judge(talks):
         assert "in what it wrote" in verdict.error
-
-
-def test_lora_guard_is_merged(tmp_path, llama):
-    """A guard that is an adapter on a base: its verdicts are those of PEFT's own model."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    base = str(llama().model.model.config._name_or_path)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path)
-    guard = llama(adapter=str(tmp_path))
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path).eval()
-    prompts = guard.prompt_ids(TALKS)
-    read = guard.model.next_token(prompts, range(len(guard.tokenizer)))
-    for ids, one in zip(prompts, read, strict=True):
-        ours = torch.tensor(one.logprobs).exp()
-        stock = stock_probabilities(plain, ids)
-        assert ours.tolist() == pytest.approx(stock.tolist(), abs=1e-4)
-    assert guard.moderate(TALKS) != llama().moderate(TALKS)

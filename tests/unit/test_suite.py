@@ -10,13 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import families
-import pandas
 import pytest
 import torch
 from miniatures import ITEMS, MINIATURES, expected, write
 from scripts import EXAMPLES, launch
 
-from common import report
 from common.conversation import pair
 from guards import load_guard, zoo
 from guards.classifier import ClassifierGuard
@@ -194,90 +192,6 @@ def test_every_guard_on_every_benchmark(suite, guards):
     assert not cells
     for guard in FAMILIES:  # verdicts of both kinds: the scores say something
         assert any(0 < recall < 1 for recall in recalls[guard]), guard
-
-
-@pytest.mark.slow
-def test_every_format_holds_every_cell(suite, guards, files):
-    cells = cells_of(suite)
-    rows = pandas.read_csv(suite / "results.csv", dtype=str, keep_default_na=False)
-    rows = rows[rows["metric"] == "f1"].set_index("guard")
-    tables = {
-        "|": (suite / "results.md").read_text().split("\n## ")[1],
-        "&": (suite / "results.tex").read_text().split(r"\end{table}")[0],
-    }
-    for guard in guards:
-        shown = [shown_of(guard, text, mark, len(files)) for mark, text in tables.items()]
-        for name in files:
-            cell = cells.get((guard, name), {"status": "not measured"})
-            f1 = cell.get("f1")
-            assert rows.loc[guard, name] == (written_of(f1) if "f1" in cell else cell["status"])
-            wanted = report.number(f1) if "f1" in cell else cell["status"]
-            for texts in shown:
-                assert texts[name] == wanted, (guard, name)
-
-
-def written_of(value: float | None) -> str:
-    return "" if value is None else str(value)
-
-
-def shown_of(guard: str, text: str, mark: str, columns: int) -> dict[str, str]:
-    """A guard's row of a table, by the names of its columns."""
-    lines = []
-    for line in text.splitlines():
-        cells = [cell.strip(" \\") for cell in line.strip("|").split(mark)]
-        if len(cells) > columns:
-            lines.append(cells)
-    names = [name.replace("\\", "").split(" ")[0] for name in lines[0]]
-    (row,) = [line for line in lines if line[0].split(" ")[0] == guard]
-    values = [cell.split(" (R")[0].replace("--", "–") for cell in row]
-    return dict(zip(names, values, strict=True))
-
-
-def word_of(verdict: dict, label: str) -> bool | None:
-    """What a guard says of a label; None where it says nothing."""
-    score = verdict[label]
-    assert verdict["error"] is None or (not verdict["decided"] and score is None)
-    return verdict["decided"].get(label, None if score is None else score > 0.5)
-
-
-def f1(pairs: list[tuple[bool, bool]]) -> float:
-    hits = Counter(pairs)
-    whole = 2 * hits[True, True] + hits[True, False] + hits[False, True]
-    return 2 * hits[True, True] / whole if whole else 0.0
-
-
-@pytest.mark.slow
-def test_no_verdict_counts_by_the_rule(suite):
-    """The three rules, computed anew from predictions.jsonl."""
-    pairs = {}
-    for line in (suite / "predictions.jsonl").open():
-        row = json.loads(line)
-        truth = row["truth"]
-        by_refusal = "unsaid_is" in benchmarks()[row["benchmark"]]
-        for guard, verdict in row["guards"].items():
-            counts = {"wrong": [], "unsafe": [], "excluded": []}
-            rules = pairs.setdefault((guard, row["benchmark"]), counts)
-            word = word_of(verdict, row["label"])
-            if word is not None:
-                for counted in rules.values():
-                    counted.append((truth, word))
-                continue
-            wrong = not truth
-            if verdict["error"] is None:
-                wrong = by_refusal and not word_of(verdict, "response_refusal")
-            rules["wrong"].append((truth, wrong))
-            rules["unsafe"].append((truth, True))
-    differ = 0
-    cells = cells_of(suite)
-    for key, rules in pairs.items():
-        cell = cells[key]
-        scores = {rule: f1(counted) for rule, counted in rules.items()}
-        found = {rule: cell["by_parse_errors"][rule]["f1"] or 0.0 for rule in scores}
-        assert found == pytest.approx(scores), key
-        assert cell["errors"] == len(rules["wrong"]) - len(rules["excluded"])
-        assert cell["f1"] == cell["by_parse_errors"]["wrong"]["f1"]
-        differ += len(set(scores.values())) == 3
-    assert differ
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import completions
 import families
 import pytest
 import test_suite_evaluate as shared
-from scripts import EXAMPLES
 from transformers import AutoTokenizer
 
 import common.templates
@@ -293,9 +292,3 @@ def test_files_of_other_runs_are_read_one_after_another(arguments, tmp_path):
     assert list(results["benchmarks"]) == ["expguardtest_prompt", "expguardtest_response"]
     assert list(cells(results, "late")) == ["expguardtest_prompt"]
     assert list(cells(results, "same")) == ["expguardtest_response"]
-
-
-def test_later_commands_read_what_the_papers_leaves():
-    command = (EXAMPLES / "expguard/scripts/train.sh").read_text()
-    assert "--output_dir output/expguard-7b\n" in command
-    assert "expguard both output/expguard-7b" in (EXAMPLES / "expguard/README.md").read_text()
