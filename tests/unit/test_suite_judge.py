@@ -87,11 +87,21 @@ def test_other_weights_are_another_guard(tmp_path, spec):
     assert identity(spec) != before
 
 
+def test_a_guard_that_moved_is_the_same(tmp_path):
+    guard = tmp_path / "guard"
+    write_card(guard, lora_card())
+    (guard / "adapter_model.safetensors").write_text("weights")
+    copy = shutil.copytree(guard, tmp_path / "copy")
+    assert identity(str(copy)) == identity(str(guard))
+
+
 def test_a_guard_by_its_adapters_id():
     names = ["nvidia/llama-3.1-nemoguard-8b-content-safety", "meta-llama/Llama-3.1-8B-Instruct"]
     known, base = judge.candidates(names, {})
-    assert (known.zoo, known.name, known.released) == ("nemoguard-8b", "nemoguard-8b", True)
-    assert (base.zoo, base.released) == (None, False)
+    assert known.zoo == known.name == "nemoguard-8b"
+    assert known.released
+    assert base.zoo is None
+    assert not base.released
 
 
 def test_the_papers_names_of_guards(tmp_path):
