@@ -325,7 +325,7 @@ def test_a_broken_file_is_named_and_left_as_it_is(path, where, content):
 
 
 def test_one_process_writes_at_a_time(path):
-    with KeptRows(path) as kept, pytest.raises(UserError, match=r"kept\.jsonl"):
+    with KeptRows(path), pytest.raises(UserError, match=r"kept\.jsonl"):
         KeptRows(path)
     with KeptRows(path) as kept:
         assert len(kept) == 0
