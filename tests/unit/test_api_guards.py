@@ -311,6 +311,24 @@ def test_retry_after_is_waited_for(load, server, service):
     assert verdict.prompt_unsafe == 0.0
 
 
+def test_a_pause_is_bounded(load, server, monkeypatch):
+    """Whatever a service asks for."""
+    pauses = []
+    wait = threading.Event.wait
+
+    def skip_long_ones(event, timeout=None):
+        if timeout is None or timeout < 20:
+            return wait(event, timeout)
+        pauses.append(timeout)
+        return False
+
+    monkeypatch.setattr(threading.Event, "wait", skip_long_ones)
+    server.plan["later"] = [status(429, Retry_After=86_400)]
+    (verdict,) = load("perspective").judge(asks("later"))
+    assert pauses == [60]
+    assert verdict.error is None
+
+
 SCORE = {
     "openai-moderation": '"violence": 0.0',
     "perspective": '"value": 0.0',
