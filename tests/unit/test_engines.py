@@ -19,7 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from common import engines
 from common.conversation import UserError
-from common.engines import Decoding, EngineStopped, NextToken, ServerEngine, load_engine
+from common.engines import (
+    Decoding,
+    EngineStopped,
+    NextToken,
+    ServerEngine,
+    load_engine,
+    quantization_config,
+)
 
 serve = completions.serve
 PROMPTS = [[i, 7] for i in range(6)]
@@ -337,3 +344,15 @@ def test_an_adapter_of_the_base_is_merged(base, tmp_path, config):
 def test_an_adapter_that_is_not_there(base, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         engines.load_causal_lm(str(base), str(tmp_path / "nowhere"))
+
+
+def test_a_quantized_base_is_configured_in_one_place():
+    assert quantization_config(False, False) is None
+    assert quantization_config(True, False).load_in_8bit
+    four = quantization_config(False, True)
+    assert four.load_in_4bit
+    assert four.bnb_4bit_quant_type == "nf4"
+    assert four.bnb_4bit_use_double_quant
+    assert four.bnb_4bit_compute_dtype == torch.float32
+    with pytest.raises(UserError, match="not in both"):
+        quantization_config(True, True)
