@@ -87,16 +87,17 @@ def evaluate(
     # --- Who refuses ----------------------------------------------------------------------------
     pairs = [(row["instruction"], row["output"]) for row in predictions]
     listed = [classify(said, asked) for asked, said in pairs]
-    refused = [verdict.is_refusal for verdict in listed]
-    if scorer == "substring":
-        refused = [substring_refusal(said) for _, said in pairs]
+    by_list = [verdict.is_refusal for verdict in listed]
     if refusal_judge:
         scorer = refusal_judge
         refused = judged_by_guard(refusal_judge, pairs)
-    if server_url:
+    elif server_url:
         scorer = f"{server_model}, by a rubric"
         refused = judged_by_server(server_url, server_model, pairs)
-    by_list = [verdict.is_refusal for verdict in listed]
+    elif scorer == "substring":
+        refused = [substring_refusal(said) for _, said in pairs]
+    else:
+        refused = by_list
     for row, verdict, value in zip(predictions, listed, refused, strict=True):
         row |= {"class": verdict.kind, "refused": value}
     if guard:
@@ -105,27 +106,36 @@ def evaluate(
             row["guard_unsafe"] = verdict.score("response_unsafe")
 
     # --- Results --------------------------------------------------------------------------------
-    documents = [row for row in predictions if row["kind"] != "question"]
-    questions = [row for row in predictions if row["kind"] == "question"]
-    cells = by_cell(documents)
-    results = {
-        "scorer": scorer,
-        "agreement_with_the_list": None if scorer == "detector" else agreement(refused, by_list),
-        "models": models,
-        "cells": cells,
-        "summary": {
-            name: summary(cells, name, about["train_task"]) for name, about in models.items()
-        },
-        "trainings": trainings(documents, models),
-        "paired": paired(documents, next(iter(models))),
-        "questions": by_cell(questions),
-        "run": manifest([{"answers": answers, "scorer": scorer, "guard": guard}]),
-    }
-    folder, markdown = Path(output_dir), results_markdown(results)
+    results = compared(predictions, models)
+    results["scorer"] = scorer
+    results["agreement_with_the_list"] = None
+    if scorer != "detector":
+        results["agreement_with_the_list"] = agreement(refused, by_list)
+    results["run"] = manifest([{"answers": answers, "scorer": scorer, "guard": guard}])
+    folder = Path(output_dir)
+    markdown = results_markdown(results)
     plot_heat_map(results, folder / "cross-task.png")
     plot_trade_off(results, folder / "trade-off.png")
     report.write_results(folder, results, markdown, predictions)
     print(markdown)
+
+
+def compared(predictions: list[dict], models: dict[str, dict]) -> dict[str, Any]:
+    """The rates of every model, of what was asked about documents and of short questions."""
+    documents = [row for row in predictions if row["kind"] != "question"]
+    questions = [row for row in predictions if row["kind"] == "question"]
+    cells = by_cell(documents)
+    summaries = {}
+    for name, about in models.items():
+        summaries[name] = summary(cells, name, about["train_task"])
+    return {
+        "models": models,
+        "cells": cells,
+        "summary": summaries,
+        "trainings": trainings(documents, models),
+        "paired": paired(documents, next(iter(models))),
+        "questions": by_cell(questions),
+    }
 
 
 def names(folders: list[str]) -> dict[str, str]:

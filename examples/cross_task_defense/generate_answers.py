@@ -123,9 +123,7 @@ def generate_answers(**flags: Any) -> None:
         os.environ["HF_TOKEN"] = args.auth_token
     options = engine_options(args)
     check_engine(args.engine, options, args.num_beams)
-    decoding = Decoding(
-        args.max_new_tokens, args.num_beams, args.temperature, args.top_k, args.top_p, args.seed
-    )
+    decoding = decoding_of(args)
     check_output_folder(args.output_path)
     args.base_model = args.base_model or adapter_base(args.lora_weights)
     template = choose_template(args)
@@ -179,6 +177,18 @@ def generate_answers(**flags: Any) -> None:
         )
     if keys >= {row["key"] for row in read_json_lines(partial)}:
         partial.unlink()  # else it holds what an interrupted run was told of other files
+
+
+def decoding_of(args: AnswerArguments) -> Decoding:
+    """How answers are written."""
+    return Decoding(
+        args.max_new_tokens,
+        args.num_beams,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+    )
 
 
 def asker(

@@ -58,18 +58,16 @@ def train(**flags: Any) -> None:
     training = training_arguments(args, accumulation(args))
     checkpoint = checkpoint_to_resume(training)
     if checkpoint is None:
-        refuse_to_overwrite(
-            args.output_dir, args.overwrite_output_dir, flag="--overwrite_output_dir"
-        )
+        flag = "--overwrite_output_dir"
+        refuse_to_overwrite(args.output_dir, args.overwrite_output_dir, flag=flag)
 
     # --- 2. Data --------------------------------------------------------------------------------
     template = load_template(args.prompt_template_name)
     found = read_rows(args.data_path)
     rows = answered(found, args.data_path)
     if args.val_set_size >= len(rows):
-        raise UserError(
-            f"--val_set_size {args.val_set_size}: {args.data_path} has only {len(rows)} rows"
-        )
+        there = f"{args.data_path} has only {len(rows)} rows"
+        raise UserError(f"--val_set_size {args.val_set_size}: {there}")
 
     # --- 3. Model -------------------------------------------------------------------------------
     set_seed(args.seed)

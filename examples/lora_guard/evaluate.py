@@ -111,9 +111,7 @@ def main() -> None:
     }
     markdown = results_markdown(results)
     folder = Path(args.output_dir)
-    curves = {name: (truth, score) for name, score in scores.items()}
-    title = f"Unsafe {args.judge}s of {args.eval_data} (n={len(truth)})"
-    report.plot_precision_recall(curves, folder / "precision-recall.png", title)
+    draw_curves(folder / "precision-recall.png", truth, scores, results)
     report.write_results(folder, results, markdown, kept_rows(rows, label, verdicts))
     write_page(folder / "results.html", rows, label, verdicts, results)
     print(markdown)
@@ -126,6 +124,18 @@ def check_arguments(args: EvaluationArguments) -> None:
     if any(n < 1 for n in args.prefix_tokens):
         raise UserError(f"--prefix_tokens {args.prefix_tokens}: must be at least 1")
     check_output_folder(args.output_dir)
+
+
+def draw_curves(
+    path: Path,
+    truth: np.ndarray,
+    scores: dict[str, np.ndarray],
+    results: dict[str, Any],
+) -> None:
+    """The picture of precision and recall, all guards in one."""
+    curves = {name: (truth, score) for name, score in scores.items()}
+    title = f"Unsafe {results['judged']}s of {results['dataset']} (n={len(truth)})"
+    report.plot_precision_recall(curves, path, title)
 
 
 def write_page(
