@@ -749,22 +749,23 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     names = [f"{row['first']} − {row['second']}" for row in found]
     cut_off = [f"{name} (cut off on T2)" if name[-2:] in ("A0", "A1") else name for name in names]
     left.set_yticks(range(len(found)), cut_off)
-    left.axvspan(-measure.MARGIN, measure.MARGIN, color="0.9", label="too small to matter")
+    left.axvspan(-measure.MARGIN, measure.MARGIN, color="0.9")
     left.axvline(0, color="black", linewidth=1)
-    left.set(title="T2: difference in AUROC", xlabel="right of 0: the improved arm is better")
+    left.set(
+        title="T2: difference in AUROC",
+        xlabel="right of 0: the improved arm is better\n(grey: too small to matter)",
+    )
     for y, arm in enumerate(arms):
         cell = task["arms"][arm]
         draw_interval(right, y, cell["auprc"], cell["intervals"].get("auprc"))
     right.set_yticks(range(len(arms)), arms)
     if task["base_rate"] is not None:
-        name = f"base rate {task['base_rate']:.2f} = always unsafe"
-        right.axvline(task["base_rate"], color="black", linestyle=":", label=name)
+        right.axvline(task["base_rate"], color="black", linestyle=":")
+        right.set_xlabel(f"dotted: base rate {task['base_rate']:.2f} = always unsafe")
     right.set(title=f"T2: AUPRC (n={task['rows']})")
     for axes in (left, right):
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", fontsize="small")
     report.save_figure(figure, path)
 
 

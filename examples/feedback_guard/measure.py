@@ -398,11 +398,12 @@ def reasons_against(
     if shift < LEAST_SHIFT:
         out.append("the trained guard scores as the default guard does: it was not trained")
     for name, prompts in tasks.items():
-        fewest = prompts.negatives if name == "T3" else min(prompts.positives, prompts.negatives)
-        if name in ("T1", "T2", "T3") and fewest < FEWEST:
-            out.append(
-                f"{name} has {prompts.positives} positives and {prompts.negatives} negatives"
-            )
+        if name == "T3" and prompts.negatives < FEWEST:
+            out.append(f"T3 has {prompts.negatives} harmless prompts; {FEWEST} are needed")
+        fewest = min(prompts.positives, prompts.negatives)
+        if name in ("T1", "T2") and fewest < FEWEST:
+            counts = f"{prompts.positives} unsafe and {prompts.negatives} safe ones"
+            out.append(f"{name} has {counts}; {FEWEST} of each are needed")
     if judge["label"] != "human" and not judge["beside"]:
         out.append(f"nobody but the {judge['label']} has labelled the responses")
     elif judge["label"] != "human" and (judge["kappa_low"] or 0) <= LEAST_KAPPA:

@@ -273,7 +273,7 @@ def test_prompts_that_the_default_guard_passes_favour_the_arm_but_not_against_c1
     ("changes", "reason"),
     [
         ({"trained": False}, "it was not trained"),
-        ({"n": 30}, "positives and"),
+        ({"n": 30}, "20 of each are needed"),
         ({"judge": 0.0}, "contradicts itself"),
         ({"beside": None}, "nobody but the judge has labelled"),
     ],
