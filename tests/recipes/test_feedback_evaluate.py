@@ -309,7 +309,7 @@ def test_the_whole_experiment(config_file, tmp_path):
     assert t1["A2"]["recall"] == 1  # the strict parser lets nothing through that lacks capitals
     said = whole["verdict"]["verdict"]
     assert said.startswith("undecided: ")
-    assert "T1 has 4 positives" in said
+    assert "T1 has 4 unsafe" in said
     text = (folder / "results.md").read_text()
     assert "**Verdict on A8: undecided" in text
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
