@@ -604,6 +604,8 @@ def _without_key(error) -> str:
     key = os.environ.get("SERVER_API_KEY")
     if key:
         text = text.replace(key, "…")
+    if isinstance(error, ValueError):  # of the client, which could not read a proxy's page
+        text = f"its answer is broken JSON ({text})"
     return text[:150]
 
 

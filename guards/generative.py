@@ -8,6 +8,7 @@ greedy decoding would write it. If the most likely token belongs to no word, the
 error. The probability is that of the words for unsafe, over those of all words.
 """
 
+import logging
 import math
 import re
 from collections import Counter
@@ -56,6 +57,8 @@ MODES = ("strict", "loose")
 LAST = {"prompt": "prompt_unsafe", "response": "response_unsafe"}
 EXAMPLES = {"prompt": pair("Hello"), "response": pair("Hello", "Hi")}
 CATEGORY_TOKENS = 32  # enough to name the categories of what is unsafe
+
+logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
@@ -179,6 +182,7 @@ class GenerativeGuard(Guard):
         self.max_length = max_length or entry.get("max_length", 4096)
         self.thresholds = thresholds or {}
         self.long_inputs = long_inputs
+        self.too_long: set[int] = set()  # conversations of one call of `judge`
         self.with_categories = categories
         self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
         self.questions = [Question.read(question, mode) for question in entry["questions"]]
@@ -237,7 +241,11 @@ class GenerativeGuard(Guard):
         if self.pending_check is not None:
             check, self.pending_check = self.pending_check, None
             check()
+        self.too_long = set()
         verdicts, cases_of = each(conversations, self._cases)
+        if self.too_long:
+            counts = len(self.too_long), len(conversations), self.max_length, self.long_inputs
+            logger.info("%d of %d conversations are longer than %d tokens: %s", *counts)
         groups: dict[tuple[str, str], list[Case]] = {}  # what shares most of its prompt
         for cases in cases_of.values():
             for case in cases:
@@ -350,6 +358,12 @@ class GenerativeGuard(Guard):
         for (_, answer, verdict), completion in zip(unsafe, completions, strict=True):
             for code in re.findall(known["pattern"], completion.text):
                 verdict.categories[names.get(code, code)] = answer.probability
+        errors = [one.error for one in completions if one.error is not None]
+        if errors:
+            logger.warning(
+                "%d of %d unsafe texts: the categories are not known, the verdicts stand (%s)",
+                *(len(errors), len(completions), errors[0]),
+            )
 
     # --- the prompt -------------------------------------------------------------------------------
 
@@ -408,6 +422,7 @@ class GenerativeGuard(Guard):
         length = self._length(messages, variant)
         if length <= self.max_length:
             return [messages]
+        self.too_long.add(id(messages))
         if self.long_inputs == "error":
             raise UserError(f"{length} tokens, more than --max_length {self.max_length}")
         length_of = partial(self._length, variant=variant)
