@@ -628,7 +628,7 @@ def training_texts(
         out.append(_text(one, [i for i in everything if i not in dropped], rng, shuffle))
         if one.unsafe:
             dropped = [*rng.sample(others, rng.randint(0, len(others) - 1)), one.category]
-            safe = one._replace(unsafe=False, category=None, reason=DROPPED_REASON)
+            safe = Example(one.id, one.prompt, False, None, DROPPED_REASON)
             out.append(_text(safe, [i for i in everything if i not in dropped], rng, shuffle))
     return out
 
