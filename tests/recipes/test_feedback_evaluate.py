@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import completions
-import numpy as np
 import pytest
 from completions import completion
 from feedback_rows import config_writer, prompts, save_models, write
@@ -323,9 +322,9 @@ def test_the_whole_experiment(config_file, tmp_path):
     again = json.loads((folder / "results.json").read_text())
     assert {path.stem for path in before if path.read_bytes() != before[path]} == {"A8-seed1"}
     assert again["verdict"] == whole["verdict"]
-    assert np.isclose(
-        again["tasks"]["T2"]["arms"]["A8"]["auroc"], whole["tasks"]["T2"]["arms"]["A8"]["auroc"]
-    )
+    # None where every response of the tiny model got the same label, which differs between machines.
+    before_t2, after_t2 = (found["tasks"]["T2"]["arms"]["A8"] for found in (whole, again))
+    assert after_t2["auroc"] == pytest.approx(before_t2["auroc"])
 
     changes = (
         "--set",
