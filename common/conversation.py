@@ -103,6 +103,21 @@ def pair(prompt: str | None, response: str | None = None) -> list[Message]:
     return turns
 
 
+def parts_of(messages: Messages) -> dict[str, list[Message]]:
+    """What a guard can judge of a conversation: its last `prompt`, the `response` to it alone, and
+    both as a `pair`, of these what there is.
+    """
+    prompt, response = last_turns(messages)
+    parts = {}
+    if prompt is not None:
+        parts["prompt"] = pair(prompt)
+    if response is not None:
+        parts["response"] = pair(None, response)
+    if len(parts) == 2:
+        parts["pair"] = pair(prompt, response)
+    return parts
+
+
 def check_messages(value: Any, where: str, *, allow_empty: bool = False) -> list[Message]:
     """`value` as messages: the one reading of a conversation, for data that is loaded and for what
     a guard is asked.

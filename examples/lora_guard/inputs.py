@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common import data, templates
-from common.conversation import Messages, UserError, last_turns, pair
+from common.conversation import Messages, UserError, parts_of
 
 logger = logging.getLogger("lora_guard")
 CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
@@ -74,19 +74,6 @@ def labelled_inputs(
             labels = [float(unsafe), *known]
             found[kind].append((parts[kind], labels))
     return found
-
-
-def parts_of(messages: Messages) -> dict[str, Messages]:
-    """What a guard can judge of a conversation, by kind."""
-    prompt, response = last_turns(messages)
-    parts = {}
-    if prompt is not None:
-        parts["prompt"] = pair(prompt)
-    if response is not None:
-        parts["response"] = pair(None, response)
-    if len(parts) == 2:
-        parts["pair"] = pair(prompt, response)
-    return parts
 
 
 def judged_inputs(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> list[Messages]:
