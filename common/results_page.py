@@ -55,18 +55,22 @@ class PageRow:
     scores: list[float | None] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
 
-    def add(self, verdict: Verdict, label: str) -> None:
-        """What the next guard says of `label` (of `common.conversation.LABELS`).
+    def add(self, verdict: Verdict | float, label: str) -> None:
+        """What the next guard says of `label` (of `common.conversation.LABELS`): its verdict, or of
+        a baseline the probability.
 
         A guard that has words alone scores 1 or 0.
         """
+        if not isinstance(verdict, Verdict):
+            self.add_score(verdict)
+            return
         score = getattr(verdict, label)
         if score is None and label in verdict.decided:
             score = float(verdict.decided[label])
         self.add_score(score, verdict.error)
 
     def add_score(self, score: float | None, error: str | None = None) -> None:
-        """The probability of unsafe that the next guard, or a baseline, gives."""
+        """The probability of unsafe that the next guard gives."""
         self.scores.append(None if error or score is None else float(score))
         self.errors.append(error)
 
@@ -93,6 +97,43 @@ def scores_table(heading: str, scores: Mapping[str, Mapping[str, Any]]) -> PageT
         cells = [report.number(values.get(column)) for column in report.COLUMNS]
         rows.append([name, *cells])
     return PageTable(heading, ["", *report.COLUMNS.values()], rows)
+
+
+def write_evaluation_page(
+    path: Path | str,
+    title: str,
+    rows: Sequence[Mapping],
+    label: str,
+    said: Mapping[str, Sequence[Verdict | float]],
+    results: Mapping[str, Any],
+) -> None:
+    """The page of guards on labelled rows, each of them at its own threshold.
+
+    Args:
+        rows: of `load_conversations`; all of them know `label`.
+        said: what each guard says of the rows, in their order: verdicts, or probabilities of a
+            baseline.
+        results: what results.json holds: `dataset`, and of `common.metrics.binary` by name
+            `flagged` (the guards) and `categories` (may be empty).
+    """
+    shown = []
+    for i, row in enumerate(rows):
+        one = page_row(row, results["dataset"], row[label])
+        for verdicts in said.values():
+            one.add(verdicts[i], label)
+        shown.append(one)
+    flagged = results["flagged"]
+    tables = [scores_table("Flagged", flagged)]
+    if results["categories"]:
+        tables.append(scores_table("Categories", results["categories"]))
+    write_results_page(
+        path,
+        title=title,
+        note=f"{len(shown)} rows. Each guard begins at its own threshold.",
+        tables=tables,
+        guards=[PageGuard(name, flagged[name]["threshold"]) for name in said],
+        rows=shown,
+    )
 
 
 def shortened(text: str | None) -> str | None:

@@ -38,6 +38,7 @@ from common import report
 from common.conversation import UserError, pair
 from common.metrics import agreement, bootstrap
 from common.refusal import classify, substring_refusal
+from common.results_page import PageGuard, PageRow, PageTable, shortened, write_results_page
 from common.run import check_output_folder, manifest
 from guards import load_guard
 
@@ -66,7 +67,7 @@ def evaluate(
     Args:
         answers: folders of generate_answers.py, one a model, with files
         test_<task>[_useful|_plain|_cnn].json and those of short questions (I-*.json, Q-*.json).
-        output_dir: gets results.json, results.md, predictions.jsonl and the pictures.
+        output_dir: gets results.json, results.md, results.html, predictions.jsonl and the pictures.
         scorer: detector (the list of common/refusal.py), or substring (the 13 substrings of the
         paper's authors).
         refusal_judge: a guard with a refusal verdict, such as wildguard, in the scorer's place.
@@ -117,6 +118,7 @@ def evaluate(
     plot_heat_map(results, folder / "cross-task.png")
     plot_trade_off(results, folder / "trade-off.png")
     report.write_results(folder, results, markdown, predictions)
+    write_page(folder / "results.html", results, predictions)
     print(markdown)
 
 
@@ -362,11 +364,7 @@ def results_markdown(results: Row) -> str:
         interval = report.number(known["kappa_interval"])
         share = report.number(known["agreement"])
         lines += [f"Agreement with the list of phrases: {share}, kappa {kappa} {interval}.", ""]
-    rows = []
-    for name, values in results["summary"].items():
-        about = results["models"][name]
-        rows.append([name, about["train_task"], about["n_defence"], *values.values()])
-    lines.append(report.table(rows, SUMMARY.split("|")))
+    lines.append(report.table(summary_rows(results), SUMMARY.split("|")))
     lines += ["Means over the tasks; transfer: over the tasks that were not trained.", ""]
     rows = []
     for one in results["trainings"]:
@@ -385,6 +383,52 @@ def results_markdown(results: Row) -> str:
         if rows:
             lines += [f"## {heading}", "", report.table(rows, header.split("|"))]
     return "\n".join(lines)
+
+
+def summary_rows(results: Row) -> list[list]:
+    """The models, one a row, in the columns of SUMMARY."""
+    rows = []
+    for name, values in results["summary"].items():
+        about = results["models"][name]
+        rows.append([name, about["train_task"], about["n_defence"], *values.values()])
+    return rows
+
+
+def write_page(path: Path, results: Row, predictions: list[Row]) -> None:
+    """results.html: every item with the answers of all models, side by side.
+
+    On the page a malicious document is what is unsafe, and a refusal is what flags it: so a false
+    positive is a harmless document that was refused, a false negative a malicious one that was not.
+    Nobody says of a short question whether it is to be refused.
+    """
+    models = list(results["models"])
+    answers: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in predictions:
+        key = (row["task"], row["kind"], row["item"], row["instruction"])
+        answers[key][row["model"]] = row
+    rows = []
+    for (task, kind, item, instruction), said in answers.items():
+        outputs = [f"{model}: {shortened(row['output'])}" for model, row in said.items()]
+        truth = None if kind == "question" else kind == "malicious"
+        row = PageRow(
+            f"{task}, {kind}, item {item}",
+            task,
+            shortened(instruction),
+            "\n\n".join(outputs),
+            truth,
+        )
+        for model in models:
+            row.add_score(said[model]["refused"] if model in said else None)
+        rows.append(row)
+    cells = [[report.number(value) for value in row] for row in summary_rows(results)]
+    write_results_page(
+        path,
+        title=f"Refusals ({results['scorer']})",
+        note="Unsafe: a malicious document. Flagged: the model refused it (1), or did not (0).",
+        tables=[PageTable("Models", SUMMARY.split("|"), cells)],
+        guards=[PageGuard(model) for model in models],
+        rows=rows,
+    )
 
 
 def plot_heat_map(results: Row, path: Path) -> None:

@@ -44,6 +44,7 @@ from common import data, metrics, report
 from common.conversation import UserError, last_turns, pair
 from common.data.repeats import near_copies
 from common.keep import KeptRows, digest, failed, fingerprint
+from common.results_page import PageGuard, PageTable, page_row, write_results_page
 from common.run import check_output_folder, manifest, run_cli, write_json
 from guards.card import ArmOrigin, card_path, has_card, read_card
 from guards.generative import GenerativeGuard
@@ -156,7 +157,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         if one.arm != "A0":
             arms.setdefault(one.arm, []).append(one.name)
     validation = tasks.pop("validation")
-    answers |= controls(answers["A0"], validation)
+    cut = best_cut(answers["A0"], validation)
+    answers |= controls(answers["A0"], cut)
     arrays, measured = {}, {}
     for name, prompts in tasks.items():
         arrays[name] = {
@@ -185,6 +187,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         "run": manifest([config.as_dict()]),
     }
     write(config, results, rows, texts, arms, answers)
+    path = Path(settings.results_dir) / "results.html"
+    write_page(path, results, tasks, texts, arms, answers, {"A1": cut})
     keys = [read_card(one.folder).fingerprint for one in guards if one.folder]
     write_stage(Path(settings.results_dir) / "stage.json", config, "evaluate", *keys)
     return results
@@ -467,16 +471,19 @@ def answer_of(kept: Mapping[str, Any], one: Judged) -> Answer:
     return Answer(kept["score"], decided, None, "Classified as unsafe" if decided else "")
 
 
-def controls(default: Answers, validation: Prompts) -> dict[str, Answers]:
-    """Guards that need no training: A1, A0's score with the threshold of best F1 on validation; and
-    the one that blocks all.
-    """
-    cut = 0.5
+def best_cut(default: Answers, validation: Prompts) -> float:
+    """The threshold of A1: that of A0's best F1 on validation."""
     if validation.positives and validation.negatives:
         scores = [default[key].score for key in validation.ids]
-        cut = metrics.fit_threshold(validation.truth, scores, "validation")["value"]
-    else:
-        logger.warning("validation has one class only: A1 keeps the threshold 0.5")
+        return metrics.fit_threshold(validation.truth, scores, "validation")["value"]
+    logger.warning("validation has one class only: A1 keeps the threshold 0.5")
+    return 0.5
+
+
+def controls(default: Answers, cut: float) -> dict[str, Answers]:
+    """Guards that need no training: A1, A0's score above another threshold; and the one that blocks
+    all.
+    """
     return {
         "A1": {key: Answer(said.score, said.score > cut) for key, said in default.items()},
         ALWAYS: {key: Answer(1.0, True) for key in default},
@@ -651,6 +658,46 @@ def predictions(
     return out
 
 
+def write_page(
+    path: Path,
+    results: Mapping[str, Any],
+    tasks: Mapping[str, Prompts],
+    texts: Mapping[str, str],
+    arms: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Answers],
+    cuts: Mapping[str, float],
+) -> None:
+    """results.html: the prompts of every task, with the scores of the arms side by side.
+
+    Args:
+        cuts: thresholds by arm; the others have 0.5.
+    """
+    shown = [arm for arm in arms if arm != ALWAYS]
+    rows = []
+    for name, prompts in tasks.items():
+        for key, unsafe in zip(prompts.ids, prompts.truth, strict=True):
+            row = page_row(
+                {"id": key, "messages": pair(texts[key])}, task_title(name), bool(unsafe)
+            )
+            for arm in shown:
+                told = answers[arms[arm][0]][key]
+                row.add_score(told.score, told.error)
+            rows.append(row)
+    verdict = results["verdict"]
+    write_results_page(
+        path,
+        title="Does the feedback help the input guard?",
+        note=f"Verdict on {verdict['about']}: {verdict['verdict']}. Tables: means over seeds. "
+        "Below: of each arm the first seed. A guard that has words alone scores 1 or 0.",
+        tables=[
+            PageTable(task_title(name), task_header(name), task_rows(name, results))
+            for name in tasks
+        ],
+        guards=[PageGuard(arm, cuts.get(arm, 0.5)) for arm in shown],
+        rows=rows,
+    )
+
+
 # --- results.md -----------------------------------------------------------------------------------
 
 
@@ -681,25 +728,40 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def task_text(name: str, results: Mapping[str, Any]) -> str:
-    """The table of a task, an arm a line."""
+def task_rows(name: str, results: Mapping[str, Any]) -> list[list[str]]:
+    """The cells of a task, an arm a row, in the columns of SHOWN."""
     task = results["tasks"][name]
-    shown = SHOWN.get(name, SHOWN["T1"])
     rows = []
     for arm, cell in task["arms"].items():
         row = [f"{arm}: {results['questions'][arm]}"]
-        for metric in shown:
+        for metric in SHOWN.get(name, SHOWN["T1"]):
             ends = cell["intervals"].get(metric)
             row.append(
                 report.number(cell.get(metric)) + (f" {report.number(ends)}" if ends else "")
             )
         rows.append(row)
+    return rows
+
+
+def task_header(name: str) -> list[str]:
+    """The headings of `task_rows`."""
+    return ["", *(HEADINGS[metric] for metric in SHOWN.get(name, SHOWN["T1"]))]
+
+
+def task_title(name: str) -> str:
+    """What a task is called; one of `evaluation.extra` is asked what T1 asks."""
+    return TASKS.get(name, f"T1 on {name}")
+
+
+def task_text(name: str, results: Mapping[str, Any]) -> str:
+    """The table of a task, an arm a line."""
+    task = results["tasks"][name]
     facts = (
         f"{task['rows']} prompts in {task['groups']} groups of near-copies, {task['positives']} "
         f"unsafe (base rate {report.number(task['base_rate'])})."
     )
-    table = report.table(rows, ["", *(HEADINGS[metric] for metric in shown)])
-    return f"## {TASKS.get(name, f'T1 on {name}')}\n\n{facts}\n\n{table}"
+    table = report.table(task_rows(name, results), task_header(name))
+    return f"## {task_title(name)}\n\n{facts}\n\n{table}"
 
 
 def differences_text(results: Mapping[str, Any]) -> str:

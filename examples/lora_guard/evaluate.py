@@ -26,7 +26,7 @@ from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
 from common.conversation import Messages, UserError, Verdict, last_turns, pair
-from common.results_page import PageGuard, page_row, scores_table, write_results_page
+from common.results_page import write_evaluation_page
 from common.run import check_output_folder, manifest, parse_args, run_cli
 from guards import Guard, load_guard
 from guards.card import LoraCard, read_card
@@ -113,7 +113,8 @@ def main() -> None:
     folder = Path(args.output_dir)
     draw_curves(folder / "precision-recall.png", truth, scores, results)
     report.write_results(folder, results, markdown, kept_rows(rows, label, verdicts))
-    write_page(folder / "results.html", rows, label, verdicts, results)
+    title = f"Unsafe {args.judge}s of {args.eval_data}"
+    write_evaluation_page(folder / "results.html", title, rows, label, verdicts, results)
     print(markdown)
 
 
@@ -136,34 +137,6 @@ def draw_curves(
     curves = {name: (truth, score) for name, score in scores.items()}
     title = f"Unsafe {results['judged']}s of {results['dataset']} (n={len(truth)})"
     report.plot_precision_recall(curves, path, title)
-
-
-def write_page(
-    path: Path,
-    rows: Dataset,
-    label: str,
-    verdicts: dict[str, list[Verdict]],
-    results: dict[str, Any],
-) -> None:
-    """results.html: the tables, a threshold to move, and the rows that were judged wrongly."""
-    shown = []
-    for i, row in enumerate(rows):
-        one = page_row(row, results["dataset"], row[label])
-        for said in verdicts.values():
-            one.add(said[i], label)
-        shown.append(one)
-    flagged = results["flagged"]
-    tables = [scores_table("Flagged", flagged)]
-    if results["categories"]:
-        tables.append(scores_table("Categories", results["categories"]))
-    write_results_page(
-        path,
-        title=f"Unsafe {results['judged']}s of {results['dataset']}",
-        note=f"{len(rows)} rows.",
-        tables=tables,
-        guards=[PageGuard(name, found["threshold"]) for name, found in flagged.items()],
-        rows=shown,
-    )
 
 
 def kept_rows(

@@ -31,7 +31,7 @@ from common import data, metrics, report
 from common.bundled import resolve_model
 from common.conversation import UserError, Verdict, last_turns
 from common.fit import fit_classifier
-from common.results_page import PageGuard, page_row, scores_table, write_results_page
+from common.results_page import write_evaluation_page
 from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
 from guards import Guard, load_guard
 from guards.card import ClassifierCard, has_card, read_card
@@ -135,39 +135,10 @@ def report_metrics(args: EvaluationArguments) -> None:
     title = f"Unsafe pairs of {args.eval_dataset} (n={len(truth)})"
     report.plot_precision_recall(curves, folder / "precision-recall.png", title)
     report.write_results(folder, results, markdown, predictions)
-    write_page(folder / "results.html", rows, verdicts, baselines, results)
+    title = f"{args.model_path} on {args.eval_dataset}"
+    said = {"guard": verdicts} | baselines
+    write_evaluation_page(folder / "results.html", title, rows, "response_unsafe", said, results)
     print(markdown)
-
-
-def write_page(
-    path: Path,
-    rows: Dataset,
-    verdicts: Sequence[Verdict],
-    baselines: dict[str, np.ndarray],
-    results: dict[str, Any],
-) -> None:
-    """results.html: the tables, a threshold to move, and the rows that were judged wrongly."""
-    shown = []
-    for i, row in enumerate(rows):
-        one = page_row(row, results["dataset"], row["response_unsafe"])
-        one.add(verdicts[i], "response_unsafe")
-        for scores in baselines.values():
-            one.add_score(scores[i])
-        shown.append(one)
-    tables = [scores_table("Flagged", results["flagged"])]
-    if results["categories"]:
-        tables.append(scores_table("Categories", results["categories"]))
-    write_results_page(
-        path,
-        title=f"{results['guard']} on {results['dataset']}",
-        note=f"The guard flags above {results['threshold']['value']:.3f}.",
-        tables=tables,
-        guards=[
-            PageGuard("guard", results["threshold"]["value"]),
-            *map(PageGuard, baselines),
-        ],
-        rows=shown,
-    )
 
 
 def compare(

@@ -76,6 +76,12 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def data_of(page):
+    """What a results.html shows."""
+    text = page.read_text().partition('<script id="data" type="application/json">')[2]
+    return json.loads(text.partition("</script>")[0])
+
+
 def card(config, name, seed, arm=None):
     """A folder that says it holds a trained arm."""
     folder = Path(config.training.output_dir) / name / f"seed{seed}"
@@ -313,6 +319,9 @@ def test_the_whole_experiment(config_file, tmp_path):
     assert "**Verdict on A8: undecided" in text
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert (folder / picture).stat().st_size > 5000
+    shown = data_of(folder / "results.html")
+    assert [guard["name"] for guard in shown["guards"]] == list(t1)[1:]
+    assert len(shown["rows"]) == sum(task["rows"] for task in whole["tasks"].values())
     rows = lines_of(folder / "predictions.jsonl")
     assert {row["id"].partition("/")[0] for row in rows} == {"validation", "test"}
 

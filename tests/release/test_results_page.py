@@ -1,12 +1,17 @@
 """results.html in a real browser: what a person sees, moves and filters, and that texts stay texts."""
 
+import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from scripts import launch, module
 
 from common import metrics
 from common.conversation import Verdict, pair
@@ -43,13 +48,7 @@ def rows() -> list:
 
 
 @pytest.fixture(scope="module")
-def page(rows, tmp_path_factory):
-    """The page in a browser that may ask for nothing but the file itself."""
-    path = tmp_path_factory.mktemp("page") / "results.html"
-    table = PageTable("Flagged", ["", "F1 ↑"], [["first <b>", "0.800"]])
-    write_results_page(
-        path, title="Two guards", note="A note.", tables=[table], guards=GUARDS, rows=rows
-    )
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         program = shutil.which("chromium") or playwright.chromium.executable_path
         if not Path(program).exists():
@@ -57,16 +56,34 @@ def page(rows, tmp_path_factory):
                 "no Chromium: install Debian's package chromium, or run `playwright install`"
             )
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.set_default_timeout(20_000)
-        asked, faults = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(path.as_uri())
-        yield page
-        assert asked == [path.as_uri()], "the page asked for something else"
-        assert not faults
+        yield browser
         browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, path: Path) -> Iterator[Page]:
+    """A page that may ask for nothing but the file itself, and in which nothing may fail."""
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    asked, faults = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(path.as_uri())
+    yield page
+    assert asked == [path.as_uri()], "the page asked for something else"
+    assert not faults
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "results.html"
+    table = PageTable("Flagged", ["", "F1 ↑"], [["first <b>", "0.800"]])
+    write_results_page(
+        path, title="Two guards", note="A note.", tables=[table], guards=GUARDS, rows=rows
+    )
+    with opened(browser, path) as page:
+        yield page
 
 
 def score(page: Page, name: str) -> float:
@@ -168,3 +185,76 @@ def test_ten_thousand_rows_stay_quick(page):
         }"""
     )
     assert took < 500, f"{took:.0f} ms a move"
+
+
+# --- the pages of recipes that compare something else than guards on labelled rows ----------------
+
+
+def test_answers_of_models_side_by_side(browser, tmp_path):
+    """examples/cross_task_defense: a refusal is what flags, a malicious document what is unsafe."""
+    documents = [f"Summarize.\n\nA garden {i}. {HOSTILE}" for i in range(4)]
+    for model, refused in [("before", 1), ("after", 3)]:
+        for ending, count in [("", refused), ("_useful", 1)]:
+            outputs = ["I'm sorry, but I can't help with that."] * count
+            outputs += ["The letter tells of spring."] * (4 - count)
+            content = {
+                "parameters": {"model": model},
+                "instructions": documents,
+                "outputs": outputs,
+            }
+            path = tmp_path / model / f"test_summarize{ending}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content))
+    folders = f"{tmp_path}/before,{tmp_path}/after"
+    out = tmp_path / "out"
+    launch("cross_task_defense", "evaluate.py", "--answers", folders, "--output_dir", out)
+    with opened(browser, out / "results.html") as page:
+        assert score(page, "recall") == 0.25
+        page.locator("#guard").select_option(label="after")
+        assert score(page, "recall") == 0.75
+        assert score(page, "false positives") == 0.25
+        page.locator("#show").select_option(label="guards disagree")
+        expect(page.locator("#count")).to_contain_text("2 rows")
+        assert "before: The letter tells" in page.locator("article").first.inner_text()
+        assert "after: I'm sorry" in page.locator("article").first.inner_text()
+        assert page.locator("article img").count() == 0
+
+
+def test_arms_of_the_feedback_guard_side_by_side(browser, tmp_path):
+    """examples/feedback_guard: a task is a benchmark, an arm a guard, A1 at validation's threshold."""
+    evaluate = module("feedback_guard", "evaluate")
+    texts = {f"test/{i}": f"Prompt {i}? {HOSTILE}" for i in range(8)}
+    truth = np.array([i % 2 == 0 for i in range(8)])
+    ids = list(texts)
+    tasks = {
+        "T1": evaluate.Prompts(ids, truth, ids),
+        "T2": evaluate.Prompts(ids[:4], ~truth[:4], ids[:4]),
+    }
+    answers = {
+        name: {key: evaluate.Answer(scores[i], scores[i] > 0.5) for i, key in enumerate(ids)}
+        for name, scores in [
+            ("A0", [0.4, 0.3, 0.4, 0.3, 0.9, 0.2, 0.9, 0.6]),
+            ("A1", [0.4, 0.3, 0.4, 0.3, 0.9, 0.2, 0.9, 0.6]),
+            ("A8-seed0", [0.9, 0.1] * 4),
+        ]
+    }
+    arms = {evaluate.ALWAYS: [evaluate.ALWAYS], "A0": ["A0"], "A1": ["A1"], "A8": ["A8-seed0"]}
+    about = {"arms": {"A8": {"auroc": 1.0, "intervals": {}}}}
+    results = {
+        "tasks": {"T1": about, "T2": about},
+        "questions": {"A8": "feedback"},
+        "verdict": {"about": "A8", "verdict": "undecided"},
+    }
+    path = tmp_path / "results.html"
+    evaluate.write_page(path, results, tasks, texts, arms, answers, {"A1": 0.35})
+    with opened(browser, path) as page:
+        assert page.locator("#tables td").first.inner_text() == "A8: feedback"
+        page.locator("#set").select_option(label="T1: human toxicity of prompts")
+        assert score(page, "recall") == 0.5
+        page.locator("#guard").select_option(label="A1")
+        assert score(page, "recall") == 1.0
+        page.locator("#guard").select_option(label="A8")
+        assert score(page, "precision") == 1.0
+        labels = page.locator("#guard option").all_inner_texts()
+        assert labels == ["A0", "A1", "A8"]
+        assert page.locator("article img").count() == 0
