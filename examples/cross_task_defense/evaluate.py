@@ -113,7 +113,11 @@ def evaluate(
     if scorer != "detector":
         results["agreement_with_the_list"] = agreement(refused, by_list)
     results["run"] = manifest([{"answers": answers, "scorer": scorer, "guard": guard}])
-    folder = Path(output_dir)
+    write(Path(output_dir), results, predictions)
+
+
+def write(folder: Path, results: Row, predictions: list[Row]) -> None:
+    """All files of output_dir; results.md is printed, too."""
     markdown = results_markdown(results)
     plot_heat_map(results, folder / "cross-task.png")
     plot_trade_off(results, folder / "trade-off.png")
