@@ -2,13 +2,15 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from common.conversation import UserError
 from common.data import load_conversations
 from common.data.repeats import deduplicate, grouped_split, overlap
+from common.obfuscation import obfuscated
 
 logger = logging.getLogger(__name__)
 
@@ -64,3 +66,36 @@ def load_training_rows(
         said = "Validation shares prompts with training (%s): its scores flatter the guard."
         logger.warning(said, shared)
     return rows, held_out, shared
+
+
+def augment(
+    rows: Dataset, names: Sequence[str], seed: int
+) -> tuple[Dataset, dict[str, dict[str, int]]]:
+    """Training rows with an obfuscated copy of each, safe or unsafe, for every name.
+
+    Safe rows are copied too: a guard that saw unsafe ones alone would learn that whatever is
+    obfuscated is unsafe.
+
+    Args:
+        names: of `common.obfuscation.OBFUSCATIONS`.
+
+    Returns:
+        The rows and then their copies, whose ids end with the name; and by name how many were
+        added {"rows", "unsafe"}, which is {} without names.
+    """
+    parts = [rows]
+    added = {}
+    for name in names:
+
+        def copy(row: dict[str, Any], name: str = name) -> dict[str, Any]:
+            messages = obfuscated(row["messages"], name, seed)
+            return {"id": f"{row['id']}+{name}", "messages": messages}
+
+        parts.append(rows.map(copy, keep_in_memory=True, desc=name))
+        unsafe = 0
+        for prompt, response in zip(rows["prompt_unsafe"], rows["response_unsafe"], strict=True):
+            unsafe += bool(prompt or response)
+        added[name] = {"rows": len(rows), "unsafe": unsafe}
+    if added:
+        logger.info("Obfuscated copies of training rows: %s", json.dumps(added))
+    return concatenate_datasets(parts), added

@@ -369,6 +369,7 @@ class RunFolder(TrainerCallback):
         run = manifest(
             [self.args, trainer.args],
             seed=self.args.seed,
+            data=self.card.data,
             train=train_metrics,
             best_epoch=best,
             test=test,

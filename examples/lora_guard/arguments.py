@@ -9,6 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from common import metrics
 from common.conversation import UserError
+from common.obfuscation import check_obfuscations
 from common.run import inference_dtype
 from common.training import RecipeTrainingArguments
 from guards.card import INPUTS
@@ -52,6 +53,11 @@ class GuardArguments(metrics.OperatingPoint):
     deduplicate: bool = HfArg(default=False, help="One row a pair, labels by majority vote.")
     bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
     max_train_rows: int | None = None
+    augment: list[str] = HfArg(
+        default_factory=list,
+        help="Add obfuscated copies of the training rows: homoglyph leetspeak spaces zero_width "
+        "base64",
+    )
     max_length: int = 512
     head_fit_rows: int = HfArg(
         default=0, help="Fit the head on the frozen base with so many rows first; the paper has 0."
@@ -98,6 +104,7 @@ def check_arguments(args: GuardArguments) -> None:
     if args.eval_data is not None and args.eval_split_ratio is not None:
         raise UserError("--eval-data and --eval-split-ratio: give one of them")
     args.check_operating_point()
+    check_obfuscations(args.augment, "--augment")
     if args.epochs < 1:
         raise UserError(f"--epochs {args.epochs}: must be 1 or more")
     if not 0 <= args.lora_dropout < 1:

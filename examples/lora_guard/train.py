@@ -37,7 +37,7 @@ from trl import ModelConfig
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data import load_conversations
-from common.data.splits import load_training_rows
+from common.data.splits import augment, load_training_rows
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.keep import fingerprint, rows_digest
@@ -70,6 +70,7 @@ def main() -> None:
 
     # --- 2. Data: labelled conversations, checked row by row --------------------------------------
     train_rows, eval_rows, test_rows = load_rows(args)
+    train_rows, added = augment(train_rows, args.augment, args.seed)
 
     # --- 3. Model: the chat model's layers under a fresh head, and the rows as its token ids ------
     model, tokenizer = load_model(args)
@@ -80,6 +81,8 @@ def main() -> None:
     lengths = [len(ids) for ids in train_set["input_ids"]]
     share = useful_token_share(lengths, args.per_device_batch_size, args.seed)
     facts |= {"train_sha256": rows_digest(train_rows), "useful_token_share": round(share, 3)}
+    if added:
+        facts["augmented"] = added
     logger.info("Data: %s", json.dumps(facts))
     loss = guard_loss(np.array(train_set["labels"]), unsafe_head=not args.no_unsafe_head)
     if args.head_fit_rows and checkpoint is None:

@@ -7,6 +7,7 @@ from transformers.hf_argparser import HfArg
 
 from common import metrics
 from common.conversation import UserError
+from common.obfuscation import check_obfuscations
 from common.training import RecipeTrainingArguments
 
 logger = logging.getLogger("moderation")
@@ -48,6 +49,11 @@ class DataArguments(metrics.OperatingPoint):
     deduplicate: bool = HfArg(default=False, help="One row a pair, labels by majority vote.")
     bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
     max_train_rows: int | None = None
+    augment: list[str] = HfArg(
+        default_factory=list,
+        help="Add obfuscated copies of the training rows: homoglyph leetspeak spaces zero_width "
+        "base64",
+    )
     positive_weight: float = HfArg(
         default=1.0, help="Weight of positive labels in the loss; the paper has 1."
     )
@@ -75,6 +81,7 @@ def check_arguments(data_args: DataArguments, args: RecipeTrainingArguments) -> 
         UserError: two arguments do not go together.
     """
     data_args.check_operating_point()
+    check_obfuscations(data_args.augment, "--augment")
     if data_args.head_fit_rows < 0:
         raise UserError(f"--head_fit_rows {data_args.head_fit_rows}: must be 0 (off) or more")
     if data_args.head_fit_rows and (args.fsdp or args.deepspeed):

@@ -42,7 +42,7 @@ from trl import ModelConfig
 from common import templates
 from common.bundled import resolve_model
 from common.conversation import UserError
-from common.data.splits import load_training_rows
+from common.data.splits import augment, load_training_rows
 from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save
 from common.head_start import fit_head
 from common.run import parse_args, run_cli, usable_attention
@@ -72,6 +72,7 @@ def main() -> None:
 
     # --- 2. Data: labelled conversations, checked row by row --------------------------------------
     train_rows, eval_rows, shared = load_rows(data_args, args.seed)
+    train_rows, added = augment(train_rows, data_args.augment, args.seed)
 
     # --- 3. Model: a stock classifier with a fresh head, and the rows as its token ids ------------
     model, tokenizer, fresh = load_model(model_args)
@@ -79,6 +80,8 @@ def main() -> None:
     train_set = encode_rows(train_rows, tokenizer, length).sort("length")  # the trainer shuffles
     eval_set = encode_rows(eval_rows, tokenizer, length).sort("length") if eval_rows else None
     facts = describe(train_rows, train_set, length, args, shared)
+    if added:
+        facts["augmented"] = added
     logger.info("Data: %s", json.dumps(facts))
     loss = multilabel_loss(data_args.positive_weight, data_args.flagged_loss)
     if data_args.head_fit_rows and checkpoint is None:

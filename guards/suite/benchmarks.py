@@ -4,6 +4,9 @@ A spec is a name of benchmarks.yaml, or `name@path`: a local copy in the benchma
 (any type that `common.data.files` reads), or a folder with its files, laid out as on the hub or
 named as in its url.
 
+`name+homoglyph`, or any other name of common/obfuscation.py, alone or before the @: the same rows,
+obfuscated, whose labels stay.
+
 What data can say stands in benchmarks.yaml; the functions of prepare.py are the rest.
 """
 
@@ -15,7 +18,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -29,6 +32,7 @@ from common.conversation import Messages, UserError, check_messages
 from common.data.files import Rows, read_rows
 from common.data.specs import first_line, load_hub
 from common.keep import Row
+from common.obfuscation import OBFUSCATIONS, check_obfuscations, obfuscated
 from guards.suite.prepare import (
     PREPARE,
     SourceRow,
@@ -38,6 +42,7 @@ from guards.suite.prepare import (
 )
 
 logger = logging.getLogger(__name__)
+OBFUSCATION_SEED = 0  # one for all, so that scores of two runs compare
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,27 @@ def benchmark_names(label: str | None = None) -> list[str]:
     return [name for name in names if benchmarks()[name]["label"] == label]
 
 
+def split_modifier(spec: str) -> tuple[str, str]:
+    """A spec without its modifier, and the modifier ("" for none).
+
+    Raises:
+        UserError: what stands after the + of a benchmark is no obfuscation.
+    """
+    name, at, local = spec.partition("@")
+    plain, plus, modifier = name.rpartition("+")
+    if not plus:
+        return spec, ""
+    if modifier not in OBFUSCATIONS and plain not in benchmarks():
+        return spec, ""  # a + in the name of a file
+    check_obfuscations([modifier], f"--benchmarks {spec}: modifier")
+    return f"{plain}{at}{local}", modifier
+
+
 def split_spec(spec: str) -> tuple[str, str]:
-    """The name of a benchmark, by our word for it, and its local copy ("" for none)."""
+    """The name of a benchmark, by our word for it and without a modifier, and its local copy ("" for
+    none).
+    """
+    spec, _ = split_modifier(spec)
     name, _, local = spec.partition("@")
     return paper()["benchmarks"].get(name, name), os.path.expanduser(local)
 
@@ -94,7 +118,29 @@ def is_benchmark(spec: str) -> bool:
 
 
 def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
-    """Load and check a benchmark.
+    """Load and check a benchmark, and obfuscate it where its spec has a modifier. See `load_plain`.
+
+    The facts of a modified one have `modifier` and `plain`, the name of the benchmark itself. Each
+    of its rows has `plain`, the row that it was; ids and texts alone are others.
+    """
+    plain_spec, modifier = split_modifier(spec)
+    plain = load_plain(plain_spec, max_rows)
+    if not modifier:
+        return plain
+    rows = []
+    for row in plain.rows:
+        messages = obfuscated(row["messages"], modifier, OBFUSCATION_SEED)
+        key = row_id(plain.label, messages)
+        rows.append({**row, "id": key, "messages": messages, "plain": row})
+    unchanged = sum(row["id"] == row["plain"]["id"] for row in rows)
+    if unchanged:
+        logger.warning("%s: %d of %d rows hold nothing to change", spec, unchanged, len(rows))
+    facts = {**plain.facts, "modifier": modifier, "plain": plain.name}
+    return replace(plain, name=f"{plain.name}+{modifier}", rows=rows, facts=facts)
+
+
+def load_plain(spec: str, max_rows: int | None = None) -> Benchmark:
+    """Load and check a benchmark without a modifier.
 
     Args:
         spec: see the module's docstring.

@@ -32,9 +32,11 @@ PARTS = NAMES | {
     "AUPRC ↑": "auprc",
 }
 DIFFERENCES = {"first": "a", "second": "b", "benchmark": "benchmark", "rows": "rows"}
+DROPS = {"guard": "guard", "benchmark": "benchmark", "rows": "rows"}
 for score in COMPARED:
-    DIFFERENCES[METRICS[score]] = f"{score}/difference"
-    DIFFERENCES[f"{METRICS[score]}, 95 %"] = f"{score}/interval"
+    for columns in (DIFFERENCES, DROPS):
+        columns[METRICS[score]] = f"{score}/difference"
+        columns[f"{METRICS[score]}, 95 %"] = f"{score}/interval"
 
 
 def failures(results: Row) -> str:
@@ -67,6 +69,7 @@ def details(results: Row) -> str:
         _section("F1 by the rule for rows without a verdict", with_errors, RULES),
         _section("With and without marked rows", parts, PARTS),
         _section("Paired differences, first minus second", results["comparison"], DIFFERENCES),
+        _section("Paired drop, plain benchmark minus modified one", results["drops"], DROPS),
     ]
     return "\n".join(section for section in sections if section)
 

@@ -84,7 +84,8 @@ class EvaluationArguments(metrics.OperatingPoint):
     )
     benchmarks: list[str] = HfArg(
         default_factory=list,
-        help="name or name@local_file; default: those of the ExpGuard paper.",
+        help="name or name@local_file; name+homoglyph (leetspeak, spaces, zero_width, base64) is "
+        "the same, obfuscated, with its paired drop; default: those of the ExpGuard paper.",
     )
     task_type: str | None = HfArg(
         default=None,
@@ -190,6 +191,7 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
         "guards": {guard.name: describe_guard(guard, inputs.benchmarks) for guard in guards},
         "cells": [],
         "comparison": [],
+        "drops": [],
     }
     added = []
     for path in args.add_results:
@@ -204,6 +206,7 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
         found[guard.name] = one
     if args.compare:
         results["comparison"] = compare_two(args, found)
+    results["drops"] = drops(args, inputs.benchmarks, found)
     results["cells"] += added
     results["run"] = manifest([args])
     write_tables(args, results, predictions(inputs.benchmarks, found))
@@ -273,7 +276,8 @@ def read_inputs(args: EvaluationArguments) -> Inputs:
     prompts = {data.prompt_key(row) for row in known}
     for benchmark in benchmarks:
         for row in benchmark.rows:
-            row["contaminated"] = data.prompt_key(row) in prompts
+            as_published = row.get("plain", row)
+            row["contaminated"] = data.prompt_key(as_published) in prompts
     return Inputs(benchmarks, unread, validation)
 
 
@@ -285,13 +289,14 @@ def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:
     rows = benchmark.rows
     positives = facts["found"]["positives"]
     confirmed = facts["file"] is None or facts["expected"] is not None
+    is_published = confirmed and not facts["mismatch"] and not facts.get("modifier")
     return {
         **facts,
         **{mark: sum(row[mark] for row in rows) for mark in MARKS},
         "label": benchmark.label,
         "rows": len(rows),
         "positives": positives,
-        "complete": args.max_rows is None and confirmed and not facts["mismatch"],
+        "complete": args.max_rows is None and is_published,
         "recall_only": facts["recall_only"] or positives == len(rows),
         "row_set": row_set(rows),
     }
@@ -306,7 +311,8 @@ def describe_guard(guard: Candidate, benchmarks: Sequence[Benchmark]) -> Row:
     knows = []
     for benchmark in benchmarks if guard.released else ():
         trained_on = zoo()[guard.zoo].get("trained_on", ())
-        if benchmark.name in trained_on or guard.zoo in benchmark.facts["contaminated_by"]:
+        name = benchmark.facts.get("plain", benchmark.name)
+        if name in trained_on or guard.zoo in benchmark.facts["contaminated_by"]:
             knows.append(benchmark.name)
     return {"spec": guard.spec, "zoo": guard.zoo, "knows": knows}
 
@@ -433,6 +439,24 @@ def compare_two(args: EvaluationArguments, found: Mapping[str, Found]) -> list[R
             rounds = args.bootstrap_rounds
             differences.append(pair | compare(ours, theirs, args.parse_errors, args.seed, rounds))
     return differences
+
+
+def drops(
+    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
+) -> list[Row]:
+    """What every guard loses on a modified benchmark: the plain one minus it, row by row."""
+    lost = []
+    for benchmark in benchmarks:
+        plain = benchmark.facts.get("plain")
+        for guard, one in found.items():
+            if plain not in one.said or benchmark.name not in one.said:
+                continue
+            before = one.said[plain]
+            after = one.said[benchmark.name]
+            rounds = args.bootstrap_rounds
+            difference = compare(before, after, args.parse_errors, args.seed, rounds)
+            lost.append({"guard": guard, "benchmark": benchmark.name} | difference)
+    return lost
 
 
 # --- what is left ---------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from guards.suite.benchmarks import (
     load_benchmark,
     paper,
     row_id,
+    split_modifier,
     split_spec,
 )
 from guards.suite.score import judged
@@ -172,7 +173,8 @@ def _name_and_model(spec: str) -> tuple[str | None, str]:
 def read_benchmarks(
     specs: Sequence[str], task_type: str | None, max_rows: int | None
 ) -> tuple[list[Benchmark], dict[str, str]]:
-    """The benchmarks of the asked task, and what became of those that the hub did not give.
+    """The benchmarks of the asked task, and what became of those that the hub did not give. A
+    modified one brings the plain one with it, from which its drop is measured.
 
     Raises:
         UserError: unknown name, bad local file, nothing left.
@@ -185,7 +187,7 @@ def read_benchmarks(
         specs = [s for s in specs if split_spec(s)[0] in asked or not is_benchmark(s)]
     found: dict[str, Benchmark] = {}
     unread = {}
-    for spec in specs:
+    for spec in with_plain(specs):
         try:
             benchmark = load_benchmark(spec, max_rows=max_rows)
         except UserError as error:
@@ -202,6 +204,20 @@ def read_benchmarks(
     if not found:
         raise UserError(f"--task_type {task_type}: none is left")
     return list(found.values()), unread
+
+
+def with_plain(specs: Sequence[str]) -> list[str]:
+    """The specs, each modified one after its plain one."""
+    named = [spec for spec in specs if not split_modifier(spec)[1]]
+    known = [split_spec(spec) for spec in named]
+    out = []
+    for spec in specs:
+        plain, modifier = split_modifier(spec)
+        if modifier and split_spec(plain) not in known:
+            known.append(split_spec(plain))
+            out.append(plain)
+        out.append(spec)
+    return out
 
 
 def read_validation(

@@ -26,7 +26,7 @@ PARSE_ERRORS = ("wrong", "unsafe", "excluded")
 # How a row is marked: its prompt is known from training, its messages carry the other label too, or
 # came before with the same label.
 MARKS = ("contaminated", "conflicting", "duplicate")
-COMPARED = ("f1", "f1_at_05", "auprc", "auroc")
+COMPARED = ("f1", "recall", "fpr", "f1_at_05", "auprc", "auroc")
 
 OF_DECISION = ("f1", "precision", "recall", "fpr", "accuracy")
 OF_SCORE = ("auroc", "recall_at_fpr01", "recall_at_fpr05", "ece", "brier")
@@ -198,6 +198,7 @@ def statistics(table: pandas.DataFrame, threshold: float | None = None) -> dict[
     out = {
         "f1": partial(_of_drawn, _f1, truth, decided),
         "recall": partial(_of_drawn, _recall, truth, decided),
+        "fpr": partial(_of_drawn, _recall, ~truth, decided),
     }
     if table.score.isna().any():
         return out

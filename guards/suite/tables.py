@@ -177,11 +177,11 @@ def mean_sets(
     named: Sets,
 ) -> Sets:
     """What means are taken over: the papers' sets that are all there, and all benchmarks of one
-    label.
+    label that are not obfuscated.
     """
-    usable = list(benchmarks)
+    usable = [name for name in benchmarks if not benchmarks[name].get("modifier")]
     if metric in NEED_BOTH:
-        usable = [name for name in benchmarks if not benchmarks[name]["recall_only"]]
+        usable = [name for name in usable if not benchmarks[name]["recall_only"]]
     sets = {}
     for name, members in named.items():
         if set(members) <= set(usable):

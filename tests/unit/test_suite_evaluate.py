@@ -161,6 +161,34 @@ def test_a_run_from_rows_to_tables(arguments, tmp_path):
     assert len(list((out / "precision-recall").iterdir())) == 2
 
 
+def test_what_a_guard_loses_on_a_modified_benchmark(arguments, tmp_path, file):
+    """It knows words alone, so it finds nothing in base64; the plain benchmark is judged as well."""
+    modified = f"expguardtest_prompt+base64@{file}"
+    args = arguments(benchmarks=[modified], bootstrap_rounds=50, train_data=[str(file)])
+    guard = replace(candidate(known="expguard"), released=True)
+    results = evaluate.evaluate(args, [guard])
+    assert [cell["benchmark"] for cell in results["cells"]] == [
+        "expguardtest_prompt",
+        "expguardtest_prompt+base64",
+    ]
+    (drop,) = results["drops"]
+    assert drop["guard"] == "keyword"
+    assert drop["rows"] == 12
+    assert drop["recall"]["a"] == 3 / 6
+    assert drop["recall"]["difference"] == 3 / 6
+    low, high = drop["recall"]["interval"]
+    assert 0 < low < 3 / 6 < high
+    assert drop["fpr"]["difference"] == pytest.approx(1 / 6)
+    # what is known of the plain rows is known of these
+    benchmarks = results["benchmarks"]
+    assert benchmarks["expguardtest_prompt+base64"]["contaminated"] == 12
+    assert not benchmarks["expguardtest_prompt+base64"]["complete"]
+    assert results["guards"]["keyword"]["knows"] == list(benchmarks)
+    text = (tmp_path / "out/results.md").read_text()
+    assert "Paired drop, plain benchmark minus modified one" in text
+    assert "mean of 2" not in text
+
+
 def test_a_guard_that_fails_does_not_stop_the_others(arguments, tmp_path):
     def crash():
         raise RuntimeError("the card\nis full")

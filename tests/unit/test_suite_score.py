@@ -153,7 +153,7 @@ def test_a_word_without_a_probability_has_no_ranking():
     assert cell["errors"] == 1
     for name in ("f1_at_05", "f1_at_validation", "auprc", "auroc", "recall_at_fpr01"):
         assert cell[name] is None
-    assert set(cell["intervals"]) == {"f1", "recall"}
+    assert set(cell["intervals"]) == {"f1", "recall", "fpr"}
 
 
 def test_threshold():
@@ -219,6 +219,8 @@ def test_statistics_are_scikit_learns(pairs, data):
     found = {name: statistic(drawn) for name, statistic in statistics.items()}
     y = truth[drawn]
     p = level[drawn]
+    fpr = None if y.all() else pytest.approx((p[~y] > 0.5).mean())
+    assert found.pop("fpr") == fpr
     if not y.any():
         assert set(found.values()) == {None}
         return
