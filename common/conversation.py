@@ -25,6 +25,7 @@ FEATURES = Features(
         "messages": List({"role": Value("string"), "content": Value("string")}),
         **{label: Value("bool") for label in LABELS},
         "categories": List(Value("string")),  # null: unknown; empty: known to be none
+        "language": Value("string"),  # as the data name it, such as "en"; null: unknown
         "source": Value("string"),
     }
 )

@@ -92,22 +92,24 @@ def multilabel(
     threshold: float = 0.5,
 ) -> dict[str, Results]:
     """`flagged` (any category, as BeaverTails defines it: the highest score decides) and each
-    category.
+    category, on the rows that know it.
 
     Args:
-        truth, score: arrays of shape (n, len(names)).
+        truth, score: arrays of shape (n, len(names)). A truth below 0 is unknown, as in
+            `common.labels.targets`: its row is unsafe, nobody says of which category.
 
     Raises:
         ValueError: another shape, or what `binary` refuses.
     """
     truth = np.asarray(truth)
     score = np.asarray(score, dtype=float)
-    any_truth = truth.any(1)
+    any_truth = (truth != 0).any(1)
     highest = score.max(1)
     results = {"flagged": binary(any_truth, highest, threshold)}
     columns = zip(names, truth.T, score.T, strict=True)
     for name, y, p in columns:
-        results[name] = binary(y, p, threshold)
+        known = y >= 0
+        results[name] = binary(y[known], p[known], threshold)
     return results
 
 

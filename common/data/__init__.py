@@ -14,12 +14,13 @@ A row has one of three formats, told by its columns, however they are capitalise
 
     BeaverTails   {"prompt", "response", "category": {name: bool, …}, "is_safe": bool}
     plain         {"prompt", "response"?, "prompt_label"?, "response_label"?, "refusal_label"?,
-                  "categories"?, "id"?}
+                  "categories"?, "language"?, "id"?}
     messages      {"messages": [{"role", "content"}, …], and the same labels}
 
 and the columns of ToxicChat and of OpenAI's moderation set are known (`columns` in sources.yaml).
 `{"prompt", "label"}` labels the prompt. Categories are a list of names, in CSV as JSON or as
-"a; b".
+"a; b"; the column may be called `category`. Where the cell is empty they are unknown, which is not
+the same as none.
 
 Labels are read by key, never by position, and alike from every type of file. Every row is checked
 once, here; what is wrong is said in one line that names the file, the row and the field.
@@ -37,7 +38,14 @@ from datasets import Dataset
 from common.conversation import FEATURES, UserError
 from common.data.files import FILE_TYPES, read_json, read_rows
 from common.data.repeats import deduplicate, grouped_split, near_copies, overlap, prompt_key
-from common.data.rows import EXAMPLE_ROW, conversation_row, plain_columns
+from common.data.rows import (
+    EXAMPLE_ROW,
+    UNSAFE_LABELS,
+    claimed_classes,
+    classes_of,
+    conversation_row,
+    plain_columns,
+)
 from common.data.specs import parse_spec, spec_rows
 from common.data.tables import taxonomy
 
@@ -81,7 +89,7 @@ def load_conversations(
         need_positive: whether one row at least must be positive for each of these. Without one
             nothing can be learned, but the false positives on benign traffic can be measured.
         bad_rows: "error" stops at the first bad row, "skip" counts and leaves out bad rows (never a
-            missing column).
+            missing column, and never all rows of a class).
         max_rows: read only the first so many good rows.
 
     Returns:
@@ -97,6 +105,7 @@ def load_conversations(
     name, rows = spec_rows(spec)
     good: list[dict[str, Any]] = []
     bad: list[UserError] = []
+    lost: set[tuple[str, Any]] = set()
     for where, row in rows:
         if isinstance(row, Mapping):
             row = plain_columns(row, where)
@@ -106,6 +115,7 @@ def load_conversations(
             if bad_rows == "error":
                 raise
             bad.append(error)
+            lost |= claimed_classes(row, where)
             continue
         good.append(checked | {"source": name})
         if len(good) == max_rows:
@@ -113,12 +123,41 @@ def load_conversations(
     if bad:
         said = "%s: left out %d bad rows of %d; the first: %s"
         logger.warning(said, spec, len(bad), len(bad) + len(good), bad[0])
+        for row in good:
+            lost -= classes_of(row)
+        _refuse_lost(lost, require, f"{spec}: bad_rows skip", bad[0])
     if not good:
         raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
-    for label in require if need_positive else ():
-        if not any(row[label] for row in good):
+    if need_positive:
+        _check_positive(good, require, spec)
+    return Dataset.from_list(good, features=FEATURES)
+
+
+def _check_positive(rows: Sequence[Mapping], require: Sequence[str], spec: str) -> None:
+    for label in require:
+        if not any(row[label] for row in rows):
             raise UserError(
-                f"{spec}, field {label}: no positive row among {len(good)}; "
+                f"{spec}, field {label}: no positive row among {len(rows)}; "
                 "nothing to learn or measure"
             )
-    return Dataset.from_list(good, features=FEATURES)
+
+
+def _refuse_lost(
+    lost: set[tuple[str, Any]], require: Sequence[str], place: str, first: UserError
+) -> None:
+    """Refuse to leave out every row of a class, of which a guard would learn, and nobody measure,
+    nothing.
+
+    Args:
+        lost: classes of the rows that were left out, which no other row has.
+        require: the labels that are asked for; without one among them both of unsafe count.
+    """
+    asked = [label for label in UNSAFE_LABELS if label in require] or UNSAFE_LABELS
+    for label, value in sorted(lost, key=str):
+        if label == "category":
+            what = f"of category {value!r}"
+        elif label in asked:
+            what = f"that is {'unsafe' if value else 'safe'} ({label})"
+        else:
+            continue
+        raise UserError(f"{place} would leave out every row {what}; mend them: {first}")

@@ -69,8 +69,10 @@ def _opinion(row: Mapping) -> str:
 
 def _majority(group: Sequence[Mapping]) -> dict[str, bool | list[str] | None]:
     """Labels and categories by majority vote. An outvoted row has no say in the categories: a
-    response that was voted safe has none, an unsafe one has some.
+    response that was voted safe has none, an unsafe one has some. They speak of the last turn.
     """
+    answered = group[0]["messages"][-1]["role"] == "assistant"
+    judged = "response_unsafe" if answered else "prompt_unsafe"
     voted = {}
     for label in LABELS:
         said = Counter(row[label] for row in group)
@@ -80,7 +82,7 @@ def _majority(group: Sequence[Mapping]) -> dict[str, bool | list[str] | None]:
     votes = Counter()
     voted["categories"] = None
     for row in group:
-        agrees = row["response_unsafe"] == voted["response_unsafe"]
+        agrees = row[judged] == voted[judged]
         if agrees and row["categories"] is not None:
             votes.update(row["categories"])
             voted["categories"] = []

@@ -3,6 +3,7 @@ checked here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ LABEL_COLUMNS = {  # our name: what users write
     "response_unsafe": "response_label",
     "response_refusal": "refusal_label",
 }
+UNSAFE_LABELS = ("prompt_unsafe", "response_unsafe")
 LABEL_NAMES = {*LABEL_COLUMNS, *LABEL_COLUMNS.values()}
-OWN_COLUMNS = {"id", "prompt", "response", "messages", "label", "categories", "category", "is_safe"}
+OWN_COLUMNS = {"id", "prompt", "response", "messages", "label", "language"}
+OWN_COLUMNS |= {"categories", "category", "is_safe"}
 
 
 # --- columns ----------------------------------------------------------------------------------
@@ -46,11 +49,18 @@ def plain_columns(row: Mapping, where: str) -> Mapping[str, Any]:
             f"{where}, field prompt: missing (columns: {columns}); "
             f"expected a row like {EXAMPLE_ROW}"
         )
+    if "category" in row and "is_safe" not in row and _is_names(row["category"]):
+        row = {("categories" if name == "category" else name): row[name] for name in row}
     if "category" in row or "is_safe" in row:
         for column in ("category", "is_safe", "response"):
             if column not in row:
                 raise UserError(f"{where}, field {column}: missing; BeaverTails rows have it")
     return row
+
+
+def _is_names(value: Any) -> bool:
+    """Whether a cell `category` holds names, and not BeaverTails' object of booleans."""
+    return not isinstance(value, Mapping) and not str(value).lstrip().startswith("{")
 
 
 def our_names(row: Mapping, where: str) -> dict[str, Any]:
@@ -97,7 +107,8 @@ def conversation_row(
         row: with plain columns (`plain_columns`).
         where: file and place, which an error begins with.
         categories: the names that its categories may have; None allows any.
-        require: labels, or "categories", that it must know.
+        require: labels, or "categories", that it must know. Categories tell the label of the turn
+            that they speak of, where that is required or their names are given.
 
     Raises:
         UserError: it cannot be read, or its labels contradict each other.
@@ -115,16 +126,18 @@ def conversation_row(
     else:
         named = _category_names(row.get("categories"), where)
         labels = _labels(row, answered, where)
+    judged = "response_unsafe" if answered else "prompt_unsafe"
     if categories is not None and named is not None:
         _check_known(named, categories, f"{where}, field categories")
-        if answered and labels["response_unsafe"] is None:
-            labels["response_unsafe"] = bool(named)
+    told_by_them = categories is not None or judged in require
+    if told_by_them and named is not None and labels[judged] is None:
+        labels[judged] = bool(named)
     about_response = (labels["response_unsafe"], labels["response_refusal"])
     if not answered and about_response != (None, None):
         raise UserError(
             f"{where}, field response: missing or empty text, although the row labels a response"
         )
-    unsafe = labels["response_unsafe" if answered else "prompt_unsafe"]
+    unsafe = labels[judged]
     if None not in (unsafe, named) and unsafe != bool(named):
         turn = "unsafe" if unsafe else "safe"
         raise UserError(f"{where}, field categories: {named} on a turn that is labelled {turn}")
@@ -132,7 +145,7 @@ def conversation_row(
     if id is None:
         id = Path(where).name  # without its folder: a data fingerprint is the same anywhere
     found = {"id": check_text(str(id), "id", where), "messages": messages}
-    found.update(labels, categories=named)
+    found.update(labels, categories=named, language=_language(row, where))
     for name in require:
         if found[name] is None:
             raise UserError(f"{where}, field {name}: missing; every row needs it here")
@@ -147,6 +160,13 @@ def _messages(row: Mapping, where: str) -> list[Message]:
     if _is_blank(response):  # older ExpGuardMix files write an empty response to a prompt alone
         return pair(prompt)
     return pair(prompt, check_text(response, "response", where))
+
+
+def _language(row: Mapping, where: str) -> str | None:
+    language = row.get("language")
+    if _is_blank(language):
+        return None
+    return check_text(language, "language", where).strip()
 
 
 def _is_blank(value: Any) -> bool:
@@ -228,3 +248,46 @@ def _structure(value: Any, name: str, where: str) -> Any:
     if isinstance(value, str):
         return parse_json(value, f"{where}, field {name}")
     return value
+
+
+# --- what is lost with a row that is left out -------------------------------------------------
+
+
+def classes_of(row: Mapping) -> set[tuple[str, Any]]:
+    """What a row of `conversation_row` is: (label, true or false), and ("category", name)."""
+    classes = {("category", name) for name in row["categories"] or ()}
+    for label in UNSAFE_LABELS:
+        if row[label] is not None:
+            classes.add((label, row[label]))
+    return classes
+
+
+def claimed_classes(row: Any, where: str) -> set[tuple[str, Any]]:
+    """What a row says it is although it cannot be used, as `classes_of`, as far as it can be read.
+
+    Args:
+        row: with plain columns (`plain_columns`).
+    """
+    if not isinstance(row, Mapping):
+        return set()
+    claims = dict.fromkeys(LABELS) | {"categories": None}
+    answered = "messages" in row or not _is_blank(row.get("response"))
+    with suppress(UserError):
+        claims |= _labels(row, answered, where)
+    with suppress(UserError):
+        claims["categories"] = _category_names(row.get("categories"), where)
+    if "category" in row:
+        claims |= _beavertails_claims(row, where)
+    return classes_of(claims)
+
+
+def _beavertails_claims(row: Mapping, where: str) -> dict[str, Any]:
+    claims = {}
+    with suppress(UserError):
+        is_safe = check_label(row["is_safe"], "is_safe", where)
+        claims["response_unsafe"] = None if is_safe is None else not is_safe
+    with suppress(UserError):
+        category = _structure(row["category"], "category", where)
+        if isinstance(category, Mapping):
+            claims["categories"] = [name for name in category if category[name] is True]
+    return claims

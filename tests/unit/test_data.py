@@ -69,7 +69,7 @@ def content(spec: str) -> list[dict]:
 
 
 def conversation(id: str, messages: list[dict], categories=None, **labels) -> dict:
-    row = {"id": id, "messages": messages, "categories": categories}
+    row = {"id": id, "messages": messages, "categories": categories, "language": None}
     return row | dict.fromkeys(LABELS) | labels
 
 
@@ -118,6 +118,27 @@ def test_ids_name_the_row_but_no_folder(tmp_path, name, place):
     """A row without an id gets its place as id, the same wherever the file lies."""
     spec = write(tmp_path / name, [{"id": None} | QA, {"id": 7} | QA])
     assert list(load_conversations(spec)["id"]) == [f"{name}, {place}", "7"]
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_categories_and_languages_are_as_the_data_name_them(tmp_path, type):
+    """An empty cell is unknown, not none; a column `category` may hold names."""
+    rows = [
+        QA | {"response_label": 1, "category": "Fraud; Spam, bulk", "language": "de"},
+        QA | {"response_label": 1, "category": None, "language": None},
+        QA | {"response_label": 0, "category": None, "language": " en "},
+    ]
+    loaded = load_conversations(write(tmp_path / f"rows.{type}", rows))
+    assert list(loaded["categories"]) == [["Fraud", "Spam, bulk"], None, None]
+    assert list(loaded["language"]) == ["de", None, "en"]
+
+
+def test_categories_tell_a_label_that_is_required(tmp_path):
+    rows = [{"prompt": "Hi", "categories": ["Fraud"]}, {"prompt": "Ho", "categories": []}]
+    spec = write(tmp_path / "rows.jsonl", rows)
+    assert list(load_conversations(spec)["prompt_unsafe"]) == [None, None]
+    required = load_conversations(spec, require=["prompt_unsafe"])
+    assert list(required["prompt_unsafe"]) == [True, False]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
@@ -363,6 +384,48 @@ def test_ragged_csv_rows_are_skipped(tmp_path, caplog):
     found = load_conversations(str(path), bad_rows="skip")["messages"]
     assert list(found) == [pair("Hi", "Hello"), pair("Bye", "So long")]
     assert "left out 2 bad rows of 4" in caplog.text
+
+
+LOST = {  # what is lost: the good row, the bad one, what is said of it
+    "all that is unsafe": (
+        QA | {"response_label": 0},
+        {"prompt": "Hi", "response": 5, "response_label": 1},
+        "every row that is unsafe (response_unsafe)",
+    ),
+    "all that is safe": (
+        UNSAFE,
+        SAFE | {"prompt": ""},
+        "every row that is safe (response_unsafe)",
+    ),
+    "a category": (
+        QA | {"response_label": 1, "categories": ["Spam"]},
+        {"prompt": "", "response": "Ho", "response_label": 1, "categories": ["Spam", "Fraud"]},
+        "every row of category 'Fraud'",
+    ),
+    "a category of BeaverTails": (
+        SAFE,
+        UNSAFE | {"response": ""},
+        f"every row of category '{NAMES[5]}'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("good", "bad", "said"), LOST.values(), ids=LOST)
+def test_a_class_is_never_skipped(tmp_path, good, bad, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(jsonl(good, bad))
+    message = failure(str(path), bad_rows="skip")
+    assert message.startswith(f"{path}: bad_rows skip would leave out {said}; mend them: ")
+    assert f"{path}, line 2" in message
+    path.write_bytes(jsonl(good, bad, bad | {"prompt": "Hi", "response": "Ho"}))
+    assert len(load_conversations(str(path), bad_rows="skip")) == 2
+
+
+def test_labels_that_are_not_asked_for_may_be_lost(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = QA | {"response_label": 1, "prompt_label": 0}
+    path.write_bytes(jsonl(good, good | {"prompt": "", "prompt_label": 1}))
+    assert len(load_conversations(str(path), require=["response_unsafe"], bad_rows="skip")) == 1
 
 
 def test_a_missing_column_is_never_skipped(tmp_path):

@@ -113,6 +113,16 @@ def test_multilabel_is_flagged_and_each_category():
     }
 
 
+def test_multilabel_measures_a_category_where_it_is_known():
+    truth = np.array([[1, 0], [0, 0], [-100, -100]])
+    score = np.array([[0.9, 0.2], [0.1, 0.7], [0.3, 0.4]])
+    assert metrics.multilabel(truth, score, ["a", "b"]) == {
+        "flagged": metrics.binary([1, 0, 1], [0.9, 0.7, 0.4]),
+        "a": metrics.binary([1, 0], [0.9, 0.1]),
+        "b": metrics.binary([0, 0], [0.2, 0.7]),
+    }
+
+
 BAD_BINARY = {  # what is wrong: truth, score
     "lengths": ([True], [0.1, 0.2]),
     "two axes": ([[True]], [[0.1]]),

@@ -11,7 +11,7 @@ A, B, C = taxonomy("beavertails")[:3]
 
 def answered(prompt: str, response: str = "Hello", unsafe=False, categories=None) -> dict:
     """A row that labels its response."""
-    row = {"id": prompt, "messages": pair(prompt, response), "source": "test"}
+    row = {"id": prompt, "messages": pair(prompt, response), "source": "test", "language": None}
     labels = dict.fromkeys(LABELS) | {"response_unsafe": unsafe, "categories": categories}
     return row | labels
 
