@@ -45,15 +45,25 @@ __all__ = ["LONG_INPUTS", "Guard", "add_probe", "entry_of", "load_guard", "zoo"]
 templates.FOLDERS.append(Path(__file__).parent / "prompts")
 
 # What zoo.yaml says of a classifier, which load_guard is not told.
-OF_CLASSIFIERS = ("template", "labels", "max_length", "unsafe_labels", "problem_type")
+OF_CLASSIFIERS = (
+    "template",
+    "labels",
+    "max_length",
+    "unsafe_labels",
+    "problem_type",
+    "judges",
+    "tokenizer",
+)
 # Options that make another guard of a folder than its card describes, so that the card's probe says
 # nothing of it.
 OTHER_GUARD = (
     "chat_template",
+    "judges",
     "labels",
     "mode",
     "problem_type",
     "template",
+    "tokenizer",
     "unsafe_labels",
 )
 
@@ -122,7 +132,7 @@ def _by_name(spec: str, options: dict[str, Any]) -> Guard:
         guard = _made(spec, GenerativeGuard, model, {"entry": entry, **options})
     else:
         known = {key: entry[key] for key in OF_CLASSIFIERS if key in entry}
-        if "labels" in known:
+        if isinstance(known.get("labels"), str):
             known["labels"] = taxonomy(known["labels"])
         try:
             guard = _made(spec, ClassifierGuard, model, known | options)

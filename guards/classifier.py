@@ -75,6 +75,9 @@ class ClassifierGuard(Guard):
             safe.
         problem_type: of the head, where its config does not say it: whether a text has one of
             the labels (single_label_classification) or several (multi_label_classification).
+        judges: the labels that it can be asked; None: by its template. A detector of prompt
+            attacks judges no answers.
+        tokenizer: where its tokenizer lies, if not beside the model.
         batch_tokens: padded tokens a batch; None chooses for the device.
         long_inputs: "windows" judges overlapping windows and takes the maximum, "error" gives
             an error verdict, "truncate" cuts the end off, as the paper does.
@@ -96,6 +99,8 @@ class ClassifierGuard(Guard):
         max_length: int | None = None,
         unsafe_labels: Sequence[str] | None = None,
         problem_type: str | None = None,
+        judges: Sequence[str] | None = None,
+        tokenizer: str | None = None,
         thresholds: dict[str, dict[str, Any]] | None = None,
         batch_tokens: int | None = None,
         long_inputs: str = "windows",
@@ -112,7 +117,7 @@ class ClassifierGuard(Guard):
             self.template = template or card.template
             max_length = max_length or card.max_length
             thresholds = card.threshold_values() if thresholds is None else thresholds
-        self._load(model, labels, trust_remote_code)
+        self._load(model, labels, trust_remote_code, tokenizer)
         check_tokenizer(self.tokenizer, model)
         fit_classifier(self.tokenizer, self.model)
         room = positions(self.model) or DEFAULT_LENGTH
@@ -124,7 +129,7 @@ class ClassifierGuard(Guard):
         self.long_inputs = long_inputs
         # An unknown template is no matter of a single verdict.
         render(self.template, pair("", ""), self.tokenizer)
-        self.judges = self._judged()
+        self.judges = tuple(judges or self._judged())
         self.sees = seen_of(self._render)
         self.thresholds = thresholds or {}
         self.progress = progress
@@ -139,6 +144,7 @@ class ClassifierGuard(Guard):
         model: str,
         labels: Sequence[str] | None,
         trust_remote_code: bool,
+        tokenizer: str | None,
     ) -> None:
         """Set `labels`, `tokenizer`, `model` and `exclusive`, or say why they cannot be had."""
         code = {"trust_remote_code": trust_remote_code}  # never asked on the terminal
@@ -148,7 +154,7 @@ class ClassifierGuard(Guard):
             config.problem_type = config.problem_type or self.problem_type
             if config.problem_type is None and set(self.labels) == set(taxonomy("beavertails")):
                 config.problem_type = MULTI_LABEL  # a pair can be several of these
-            self.tokenizer = AutoTokenizer.from_pretrained(model, **code)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, **code)
             self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                 model,
                 dtype=inference_dtype(),
@@ -248,7 +254,11 @@ class ClassifierGuard(Guard):
         return verdicts
 
     def _render(self, messages: Messages) -> list[Part]:
-        return render(self.template, messages, self.tokenizer)
+        parts = render(self.template, messages, self.tokenizer)
+        label = self.LABEL_OF[messages[-1]["role"]]
+        if label not in self.judges:
+            raise UserError(f"{self.name} judges {', '.join(self.judges)}, not {label}")
+        return parts
 
     def _fit(
         self,

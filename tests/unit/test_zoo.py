@@ -32,6 +32,9 @@ NAMED = """
     granite-guardian-3.3-8b granite-guardian-4.1-8b qwen3guard-gen-0.6b qwen3guard-gen-4b qwen3guard-gen-8b
     gpt-oss-safeguard-20b gpt-oss-safeguard-120b polyguard-qwen polyguard-qwen-smol polyguard-ministral nemoguard-8b
     nemotron-safety-guard-8b-v3 nemotron-3.5-content-safety detoxify openai-moderation perspective azure-content-safety
+    duoguard-0.5b duoguard-1b duoguard-1.5b llama-prompt-guard-2-86m llama-prompt-guard-2-22m
+    protectai-prompt-injection-v2 protectai-prompt-injection-small-v2 protectai-prompt-injection
+    deepset-prompt-injection
 """
 SAFETY_EVAL = """
     ExpGuard LlamaGuardUserRequest LlamaGuardModelResponse LlamaGuard2 LlamaGuard3 AegisLlamaGuardPermissive
