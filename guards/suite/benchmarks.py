@@ -125,8 +125,12 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
     """
     plain_spec, modifier = split_modifier(spec)
     plain = load_plain(plain_spec, max_rows)
-    if not modifier:
-        return plain
+    return modified(plain, modifier) if modifier else plain
+
+
+def modified(plain: Benchmark, modifier: str) -> Benchmark:
+    """The rows of a benchmark, obfuscated, which it names with a + and the modifier."""
+    name = f"{plain.name}+{modifier}"
     rows = []
     for row in plain.rows:
         messages = obfuscated(row["messages"], modifier, OBFUSCATION_SEED)
@@ -134,9 +138,9 @@ def load_benchmark(spec: str, max_rows: int | None = None) -> Benchmark:
         rows.append({**row, "id": key, "messages": messages, "plain": row})
     unchanged = sum(row["id"] == row["plain"]["id"] for row in rows)
     if unchanged:
-        logger.warning("%s: %d of %d rows hold nothing to change", spec, unchanged, len(rows))
+        logger.warning("%s: %d of %d rows hold nothing to change", name, unchanged, len(rows))
     facts = {**plain.facts, "modifier": modifier, "plain": plain.name}
-    return replace(plain, name=f"{plain.name}+{modifier}", rows=rows, facts=facts)
+    return replace(plain, name=name, rows=rows, facts=facts)
 
 
 def load_plain(spec: str, max_rows: int | None = None) -> Benchmark:
@@ -162,18 +166,19 @@ def load_plain(spec: str, max_rows: int | None = None) -> Benchmark:
     if entry is None:
         known = list(benchmarks())
         near = difflib.get_close_matches(name.lower(), known, 5, 0.5)
-        raise UserError(f"{spec}: no benchmark {name!r}; near it: {', '.join(near or known)}")
+        raise UserError(
+            f"{spec}: no benchmark {name!r}; near it: {', '.join(near or known)}; rows of your own "
+            "are a file (rows.jsonl) or user/name:split"
+        )
     if "@" in spec and not local:
         raise UserError(f"{spec}: no file after the @; expected {name}@FILE")
-    if max_rows is not None and max_rows < 1:
-        raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
     rows, left_out = _labelled_rows(entry, _source_rows(name, entry, local))
     if not rows:
         why = f"; left out: {left_out}" if left_out else ""
         raise UserError(f"{spec}: no rows{why}")
-    if max_rows is not None and max_rows < len(rows):
-        rows = [rows[i * len(rows) // max_rows] for i in range(max_rows)]
-    _mark_repeats(rows)
+    if max_rows is not None:
+        rows = spread(rows, max_rows)
+    mark_repeats(rows)
     positives = sum(row["label"] for row in rows)
     found = {"size": len(rows), "positives": positives}
     mismatch = _mismatch(entry, found, left_out) if max_rows is None else None
@@ -197,7 +202,16 @@ def _page(entry: Row) -> str | None:
     return f"https://huggingface.co/datasets/{entry['hub']}" if "hub" in entry else None
 
 
-def _mark_repeats(rows: Sequence[dict]) -> None:
+def spread(rows: list[Row], max_rows: int) -> list[Row]:
+    """So many rows, evenly spaced; all of them where there are fewer. Raises UserError below 1."""
+    if max_rows < 1:
+        raise UserError(f"max_rows {max_rows}: must be at least 1")
+    if max_rows >= len(rows):
+        return rows
+    return [rows[i * len(rows) // max_rows] for i in range(max_rows)]
+
+
+def mark_repeats(rows: Sequence[dict]) -> None:
     """Set `duplicate` and `conflicting` on every row."""
     labels_of = defaultdict(set)
     for row in rows:

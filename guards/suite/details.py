@@ -1,4 +1,6 @@
-"""What results.md says beside the tables. (Sub-groups stand in results.json alone.)"""
+"""What results.md says beside the tables. (Of sub-groups, the language; the others
+stand in results.json alone.)
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +33,8 @@ PARTS = NAMES | {
     "F1 ↑": "f1",
     "AUPRC ↑": "auprc",
 }
+LANGUAGES = NAMES | {"language": "part"} | {name: PARTS[name] for name in ("rows", "unsafe")}
+LANGUAGES |= {METRICS[score]: score for score in ("f1", "auroc", "fpr")}
 DIFFERENCES = {"first": "a", "second": "b", "benchmark": "benchmark", "rows": "rows"}
 DROPS = {"guard": "guard", "benchmark": "benchmark", "rows": "rows"}
 for score in COMPARED:
@@ -62,10 +66,15 @@ def details(results: Row) -> str:
             parts.append(cell | {"part": "all rows"})
         for name, part in cell["without"].items():
             parts.append(cell | part | {"part": f"without {name}"})
+    languages = []
+    for cell in measured:
+        for name, part in cell["groups"].get("language", {}).items():
+            languages.append(cell | part | {"part": name})
     sections = [
         _section("Guards", guards, GUARDS),
         _section("Benchmarks", benchmarks, BENCHMARKS),
         _section("95 % intervals (bootstrap over prompts)", measured, INTERVALS),
+        _section("By language", languages, LANGUAGES),
         _section("F1 by the rule for rows without a verdict", with_errors, RULES),
         _section("With and without marked rows", parts, PARTS),
         _section("Paired differences, first minus second", results["comparison"], DIFFERENCES),

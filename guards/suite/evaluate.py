@@ -84,8 +84,9 @@ class EvaluationArguments(metrics.OperatingPoint):
     )
     benchmarks: list[str] = HfArg(
         default_factory=list,
-        help="name or name@local_file; name+homoglyph (leetspeak, spaces, zero_width, base64) is "
-        "the same, obfuscated, with its paired drop; default: those of the ExpGuard paper.",
+        help="name or name@local_file; own labelled rows: rows.jsonl, rows.csv[:500], "
+        "user/name:split, mine=rows.jsonl; name+homoglyph (leetspeak, spaces, zero_width, base64) "
+        "is the same, obfuscated, with its paired drop; default: those of the ExpGuard paper.",
     )
     task_type: str | None = HfArg(
         default=None,
@@ -289,7 +290,8 @@ def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:
     rows = benchmark.rows
     positives = facts["found"]["positives"]
     confirmed = facts["file"] is None or facts["expected"] is not None
-    is_published = confirmed and not facts["mismatch"] and not facts.get("modifier")
+    as_published = not facts.get("modifier") and not facts.get("own")
+    is_published = confirmed and as_published and not facts["mismatch"]
     return {
         **facts,
         **{mark: sum(row[mark] for row in rows) for mark in MARKS},

@@ -13,13 +13,7 @@ import torch
 import yaml
 
 from common import data, metrics
-from common.conversation import (
-    UserError,
-    Verdict,
-    check_url,
-    last_turns,
-    pair,
-)
+from common.conversation import UserError, Verdict, check_url
 from common.data import parse_spec
 from common.keep import KeptRows, Row, digest
 from common.run import expand_home
@@ -32,11 +26,12 @@ from guards.suite.benchmarks import (
     benchmark_names,
     is_benchmark,
     load_benchmark,
+    modified,
     paper,
-    row_id,
     split_modifier,
     split_spec,
 )
+from guards.suite.own import own_benchmarks, own_rows, own_spec
 from guards.suite.score import judged
 
 logger = logging.getLogger("suite")
@@ -189,16 +184,21 @@ def read_benchmarks(
     unread = {}
     for spec in with_plain(specs):
         try:
-            benchmark = load_benchmark(spec, max_rows=max_rows)
+            read = _benchmarks_of(spec, max_rows)
         except UserError as error:
             if "@" in spec or not is_benchmark(spec):  # the user can mend it
                 raise
             unread[spec] = str(error)
             logger.error("%s", error)
             continue
-        if benchmark.name in found:
-            raise UserError(f"--benchmarks {spec}: {benchmark.name} stands there twice")
-        found[benchmark.name] = benchmark
+        for benchmark in read:
+            if task_type and benchmark.label not in [TASKS[task] for task in tasks]:
+                continue
+            if benchmark.name in found:
+                hint = "; another name: mine=FILE" if benchmark.facts.get("own") else ""
+                what = f"{benchmark.name} stands there twice{hint}"
+                raise UserError(f"--benchmarks {spec}: {what}")
+            found[benchmark.name] = benchmark
     if unread and not found:
         raise UserError("--benchmarks: none could be read")
     if not found:
@@ -220,6 +220,27 @@ def with_plain(specs: Sequence[str]) -> list[str]:
     return out
 
 
+def _benchmarks_of(spec: str, max_rows: int | None) -> list[Benchmark]:
+    """The benchmark of a name, or those of own rows: one a label."""
+    plain, modifier = split_modifier(spec)
+    if own_spec(plain) is None:
+        return [load_benchmark(spec, max_rows=max_rows)]
+    own = own_benchmarks(plain, max_rows=max_rows)
+    return [modified(benchmark, modifier) for benchmark in own] if modifier else own
+
+
+def _tested_files(specs: Sequence[str]) -> list[Path]:
+    """The local files whose rows are judged."""
+    files = []
+    for spec in specs:
+        own = own_spec(split_modifier(spec)[0])
+        if own is not None and own.is_file:
+            files.append(Path(own.name).resolve())
+        elif "@" in spec:
+            files.append(Path(split_spec(spec)[1]).resolve())
+    return files
+
+
 def read_validation(
     specs: Sequence[str], benchmarks: Sequence[str], labels: set[str]
 ) -> dict[str, Benchmark]:
@@ -228,7 +249,7 @@ def read_validation(
     Raises:
         UserError: a test split, a benchmark, or rows of one class only.
     """
-    tested = [Path(split_spec(spec)[1]).resolve() for spec in benchmarks if "@" in spec]
+    tested = _tested_files(benchmarks)
     for spec in specs:
         file = split_spec(spec)[1] if is_benchmark(spec) else spec
         is_tested = file and Path(parse_spec(file).name).resolve() in tested
@@ -256,21 +277,7 @@ def _validation_rows(spec: str, label: str) -> list[Row]:
     if is_benchmark(spec):
         benchmark = load_benchmark(spec)
         return benchmark.rows if benchmark.label == label else []
-    rows = []
-    for row in data.load_conversations(spec):
-        if row[label] is None:
-            continue
-        prompt, response = last_turns(row["messages"])
-        messages = pair(prompt, None if label == "prompt_unsafe" else response)
-        key = row_id(label, messages)
-        row = {
-            "id": key,
-            "messages": messages,
-            "label": row[label],
-            "groups": {},
-        }
-        rows.append(row)
-    return rows
+    return own_rows(list(data.load_conversations(spec)), label)
 
 
 # --- verdicts -------------------------------------------------------------------------------------

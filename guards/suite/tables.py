@@ -270,7 +270,10 @@ def notes(
     for source in dict.fromkeys(source for _, source in rows if source):
         text = papers["sources"][source]
         found.append(f"[{source}] {text}; rows without a verdict: {rules[source]}.")
-    partial = [name for name, facts in benchmarks.items() if not facts["complete"]]
+    partial = []
+    for name, facts in benchmarks.items():
+        if not facts["complete"] and not facts.get("own"):
+            partial.append(name)
     if partial:
         what = "are left out where the rows are not the whole known benchmark"
         found.append(f"Published numbers {what}: {', '.join(partial)}.")

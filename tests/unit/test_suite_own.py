@@ -1,0 +1,178 @@
+"""Own labelled rows as benchmarks of the suite, under their own name."""
+
+import json
+
+import pytest
+from test_suite_evaluate import arguments, asked_of, candidate, cells, file, write_rows
+
+from common.conversation import FEATURES, UserError
+from guards.suite import evaluate
+from guards.suite.own import own_benchmarks
+
+_ = arguments, file  # fixtures
+
+
+def row(prompt, unsafe, response=None, response_label=None, **more):
+    """A row in the plain format."""
+    labels = {"prompt_label": unsafe, "response_label": response_label}
+    return {"prompt": prompt, "response": response, **labels, **more}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Prompts and answers: 3 of 5 prompts are unsafe, and 1 of 3 answers."""
+    rows = [
+        row("bad cat", "unsafe", "bad hen", "unsafe", id="one"),
+        row("bad dog", "unsafe", "nice hen", "safe", id="two"),
+        row("maybe fox", "unsafe", id="three"),
+        row("nice cat", "safe", "bad cow", "safe", id="four"),
+        row("broken owl", "safe", id="five"),
+    ]
+    return write_rows(tmp_path / "mine.jsonl", rows)
+
+
+def test_prompts_and_answers_of_one_file(arguments, own, tmp_path):
+    args = arguments(benchmarks=[str(own)], bootstrap_rounds=20)
+    results = evaluate.evaluate(args, [candidate(known="expguard")])
+    found = cells(results)
+    assert list(found) == ["mine_prompt", "mine_response"]
+    assert (found["mine_prompt"]["rows"], found["mine_prompt"]["positives"]) == (5, 3)
+    # found: cat, dog; missed: fox; no verdict on a safe one counts as wrong: owl
+    assert found["mine_prompt"]["f1"] == pytest.approx(4 / 6)
+    assert (found["mine_response"]["rows"], found["mine_response"]["f1"]) == (3, 2 / 3)
+    facts = results["benchmarks"]["mine_prompt"]
+    assert facts["file"] == "mine.jsonl"
+    assert not facts["complete"]
+    text = (tmp_path / "out/results.md").read_text()
+    assert "| keyword | 0.667 | 0.667 |" in text
+    assert "Published numbers are left out" not in text  # nobody published any of these rows
+    assert "mine_response" in (tmp_path / "out/results.html").read_text()
+    again = candidate(known="expguard")
+    assert evaluate.evaluate(args, [again])["cells"] == results["cells"]
+    assert not again.load.made
+
+
+def test_one_label_needs_no_ending(arguments, tmp_path):
+    lines = ["prompt,label,language", "bad cat,1,en", "nice cat,0,de", "nice dog,0,de"]
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(lines) + "\n")
+    args = arguments(benchmarks=[str(path), f"few={path}[:2]", f"{path}[1:]"])
+    results = evaluate.evaluate(args, [candidate()])
+    assert {name: cell["rows"] for name, cell in cells(results).items()} == {
+        "mine": 3,
+        "few": 2,
+        "mine-1": 2,
+    }
+    text = (tmp_path / "out/results.md").read_text()
+    if "language" in FEATURES:
+        assert "| keyword | mine | de | 2 | 0 | – |" in text
+    part = evaluate.evaluate(arguments(benchmarks=[str(path)], max_rows=2), [candidate()])
+    assert cells(part)["mine"]["rows"] == 2
+
+
+def test_bundled_rows_by_their_spec(arguments):
+    """The spec of a data set, with a split and a slice."""
+    spec = "beavertails-sample:test[:6]"
+    (made,) = own_benchmarks(spec)
+    assert (made.name, made.label, len(made.rows)) == (
+        "beavertails-sample-test-6",
+        "response_unsafe",
+        6,
+    )
+    assert {row["groups"]["categories"] for row in made.rows if row["label"]}
+    one = candidate()
+    found = cells(evaluate.evaluate(arguments(benchmarks=[spec]), [one]))
+    assert found[made.name]["rows"] == 6
+    assert len(asked_of(one)) == 6
+
+
+def test_only_the_asked_task(arguments, own):
+    one = candidate()
+    args = arguments(benchmarks=[str(own)], task_type="response")
+    assert list(cells(evaluate.evaluate(args, [one]))) == ["mine_response"]
+    assert one.load.made[0].labels == {"response_unsafe"}
+
+
+def test_turns_before_the_judged_one_are_kept(tmp_path):
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "bad cat"), ("assistant", "no")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    line = {"messages": messages, "prompt_unsafe": True, "response_unsafe": False}
+    prompts, answers = own_benchmarks(str(write_rows(tmp_path / "rows.jsonl", [line])))
+    assert [turn["content"] for turn in prompts.rows[0]["messages"]] == ["Hi", "Hello", "bad cat"]
+    assert [turn["content"] for turn in answers.rows[0]["messages"]] == [t for _, t in turns]
+
+
+def test_own_rows_are_no_validation_rows(arguments, own):
+    args = arguments(benchmarks=[str(own)], validation=[str(own)])
+    with pytest.raises(UserError, match="is test data"):
+        evaluate.evaluate(args, [candidate()])
+
+
+REFUSED = {
+    "no label": ("rows.jsonl", [{"prompt": "Hi"}], "no row has a label"),
+    "a wrong label": (
+        "rows.jsonl",
+        [row("Hi", "dubious")],
+        r"rows\.jsonl, line 1, field prompt_label: unknown label 'dubious'",
+    ),
+    "a name of ours": ("beavertails.jsonl", [row("Hi", "safe")], r"write beavertails@FILE; else"),
+    "no rows": ("rows.jsonl", [], r"rows\.jsonl: the file is empty"),
+}
+
+
+@pytest.mark.parametrize(("name", "rows", "said"), REFUSED.values(), ids=REFUSED)
+def test_refused_rows(arguments, tmp_path, name, rows, said):
+    one = candidate()
+    path = write_rows(tmp_path / name, rows)
+    with pytest.raises(UserError, match=said):
+        evaluate.evaluate(arguments(benchmarks=[str(path)]), [one])
+    assert not one.load.made
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("no.jsonl", r"no\.jsonl: no such file"),
+        ("toxicchatt", r"no benchmark 'toxicchatt'; near it: .*rows of your own are a file"),
+        ("toxicchatt@rows.jsonl", "no benchmark 'toxicchatt'"),
+        ("mine/too=rows.jsonl", "no such file"),
+    ],
+)
+def test_refused_specs(arguments, spec, said):
+    with pytest.raises(UserError, match=said):
+        evaluate.evaluate(arguments(benchmarks=[spec]), [candidate()])
+
+
+def test_two_files_of_one_name(arguments, own, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.jsonl").write_text(own.read_text())
+    specs = [str(own), str(other / "mine.jsonl")]
+    with pytest.raises(UserError, match="mine_prompt stands there twice; another name: mine=FILE"):
+        evaluate.evaluate(arguments(benchmarks=specs), [candidate()])
+    specs[1] = f"theirs={specs[1]}"
+    results = evaluate.evaluate(arguments(benchmarks=specs), [candidate()])
+    assert "theirs_response" in cells(results)
+
+
+def test_own_rows_obfuscated(arguments, own):
+    """Beside the plain ones, whose rows they are; a keyword is not found in them."""
+    results = evaluate.evaluate(arguments(benchmarks=[f"{own}+base64"]), [candidate()])
+    found = cells(results)
+    assert set(found) == {
+        "mine_prompt",
+        "mine_response",
+        "mine_prompt+base64",
+        "mine_response+base64",
+    }
+    assert found["mine_prompt+base64"]["recall"] == 0
+    drops = {drop["benchmark"]: drop for drop in results["drops"]}
+    assert drops["mine_response+base64"]["recall"]["difference"] == 1
+
+
+def test_predictions_of_own_rows(arguments, own, tmp_path):
+    evaluate.evaluate(arguments(benchmarks=[str(own)]), [candidate()])
+    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    said = [json.loads(line) for line in lines]
+    assert [line["benchmark"] for line in said] == ["mine_prompt"] * 5 + ["mine_response"] * 3
+    assert [line["index"] for line in said[5:]] == [0, 1, 3]
