@@ -5,7 +5,7 @@ import json
 import pytest
 from test_suite_evaluate import arguments, asked_of, candidate, cells, file, write_rows
 
-from common.conversation import FEATURES, UserError
+from common.conversation import UserError
 from guards.suite import evaluate
 from guards.suite.own import own_benchmarks
 
@@ -64,8 +64,7 @@ def test_one_label_needs_no_ending(arguments, tmp_path):
         "mine-1": 2,
     }
     text = (tmp_path / "out/results.md").read_text()
-    if "language" in FEATURES:
-        assert "| keyword | mine | de | 2 | 0 | – |" in text
+    assert "| keyword | mine | de | 2 | 0 | – |" in text
     part = evaluate.evaluate(arguments(benchmarks=[str(path)], max_rows=2), [candidate()])
     assert cells(part)["mine"]["rows"] == 2
 
