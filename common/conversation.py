@@ -73,6 +73,16 @@ class Verdict:
             raise UserError(f"this guard does not judge {label}; it judges {known}")
         return value
 
+    def opinion(self, label: str) -> float | None:
+        """The probability of `label`; of a guard that has words alone 1 or 0. None where it failed,
+        or says nothing of it.
+        """
+        if self.error is not None:
+            return None
+        if getattr(self, label) is None and label in self.decided:
+            return float(self.decided[label])
+        return getattr(self, label)
+
 
 def log_odds(probability: float, farthest: float = FARTHEST) -> float:
     """log(p / (1 - p)), at most `farthest` from 0: by so much two guards' probabilities differ."""

@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from common.conversation import UserError
-from common.data.specs import Spec, parse_spec
+from common.data.specs import Spec, parse_spec, specs_of_name
 
 HIGHEST = math.nextafter(1.0, 0.0)  # threshold: above 1 nothing could be flagged, not even an error
 Truths = Sequence[bool]
@@ -236,8 +236,12 @@ def fit_threshold(
 def is_test(spec: str) -> bool:
     """Whether a data spec says that it is a test split: by its split's, else its file's name.
 
-    True of "330k_test", "test.jsonl", "…:wildguardtest", "xstest.csv"; not of "latest.jsonl".
+    True of "330k_test", "test.jsonl", "…:wildguardtest", "xstest.csv"; not of "latest.jsonl". Of
+    several specs in one name, where it is true of one of them.
     """
+    specs = specs_of_name(spec)
+    if len(specs) > 1:
+        return any(is_test(one) for one in specs)
     try:
         parts = parse_spec(spec)
     except UserError:  # a name of ours for several sets, and no spec

@@ -64,10 +64,7 @@ class PageRow:
         if not isinstance(verdict, Verdict):
             self.add_score(verdict)
             return
-        score = getattr(verdict, label)
-        if score is None and label in verdict.decided:
-            score = float(verdict.decided[label])
-        self.add_score(score, verdict.error)
+        self.add_score(verdict.opinion(label), verdict.error)
 
     def add_score(self, score: float | None, error: str | None = None) -> None:
         """The probability of unsafe that the next guard gives."""

@@ -15,7 +15,7 @@ is a revision. Slices are those of `datasets`: `[:500]`, `[10%:20%]`, `[-100:]`,
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from common.data.tables import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 SLICE = r"(?:\[[^\[\]]*\])?"
+AND = " + "  # between the names of data sets that are read as one
 PART = rf"[\w.\-]+{SLICE}"  # a split, or a slice of it
 SPEC = re.compile(rf"(?P<name>[^:].*?)(?::(?P<split>{PART}(?:\+{PART})*))?")
 
@@ -87,17 +88,31 @@ def parse_spec(text: str) -> Spec:
     return Spec(name, tuple(marks), found["split"] or "")
 
 
+def in_one_name(specs: Sequence[str]) -> str:
+    """Several data specs as one text, such as a card has; of one it is that spec."""
+    return AND.join(specs)
+
+
+def specs_of_name(name: str) -> list[str]:
+    """The data specs that `in_one_name` has joined."""
+    return name.split(AND)
+
+
 def about_data(text: str) -> dict[str, str]:
     """What is known of the data that a spec means, without reading it.
 
     Args:
-        text: a spec, or "0.1 of" a spec.
+        text: a spec, or "0.1 of" a spec, or several of them in one name.
 
     Returns:
         `name`, without folders of the user's, and where they are known `hub` (its id), `licence`
         and `language`.
     """
     share, text = re.fullmatch(r"([\d.]+ of )?(.*)", text, re.DOTALL).groups("")
+    specs = specs_of_name(text)
+    if len(specs) > 1:
+        names = [about_data(spec)["name"] for spec in specs]
+        return {"name": share + in_one_name(names)}
     try:
         spec = parse_spec(text)
     except UserError:

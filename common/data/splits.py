@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_training_rows(
-    train: str,
+    train: str | Sequence[str],
     validation: str | None,
     held_out_share: float | None,
     seed: int,
@@ -28,11 +28,12 @@ def load_training_rows(
     """Load the rows to train on, and those to validate on where there shall be any.
 
     Args:
-        train: a data spec.
+        train: a data spec, or several: a conversation that more than one of them holds has the
+            labels of the last, so that rows which were labelled again replace the old ones.
         validation: a data spec; None holds out prompts of the training rows.
         held_out_share: how many of them; None holds out nothing.
         one_row_a_pair: repeated pairs become one row, with its labels by majority vote.
-        max_train_rows: read only the first so many training rows.
+        max_train_rows: read only the first so many training rows of each spec.
         checks: of `load_conversations`.
 
     Returns:
@@ -43,14 +44,17 @@ def load_training_rows(
             was held out.
     """
 
-    def load(spec: str, max_rows: int | None = None) -> Dataset:
-        rows = load_conversations(spec, max_rows=max_rows, **checks)
+    def load(spec: str, max_rows: int | None = None, **more: Any) -> Dataset:
+        rows = load_conversations(spec, max_rows=max_rows, **checks, **more)
         if one_row_a_pair:
             rows, repeats = deduplicate(rows)
             logger.info("%s: %s", spec, json.dumps(repeats))
         return rows
 
-    rows, held_out = load(train, max_train_rows), None
+    first, *later = [train] if isinstance(train, str) else train
+    rows, held_out = load(first, max_train_rows), None
+    for spec in later:  # rows that were labelled again may all be safe
+        rows = corrected(rows, load(spec, max_train_rows, need_positive=False), spec)
     if validation is not None:
         held_out = load(validation)
     elif held_out_share is not None:
@@ -99,3 +103,17 @@ def augment(
     if added:
         logger.info("Obfuscated copies of training rows: %s", json.dumps(added))
     return concatenate_datasets(parts), added
+
+
+def corrected(rows: Dataset, later: Dataset, spec: str) -> Dataset:
+    """The rows of two data sets as one; of a conversation that both hold, those of the later."""
+    known = {json.dumps(messages) for messages in later["messages"]}
+    kept = []
+    for number, messages in enumerate(rows["messages"]):
+        if json.dumps(messages) not in known:
+            kept.append(number)
+    replaced = len(rows) - len(kept)
+    if replaced:
+        said = "%s: its labels replace those of %d rows of the data before it."
+        logger.info(said, spec, replaced)
+    return concatenate_datasets([rows.select(kept), later])

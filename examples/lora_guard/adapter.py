@@ -28,7 +28,7 @@ from transformers import (
 
 from common import metrics, report
 from common.conversation import Messages, UserError
-from common.data.specs import about_data
+from common.data.specs import about_data, in_one_name
 from common.model_card import Measured, write_model_card
 from common.run import is_main_process, manifest, write_json, write_text
 from common.saving import predictions, whole_folder
@@ -271,7 +271,7 @@ class RunFolder(TrainerCallback):
             inputs=args.guard_inputs,
             max_length=args.max_length,
             num_hidden_layers=args.guard_layers,
-            data={"train": args.train_data, "validation": self.validation, **facts},
+            data={"train": in_one_name(args.train_data), "validation": self.validation, **facts},
         )
 
     def start(
@@ -440,8 +440,8 @@ def write_readme(
         folder,
         title="LoRA-Guard adapter",
         base_model=args.hf_model_id,
-        train_data=[args.train_data],
-        intro=INTRO.format(data=about_data(args.train_data)["name"]),
+        train_data=args.train_data,
+        intro=INTRO.format(data=about_data(in_one_name(args.train_data))["name"]),
         usage=USAGE.format(labels=outputs, depth=depth),
         measured=measured,
         sections={"Measured (unsafe, threshold 0.5)": table, "Chat template": CHAT},

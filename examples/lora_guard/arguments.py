@@ -9,6 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from common import metrics
 from common.conversation import UserError
+from common.data.specs import in_one_name
 from common.obfuscation import check_obfuscations
 from common.run import inference_dtype
 from common.training import RecipeTrainingArguments
@@ -44,7 +45,11 @@ class GuardArguments(metrics.OperatingPoint):
         default_factory=lambda: ["pair"],
         help="What is trained, and then served: pair prompt response",
     )
-    train_data: str = HfArg(default="PKU-Alignment/BeaverTails:30k_train", help="Data spec.")
+    train_data: list[str] = HfArg(
+        default_factory=lambda: ["PKU-Alignment/BeaverTails:30k_train"],
+        help="Data spec; of several the later ones replace the labels of the same conversations in "
+        "those before.",
+    )
     eval_data: str | None = HfArg(default=None, help="Data spec of the validation rows.")
     eval_split_ratio: float | None = HfArg(
         default=None, help="Without eval data: share of the train prompts to hold out."
@@ -76,7 +81,7 @@ class GuardArguments(metrics.OperatingPoint):
         if self.eval_data is not None:
             return self.eval_data
         if self.eval_split_ratio is not None:
-            return f"{self.eval_split_ratio} of {self.train_data}"
+            return f"{self.eval_split_ratio} of {in_one_name(self.train_data)}"
         return None
 
 

@@ -28,6 +28,7 @@ from common import data, metrics, report
 from common.conversation import Messages, UserError, Verdict, last_turns, pair
 from common.results_page import write_evaluation_page
 from common.run import check_output_folder, manifest, parse_args, run_cli
+from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import Guard, load_guard
 from guards.card import LoraCard, read_card
 from guards.lora import LoraGuard
@@ -37,7 +38,7 @@ SEPARATE_GUARD = 8.03e9
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(ExportArguments):
     guards: list[str] = HfArg(
         help="Adapter folders, other guard folders, hub ids; the first is detailed."
     )
@@ -115,6 +116,12 @@ def main() -> None:
     report.write_results(folder, results, markdown, kept_rows(rows, label, verdicts))
     title = f"Unsafe {args.judge}s of {args.eval_data}"
     write_evaluation_page(folder / "results.html", title, rows, label, verdicts, results)
+    at = {name: found["threshold"] for name, found in flagged.items()}
+    judged_rows = []
+    for i, row in enumerate(rows):
+        said = {name: each[i] for name, each in verdicts.items()}
+        judged_rows.append(scored(row, label, said, at))
+    write_uncertain(folder, judged_rows, args.export_uncertain)
     print(markdown)
 
 
@@ -125,6 +132,7 @@ def check_arguments(args: EvaluationArguments) -> None:
     if any(n < 1 for n in args.prefix_tokens):
         raise UserError(f"--prefix_tokens {args.prefix_tokens}: must be at least 1")
     check_output_folder(args.output_dir)
+    args.check_export(args.output_dir)
 
 
 def draw_curves(

@@ -37,6 +37,7 @@ from trl import ModelConfig
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data import load_conversations
+from common.data.specs import in_one_name
 from common.data.splits import augment, load_training_rows
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
@@ -75,7 +76,7 @@ def main() -> None:
     # --- 3. Model: the chat model's layers under a fresh head, and the rows as its token ids ------
     model, tokenizer = load_model(args)
     encode = partial(encode_rows, tokenizer=tokenizer, args=args)
-    train_set, facts = encode(train_rows, args.train_data)
+    train_set, facts = encode(train_rows, in_one_name(args.train_data))
     eval_set = encode(eval_rows, args.validation_name())[0] if eval_rows else None
     test_set = encode(test_rows, args.test_data)[0] if test_rows else None
     lengths = [len(ids) for ids in train_set["input_ids"]]

@@ -7,6 +7,7 @@ from transformers.hf_argparser import HfArg
 
 from common import metrics
 from common.conversation import UserError
+from common.data.specs import in_one_name
 from common.obfuscation import check_obfuscations
 from common.training import RecipeTrainingArguments
 
@@ -37,8 +38,9 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class DataArguments(metrics.OperatingPoint):
-    train_data_name_or_path: str = HfArg(
-        help="Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl."
+    train_data_name_or_path: list[str] = HfArg(
+        help="Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl; of several the "
+        "later ones replace the labels of the same conversations in those before."
     )
     eval_data_name_or_path: str | None = HfArg(
         default=None, help="Data spec of the validation rows."
@@ -69,7 +71,7 @@ class DataArguments(metrics.OperatingPoint):
         if self.eval_data_name_or_path is not None:
             return self.eval_data_name_or_path
         if self.eval_split_ratio is not None:
-            return f"{self.eval_split_ratio} of {self.train_data_name_or_path}"
+            return f"{self.eval_split_ratio} of {in_one_name(self.train_data_name_or_path)}"
         return None
 
 

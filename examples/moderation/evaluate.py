@@ -33,6 +33,7 @@ from common.conversation import UserError, Verdict, last_turns
 from common.fit import fit_classifier
 from common.results_page import write_evaluation_page
 from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
+from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import Guard, load_guard
 from guards.card import ClassifierCard, has_card, read_card
 
@@ -40,7 +41,7 @@ logger = logging.getLogger("moderation")
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(ExportArguments):
     eval_dataset: str = HfArg(
         help="evaluation.json of the paper's format, or a data spec with labels."
     )
@@ -75,6 +76,7 @@ def main() -> None:
             f"--threshold {args.threshold}: must lie in [0, 1); a pair is flagged ABOVE it"
         )
     check_output_folder(args.output_dir)
+    args.check_export(args.output_dir)
     answers = read_evaluation_file(Path(args.eval_dataset))
     if answers is None:
         return report_metrics(args)
@@ -82,6 +84,9 @@ def main() -> None:
         raise UserError(
             f"--output_dir {args.output_dir}: its evaluation.json is the input; name another folder"
         )
+    if args.export_uncertain:
+        said = "has no labels that could be mended; name a data spec"
+        raise UserError(f"--export_uncertain: --eval_dataset {args.eval_dataset} {said}")
     guard = load_guard(args.model_path, **options(args))
     # the paper's evaluate.py passes 0.5
     threshold = 0.5 if args.threshold is None else args.threshold
@@ -138,6 +143,11 @@ def report_metrics(args: EvaluationArguments) -> None:
     title = f"{args.model_path} on {args.eval_dataset}"
     said = {"guard": verdicts} | baselines
     write_evaluation_page(folder / "results.html", title, rows, "response_unsafe", said, results)
+    judged = []
+    for row, verdict in zip(rows, verdicts, strict=True):
+        at = {"guard": threshold["value"]}
+        judged.append(scored(row, "response_unsafe", {"guard": verdict}, at))
+    write_uncertain(folder, judged, args.export_uncertain)
     print(markdown)
 
 

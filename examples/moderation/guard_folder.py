@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PredictionOutput
 
 from common import data, metrics, report
-from common.data.specs import about_data
+from common.data.specs import about_data, in_one_name, specs_of_name
 from common.fit import pooling
 from common.keep import fingerprint, rows_digest
 from common.model_card import Measured, write_model_card
@@ -112,7 +112,7 @@ def save_guard(
         base_sha256=local_sha256(model_args.model_name_or_path),
         num_hidden_layers=model_args.num_hidden_layers,
         data={
-            "train_data": data_args.train_data_name_or_path,
+            "train_data": in_one_name(data_args.train_data_name_or_path),
             "validation_data": data_args.validation_name(),
             **facts,
         },
@@ -219,7 +219,7 @@ def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tok
         folder,
         title="QA-moderation guard",
         base_model=card.base_model,
-        train_data=[train_data],
+        train_data=specs_of_name(train_data),
         intro=INTRO.format(
             labels=len(CATEGORIES),
             data=about_data(train_data)["name"],
@@ -245,7 +245,7 @@ def write_adapter_readme(folder: Path, card: ClassifierCard) -> None:
         folder,
         title="Adapter of a QA-moderation guard",
         base_model=card.base_model,
-        train_data=[card.data["train_data"]],
+        train_data=specs_of_name(card.data["train_data"]),
         intro="The guard in the folder above as a PEFT adapter of its base.",
         usage=ADAPTER_USAGE.format(labels=len(CATEGORIES), depth=depth),
         sections={"Padding": ADAPTER_PADDING},

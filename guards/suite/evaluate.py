@@ -30,6 +30,7 @@ from common.run import (
     parse_args,
     write_text,
 )
+from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import LONG_INPUTS, zoo
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
@@ -74,7 +75,7 @@ CHUNK = {"transformers": 64, "server": 64, "vllm": 1024}  # rows between two wri
 
 
 @dataclass(kw_only=True)
-class EvaluationArguments(metrics.OperatingPoint):
+class EvaluationArguments(metrics.OperatingPoint, ExportArguments):
     output_dir: str = HfArg(help="Folder for tables, pictures, predictions and kept verdicts.")
     guards: list[str] = HfArg(
         default_factory=list,
@@ -213,6 +214,7 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     write_tables(args, results, predictions(inputs.benchmarks, found))
     draw_curves(args, inputs.benchmarks, found)
     write_page(args, inputs.benchmarks, found)
+    export_uncertain(args, inputs.benchmarks, found, results["cells"])
     return results
 
 
@@ -233,6 +235,7 @@ class Inputs:
 def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
     """Raise UserError for what can be seen to be wrong before anything is read."""
     args.check_operating_point()
+    args.check_export(args.output_dir)
     choices = {
         "task_type": (None, *TASKS, "both"),
         "engine": tuple(CHUNK),
@@ -569,3 +572,27 @@ def write_page(
         guards=guards,
         rows=rows,
     )
+
+
+def export_uncertain(
+    args: EvaluationArguments,
+    benchmarks: Sequence[Benchmark],
+    found: Mapping[str, Found],
+    cells: Sequence[Row],
+) -> None:
+    """uncertain.jsonl: rows of all benchmarks near a threshold, or on which guards disagree."""
+    fitted = {}
+    for cell in cells:
+        if cell.get("threshold"):
+            fitted[cell["guard"], cell["benchmark"]] = cell["threshold"]["value"]
+    rows = []
+    for benchmark in benchmarks:
+        name = benchmark.name
+        judges = [guard for guard, one in found.items() if name in one.verdicts]
+        thresholds = {guard: fitted.get((guard, name), 0.5) for guard in judges}
+        for place, row in enumerate(benchmark.rows):
+            facts = {**row, "id": f"{name}/{row['id']}", benchmark.label: row["label"]}
+            facts |= {"categories": None, "language": row["groups"].get("language")}
+            said = {guard: found[guard].verdicts[name][place] for guard in judges}
+            rows.append(scored(facts, benchmark.label, said, thresholds))
+    write_uncertain(args.output_dir, rows, args.export_uncertain)

@@ -391,6 +391,8 @@ def test_evaluation_of_several_guards(trained, tmp_path):
         "--prefix_tokens",
         4,
         16,
+        "--export_uncertain",
+        5,
     ]
     launch("evaluate.py", "--guards", *guards, *flags)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -402,6 +404,9 @@ def test_evaluation_of_several_guards(trained, tmp_path):
             truth, [row[name]["score"] for row in rows]
         ) == pytest.approx(scores["auprc"])
         assert scores["threshold"] == load_guard(str(trained / name)).thresholds["flagged"]["value"]
+    near = load_conversations(str(tmp_path / "uncertain.jsonl"))
+    assert 5 <= len(near) <= 10
+    assert set(near["id"]) <= {row["id"] for row in rows}
     few, some, everything = results["prefixes"]
     assert (few["tokens"], some["tokens"], everything["tokens"]) == (4, 16, None)
     for metric in ("recall", "fpr", "auprc"):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from scripts import TORCHRUN
 from transformers import AutoModelForSequenceClassification
 
+from common.conversation import log_odds
 from common.data import load_conversations, taxonomy
 from guards import load_guard
 
@@ -307,6 +308,43 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr and not (tmp_path / "guard").exists()
+
+
+def test_rows_that_were_labelled_again_go_back_into_training(trained, tiny_base, tmp_path):
+    """Evaluate, export what is near the threshold, mend its labels, train on both files."""
+    base = "beavertails-sample:train[:64]"
+    flags = ["--eval_dataset", base, "--output_dir", tmp_path / "out", "--export_uncertain", "6"]
+    command = ["evaluate.py", "--model_path", trained, *flags]
+    launch(*command)
+    file = tmp_path / "out/uncertain.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    threshold = load_guard(str(trained)).thresholds["flagged"]["value"]
+    predictions = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    every = [json.loads(line)["guard"] for line in predictions]
+    nearest = sorted(every, key=lambda score: abs(log_odds(score) - log_odds(threshold)))[:6]
+    assert [row["scores"]["guard"] for row in rows] == pytest.approx(nearest, abs=1e-4)
+    for row in rows:  # somebody says that all of them are safe
+        row |= {"response_label": "safe", "categories": []}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = launch(*command, check=False)
+    assert "uncertain.jsonl is there" in done.stderr
+    words = tiny_arguments(tiny_base, tmp_path / "guard")
+    words[words.index("beavertails-sample:train")] = base
+    words.insert(words.index(base) + 1, str(file))
+    launch(*words)
+    run = json.loads((tmp_path / "guard/run.json").read_text())
+    before = load_conversations(base)
+    mended = {row["prompt"] + row["response"] for row in rows}
+    kept = [
+        row["response_unsafe"]
+        for row in before
+        if "".join(turn["content"] for turn in row["messages"]) not in mended
+    ]
+    assert run["data"]["train_rows"] == len(before) == len(kept) + 6
+    assert run["data"]["train_unsafe"] == sum(kept)
+    card = json.loads((tmp_path / "guard/guard.json").read_text())
+    assert card["data"]["train_data"] == f"{base} + {file}"
+    assert "uncertain.jsonl" in (tmp_path / "guard/README.md").read_text()
 
 
 def test_evaluation_file_report(trained, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import scripts
 
 from common.conversation import UserError, Verdict
-from common.data import taxonomy
+from common.data import load_conversations, taxonomy
 from guards import Guard
 from guards.card import ClassifierCard, write_card
 from guards.suite import evaluate, judge
@@ -471,3 +471,19 @@ def test_exit_codes(monkeypatch, tmp_path, file, tiny_classifier, capsys):
     assert "expguardtest_prompt" not in text
     assert "| beaver-dam-7b † |" in text
     assert "no folder here, and no hub id that loads" in text
+
+
+def test_rows_to_label_again_of_all_benchmarks(arguments, tmp_path):
+    """The near ones by each guard's own threshold, and those on which two guards disagree."""
+    fitted = {"flagged": {"value": 0.7, "how": "max F1", "on": "validation"}}
+    guards = [candidate(words=False), candidate("strict", "2", words=False, thresholds=fitted)]
+    evaluate.evaluate(arguments(export_uncertain=2), guards)
+    text = (tmp_path / "out/uncertain.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["why"] for line in lines] == ["near the threshold"] * 2
+    for line in lines:  # 0.6 is above 0.5, and not above 0.7
+        assert line["prompt"] == "maybe fox"
+        assert line["scores"] == {"keyword": 0.6, "strict": 0.6}
+    assert [line["prompt_label"] for line in lines if "prompt_label" in line] == [True]
+    assert [line["response_label"] for line in lines if "response_label" in line] == [True]
+    assert load_conversations(str(tmp_path / "out/uncertain.jsonl"))["response_unsafe"].count(True)
