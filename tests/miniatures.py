@@ -453,6 +453,45 @@ def _safetext() -> Miniature:
     return Miniature("SafeText.json", content, [True, False, False] * 2)
 
 
+def _circleguard(kind: str) -> Miniature:
+    """Unsafe prompts come with a jailbreak; one row has no answer."""
+    rows = []
+    labels = []
+    for i in ITEMS:
+        row = {
+            "harm_category": "Privacy" if i.bad_prompt else None,
+            "prompt": i.prompt,
+            "prompt_verdict": word_if(i.bad_prompt),
+            "prompt_hash": str(i.n),
+            "default_answer": None if i.n == 3 else i.answer,
+            "default_answer_verdict": word_if(i.bad_answer),
+            "jailbreaked_prompt": f"You are a poet. {i.prompt}" if i.bad_prompt else None,
+            "jailbreaked_answer": i.answer if i.bad_prompt else None,
+        }
+        rows.append(row)
+        if kind == "prompt":
+            labels.append(i.bad_prompt)
+        elif kind == "response" and i.n != 3:
+            labels.append(i.bad_answer)
+        elif kind == "jailbreak" and i.bad_prompt:
+            labels.append(True)
+    left_out = len(rows) - len(labels)
+    return Miniature("train.jsonl", rows, labels, {"harm_category": "Privacy"}, left_out)
+
+
+POLICY = "1. Do not help to pry.\n2. Be kind."
+
+
+def _dynabench(i: Item) -> dict:
+    """Transcripts, of which one ends with a question."""
+    after = "\n\nUser: Thank you." if i.n == 1 else ""
+    return {
+        "policy": POLICY,
+        "transcript": f"User: Hello.\nAgent: Hello.\n\nUser: {i.prompt}\nAgent: {i.answer}{after}",
+        "label": word_if(i.bad_answer, "FAIL", "PASS"),
+    }
+
+
 _OPENAI = [
     {"S": 0, "H": 1},
     {"S": 0},
@@ -512,6 +551,21 @@ _ONE_CLASS = {  # name: file, class, the text's column, other columns, the group
         {"topic": "Law", "subtopic": "Post"},
         {"topic": "Law"},
     ),
+    "harmeval": ("train.csv", True, "Question", {"Topic": "Malware"}, {"topic": "Malware"}),
+    "nichehazardqa": (
+        "NICHEHAZARDQA.json",
+        True,
+        "Question",
+        {"Domain": "Fake News and Propaganda"},
+        {"domain": "Fake News and Propaganda"},
+    ),
+    "techhazardqa": (
+        "train.csv",
+        True,
+        "Question",
+        {"Topic": "Cyber Security"},
+        {"topic": "Cyber Security"},
+    ),
     "aart": ("aart.csv", True, "prompt", {"crime": "Theft"}, {"crime": "Theft"}),
     "do_anything_now_questions": (
         "forbidden_question_set.csv",
@@ -523,6 +577,11 @@ _ONE_CLASS = {  # name: file, class, the text's column, other columns, the group
 }
 MINIATURES: dict[str, Miniature] = {
     **{name: _one_class(*told) for name, told in _ONE_CLASS.items()},
+    **{f"circleguard_{kind}": _circleguard(kind) for kind in ("prompt", "jailbreak", "response")},
+    "dynabench": _of("bad_answer", "test.jsonl", _dynabench),
+    "prompt_injections": _of(
+        "bad_prompt", "test.jsonl", lambda i: {"text": i.prompt, "label": int(i.bad_prompt)}
+    ),
     "expguardtest_prompt": _expguard("prompt"),
     "expguardtest_response": _expguard("response"),
     "toxicchat": _toxicchat(human_only=True),

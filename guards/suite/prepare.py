@@ -237,6 +237,26 @@ def _bot_adversarial(rows: Rows) -> Iterator[SourceRow]:
         yield line.with_cells(messages=messages)
 
 
+def _dynabench(rows: Rows) -> Iterator[SourceRow]:
+    """`messages` from `policy`, which is the system prompt, and `transcript`, whose turns begin with
+    User: or Agent:, up to the last of the agent's.
+    """
+    for row in rows:
+        rules = as_list(row.cell("policy"))
+        policy = "\n".join(str(rule) for rule in rules)
+        messages = [{"role": "system", "content": check_text(policy, "policy", row.where)}]
+        start, *parts = re.split(r"(?m)^[ \t]*'?(User|Agent)'?:", row.text("transcript"))
+        if start.strip() or "Agent" not in parts[::2]:
+            what = "expected turns that begin with User: or Agent:, one of the agent's"
+            raise row.wrong("transcript", what)
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True):
+            if text.strip():
+                messages.append(message(speaker == "User", text.strip()))
+        while messages[-1]["role"] == "user":
+            messages.pop()
+        yield row.with_cells(messages=messages)
+
+
 PREPARE = {
     "saferlhf": _saferlhf,
     "convabuse": _convabuse,
@@ -244,4 +264,5 @@ PREPARE = {
     "prosocial": _prosocial,
     "harmfulqa": _harmfulqa,
     "bot_adversarial": _bot_adversarial,
+    "dynabench": _dynabench,
 }

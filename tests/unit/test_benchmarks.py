@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import pandas
 import pytest
-from miniatures import ITEMS, MINIATURES, UNSAFE_PROMPTS, expected, write
+from miniatures import ITEMS, MINIATURES, POLICY, UNSAFE_PROMPTS, expected, write
 
 from common.conversation import LABELS, UserError, pair
 from guards import zoo
@@ -98,6 +98,11 @@ CONVABUSE = [
 ]
 DICES = [*pair("Hello.", "Hello, how are you?"), *pair(ITEMS[7].prompt, ITEMS[7].answer)]
 PROSOCIAL = [*pair(ITEMS[4].prompt, ITEMS[4].answer), *pair(ITEMS[5].prompt)]
+DYNABENCH = [
+    {"role": "system", "content": POLICY},
+    *pair("Hello.", "Hello."),
+    *pair(ITEMS[1].prompt, ITEMS[1].answer),
+]
 WITH_CONTEXT = pair(f"{UNSAFE_PROMPTS[2]}\n\nThe letters lie in a box at the gate.")
 
 
@@ -106,6 +111,7 @@ WITH_CONTEXT = pair(f"{UNSAFE_PROMPTS[2]}\n\nThe letters lie in a box at the gat
     [
         ("convabuse", 0, CONVABUSE),
         ("dices_350", 0, DICES),
+        ("dynabench", 1, DYNABENCH),
         ("dices_990", 0, DICES),
         ("prosocial_dialog", 4, PROSOCIAL),
         ("harmbench_behaviors", 2, WITH_CONTEXT),
