@@ -135,7 +135,10 @@ def modified(plain: Benchmark, modifier: str) -> Benchmark:
     for row in plain.rows:
         messages = obfuscated(row["messages"], modifier, OBFUSCATION_SEED)
         key = row_id(plain.label, messages)
-        rows.append({**row, "id": key, "messages": messages, "plain": row})
+        other = {"id": key, "messages": messages, "plain": row}
+        if "own_id" in row:
+            other["own_id"] = f"{row['own_id']}+{modifier}"
+        rows.append(row | other)
     unchanged = sum(row["id"] == row["plain"]["id"] for row in rows)
     if unchanged:
         logger.warning("%s: %d of %d rows hold nothing to change", name, unchanged, len(rows))

@@ -80,7 +80,8 @@ class EvaluationArguments(metrics.OperatingPoint, ExportArguments):
     guards: list[str] = HfArg(
         default_factory=list,
         help="Names of the guard zoo, hub ids, guard folders; name=folder is a local model of a "
-        "zoo name; `:option=value,…` after any of them goes to that guard "
+        "zoo name, name=predictions:scores.jsonl a guard whose predictions alone are known; "
+        "`:option=value,…` after any of them goes to that guard "
         "(qwen3guard-gen-8b:mode=loose).",
     )
     benchmarks: list[str] = HfArg(
@@ -199,6 +200,9 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     for path in args.add_results:
         added += add_results(Path(path), results, args)
     to_judge = [*inputs.benchmarks, *inputs.validation.values()]
+    for guard in guards:
+        if guard.predicted is not None:
+            guard.predicted.check_names(to_judge)
     folder = Path(args.output_dir) / "runs"
     found: dict[str, Found] = {}
     for guard in guards:

@@ -15,7 +15,7 @@ import yaml
 from common import data, metrics
 from common.conversation import UserError, Verdict, check_url
 from common.data import parse_spec
-from common.keep import KeptRows, Row, digest
+from common.keep import KeptRows, Row, digest, fingerprint
 from common.run import expand_home
 from guards import Guard, load_guard, zoo
 from guards.card import has_card
@@ -32,6 +32,7 @@ from guards.suite.benchmarks import (
     split_spec,
 )
 from guards.suite.own import own_benchmarks, own_rows, own_spec
+from guards.suite.predictions import PredictedGuard
 from guards.suite.score import judged
 
 logger = logging.getLogger("suite")
@@ -66,6 +67,7 @@ class Candidate:
     load: Callable[[], Guard]
     zoo: str | None = None  # its name there
     released: bool = False  # it is the zoo's model itself, not one that was trained like it
+    predicted: PredictedGuard | None = None  # where its predictions alone are known
     served: bool = False  # elsewhere, where a verdict does not depend on what else is asked
 
 
@@ -90,14 +92,33 @@ def candidates(specs: Sequence[str], options: Row) -> list[Candidate]:
 
     Args:
         specs: name of the zoo (or of the paper's code), hub id, folder or name=folder, each with
-            `:option=value,…` of its own.
+            `:option=value,…` of its own; or name=predictions:FILE.
         options: of `load_guard`, for all of them whose kind takes them.
 
     Raises:
         UserError: a name that is none, a name that is given to no folder, or to a folder that does
             not say what guard it holds; a URL with a password or a key.
     """
-    return [_candidate(spec, options) for spec in specs]
+    return [_predicted(spec) or _candidate(spec, options) for spec in specs]
+
+
+def _predicted(text: str) -> Candidate | None:
+    """The guard of name=predictions:FILE."""
+    parts = re.fullmatch(r"([^=]+)=predictions:(.+)", text)
+    if parts is None:
+        return None
+    name, file = parts.groups()
+    file = expand_home(file)
+    guard = PredictedGuard(name, file)
+    return Candidate(
+        name=name,
+        spec=text,
+        identity=digest(["predictions", fingerprint(file)]),
+        load=lambda: guard,
+        zoo=zoo_name(name),
+        released=zoo_name(name) is not None,
+        predicted=guard,
+    )
 
 
 def _candidate(text: str, options: Row) -> Candidate:
@@ -364,8 +385,12 @@ def _verdicts(
     row_of = dict(zip(keys, benchmark.rows, strict=True))
 
     def judge(_: int, asked: list[str]) -> Iterator[Row]:
-        conversations = [row_of[key]["messages"] for key in asked]
-        said = load().judge(conversations, wanted=[benchmark.label])
+        asked_rows = [row_of[key] for key in asked]
+        if candidate.predicted is not None:
+            said = candidate.predicted.judge_rows(asked_rows, benchmark.label)
+        else:
+            conversations = [row["messages"] for row in asked_rows]
+            said = load().judge(conversations, wanted=[benchmark.label])
         for key, verdict in zip(asked, said, strict=True):
             row = {
                 "id": key,
@@ -385,6 +410,8 @@ def _verdicts(
     out = [Verdict(**row["verdict"]) for row in rows]
     if all(verdict.error is not None for verdict in out):
         hint = "--overwrite asks it anew"
+        if candidate.predicted is not None:
+            hint = "none of its ids and hashes is one of these rows"
         raise UserError(f"not one row could be judged: {out[0].error} ({hint})")
     return out
 

@@ -76,8 +76,6 @@ def own_benchmarks(text: str, max_rows: int | None = None) -> list[Benchmark]:
         full_name = f"{name}_{ENDINGS[label]}" if len(labels) > 1 else name
         _check_name(full_name, text)
         judged = own_rows(rows, label)
-        for row in judged if len(labels) > 1 else ():
-            row["own_id"] = None  # it would name the prompt and the response
         if max_rows is not None:
             judged = spread(judged, max_rows)
         mark_repeats(judged)

@@ -1,0 +1,170 @@
+"""A guard of the suite that is known by its predictions alone."""
+
+import hashlib
+import json
+
+import pytest
+from test_suite_evaluate import arguments, candidate, cells, file, write_rows
+from test_suite_own import own, row
+
+from common.conversation import UserError, pair
+from guards.suite import evaluate, judge
+from guards.suite.own import own_benchmarks
+from guards.suite.predictions import text_hash
+
+_ = arguments, file, own  # fixtures
+SCORES = ("f1", "auprc", "auroc", "errors", "recall", "fpr", "decision", "by_parse_errors")
+
+
+def predicted(path, name="somebody"):
+    return judge.candidates([f"{name}=predictions:{path}"], {"engine": "transformers"})[0]
+
+
+def names(way, item):
+    """What names a row of a benchmark, for `way`."""
+    if way == "suite":
+        return {"id": item["id"]}
+    if way == "own":
+        return {"id": item["own_id"]}
+    return {"text_sha256": text_hash(item["messages"])}
+
+
+@pytest.mark.parametrize("way", ["suite", "own", "hash"])
+def test_the_table_is_that_of_the_guard(arguments, own, tmp_path, way):
+    args = arguments(benchmarks=[str(own)], compare="keyword,somebody", bootstrap_rounds=20)
+    first = evaluate.evaluate(arguments(benchmarks=[str(own)]), [candidate()])
+    rows = []
+    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    items = [item for made in own_benchmarks(str(own)) for item in made.rows]
+    for line, item in zip(map(json.loads, lines), items, strict=True):
+        said = line["guards"]["keyword"]
+        label = line["label"]
+        word = said["decided"].get(label)
+        rows.append(
+            {
+                **names(way, item),
+                "label": label,
+                "score": said[label],
+                "verdict": None if word is None else ["safe", "unsafe"][word],
+                "error": said["error"],
+            }
+        )
+    path = write_rows(tmp_path / "scores.jsonl", rows)
+    results = evaluate.evaluate(args, [candidate(), predicted(path)])
+    for name, cell in cells(first).items():
+        theirs = cells(results, "somebody")[name]
+        assert {score: theirs[score] for score in SCORES} == {s: cell[s] for s in SCORES}
+    assert {one["f1"]["difference"] for one in results["comparison"]} == {0}
+    again = evaluate.evaluate(args, [candidate(), predicted(path)])  # from what is kept
+    assert again["cells"] == results["cells"]
+
+
+def test_what_is_missing_is_an_error(arguments, own, tmp_path):
+    """Never "safe": of 5 prompts, one is not in the file, and one has neither score nor word."""
+    rows = [
+        {"id": "one", "score": 0.9, "verdict": "unsafe"},
+        {"id": "two", "score": 0.2},
+        {"id": "four", "score": 0.1, "verdict": "No"},
+        {"id": "five", "score": None, "verdict": ""},
+        {"id": "of another file", "score": 0.5},
+    ]
+    path = write_rows(tmp_path / "scores.jsonl", rows)
+    args = arguments(benchmarks=[str(own)], task_type="prompt")
+    cell = cells(evaluate.evaluate(args, [predicted(path)]), "somebody")["mine_prompt"]
+    assert (cell["rows"], cell["errors"]) == (5, 2)
+    assert cell["f1"] == 2 / 5  # right: one; missed: two, three; five counts as wrong
+    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+    errors = [json.loads(line)["guards"]["somebody"]["error"] for line in lines]
+    assert errors == [
+        None,
+        None,
+        "no prediction of this row in scores.jsonl",
+        None,
+        "neither score nor verdict",
+    ]
+    other = arguments(benchmarks=[str(own)], task_type="prompt", parse_errors="unsafe")
+    cell = cells(evaluate.evaluate(other, [predicted(path)]), "somebody")["mine_prompt"]
+    assert cell["recall"] == 2 / 3
+
+
+def test_predictions_in_csv(arguments, own, tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("id,score,label\none,0.9,prompt_unsafe\ntwo,,prompt_unsafe\n")
+    made = predicted(path)
+    results = evaluate.evaluate(arguments(benchmarks=[str(own)]), [made])
+    found = cells(results, "somebody")
+    assert found["mine_prompt"]["errors"] == 4
+    assert found["mine_response"]["status"] == "not supported"
+    path.write_text("id,score,label\none,0.8,prompt_unsafe\n")
+    assert predicted(path).identity != made.identity
+
+
+def test_the_hash_of_a_text():
+    """As rrahimi-uci/safety-guard-dynamics has it: of the lower-cased text with single spaces."""
+    plain = hashlib.sha256(b"how do i kill a python process?").hexdigest()
+    assert text_hash(pair("How do I  kill\na Python process? ")) == plain
+    assert text_hash(pair("How do I kill a Python process?", "So")) != plain
+
+
+REFUSED = {
+    "a score that is none": (
+        [{"id": "one", "score": 1.5}],
+        r"scores\.jsonl, line 1, field score: 1\.5 is no probability",
+    ),
+    "a log-odds": ([{"id": "one", "score": -1.6}], "field score: -1.6 is no probability"),
+    "not a number": ([{"id": "one", "score": "high"}], "field score: 'high' is no probability"),
+    "true": ([{"id": "one", "score": True}], "field score: True is no probability"),
+    "NaN": ([{"id": "a", "score": "0.1"}, {"id": "b", "score": "inf"}], "line 2, field score"),
+    "no name": ([{"score": 0.5}], r"field id: missing \(columns: score\)"),
+    "a strange word": (
+        [{"id": "one", "verdict": "Controversial"}],
+        "field verdict: unknown label 'Controversial'",
+    ),
+    "a strange label": ([{"id": "one", "score": 0, "label": "toxic"}], "field label: 'toxic'"),
+    "two opinions": (
+        [{"id": "one", "score": 0.1}, {"id": "one", "score": 0.2}],
+        "line 2: another row says something else of one",
+    ),
+    "no object": ([["one", 0.5]], "line 1: expected an object"),
+}
+
+
+@pytest.mark.parametrize(("rows", "said"), REFUSED.values(), ids=REFUSED)
+def test_refused_predictions(tmp_path, rows, said):
+    path = write_rows(tmp_path / "scores.jsonl", rows)
+    with pytest.raises(UserError, match=said):
+        predicted(path)
+
+
+def test_no_such_file():
+    with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
+        predicted("no.jsonl")
+
+
+def test_a_prediction_of_two_rows_is_refused(arguments, own, tmp_path):
+    path = write_rows(tmp_path / "scores.jsonl", [{"id": "one", "score": 0.9}])
+    with pytest.raises(UserError, match="needs a field label"):
+        evaluate.evaluate(arguments(benchmarks=[str(own)]), [predicted(path)])
+    other = write_rows(tmp_path / "theirs.jsonl", [row("something else", "safe", id="one")])
+    args = arguments(benchmarks=[str(own), str(other)], task_type="prompt")
+    with pytest.raises(UserError, match="a prediction of one, the id of 2 rows"):
+        evaluate.evaluate(args, [predicted(path)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_of_other_rows(arguments, own, tmp_path):
+    """Nothing of them fits: that is a failure, and no table of errors."""
+    path = write_rows(tmp_path / "scores.jsonl", [{"id": "another", "score": 0.9}])
+    args = arguments(benchmarks=[str(own)], task_type="prompt")
+    (cell,) = cells(evaluate.evaluate(args, [predicted(path)]), "somebody").values()
+    assert cell["status"] == "failed"
+    assert "none of its ids and hashes is one of these rows" in cell["reason"]
+
+
+def test_plain_predictions_say_nothing_of_obfuscated_rows(arguments, own, tmp_path):
+    rows = [{"id": name, "score": 0.9} for name in ("one", "two", "three", "four", "five")]
+    path = write_rows(tmp_path / "scores.jsonl", rows)
+    args = arguments(benchmarks=[f"{own}+spaces"], task_type="prompt")
+    found = cells(evaluate.evaluate(args, [predicted(path)]), "somebody")
+    assert found["mine_prompt"]["errors"] == 0
+    assert found["mine_prompt+spaces"]["status"] == "failed"
