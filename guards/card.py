@@ -421,13 +421,21 @@ def make_probe(guard: Guard) -> Probe | None:
     """One conversation with what this guard says of it; None where it gives no verdict on any that
     is tried.
 
+    A conversation that it has no room for is none: cut, read in windows and read whole, as a chat
+    reads it that the guard rides along with, it would have three scores.
+
     Args:
         guard: as `load_guard` gives it for the folder whose card will hold the probe.
     """
-    for messages in PROBES:
-        (verdict,) = guard.judge([messages])
-        if verdict.error is None and outputs(verdict):
-            return Probe(messages=messages, scores=outputs(verdict), dtype=guard.dtype)
+    asked_for = guard.long_inputs
+    guard.long_inputs = "error"
+    try:
+        for messages in PROBES:
+            (verdict,) = guard.judge([messages])
+            if verdict.error is None and outputs(verdict):
+                return Probe(messages=messages, scores=outputs(verdict), dtype=guard.dtype)
+    finally:
+        guard.long_inputs = asked_for
     what = "%s: gives no verdict on a simple text (%s), so its card has no probe"
     logger.warning(what, guard.name, verdict.error)
     return None

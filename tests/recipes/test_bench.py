@@ -12,7 +12,11 @@ from expguard_rows import prompt_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-NAMES = sorted(path.name for path in BENCH.glob("*.py") if path.stem != "side_by_side")
+NAMES = sorted(
+    path.name
+    for path in BENCH.glob("*.py")
+    if path.stem not in ("side_by_side", "arithmetic", "gpu_plan", "gpu_results")
+)
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}<|im_start|>assistant\n"

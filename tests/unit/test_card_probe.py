@@ -116,6 +116,19 @@ def test_a_guard_that_is_as_it_was_loads(folders, kind, caplog):
     assert "no probe" not in caplog.text
 
 
+def test_a_guard_without_room_for_the_probe_has_a_shorter_one(tmp_path, tiny_classifier):
+    """Cut when it was saved and read in windows when it was loaded, it had two scores."""
+    for name, length in (("wide", 512), ("narrow", 64)):
+        folder = tmp_path / name
+        tiny_classifier(folder, labels=[f"LABEL_{i}" for i in range(14)])
+        card = ClassifierCard(template="beavertails", labels=CATEGORIES, max_length=length)
+        add_probe(folder, card, long_inputs="truncate")
+    load(tmp_path / "narrow")
+    probes = [read_card(tmp_path / name).probe for name in ("wide", "narrow")]
+    wide, narrow = ("".join(turn["content"] for turn in probe.messages) for probe in probes)
+    assert len(narrow) < len(wide)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_older_card_without_probe_loads_and_says_so(folders, kind, caplog):
     change_card(folders / kind, without="probe")

@@ -1,0 +1,250 @@
+"""`make check-gpu`: its dry run, and what becomes of steps that fail, last too long or lack
+something.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forkserver
+import pytest
+import scripts
+from expguard_rows import prompt_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n"
+)
+NOT_DRY = {
+    "verdicts-vllm",
+    "expguard-4bit",
+    "cross_task_defense-8bit",
+    "cross_task_defense-answers-vllm",
+    "moderation-zero3",
+    "all-gpus-ddp",
+    "all-gpus-fsdp2",
+    "all-gpus-zero3",
+}
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """`files(name)`: a file of bench/ as its neighbours import it."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture
+def check(files, tmp_path):
+    """A check in an empty folder that has done nothing yet, with 60 seconds to go."""
+    words = ["--dry", "--budget", "60", "--output", str(tmp_path)]
+    args = files("gpu").parse(words)
+    run = files("gpu_plan").Run(sys.executable, tmp_path, tmp_path, tiny=True)
+    return files("gpu").Check(args, run)
+
+
+@pytest.fixture
+def step(files, check):
+    """`step(code, …)`: a step that runs Python code."""
+    plan = files("gpu_plan")
+
+    def make(code: str, seconds: int = 30, **fields):
+        command = plan.Command(BENCH, [sys.executable, "-S", "-c", code])
+        return plan.Step("mine", "what", [command], seconds, **({"needs": ()} | fields))
+
+    return make
+
+
+def writes(check, figures: dict, failures: tuple = ()) -> str:
+    """Code that leaves results as a step does."""
+    found = json.dumps({"figures": figures, "failures": list(failures)})
+    return f"open({str(check.run.result('mine'))!r}, 'w').write({found!r})"
+
+
+# --- the dry run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_recipe_has_a_row(tmp_path):
+    """The whole of it with tiny models: each step is a process, started as tests start scripts."""
+    tokenizer = prompt_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    python = forkserver.shim(scripts.server()) / "python"
+    flags = ["--dry", "--python", python, "--tokenizer", tmp_path / "tokenizer"]
+    done = scripts.run([sys.executable, "gpu.py", *flags, "--output", tmp_path / "out"], BENCH)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    rows = {row["step"]: row for row in found["rows"]}
+    left_out = {name for name, row in rows.items() if row["status"] == "left out"}
+    assert left_out == NOT_DRY
+    assert {row["status"] for name, row in rows.items() if name not in NOT_DRY} == {"done"}
+    for name in ("moderation", "lora_guard", "expguard", "feedback_guard"):
+        assert rows[name]["figures"]["tokens_per_s"] > 0
+        assert 0 < rows[name]["figures"]["mfu"] < 1
+    first, *_, last = rows["moderation"]["figures"]["losses"]
+    assert last < first
+    assert len(rows["moderation-speed"]["figures"]["kernels"]) == 10
+    text = (tmp_path / "out/results.md").read_text()
+    assert "| torch | " in text
+    assert "What takes longest in a step of moderation-speed" in text
+    assert not list((tmp_path / "out").glob("scratch-*"))
+
+
+def test_the_steps_are_listed():
+    done = scripts.run([sys.executable, "gpu.py", "--list"], BENCH)
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()} > NOT_DRY
+    wrong = scripts.run([sys.executable, "gpu.py", "--only", "moderaton"], BENCH)
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip() == "error: --only moderaton: no such step; --list names them"
+
+
+# --- steps that do not end well -------------------------------------------------------------------
+
+
+def test_a_step_that_fails_is_a_row_with_its_reason(check, step):
+    row = check.row_of(step("raise ValueError('no such kernel')"))
+    assert row.status == "failed"
+    assert row.reason.startswith("ValueError: no such kernel (")
+    assert check.row_of(step("pass")).reason == "it measured nothing"
+
+
+def test_what_should_have_come_out_and_did_not(check, step):
+    row = check.row_of(step(writes(check, {"tokens": 3}, ["other tokens"])))
+    assert (row.status, row.reason, row.figures) == ("failed", "other tokens", {"tokens": 3})
+
+
+def test_results_of_an_earlier_run_are_not_read_again(check, step):
+    assert check.row_of(step(writes(check, {"tokens": 3}))).status == "done"
+    assert check.row_of(step("pass")).figures == {}
+
+
+def test_a_step_that_lasts_too_long_is_killed_with_its_children(files, check, step, tmp_path):
+    child = f"import time, os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); "
+    child += "time.sleep(100)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
+    check.run = dataclasses.replace(check.run, tiny=False)  # a dry run has no limits of steps
+    row = check.row_of(step(code, seconds=3))
+    assert row.status == "killed"
+    assert row.reason.startswith("not ready after 3 s; ")
+    process = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(process)
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_library_that_is_missing_is_a_row(check, step):
+    row = check.row_of(step("pass", needs=("torch", "no_such_library")))
+    assert (row.status, row.reason) == ("missing", "not installed: no_such_library")
+
+
+def test_without_time_a_step_is_not_begun(check, step):
+    check.budget = 1
+    row = check.row_of(step("raise ValueError"))
+    assert row.status == "left out"
+    assert row.reason == "the 1 s are over; --only mine runs it"
+
+
+def test_the_runner_needs_python_alone(files, tmp_path):
+    """On a machine without any of the libraries there is a table, and no traceback."""
+    flags = ["--dry", "--output", str(tmp_path), "--python", sys.executable]
+    command = [sys.executable, "-I", "-S", "-c", ALONE, str(BENCH), *flags]
+    environment = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "Traceback" not in done.stderr, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    moderation = next(row for row in rows if row["step"] == "moderation")
+    assert moderation["status"] == "missing"
+    assert "not installed: torch, transformers" in moderation["reason"]
+    versions = (tmp_path / "results.md").read_text()
+    assert "| torch | not installed | " in versions
+
+
+# -S: no site-packages; the steps' own Python would have them, and lacks them here likewise
+ALONE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import gpu
+gpu.main()
+"""
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "full", "one_gpu"),
+    [("qwen2.5-1.5b", 1.54, 18, 28), ("qwen2.5-7b", 7.07, 18, 127), ("llama-3.1-8b", 7.5, 18, 135)],
+)
+def test_parameters_and_memory_of_the_shapes(files, name, billions, full, one_gpu):
+    """As torch counts them, and as docs/scaling.md has the table."""
+    arithmetic = files("arithmetic")
+    config = AutoConfig.for_model(**files("gpu_plan").SHAPES[name])
+    counted = arithmetic.parameters(config)
+    assert counted == pytest.approx(billions * 1e9, rel=0.01)
+    assert arithmetic.memory_gb(config, 0, full, 4) == pytest.approx(one_gpu, rel=0.03)
+    import torch
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    assert counted == pytest.approx(model.num_parameters(), rel=0.001)
+
+
+def test_flops_of_a_step(files):
+    """6 N a token and 12 L H Q T: by hand, for two rows."""
+    arithmetic = files("arithmetic")
+    shape = files("gpu_plan").SHAPES["qwen2.5-1.5b"]
+    config = AutoConfig.for_model(**shape)
+    matrices = 28 * (2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960)
+    assert arithmetic.layer_weights(config) * 28 == matrices
+    attention = 12 * 28 * 1536 * (512**2 + 100**2)
+    whole = arithmetic.training_flops(config, [512, 100], trains_all=True)
+    assert whole == 6 * matrices * 612 + attention
+    frozen = arithmetic.training_flops(config, [512, 100], trains_all=False)
+    assert frozen == 4 * matrices * 612 + attention
+
+
+def test_rows_of_a_batch(files):
+    """Padded, laid end to end with positions, and as a tree."""
+    import torch
+
+    lengths = files("watched").row_lengths
+    ids = torch.ones(2, 4, dtype=torch.long)
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    assert lengths(padded) == [3, 4]
+    assert lengths({"input_ids": ids}) == [4, 4]
+    row = {"input_ids": torch.ones(1, 5), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}
+    assert lengths(row) == [2, 3]
+    row["attention_mask"] = torch.ones(1, 1, 5, 5)
+    assert lengths(row) == [5]
+
+
+def test_other_losses_than_one_process_has(files, check, step):
+    results = files("gpu_results")
+    check.rows.append(results.Row("device", "", "done", figures={"matrix_tflops": 2.0}))
+    one = results.Row("one", "", "done", figures={"losses": [0.7, 0.6, 0.5]})
+    check.rows.append(one)
+    code = writes(check, {"losses": [0.7, 0.61, 0.5], "model_tflops": 1.0})
+    row = check.row_of(step(code, like="one"))
+    assert row.figures["losses_apart"] == pytest.approx(0.01)
+    assert row.figures["mfu"] == 0.5
+    code = writes(check, {"losses": [0.7, 0.3, 0.5]})
+    row = check.row_of(step(code, like="one"))
+    assert (row.status, row.reason) == ("failed", "the losses are not those of one")
