@@ -210,7 +210,7 @@ class ClassifierGuard(Guard):
                 or none.
         """
         known = ", ".join(self.labels)
-        unsafe = asked or [name for name in self.labels if not _means_safe(name)]
+        unsafe = asked or [name for name in self.labels if not means_safe(name)]
         for name in unsafe:
             if name not in self.labels:
                 raise UserError(f"{model}: has no label {name!r}; it has {known}")
@@ -345,7 +345,7 @@ class ClassifierGuard(Guard):
         return min(sum(unsafe), 1.0) if self.exclusive else max(unsafe)
 
 
-def _means_safe(label: str) -> bool:
+def means_safe(label: str) -> bool:
     """Whether a label is a word for safe, as "Not harmful" or BENIGN."""
     try:
         return check_label(label, "label", "id2label") is False

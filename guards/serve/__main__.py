@@ -1,0 +1,119 @@
+"""A guard as a moderation server, with OpenAI's and Perspective's addresses and a page to try it.
+
+    python -m guards.serve output/quickstart --port 8000
+    curl http://127.0.0.1:8000/v1/moderations -H "Content-Type: application/json" \
+        -d '{"input": "How do I get into my neighbour'\''s house?"}'
+
+    # only who has the key may ask; the whole network may try
+    GUARD_API_KEY=… python -m guards.serve output/quickstart --host 0.0.0.0
+
+    # a guard that generates, in front of `vllm serve`
+    python -m guards.serve output/expguard --engine server --server_url http://127.0.0.1:8001/v1
+
+docs/serving.md has the rest: LiteLLM, what users of Perspective change, a systemd unit.
+"""
+
+import argparse
+import logging
+import os
+from typing import Any
+
+from common.conversation import UserError, check_url
+from common.run import device, expand_home, run_cli
+from guards import LONG_INPUTS, Guard, load_guard
+from guards.serve.answers import TEXT_IS, Reader, read_attributes
+
+logger = logging.getLogger("guards.serve")
+KEY = "GUARD_API_KEY"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Tokens a batch, as the guard itself takes them; a server batches by itself.
+BUDGET = {"cpu": 2048, "elsewhere": 65536}
+
+
+def parse() -> argparse.Namespace:
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m guards.serve", None, __doc__, formatter_class=kind)
+    add = parser.add_argument
+    add("guard", type=expand_home, help="a folder, a name of guards/zoo.yaml, or a hub id")
+    add("--host", default="127.0.0.1", help="0.0.0.0 opens it to the whole network")
+    add("--port", type=int, default=8000)
+    add("--text_is", choices=TEXT_IS, help="what a text alone is judged as; default: as it can")
+    add("--attributes", type=expand_home, help="YAML file: Perspective's attribute: category")
+    add("--long_inputs", choices=LONG_INPUTS, help="default: windows")
+    add("--batch_tokens", type=int, help="tokens that are judged together")
+    add("--max_waiting", type=int, default=256, help="texts that may wait; more get 429")
+    add("--max_body_bytes", type=int, default=131072, help="of a request; more get 413")
+    add("--log_texts", action="store_true", help="write every text with its answer to the log")
+    add("--engine", choices=("transformers", "vllm", "server"), help="of a guard that generates")
+    add("--server_url", help="of --engine server; its key: SERVER_API_KEY")
+    add("--server_model", help="the guard's name on that server")
+    add("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    args = parser.parse_args()
+    if not 0 < args.port < 65536:
+        raise UserError(f"--port {args.port}: expected 1 to 65535")
+    for name in ("batch_tokens", "max_waiting", "max_body_bytes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    return args
+
+
+def guard_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `load_guard`: what was given, since not every kind of guard takes all."""
+    options: dict[str, Any] = {"progress": False}
+    for name in ("long_inputs", "engine", "server_model"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    if args.server_url is not None:
+        options["server_url"] = check_url(args.server_url, "--server_url")
+    if args.trust_remote_code:
+        options["trust_remote_code"] = True
+    return options
+
+
+def read_key() -> str | None:
+    """What clients must carry; None lets everybody ask."""
+    key = os.environ.get(KEY)
+    if key is not None and not key.strip():
+        raise UserError(f"{KEY} is empty: set it to a long random text, or unset it")
+    return key
+
+
+def token_budget(args: argparse.Namespace, guard: Guard) -> int:
+    """Tokens a batch."""
+    if args.batch_tokens is not None:
+        return args.batch_tokens
+    here = device().type == "cpu" and args.engine != "server"
+    return getattr(guard, "batch_tokens", BUDGET["cpu" if here else "elsewhere"])
+
+
+def main() -> None:
+    args = parse()
+    try:
+        import uvicorn
+
+        from guards.serve.app import make_app
+        from guards.serve.front import Limits
+    except ImportError as error:
+        what = f"{error.name} is missing"
+        raise UserError(f"{what}: pip install -e '.[serve]' in the repository's root") from None
+    limits = Limits(args.max_body_bytes, read_key())
+    if limits.key is None and args.host not in LOOPBACK:
+        logger.warning("--host %s without %s: whoever reaches it may ask.", args.host, KEY)
+    guard = load_guard(args.guard, **guard_options(args))
+    attributes = read_attributes(args.attributes, guard) if args.attributes else {}
+    reader = Reader(guard, args.text_is, attributes)
+    budget = token_budget(args, guard)
+    app = make_app(reader, limits, budget, args.max_waiting, args.log_texts)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        access_log=False,  # an address can hold a key
+        log_config=None,
+        server_header=False,
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,193 @@
+"""The moderation server's parts: what a verdict means to a client, and the queue before the guard."""
+
+import asyncio
+
+import pytest
+
+from common.conversation import UserError, Verdict, pair
+from guards.base import Guard
+from guards.serve.answers import NoVerdict, Reader, read_attributes
+from guards.serve.batching import BatchingQueue, QueueFull
+
+
+class Plain(Guard):
+    """A guard that only says what it is."""
+
+    name = "plain"
+
+    def __init__(self, thresholds=None, judges=("prompt_unsafe", "response_unsafe"), labels=()):
+        self.thresholds = thresholds or {}
+        self.judges = judges
+        self.labels = labels
+
+
+def above(value: float) -> dict:
+    return {"value": value, "how": "said"}
+
+
+# --- what a verdict means -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "decided", "flagged"),
+    [
+        ({}, {}, True),  # above 0.5
+        ({}, {"prompt_unsafe": False}, False),  # by the guard's own word
+        ({"flagged": above(0.7)}, {"prompt_unsafe": True}, False),
+        ({"flagged": above(0.7), "prompt_unsafe": above(0.1)}, {}, True),
+        ({"flagged": above(0.1), "response_unsafe": above(0.9)}, {}, True),
+        ({"flagged": above(0.6)}, {}, False),  # not above it
+    ],
+)
+def test_what_is_flagged(thresholds, decided, flagged):
+    answer = Reader(Plain(thresholds)).answer(
+        pair("x"), Verdict(prompt_unsafe=0.6, decided=decided)
+    )
+    assert answer.flagged is flagged
+    assert answer.categories == {"unsafe": flagged}
+
+
+def test_categories_have_their_own_thresholds_and_safe_is_none():
+    guard = Plain({"flagged": above(0.5), "fraud": above(0.1)})
+    said = {"fraud": 0.2, "theft": 0.4, "Not harmful": 0.9}
+    answer = Reader(guard).answer(pair("x", "y"), Verdict(response_unsafe=0.4, categories=said))
+    assert answer.categories == {"fraud": True, "theft": False, "unsafe": False}
+    assert answer.scores == {"fraud": 0.2, "theft": 0.4, "unsafe": 0.4}
+
+
+@pytest.mark.parametrize("verdict", [Verdict(error="too long"), Verdict(response_unsafe=0.1)])
+def test_no_verdict_is_never_safe(verdict):
+    with pytest.raises(NoVerdict):
+        Reader(Plain()).answer(pair("x"), verdict)
+
+
+def test_how_a_text_alone_is_judged():
+    prompts = Reader(Plain())
+    answers = Reader(Plain(judges=("response_unsafe",)))
+    asked = Reader(Plain(), text_is="response")
+    assert prompts.conversation("x") == pair("x")
+    assert answers.conversation("x") == asked.conversation("x") == pair("", "x")
+    with pytest.raises(UserError, match="--text_is prompt: the guard judges response_unsafe"):
+        Reader(Plain(judges=("response_unsafe",)), text_is="prompt")
+
+
+def test_a_turn_that_the_guard_does_not_judge_is_a_wrong_request():
+    with pytest.raises(UserError, match="ends with a turn of the user"):
+        Reader(Plain(judges=("response_unsafe",))).fitting(pair("x"))
+
+
+def test_attributes_of_perspective(tmp_path):
+    path = tmp_path / "attributes.yaml"
+    guard = Plain(labels=["fraud", "insult", "safe"])
+    path.write_text("INSULT: insult\nSEVERE_TOXICITY: [fraud, unsafe]\n")
+    reader = Reader(guard, None, read_attributes(path, guard))
+    verdict = Verdict(prompt_unsafe=0.7, categories={"fraud": 0.9, "insult": 0.2})
+    answer = reader.answer(pair("x"), verdict)
+    scores = {name: reader.attribute(name, answer) for name in reader.attributes}
+    assert scores == {"TOXICITY": 0.7, "INSULT": 0.2, "SEVERE_TOXICITY": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("- a\n", "expected lines such as TOXICITY: unsafe"),
+        ("INSULT: []\n", "field INSULT: names no category"),
+        ("INSULT: rude\n", "'rude' is no category of the guard; it has: unsafe; fraud"),
+        ("INSULT: safe\n", "'safe' is no category"),
+    ],
+)
+def test_wrong_attributes_are_named(tmp_path, text, hint):
+    path = tmp_path / "attributes.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_attributes(path, Plain(labels=["fraud", "safe"]))
+    assert str(path) in str(error.value) and hint in str(error.value)
+
+
+# --- the queue ------------------------------------------------------------------------------------
+
+
+def talks(*sizes: int) -> list:
+    """Conversations of about so many tokens."""
+    return [pair("x" * 4 * (size - 1)) for size in sizes]
+
+
+def said(conversations: list) -> list[Verdict]:
+    return [Verdict(prompt_unsafe=len(one[0]["content"]) / 1e6) for one in conversations]
+
+
+def run(judge, scenario, budget: int = 10, most: int = 100):
+    """`scenario(queue)` while the queue runs."""
+
+    async def main():
+        queue = BatchingQueue(judge, budget, most)
+        worker = asyncio.create_task(queue.run())
+        try:
+            return await scenario(queue)
+        finally:
+            worker.cancel()
+
+    return asyncio.run(main())
+
+
+def test_batches_hold_a_budget_of_tokens_and_the_oldest_first():
+    batches = []
+
+    def judge(conversations):
+        batches.append([1 + len(one[0]["content"]) // 4 for one in conversations])
+        return said(conversations)
+
+    async def scenario(queue):
+        asked = [queue.judge(talks(size)) for size in (4, 4, 4, 30, 1, 1, 9)]
+        return await asyncio.gather(*asked)
+
+    found = run(judge, scenario)
+    assert batches == [[4, 4], [4], [30], [1, 1], [9]]
+    sizes = [round(verdicts[0].prompt_unsafe * 1e6 / 4) + 1 for verdicts in found]
+    assert sizes == [4, 4, 4, 30, 1, 1, 9]
+
+
+def test_a_full_queue_refuses_at_once_and_whole():
+    async def scenario(queue):
+        with pytest.raises(QueueFull) as full:
+            await queue.judge(talks(1, 1, 1, 1))
+        assert full.value.seconds >= 1 and not queue.waiting
+        return await queue.judge(talks(1, 2, 3))
+
+    assert len(run(said, scenario, most=3)) == 3
+
+
+def test_who_leaves_is_judged_no_more():
+    judged = []
+
+    def judge(conversations):
+        judged.extend(conversations)
+        return said(conversations)
+
+    async def scenario(queue):
+        stays = asyncio.create_task(queue.judge(talks(9)))
+        leaves = asyncio.create_task(queue.judge(talks(8, 8)))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        await stays
+        await queue.judge(talks(7))
+
+    run(judge, scenario)
+    assert judged == talks(9, 7)
+
+
+def test_what_the_guard_raises_is_told_and_the_next_batch_is_judged():
+    calls = []
+
+    def judge(conversations):
+        calls.append(conversations)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return said(conversations)
+
+    async def scenario(queue):
+        with pytest.raises(RuntimeError):
+            await queue.judge(talks(1, 1))
+        return await queue.judge(talks(1))
+
+    assert len(run(judge, scenario)) == 1
