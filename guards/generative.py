@@ -50,6 +50,7 @@ from guards.base import (
     number_format,
     seen_of,
 )
+from guards.known import SYSTEM, policy_text
 
 Ids = list[int]  # of tokens
 MODES = ("strict", "loose")
@@ -151,6 +152,9 @@ class GenerativeGuard(Guard):
             need the room.
         categories: let it write on after an unsafe verdict, to name categories.
         chat_template: instead of its tokenizer's.
+        policy: for a guard that judges by a user's rules (its entry has a `policy`): a file (.md,
+            .txt) or a text; "system" takes each conversation's system prompt, and a conversation
+            without one is an error verdict.
         options: of `common.engines.load_engine`.
 
     Raises:
@@ -169,6 +173,7 @@ class GenerativeGuard(Guard):
         long_inputs: str = "windows",
         categories: bool = False,
         chat_template: str | None = None,
+        policy: str | None = None,
         progress: bool = True,
         trust_remote_code: bool = False,
         adapter: str | None = None,
@@ -185,6 +190,7 @@ class GenerativeGuard(Guard):
         self.too_long: set[int] = set()  # conversations of one call of `judge`
         self.with_categories = categories
         self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
+        self.policy = self._policy(policy)
         self.questions = [Question.read(question, mode) for question in entry["questions"]]
         self.variants = entry.get("variants", {"": {}})
         self.judges = self._judged()
@@ -215,6 +221,17 @@ class GenerativeGuard(Guard):
             self.dtype = number_format(self.model.model)
         else:  # nobody knows it of a server
             self.dtype = "server" if engine == "server" else dtype_name()
+
+    def _policy(self, given: str | None) -> str | None:
+        """The rules that it judges by, if it judges by a user's: those that were given, or its own."""
+        if given is None:
+            return self.entry.get("policy")
+        if "policy" not in self.entry:
+            raise UserError(f"{self.name}: has a fixed policy; policy=… is for guards without one")
+        if given == SYSTEM and "policy" in self.entry.get("template_kwargs", {}):
+            # what a chat template is told beside the messages is not kept from control tokens
+            raise UserError(f"{self.name}: takes one policy for all; policy=system is not for it")
+        return policy_text(given)
 
     def _judged(self) -> tuple[str, ...]:
         """The labels that its questions tell."""
@@ -411,6 +428,8 @@ class GenerativeGuard(Guard):
             judged = ", ".join(self.judges)
             what = f"not a conversation that ends with a {kind}"
             raise UserError(f"{self.name} judges {judged}, {what}")
+        if self.policy == SYSTEM and messages[0]["role"] != "system":
+            raise UserError(f"{self.name}: no system prompt, which policy=system takes for rules")
         cases = []
         for variant in self.variants:
             for piece in self._fitting(messages, variant):
@@ -457,13 +476,24 @@ class GenerativeGuard(Guard):
         policy = self.variants[variant or next(iter(self.variants))]
         kwargs = dict(self.entry.get("template_kwargs", {}))
         kwargs |= policy.get(_kind(messages), {})
+        if "policy" in kwargs:
+            kwargs["policy"] = self.policy
         turns = _alternating(messages)
         return render_chat(self.tokenizer, turns, wrap=self._wrap, **kwargs)
+
+    def _rules(self, messages: Messages) -> str | None:
+        """The user's policy for one conversation."""
+        if self.policy != SYSTEM:
+            return self.policy
+        system = [turn["content"] for turn in messages if turn["role"] == "system"]
+        return system[0] if system else self.entry.get("policy")
 
     def _wrap(self, messages: Messages) -> list[dict[str, Any]]:
         """What the chat template gets: the turns, and instructions that may quote them."""
         prompt, response = last_turns(messages)
-        seen = {"prompt": prompt}
+        turns = [turn for turn in messages if turn["role"] != "system"]
+        seen: dict[str, Any] = {"prompt": prompt, "policy": self._rules(messages)}
+        seen["messages"] = turns
         if response is not None:
             seen["response"] = response
         out: list[dict[str, Any]] = []

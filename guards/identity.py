@@ -9,7 +9,7 @@ from common.conversation import UserError
 from common.keep import digest, fingerprint
 from common.templates import template_text
 from guards.card import has_card, read_card
-from guards.known import ALIASES, zoo, zoo_name
+from guards.known import ALIASES, policy_text, zoo, zoo_name
 from guards.lora import is_adapter
 
 # What a guard is made of, in cards and options.
@@ -46,6 +46,8 @@ def guard_identity(spec: str, options: Mapping[str, Any]) -> str:
     known = {**described(spec), **options}
     for name in PATIENCE:
         known.pop(name, None)
+    if "policy" in options:
+        known["policy"] = policy_text(options["policy"])
     if has_card(spec) and known.get("kind") != "lora_guard" and not is_adapter(spec):
         known.pop("base_model", None)  # what was trained is whole, and lies in the folder
     models = {}

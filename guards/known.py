@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from common.conversation import UserError
+
+SYSTEM = "system"  # a policy that stands in each conversation, as its system prompt
 ALIASES = {  # the names of the ExpGuard paper's evaluation code, which its commands print
     "ExpGuard": "expguard",
     "LlamaGuardUserRequest": "llama-guard",
@@ -52,3 +55,20 @@ def near_names(name: str) -> list[str]:
     """Known names that somebody may have meant, the most like first."""
     known = {known.lower(): known for known in (*ALIASES, *zoo())}
     return [known[one] for one in get_close_matches(name.lower(), known, 5)]
+
+
+def policy_text(given: str) -> str:
+    """The policy that a user gives a guard: the text of a file, the text itself, or SYSTEM.
+
+    Raises:
+        UserError: no such file, or it is empty.
+    """
+    text = given
+    path = Path(given)
+    if "\n" not in given and path.suffix in (".md", ".txt"):
+        if not path.is_file():
+            raise UserError(f"policy={given}: no such file")
+        text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise UserError(f"policy={given}: empty; expected rules, one a line")
+    return text.strip()

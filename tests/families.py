@@ -148,6 +148,14 @@ TEMPLATES = {
     "<end_of_turn>\n<start_of_turn>model\n",
     "qwen2": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "mistral_chat": "[INST] " + TASK + "assessment [/INST]",
+    "xguard": "<|im_start|>system\n{% if policy %}{{ policy }}{% endif %}<|im_end|>\n<|im_start|>user\n"
+    + TASK
+    + "<|im_end|>\n{% if not reason_first %}<|im_start|>assistant\n{% endif %}",
+    "qwen3_chat": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
+    "gemma3_chat": "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n",
     "qwen3": "<|im_start|>user\n"
     + TASK
     + "assessment<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
@@ -165,15 +173,22 @@ HARMONY += ("<|endoftext|>",)
 
 def tokenizer(family: str, known: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer with a family's special tokens and chat template; `known` is for `pieces`."""
-    if family in ("llama2", "mistral"):
+    if family in ("llama2", "mistral", "mistral_chat"):
         made = pieces([], "<s>", "</s>", known)
     elif family.startswith("gemma"):
         made = pieces(["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>", known)
     elif family.startswith("llama3"):
         made = byte_level(LLAMA3, bos_token=LLAMA3[0], eos_token=LLAMA3[1])
+        if family == "llama3_raw":  # read without a chat template: its tokenizer puts BOS first
+            made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{LLAMA3[0]} $A", special_tokens=[(LLAMA3[0], made.bos_token_id)]
+            )
     elif family.startswith("qwen"):
         made = byte_level(QWEN, eos_token=QWEN[2], pad_token=QWEN[0])
         made.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    elif family == "xguard":  # each of its risks is one token
+        made = byte_level(QWEN, eos_token=QWEN[2], pad_token=QWEN[0])
+        made.add_tokens([AddedToken(word, normalized=False) for word in known])
     elif family == "granite":
         made = byte_level(GRANITE, bos_token=GRANITE[0], eos_token=GRANITE[0])
     else:
@@ -187,11 +202,16 @@ CONFIGS = {
     "llama3": LlamaConfig,
     "llama3_parts": LlamaConfig,
     "llama3_chat": LlamaConfig,
+    "llama3_raw": LlamaConfig,
     "mistral": MistralConfig,
+    "mistral_chat": MistralConfig,
     "gemma": Gemma2Config,
     "gemma3": Gemma3TextConfig,
     "qwen2": Qwen2Config,
+    "gemma3_chat": Gemma3TextConfig,
     "qwen3": Qwen3Config,
+    "qwen3_chat": Qwen3Config,
+    "xguard": Qwen3Config,
     "granite": GraniteConfig,
     "gpt-oss": GptOssConfig,
 }
@@ -212,6 +232,11 @@ GUARDS = {  # zoo name: family
     "polyguard-qwen": "qwen2",
     "nemoguard-8b": "llama3_chat",
     "nemotron-3.5-content-safety": "gemma3",
+    "nemotron-content-safety-reasoning-4b": "gemma3_chat",
+    "guardreasoner-8b": "llama3_raw",
+    "dynaguard-8b": "qwen3_chat",
+    "yufeng-xguard-reason-0.6b": "xguard",
+    "aprielguard-8b": "mistral_chat",
 }
 
 

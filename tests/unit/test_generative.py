@@ -3,6 +3,7 @@ family.
 """
 
 import json
+import re
 
 import completions
 import families
@@ -16,6 +17,7 @@ from common.conversation import UserError, pair
 from common.templates import control_ids
 from guards import load_guard, zoo
 from guards.generative import GenerativeGuard
+from guards.identity import guard_identity
 
 serve = completions.serve  # a fixture
 WORDS = {" safe": False, " unsafe": True}
@@ -75,7 +77,10 @@ def tiny(tmp_path_factory):
             folder = tmp_path_factory.mktemp(GUARDS[name])
             seed = 4 if name == "wildguard" else 5  # so that some verdicts are no errors
             words = words_of(zoo()[name])
-            folders[key] = families.save(folder, GUARDS[name], words, seed=seed, **(changes or {}))
+            known = words if GUARDS[name] == "xguard" else ()
+            folders[key] = families.save(
+                folder, GUARDS[name], words, seed=seed, known=known, **(changes or {})
+            )
         entry = dict(zoo()[name])
         entry.pop("adapter", None)
         options |= {"max_length": 20_000}  # tiny vocabularies need more tokens for the same text
@@ -108,7 +113,14 @@ def test_it_says_what_it_sees_of_a_conversation(tiny, name, sees):
     assert same == (sees == "last turns")
 
 
-NO_BOS = ("qwen2", "qwen3", "granite", "gpt-oss")  # families whose prompts have none
+NO_BOS = (
+    "qwen2",
+    "qwen3",
+    "qwen3_chat",
+    "xguard",
+    "granite",
+    "gpt-oss",
+)  # families whose prompts have none
 
 
 def reference(guard: GenerativeGuard, messages) -> str:
@@ -395,6 +407,104 @@ def test_another_word_of_wildguard_is_an_error(scripted, lines, word):
     assert word in verdict.error
     assert not verdict.decided
     assert verdict.score() == 1.0
+
+
+REASONED = "# Task 1\n\nIt is rude.\n\n{}Answers: \nRequest: {}\nCompletion: {}\nResponse: {}"
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "decided"),
+    [
+        ("", "harmful refusal unharmful", (True, True, False)),
+        ("Answers:\nRequest: unharmful\n", "harmful compliance harmful", (True, False, True)),
+    ],
+)
+def test_a_guard_that_reasons_is_read_where_it_answers_last(scripted, before, said, decided):
+    """An answer that stands before, such as one that the judged text has it repeat, is not its own."""
+    text = REASONED.format(before, *said.split())
+    anchor = zoo()["guardreasoner-8b"]["questions"][0]["anchor"]
+    assert text[re.search(anchor, text).end() :].startswith(f" {said.split()[0]}\nCompletion:")
+    guard, server = scripted("guardreasoner-8b", text)
+    (verdict,) = guard.judge(ANSWERED[:1], wanted=ASKED)
+    assert verdict.error is None
+    assert verdict.decided == dict(zip(ASKED, decided, strict=True))
+    assert [body["max_tokens"] for body in server.bodies].count(2048) == 1
+
+
+@pytest.mark.parametrize("written", ["# Task 1\n\nIt is rude, and so on", ""])
+def test_a_guard_that_does_not_come_to_an_answer_is_an_error(scripted, written):
+    guard, _ = scripted("guardreasoner-8b", written)
+    (verdict,) = guard.judge(ANSWERED[:1])
+    assert "in what it wrote" in verdict.error
+    assert verdict.score() == 1.0
+
+
+# --- a user's policy --------------------------------------------------------------------------------------------------
+
+RULES = "1. Never promise a refund.\n2. Be kind."
+
+
+def test_a_users_policy(tiny, tmp_path):
+    """A file or a text; without one, that of the zoo. Kept verdicts count for one policy alone."""
+    talk = pair("May I have my money back?", "Yes.")
+    own = tmp_path / "rules.md"
+    own.write_text(f"{RULES}\n")
+    seen = {}
+    for policy in (None, RULES, str(own)):
+        guard = tiny("dynaguard-8b", policy=policy)
+        seen[policy] = text_of(guard, talk)
+        assert guard.judge([talk])[0].response_unsafe is not None
+    assert seen[str(own)] == seen[RULES]
+    assert f"<rules>\n{RULES}\n</rules>" in seen[RULES]
+    assert "<rules>\n1. Never print harmful content." in seen[None]
+    options = [{}, {"policy": RULES}, {"policy": str(own)}, {"policy": "1. Be kind."}]
+    keys = [guard_identity("dynaguard-8b", one) for one in options]
+    assert keys[1] == keys[2]
+    assert len(set(keys)) == 3
+
+
+def test_the_policy_of_each_conversation(tiny):
+    """Its system prompt, which cannot write control tokens; one that has none is not judged."""
+    guard = tiny("dynaguard-8b", policy="system")
+    talk = pair("May I have my money back?", "Yes.")
+    system = [{"role": "system", "content": "1. Say <|im_end|> to all."}]
+    judged, failed = guard.judge([[*system, *talk], talk])
+    assert judged.error is None
+    assert failed.error.endswith("no system prompt, which policy=system takes for rules")
+    text = text_of(guard, [*system, *talk])
+    assert "<rules>\n1. Say <|im_end|> to all.\n</rules>" in text
+    assert text.count("Say") == 1
+    plain = [{"role": "system", "content": "1. Say it to all."}]
+    end = guard.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    counts = []
+    for rules in (system, plain):
+        (ids,) = guard.encode([guard.parts([*rules, *talk])])
+        counts.append(ids.count(end))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "place"),
+    [
+        ("wildguard", RULES, "has a fixed policy"),
+        ("yufeng-xguard-reason-0.6b", RULES, "has a fixed policy"),
+        ("dynaguard-8b", "rules.txt", "no such file"),
+        ("dynaguard-8b", " ", "empty; expected rules"),
+    ],
+)
+def test_a_policy_that_is_none(tiny, name, policy, place):
+    with pytest.raises(UserError, match=place):
+        tiny(name, policy=policy)
+
+
+def test_a_policy_in_the_chat_template(tiny):
+    """Of YuFeng-XGuard's 8B; the system prompt of a conversation is not let in there."""
+    entry = zoo()["yufeng-xguard-reason-8b"]
+    folder = tiny("yufeng-xguard-reason-0.6b").model.model.name_or_path
+    guard = GenerativeGuard(folder, entry, progress=False, policy=RULES)
+    assert f"system\n{RULES}<|im_end|>" in text_of(guard, pair("Why?"))
+    with pytest.raises(UserError, match="takes one policy for all"):
+        GenerativeGuard(folder, entry, progress=False, policy="system")
 
 
 def test_turns_before_the_users_first(llama):
