@@ -126,6 +126,7 @@ class LoraGuard(ClassifierGuard):
         model: str,
         labels: Sequence[str] | None,
         trust_remote_code: bool,
+        tokenizer: str | None,
     ) -> None:
         card: LoraCard = self.card
         self.labels = list(labels or card.labels)
@@ -136,7 +137,7 @@ class LoraGuard(ClassifierGuard):
         transformers.logging.set_verbosity_error()
         try:
             self._check_head(model)
-            self.tokenizer = AutoTokenizer.from_pretrained(model, **code)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, **code)
             base = self._load_base(model, source, code)
         except UserError:
             raise
