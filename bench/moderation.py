@@ -57,10 +57,12 @@ def main() -> None:
     set_seed(SEED)
     (recipe,) = recipe_modules("moderation", "train")
     model_args = recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers)
-    model, tokenizer, _ = recipe.load_model(model_args)
+    labels = data.taxonomy("beavertails")
+    task = recipe.Task("pair", dict.fromkeys(labels, ""))
+    model, tokenizer, _ = recipe.load_model(model_args, labels)
     train = data.load_conversations(
         "beavertails-sample:train",
-        categories=recipe.CATEGORIES,
+        categories=labels,
         require=["categories"],
     )
     results = {}
@@ -72,7 +74,7 @@ def main() -> None:
     for name, pairs in judged.items():
         results[f"judging, {name}"] = judging(guard, pairs, args.rounds)
     del guard
-    encoded = recipe.encode_rows(train, tokenizer, MAX_LENGTH)
+    encoded = recipe.encode_rows(train, task, tokenizer, MAX_LENGTH)
     encoded = encoded.sort("length")
     encoded = encoded.select_columns(["input_ids", "labels"])
     loss = recipe.multilabel_loss(1.0, 0.0)

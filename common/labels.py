@@ -63,13 +63,15 @@ class LabelArguments:
 # --- which outputs there are ----------------------------------------------------------------------
 
 
-def asked_categories(given: Sequence[str] | None) -> dict[str, str] | None:
+def asked_categories(given: str | Sequence[str] | None) -> dict[str, str] | None:
     """The categories that `--categories` names, with their descriptions ("" without one); None
     where the rows shall name them.
 
     Raises:
         UserError: a name cannot be a category, or is there twice; the file is no list of names.
     """
+    if isinstance(given, str):  # as a config file may have it
+        given = [given]
     if given is None or list(given) == [FROM_DATA]:
         return None
     where = "--categories"

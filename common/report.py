@@ -129,7 +129,7 @@ def plot_precision_recall(
     base = sum(truth) / len(truth)
     axes.axhline(base, color="grey", linestyle=":", label=f"base rate {base:.2f}")
     axes.set_title(title)
-    axes.set_xlabel("Recall of unsafe pairs")
+    axes.set_xlabel("Recall of what is unsafe")
     axes.set_ylabel("Precision")
     axes.set_xlim(0, 1.01)
     axes.set_ylim(0, 1.03)

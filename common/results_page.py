@@ -111,7 +111,7 @@ def write_evaluation_page(
         said: what each guard says of the rows, in their order: verdicts, or probabilities of a
             baseline.
         results: what results.json holds: `dataset`, and of `common.metrics.binary` by name
-            `flagged` (the guards) and `categories` (may be empty).
+            `flagged` (the guards), `categories` (may be empty) and, if there are some, `languages`.
     """
     shown = []
     for i, row in enumerate(rows):
@@ -123,6 +123,8 @@ def write_evaluation_page(
     tables = [scores_table("Flagged", flagged)]
     if results["categories"]:
         tables.append(scores_table("Categories", results["categories"]))
+    if results.get("languages"):
+        tables.append(scores_table("Languages", results["languages"]))
     write_results_page(
         path,
         title=title,

@@ -173,14 +173,16 @@ class LabelledCard(GuardCard):
     pooling: Literal["last attended token", "first token", "mean of the attended tokens"] = POOLING
     num_hidden_layers: Count | None = None
     category_thresholds: dict[Text, Threshold] = Field(default_factory=dict)
+    descriptions: dict[Text, str] | None = None  # of labels, for people
 
-    @field_validator("category_thresholds")
+    @field_validator("category_thresholds", "descriptions")
     @classmethod
-    def _of_labels(cls, thresholds: dict[str, Threshold], info: ValidationInfo) -> Any:
-        strange = set(thresholds) - set(info.data.get("labels", thresholds))
+    def _of_labels(cls, of_labels: dict[str, Any] | None, info: ValidationInfo) -> Any:
+        names = of_labels or {}
+        strange = set(names) - set(info.data.get("labels", names))
         if strange:
             raise ValueError(f"{min(strange)!r} is none of the labels")
-        return thresholds
+        return of_labels
 
     def threshold_values(self) -> dict[str, dict[str, Any]]:
         """All thresholds as plain values, those of categories by their label."""
@@ -192,6 +194,7 @@ class ClassifierCard(LabelledCard):
     """A sequence classifier, whose weights are whole: base model and depth are told for the reader."""
 
     kind: Literal["classifier"] = "classifier"
+    input: Input | None = None  # what it judges; null: what its template can be filled with
 
 
 class LoraCard(LabelledCard):

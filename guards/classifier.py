@@ -24,6 +24,7 @@ from common.conversation import (
     Verdict,
     check_label,
     pair,
+    parts_of,
 )
 from common.data import taxonomy
 from common.fit import check_length, fit_classifier, positions
@@ -111,6 +112,7 @@ class ClassifierGuard(Guard):
         check_option("--long_inputs", long_inputs, LONG_INPUTS)
         self.card = card
         self.template = template
+        self.input = getattr(card, "input", None)
         self.problem_type = problem_type
         if card is not None:
             check_tokenizer_file(model)
@@ -221,6 +223,8 @@ class ClassifierGuard(Guard):
 
     def _judged(self) -> tuple[str, ...]:
         """The labels that it can be asked: a template without the answer serves both turns."""
+        if self.input == "prompt":
+            return ("prompt_unsafe",)
         if self.template == "last_turn":
             return ("prompt_unsafe", "response_unsafe")
         return ("response_unsafe",)
@@ -280,6 +284,8 @@ class ClassifierGuard(Guard):
         def ids(piece: Messages) -> list[int]:
             return encode(self.tokenizer, [self._render(piece)])[0]
 
+        # a question that is not read takes no room
+        messages = parts_of(messages).get(self.input, messages)
         pieces = windows(
             self.tokenizer,
             lambda piece: len(ids(piece)),

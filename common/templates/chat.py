@@ -7,7 +7,7 @@ be given a chat there, which it has never seen.
 
 from transformers import PreTrainedTokenizerBase
 
-from common.conversation import Messages, pair
+from common.conversation import Messages, pair, parts_of
 from common.templates import encode, render, template_text
 
 # Sets prompt and response as `render` does: the last user turn, and the answer to it.
@@ -20,11 +20,23 @@ HEAD = """{%- set turns = namespace(prompt=none, response=none) -%}
 {%- if messages[-1]['role'] == 'assistant' -%}
 {%- set turns.response = messages[-1]['content'] -%}
 {%- endif -%}
-{%- if turns.prompt is none or turns.response is none -%}
-{{- raise_exception('This guard judges the answer to a question: end with a user and an assistant turn') -}}
-{%- endif -%}
-{%- set prompt, response = turns.prompt, turns.response -%}
 """
+TAIL = """{%- set prompt, response = turns.prompt, turns.response -%}
+"""
+REFUSED = {  # what is judged: where there is none of it, and what is said then
+    "pair": (
+        "turns.prompt is none or turns.response is none",
+        "This guard judges the answer to a question: end with a user and an assistant turn",
+    ),
+    "prompt": (
+        "turns.prompt is none or messages[-1]['role'] != 'user'",
+        "This guard judges a question: end with a user turn",
+    ),
+    "response": (
+        "turns.response is none",
+        "This guard judges an answer: end with an assistant turn",
+    ),
+}
 EXAMPLES = (
     pair(
         "How do I keep my bicycle from being stolen?", "Use two locks, and take the lamps with you."
@@ -39,23 +51,32 @@ EXAMPLES = (
 )
 
 
-def chat_template_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template after which stock consumers see the ids that `encode` gives a pair.
+def chat_template_of(
+    template: str, tokenizer: PreTrainedTokenizerBase, judge: str = "pair"
+) -> str | None:
+    """The chat template after which stock consumers see the ids that `encode` gives what is judged.
 
     It writes what the tokenizer puts around a text itself (BOS, `[CLS]`, `[SEP]`), because nobody
     adds that to a rendered chat. SentencePiece tokenizers begin the first word of a text, but not
     one that follows a special token, with a blank: some need it written.
 
     Args:
-        template: the name of a prompt template that needs a prompt and a response.
+        template: the name of a prompt template.
+        judge: what it needs: a pair (prompt and response), a prompt, or a response.
 
     Returns:
         None where no such text gives those ids.
     """
     before, after = _framing(tokenizer)
+    lacking, said = REFUSED[judge]
+    refusal = f"{{%- if {lacking} -%}}{{{{- raise_exception('{said}') -}}}}{{%- endif -%}}\n"
+    head = HEAD + refusal + TAIL
+    examples = [parts_of(messages)[judge] for messages in EXAMPLES]
+    if judge == "pair":
+        examples = EXAMPLES
     for blank in ("", " "):
-        written = HEAD + _quoted(before + blank) + template_text(template) + _quoted(after)
-        if all(_sees_the_same(written, template, tokenizer, messages) for messages in EXAMPLES):
+        written = head + _quoted(before + blank) + template_text(template) + _quoted(after)
+        if all(_sees_the_same(written, template, tokenizer, messages) for messages in examples):
             return written
     return None
 

@@ -8,6 +8,7 @@ from transformers.hf_argparser import HfArg
 from common import metrics
 from common.conversation import UserError
 from common.data.specs import in_one_name
+from common.labels import LabelArguments
 from common.obfuscation import check_obfuscations
 from common.training import RecipeTrainingArguments
 
@@ -37,7 +38,7 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
-class DataArguments(metrics.OperatingPoint):
+class DataArguments(LabelArguments, metrics.OperatingPoint):
     train_data_name_or_path: list[str] = HfArg(
         help="Data spec, e.g. PKU-Alignment/BeaverTails:330k_train or rows.jsonl; of several the "
         "later ones replace the labels of the same conversations in those before."
@@ -82,6 +83,7 @@ def check_arguments(data_args: DataArguments, args: RecipeTrainingArguments) -> 
     Raises:
         UserError: two arguments do not go together.
     """
+    data_args.check_labels()
     data_args.check_operating_point()
     check_obfuscations(data_args.augment, "--augment")
     if data_args.head_fit_rows < 0:

@@ -1,4 +1,4 @@
-"""Evaluate a QA-moderation guard: the paper's flagged-proportion report, or the full metric table
+"""Evaluate a moderation guard: the paper's flagged-proportion report, or the full metric table
 on labelled rows.
 
     # the paper's evaluation: answers of several models, judged by the guard, by GPT-4 and by people
@@ -31,6 +31,7 @@ from common import data, metrics, report
 from common.bundled import resolve_model
 from common.conversation import UserError, Verdict, last_turns
 from common.fit import fit_classifier
+from common.labels import LABEL_OF, UNSAFE, judged_rows
 from common.results_page import write_evaluation_page
 from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
 from common.uncertain import ExportArguments, scored, write_uncertain
@@ -62,6 +63,11 @@ class EvaluationArguments(ExportArguments):
         default=None,
         help="Data spec to fit TF-IDF + logistic regression on; also judges with an untrained head.",
     )
+    judge: str | None = HfArg(
+        default=None,
+        help="What of the rows is judged: pair | prompt | response; default: what the guard was "
+        "trained on, else pair.",
+    )
     bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
     seed: int = 42
@@ -75,6 +81,8 @@ def main() -> None:
         raise UserError(
             f"--threshold {args.threshold}: must lie in [0, 1); a pair is flagged ABOVE it"
         )
+    if args.judge not in (None, *LABEL_OF):
+        raise UserError(f"--judge {args.judge}: expected one of {', '.join(LABEL_OF)}")
     check_output_folder(args.output_dir)
     args.check_export(args.output_dir)
     answers = read_evaluation_file(Path(args.eval_dataset))
@@ -88,6 +96,9 @@ def main() -> None:
         said = "has no labels that could be mended; name a data spec"
         raise UserError(f"--export_uncertain: --eval_dataset {args.eval_dataset} {said}")
     guard = load_guard(args.model_path, **options(args))
+    if "response_unsafe" not in guard.judges:
+        said = "judges prompts, and this file is about answers"
+        raise UserError(f"--eval_dataset {args.eval_dataset}: {args.model_path} {said}")
     # the paper's evaluate.py passes 0.5
     threshold = 0.5 if args.threshold is None else args.threshold
     folder = Path(args.output_dir)
@@ -103,62 +114,84 @@ def options(args: EvaluationArguments) -> dict[str, Any]:
     }
 
 
+def what_is_judged(args: EvaluationArguments) -> str:
+    """A pair, a prompt or a response: what was asked for, or what the guard was trained on."""
+    if args.judge is None and has_card(args.model_path):
+        return getattr(read_card(args.model_path), "input", None) or "pair"
+    return args.judge or "pair"
+
+
 def report_metrics(args: EvaluationArguments) -> None:
     """Judge labelled rows and write every metric, beside the baselines."""
-    require = {"require": ("response_unsafe",)}
+    judge = what_is_judged(args)
+    label = LABEL_OF[judge]
+    require = {"require": (label,)}
     rows = data.load_conversations(
         args.eval_dataset, bad_rows=args.bad_rows, need_positive=False, **require
     )
-    fit_rows = data.load_conversations(args.baselines, **require) if args.baselines else None
+    groups = [data.prompt_key(row) for row in rows]
+    rows = judged_rows(rows, judge)
+    fit_rows = None
+    if args.baselines:
+        fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
     guard = load_guard(args.model_path, **options(args))
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
     if args.threshold is not None:
         threshold = {"value": args.threshold, "how": "--threshold"}
     # The baselines first: what is wrong with them shows before the guard's long run, not after it.
-    baselines = {} if fit_rows is None else baseline_scores(guard, args, fit_rows, rows)
+    baselines = {}
+    if fit_rows is not None:
+        baselines = baseline_scores(guard, args, fit_rows, rows, label)
     verdicts = guard.judge(rows["messages"])
-    truth = np.array(rows["response_unsafe"])
-    scores = {"guard": np.array([verdict.score() for verdict in verdicts])} | baselines
+    truth = np.array(rows[label])
+    scores = {"guard": np.array([verdict.score(label) for verdict in verdicts])} | baselines
     results = {
         "dataset": args.eval_dataset,
         "guard": args.model_path,
+        "judged": judge,
         "threshold": threshold,
         "errors": sum(verdict.error is not None for verdict in verdicts),
-        "flagged": compare(rows, scores, threshold["value"], args.seed),
+        "flagged": compare(truth, groups, scores, threshold["value"], args.seed),
         "flagged_at_0.5": metrics.binary(truth, scores["guard"], 0.5),
-        "categories": by_category(rows, verdicts, guard.labels, threshold["value"]),
+        "categories": by_category(rows, truth, verdicts, guard, threshold["value"]),
+        "languages": by_language(rows["language"], truth, scores["guard"], threshold["value"]),
         "run": manifest([args]),
     }
     predictions = []
     for i, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
-        labels = {f"true_{name}": row[name] for name in ("response_unsafe", "categories")}
+        labels = {f"true_{name}": row[name] for name in (label, "categories")}
         said = {name: float(score[i]) for name, score in scores.items()}
-        predictions.append({"id": row["id"], **labels, **vars(verdict), **said})
+        facts = {"id": row["id"], "language": row["language"]}
+        predictions.append({**facts, **labels, **vars(verdict), **said})
     folder = Path(args.output_dir)
     markdown = metrics_markdown(results)
     curves = {name: (truth, score) for name, score in scores.items()}
-    title = f"Unsafe pairs of {args.eval_dataset} (n={len(truth)})"
+    title = f"Unsafe {judge}s of {args.eval_dataset} (n={len(truth)})"
     report.plot_precision_recall(curves, folder / "precision-recall.png", title)
     report.write_results(folder, results, markdown, predictions)
     title = f"{args.model_path} on {args.eval_dataset}"
     said = {"guard": verdicts} | baselines
-    write_evaluation_page(folder / "results.html", title, rows, "response_unsafe", said, results)
+    write_evaluation_page(folder / "results.html", title, rows, label, said, results)
     judged = []
     for row, verdict in zip(rows, verdicts, strict=True):
         at = {"guard": threshold["value"]}
-        judged.append(scored(row, "response_unsafe", {"guard": verdict}, at))
+        judged.append(scored(row, label, {"guard": verdict}, at))
     write_uncertain(folder, judged, args.export_uncertain)
     print(markdown)
 
 
 def compare(
-    rows: Dataset, scores: dict[str, np.ndarray], threshold: float, seed: int
+    truth: np.ndarray,
+    groups: Sequence[str],
+    scores: dict[str, np.ndarray],
+    threshold: float,
+    seed: int,
 ) -> dict[str, dict]:
-    """Metrics of the guard and its baselines, with bootstrap intervals; rows of one prompt are
-    drawn together.
+    """Metrics of the guard and its baselines, with bootstrap intervals.
+
+    Args:
+        groups: the prompt of each row; rows of one prompt are drawn together.
     """
-    truth = np.array(rows["response_unsafe"])
-    groups = [data.prompt_key(row) for row in rows]
     comparison = {}
     for name, score in scores.items():
         at = threshold if name == "guard" else 0.5
@@ -178,38 +211,60 @@ def compare(
 
 
 def by_category(
-    rows: Dataset, verdicts: Sequence[Verdict], labels: Sequence[str], threshold: float
+    rows: Dataset,
+    truth: np.ndarray,
+    verdicts: Sequence[Verdict],
+    guard: Guard,
+    threshold: float,
 ) -> dict[str, dict]:
-    """Metrics of each category, where every row knows its own; a failed verdict is unsafe."""
-    known = rows["categories"]
-    unknown = {name for names in known for name in names or []} - set(labels)
-    if unknown:
-        said = "No table by category: the guard has no label %s."
-        logger.warning(said, ", ".join(sorted(unknown)))
+    """Metrics of each category of the guard, on the rows that know their own; a failed verdict is
+    unsafe. None where the rows name none of the guard's.
+    """
+    named = []
+    for is_unsafe, names in zip(truth, rows["categories"], strict=True):
+        named.append(names if is_unsafe else [])  # what is safe has none, said or not
+    in_rows = {name for names in named for name in names or ()}
+    labels = [label for label in getattr(guard, "labels", ()) if label != UNSAFE]
+    lacking = sorted(in_rows - set(labels))
+    if lacking and labels:
+        logger.warning("No row for these categories, of which the guard has no output: %s", lacking)
+    if in_rows.isdisjoint(labels):
         return {}
-    if any(names is None for names in known):
-        return {}
+    known = [i for i, names in enumerate(named) if names is not None]
     found = {}
     for label in labels:
-        score = [verdict.categories.get(label, 1.0) for verdict in verdicts]
-        found[label] = metrics.binary([label in names for names in known], score, threshold)
+        holds = [label in named[i] for i in known]
+        score = [verdicts[i].categories.get(label, 1.0) for i in known]
+        found[label] = metrics.binary(holds, score, threshold)
     return found
 
 
+def by_language(
+    languages: Sequence[str | None], truth: np.ndarray, score: np.ndarray, threshold: float
+) -> dict[str, dict]:
+    """Metrics of the guard in each language, where there are several."""
+    said = np.array([language or "not said" for language in languages])
+    found = {}
+    for language in np.unique(said):
+        rows = said == language
+        found[str(language)] = metrics.binary(truth[rows], score[rows], threshold)
+    return found if len(found) > 1 else {}
+
+
 def baseline_scores(
-    guard: Guard, args: EvaluationArguments, fit_rows: Dataset, rows: Dataset
+    guard: Guard, args: EvaluationArguments, fit_rows: Dataset, rows: Dataset, label: str
 ) -> dict[str, np.ndarray]:
     """What a guard must beat: words alone (TF-IDF and logistic regression), and its own base with
     an untrained head.
     """
-    if all(fit_rows["response_unsafe"]):
+    if all(fit_rows[label]):
         said = "holds no safe row; a classifier needs both kinds"
         raise UserError(f"--baselines {args.baselines}: {said}")
     words = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(C=10, max_iter=1000),
     )
-    words.fit(texts(fit_rows), fit_rows["response_unsafe"])
+    words.fit(texts(fit_rows), fit_rows[label])
     scores = {"TF-IDF + logistic regression": words.predict_proba(texts(rows))[:, 1]}
     card = read_card(args.model_path) if has_card(args.model_path) else None
     if not isinstance(card, ClassifierCard) or card.base_model is None:
@@ -232,7 +287,7 @@ def baseline_scores(
     guard.model.to(guard.device).eval()
     verdicts = guard.judge(rows["messages"])
     guard.model = trained
-    scores["untrained head"] = np.array([verdict.score() for verdict in verdicts])
+    scores["untrained head"] = np.array([verdict.score(label) for verdict in verdicts])
     return scores
 
 
@@ -243,7 +298,7 @@ def texts(rows: Dataset) -> list[str]:
 
 
 def metrics_markdown(results: dict[str, Any]) -> str:
-    """results.md: flagged beside the baselines, then each category."""
+    """results.md: flagged beside the baselines, then each category and each language."""
     flagged = results["flagged"]
     threshold = results["threshold"]
     first = next(iter(flagged.values()))
@@ -252,7 +307,7 @@ def metrics_markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {results['guard']} on {results['dataset']}",
         "",
-        f"{first['support']} pairs, {first['positives']} unsafe. A guess has AUPRC "
+        f"{first['support']} {results['judged']}s, {first['positives']} unsafe. A guess has AUPRC "
         f"{first['base_rate']:.3f}; flagging everything has F1 "
         f"{report.number(first['always_unsafe_f1'])}. The guard flags above "
         f"{threshold['value']:.3f} ({threshold['how']}), the others above 0.5.",
@@ -268,8 +323,10 @@ def metrics_markdown(results: dict[str, Any]) -> str:
         "",
         *report.findings(flagged),
     ]
-    if results["categories"]:
-        lines += ["", "## Categories", "", report.metric_table(results["categories"])]
+    for heading in ("categories", "languages"):
+        if results[heading]:
+            table = report.metric_table(results[heading])
+            lines += ["", f"## {heading.capitalize()}", "", table]
     return "\n".join(lines) + "\n"
 
 

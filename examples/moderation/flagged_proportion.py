@@ -61,6 +61,7 @@ def report_flagged_proportion(
     """
     pairs = [pair(row["prompt"], row["response"]) for row in rows]
     verdicts = guard.judge(pairs)
+    template = getattr(guard, "template", "beavertails")
     judged = []
     predictions = []
     kept = []
@@ -69,7 +70,7 @@ def report_flagged_proportion(
         judges = row["flagged"] | {"moderation": flagged}
         judged.append(row | {"flagged": judges})
         prediction = {
-            "text": "".join(part.text for part in render("beavertails", messages)),
+            "text": "".join(part.text for part in render(template, messages)),
             "flagged": flagged,
             "categories": verdict.categories,
             "error": verdict.error,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from transformers import EvalPrediction
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PredictionOutput
 
-from common import data, metrics, report
+from common import metrics, report
+from common.conversation import pair, parts_of
 from common.data.specs import about_data, in_one_name, specs_of_name
+from common.data.tables import taxonomy
 from common.fit import pooling
 from common.keep import fingerprint, rows_digest
+from common.labels import LABEL_OF, UNSAFE, flagged
 from common.model_card import Measured, write_model_card
 from common.run import is_main_process, manifest, write_json
 from common.saving import (
@@ -27,6 +31,7 @@ from common.saving import (
     save_model,
     whole_folder,
 )
+from common.templates import render
 from common.templates.chat import chat_template_of
 from common.training import (
     LengthGroupedTrainer,
@@ -38,14 +43,32 @@ from guards import add_probe
 from guards.card import ClassifierCard, Threshold, local_sha256
 
 logger = logging.getLogger("moderation")
-CATEGORIES = data.taxonomy("beavertails")  # label index = position; rows are read by key
 ENOUGH = 10  # unsafe validation rows of a category, to fit a threshold for it
-TEMPLATE = "beavertails"  # the text that is trained: common/templates/beavertails.jinja
+TEMPLATES = {  # the text that is trained: common/templates/beavertails.jinja and so on
+    "pair": "beavertails",
+    "prompt": "beavertails_prompt",
+    "response": "beavertails_response",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a guard judges (pair, prompt or response), and what its outputs mean: names with
+    descriptions, in their order.
+    """
+
+    judge: str
+    labels: dict[str, str]
+
+    @property
+    def template(self) -> str:
+        return TEMPLATES[self.judge]
 
 
 def describe(
     rows: Dataset,
     encoded: Dataset,
+    task: Task,
     max_length: int,
     args: RecipeTrainingArguments,
     shared: dict[str, int],
@@ -53,9 +76,12 @@ def describe(
     """What guard.json and run.json say of the training rows."""
     lengths = [len(ids) for ids in encoded["input_ids"]]
     share = useful_token_share(lengths, args.train_batch_size, args.seed)
+    counts = (np.array(encoded["labels"]) == 1).sum(0)
+    positive = dict(zip(task.labels, counts.tolist(), strict=True))
     facts = {
         "train_rows": len(rows),
-        "train_unsafe": sum(rows["response_unsafe"]),
+        "train_unsafe": sum(rows[LABEL_OF[task.judge]]),
+        "train_positive": positive,
         "train_sha256": rows_digest(rows),
         "truncated": sum(length > max_length for length in encoded["length"]),
         "useful_token_share": round(share, 3),
@@ -63,7 +89,7 @@ def describe(
     return facts | {"validation": shared} if shared else facts
 
 
-def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
+def run_settings(model_args: ModelArguments, data_args: DataArguments, task: Task) -> dict:
     """What makes another run, beside the rows and what the trainer knows."""
     return {
         "content of the base model": fingerprint(model_args.model_name_or_path)[:16],
@@ -71,6 +97,8 @@ def run_settings(model_args: ModelArguments, data_args: DataArguments) -> dict:
         "positive_weight": data_args.positive_weight,
         "flagged_loss": data_args.flagged_loss,
         "head_fit_rows": data_args.head_fit_rows,
+        "judge": task.judge,
+        "labels": list(task.labels),
     }
 
 
@@ -78,6 +106,8 @@ def save_guard(
     trainer: LengthGroupedTrainer,
     model_args: ModelArguments,
     data_args: DataArguments,
+    task: Task,
+    *,
     validation: PredictionOutput | None,
     facts: dict[str, Any],
     train_metrics: dict[str, float],
@@ -98,12 +128,16 @@ def save_guard(
         return
     trained = []
     for row, scores in zip(compared, sigmoid(outputs).tolist(), strict=True):
-        trained.append((row["messages"], dict(zip(CATEGORIES, scores, strict=True))))
-    scores = {} if validation is None else scores_by_label(validation)
-    thresholds = fit_thresholds(validation, data_args)
+        trained.append((row["messages"], dict(zip(task.labels, scores, strict=True))))
+    names = list(task.labels)
+    scores = {} if validation is None else scores_by_label(validation, names)
+    thresholds = fit_thresholds(validation, data_args, names)
+    described = {name: said for name, said in task.labels.items() if said}
     card = ClassifierCard(
-        template=TEMPLATE,
-        labels=CATEGORIES,
+        template=task.template,
+        labels=names,
+        descriptions=described or None,
+        input=task.judge,
         max_length=model_args.max_length,
         pooling=pooling(trainer.accelerator.unwrap_model(trainer.model)),
         thresholds={"flagged": thresholds.pop("flagged")},
@@ -119,7 +153,7 @@ def save_guard(
     )
     args = trainer.args
     with whole_folder(args.output_dir) as folder:
-        write_weights(trainer, state_dict, model_args, folder)
+        write_weights(trainer, state_dict, model_args, task, folder)
         arguments = [model_args, data_args, args]
         found = {"data": facts, "train": train_metrics, "validation": scores}
         run = manifest(arguments, seed=args.seed, **found)
@@ -138,12 +172,14 @@ def write_weights(
     trainer: LengthGroupedTrainer,
     state_dict: dict[str, torch.Tensor],
     model_args: ModelArguments,
+    task: Task,
     folder: Path,
 ) -> None:
     """The model with its tokenizer; after LoRA the merged model, and the adapter in adapter/."""
     tokenizer = trainer.processing_class
     tokenizer.model_max_length = model_args.max_length
-    tokenizer.chat_template = chat_template_of(TEMPLATE, tokenizer)  # the base's own renders a chat
+    # the base's own renders a chat
+    tokenizer.chat_template = chat_template_of(task.template, tokenizer, task.judge)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if model_args.use_peft:
         save_adapter(model, state_dict, tokenizer, folder / "adapter")
@@ -159,17 +195,19 @@ def sigmoid(logits: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(logits).float().sigmoid()
 
 
-def scores_by_label(prediction: EvalPrediction | PredictionOutput) -> dict[str, dict[str, Any]]:
-    """Every metric of "flagged" (any category) and of each category."""
+def scores_by_label(
+    prediction: EvalPrediction | PredictionOutput, names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Every metric of "flagged" (any output) and of each output."""
     probabilities = sigmoid(prediction.predictions).numpy()
-    return metrics.multilabel(prediction.label_ids > 0.5, probabilities, CATEGORIES)
+    return metrics.multilabel(prediction.label_ids, probabilities, names)
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
     """`flagged/*` and `<category>/*`, as the original names them; what is undefined is left out."""
     refuse_diverged_scores(prediction.predictions)
     found = {}
-    for name, values in scores_by_label(prediction).items():
+    for name, values in scores_by_label(prediction, names).items():
         for metric, value in values.items():
             if value is not None:
                 found[f"{name}/{metric}"] = value
@@ -177,7 +215,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def fit_thresholds(
-    validation: PredictionOutput | None, data_args: DataArguments
+    validation: PredictionOutput | None, data_args: DataArguments, names: Sequence[str]
 ) -> dict[str, Threshold]:
     """The thresholds for "flagged" and for the categories that have rows enough, fitted on
     validation rows; without any the paper's 0.5 for "flagged".
@@ -186,15 +224,16 @@ def fit_thresholds(
     name = data_args.validation_name()
     if validation is None or metrics.is_test(name):
         return thresholds
-    truths = validation.label_ids > 0.5
+    unsafe = flagged(validation.label_ids)
     scores = sigmoid(validation.predictions).numpy()
-    if 0 < truths.any(1).sum() < len(truths):
-        fitted = metrics.fit_threshold(truths.any(1), scores.max(1), name, data_args)
+    if 0 < unsafe.sum() < len(unsafe):
+        fitted = metrics.fit_threshold(unsafe, scores.max(1), name, data_args)
         thresholds["flagged"] = Threshold(**fitted)
-    for column, label in enumerate(CATEGORIES):
-        truth = truths[:, column]
-        if ENOUGH <= truth.sum() < len(truth):
-            fitted = metrics.fit_threshold(truth, scores[:, column], name, data_args)
+    for column, label in enumerate(names):
+        known = validation.label_ids[:, column] >= 0
+        truth = validation.label_ids[known, column] == 1
+        if label != UNSAFE and ENOUGH <= truth.sum() < len(truth):
+            fitted = metrics.fit_threshold(truth, scores[known, column], name, data_args)
             thresholds[label] = Threshold(**fitted)
     return thresholds
 
@@ -207,6 +246,8 @@ def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tok
     train_data = card.data["train_data"]
     validation = card.data["validation_data"]
     threshold = card.thresholds["flagged"]
+    asked = parts_of(pair("<question>", "<answer>"))[card.input]
+    text = "".join(part.text for part in render(card.template, asked, tokenizer))
     measured = None
     heading = "Measured"
     table = "Nothing was measured."
@@ -217,18 +258,20 @@ def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tok
     above = f"{threshold.value:.3f} ({threshold.how})"
     write_model_card(
         folder,
-        title="QA-moderation guard",
+        title=TITLES[card.input],
         base_model=card.base_model,
         train_data=specs_of_name(train_data),
         intro=INTRO.format(
-            labels=len(CATEGORIES),
+            judged=JUDGED[card.input],
+            outputs=outputs_in_words(card.labels),
             data=about_data(train_data)["name"],
             rows=card.data["train_rows"],
         ),
-        usage=USAGE.format(eos=tokenizer.eos_token or ""),
+        usage=USAGE.format(text=text),
         measured=measured,
         sections={
             "The text that it reads": f"{TEXT} {CHAT if tokenizer.chat_template else NO_CHAT}",
+            "Outputs": outputs_table(card),
             heading: table,
             "Threshold": f"Flagged if any probability is above {above}.",
             "Limits": LIMITS,
@@ -243,22 +286,54 @@ def write_adapter_readme(folder: Path, card: ClassifierCard) -> None:
         depth = f", num_hidden_layers={card.num_hidden_layers}"
     write_model_card(
         folder,
-        title="Adapter of a QA-moderation guard",
+        title=f"Adapter: {TITLES[card.input]}",
         base_model=card.base_model,
         train_data=specs_of_name(card.data["train_data"]),
         intro="The guard in the folder above as a PEFT adapter of its base.",
-        usage=ADAPTER_USAGE.format(labels=len(CATEGORIES), depth=depth),
+        usage=ADAPTER_USAGE.format(labels=len(card.labels), depth=depth),
         sections={"Padding": ADAPTER_PADDING},
         adapter=True,
     )
 
 
-INTRO = """Judges a question together with its answer in {labels} harm categories (BeaverTails, arXiv 2307.04657).
+def outputs_in_words(labels: Sequence[str]) -> str:
+    """How many categories there are, and of whom."""
+    categories = [name for name in labels if name != UNSAFE]
+    if not categories:
+        return "as safe or unsafe"
+    said = f"in {len(categories)} categories of its own"
+    if set(categories) <= set(taxonomy("beavertails")):
+        said = f"in {len(categories)} harm categories (BeaverTails, arXiv 2307.04657)"
+    if UNSAFE in labels:
+        said += " and as unsafe in general"
+    return said
+
+
+def outputs_table(card: ClassifierCard) -> str:
+    """A row an output: its name, how many training rows have it, and its description."""
+    described = card.descriptions or {}
+    rows = []
+    for name, count in card.data["train_positive"].items():
+        rows.append([name, count, described.get(name, "")])
+    return report.table(rows, ["output", "training rows", ""])
+
+
+TITLES = {
+    "pair": "QA-moderation guard",
+    "prompt": "Moderation guard for prompts",
+    "response": "Moderation guard for responses",
+}
+JUDGED = {
+    "pair": "a question together with its answer",
+    "prompt": "a question, without its answer,",
+    "response": "an answer, without its question,",
+}
+INTRO = """Judges {judged} {outputs}.
 Trained on {data} ({rows} rows) by `examples/moderation/train.py`. The licences of the base model and the data apply."""
 USAGE = """from transformers import pipeline
 
 pipe = pipeline("text-classification", ".", top_k=None, function_to_apply="sigmoid")
-pipe("BEGINNING OF CONVERSATION: USER: <question> ASSISTANT:<answer>{eos}")"""
+pipe({text!r})"""
 ADAPTER_USAGE = """from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
@@ -272,5 +347,5 @@ content."""
 CHAT = """`tokenizer.apply_chat_template` renders it from messages, as vLLM's `/classify` does, with what the
 tokenizer puts around a text: give it to the model without adding special tokens again."""
 NO_CHAT = "It has no chat template: its tokenizer allows of none."
-LIMITS = """The scores hold for text like the training data: English, one question and one answer. A guard that was
+LIMITS = """The scores hold for text like the training data, in its languages. A guard that was
 trained on sample data shows that the recipe runs, not that the guard is good."""

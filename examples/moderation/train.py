@@ -1,11 +1,15 @@
-"""Fine-tune a QA-moderation guard: 14 harm categories over question+answer pairs (BeaverTails,
-arXiv 2307.04657).
+"""Fine-tune a moderation guard: the harm categories of the rows over questions and answers, as
+BeaverTails does with 14 (arXiv 2307.04657).
 
 # the quickstart: bundled model, bundled sample data, CPU, minutes
 torchrun train.py
 
 # one GPU, LoRA on any decoder
 launch/lora_1gpu.sh --model_name_or_path Qwen/Qwen2.5-1.5B
+
+# your own rows, their own categories; and a guard of prompts, which needs no answers
+python train.py --config configs/quickstart.yaml --train_data_name_or_path rows.csv
+python train.py --config configs/quickstart.yaml --train_data_name_or_path prompts.csv --judge prompt
 
 # the paper's run: 8 GPUs, full fine-tune of LLaMA-7B, FSDP2
 torchrun --nproc_per_node=8 train.py --config configs/paper.yaml
@@ -14,14 +18,14 @@ torchrun --nproc_per_node=8 train.py --config configs/paper.yaml
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from arguments import DataArguments, ModelArguments, check_arguments
 from datasets import Dataset
 from guard_folder import (
-    CATEGORIES,
-    TEMPLATE,
+    Task,
     compute_metrics,
     describe,
     run_settings,
@@ -45,6 +49,15 @@ from common.conversation import UserError
 from common.data.splits import augment, load_training_rows
 from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save
 from common.head_start import fit_head
+from common.labels import (
+    LABEL_OF,
+    asked_categories,
+    flagged,
+    judged_rows,
+    masked_bce,
+    settle_labels,
+    targets,
+)
 from common.run import parse_args, run_cli, usable_attention
 from common.saving import predictions, refuse_to_overwrite, spread
 from common.training import (
@@ -71,15 +84,15 @@ def main() -> None:
     set_seed(args.seed)
 
     # --- 2. Data: labelled conversations, checked row by row --------------------------------------
-    train_rows, eval_rows, shared = load_rows(data_args, args.seed)
+    train_rows, eval_rows, shared, task = load_rows(data_args, args.seed)
     train_rows, added = augment(train_rows, data_args.augment, args.seed)
 
     # --- 3. Model: a stock classifier with a fresh head, and the rows as its token ids ------------
-    model, tokenizer, fresh = load_model(model_args)
-    length = model_args.max_length
-    train_set = encode_rows(train_rows, tokenizer, length).sort("length")  # the trainer shuffles
-    eval_set = encode_rows(eval_rows, tokenizer, length).sort("length") if eval_rows else None
-    facts = describe(train_rows, train_set, length, args, shared)
+    model, tokenizer, fresh = load_model(model_args, list(task.labels))
+    encode = partial(encode_rows, task=task, tokenizer=tokenizer, max_length=model_args.max_length)
+    train_set = encode(train_rows).sort("length")  # the trainer shuffles
+    eval_set = encode(eval_rows).sort("length") if eval_rows else None
+    facts = describe(train_rows, train_set, task, model_args.max_length, args, shared)
     if added:
         facts["augmented"] = added
     logger.info("Data: %s", json.dumps(facts))
@@ -99,8 +112,8 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_loss_func=loss,
-        compute_metrics=compute_metrics,
-        settings=run_settings(model_args, data_args),
+        compute_metrics=partial(compute_metrics, names=list(task.labels)),
+        settings=run_settings(model_args, data_args, task),
     )
     if checkpoint is None:
         start_over(args)
@@ -109,45 +122,53 @@ def main() -> None:
     # --- 5. Save: a folder that stock libraries load, compared with the model in memory -----------
     validation = trainer.predict(eval_set, metric_key_prefix="eval") if eval_set else None
     compared = spread(eval_rows or train_rows)
-    encoded = encode_rows(Dataset.from_list(compared), tokenizer, length)
-    outputs = predictions(trainer, encoded)
-    save_guard(trainer, model_args, data_args, validation, facts, result.metrics, compared, outputs)
+    outputs = predictions(trainer, encode(Dataset.from_list(compared)))
+    found = {"validation": validation, "facts": facts, "train_metrics": result.metrics}
+    save_guard(trainer, model_args, data_args, task, **found, compared=compared, outputs=outputs)
 
 
 # --- the rows -------------------------------------------------------------------------------------
 
 
-def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, dict]:
-    """Rows to train on, rows to validate on, and how many of these share what is trained on."""
-    return load_training_rows(
+def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, dict, Task]:
+    """Rows to train on, rows to validate on, how many of these share what is trained on, and what
+    the guard shall judge.
+    """
+    asked = asked_categories(args.categories)
+    label = LABEL_OF[args.judge]
+    train, validation, shared = load_training_rows(
         args.train_data_name_or_path,
         args.eval_data_name_or_path,
         args.eval_split_ratio,
         seed,
         one_row_a_pair=args.deduplicate,
         max_train_rows=args.max_train_rows,
-        categories=CATEGORIES,
-        require=("response_unsafe", "categories"),
+        categories=None if asked is None else list(asked),
+        require=(label,),
         bad_rows=args.bad_rows,
     )
+    train = judged_rows(train, args.judge)
+    if validation is not None:
+        validation = judged_rows(validation, args.judge)
+    labels = settle_labels(args.categories, train[label], train["categories"])
+    return train, validation, shared, Task(args.judge, labels)
 
 
-def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids and 14 labels (0.0 or 1.0) of each row, and its `length` before it was cut.
-
-    The template decides the text that is read, CATEGORIES what each label means.
+def encode_rows(
+    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Dataset:
+    """Token ids and targets of each row (see `common.labels.targets`), and its `length` before it
+    was cut.
     """
     control = templates.control_ids(tokenizer)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        texts = [templates.render(TEMPLATE, one, tokenizer) for one in batch["messages"]]
+        texts = [templates.render(task.template, one, tokenizer) for one in batch["messages"]]
         ids = templates.encode(tokenizer, texts)
-        labels = []
-        for named in batch["categories"]:
-            labels.append([float(name in named) for name in CATEGORIES])
+        unsafe = batch[LABEL_OF[task.judge]]
         return {
             "input_ids": [templates.cut(one, max_length, control) for one in ids],
-            "labels": labels,
+            "labels": targets(list(task.labels), unsafe, batch["categories"]),
             "length": [len(one) for one in ids],
         }
 
@@ -156,7 +177,7 @@ def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
     encoded = rows.map(encode, remove_columns=rows.column_names, **options)
     longer = sum(length > max_length for length in encoded["length"])
     if longer:
-        said = "Cut %d of %d rows to %d tokens (the end of the answer; EOS kept)."
+        said = "Cut %d of %d rows to %d tokens (the end of the text; EOS kept)."
         logger.warning(said, longer, len(rows), max_length)
     return encoded
 
@@ -164,8 +185,10 @@ def encode_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
 # --- the model ------------------------------------------------------------------------------------
 
 
-def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """The base with a fresh head of 14 labels, its tokenizer, and the names of its fresh modules.
+def load_model(
+    args: ModelArguments, labels: list[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """The base with a fresh head of these labels, its tokenizer, and the names of its fresh modules.
 
     It is in float32; the trainer casts to bf16 on the fly.
     """
@@ -177,9 +200,9 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             base,
             output_loading_info=True,
-            num_labels=len(CATEGORIES),
-            id2label=dict(enumerate(CATEGORIES)),
-            label2id={name: i for i, name in enumerate(CATEGORIES)},
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)},
             problem_type="multi_label_classification",
             attn_implementation=usable_attention(args.attn_implementation),
             dtype=torch.float32,
@@ -213,13 +236,13 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments, fresh: list[str])
 
 
 def multilabel_loss(positive_weight: float, flagged_loss: float) -> Callable[..., torch.Tensor]:
-    """Mean binary cross-entropy over rows x 14 categories: the paper's loss, when both arguments
-    are at their defaults.
+    """Mean binary cross-entropy over the known labels of the rows: the paper's loss, when both
+    arguments are at their defaults and every row knows its categories.
 
     The sum over a micro-batch is divided by the label count of the WHOLE step (all processes, all
     accumulation steps), so that one batch of 8 and eight of 1 give the same gradient.
-    `flagged_loss` adds the same loss on "any category", whose logit is the log-sum-exp (a smooth
-    maximum, as the maximum decides at inference) of all fourteen for a safe row, and of the named
+    `flagged_loss` adds the same loss on "any output", whose logit is the log-sum-exp (a smooth
+    maximum, as the maximum decides at inference) of all outputs for a safe row, and of the named
     ones for an unsafe row: over all of them, one category would learn to speak for the rest.
     """
     bce = torch.nn.functional.binary_cross_entropy_with_logits
@@ -230,15 +253,18 @@ def multilabel_loss(positive_weight: float, flagged_loss: float) -> Callable[...
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         logits = outputs.logits.float()
-        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        wanted = labels.float()
+        count = num_items_in_batch
+        if count is None:
+            count = (wanted >= 0).sum().clamp(min=1)
         weight = torch.full_like(logits[0], positive_weight)
-        total = bce(logits, labels.float(), pos_weight=weight, reduction="sum") / count
+        total = masked_bce(logits, wanted, weight) / count
         if flagged_loss:
-            unsafe = labels.amax(-1, keepdim=True)
+            highest = wanted.amax(-1, keepdim=True)
             lowest = torch.finfo(logits.dtype).min
-            any_category = logits.masked_fill(labels < unsafe, lowest).logsumexp(-1)
-            flagged = bce(any_category, unsafe[:, 0].float(), reduction="sum")
-            total = total + flagged_loss * flagged * labels.shape[-1] / count
+            any_output = logits.masked_fill(wanted < highest, lowest).logsumexp(-1)
+            of_rows = bce(any_output, flagged(wanted).float(), reduction="sum")
+            total = total + flagged_loss * of_rows * labels.shape[-1] / count
         return total
 
     return loss

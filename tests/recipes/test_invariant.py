@@ -16,7 +16,6 @@ import pytest
 import torch
 from bases import BASES, DECODERS
 from conftest import tiny_config
-from datasets import Dataset
 from expguard_rows import authored, prompt_tokenizer, write_rows
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from scripts import module
@@ -29,9 +28,9 @@ from transformers import (
     pipeline,
 )
 
-from common.conversation import UserError
+from common.conversation import UserError, last_turns, parts_of
 from common.data import load_conversations, taxonomy
-from common.templates import render
+from common.templates import encode, render
 from guards import load_guard
 from guards.card import ClassifierCard, LoraCard, read_card
 
@@ -47,39 +46,74 @@ def rows() -> list[list[dict[str, str]]]:
 
 def texts_of(folder: Path, rows) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = read_card(folder).template
     return [
-        "".join(part.text for part in render("beavertails", messages, tokenizer))
-        for messages in rows
+        "".join(part.text for part in render(template, messages, tokenizer)) for messages in rows
     ]
 
 
 # --- moderation: a classifier, full or LoRA ---------------------------------------------------------------------------
 
 WAYS = {"full": [], "lora": ["--use_peft", "--lora_r", "4"]}
+OWN_WAYS = {
+    "own": WAYS["lora"],
+    "one": [],
+    "prompt": ["--judge", "prompt"],
+    "response": ["--judge", "response"],
+}
+OUTPUTS = {"own": ["unsafe", "Fraud"], "one": ["unsafe"], "prompt": ["unsafe"]}
+RUNS = [f"{family}-{way}" for family in BASES for way in WAYS]
+RUNS += [f"qwen2-{way}" for way in OWN_WAYS]
 
 
-@pytest.fixture(scope="module", params=[f"{family}-{way}" for family in BASES for way in WAYS])
+def own_rows(way: str, path: Path) -> Path:
+    """Training rows that are nobody's but the user's."""
+    lines = []
+    for number, row in enumerate(load_conversations(TRAIN, max_rows=16)):
+        prompt, response = last_turns(row["messages"])
+        unsafe = row["response_unsafe"]
+        line = {"prompt": prompt, "response": response, "response_label": unsafe}
+        if way == "prompt":
+            line = {"prompt": prompt, "label": unsafe}
+        elif way == "response":
+            line["categories"] = row["categories"]
+        elif way == "own" and unsafe and number % 2:
+            line["categories"] = ["Fraud"]
+        lines.append(json.dumps(line))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def moderation(request, tmp_path_factory, rows):
-    """A guard's folder, and the scores of the model in memory: (folder, way, array of (rows, 14))."""
+    """A guard's folder, and the scores of the model in memory, an array of (rows, labels):
+    (folder, way, array).
+    """
     family, way = request.param.split("-")
     train = module("moderation", "train")
     folder = tmp_path_factory.mktemp(request.param)
     base = BASES[family](folder / "base")
+    data, validation = TRAIN, VALIDATION
+    if way in OWN_WAYS:
+        data = validation = own_rows(way, folder / "rows.jsonl")
     words = [
         "train.py", "--model_name_or_path", base, "--output_dir", folder / "guard", "--max_length", 512,
-        "--train_data_name_or_path", TRAIN, "--max_train_rows", 16, "--eval_data_name_or_path", VALIDATION,
+        "--train_data_name_or_path", data, "--max_train_rows", 16, "--eval_data_name_or_path", validation,
         "--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--learning_rate", 1e-2,
-        "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true", *WAYS[way],
+        "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true",
+        *(WAYS | OWN_WAYS)[way],
     ]  # fmt: skip
     seen = {}
     save = train.save_guard
 
-    def watched(trainer, model_args, *others):
+    def watched(trainer, model_args, data_args, task, **others):
         """The recipe's own saving, after a look at the model that it saves."""
-        unlabelled = [{"messages": messages, "categories": []} for messages in rows]
-        encoded = train.encode_rows(Dataset.from_list(unlabelled), trainer.processing_class, 512)
-        seen["scores"] = probabilities(trainer.model, encoded["input_ids"])
-        save(trainer, model_args, *others)
+        tokenizer = trainer.processing_class
+        judged = [parts_of(messages)[task.judge] for messages in rows]
+        texts = [render(task.template, messages, tokenizer) for messages in judged]
+        seen["scores"] = probabilities(trainer.model, encode(tokenizer, texts))
+        seen["rows"] = judged
+        save(trainer, model_args, data_args, task, **others)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(sys, "argv", [str(word) for word in words])
@@ -88,7 +122,7 @@ def moderation(request, tmp_path_factory, rows):
         train.main()
     finally:
         patch.undo()
-    return folder / "guard", way, seen["scores"]
+    return folder / "guard", way, seen["rows"], seen["scores"]
 
 
 @torch.inference_mode()
@@ -100,20 +134,23 @@ def probabilities(model, sequences) -> np.ndarray:
     )
 
 
-def test_moderation_says_what_was_trained(moderation, rows):
+def test_moderation_says_what_was_trained(moderation):
     """`load_guard`, the stock pipeline on the rendered text, and messages through the chat
     template.
     """
-    folder, _, expected = moderation
+    folder, way, rows, expected = moderation
     assert np.ptp(expected, axis=0).max() > 0.01, (
         "the rows cannot be told apart: nothing would be seen here"
     )
     guard = load_guard(str(folder), progress=False)
     verdicts = guard.judge(rows)
-    judged = [[verdict.categories[name] for name in LABELS] for verdict in verdicts]
+    judged = [[verdict.categories[name] for name in guard.labels] for verdict in verdicts]
     np.testing.assert_allclose(judged, expected, atol=2e-5)
     # GuardBench calls `moderate`
-    assert guard.moderate(rows) == [verdict.response_unsafe for verdict in verdicts]
+    label = "prompt_unsafe" if way == "prompt" else "response_unsafe"
+    assert guard.judges == (label,)
+    assert guard.moderate(rows) == [getattr(verdict, label) for verdict in verdicts]
+    np.testing.assert_allclose(guard.moderate(rows), expected.max(1), atol=2e-5)
 
     options = {"top_k": None, "function_to_apply": "sigmoid", "dtype": torch.float32}
     pipe = pipeline("text-classification", str(folder), **options)
@@ -121,9 +158,8 @@ def test_moderation_says_what_was_trained(moderation, rows):
         {one["label"]: one["score"] for one in row}
         for row in pipe(texts_of(folder, rows), batch_size=4)
     ]
-    np.testing.assert_allclose(
-        [[row[name] for name in LABELS] for row in stock], expected, atol=2e-5
-    )
+    stock = [[row[name] for name in guard.labels] for row in stock]
+    np.testing.assert_allclose(stock, expected, atol=2e-5)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
@@ -131,17 +167,17 @@ def test_moderation_says_what_was_trained(moderation, rows):
     np.testing.assert_allclose(probabilities(model, served), expected, atol=2e-5)
 
 
-def test_moderation_adapter_is_the_guard(moderation, rows):
+def test_moderation_adapter_is_the_guard(moderation):
     """Stock PEFT puts the adapter on the base, whose checkpoint lacks a pooler and a head, as its
     card says.
     """
-    folder, way, expected = moderation
-    if way == "full":
+    folder, way, rows, expected = moderation
+    if way not in ("lora", "own"):
         assert not (folder / "adapter").exists()
         return
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     model = AutoPeftModelForSequenceClassification.from_pretrained(
-        folder / "adapter", num_labels=14
+        folder / "adapter", num_labels=expected.shape[1]
     )
     card = (folder / "adapter/README.md").read_text()
     assert (
@@ -154,11 +190,22 @@ def test_moderation_adapter_is_the_guard(moderation, rows):
 
 
 def test_moderation_card_says_what_it_is(moderation):
-    folder, _, _ = moderation
+    """A category without a training row is no output: 16 rows do not have all fourteen."""
+    folder, way, _, _ = moderation
     card = read_card(folder, ClassifierCard)
-    assert card.probe is not None and set(card.probe.scores) == {*LABELS, "response_unsafe"}
+    named = set()
+    for names in load_conversations(TRAIN, max_rows=16)["categories"]:
+        named.update(names)
+    expected = OUTPUTS.get(way, [name for name in LABELS if name in named])
+    assert 1 <= len(expected) < 14
+    assert card.labels == expected == list(card.data["train_positive"])
+    judged = "prompt_unsafe" if way == "prompt" else "response_unsafe"
+    assert card.probe is not None and set(card.probe.scores) == {*expected, judged}
     run = json.loads((folder / "run.json").read_text())
     assert run["validation"]["flagged"]["support"] > 10
+    text = (folder / "README.md").read_text()
+    assert ("harm categories (BeaverTails" in text) == (way not in OUTPUTS)
+    assert f"{len(LABELS)} harm categories" not in text
     assert not (folder / ".partial").exists()
     assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir() if path.is_file()} == {
         "0o644"
