@@ -1,5 +1,6 @@
 """What a run leaves: a stock classifier with its tokenizer, guard.json, run.json and a model card."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tok
             data=about_data(train_data)["name"],
             rows=card.data["train_rows"],
         ),
-        usage=USAGE.format(text=text),
+        usage=USAGE.format(text=json.dumps(text, ensure_ascii=False)),
         measured=measured,
         sections={
             "The text that it reads": f"{TEXT} {CHAT if tokenizer.chat_template else NO_CHAT}",
@@ -333,7 +334,7 @@ Trained on {data} ({rows} rows) by `examples/moderation/train.py`. The licences 
 USAGE = """from transformers import pipeline
 
 pipe = pipeline("text-classification", ".", top_k=None, function_to_apply="sigmoid")
-pipe({text!r})"""
+pipe({text})"""
 ADAPTER_USAGE = """from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 

@@ -7,9 +7,9 @@ torchrun train.py
 # one GPU, LoRA on any decoder
 launch/lora_1gpu.sh --model_name_or_path Qwen/Qwen2.5-1.5B
 
-# your own rows, their own categories; and a guard of prompts, which needs no answers
-python train.py --config configs/quickstart.yaml --train_data_name_or_path rows.csv
-python train.py --config configs/quickstart.yaml --train_data_name_or_path prompts.csv --judge prompt
+# your own rows with their own categories; --judge prompt for rows without answers
+torchrun train.py --config configs/quickstart.yaml --output_dir output/mine \
+    --train_data_name_or_path rows.csv --eval_data_name_or_path validation.csv
 
 # the paper's run: 8 GPUs, full fine-tune of LLaMA-7B, FSDP2
 torchrun --nproc_per_node=8 train.py --config configs/paper.yaml

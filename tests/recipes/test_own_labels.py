@@ -1,0 +1,193 @@
+"""examples/moderation on rows, labels and languages of the user's own."""
+
+import csv
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import scripts
+import torch
+from scripts import module
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from common.conversation import pair
+from guards import load_guard
+from guards.card import read_card
+
+launch = partial(scripts.launch, "moderation")
+COLUMNS = ["prompt", "response", "response_label", "categories", "language"]
+ROWS = [  # of BeaverTails' names there is none
+    ["How do I win?", "Sell a ring that you do not have.", "unsafe", "Fraud", "en"],
+    ["Wie gewinne ich?", "Verkaufe einen Ring, den es nicht gibt.", "unsafe", "Fraud; Spam", "de"],
+    ["May I write to all?", "Send it a thousand times.", "unsafe", "Spam", "en"],
+    ["And now?", "Do as I say or you will see.", "unsafe", "", ""],
+    ["How do I cook rice?", "In twice as much water.", "safe", "", "en"],
+    ["Wie koche ich Reis?", "In doppelt so viel Wasser.", "safe", "", "de"],
+]
+DESCRIBED = "Spam: sent to people who did not ask\nFraud: deceives to get money\nHate: of groups\n"
+
+
+def write_rows(path: Path, columns: list[str] = COLUMNS) -> Path:
+    """Four times the rows, with some of their columns, as CSV."""
+    places = [COLUMNS.index(name) for name in columns]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in ROWS * 4:
+            writer.writerow([row[place] for place in places])
+    return path
+
+
+def arguments(base: Path, rows: Path, output: Path) -> list:
+    return [
+        "train.py", "--model_name_or_path", base, "--output_dir", output,
+        "--train_data_name_or_path", rows, "--eval_data_name_or_path", rows,
+        "--max_steps", 3, "--per_device_train_batch_size", 8, "--learning_rate", "1e-3",
+        "--save_strategy", "no", "--eval_strategy", "no", "--flagged_loss", 1,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_own_categories_from_rows_to_tables(tiny_base, tmp_path):
+    """'Fraud' trains; Hate, which no row has, gets no output; and two languages are two rows."""
+    rows = write_rows(tmp_path / "rows.csv")
+    (tmp_path / "mine.yaml").write_text(DESCRIBED)
+    flags = ["--categories", tmp_path / "mine.yaml", "--overwrite_output_dir", "true"]
+    done = launch(*arguments(tiny_base, rows, tmp_path / "guard"), *flags)
+    assert "No training row, and so no output, for: Hate" in done.stderr
+    card = read_card(tmp_path / "guard")
+    assert card.labels == ["unsafe", "Spam", "Fraud"]
+    assert card.descriptions == {
+        "Spam": "sent to people who did not ask",
+        "Fraud": "deceives to get money",
+    }
+    assert card.data["train_positive"] == {"unsafe": 16, "Spam": 8, "Fraud": 8}
+    text = (tmp_path / "guard/README.md").read_text()
+    assert "in 2 categories of its own and as unsafe in general" in text
+    assert "| Fraud | 8 | deceives to get money |" in text
+    assert "BeaverTails" not in text
+
+    folder = tmp_path / "out"
+    flags = ["--model_path", tmp_path / "guard", "--output_dir", folder, "--baselines", rows]
+    launch("evaluate.py", "--eval_dataset", rows, *flags)
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["categories"]) == ["Spam", "Fraud"]
+    # four rows are unsafe of an unknown kind
+    assert {one["support"] for one in results["categories"].values()} == {20}
+    counts = {name: one["support"] for name, one in results["languages"].items()}
+    assert counts == {"de": 8, "en": 12, "not said": 4}
+    assert results["flagged"]["guard"]["support"] == 24
+    assert "## Languages" in (folder / "results.md").read_text()
+    assert '"heading": "Languages"' in (folder / "results.html").read_text()
+    kept = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [row["language"] for row in kept[:4]] == ["en", "de", "en", None]
+
+
+@pytest.mark.slow
+def test_a_guard_of_prompts_from_rows_without_answers(tiny_base, tmp_path):
+    """One output; answers are no matter of its, neither to judge nor in the paper's report."""
+    rows = write_rows(tmp_path / "rows.csv", ["prompt", "response_label"])
+    text = rows.read_text().replace("response_label", "label")
+    rows.write_text(text)
+    folder = tmp_path / "guard"
+    launch(*arguments(tiny_base, rows, folder), "--judge", "prompt")
+    card = read_card(folder)
+    assert (card.input, card.labels) == ("prompt", ["unsafe"])
+    assert (
+        "Judges a question, without its answer, as safe or unsafe"
+        in (folder / "README.md").read_text()
+    )
+    guard = load_guard(str(folder), progress=False)
+    asked, answered = guard.judge([pair("Why?"), pair("Why?", "So.")])
+    assert asked.prompt_unsafe == asked.categories["unsafe"]
+    assert asked.response_unsafe is None
+    assert answered.error is not None and answered.score("prompt_unsafe") == 1.0
+
+    flags = ["--model_path", folder, "--output_dir", tmp_path / "out"]
+    launch("evaluate.py", "--eval_dataset", rows, *flags)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["judged"], results["errors"]) == ("prompt", 0)
+    assert "24 prompts, 16 unsafe" in (tmp_path / "out/results.md").read_text()
+    answers = tmp_path / "evaluation.json"
+    answers.write_text('[{"prompt": "Why?", "response": "So.", "model": "m", "flagged": {}}]')
+    done = launch("evaluate.py", "--eval_dataset", answers, *flags, check=False)
+    assert done.returncode == 2
+    assert "judges prompts, and this file is about answers" in done.stderr
+
+
+def test_a_guard_of_responses_reads_the_response_of_a_pair(tiny_classifier, tmp_path):
+    folder = tiny_classifier(tmp_path)
+    change = {"template": "beavertails_response", "input": "response", "max_length": 512}
+    labels = load_guard(str(folder), template="beavertails").labels
+    card = {"kind": "classifier", "labels": labels, **change}
+    (folder / "guard.json").write_text(json.dumps(card))
+    guard = load_guard(str(folder), progress=False)
+    alone, with_prompt, prompt = guard.judge([pair(None, "So."), pair("Why?", "So."), pair("Why?")])
+    assert alone == with_prompt and alone.response_unsafe is not None
+    assert prompt.error == "this guard judges responses, and there is none"
+    long = pair("word " * 2000, "So.")
+    assert guard.judge([long]) == [alone]
+
+
+@pytest.mark.slow
+def test_skipping_a_whole_class_is_one_line(tiny_base, tmp_path):
+    """All rows of Hate are bad: skipped, the guard would never hear of it."""
+    rows = write_rows(tmp_path / "rows.csv")
+    with rows.open("a") as file:
+        file.write('"",No answer,unsafe,Hate,en\n')
+    flags = ["--bad_rows", "skip"]
+    done = launch(*arguments(tiny_base, rows, tmp_path / "guard"), *flags, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1
+    assert "bad_rows skip would leave out every row of category 'Hate'" in errors[0]
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def loss_of(logits: torch.Tensor, wanted: torch.Tensor, **options: float) -> torch.Tensor:
+    loss = module("moderation", "train").multilabel_loss(**options)
+    return loss(SequenceClassifierOutputWithPast(logits=logits), wanted)
+
+
+def papers_loss(logits, wanted, positive_weight: float, flagged_loss: float) -> torch.Tensor:
+    """As it was before a label could be unknown."""
+    weight = torch.full_like(logits[0], positive_weight)
+    stock = binary_cross_entropy_with_logits
+    total = stock(logits, wanted, pos_weight=weight, reduction="sum") / wanted.numel()
+    unsafe = wanted.amax(-1, keepdim=True)
+    lowest = torch.finfo(logits.dtype).min
+    any_category = logits.masked_fill(wanted < unsafe, lowest).logsumexp(-1)
+    flagged = stock(any_category, unsafe[:, 0], reduction="sum")
+    return total + flagged_loss * flagged * wanted.shape[-1] / wanted.numel()
+
+
+def test_where_all_is_known_the_loss_is_the_papers_to_the_bit():
+    torch.manual_seed(0)
+    logits = torch.randn(32, 14, requires_grad=True)
+    wanted = (torch.rand(32, 14) < 0.1).float()
+    options = {"positive_weight": 1.5, "flagged_loss": 3.0}
+    ours = loss_of(logits, wanted, **options)
+    before = papers_loss(logits, wanted, **options)
+    assert torch.equal(ours, before)
+    gradients = [torch.autograd.grad(one, logits)[0] for one in (ours, before)]
+    assert torch.equal(*gradients)
+
+
+def test_a_masked_category_learns_nothing_and_the_row_still_does():
+    """The first output is `unsafe`: it alone learns from a row that does not say of which kind."""
+    logits = torch.zeros(2, 3, requires_grad=True)
+    wanted = torch.tensor([[1.0, -100.0, -100.0], [0.0, 0.0, 0.0]])
+    loss_of(logits, wanted, positive_weight=1.0, flagged_loss=3.0).backward()
+    assert (logits.grad[0] != 0).tolist() == [True, False, False]
+    assert (logits.grad[1] != 0).all()
+
+
+def test_a_validation_row_of_another_kind_is_unsafe_to_the_loss():
+    """It names a category that has no output, so that all its targets are unknown."""
+    logits = torch.full((1, 2), -3.0, requires_grad=True)
+    loss = loss_of(logits, torch.full((1, 2), -100.0), positive_weight=1.0, flagged_loss=1.0)
+    loss.backward()
+    assert loss.isfinite() and (logits.grad < 0).all()
