@@ -126,11 +126,11 @@ def report_metrics(args: EvaluationArguments) -> None:
     judge = what_is_judged(args)
     label = LABEL_OF[judge]
     require = {"require": (label,)}
-    rows = data.load_conversations(
+    whole = data.load_conversations(
         args.eval_dataset, bad_rows=args.bad_rows, need_positive=False, **require
     )
-    groups = [data.prompt_key(row) for row in rows]
-    rows = judged_rows(rows, judge)
+    groups = [data.prompt_key(row) for row in whole]
+    rows = judged_rows(whole, judge)
     fit_rows = None
     if args.baselines:
         fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
@@ -173,7 +173,7 @@ def report_metrics(args: EvaluationArguments) -> None:
     said = {"guard": verdicts} | baselines
     write_evaluation_page(folder / "results.html", title, rows, label, said, results)
     judged = []
-    for row, verdict in zip(rows, verdicts, strict=True):
+    for row, verdict in zip(whole, verdicts, strict=True):
         at = {"guard": threshold["value"]}
         judged.append(scored(row, label, {"guard": verdict}, at))
     write_uncertain(folder, judged, args.export_uncertain)

@@ -126,7 +126,7 @@ def test_a_guard_of_responses_reads_the_response_of_a_pair(tiny_classifier, tmp_
     guard = load_guard(str(folder), progress=False)
     alone, with_prompt, prompt = guard.judge([pair(None, "So."), pair("Why?", "So."), pair("Why?")])
     assert alone == with_prompt and alone.response_unsafe is not None
-    assert prompt.error == "this guard judges responses, and there is none"
+    assert prompt.error is not None and prompt.score() == 1.0
     long = pair("word " * 2000, "So.")
     assert guard.judge([long]) == [alone]
 
