@@ -32,11 +32,11 @@ Row = dict[str, Any]
 
 # A folder with one of these holds a model.
 MARKS_A_MODEL = re.compile(
-    r".*\.(safetensors|bin|pt|pth|gguf)|.*config\.json|tokenizer\.json|guard\.json"
+    r".*\.(safetensors|bin|pt|pth|gguf|onnx)|.*config\.json|tokenizer\.json|guard\.json"
 )
 # What there says what the model does …
 OF_A_MODEL = re.compile(
-    r".*\.(safetensors|bin|pt|pth|gguf|json|jinja|py|model|spm|tiktoken)|vocab\.txt|merges\.txt"
+    r".*\.(safetensors|bin|pt|pth|gguf|onnx|onnx\.data|json|jinja|py|model|spm|tiktoken)|vocab\.txt|merges\.txt"
 )
 TEMPLATES = "additional_chat_templates"  # the one folder in it that `from_pretrained` reads
 # … but for these, which runs leave beside it.

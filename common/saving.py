@@ -46,6 +46,8 @@ OF_A_GUARD = (
     "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
+    "model.onnx",
+    "model.onnx.data",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",

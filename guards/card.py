@@ -54,6 +54,7 @@ TOLERANCE = {
     "float32": 0.02,
     "float16": 0.5,
     "bfloat16": 0.5,
+    "int8": 0.5,
     "4bit": 2.0,
     "server": 0.5,
 }
@@ -130,7 +131,7 @@ class Probe(CardModel):
 
     messages: Annotated[list[Message], AfterValidator(_judgeable)]
     scores: dict[str, Probability] = Field(min_length=1)
-    dtype: Literal["float32", "float16", "bfloat16", "4bit"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "4bit"]
 
 
 class Origin(CardModel):

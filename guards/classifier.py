@@ -48,6 +48,7 @@ from guards.base import (
     seen_of,
 )
 from guards.card import LabelledCard, check_labels, check_tokenizer_file
+from guards.exported import OnnxClassifier, is_exported
 
 logger = logging.getLogger(__name__)
 DEFAULT_LENGTH = 512
@@ -157,13 +158,17 @@ class ClassifierGuard(Guard):
             if config.problem_type is None and set(self.labels) == set(taxonomy("beavertails")):
                 config.problem_type = MULTI_LABEL  # a pair can be several of these
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, **code)
-            self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-                model,
-                dtype=inference_dtype(),
-                config=config,
-                output_loading_info=True,
-                **code,
-            )
+            if is_exported(model):
+                self.model = OnnxClassifier(model, config)
+                loading = {"missing_keys": ()}
+            else:
+                self.model, loading = AutoModelForSequenceClassification.from_pretrained(
+                    model,
+                    dtype=inference_dtype(),
+                    config=config,
+                    output_loading_info=True,
+                    **code,
+                )
         except UserError:
             raise
         except BROKEN as error:

@@ -1,0 +1,171 @@
+"""A guard as ONNX: the same verdicts, of any family, or nothing is written."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from bases import BASES
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from common.conversation import UserError, pair
+from common.data import load_conversations, taxonomy
+from common.fit import fit_classifier
+from guards import add_probe, export, load_guard
+from guards.card import ClassifierCard, Threshold, read_card, write_card
+
+pytestmark = pytest.mark.slow
+CATEGORIES = taxonomy("beavertails")
+FAMILIES = ("bert", "roberta", "modernbert", "deberta", "llama", "qwen3", "gemma3", "gpt2")
+
+
+def make_guard(family, folder, threshold=0.5):
+    """A folder as examples/moderation leaves it, with a head that is drawn at random."""
+    base = BASES[family](folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        id2label=dict(enumerate(CATEGORIES)),
+        label2id={name: i for i, name in enumerate(CATEGORIES)},
+        problem_type="multi_label_classification",
+    )
+    fit_classifier(tokenizer, model)
+    guard = folder / "guard"
+    model.save_pretrained(guard)
+    tokenizer.save_pretrained(guard)
+    card = ClassifierCard(
+        template="beavertails",
+        labels=CATEGORIES,
+        max_length=256,
+        thresholds={"flagged": Threshold(value=threshold, how="default")},
+    )
+    add_probe(guard, card)
+    return str(guard)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return load_conversations("beavertails-sample:validation", max_rows=20)["messages"]
+
+
+@pytest.fixture(scope="module")
+def guard_folder(tmp_path_factory):
+    return make_guard("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def exported(guard_folder, rows):
+    export.export(guard_folder, f"{guard_folder}-onnx", rows)
+    return f"{guard_folder}-onnx"
+
+
+def scores(guard, rows):
+    return np.array([list(verdict.categories.values()) for verdict in guard.judge(rows)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_says_what_torch_says(family, rows, tmp_path):
+    """Alone and in batches, short texts and long ones."""
+    folder = make_guard(family, tmp_path)
+    export.export(folder, str(tmp_path / "onnx"), rows)
+    guard = load_guard(folder, progress=False)
+    expected = scores(guard, rows)
+    assert np.ptp(expected, axis=0).max() > 0.01, "nothing would be seen here"
+    for budget in (1, 4096):
+        found = load_guard(str(tmp_path / "onnx"), progress=False, batch_tokens=budget)
+        np.testing.assert_allclose(scores(found, rows), expected, atol=2e-5)
+    assert found.max_length == guard.max_length
+    assert found.thresholds == guard.thresholds
+
+
+def test_the_folder_is_a_guard_and_names_no_place(exported, guard_folder, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    card = read_card(exported, ClassifierCard)
+    assert card.labels == read_card(guard_folder, ClassifierCard).labels
+    for path in folder.glob("llama*/guard-onnx/*"):
+        assert str(folder).encode() not in path.read_bytes() or path.name == "run.json"
+    page = (folder / exported / "README.md").read_text()
+    assert "| flagged | 0.500 | 20 | 0 |" in page
+    run = json.loads((folder / exported / "run.json").read_text())
+    assert run["parity"][0]["flipped"] == 0
+
+
+def test_long_texts_have_windows_as_with_torch(exported, guard_folder):
+    long = pair("Tell me a story.", "They walked along the river and came to a bridge. " * 60)
+    said = [load_guard(one, progress=False).judge([long])[0] for one in (guard_folder, exported)]
+    assert said[1].response_unsafe == pytest.approx(said[0].response_unsafe, abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def int8(guard_folder, rows):
+    export.export(guard_folder, f"{guard_folder}-int8", rows, int8=True)
+    return f"{guard_folder}-int8"
+
+
+def test_weights_in_8_bits_are_noted_and_near(int8, guard_folder, rows):
+    guard = load_guard(int8, progress=False)
+    assert guard.dtype == "int8"
+    assert read_card(int8).probe.dtype == "int8"
+    expected = scores(load_guard(guard_folder, progress=False), rows)
+    found = scores(guard, rows)
+    np.testing.assert_allclose(found, expected, atol=0.15)
+    assert np.abs(found - expected).max() > 1e-5, "these are the weights of torch"
+
+
+@pytest.fixture
+def on_the_edge(int8, guard_folder, rows, tmp_path):
+    """The guard with a threshold between the two scores of a row, so that 1 verdict of 20 flips."""
+    folder = tmp_path / "guard"
+    shutil.copytree(guard_folder, folder)
+    of_torch = np.array(load_guard(guard_folder, progress=False).moderate(rows))
+    of_int8 = np.array(load_guard(int8, progress=False).moderate(rows))
+    row = np.abs(of_torch - of_int8).argmax()
+    threshold = Threshold(value=(of_torch[row] + of_int8[row]) / 2, how="default")
+    write_card(folder, read_card(folder).model_copy(update={"thresholds": {"flagged": threshold}}))
+    return str(folder)
+
+
+def test_a_verdict_that_flips_leaves_nothing_behind(on_the_edge, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "PRODUCTS", {"8 bits": 4})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="of the verdicts flip, more than 1%; nothing is written"):
+        export.export(on_the_edge, str(tmp_path / "out"), rows, int8=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_where_8_bits_flip_verdicts_products_are_in_float32(on_the_edge, rows, tmp_path):
+    export.export(on_the_edge, str(tmp_path / "out"), rows, int8=True)
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["arguments"]["products"] == "float32"
+    assert run["parity"][0]["flipped"] == 0
+    assert load_guard(str(tmp_path / "out"), progress=False).dtype == "int8"
+
+
+def cli(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, words)])
+    export.main()
+
+
+def test_what_is_refused_before_any_work(guard, guard_folder, tmp_path, monkeypatch):
+    """Adapters on a chat model, the guard's own folder, a folder that holds another guard."""
+    with pytest.raises(UserError, match="expected 'classifier', found 'lora_guard'"):
+        cli(monkeypatch, guard, "--onnx", "--output_dir", tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds guard\.json of an earlier run; pass --overwrite"):
+        cli(monkeypatch, guard_folder, "--onnx", "--output_dir", guard_folder)
+    with pytest.raises(UserError, match="is the guard itself; name another folder"):
+        cli(monkeypatch, guard_folder, "--onnx", "--output_dir", guard_folder, "--overwrite")
+    assert read_card(guard_folder, ClassifierCard)
+
+
+def test_a_graph_that_is_broken_is_refused(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "cut")
+    graph = tmp_path / "cut/model.onnx"
+    graph.write_bytes(graph.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"model\.onnx: cannot be read"):
+        load_guard(str(tmp_path / "cut"))
+    with pytest.raises(UserError, match="is exported; name the folder that was trained"):
+        export.export(exported, str(tmp_path / "again"), [])
