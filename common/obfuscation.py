@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from common.conversation import Messages, UserError
 
 SHARE = 0.5  # of the letters that a function changes, where it does not change all
-HOMOGLYPHS = dict(  # Latin letters, and Cyrillic ones that look the same
-    zip("aceijopsxyABCEHIJKMOPSTXY", "асеіјорѕхуАВСЕНІЈКМОРЅТХУ", strict=True)
-)
+# Latin letters, and Cyrillic ones that look the same
+LATIN = "aceijopsxyABCEHIJKMOPSTXY"
+CYRILLIC = "асеіјорѕхуАВСЕНІЈКМОРЅТХУ"
+HOMOGLYPHS = dict(zip(LATIN, CYRILLIC, strict=True))
 LEET = dict(zip("aeiostAEIOST", "431057431057", strict=True))
 ZERO_WIDTH = "\u200b\u200c\u200d\u2060"  # space, non-joiner, joiner, word joiner
 
@@ -36,7 +37,9 @@ def spaces(text: str, seed: int = 0) -> str:
     for line in text.split("\n"):
         words = []
         for word in line.split(" "):
-            words.append(" ".join(word) if draw.random() < SHARE else word)
+            if draw.random() < SHARE:
+                word = " ".join(word)
+            words.append(word)
         lines.append(" ".join(words))
     return "\n".join(lines)
 
@@ -54,7 +57,8 @@ def zero_width(text: str, seed: int = 0) -> str:
 
 def base64_text(text: str, seed: int = 0) -> str:
     """The whole text in base64, of its UTF-8; nothing is drawn."""
-    return base64.b64encode(text.encode()).decode()
+    encoded = base64.b64encode(text.encode())
+    return encoded.decode()
 
 
 OBFUSCATIONS: dict[str, Callable[[str, int], str]] = {
@@ -92,6 +96,7 @@ def _draw(name: str, text: str, seed: int) -> random.Random:
 def _replace_some(text: str, doubles: dict[str, str], draw: random.Random) -> str:
     out = []
     for letter in text:
-        changes = letter in doubles and draw.random() < SHARE
-        out.append(doubles[letter] if changes else letter)
+        if letter in doubles and draw.random() < SHARE:
+            letter = doubles[letter]
+        out.append(letter)
     return "".join(out)

@@ -61,6 +61,7 @@ OTHER_GUARD = (
     "judges",
     "labels",
     "mode",
+    "policy",
     "problem_type",
     "template",
     "tokenizer",

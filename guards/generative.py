@@ -373,7 +373,8 @@ class GenerativeGuard(Guard):
         prompts = self.encode([case.prompt for case, _, _ in unsafe])
         completions = self.written(prompts, CATEGORY_TOKENS)
         for (_, answer, verdict), completion in zip(unsafe, completions, strict=True):
-            for code in re.findall(known["pattern"], completion.text):
+            written = f"{answer.word}\n{completion.text}"  # the word itself may be a category
+            for code in re.findall(known["pattern"], written):
                 verdict.categories[names.get(code, code)] = answer.probability
         errors = [one.error for one in completions if one.error is not None]
         if errors:
@@ -500,6 +501,9 @@ class GenerativeGuard(Guard):
         for message in self.entry["messages"]:
             if message == "conversation":
                 out += messages
+                continue
+            if message == "last_turns":
+                out += pair(prompt, response)
                 continue
             text = message.get("content") or template_text(message["content_file"])
             text = inline_template(text).render(**seen)

@@ -149,9 +149,10 @@ TEMPLATES = {
     "qwen2": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "mistral_chat": "[INST] " + TASK + "assessment [/INST]",
-    "xguard": "<|im_start|>system\n{% if policy %}{{ policy }}{% endif %}<|im_end|>\n<|im_start|>user\n"
-    + TASK
-    + "<|im_end|>\n{% if not reason_first %}<|im_start|>assistant\n{% endif %}",
+    "xguard": "<|im_start|>user\n{% if policy %}{{ policy | trim }}\n{% endif %}Input Text: "
+    "{% if messages | length == 1 %}{{ messages[0].content | trim }}{% else %}[User Query] "
+    "{{ messages[0].content | trim }}\n\n[LLM Response] {{ messages[1].content | trim }}{% endif %}"
+    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "qwen3_chat": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
     "gemma3_chat": "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"

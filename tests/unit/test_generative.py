@@ -502,9 +502,32 @@ def test_a_policy_in_the_chat_template(tiny):
     entry = zoo()["yufeng-xguard-reason-8b"]
     folder = tiny("yufeng-xguard-reason-0.6b").model.model.name_or_path
     guard = GenerativeGuard(folder, entry, progress=False, policy=RULES)
-    assert f"system\n{RULES}<|im_end|>" in text_of(guard, pair("Why?"))
+    assert f"user\n{RULES}\nInput Text: Why?" in text_of(guard, pair("Why?"))
     with pytest.raises(UserError, match="takes one policy for all"):
         GenerativeGuard(folder, entry, progress=False, policy="system")
+
+
+def test_a_chat_template_that_reads_two_messages(tiny):
+    """YuFeng-XGuard's reads the first two that it gets, so these are the last question and its answer."""
+    guard = tiny("yufeng-xguard-reason-0.6b")
+    before = [{"role": "system", "content": "Be kind."}, *pair("First?", "Second.")]
+    text = text_of(guard, [*before, *pair("Why?", "So.")])
+    assert "Input Text: [User Query] Why?\n\n[LLM Response] So.<|im_end|>" in text
+    assert "Input Text: Why?<|im_end|>" in text_of(guard, [*before, *pair("Why?")])
+    assert guard.sees == "last turns"
+
+
+def test_a_verdict_that_is_a_category(tiny):
+    """YuFeng-XGuard writes the risk itself."""
+    guard = tiny("yufeng-xguard-reason-0.6b", categories=True)
+    names = zoo()["yufeng-xguard-reason-0.6b"]["categories"]["names"]
+    named = 0
+    for verdict in guard.judge(TALKS):
+        if True in verdict.decided.values():
+            (word,) = verdict.native.values()
+            assert names[word] in verdict.categories
+            named += 1
+    assert named
 
 
 def test_turns_before_the_users_first(llama):

@@ -65,7 +65,7 @@ def written(name: str, kind: str) -> list[str]:
         return [of_file(entry["template"], turns)]
     texts = []
     for message in entry["messages"]:
-        if message == "conversation":
+        if isinstance(message, str):  # the turns themselves
             continue
         if "content_file" in message:
             texts.append(of_file(message["content_file"], turns, policy=entry.get("policy")))
@@ -153,7 +153,7 @@ def test_prompt_quotes_the_turns(name, kind):
     """Once each and nowhere else; what only goes into a chat template is quoted by that."""
     texts = written(name, kind)
     quoted = "\n".join(texts)
-    by_chat_template = "conversation" in ZOO[name].get("messages", [])
+    by_chat_template = {"conversation", "last_turns"} & set(map(str, ZOO[name].get("messages", [])))
     for turn, text in TURNS["response"].items():
         times = turn in TURNS[kind] and not by_chat_template
         assert quoted.count(text) == times
@@ -167,7 +167,7 @@ def test_no_prompt_is_left_over():
     used = set()
     for entry in ZOO.values():
         for part in (entry, *entry.get("messages", [])):
-            if part != "conversation":
+            if not isinstance(part, str):
                 used |= {part.get("template"), part.get("content_file")}
     assert {path.stem for path in (GUARDS / "prompts").glob("*.jinja")} <= used
     assert used - {None} <= set(FILES)
