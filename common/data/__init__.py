@@ -37,7 +37,15 @@ from datasets import Dataset
 
 from common.conversation import FEATURES, UserError
 from common.data.files import FILE_TYPES, read_json, read_rows
-from common.data.repeats import deduplicate, grouped_split, near_copies, overlap, prompt_key
+from common.data.repeats import (
+    deduplicate,
+    grouped_split,
+    judged_text,
+    near_copies,
+    near_copies_between,
+    overlap,
+    prompt_key,
+)
 from common.data.rows import (
     EXAMPLE_ROW,
     UNSAFE_LABELS,
@@ -55,8 +63,10 @@ __all__ = [
     "conversation_row",
     "deduplicate",
     "grouped_split",
+    "judged_text",
     "load_conversations",
     "near_copies",
+    "near_copies_between",
     "overlap",
     "parse_spec",
     "plain_columns",

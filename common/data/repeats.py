@@ -5,8 +5,8 @@ overlap.
 import json
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import Dataset
 from datasketch import MinHash, MinHashLSH
@@ -116,14 +116,17 @@ def grouped_split(rows: Dataset, ratio: float, seed: int) -> tuple[Dataset, Data
 
 def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
     """How many rows of `held_out` share their prompt, and their prompt and response, with a row of
-    `train`.
+    `train`, and how many are near-copies of one (see `near_copies_between`).
     """
     pairs = {_pair_key(row) for row in train}
     prompts = {prompt for prompt, _ in pairs}
+    texts = [judged_text(row) for row in held_out]
+    _, copies = near_copies_between(map(judged_text, train), texts)
     counts = {
         "rows": len(held_out),
         "prompt_in_train": 0,
         "pair_in_train": 0,
+        "near_copies_of_train": sum(copies),
     }
     for row in held_out:
         key = _pair_key(row)
@@ -135,6 +138,12 @@ def overlap(train: Dataset, held_out: Dataset) -> dict[str, int]:
     return counts
 
 
+def judged_text(row: Mapping) -> str:
+    """The last prompt of a row and the response to it, of these what there is."""
+    parts = last_turns(row["messages"])
+    return "\n".join(part for part in parts if part is not None)
+
+
 def _pair_key(row: Mapping) -> tuple[str, str | None]:
     _, response = last_turns(row["messages"])
     return prompt_key(row), response
@@ -144,32 +153,84 @@ SHINGLE = 3  # words
 COPY = 0.8  # of the shingles of two texts that both have: from there on they are near-copies
 
 
+class _Copies:
+    """Texts, as sets of shingles, among which near-copies of another are found: MinHash (datasketch)
+    names candidates, and the Jaccard index decides.
+    """
+
+    def __init__(self):
+        self.index = MinHashLSH(threshold=COPY - 0.2, num_perm=128)
+        self.shingles: dict[int, frozenset[str]] = {}
+
+    def sketch(self, some: frozenset[str]) -> MinHash:
+        made = MinHash(num_perm=128)
+        made.update_batch([shingle.encode("utf-8", "replace") for shingle in some])
+        return made
+
+    def add(self, number: int, some: frozenset[str], sketch: MinHash) -> None:
+        self.shingles[number] = some
+        self.index.insert(number, sketch)
+
+    def find(self, some: frozenset[str], sketch: MinHash) -> list[int]:
+        """The numbers of the texts that are near-copies of this one."""
+        found = []
+        for number in self.index.query(sketch):
+            other = self.shingles[number]
+            if len(some & other) >= COPY * len(some | other):
+                found.append(number)
+        return found
+
+
 def near_copies(texts: Sequence[str]) -> list[int]:
     """A group number a text. Texts that differ by a few words, as the uses of one jailbreak
     template do, share it; so do texts that differ in case, spacing or punctuation alone.
-
-    MinHash (datasketch) finds candidates, and the Jaccard index of their word shingles decides.
     """
     shingles = [_shingles(text) for text in texts]
     first_with = {}
     for i, some in enumerate(shingles):
         first_with.setdefault(some, i)
-    index = MinHashLSH(threshold=COPY - 0.2, num_perm=128)
+    copies = _Copies()
     pairs = [(first_with[some], i) for i, some in enumerate(shingles)]
     for some, i in first_with.items():
-        sketch = MinHash(num_perm=128)
-        sketch.update_batch([shingle.encode("utf-8", "replace") for shingle in some])
-        for other in index.query(sketch):
-            both = len(some & shingles[other])
-            either = len(some | shingles[other])
-            if both >= COPY * either:
-                pairs.append((other, i))
-        index.insert(i, sketch)
+        sketch = copies.sketch(some)
+        pairs += [(other, i) for other in copies.find(some, sketch)]
+        copies.add(i, some, sketch)
     rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
     ones = [1] * len(pairs)
     graph = coo_array((ones, (rows, columns)), shape=(len(texts), len(texts)))
     _, groups = connected_components(graph, directed=False)
     return groups.tolist()
+
+
+def near_copies_between(
+    many: Iterable[str],
+    few: Sequence[str],
+) -> tuple[list[bool], list[bool]]:
+    """Of each text of two sets, whether it is a near-copy of one in the other set, or the same.
+
+    The texts of `many` are looked at once and not kept: one that shares too few shingles with all
+    of `few` together, as nearly all do, costs no sketch.
+    """
+    shingles = [_shingles(text) for text in few]
+    places = defaultdict(list)
+    copies = _Copies()
+    for i, some in enumerate(shingles):
+        if some not in places:
+            copies.add(i, some, copies.sketch(some))
+        places[some].append(i)
+    anywhere = frozenset().union(*shingles)
+    of_many = []
+    of_few = [False] * len(few)
+    for text in many:
+        some = _shingles(text)
+        found: list[int] = []
+        if len(some & anywhere) >= COPY * len(some):  # else no Jaccard index can reach COPY
+            found = copies.find(some, copies.sketch(some))
+        of_many.append(bool(found))
+        for first in found:
+            for i in places[shingles[first]]:
+                of_few[i] = True
+    return of_many, of_few
 
 
 def _shingles(text: str) -> frozenset[str]:

@@ -9,7 +9,13 @@ from datasets import Dataset, concatenate_datasets
 
 from common.conversation import UserError
 from common.data import load_conversations
-from common.data.repeats import deduplicate, grouped_split, overlap
+from common.data.repeats import (
+    deduplicate,
+    grouped_split,
+    judged_text,
+    near_copies_between,
+    overlap,
+)
 from common.obfuscation import obfuscated
 
 logger = logging.getLogger(__name__)
@@ -32,7 +38,8 @@ def load_training_rows(
             labels of the last, so that rows which were labelled again replace the old ones.
         validation: a data spec; None holds out prompts of the training rows.
         held_out_share: how many of them; None holds out nothing.
-        one_row_a_pair: repeated pairs become one row, with its labels by majority vote.
+        one_row_a_pair: repeated pairs become one row, with its labels by majority vote, and
+            training rows that are near-copies of validation rows are left out.
         max_train_rows: read only the first so many training rows of each spec.
         checks: of `load_conversations`.
 
@@ -65,11 +72,33 @@ def load_training_rows(
                 raise UserError(f"--eval_split_ratio {held_out_share}: {said}")
     if held_out is None:
         return rows, None, {}
+    left_out = 0
+    if one_row_a_pair:
+        rows, left_out = _without_copies(rows, held_out)
     shared = overlap(rows, held_out)
+    if left_out:
+        shared["left_out_of_train"] = left_out
     if shared["prompt_in_train"]:
         said = "Validation shares prompts with training (%s): its scores flatter the guard."
         logger.warning(said, shared)
     return rows, held_out, shared
+
+
+def _without_copies(rows: Dataset, held_out: Dataset) -> tuple[Dataset, int]:
+    """The training rows that are no near-copies of validation rows, and how many were.
+
+    Raises:
+        UserError: none is left.
+    """
+    texts = [judged_text(row) for row in held_out]
+    are_copies, _ = near_copies_between(map(judged_text, rows), texts)
+    kept = [number for number, is_copy in enumerate(are_copies) if not is_copy]
+    if not kept:
+        raise UserError("--deduplicate: every training row is a near-copy of a validation row")
+    left_out = len(rows) - len(kept)
+    if left_out:
+        logger.info("%d training rows are near-copies of validation rows: left out.", left_out)
+    return rows.select(kept), left_out
 
 
 def augment(

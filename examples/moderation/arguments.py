@@ -49,7 +49,11 @@ class DataArguments(LabelArguments, metrics.OperatingPoint):
     eval_split_ratio: float | None = HfArg(
         default=None, help="Without eval data: share of the train prompts to hold out."
     )
-    deduplicate: bool = HfArg(default=False, help="One row a pair, labels by majority vote.")
+    deduplicate: bool = HfArg(
+        default=False,
+        help="One row a pair, labels by majority vote; near-copies of validation rows are no "
+        "training rows.",
+    )
     bad_rows: str = HfArg(default="error", help="error | skip (counted and reported)")
     max_train_rows: int | None = None
     augment: list[str] = HfArg(

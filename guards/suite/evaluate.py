@@ -125,7 +125,7 @@ class EvaluationArguments(metrics.OperatingPoint, ExportArguments):
     )
     train_data: list[str] = HfArg(
         default_factory=list,
-        help="Data specs; rows whose prompt stands there are marked contaminated.",
+        help="Data specs; rows whose prompt, or nearly whose text, stands there are marked.",
     )
     compare: str | None = HfArg(
         default=None,
@@ -281,12 +281,26 @@ def read_inputs(args: EvaluationArguments) -> Inputs:
     known = [row for part in validation.values() for row in part.rows]
     for spec in args.train_data:
         known += data.load_conversations(spec, bad_rows="skip")
-    prompts = {data.prompt_key(row) for row in known}
     for benchmark in benchmarks:
-        for row in benchmark.rows:
-            as_published = row.get("plain", row)
-            row["contaminated"] = data.prompt_key(as_published) in prompts
+        mark_known(benchmark, known)
     return Inputs(benchmarks, unread, validation)
+
+
+def mark_known(benchmark: Benchmark, known: Sequence[Row]) -> None:
+    """Mark rows whose prompt stands in known ones, `contaminated`, and whose judged text is nearly
+    one of them, `near_copy`. An obfuscated row is marked as the plain one.
+    """
+    rows = [row.get("plain", row) for row in benchmark.rows]
+    prompts = {data.prompt_key(row) for row in known}
+    text_of = data.judged_text
+    if benchmark.label == "prompt_unsafe":
+        text_of = data.prompt_key  # an answer that is known beside the prompt does not count
+    texts = [text_of(row) for row in rows]
+    _, copies = data.near_copies_between(map(text_of, known), texts if known else ())
+    for place, row in enumerate(rows):
+        marks = {"contaminated": data.prompt_key(row) in prompts}
+        marks["near_copy"] = bool(known) and copies[place]
+        benchmark.rows[place].update(marks)
 
 
 def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:

@@ -381,7 +381,7 @@ def _verdicts(
     Raises:
         UserError: not one row could be judged.
     """
-    keys = [digest([candidate.identity, row["id"]]) for row in benchmark.rows]
+    keys = [_key(candidate, row) for row in benchmark.rows]
     row_of = dict(zip(keys, benchmark.rows, strict=True))
 
     def judge(_: int, asked: list[str]) -> Iterator[Row]:
@@ -414,6 +414,16 @@ def _verdicts(
             hint = "none of its ids and hashes is one of these rows"
         raise UserError(f"not one row could be judged: {out[0].error} ({hint})")
     return out
+
+
+def _key(candidate: Candidate, row: Row) -> str:
+    """What a kept verdict depends on. A guard says the same of the same text; a file of predictions
+    may not.
+    """
+    parts = [candidate.identity, row["id"]]
+    if candidate.predicted is not None:
+        parts.append(row.get("own_id"))
+    return digest(parts)
 
 
 def _may_go_away(row: Row) -> bool:

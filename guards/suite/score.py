@@ -23,9 +23,9 @@ from common.keep import Row
 #   unsafe    as unsafe;
 #   excluded  not at all, which looks best for the guard that fails on the hardest rows.
 PARSE_ERRORS = ("wrong", "unsafe", "excluded")
-# How a row is marked: its prompt is known from training, its messages carry the other label too, or
-# came before with the same label.
-MARKS = ("contaminated", "conflicting", "duplicate")
+# How a row is marked: its prompt is known from training, its text is nearly one that is known from
+# there, its messages carry the other label too, or came before with the same label.
+MARKS = ("contaminated", "near_copy", "conflicting", "duplicate")
 COMPARED = ("f1", "recall", "fpr", "f1_at_05", "auprc", "auroc")
 
 OF_DECISION = ("f1", "precision", "recall", "fpr", "accuracy")

@@ -422,7 +422,7 @@ def test_overlap_with_evaluation_sets_is_printed(run, data, tmp_path, caplog):
     )
     with caplog.at_level("INFO"):
         run(tmp_path / "out", "--max_steps", 1, "--overlap_with", seen)
-    overlap = {"rows": 3, "prompt_in_train": 2, "pair_in_train": 1}
+    overlap = {"rows": 3, "prompt_in_train": 2, "pair_in_train": 1, "near_copies_of_train": 1}
     assert read(tmp_path / "out/run.json")["data"]["overlap"] == {str(seen): overlap}
     assert json.dumps(overlap) in caplog.text
 

@@ -1,10 +1,21 @@
 """Repeated pairs, prompt-grouped splits, and what two splits share."""
 
+import json
+import random
+
 import datasets
 import pytest
 
 from common.conversation import FEATURES, LABELS, UserError, pair
-from common.data import deduplicate, grouped_split, overlap, prompt_key, taxonomy
+from common.data import (
+    deduplicate,
+    grouped_split,
+    near_copies_between,
+    overlap,
+    prompt_key,
+    taxonomy,
+)
+from common.data.splits import load_training_rows
 
 A, B, C = taxonomy("beavertails")[:3]
 
@@ -80,4 +91,73 @@ def test_grouped_split_needs_two_prompts():
 def test_overlap_counts_prompts_and_pairs():
     test = dataset(answered("hi "), answered("HI", "Another answer"), answered("Bye"))
     found = overlap(dataset(answered("Hi")), test)
-    assert found == {"rows": 3, "prompt_in_train": 2, "pair_in_train": 1}
+    assert found == {
+        "rows": 3,
+        "prompt_in_train": 2,
+        "pair_in_train": 1,
+        "near_copies_of_train": 1,
+    }
+
+
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+
+
+def test_near_copies_between_two_sets():
+    """The same but for case and signs; a word more at the end; half of it; something else."""
+    train = [LONG.upper() + "!", "quite another text of some length", f"{LONG} and"]
+    test = [LONG, f"{LONG} fifteen", LONG[:30], "something else here", LONG]
+    of_train, of_test = near_copies_between(iter(train), test)
+    assert of_train == [True, False, True]
+    assert of_test == [True, True, False, False, True]
+    assert near_copies_between([], test) == ([], [False] * 5)
+    assert near_copies_between(train, []) == ([False] * 3, [])
+
+
+def test_near_copies_between_are_the_pairs_of_near_copies():
+    """Against every pair of a few hundred texts, compared one by one."""
+    draw = random.Random(0)
+    words = [f"w{number}" for number in range(40)]
+    base = [draw.choices(words, k=draw.randint(3, 30)) for _ in range(60)]
+    texts = []
+    for text in base * 4:
+        changed = list(text)
+        for _ in range(draw.randint(0, 2)):
+            changed[draw.randrange(len(changed))] = "new"
+        texts.append(" ".join(changed))
+    many, few = texts[:150], texts[150:]
+
+    def alike(a, b):
+        shingles = [
+            {tuple(t[i : i + 3]) for i in range(len(t) - 2)} for t in (a.split(), b.split())
+        ]
+        return len(shingles[0] & shingles[1]) >= 0.8 * len(shingles[0] | shingles[1])
+
+    of_many, of_few = near_copies_between(many, few)
+    assert of_many == [any(alike(one, other) for other in few) for one in many]
+    assert of_few == [any(alike(one, other) for one in many) for other in few]
+    assert 0 < sum(of_few) < len(few)
+
+
+def test_deduplicated_training_rows_hold_no_copy_of_validation_rows(tmp_path, caplog):
+    rows = {
+        "train": [f"{LONG} and", "Hi", "Quite another text", "Quite another text"],
+        "validation": [LONG, "Hello"],
+    }
+    paths = {}
+    for name, texts in rows.items():
+        paths[name] = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"prompt": t, "prompt_label": "safe"}) for t in texts]
+        paths[name].write_text("\n".join(lines))
+    files = (str(paths["train"]), str(paths["validation"]))
+    with caplog.at_level("INFO"):
+        train, held_out, shared = load_training_rows(*files, None, 0, one_row_a_pair=True)
+    assert [prompt_key(row) for row in train] == ["hi", "quite another text"]
+    assert len(held_out) == 2
+    assert shared["left_out_of_train"] == 1
+    assert "1 training rows are near-copies of validation rows" in caplog.text
+    plain, _, shared = load_training_rows(*files, None, 0)
+    assert len(plain) == 4
+    assert shared["near_copies_of_train"] == 1
+    alike = str(paths["validation"])
+    with pytest.raises(UserError, match="every training row is a near-copy"):
+        load_training_rows(alike, alike, None, 0, one_row_a_pair=True)

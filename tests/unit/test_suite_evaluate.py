@@ -354,6 +354,23 @@ def test_contaminated_rows(arguments, tmp_path):
     assert cells(results)["expguardtest_prompt"]["without"]["contaminated"]["rows"] == 11
 
 
+def test_near_copies_of_training_rows(arguments, tmp_path):
+    """With and without rows that are nearly training rows, beside those whose prompt is one."""
+    text = "bad cat that sits on the mat and looks out of the window all day"
+    rows = [item(text, True), item(f"{text} long", True), item("nice dog", False)]
+    path = write_rows(tmp_path / "near.jsonl", rows)
+    train = write_rows(
+        tmp_path / "train.jsonl", [{"prompt": text.upper(), "prompt_label": "unsafe"}]
+    )
+    args = arguments(benchmarks=[f"expguardtest_prompt@{path}"], train_data=[str(train)])
+    results = evaluate.evaluate(args, [candidate()])
+    without = cells(results)["expguardtest_prompt"]["without"]
+    assert without["contaminated"]["rows"] == 2
+    assert without["near_copy"]["rows"] == 1
+    assert results["benchmarks"]["expguardtest_prompt"]["near_copy"] == 2
+    assert "| without near_copy | 1 |" in (tmp_path / "out/results.md").read_text()
+
+
 def test_results_of_another_run_join_the_table(arguments, tmp_path):
     evaluate.evaluate(arguments(), [candidate()])
     other = str(tmp_path / "out/results.json")

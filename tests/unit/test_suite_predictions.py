@@ -99,6 +99,17 @@ def test_predictions_in_csv(arguments, own, tmp_path):
     assert predicted(path).identity != made.identity
 
 
+def test_one_text_twice(arguments, tmp_path):
+    """Each of two rows of one text has its own prediction."""
+    rows = write_rows(
+        tmp_path / "twice.jsonl", [row("bad cat", "unsafe", id=name) for name in ("one", "two")]
+    )
+    said = [{"id": "one", "score": 0.9}, {"id": "two", "score": 0.1}]
+    made = predicted(write_rows(tmp_path / "scores.jsonl", said))
+    found = cells(evaluate.evaluate(arguments(benchmarks=[str(rows)]), [made]), "somebody")
+    assert found["twice"]["recall"] == 0.5
+
+
 def test_the_hash_of_a_text():
     """As rrahimi-uci/safety-guard-dynamics has it: of the lower-cased text with single spaces."""
     plain = hashlib.sha256(b"how do i kill a python process?").hexdigest()
