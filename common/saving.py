@@ -31,6 +31,7 @@ from common.conversation import UserError, log_odds
 from common.run import make_readable
 
 QUANTIZED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
+CHECKPOINTED = "CheckpointWrapper"  # torch's, around a layer that FSDP2 computes again
 CARD_FILE = "guard.json"
 PARTIAL = ".partial"
 # what a model's folder holds in the end
@@ -189,18 +190,29 @@ def save_adapter(
     process calls it.
 
     With the tokenizer beside it PEFT knows that embeddings were added. PEFT's own README.md, a form
-    to fill in that names a local path, is left out.
+    to fill in that names a local path, is left out. Where checkpointing by FSDP2 wraps the layers,
+    PEFT finds none of their adapters by name: there it is given the bare model.
 
     Raises:
         UserError: the file does not hold the weights that are in memory.
     """
-    model.save_pretrained(folder, state_dict=dict(state_dict))
+    weights = dict(state_dict)
+    for module in model.modules():
+        if type(module).__name__.endswith(CHECKPOINTED):
+            model = _skeleton(model)
+            break
+    model.save_pretrained(folder, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     written = load_file(folder / "adapter_model.safetensors")
-    for name, tensor in get_peft_model_state_dict(model, state_dict=dict(state_dict)).items():
+    expected = get_peft_model_state_dict(model, state_dict=weights)
+    for name, tensor in expected.items():
         if name not in written or not torch.equal(written[name], tensor.detach().cpu()):
             raise UserError(f"{folder}: {name} is not what was trained; nothing is saved")
+    trained = sum("lora_" in name for name in weights)
+    if sum("lora_" in name for name in written) != trained:
+        what = f"does not hold the {trained} adapters that were trained"
+        raise UserError(f"{folder}: {what}; nothing is saved")
 
 
 def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> PreTrainedModel:
@@ -215,12 +227,7 @@ def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> Pr
     """
     unset_hf_deepspeed_config()  # the merge is done by this process alone
     base = model.get_base_model()
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    kind = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
-    with torch.device("meta"):
-        skeleton = get_peft_model(kind(config), copy.deepcopy(model.peft_config["default"]))
+    skeleton = _skeleton(model)
     weights = _dequantized(model, state_dict)
     for name, tensor in weights.items():  # the merge changes them
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -230,6 +237,21 @@ def merged_model(model: PeftModel, state_dict: Mapping[str, torch.Tensor]) -> Pr
     merged = skeleton.merge_and_unload()
     merged.generation_config = getattr(base, "generation_config", None)
     return merged
+
+
+def _skeleton(model: PeftModel) -> PeftModel:
+    """The same modules without weights, and without what training wraps around them."""
+    base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = next(kind for kind in type(base).__mro__ if not issubclass(kind, FSDPModule))
+    adapters = copy.deepcopy(model.peft_config["default"])
+    named = adapters.base_model_name_or_path
+    with torch.device("meta"):
+        skeleton = get_peft_model(kind(config), adapters)
+    skeleton.peft_config["default"].base_model_name_or_path = named
+    return skeleton
 
 
 def _dequantized(model, state_dict) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import patch_environment
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -89,6 +90,10 @@ class RecipeTrainingArguments(TrainingArguments):
         elif self.fsdp:
             self._modern_fsdp()
         super().__post_init__()
+        if self.fsdp_plugin_args and self.bf16:
+            # accelerate's own adds up gradients in bf16, over processes and accumulated batches
+            precision = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+            self.fsdp_plugin_args["mixed_precision_policy"] = precision
 
     def _leave_out_what_a_cpu_cannot_do(self) -> None:
         if self.bf16 or self.fp16 or self.tf32:
@@ -188,6 +193,7 @@ class LengthGroupedTrainer(Trainer):
                 weights of the loss.
         """
         super().__init__(*args, **kwargs)
+        refuse_unknown_layers(self.args, self.model)
         self.own_settings = settings or {}
         self.run_settings: dict[str, Any] = {}
         self.save_total_limit = self.args.save_total_limit
@@ -257,6 +263,17 @@ class LengthGroupedTrainer(Trainer):
         surplus = max(0, len(whole) - self.save_total_limit)
         for path in old[:surplus]:
             remove_checkpoint(path)
+
+
+def refuse_unknown_layers(args: TrainingArguments, model: torch.nn.Module) -> None:
+    """Raise UserError where FSDP is told to split a model by layers that it does not have."""
+    asked = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    there = {type(module).__name__ for module in model.modules()}
+    for name in asked if args.fsdp else ():
+        if name not in there:
+            own = sorted(one for one in there if one.endswith(("Layer", "Block")))
+            flag = f"--fsdp_transformer_layer_cls_to_wrap {name}"
+            raise UserError(f"{flag}: the model has no such layers; it has {', '.join(own)}")
 
 
 # --- the loss on an answer's tokens ---------------------------------------------------------------
@@ -455,6 +472,9 @@ def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
         raise UserError(
             "one process would share its GPUs by DataParallel: launch with torchrun or accelerate"
         )
+    if args.fsdp and "LOCAL_RANK" not in os.environ:
+        hint = 'launch with torchrun --nproc_per_node=1, or pass --fsdp ""'
+        raise UserError(f"--fsdp splits a model over launched processes, and this is none: {hint}")
     wish = str(args.resume_from_checkpoint or "false")
     whole = checkpoints(args.output_dir)
     if wish.lower() == "false":

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from common import run as runtime
 from common.conversation import UserError
-from common.training import RecipeTrainingArguments, checkpoint_to_resume
+from common.training import RecipeTrainingArguments, checkpoint_to_resume, refuse_unknown_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 on_cpu = pytest.mark.skipif(
@@ -362,6 +364,39 @@ def test_the_words_of_fsdp(training, monkeypatch, words, expected):
     assert args.fsdp_plugin_args.items() >= expected.items()
     assert args.fsdp is True
     assert not args.gradient_checkpointing
+
+
+def test_fsdp_adds_up_gradients_in_float32(training, monkeypatch):
+    """accelerate's own policy for bf16 reduces them in bf16."""
+    monkeypatch.setattr("common.training.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    policy = training(fsdp="full_shard", bf16=True).fsdp_plugin_args["mixed_precision_policy"]
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+    plugin.set_mixed_precision("bf16")  # as accelerate's state does for --bf16
+    assert plugin.mixed_precision_policy is policy
+    assert "mixed_precision_policy" not in training(fsdp="full_shard").fsdp_plugin_args
+
+
+def test_fsdp_without_a_launcher_is_refused(training, monkeypatch):
+    monkeypatch.setattr("common.training.device", lambda: torch.device("cuda"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="torchrun --nproc_per_node=1, or pass --fsdp"):
+        checkpoint_to_resume(training(fsdp="full_shard"))
+
+
+def test_layers_that_a_model_does_not_have_are_refused(training, monkeypatch, tiny_base):
+    """paper.yaml names those of LLaMA; with another base accelerate failed after the rows were
+    tokenized.
+    """
+    monkeypatch.setattr("common.training.device", lambda: torch.device("cuda"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    fits = training(fsdp="full_shard", fsdp_transformer_layer_cls_to_wrap="LlamaDecoderLayer")
+    refuse_unknown_layers(fits, model)
+    refuse_unknown_layers(training(fsdp="full_shard"), model)
+    other = training(fsdp="full_shard", fsdp_transformer_layer_cls_to_wrap="Qwen2DecoderLayer")
+    with pytest.raises(UserError, match=r"Qwen2DecoderLayer: .* it has LlamaDecoderLayer"):
+        refuse_unknown_layers(other, model)
 
 
 def test_an_unknown_word_of_fsdp_is_refused(training, monkeypatch):
