@@ -58,6 +58,18 @@ def test_a_card_comes_back_as_it_was(tmp_path, kind):
     assert CARDS[kind].items() <= written.items()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"input": "chat"}, "field input: "),
+        ({"descriptions": {"litter": "on streets"}}, "field descriptions: 'litter' is none of"),
+    ],
+    ids=["input", "descriptions"],
+)
+def test_what_a_classifier_judges_and_describes(tmp_path, change, said):
+    assert refusal(tmp_path, CLASSIFIER | change).startswith(f"{tmp_path}/guard.json, {said}")
+
+
 WRONG = [1, 7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None]
 
 

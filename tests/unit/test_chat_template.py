@@ -87,6 +87,27 @@ def test_what_the_guard_does_not_judge_is_refused(own, messages):
         seen(own, messages)
 
 
+PARTS = {  # what is judged: conversations, and those that are refused
+    "prompt": ([pair("Why?"), [*pair("Hi", "Ho"), *pair("Why?")]], [pair("Why?", "So.")]),
+    "response": ([pair(None, "So."), pair("Why?", "So.")], [pair("Why?")]),
+}
+
+
+@pytest.mark.parametrize("judge", PARTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_or_a_response_alone_is_seen_as_it_was_trained(kind, judge):
+    tokenizer = KINDS[kind]()
+    template = f"beavertails_{judge}"
+    tokenizer.chat_template = chat_template_of(template, tokenizer, judge)
+    judged, refused = PARTS[judge]
+    for messages in judged:
+        (ids,) = encode(tokenizer, [render(template, messages, tokenizer)])
+        assert seen(tokenizer, messages) == ids
+    for messages in refused:
+        with pytest.raises(TemplateError):
+            seen(tokenizer, messages)
+
+
 def test_a_tokenizer_that_no_text_serves_gets_none(make_tokenizer):
     """What it puts around a text is a plain word to it when it is written: nothing is claimed."""
     backend = make_tokenizer("wordpiece").backend_tokenizer
