@@ -55,10 +55,10 @@ def main() -> None:
         wanted = f"--rounds of 2 or more, --pairs of 1 or more, --rows of {BATCH} or more"
         parser.error(f"expected {wanted}")
     set_seed(SEED)
-    (recipe,) = recipe_modules("moderation", "train")
+    recipe, rows = recipe_modules("moderation", "train", "rows")
     model_args = recipe.ModelArguments(args.model, num_hidden_layers=args.num_hidden_layers)
     labels = data.taxonomy("beavertails")
-    task = recipe.Task("pair", dict.fromkeys(labels, ""))
+    task = rows.Task("pair", dict.fromkeys(labels, ""))
     model, tokenizer, _ = recipe.load_model(model_args, labels)
     train = data.load_conversations(
         "beavertails-sample:train",
@@ -74,7 +74,7 @@ def main() -> None:
     for name, pairs in judged.items():
         results[f"judging, {name}"] = judging(guard, pairs, args.rounds)
     del guard
-    encoded = recipe.encode_rows(train, task, tokenizer, MAX_LENGTH)
+    encoded = rows.encode_rows(train, task, tokenizer, MAX_LENGTH)
     encoded = encoded.sort("length")
     encoded = encoded.select_columns(["input_ids", "labels"])
     loss = recipe.multilabel_loss(1.0, 0.0)

@@ -3,14 +3,13 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from arguments import DataArguments, ModelArguments
-from datasets import Dataset
+from rows import Task
 from transformers import EvalPrediction
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PredictionOutput
@@ -20,8 +19,8 @@ from common.conversation import pair, parts_of
 from common.data.specs import about_data, in_one_name, specs_of_name
 from common.data.tables import taxonomy
 from common.fit import pooling
-from common.keep import fingerprint, rows_digest
-from common.labels import LABEL_OF, UNSAFE, flagged
+from common.keep import fingerprint
+from common.labels import UNSAFE, flagged
 from common.model_card import Measured, write_model_card
 from common.run import is_main_process, manifest, write_json
 from common.saving import (
@@ -36,58 +35,13 @@ from common.templates import render
 from common.templates.chat import chat_template_of
 from common.training import (
     LengthGroupedTrainer,
-    RecipeTrainingArguments,
     refuse_diverged_scores,
-    useful_token_share,
 )
 from guards import add_probe
 from guards.card import ClassifierCard, Threshold, local_sha256
 
 logger = logging.getLogger("moderation")
 ENOUGH = 10  # unsafe validation rows of a category, to fit a threshold for it
-TEMPLATES = {  # the text that is trained: common/templates/beavertails.jinja and so on
-    "pair": "beavertails",
-    "prompt": "beavertails_prompt",
-    "response": "beavertails_response",
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a guard judges (pair, prompt or response), and what its outputs mean: names with
-    descriptions, in their order.
-    """
-
-    judge: str
-    labels: dict[str, str]
-
-    @property
-    def template(self) -> str:
-        return TEMPLATES[self.judge]
-
-
-def describe(
-    rows: Dataset,
-    encoded: Dataset,
-    task: Task,
-    max_length: int,
-    args: RecipeTrainingArguments,
-    shared: dict[str, int],
-) -> dict[str, Any]:
-    """What guard.json and run.json say of the training rows."""
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    share = useful_token_share(lengths, args.train_batch_size, args.seed)
-    counts = (np.array(encoded["labels"]) == 1).sum(0)
-    positive = dict(zip(task.labels, counts.tolist(), strict=True))
-    facts = {
-        "train_rows": len(rows),
-        "train_unsafe": sum(rows[LABEL_OF[task.judge]]),
-        "train_positive": positive,
-        "train_sha256": rows_digest(rows),
-        "truncated": sum(length > max_length for length in encoded["length"]),
-        "useful_token_share": round(share, 3),
-    }
-    return facts | {"validation": shared} if shared else facts
 
 
 def run_settings(model_args: ModelArguments, data_args: DataArguments, task: Task) -> dict:
@@ -130,11 +84,40 @@ def save_guard(
     trained = []
     for row, scores in zip(compared, sigmoid(outputs).tolist(), strict=True):
         trained.append((row["messages"], dict(zip(task.labels, scores, strict=True))))
+    scores = {}
+    if validation is not None:
+        scores = scores_by_label(validation, list(task.labels))
+    card = describe_guard(trainer, model_args, data_args, task, validation, facts)
+    args = trainer.args
+    with whole_folder(args.output_dir) as folder:
+        write_weights(trainer, state_dict, model_args, task, folder)
+        arguments = [model_args, data_args, args]
+        found = {"data": facts, "train": train_metrics, "validation": scores}
+        run = manifest(arguments, seed=args.seed, **found)
+        write_json(folder / "run.json", run | {"log": trainer.state.log_history})
+        write_readme(folder, card, scores, trainer.processing_class)
+        if model_args.use_peft:
+            write_adapter_readme(folder / "adapter", card)
+        unset_hf_deepspeed_config()  # the guard is loaded by this process alone
+        options = {"trust_remote_code": model_args.trust_remote_code, "long_inputs": "truncate"}
+        add_probe(folder, card, trained, **options)
+    said = "Saved the guard to %s; it says there what the model in memory says"
+    logger.info(said, args.output_dir)
+
+
+def describe_guard(
+    trainer: LengthGroupedTrainer,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    task: Task,
+    validation: PredictionOutput | None,
+    facts: dict[str, Any],
+) -> ClassifierCard:
+    """guard.json, without a probe."""
     names = list(task.labels)
-    scores = {} if validation is None else scores_by_label(validation, names)
-    thresholds = fit_thresholds(validation, data_args, names)
     described = {name: said for name, said in task.labels.items() if said}
-    card = ClassifierCard(
+    thresholds = fit_thresholds(validation, data_args, names)
+    return ClassifierCard(
         template=task.template,
         labels=names,
         descriptions=described or None,
@@ -152,21 +135,6 @@ def save_guard(
             **facts,
         },
     )
-    args = trainer.args
-    with whole_folder(args.output_dir) as folder:
-        write_weights(trainer, state_dict, model_args, task, folder)
-        arguments = [model_args, data_args, args]
-        found = {"data": facts, "train": train_metrics, "validation": scores}
-        run = manifest(arguments, seed=args.seed, **found)
-        write_json(folder / "run.json", run | {"log": trainer.state.log_history})
-        write_readme(folder, card, scores, trainer.processing_class)
-        if model_args.use_peft:
-            write_adapter_readme(folder / "adapter", card)
-        unset_hf_deepspeed_config()  # the guard is loaded by this process alone
-        options = {"trust_remote_code": model_args.trust_remote_code, "long_inputs": "truncate"}
-        add_probe(folder, card, trained, **options)
-    said = "Saved the guard to %s; it says there what the model in memory says"
-    logger.info(said, args.output_dir)
 
 
 def write_weights(

@@ -24,14 +24,9 @@ from pathlib import Path
 import torch
 from arguments import DataArguments, ModelArguments, check_arguments
 from datasets import Dataset
-from guard_folder import (
-    Task,
-    compute_metrics,
-    describe,
-    run_settings,
-    save_guard,
-)
+from guard_folder import compute_metrics, run_settings, save_guard
 from peft import PeftModel
+from rows import describe, encode_rows, load_rows
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -43,21 +38,12 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import ModelConfig
 
-from common import templates
 from common.bundled import resolve_model
 from common.conversation import UserError
-from common.data.splits import augment, load_training_rows
+from common.data.splits import augment
 from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save
 from common.head_start import fit_head
-from common.labels import (
-    LABEL_OF,
-    asked_categories,
-    flagged,
-    judged_rows,
-    masked_bce,
-    settle_labels,
-    targets,
-)
+from common.labels import flagged, masked_bce
 from common.run import parse_args, run_cli, usable_attention
 from common.saving import predictions, refuse_to_overwrite, spread
 from common.training import (
@@ -125,61 +111,6 @@ def main() -> None:
     outputs = predictions(trainer, encode(Dataset.from_list(compared)))
     found = {"validation": validation, "facts": facts, "train_metrics": result.metrics}
     save_guard(trainer, model_args, data_args, task, **found, compared=compared, outputs=outputs)
-
-
-# --- the rows -------------------------------------------------------------------------------------
-
-
-def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, dict, Task]:
-    """Rows to train on, rows to validate on, how many of these share what is trained on, and what
-    the guard shall judge.
-    """
-    asked = asked_categories(args.categories)
-    label = LABEL_OF[args.judge]
-    train, validation, shared = load_training_rows(
-        args.train_data_name_or_path,
-        args.eval_data_name_or_path,
-        args.eval_split_ratio,
-        seed,
-        one_row_a_pair=args.deduplicate,
-        max_train_rows=args.max_train_rows,
-        categories=None if asked is None else list(asked),
-        require=(label,),
-        bad_rows=args.bad_rows,
-    )
-    train = judged_rows(train, args.judge)
-    if validation is not None:
-        validation = judged_rows(validation, args.judge)
-    labels = settle_labels(args.categories, train[label], train["categories"])
-    return train, validation, shared, Task(args.judge, labels)
-
-
-def encode_rows(
-    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Dataset:
-    """Token ids and targets of each row (see `common.labels.targets`), and its `length` before it
-    was cut.
-    """
-    control = templates.control_ids(tokenizer)
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        texts = [templates.render(task.template, one, tokenizer) for one in batch["messages"]]
-        ids = templates.encode(tokenizer, texts)
-        unsafe = batch[LABEL_OF[task.judge]]
-        return {
-            "input_ids": [templates.cut(one, max_length, control) for one in ids],
-            "labels": targets(list(task.labels), unsafe, batch["categories"]),
-            "length": [len(one) for one in ids],
-        }
-
-    # in memory: a cache file per run would fill the disk of everyone who tries a few things
-    options = {"batched": True, "keep_in_memory": True, "desc": "tokenizing"}
-    encoded = rows.map(encode, remove_columns=rows.column_names, **options)
-    longer = sum(length > max_length for length in encoded["length"])
-    if longer:
-        said = "Cut %d of %d rows to %d tokens (the end of the text; EOS kept)."
-        logger.warning(said, longer, len(rows), max_length)
-    return encoded
 
 
 # --- the model ------------------------------------------------------------------------------------
