@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +31,12 @@ from transformers.utils import ModelOutput
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from common.conversation import UserError
+from common.hub import check_push
 from common.keep import rows_digest
 from common.run import Stopped, check_output_folder, device, is_main_process, write_json
 
 logger = logging.getLogger(__name__)
+TRACKERS = ("tensorboard", "trackio", "wandb")  # each an extra of that name
 DEAD = "Flag of the paper's command that today's transformers has dropped; mapped to "
 
 
@@ -55,7 +58,16 @@ class RecipeTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "group_by_length | random | sequential"}
     )
-    report_to: str = field(default="none", metadata={"help": "none | tensorboard | wandb | all"})
+    report_to: str = field(
+        default="none", metadata={"help": "none | tensorboard | wandb | trackio"}
+    )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Push the finished folder once; --hub_model_id, --hub_private_repo."},
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "end: nothing that is half-made is pushed."}
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Start over although output_dir holds checkpoints or a finished model."},
@@ -72,6 +84,9 @@ class RecipeTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_trackers(self.report_to)
+        self.push_when_finished = self.push_to_hub  # by `common.hub`, and not by transformers
+        self.push_to_hub = False
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
             _say_gone("evaluation_strategy", f"--eval_strategy {self.eval_strategy}")
@@ -150,6 +165,17 @@ class RecipeTrainingArguments(TrainingArguments):
             self.fsdp = True
         self.fsdp_config = config
         _say_gone("fsdp …", f"FSDP2, {config}")
+
+
+def check_trackers(names: str | Sequence[str] | None) -> None:
+    """Refuse a tracker of --report_to that is not installed, in one line.
+
+    Raises:
+        UserError: names the extra that brings it.
+    """
+    for name in [names] if isinstance(names, str) else names or []:
+        if name in TRACKERS and find_spec(name) is None:
+            raise UserError(f"--report_to {name}: pip install {name} (the extra [{name}])")
 
 
 def _say_gone(flag: str, now: str) -> None:
@@ -468,6 +494,8 @@ def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
             GPUs.
     """
     check_output_folder(args.output_dir)
+    if args.push_when_finished:
+        check_push(args)
     if args.n_gpu > 1:
         raise UserError(
             "one process would share its GPUs by DataParallel: launch with torchrun or accelerate"

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from trl import SFTConfig
@@ -44,6 +43,9 @@ class TrainArguments:
         warmup_steps: steps, or below 1 a share of them.
         save_steps: a checkpoint at every so many steps.
         deepspeed: a DeepSpeed config, such as ../../launch/zero3.json.
+        report_to: none, tensorboard, wandb or trackio; wandb_project means wandb.
+        push_to_hub: push the finished adapter once; hub_model_id: the output folder's name if it
+            is not given; hub_private_repo: False shows it to everyone.
     """
 
     base_model: str
@@ -78,6 +80,10 @@ class TrainArguments:
     save_steps: int = 25
     gradient_checkpointing: bool = False
     deepspeed: str | None = None
+    report_to: str = "none"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = True
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     seed: int = 42
@@ -162,7 +168,10 @@ def training_arguments(args: TrainArguments, accumulated: int) -> DefenceConfig:
             load_best_model_at_end=validated,
             logging_steps=10,
             include_num_input_tokens_seen="all",
-            report_to="wandb" if args.wandb_project else "none",
+            report_to="wandb" if args.wandb_project else args.report_to,
+            push_to_hub=args.push_to_hub,
+            hub_model_id=args.hub_model_id,
+            hub_private_repo=args.hub_private_repo,
             run_name=args.wandb_run_name,
             ddp_find_unused_parameters=False,
             seed=args.seed,
@@ -179,8 +188,6 @@ def use_wandb(args: TrainArguments) -> None:
                 "--wandb_run_name, --wandb_watch, --wandb_log_model: need --wandb_project"
             )
         return
-    if find_spec("wandb") is None:
-        raise UserError("--wandb_project: pip install wandb")
     names = {
         "WANDB_PROJECT": args.wandb_project,
         "WANDB_WATCH": args.wandb_watch,

@@ -41,6 +41,7 @@ from common.bundled import resolve_model
 from common.conversation import UserError
 from common.engines import quantization_config
 from common.fit import check_ids, check_length, fit_causal_lm
+from common.hub import push_finished
 from common.keep import fingerprint
 from common.model_card import write_model_card
 from common.run import inference_dtype, is_main_process, manifest, write_json
@@ -110,6 +111,7 @@ def train(**flags: Any) -> None:
             save_adapter(trained, state_dict, tokenizer, folder)
             describe(args, template, facts, result.metrics, trainer, folder)
         logger.info("Saved the adapter to %s", args.output_dir)
+    push_finished(training, last="adapter_config.json")
 
 
 def load_model(args: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -168,8 +168,6 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
             )
         self.eval_packing = False
         if self.wandb_mode != "disabled":
-            if find_spec("wandb") is None:
-                raise UserError(f"--wandb_mode {self.wandb_mode}: pip install wandb")
             os.environ["WANDB_MODE"], self.report_to = self.wandb_mode, "wandb"
         if self.max_length is None or self.max_length < 1 or (self.stop_after_epoch or 1) < 1:
             raise UserError("--max_seq_len, --stop_after_epoch: expected 1 or more")

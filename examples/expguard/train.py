@@ -41,6 +41,7 @@ from common import report
 from common.conversation import UserError
 from common.data.specs import about_data
 from common.fit import check_ids, check_length, fit_causal_lm
+from common.hub import push_finished
 from common.keep import fingerprint
 from common.model_card import Measured, write_model_card
 from common.prefix import shared_prefix_collator
@@ -120,6 +121,7 @@ def main() -> None:
         compared = encoder.compared(rows if held_out is None else held_out)
         arguments = (model_args, data_args, args)
         save_guard(trainer, compared, validation, facts, result.metrics, arguments)
+        push_finished(args)
 
 
 # --- Trainer ------------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ class TrainingConfig(Section):
     learning_rate: PositiveFloat = 1e-5
     epochs: PositiveFloat = 3.0
     logging_steps: PositiveInt = 10
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     save_steps: PositiveInt = 100
     save_total_limit: PositiveInt = 3
     weight_decay: NonNegativeFloat = 0.01

@@ -79,6 +79,7 @@ NO_MATTER = {  # settings that the result does not depend on
         "training.seeds",
         "training.headline",
         "training.logging_steps",
+        "training.report_to",
         "training.save_steps",
         "training.save_total_limit",
     },

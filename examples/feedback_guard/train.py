@@ -607,6 +607,7 @@ def arm_arguments(arm: Arm, seed: int, steps: int, config: Config) -> ArmArgumen
         warmup_steps=first_given(warmups),
         weight_decay=values.weight_decay,
         logging_steps=values.logging_steps,
+        report_to=values.report_to,
         save_steps=values.save_steps,
         save_total_limit=values.save_total_limit,
         gradient_checkpointing=config.llama_guard.load_in_4bit,

@@ -79,6 +79,10 @@ class GuardArguments(metrics.OperatingPoint):
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or a checkpoint folder")
     overwrite_output_dir: bool = HfArg(default=False, help="Replace an earlier run.")
+    report_to: str = HfArg(default="none", help="none | tensorboard | wandb | trackio")
+    push_to_hub: bool = HfArg(default=False, help="Push the best epoch's folder once, at the end.")
+    hub_model_id: str | None = HfArg(default=None, help="Default: the output folder's name.")
+    hub_private_repo: bool = HfArg(default=True, help="Private; false: everyone sees it.")
 
     def validation_name(self) -> str | None:
         """What the validation rows are, in words; None where there are none."""
@@ -152,6 +156,10 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
             logging_nan_inf_filter=False,  # a loss that is no number must be seen
             ddp_find_unused_parameters=False,
             logging_steps=args.logging_steps,
+            report_to=args.report_to,
+            push_to_hub=args.push_to_hub,
+            hub_model_id=args.hub_model_id,
+            hub_private_repo=args.hub_private_repo,
             seed=args.seed,
         )
     except (ValueError, TypeError) as error:  # such as an unknown schedule

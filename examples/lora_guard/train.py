@@ -41,6 +41,7 @@ from common.data.specs import in_one_name
 from common.data.splits import augment, load_training_rows
 from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
+from common.hub import push_finished
 from common.keep import fingerprint, rows_digest
 from common.run import inference_dtype, parse_args, run_cli, usable_attention
 from common.saving import refuse_to_overwrite, spread
@@ -114,6 +115,7 @@ def main() -> None:
     # --- 5. Save: the best epoch's adapter folder, compared with the model in memory --------------
     compared = judged_inputs(spread(eval_rows or train_rows), args.guard_inputs)
     folder.finish(trainer, test_set, compared, result.metrics)
+    push_finished(training, folder.folder / "best")
 
 
 def load_rows(args: GuardArguments) -> tuple[Dataset, Dataset | None, Dataset | None]:

@@ -43,6 +43,7 @@ from common.conversation import UserError
 from common.data.splits import augment
 from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save
 from common.head_start import fit_head
+from common.hub import push_finished
 from common.labels import flagged, masked_bce
 from common.run import parse_args, run_cli, usable_attention
 from common.saving import predictions, refuse_to_overwrite, spread
@@ -111,6 +112,7 @@ def main() -> None:
     outputs = predictions(trainer, encode(Dataset.from_list(compared)))
     found = {"validation": validation, "facts": facts, "train_metrics": result.metrics}
     save_guard(trainer, model_args, data_args, task, **found, compared=compared, outputs=outputs)
+    push_finished(args)
 
 
 # --- the model ------------------------------------------------------------------------------------

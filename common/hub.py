@@ -1,0 +1,103 @@
+"""The finished folder of a run on the hub: pushed once, when it is whole, and private by default.
+
+transformers' own `--push_to_hub` pushes the output folder at every save, half-made and with the
+optimizer. Here the flag means the folder that the saver has written, loaded again and compared.
+"""
+
+import logging
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from common.conversation import UserError
+from common.run import is_main_process
+from common.saving import CARD_FILE, OF_A_GUARD, is_unfinished
+
+logger = logging.getLogger(__name__)
+# run.json names files and folders of this machine
+PUSHED = [name for name in OF_A_GUARD if name not in ("adapter", "run.json")] + ["adapter/*"]
+
+
+def check_push(args: TrainingArguments) -> None:
+    """Refuse a push that would fail, or show the guard to everyone, before any work.
+
+    Raises:
+        UserError: nobody is logged in, the hub does not answer, its repository is public, or a
+            flag asks for what is half-made.
+    """
+    if args.hub_strategy != HubStrategy.END or args.hub_always_push:
+        asked = f"--hub_strategy {args.hub_strategy.value}"
+        if args.hub_always_push:
+            asked = "--hub_always_push"
+        raise UserError(f"{asked}: what is half-made is not pushed; drop the flag")
+    if not is_main_process():
+        return
+    try:
+        name = repository(args)
+        public = not HfApi(token=args.hub_token).model_info(name).private
+    except RepositoryNotFoundError:
+        return
+    except Exception as error:  # the hub's errors, and those of the network, share no base class
+        raise UserError(f"--push_to_hub: {said(error)}; log in with `hf auth login`") from None
+    if public and args.hub_private_repo is not False:
+        hint = "name another (--hub_model_id), or pass --hub_private_repo false"
+        raise UserError(f"--push_to_hub: {name} is there and public; {hint}")
+
+
+def repository(args: TrainingArguments) -> str:
+    """The full name of the model on the hub: --hub_model_id, or the output folder's name."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    if "/" in name:
+        return name
+    user = HfApi(token=args.hub_token).whoami()["name"]
+    return f"{user}/{name}"
+
+
+def push_finished(
+    args: TrainingArguments, folder: Path | str | None = None, last: str = CARD_FILE
+) -> None:
+    """Push the finished folder in one commit, where --push_to_hub asks for it. One process pushes.
+
+    Files of a guard that an earlier push has left there, and that are no longer in the folder, go
+    in the same commit. Checkpoints, logs and results are not pushed.
+
+    Args:
+        folder: None is the output folder.
+        last: the file that says that it is whole.
+
+    Raises:
+        UserError: the folder is not whole, or the hub refuses it; the folder stays as it is.
+    """
+    if not args.push_when_finished or not is_main_process():
+        return
+    folder = Path(folder or args.output_dir)
+    if is_unfinished(folder, last) or not (folder / last).is_file():
+        raise UserError(f"--push_to_hub: {folder} is not finished ({last} is missing)")
+    api = HfApi(token=args.hub_token)
+    private = args.hub_private_repo is not False
+    try:
+        name = repository(args)
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            revision=args.hub_revision,
+            allow_patterns=PUSHED,
+            delete_patterns=PUSHED,
+            commit_message="A guard of Guardrail Recipes",
+        )
+    except Exception as error:  # as in `check_push`
+        again = f"hf upload REPOSITORY {folder}"
+        raise UserError(
+            f"--push_to_hub: {said(error)}; the guard is whole in {folder}: {again}"
+        ) from None
+    logger.info("Pushed %s to %s (%s)", folder, name, commit.oid[:8])
+
+
+def said(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")
