@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import TrlParser
 
 from common.conversation import UserError
@@ -243,8 +243,12 @@ def inference_dtype() -> torch.dtype:
 def usable_attention(name: str | None) -> str | None:
     """The attention that `--attn_implementation` asks for; sdpa, and said, where FlashAttention is
     not installed.
+
+    On a GPU the package `kernels` has it, too: a name with "/" is its repository on the hub.
     """
     if name is None or "flash" not in name or is_flash_attn_2_available():
+        return name
+    if "/" in name and device().type == "cuda" and is_kernels_available():
         return name
     logger.info("--attn_implementation %s: not here; using sdpa.", name)
     return "sdpa"

@@ -27,13 +27,20 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_torch_tf32_available
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from common.conversation import UserError
 from common.hub import check_push
 from common.keep import rows_digest
-from common.run import Stopped, check_output_folder, device, is_main_process, write_json
+from common.run import (
+    Stopped,
+    check_output_folder,
+    device,
+    inference_dtype,
+    is_main_process,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "trackio", "wandb")  # each an extra of that name
@@ -102,8 +109,10 @@ class RecipeTrainingArguments(TrainingArguments):
         if device().type == "cpu":
             self._leave_out_what_a_cpu_cannot_do()
             self._join_cpu_processes()
-        elif self.fsdp:
-            self._modern_fsdp()
+        else:
+            self._leave_out_what_this_gpu_cannot_do()
+            if self.fsdp:
+                self._modern_fsdp()
         super().__post_init__()
         if self.fsdp_plugin_args and self.bf16:
             # accelerate's own adds up gradients in bf16, over processes and accumulated batches
@@ -129,6 +138,15 @@ class RecipeTrainingArguments(TrainingArguments):
         self.fsdp = None
         self.fsdp_config = None
         self.fsdp_transformer_layer_cls_to_wrap = None
+
+    def _leave_out_what_this_gpu_cannot_do(self) -> None:
+        """A GPU before Ampere emulates bf16, slower than it computes in float32, and has no tf32."""
+        if self.bf16 and inference_dtype() != torch.bfloat16:
+            logger.info("This GPU emulates bf16: training in float32; --fp16 is faster here.")
+            self.bf16 = False
+        if self.tf32 and not is_torch_tf32_available():
+            logger.info("This GPU has no tf32: it is off.")
+            self.tf32 = None
 
     def _join_cpu_processes(self) -> None:
         """One gloo group of the launched processes: without it each would train alone, and say

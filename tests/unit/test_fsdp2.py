@@ -10,9 +10,23 @@ from pathlib import Path
 import pytest
 import scripts
 import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-pytestmark = pytest.mark.slow
+DECODERS = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "phi3",
+    "smollm3",
+    "olmo2",
+]
+ENCODERS = ["modernbert", "bert", "roberta", "xlm-roberta"]
 
 SCRIPT = """
 import copy, json, sys, torch
@@ -108,6 +122,7 @@ def sharded(kind: str, tokenizer: Path, folder: Path) -> dict:
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model"), [("lora", "base_model.model.model"), ("tied", "model")])
 def test_gradients_of_accumulated_batches_equal_one_process(kind, model, tiny_base, tmp_path):
     """With checkpointing, LoRA under a head, and an output layer that is the embedding; and what is
@@ -127,6 +142,7 @@ def test_gradients_of_accumulated_batches_equal_one_process(kind, model, tiny_ba
     assert not architecture[0].startswith("FSDP")
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_layers_are_checkpointed_is_whole(tiny_base, tmp_path):
     """PEFT looks for adapters by the modules' names, and checkpointing changes these: of all
     weights it wrote the head alone.
@@ -138,3 +154,20 @@ def test_an_adapter_whose_layers_are_checkpointed_is_whole(tiny_base, tmp_path):
     assert "base_model.model.score.weight" in written
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "base"
+
+
+@pytest.mark.parametrize("family", DECODERS + ENCODERS)
+def test_a_model_names_the_layers_that_it_is_split_by(family):
+    """Without --fsdp_transformer_layer_cls_to_wrap accelerate asks it, and refuses what is not
+    there.
+    """
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "vocab_size": 100, "pad_token_id": 0}
+    if family in DECODERS:
+        shape |= {"num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(family, **shape)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    names = model._no_split_modules
+    assert any(name.endswith("Layer") for name in names)
+    assert all(get_module_class_from_name(model, name) for name in names)

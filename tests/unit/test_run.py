@@ -344,6 +344,11 @@ def test_flash_attention_is_left_out_where_it_is_not(caplog):
     assert runtime.usable_attention("eager") == "eager"
 
 
+@on_cpu
+def test_a_kernel_of_the_hub_is_for_gpus():
+    assert runtime.usable_attention("kernels-community/flash-attn2") == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -369,6 +374,7 @@ def test_the_words_of_fsdp(training, monkeypatch, words, expected):
 def test_fsdp_adds_up_gradients_in_float32(training, monkeypatch):
     """accelerate's own policy for bf16 reduces them in bf16."""
     monkeypatch.setattr("common.training.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("common.training.inference_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     policy = training(fsdp="full_shard", bf16=True).fsdp_plugin_args["mixed_precision_policy"]
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
@@ -376,6 +382,17 @@ def test_fsdp_adds_up_gradients_in_float32(training, monkeypatch):
     plugin.set_mixed_precision("bf16")  # as accelerate's state does for --bf16
     assert plugin.mixed_precision_policy is policy
     assert "mixed_precision_policy" not in training(fsdp="full_shard").fsdp_plugin_args
+
+
+def test_a_gpu_before_ampere(training, monkeypatch, caplog):
+    """It would emulate bf16, and transformers refuses tf32."""
+    caplog.set_level("INFO", "common")
+    monkeypatch.setattr("common.training.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("common.training.inference_dtype", lambda: torch.float32)
+    monkeypatch.setattr("common.training.is_torch_tf32_available", lambda: False)
+    args = training(bf16=True, tf32=True)
+    assert (args.bf16, args.tf32) == (False, None)
+    assert len(said(caplog)) == 2
 
 
 def test_fsdp_without_a_launcher_is_refused(training, monkeypatch):
