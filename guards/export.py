@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common import report
-from common.conversation import Messages, UserError
+from common.conversation import Messages, UserError, parts_of
 from common.data import load_conversations
 from common.data.specs import about_data
 from common.fit import fit_classifier, positions
@@ -91,7 +91,7 @@ def export(
     """Write a classifier guard as ONNX, whole or not at all.
 
     Args:
-        rows: conversations that both guards judge.
+        rows: conversations, of which both guards judge what the guard was trained on.
         data: what they are called in the model card.
 
     Raises:
@@ -106,6 +106,9 @@ def export(
     if Path(output).resolve() == Path(folder).resolve():
         raise UserError(f"--output_dir {output}: is the guard itself; name another folder")
     guard = load_guard(folder)
+    if card.input is not None:
+        parts = [parts_of(messages) for messages in rows]
+        rows = [one[card.input] for one in parts if card.input in one]
     with whole_folder(output) as partial, TemporaryDirectory() as scratch:
         model = float32_model(folder, guard)
         graph = Path(scratch) / ONNX_FILE

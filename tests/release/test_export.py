@@ -10,7 +10,7 @@ import torch
 from bases import BASES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common.conversation import UserError, pair
+from common.conversation import UserError, pair, parts_of
 from common.data import load_conversations, taxonomy
 from common.fit import fit_classifier
 from guards import add_probe, export, load_guard
@@ -79,6 +79,20 @@ def test_every_family_says_what_torch_says(family, rows, tmp_path):
         np.testing.assert_allclose(scores(found, rows), expected, atol=2e-5)
     assert found.max_length == guard.max_length
     assert found.thresholds == guard.thresholds
+
+
+@pytest.mark.parametrize("judge", ["prompt", "response"])
+def test_a_guard_of_prompts_or_responses_is_compared_on_those(judge, rows, tmp_path):
+    """The rows are pairs, of which a guard of prompts judges none as they are."""
+    folder = make_guard("llama", tmp_path)
+    change = {"template": f"beavertails_{judge}", "input": judge, "probe": None, "sees": None}
+    add_probe(folder, read_card(folder).model_copy(update=change))
+    export.export(folder, str(tmp_path / "onnx"), rows)
+    assert read_card(tmp_path / "onnx").input == judge
+    judged = [parts_of(messages)[judge] for messages in rows]
+    expected = scores(load_guard(folder, progress=False), judged)
+    found = scores(load_guard(str(tmp_path / "onnx"), progress=False), judged)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_the_folder_is_a_guard_and_names_no_place(exported, guard_folder, tmp_path_factory):
