@@ -98,6 +98,13 @@ def specs_of_name(name: str) -> list[str]:
     return name.split(AND)
 
 
+def is_here(text: str) -> bool:
+    """Whether the data of a spec lie on this machine: a file, a folder, or a bundled sample."""
+    spec = parse_spec(text)
+    bundled = "path" in sources()["sources"].get(spec.name, {})
+    return bundled or Path(spec.name).exists()
+
+
 def about_data(text: str) -> dict[str, str]:
     """What is known of the data that a spec means, without reading it.
 

@@ -39,7 +39,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common import report
 from common.conversation import UserError
-from common.data.specs import about_data
+from common.data.specs import about_data, in_one_name
 from common.fit import check_ids, check_length, fit_causal_lm
 from common.hub import push_finished
 from common.keep import fingerprint
@@ -193,7 +193,7 @@ def save_guard(
         base_model=model_args.model_name_or_path,
         base_sha256=local_sha256(model_args.model_name_or_path),
         data={
-            "train_data": " ".join(data_args.dataset_name),
+            "train_data": in_one_name(data_args.dataset_name),
             "validation_data": validation.name if validation else None,
             **facts,
         },

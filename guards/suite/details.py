@@ -18,6 +18,7 @@ GUARDS = {
     "loaded from": "spec",
     "in the zoo": "zoo",
     "sees of a conversation": "sees",
+    "training rows that are marked": "train_data",
     "trained on their training part (in distribution)": "knows",
 }
 FACTS = ("label", "rows", "positives", *MARKS, "file", "hub", "revision", "licence", "mismatch")

@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
 from common.conversation import UserError, check_url
+from common.data.specs import is_here
 from common.keep import Row
 from common.results_page import PageGuard, page_row, write_results_page
 from common.run import (
@@ -207,7 +208,9 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     found: dict[str, Found] = {}
     for guard in guards:
         one = judge_all(guard, to_judge, folder, CHUNK[args.engine], args.overwrite)
-        results["guards"][guard.name]["sees"] = one.about.get("sees")
+        about = results["guards"][guard.name]
+        about["sees"] = one.about.get("sees")
+        about["train_data"] = mark_training_rows(guard, one, inputs.benchmarks)
         results["cells"] += guard_cells(guard.name, one, inputs, args)
         found[guard.name] = one
     if args.compare:
@@ -282,25 +285,58 @@ def read_inputs(args: EvaluationArguments) -> Inputs:
     for spec in args.train_data:
         known += data.load_conversations(spec, bad_rows="skip")
     for benchmark in benchmarks:
-        mark_known(benchmark, known)
+        for row, marks in zip(benchmark.rows, known_marks(benchmark, known), strict=True):
+            row.update(marks)
     return Inputs(benchmarks, unread, validation)
 
 
-def mark_known(benchmark: Benchmark, known: Sequence[Row]) -> None:
-    """Mark rows whose prompt stands in known ones, `contaminated`, and whose judged text is nearly
-    one of them, `near_copy`. An obfuscated row is marked as the plain one.
+def known_marks(benchmark: Benchmark, known: Sequence[Row]) -> list[dict[str, bool]]:
+    """Of each row, whether its prompt stands in known ones, `contaminated`, and whether its judged
+    text is nearly one of them, `near_copy`. An obfuscated row is marked as the plain one.
     """
     rows = [row.get("plain", row) for row in benchmark.rows]
     prompts = {data.prompt_key(row) for row in known}
     text_of = data.judged_text
     if benchmark.label == "prompt_unsafe":
         text_of = data.prompt_key  # an answer that is known beside the prompt does not count
-    texts = [text_of(row) for row in rows]
-    _, copies = data.near_copies_between(map(text_of, known), texts if known else ())
-    for place, row in enumerate(rows):
-        marks = {"contaminated": data.prompt_key(row) in prompts}
-        marks["near_copy"] = bool(known) and copies[place]
-        benchmark.rows[place].update(marks)
+    copies = [False] * len(rows)
+    if known:
+        texts = [text_of(row) for row in rows]
+        _, copies = data.near_copies_between(map(text_of, known), texts)
+    marks = []
+    for row, is_copy in zip(rows, copies, strict=True):
+        is_known = data.prompt_key(row) in prompts
+        marks.append({"contaminated": is_known, "near_copy": is_copy})
+    return marks
+
+
+def mark_training_rows(guard: Candidate, found: Found, benchmarks: Sequence[Benchmark]) -> str:
+    """Mark what a guard itself was trained on, as its card says, in its own tables.
+
+    Returns:
+        What results.json says of that data. Data of the hub are not fetched for this.
+    """
+    known: list[Row] = []
+    for spec in guard.train_data:
+        try:
+            if not is_here(spec):
+                raise UserError("not on this machine")
+            known += data.load_conversations(spec, bad_rows="skip")
+        except UserError as error:
+            logger.warning(
+                "%s: %s cannot be read (%s): what it knows from there is not marked; name the data "
+                "with --train_data",
+                guard.name,
+                spec,
+                error,
+            )
+            return "not read"
+    for benchmark in benchmarks:
+        said = found.said.get(benchmark.name)
+        if known and said is not None:
+            marks = pandas.DataFrame(known_marks(benchmark, known), index=said.index)
+            said[list(marks)] |= marks
+    return f"{len(known)} rows" if known else "not known"
 
 
 def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:

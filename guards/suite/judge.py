@@ -15,6 +15,7 @@ import yaml
 from common import data, metrics
 from common.conversation import UserError, Verdict, check_url
 from common.data import parse_spec
+from common.data.specs import specs_of_name
 from common.keep import KeptRows, Row, digest, fingerprint
 from common.run import expand_home
 from guards import Guard, load_guard, zoo
@@ -68,6 +69,7 @@ class Candidate:
     zoo: str | None = None  # its name there
     released: bool = False  # it is the zoo's model itself, not one that was trained like it
     predicted: PredictedGuard | None = None  # where its predictions alone are known
+    train_data: tuple[str, ...] = ()  # specs of what its card says that it was trained on
     served: bool = False  # elsewhere, where a verdict does not depend on what else is asked
 
 
@@ -142,8 +144,16 @@ def _candidate(text: str, options: Row) -> Candidate:
         load=lambda: load_guard(spec, **given, progress=False),
         zoo=known_as,
         released=not has_own_card and known_as is not None,
+        train_data=_train_data(about.get("data") or {}),
         served=is_served(spec, given),
     )
+
+
+def _train_data(said: Row) -> tuple[str, ...]:
+    """The data specs that a card of ours has for what the guard was trained on."""
+    names = [said.get(key) for key in ("train_data", "train")]
+    names = [name for name in names if isinstance(name, str)]
+    return tuple(specs_of_name(names[0])) if names else ()
 
 
 def _own_options(spec: str, text: str | None) -> Row:

@@ -371,6 +371,33 @@ def test_near_copies_of_training_rows(arguments, tmp_path):
     assert "| without near_copy | 1 |" in (tmp_path / "out/results.md").read_text()
 
 
+def test_what_a_guards_card_says_that_it_was_trained_on(arguments, tmp_path, tiny_classifier):
+    """Marked in its own tables, and not in those of the guard beside it."""
+    text = "bad cat that sits on the mat and looks out of the window all day"
+    rows = [item(f"{text} long", True, "yes"), item("nice dog", False, "no")]
+    path = write_rows(tmp_path / "near.jsonl", rows)
+    trained = {"prompt": text, "response": "yes", "response_label": "unsafe"}
+    train = write_rows(tmp_path / "train.jsonl", [trained])
+    folder = tiny_classifier(tmp_path / "run" / "best")
+    labels = taxonomy("beavertails")
+    card = ClassifierCard(
+        template="beavertails", labels=labels, max_length=512, data={"train_data": str(train)}
+    )
+    write_card(folder, card)
+    (own,) = judge.candidates([str(folder)], {})
+    args = arguments(benchmarks=[f"expguardtest_response@{path}"])
+    results = evaluate.evaluate(args, [own, candidate()])
+    ours = cells(results, "run/best")["expguardtest_response"]
+    assert ours["without"]["near_copy"]["rows"] == 1
+    assert cells(results)["expguardtest_response"]["without"] == {}
+    assert results["guards"]["run/best"]["train_data"] == "1 rows"
+    assert results["guards"]["keyword"]["train_data"] == "not known"
+    train.unlink()
+    results = evaluate.evaluate(args, [own])
+    assert results["guards"]["run/best"]["train_data"] == "not read"
+    assert cells(results, "run/best")["expguardtest_response"]["without"] == {}
+
+
 def test_results_of_another_run_join_the_table(arguments, tmp_path):
     evaluate.evaluate(arguments(), [candidate()])
     other = str(tmp_path / "out/results.json")
