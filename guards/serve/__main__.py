@@ -21,13 +21,16 @@ from typing import Any
 from common.conversation import UserError, check_url
 from common.run import device, expand_home, run_cli
 from guards import LONG_INPUTS, Guard, load_guard
+from guards.classifier import ClassifierGuard
 from guards.serve.answers import TEXT_IS, Reader, read_attributes
 
 logger = logging.getLogger("guards.serve")
 KEY = "GUARD_API_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# Tokens a batch, as the guard itself takes them; a server batches by itself.
+# Tokens that are judged together; what runs elsewhere makes batches of its own.
 BUDGET = {"cpu": 2048, "elsewhere": 65536}
+# A few requests are of very different lengths: a CPU loses more to padding than it gains by width.
+PADDED_ON_CPU = 512
 
 
 def parse() -> argparse.Namespace:
@@ -80,11 +83,11 @@ def read_key() -> str | None:
 
 
 def token_budget(args: argparse.Namespace, guard: Guard) -> int:
-    """Tokens a batch."""
-    if args.batch_tokens is not None:
-        return args.batch_tokens
-    here = device().type == "cpu" and args.engine != "server"
-    return getattr(guard, "batch_tokens", BUDGET["cpu" if here else "elsewhere"])
+    """Tokens that are judged together. On a CPU the guard then pads in smaller batches."""
+    is_cpu = device().type == "cpu" and args.engine != "server"
+    if is_cpu and isinstance(guard, ClassifierGuard):
+        guard.batch_tokens = PADDED_ON_CPU
+    return args.batch_tokens or BUDGET["cpu" if is_cpu else "elsewhere"]
 
 
 def main() -> None:
