@@ -12,6 +12,7 @@ import scripts
 import torch
 from conftest import tiny_config
 from expguard_rows import authored, prompt_tokenizer, write_rows
+from moderation_server import moderation_server
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from vllm_server import needs_vllm, post, vllm_server
 
@@ -83,23 +84,49 @@ if __name__ == "__main__":
 """
 
 
-def test_a_generative_guard_is_judged_alike_by_vllm(tmp_path):
-    """ExpGuard's folder: `load_guard(folder, engine="vllm")` gives the verdicts of transformers."""
-    folder, data = tmp_path / "guard", write_rows(tmp_path / "rows.jsonl", authored(24))
+@pytest.fixture(scope="module")
+def expguard(tmp_path_factory):
+    """ExpGuard's folder, of a tiny model that has learned the words."""
+    scratch = tmp_path_factory.mktemp("expguard")
+    folder, data = scratch / "guard", write_rows(scratch / "rows.jsonl", authored(24))
     scripts.launch(
         "expguard", "train.py",
-        "--model_name_or_path", save_base(tmp_path / "base"), "--dataset_name", data,
+        "--model_name_or_path", save_base(scratch / "base"), "--dataset_name", data,
         "--output_dir", folder, "--max_seq_len", 400, "--learning_rate", 3e-3, "--max_steps", 30,
         "--disable_checkpointing",
     )  # fmt: skip
+    return folder
+
+
+def test_a_moderation_server_stands_before_vllm(expguard, tmp_path):
+    """`python -m guards.serve FOLDER --engine server`: vLLM computes, the answers are `judge`'s."""
+    rows = load_conversations("beavertails-sample:validation", max_rows=6)["messages"]
+    guard = load_guard(str(expguard), progress=False)
+    with vllm_server(expguard, tmp_path / "vllm.log", "--served-model-name", "guard") as address:
+        flags = ["--engine", "server", "--server_url", f"{address}/v1", "--server_model", "guard"]
+        with moderation_server(expguard, tmp_path / "serve.log", *flags) as running:
+            answers = [running.moderate({"messages": list(messages)}) for messages in rows]
+    verdicts = guard.judge(rows)
+    assert any(verdict.error is None for verdict in verdicts), "it has not learned the words"
+    for answer, verdict in zip(answers, verdicts, strict=True):
+        if verdict.error is not None:
+            assert answer.status_code == 503
+            continue
+        (result,) = answer.json()["results"]
+        score = pytest.approx(verdict.response_unsafe, abs=1e-4)
+        assert result["category_scores"] == {"unsafe": score}
+
+
+def test_a_generative_guard_is_judged_alike_by_vllm(expguard, tmp_path):
+    """ExpGuard's folder: `load_guard(folder, engine="vllm")` gives the verdicts of transformers."""
     rows = load_conversations("beavertails-sample:validation", max_rows=6)["messages"]
     (tmp_path / "asked.json").write_text(json.dumps(list(rows)))
     (tmp_path / "run.py").write_text(SCRIPT)
-    command = [sys.executable, "run.py", str(folder), "asked.json", "found.json"]
+    command = [sys.executable, "run.py", str(expguard), "asked.json", "found.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    expected = load_guard(str(folder), progress=False).judge(rows)
+    expected = load_guard(str(expguard), progress=False).judge(rows)
     assert any(verdict.error is None for verdict in expected), "it has not learned the words"
     for mine, theirs in zip(expected, found, strict=True):
         assert theirs["error"] == mine.error
