@@ -97,8 +97,8 @@ def main() -> None:
         check = Check(args, replace(run, scratch=folder))
         check.run_all()
     print(f"\nresults: {args.output / 'results.md'}")
-    bad = [row for row in check.rows if row.status in ("failed", "killed")]
-    sys.exit(bool(bad))
+    statuses = {row.status for row in check.rows}
+    sys.exit(bool(statuses & {"failed", "killed"}))
 
 
 @contextlib.contextmanager

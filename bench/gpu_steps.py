@@ -153,9 +153,13 @@ def riding(args: argparse.Namespace) -> Found:
     chat = module.GuardedChat(args.adapter)
     chat.eos = set()  # every reply has all tokens
     chat.model.generation_config.eos_token_id = None
-    sizes, steps, rounds = (1, 8, 64), (1, 8, 16, 64), 2
+    sizes = (1, 8, 64)
+    steps = (1, 8, 16, 64)
+    rounds = 2
     if args.tiny:
-        sizes, steps, rounds = (1, 2), (2, 8), 1
+        sizes = (1, 2)
+        steps = (2, 8)
+        rounds = 1
     tokens = steps[-1]
     figures: dict[str, Any] = {}
     failures = []
@@ -190,7 +194,11 @@ def alone(chat, prompts, tokens: int) -> list[list[int]]:
     """What the chat model writes without its guard."""
     ids = [chat.chat_ids(messages) for messages in prompts]
     texts = {"input_ids": ids}
-    padded = chat.tokenizer.pad(texts, padding_side="left", return_tensors="pt")
+    padded = chat.tokenizer.pad(
+        texts,
+        padding_side="left",
+        return_tensors="pt",
+    )
     padded = padded.to(chat.device)
     written = chat.model.generate(
         input_ids=padded["input_ids"],
@@ -203,7 +211,13 @@ def alone(chat, prompts, tokens: int) -> list[list[int]]:
     return written[:, width:].tolist()
 
 
-def guarded(chat, prompts, tokens: int, every: int) -> list[list[int]]:
+def guarded(
+    chat,
+    prompts,
+    tokens: int,
+    every: int,
+) -> list[list[int]]:
+    """What it writes with its guard riding along."""
     replies = chat.reply(
         prompts,
         max_new_tokens=tokens,
@@ -227,26 +241,41 @@ def verdicts(args: argparse.Namespace) -> Found:
     from common.engines import dtype_name
 
     model = loaded(args)
-    shared, own_tokens, count, rounds = 386, 90, 256, 3
-    if args.tiny:
-        shared, own_tokens, count, rounds = 24, 8, 4, 1
-    prompts = synthetic(shared, own_tokens, count, model.tokenizer)
-    candidates = prompts[0][:2]
-    apart = []
-    for first, ids in enumerate(prompts):
-        apart.append([first, *ids[1:]])
+    shared = 24 if args.tiny else 386
+    own_tokens = 8 if args.tiny else 90
+    count = 4 if args.tiny else 256
+    rounds = 1 if args.tiny else 3
+    turns = []
+    known = min(10_000, len(model.tokenizer))
+    beginning = random_ids(known, shared, SEED)
+    for turn in range(rounds + 1):  # a cache of prompts must not know those of a round before
+        prompts = []
+        for place in range(count):
+            rest = random_ids(known, own_tokens, f"{turn} {place}")
+            prompts.append(beginning + rest)
+        turns.append(prompts)
+    candidates = [1, 2]
 
-    def single() -> list:
+    def ask(prompts: list[list[int]]) -> list:
+        return model.next_token(prompts, candidates)
+
+    def ask_apart(prompts: list[list[int]]) -> list:
+        apart = []
+        for first, ids in enumerate(prompts):
+            apart.append([first, *ids[1:]])
+        return ask(apart)
+
+    def ask_single(prompts: list[list[int]]) -> list:
         said = []
         for ids in prompts[:32]:
-            said += model.next_token([ids], candidates)
+            said += ask([ids])
         return said
 
     ways: dict[str, Way] = {}
-    ways["shared"] = partial(model.next_token, prompts, candidates)
-    ways["apart"] = partial(model.next_token, apart, candidates)
+    ways["shared"] = by_turn(ask, turns)
+    ways["apart"] = by_turn(ask_apart, turns)
     if args.engine == "transformers":
-        ways["single"] = single
+        ways["single"] = by_turn(ask_single, turns)
     for way in ways.values():
         way()
     seconds, found = take_turns(ways, rounds)
@@ -265,30 +294,25 @@ def verdicts(args: argparse.Namespace) -> Found:
         text = args.like.read_text(encoding="utf-8")
         other = json.loads(text)["figures"]["said"]
     failures = []
+    tolerance = TOLERANCE[dtype_name()]
     for one, another in zip(figures["said"], other, strict=False):
-        apart_by = abs(one - another)
-        if not apart_by <= TOLERANCE[dtype_name()]:
-            failures.append(f"log-odds differ by {apart_by:.3f}")
+        difference = abs(one - another)
+        if not difference <= tolerance:
+            failures.append(f"log-odds differ by {difference:.3f}")
     figures["compared"] = len(other)
     return figures | peak(), failures[:1]
 
 
-def synthetic(
-    shared: int,
-    own_tokens: int,
-    count: int,
-    tokenizer,
-) -> list[list[int]]:
-    """Prompts of random tokens, the first of which are those of all."""
-    rng = random.Random(SEED)
-    size = min(10_000, len(tokenizer))
-    known = range(size)
-    first = rng.choices(known, k=shared)
-    prompts = []
-    for _ in range(count):
-        rest = rng.choices(known, k=own_tokens)
-        prompts.append(first + rest)
-    return prompts
+def by_turn(way: Callable, turns: Sequence) -> Way:
+    """A way that is given something else every time."""
+    left = iter(turns)
+    return lambda: way(next(left))
+
+
+def random_ids(known: int, count: int, seed: int | str) -> list[int]:
+    """So many tokens out of the first `known`."""
+    rng = random.Random(seed)
+    return rng.choices(range(known), k=count)
 
 
 def odds_of(said: Sequence) -> list[float]:
@@ -307,7 +331,12 @@ def loaded(args: argparse.Namespace):
     from common.engines import load_engine
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    return load_engine(args.engine, args.model, tokenizer, progress=False)
+    return load_engine(
+        args.engine,
+        args.model,
+        tokenizer,
+        progress=False,
+    )
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -326,9 +355,8 @@ def answers(args: argparse.Namespace) -> Found:
         content = json.loads(path.read_text(encoding="utf-8"))
         for instruction in content["instructions"]:
             asked.append((instruction, None))
-    count, tokens = 256, 64
-    if args.tiny:
-        count, tokens = 4, 4
+    count = 4 if args.tiny else 256
+    tokens = 4 if args.tiny else 64
     asked = random.Random(SEED).sample(asked, count)
     model = loaded(args)
     if args.engine == "transformers":
@@ -374,7 +402,10 @@ def padding(args: argparse.Namespace) -> Found:
     lengths = [len(row["input_ids"]) for row in batch]
     useful = sum(lengths)
     figures: dict[str, Any] = {"tokens a batch": useful}
-    ways = {"ours": (like, at_labels), "padded": (wide, at_all)}
+    ways = {
+        "ours": (like, at_labels),
+        "padded": (wide, at_all),
+    }
     losses = {}
     for name, (collate, loss_of) in ways.items():
         work = partial(backward, model, collate(batch), loss_of)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers.trainer
 from arithmetic import memory_gb, training_flops
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
@@ -27,6 +28,7 @@ from common.run import device, is_main_process, write_json
 WARM_UP = 2  # first steps, which take memory and start threads
 SEEN = ("input_ids", "attention_mask", "position_ids")
 KERNELS = 10
+Batch = dict[str, torch.Tensor]
 
 
 def main() -> None:
@@ -72,8 +74,9 @@ class Watch(TrainerCallback):
         self.kernels: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self.passes: list[dict[str, torch.Tensor]] = []  # of the step that runs
-        self.steps: list[tuple[int, list[int]]] = []  # processed tokens, and lengths of rows
+        self.passes: list[Batch] = []  # of the step that runs
+        # of each step, the tokens that were processed, and the lengths of its rows
+        self.steps: list[tuple[int, list[int]]] = []
         self.started = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -182,7 +185,7 @@ def wait() -> None:
         torch.accelerator.synchronize()
 
 
-def row_lengths(inputs: dict[str, torch.Tensor]) -> list[int]:
+def row_lengths(inputs: Batch) -> list[int]:
     """The tokens of each row of a batch: padded, end to end with positions, or a tree."""
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
@@ -202,14 +205,22 @@ def row_lengths(inputs: dict[str, torch.Tensor]) -> list[int]:
 
 def longest_kernels(profiler: profile) -> list[dict[str, Any]]:
     """What took most of a step: kernels of the accelerator, or a CPU's operators."""
-    on_device = torch.cuda.is_available()
-    name = "self_device_time_total" if on_device else "self_cpu_time_total"
-    events = profiler.key_averages()
-    longest = sorted(events, key=attrgetter(name), reverse=True)
-    total = sum(map(attrgetter(name), events))
+    kind = DeviceType.CPU
+    name = "self_cpu_time_total"
+    if torch.cuda.is_available():
+        # an operator has the time of its kernels, too: these alone are counted
+        kind = DeviceType.CUDA
+        name = "self_device_time_total"
+    events = []
+    for event in profiler.key_averages():
+        if event.device_type == kind and not event.is_user_annotation:
+            events.append(event)
+    time_of = attrgetter(name)
+    events.sort(key=time_of, reverse=True)
+    total = sum(map(time_of, events))
     found = []
-    for event in longest[:KERNELS]:
-        took = getattr(event, name)
+    for event in events[:KERNELS]:
+        took = time_of(event)
         kernel = {
             "kernel": event.key[:60],
             "ms": took / 1e3,
