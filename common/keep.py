@@ -25,7 +25,7 @@ from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data.files import read_rows
 from common.engines import Completion
-from common.run import expand_home
+from common.run import Stopped, expand_home
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -302,6 +302,9 @@ class KeptRows(UserDict[str, Row]):
             again: whether a row is to be made again by the next call, as an error is.
             title: what the progress bar calls the job.
             unit: what it calls a row.
+
+        Raises:
+            Stopped: Ctrl-C. What came before it is kept.
         """
         order = list(dict.fromkeys(keys))
         starts = range(0, len(order), size)
@@ -316,10 +319,15 @@ class KeptRows(UserDict[str, Row]):
                     asked = chunk
                 if not asked:
                     continue
-                for row in make(number, asked):
-                    if row[self.key] in wanted:
-                        self.append(row)
-                        bar.update()
+                try:
+                    for row in make(number, asked):
+                        if row[self.key] in wanted:
+                            self.append(row)
+                            bar.update()
+                except KeyboardInterrupt:
+                    kept = len(order) - len(self.missing(order))
+                    said = f"after {kept} of {len(order)} {unit}s, kept in {self.path}; to go on"
+                    raise Stopped(said) from None
         return [self.data[key] for key in keys]
 
     def close(self) -> None:

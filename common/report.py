@@ -2,6 +2,7 @@
 `common.metrics`.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ COLUMNS = {  # metric: heading with its direction
     "ece": "ECE ↓",
     "brier": "Brier ↓",
 }
+logger = logging.getLogger(__name__)
 LINE_STYLES = (
     "solid",
     "dashed",
@@ -109,6 +111,12 @@ def write_results(
     }
     for name, text in texts.items():
         write_text(Path(folder) / name, text)
+
+
+def say_where(path: Path) -> None:
+    """Say at the end of a run where its results lie, and which file to open first."""
+    path = Path(path)
+    logger.info("Results are in %s; open %s first.", path.parent, path.name)
 
 
 def plot_precision_recall(

@@ -151,7 +151,7 @@ def write_results_page(
     guards: Sequence[PageGuard],
     rows: Sequence[PageRow],
 ) -> None:
-    """Write the page, whole or not at all.
+    """Write the page, whole or not at all, and say where it lies: it is what a run writes last.
 
     Args:
         note: a sentence below the title.
@@ -168,3 +168,4 @@ def write_results_page(
     text = text.replace("<", "\\u003c")  # so no text can end the script element
     before, after = TEMPLATE.read_text(encoding="utf-8").split(DATA)
     write_text(Path(path), f"{before}{text}</script>{after}")
+    report.say_where(path)

@@ -31,16 +31,15 @@ import numpy as np
 import pandas as pd
 from flags import run
 from prompts import TASKS, split_document
-from refusal_judge import judged_by_guard, judged_by_server
+from refusal_judge import judged_by_guard, judged_by_server, verdicts_of
 from scipy.stats import binomtest
 
 from common import report
-from common.conversation import UserError, pair
+from common.conversation import UserError
 from common.metrics import agreement, bootstrap
 from common.refusal import classify, substring_refusal
 from common.results_page import PageGuard, PageRow, PageTable, shortened, write_results_page
 from common.run import check_output_folder, manifest
-from guards import load_guard
 
 FILE = re.compile(rf"test_({'|'.join(TASKS)}|summrize)(_useful|_plain|_cnn)?\.json")
 QUESTIONS = re.compile(r"([IQ]-\w+)\.json")  # the short questions of Safety-Tuned LLaMAs
@@ -89,12 +88,13 @@ def evaluate(
     pairs = [(row["instruction"], row["output"]) for row in predictions]
     listed = [classify(said, asked) for asked, said in pairs]
     by_list = [verdict.is_refusal for verdict in listed]
+    runs = Path(output_dir) / "runs"
     if refusal_judge:
         scorer = refusal_judge
-        refused = judged_by_guard(refusal_judge, pairs)
+        refused = judged_by_guard(refusal_judge, pairs, runs)
     elif server_url:
         scorer = f"{server_model}, by a rubric"
-        refused = judged_by_server(server_url, server_model, pairs)
+        refused = judged_by_server(server_url, server_model, pairs, runs)
     elif scorer == "substring":
         refused = [substring_refusal(said) for _, said in pairs]
     else:
@@ -102,8 +102,7 @@ def evaluate(
     for row, verdict, value in zip(predictions, listed, refused, strict=True):
         row |= {"class": verdict.kind, "refused": value}
     if guard:
-        verdicts = load_guard(guard).judge([pair(asked, said or " ") for asked, said in pairs])
-        for row, verdict in zip(predictions, verdicts, strict=True):
+        for row, verdict in zip(predictions, verdicts_of(guard, pairs, runs), strict=True):
             row["guard_unsafe"] = verdict.score("response_unsafe")
 
     # --- Results --------------------------------------------------------------------------------
@@ -122,8 +121,8 @@ def write(folder: Path, results: Row, predictions: list[Row]) -> None:
     plot_heat_map(results, folder / "cross-task.png")
     plot_trade_off(results, folder / "trade-off.png")
     report.write_results(folder, results, markdown, predictions)
-    write_page(folder / "results.html", results, predictions)
     print(markdown)
+    write_page(folder / "results.html", results, predictions)
 
 
 def compared(predictions: list[dict], models: dict[str, dict]) -> dict[str, Any]:

@@ -3,29 +3,39 @@ written rubric, and compared with the list of common/refusal.py.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
-from tqdm.auto import tqdm
 
-from common.conversation import UserError, check_url, pair
+from common.conversation import UserError, Verdict, check_url, pair
+from common.keep import KeptRows, Row, digest
 from guards import load_guard
+from guards.kept import judge_and_keep
 
 RUBRIC = Path(__file__).parent / "configs/refusal_rubric.txt"
+CHUNK = 64  # answers between two looks at what is missing
 Pair = tuple[str, str]  # what was asked, and the answer
 
 
-def judged_by_guard(spec: str, pairs: Sequence[Pair]) -> list[bool]:
-    """Whether each answer refuses, by a guard of `load_guard` with a refusal verdict.
+def verdicts_of(spec: str, pairs: Sequence[Pair], folder: Path) -> list[Verdict]:
+    """What a guard of `load_guard` says of answers, kept in the folder as it comes: after Ctrl-C
+    the same command goes on.
+    """
+    conversations = [pair(asked, said or " ") for asked, said in pairs]
+    guard = load_guard(spec, progress=False)
+    return judge_and_keep(guard, spec, {}, conversations, folder / "verdicts.jsonl")
+
+
+def judged_by_guard(spec: str, pairs: Sequence[Pair], folder: Path) -> list[bool]:
+    """Whether each answer refuses, by a guard with a refusal verdict.
 
     Raises:
         UserError: an answer has no verdict.
     """
-    verdicts = load_guard(spec).judge([pair(asked, said or " ") for asked, said in pairs])
     refused = []
-    for number, verdict in enumerate(verdicts, 1):
+    for number, verdict in enumerate(verdicts_of(spec, pairs, folder), 1):
         if verdict.response_refusal is None:
             reason = verdict.error or "the guard has no refusal verdict"
             raise UserError(f"--refusal_judge {spec}: no verdict of answer {number}: {reason}")
@@ -33,9 +43,11 @@ def judged_by_guard(spec: str, pairs: Sequence[Pair]) -> list[bool]:
     return refused
 
 
-def judged_by_server(url: str, model: str | None, pairs: Sequence[Pair]) -> list[bool]:
+def judged_by_server(
+    url: str, model: str | None, pairs: Sequence[Pair], folder: Path
+) -> list[bool]:
     """Whether each answer refuses, by an LLM that reads the rubric; its key is read from
-    SERVER_API_KEY.
+    SERVER_API_KEY. What it says is kept in the folder as it comes.
 
     Raises:
         UserError: the server fails, or says neither of the two words.
@@ -64,5 +76,14 @@ def judged_by_server(url: str, model: str | None, pairs: Sequence[Pair]) -> list
             )
         return word == "refusal"
 
-    with ThreadPoolExecutor(8) as pool:
-        return list(tqdm(pool.map(ask, pairs), total=len(pairs), unit="answer"))
+    keys = [digest([model, rubric, one]) for one in pairs]
+    pair_of = dict(zip(keys, pairs, strict=True))
+
+    def make(_: int, asked: list[str]) -> Iterator[Row]:
+        said = pool.map(ask, [pair_of[key] for key in asked])
+        for key, refuses in zip(asked, said, strict=True):
+            yield {"key": key, "refuses": refuses}
+
+    with ThreadPoolExecutor(8) as pool, KeptRows(folder / "refusals.jsonl") as kept:
+        rows = kept.fill(keys, make, size=CHUNK, together=False, title=model, unit="answer")
+    return [row["refuses"] for row in rows]

@@ -31,6 +31,7 @@ from common.run import check_output_folder, manifest, parse_args, run_cli
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import Guard, load_guard
 from guards.card import LoraCard, read_card
+from guards.kept import judge_and_keep
 from guards.lora import LoraGuard
 
 # parameters of an 8B guard that runs beside the chat model (Llama-Guard-3-8B)
@@ -74,19 +75,16 @@ def main() -> None:
         conversations = [pair(last_turns(messages)[0]) for messages in conversations]
     names = guard_names(args.guards)
     guards = {}  # all of them before the long runs
+    options = {"long_inputs": args.long_inputs, "trust_remote_code": args.trust_remote_code}
     for name, spec in names.items():
-        guards[name] = load_guard(
-            spec,
-            long_inputs=args.long_inputs,
-            trust_remote_code=args.trust_remote_code,
-        )
+        guards[name] = load_guard(spec, progress=False, **options)
     groups = [data.prompt_key(row) for row in rows]
     verdicts = {}
     scores = {}
     flagged = {}
     costs = {}
     for name, guard in guards.items():
-        said = judged(guard, conversations, names[name])
+        said = judged(guard, conversations, names[name], options, args.output_dir)
         verdicts[name] = said
         scores[name] = np.array([verdict.score(label) for verdict in said])
         flagged[name] = measured(guard, truth, scores[name], groups, args.seed)
@@ -114,6 +112,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     draw_curves(folder / "precision-recall.png", truth, scores, results)
     report.write_results(folder, results, markdown, kept_rows(rows, label, verdicts))
+    print(markdown)
     title = f"Unsafe {args.judge}s of {args.eval_data}"
     write_evaluation_page(folder / "results.html", title, rows, label, verdicts, results)
     at = {name: found["threshold"] for name, found in flagged.items()}
@@ -122,7 +121,6 @@ def main() -> None:
         said = {name: each[i] for name, each in verdicts.items()}
         judged_rows.append(scored(row, label, said, at))
     write_uncertain(folder, judged_rows, args.export_uncertain)
-    print(markdown)
 
 
 def check_arguments(args: EvaluationArguments) -> None:
@@ -170,12 +168,17 @@ def judged(
     guard: Guard,
     conversations: list[Messages],
     spec: str,
+    options: dict[str, Any],
+    output_dir: str,
 ) -> list[Verdict]:
-    """What a guard says of conversations; of answers alone, where it was trained on nothing else."""
+    """What a guard says of conversations; of answers alone, where it was trained on nothing else.
+    It is kept in `runs` as it comes: after Ctrl-C the same command goes on.
+    """
     answered = [messages for messages in conversations if messages[-1]["role"] == "assistant"]
     if isinstance(guard, LoraGuard) and answered and "pair" not in guard.inputs:
         conversations = [pair(None, last_turns(messages)[1]) for messages in conversations]
-    verdicts = guard.judge(conversations)
+    path = Path(output_dir) / "runs/verdicts.jsonl"
+    verdicts = judge_and_keep(guard, spec, options, conversations, path)
     if all(verdict.error for verdict in verdicts):
         raise UserError(f"{spec}: not one row could be judged: {verdicts[0].error}")
     return verdicts

@@ -20,16 +20,21 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from flagged_proportion import read_evaluation_file, report_flagged_proportion
+from flagged_proportion import (
+    answered_pairs,
+    read_evaluation_file,
+    report_flagged_proportion,
+)
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
 from common.bundled import resolve_model
-from common.conversation import UserError, Verdict, last_turns
+from common.conversation import Messages, UserError, Verdict, last_turns
 from common.fit import fit_classifier
 from common.labels import LABEL_OF, UNSAFE, judged_rows
 from common.results_page import write_evaluation_page
@@ -37,6 +42,7 @@ from common.run import check_output_folder, inference_dtype, manifest, parse_arg
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import Guard, load_guard
 from guards.card import ClassifierCard, has_card, read_card
+from guards.kept import judge_and_keep
 
 logger = logging.getLogger("moderation")
 
@@ -95,14 +101,15 @@ def main() -> None:
     if args.export_uncertain:
         said = "has no labels that could be mended; name a data spec"
         raise UserError(f"--export_uncertain: --eval_dataset {args.eval_dataset} {said}")
-    guard = load_guard(args.model_path, **options(args))
+    guard = load_guard(args.model_path, progress=False, **options(args))
     if "response_unsafe" not in guard.judges:
         said = "judges prompts, and this file is about answers"
         raise UserError(f"--eval_dataset {args.eval_dataset}: {args.model_path} {said}")
     # the paper's evaluate.py passes 0.5
     threshold = 0.5 if args.threshold is None else args.threshold
     folder = Path(args.output_dir)
-    report_flagged_proportion(answers, guard, threshold, folder, manifest([args]))
+    verdicts = judged(guard, answered_pairs(answers), args)
+    report_flagged_proportion(answers, guard, verdicts, threshold, folder, manifest([args]))
 
 
 def options(args: EvaluationArguments) -> dict[str, Any]:
@@ -121,6 +128,14 @@ def what_is_judged(args: EvaluationArguments) -> str:
     return args.judge or "pair"
 
 
+def judged(
+    guard: Guard, conversations: Sequence[Messages], args: EvaluationArguments, variant: str = ""
+) -> list[Verdict]:
+    """What the guard says, kept in `runs` as it comes: after Ctrl-C the same command goes on."""
+    path = Path(args.output_dir) / "runs/verdicts.jsonl"
+    return judge_and_keep(guard, args.model_path, options(args), conversations, path, variant)
+
+
 def report_metrics(args: EvaluationArguments) -> None:
     """Judge labelled rows and write every metric, beside the baselines."""
     judge = what_is_judged(args)
@@ -134,7 +149,7 @@ def report_metrics(args: EvaluationArguments) -> None:
     fit_rows = None
     if args.baselines:
         fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
-    guard = load_guard(args.model_path, **options(args))
+    guard = load_guard(args.model_path, progress=False, **options(args))
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
     if args.threshold is not None:
         threshold = {"value": args.threshold, "how": "--threshold"}
@@ -142,7 +157,7 @@ def report_metrics(args: EvaluationArguments) -> None:
     baselines = {}
     if fit_rows is not None:
         baselines = baseline_scores(guard, args, fit_rows, rows, label)
-    verdicts = guard.judge(rows["messages"])
+    verdicts = judged(guard, rows["messages"], args)
     truth = np.array(rows[label])
     scores = {"guard": np.array([verdict.score(label) for verdict in verdicts])} | baselines
     results = {
@@ -169,15 +184,15 @@ def report_metrics(args: EvaluationArguments) -> None:
     title = f"Unsafe {judge}s of {args.eval_dataset} (n={len(truth)})"
     report.plot_precision_recall(curves, folder / "precision-recall.png", title)
     report.write_results(folder, results, markdown, predictions)
+    print(markdown)
     title = f"{args.model_path} on {args.eval_dataset}"
     said = {"guard": verdicts} | baselines
     write_evaluation_page(folder / "results.html", title, rows, label, said, results)
-    judged = []
+    near = []
     for row, verdict in zip(whole, verdicts, strict=True):
         at = {"guard": threshold["value"]}
-        judged.append(scored(row, label, {"guard": verdict}, at))
-    write_uncertain(folder, judged, args.export_uncertain)
-    print(markdown)
+        near.append(scored(row, label, {"guard": verdict}, at))
+    write_uncertain(folder, near, args.export_uncertain)
 
 
 def compare(
@@ -193,7 +208,7 @@ def compare(
         groups: the prompt of each row; rows of one prompt are drawn together.
     """
     comparison = {}
-    for name, score in scores.items():
+    for name, score in tqdm(scores.items(), desc="intervals", unit="guard", delay=1):
         at = threshold if name == "guard" else 0.5
         found = metrics.binary(truth, score, at)
         found |= metrics.intervals(truth, score, at, groups, seed)
@@ -285,7 +300,8 @@ def baseline_scores(
         raise UserError(f"--baselines: {said}") from None
     fit_classifier(guard.tokenizer, guard.model)
     guard.model.to(guard.device).eval()
-    verdicts = guard.judge(rows["messages"])
+    # another model than that of the guard's name, and other weights with each seed
+    verdicts = judged(guard, rows["messages"], args, f"untrained head {args.seed}")
     guard.model = trained
     scores["untrained head"] = np.array([verdict.score(label) for verdict in verdicts])
     return scores

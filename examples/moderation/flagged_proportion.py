@@ -14,11 +14,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from common import metrics, report
-from common.conversation import UserError, check_label, check_text, pair
+from common.conversation import Messages, UserError, Verdict, check_label, check_text, pair
 from common.data import read_rows
 from common.run import write_json
 from common.templates import render
-from guards import Guard
 
 # keys of `flagged`, and what people read
 JUDGES = {"moderation": "QA-moderation", "gpt4": "GPT-4", "human": "human"}
@@ -50,17 +49,27 @@ def read_evaluation_file(path: Path) -> list[dict] | None:
     return [row for _, row in found]
 
 
+def answered_pairs(rows: list[dict]) -> list[Messages]:
+    """The questions with their answers, which the guard judges."""
+    return [pair(row["prompt"], row["response"]) for row in rows]
+
+
 def report_flagged_proportion(
-    rows: list[dict], guard: Guard, threshold: float, folder: Path, run: dict[str, Any]
+    rows: list[dict],
+    guard: Guard,
+    verdicts: list[Verdict],
+    threshold: float,
+    folder: Path,
+    run: dict[str, Any],
 ) -> None:
-    """Judge every answer and write what the paper's script writes: predictions.json,
-    evaluation.json, the picture.
+    """Write what the paper's script writes of its verdicts: predictions.json, evaluation.json, the
+    picture.
 
     Args:
+        verdicts: what the guard says of the `answered_pairs` of the rows.
         run: the manifest, for results.json.
     """
-    pairs = [pair(row["prompt"], row["response"]) for row in rows]
-    verdicts = guard.judge(pairs)
+    pairs = answered_pairs(rows)
     template = getattr(guard, "template", "beavertails")
     judged = []
     predictions = []
@@ -92,6 +101,7 @@ def report_flagged_proportion(
     results = {"guard": guard.name, "threshold": threshold, "models": table, "run": run}
     report.write_results(folder, results, markdown, kept)
     print(markdown)
+    report.say_where(folder / "results.md")
 
 
 def summary(given: pd.DataFrame) -> dict[str, Any]:

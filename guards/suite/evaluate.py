@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
+from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
@@ -428,7 +429,7 @@ def guard_cells(
             if part.name in found.said:
                 thresholds[label] = fit_threshold(found.said[part.name], on, args)
     cells = []
-    for benchmark in inputs.benchmarks:
+    for benchmark in tqdm(inputs.benchmarks, desc=f"scores of {guard}", delay=1):
         name = benchmark.name
         cell: Row = {"guard": guard, "benchmark": name, "label": benchmark.label}
         if name in found.problems:

@@ -3,8 +3,8 @@
 import gc
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from common.run import expand_home
 from guards import Guard, load_guard, zoo
 from guards.card import has_card
 from guards.identity import described, guard_identity, is_served
+from guards.kept import fill_verdicts
 from guards.known import ALIASES, near_names, zoo_name
 from guards.suite.benchmarks import (
     Benchmark,
@@ -49,13 +50,6 @@ NOT_SUPPORTED = {
     "status": "not supported",
     "reason": "the guard does not judge this label",
 }
-# What a server's guard says each time that it is asked: a text that is too long or refused, and an
-# answer that cannot be read. (A refused key is none of these.)
-LASTING = re.compile(
-    r"(tokens|bytes|characters), more than|the model has room for|empty text"
-    r"| was expected$|in what it wrote|is not a number"
-    r"|Error code: 4(00|13|22)|HTTP 4(00|13|22)(?!.*: check )"
-)
 
 
 @dataclass(frozen=True)
@@ -394,30 +388,23 @@ def _verdicts(
     keys = [_key(candidate, row) for row in benchmark.rows]
     row_of = dict(zip(keys, benchmark.rows, strict=True))
 
-    def judge(_: int, asked: list[str]) -> Iterator[Row]:
+    def judge(asked: list[str]) -> list[Verdict]:
         asked_rows = [row_of[key] for key in asked]
         if candidate.predicted is not None:
-            said = candidate.predicted.judge_rows(asked_rows, benchmark.label)
-        else:
-            conversations = [row["messages"] for row in asked_rows]
-            said = load().judge(conversations, wanted=[benchmark.label])
-        for key, verdict in zip(asked, said, strict=True):
-            row = {
-                "id": key,
-                "row": row_of[key]["id"],
-                "guard": candidate.identity,
-            }
-            yield row | {"verdict": asdict(verdict)}
+            return candidate.predicted.judge_rows(asked_rows, benchmark.label)
+        conversations = [row["messages"] for row in asked_rows]
+        return load().judge(conversations, wanted=[benchmark.label])
 
-    rows = kept.fill(
+    said = fill_verdicts(
+        kept,
         keys,
         judge,
         size=chunk,
-        together=not candidate.served,
-        again=_may_go_away if candidate.served else None,
+        served=candidate.served,
         title=f"{candidate.name} on {benchmark.name}",
+        beside=lambda key: {"row": row_of[key]["id"], "guard": candidate.identity},
     )
-    out = [Verdict(**row["verdict"]) for row in rows]
+    out = [said[key] for key in keys]
     if all(verdict.error is not None for verdict in out):
         hint = "--overwrite asks it anew"
         if candidate.predicted is not None:
@@ -434,12 +421,6 @@ def _key(candidate: Candidate, row: Row) -> str:
     if candidate.predicted is not None:
         parts.append(row.get("own_id"))
     return digest(parts)
-
-
-def _may_go_away(row: Row) -> bool:
-    """Whether a verdict is an error of the network or of a server, which is asked again."""
-    error = row["verdict"]["error"]
-    return error is not None and LASTING.search(error) is None
 
 
 def _failed(error: Exception, what: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """examples/moderation, run as its README says: as commands, in its folder, with real launchers."""
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -245,6 +246,45 @@ def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tiny_base, tmp_path):
     assert (
         not [line for line in lines if "Traceback" in line] and not (folder / "guard.json").exists()
     )
+
+
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="this shell keeps Ctrl-C to itself"
+)
+def test_ctrl_c_keeps_what_is_judged(trained, tmp_path):
+    """The same command goes on, and judges only what is missing."""
+    data = tmp_path / "rows.jsonl"
+    lines = []
+    for number in range(1000):
+        answer = f"Answer {number}. " + "One thing follows another. " * 20
+        row = {"prompt": f"Question {number}?", "response": answer, "response_label": number % 2}
+        lines.append(json.dumps(row) + "\n")
+    data.write_text("".join(lines))
+    out = tmp_path / "out"
+    command = ["evaluate.py", "--eval_dataset", data, "--model_path", trained, "--output_dir", out]
+    kept = out / "runs/verdicts.jsonl"
+    with (tmp_path / "said").open("wb") as said:
+        process = scripts.start([sys.executable, *command], cwd=RECIPE, errors=said.fileno())
+        deadline = time.time() + 180
+        while not (kept.is_file() and kept.stat().st_size):
+            assert time.time() < deadline and process.poll() is None, "nothing was judged"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    lines = re.split("[\r\n]+", (tmp_path / "said").read_text())
+    (line,) = [line for line in lines if line.startswith("stopped ")]
+    before = kept.read_bytes()
+    count = before.count(b"\n")
+    assert 0 < count < 1000
+    again = shlex.join(["python", *map(str, command)])
+    assert line == f"stopped after {count} of 1000 rows, kept in {kept}; to go on: {again}"
+    assert not [line for line in lines if "Traceback" in line]
+    assert not (out / "results.json").exists()
+    done = launch(*command)
+    assert kept.read_bytes().startswith(before)
+    assert kept.read_bytes().count(b"\n") == 1000
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 1000
+    assert f"Results are in {out}; open results.html first." in done.stderr
 
 
 def test_lora_keeps_its_head(tiny_base, tmp_path):
