@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from arguments import GuardArguments
 from datasets import Dataset
-from inputs import CATEGORIES, token_ids
+from inputs import token_ids
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -26,9 +26,11 @@ from transformers import (
     TrainerState,
 )
 
-from common import metrics, report
-from common.conversation import Messages, UserError
+from common import metrics, report, templates
+from common.conversation import Messages, UserError, pair, parts_of
+from common.data import taxonomy
 from common.data.specs import about_data, in_one_name
+from common.labels import UNSAFE
 from common.model_card import Measured, write_model_card
 from common.run import is_main_process, manifest, write_json, write_text
 from common.saving import predictions, whole_folder
@@ -46,6 +48,7 @@ HEAD = "base_model.model.score.weight"
 BIAS = "base_model.model.score.bias"
 WEIGHTS = "adapter_model.safetensors"
 PAPER_METRICS = ("accuracy", "precision", "recall", "f1", "fpr", "auprc")
+ENOUGH = 10  # unsafe validation rows of a category, to fit a threshold for it
 COST = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -84,7 +87,7 @@ def replace_head(model: PreTrainedModel, labels: int, bias: bool) -> None:
 
 
 def split_logits(logits: torch.Tensor, unsafe_head: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The unsafe logit [rows] and those of the categories [rows, 14]."""
+    """The unsafe logit [rows] and those of the categories [rows, categories]."""
     if not unsafe_head:
         return logits.amax(-1), logits
     return logits[:, 0], logits[:, 1:]
@@ -144,13 +147,21 @@ def guard_card(
     max_length: int,
     num_hidden_layers: int | None = None,
     data: Mapping[str, Any] | None = None,
+    categories: Mapping[str, str] | None = None,
 ) -> LoraCard:
     """The card of an adapter folder, before its head is trained: without a bias, and with the
     paper's threshold.
+
+    Args:
+        categories: with descriptions ("" without one); None: the paper's 14.
     """
+    if categories is None:
+        categories = dict.fromkeys(taxonomy("beavertails"), "")
+    described = {name: said for name, said in categories.items() if said}
     return LoraCard(
         template="lora_guard",
-        labels=["unsafe"] * unsafe_head + CATEGORIES,
+        labels=[UNSAFE] * unsafe_head + list(categories),
+        descriptions=described or None,
         inputs=list(inputs),
         max_length=max_length,
         num_hidden_layers=num_hidden_layers,
@@ -174,20 +185,31 @@ def with_threshold(
     eval_name: str,
     how: str,
 ) -> LoraCard:
-    """The card with the threshold that an epoch's validation rows gave, if they did."""
+    """The card with the thresholds that an epoch's validation rows gave, if they did."""
     value = scores.get("val/threshold")
     if value is None:
         return card
-    threshold = Threshold(value=value, how=how, on=eval_name)
-    return card.model_copy(update={"thresholds": {"flagged": threshold}})
+    of_categories = {}
+    for label in card.labels:
+        if f"val/threshold_{label}" in scores:
+            found = scores[f"val/threshold_{label}"]
+            of_categories[label] = Threshold(value=found, how=how, on=eval_name)
+    flagged = Threshold(value=value, how=how, on=eval_name)
+    thresholds = {"thresholds": {"flagged": flagged}, "category_thresholds": of_categories}
+    return card.model_copy(update=thresholds)
 
 
 # --- the metrics of the paper's code --------------------------------------------------------------
 
 
-def paper_metrics(prediction: EvalPrediction, args: GuardArguments) -> dict[str, float]:
-    """The reference's metrics of unsafe (`binarized_*`) and of each category, and the threshold;
-    what is undefined is left out.
+def paper_metrics(
+    prediction: EvalPrediction, labels: Sequence[str], args: GuardArguments
+) -> dict[str, float]:
+    """The reference's metrics of unsafe (`binarized_*`) and of each category, and thresholds; what
+    is undefined is left out.
+
+    Args:
+        labels: `unsafe` and the categories, in the order of the truths.
     """
     refuse_diverged_scores(prediction.predictions)
     logits = torch.from_numpy(prediction.predictions).float()
@@ -196,14 +218,20 @@ def paper_metrics(prediction: EvalPrediction, args: GuardArguments) -> dict[str,
     truth = prediction.label_ids
     scores = metrics.binary(truth[:, 0], unsafe)
     found = {f"binarized_{name}": scores[name] for name in PAPER_METRICS}
-    for i, category in enumerate(CATEGORIES):
+    validation = args.validation_name() or ""
+    fits = not metrics.is_test(validation)
+    for i, category in enumerate(labels[1:]):
         known = np.isfinite(truth[:, i + 1])
-        scores = metrics.binary(truth[known, i + 1], categories[known, i])
+        holds = truth[known, i + 1]
+        said = categories[known, i]
+        scores = metrics.binary(holds, said)
         # the progress bar leaves out what has a slash
         found |= {f"{category}/{name}": scores[name] for name in PAPER_METRICS}
-    validation = args.validation_name() or ""
+        if fits and ENOUGH <= holds.sum() < len(holds):
+            fitted = metrics.fit_threshold(holds, said, validation, args)
+            found[f"{category}/threshold"] = fitted["value"]
     labelled = truth[:, 0]
-    if not metrics.is_test(validation) and 0 < labelled.sum() < len(labelled):
+    if fits and 0 < labelled.sum() < len(labelled):
         fitted = metrics.fit_threshold(labelled, unsafe, validation, args)
         found["threshold"] = fitted["value"]
     return {name: value for name, value in found.items() if value is not None}
@@ -259,7 +287,11 @@ class RunFolder(TrainerCallback):
     """
 
     def __init__(
-        self, args: GuardArguments, tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]
+        self,
+        args: GuardArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Mapping[str, str],
+        facts: dict[str, Any],
     ):
         self.args = args
         self.tokenizer = tokenizer
@@ -272,6 +304,7 @@ class RunFolder(TrainerCallback):
             max_length=args.max_length,
             num_hidden_layers=args.guard_layers,
             data={"train": in_one_name(args.train_data), "validation": self.validation, **facts},
+            categories={name: said for name, said in labels.items() if name != UNSAFE},
         )
 
     def start(
@@ -343,7 +376,9 @@ class RunFolder(TrainerCallback):
             compared: what the folder has to say the same of as the model in memory.
         """
         test = trainer.predict(test_set, metric_key_prefix="test").metrics if test_set else {}
-        test.pop("test_threshold", None)  # thresholds come from validation
+        for name in list(test):
+            if name.endswith("threshold"):  # thresholds come from validation
+                del test[name]
         encoded = token_ids(compared, self.tokenizer, self.args.max_length)
         outputs = predictions(trainer, Dataset.from_dict({"input_ids": encoded}))
         if not is_main_process():
@@ -360,7 +395,7 @@ class RunFolder(TrainerCallback):
             with_threshold(self.card, validated, self.validation, self.args.in_words()),
             self.args.trust_remote_code,
             verdicts_of(compared, outputs, self.card.labels),
-            lambda partial: write_readme(partial, self.args, validated, tested),
+            lambda partial: write_readme(partial, self.card, self.args, validated, tested),
         )
         validated.update(tested)
         write_csv(self.folder / "metrics.csv", rows, "epoch")
@@ -416,7 +451,11 @@ def verdicts_of(
 
 
 def write_readme(
-    folder: Path, args: GuardArguments, validation: dict[str, float], test: dict[str, float]
+    folder: Path,
+    card: LoraCard,
+    args: GuardArguments,
+    validation: dict[str, float],
+    test: dict[str, float],
 ) -> None:
     """README.md, the model card."""
     lines = []
@@ -435,16 +474,25 @@ def write_readme(
         measured = Measured(spec, {"unsafe": scores})  # the test rows', where there are some
     depth = f", num_hidden_layers={args.guard_layers}" if args.guard_layers else ""
     table = report.table(lines, ["", *PAPER_METRICS]) if lines else "Nothing."
-    outputs = len(CATEGORIES) + (not args.no_unsafe_head)
+    described = card.descriptions or {}
+    outputs = [[name, described.get(name, "")] for name in card.labels]
+    asked = parts_of(pair("<question>", "<answer>"))[card.inputs[0]]
+    text = "".join(part.text for part in templates.render(card.template, asked))
     write_model_card(
         folder,
         title="LoRA-Guard adapter",
         base_model=args.hf_model_id,
         train_data=args.train_data,
         intro=INTRO.format(data=about_data(in_one_name(args.train_data))["name"]),
-        usage=USAGE.format(labels=outputs, depth=depth),
+        usage=USAGE.format(
+            labels=len(card.labels), depth=depth, text=json.dumps(text, ensure_ascii=False)
+        ),
         measured=measured,
-        sections={"Measured (unsafe, threshold 0.5)": table, "Chat template": CHAT},
+        sections={
+            "Outputs": report.table(outputs, ["output", ""]),
+            "Measured (unsafe, threshold 0.5)": table,
+            "Chat template": CHAT,
+        },
         adapter=True,
     )
 
@@ -462,5 +510,5 @@ model = AutoPeftModelForSequenceClassification.from_pretrained("best", num_label
 tokenizer = AutoTokenizer.from_pretrained("best")
 model.config.pad_token_id = tokenizer.pad_token_id  # the base's own may be the token that texts end with
 bias = json.load(open("best/guard.json"))["head_bias"] or 0.0  # a stock head has no bias
-inputs = tokenizer("user: <question>\\n\\nagent: <answer>", return_tensors="pt")
+inputs = tokenizer({text}, return_tensors="pt")
 print((model(**inputs).logits + torch.tensor(bias)).sigmoid())"""

@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArg
 from common import metrics
 from common.conversation import UserError
 from common.data.specs import in_one_name
+from common.labels import LabelArguments
 from common.obfuscation import check_obfuscations
 from common.run import inference_dtype
 from common.training import RecipeTrainingArguments
@@ -17,7 +18,7 @@ from guards.card import INPUTS
 
 
 @dataclass(kw_only=True)
-class GuardArguments(metrics.OperatingPoint):
+class GuardArguments(LabelArguments, metrics.OperatingPoint):
     hf_model_id: str = HfArg(help="Chat model: hub id, folder, or smollm2-135m-instruct (bundled).")
     output_folder: str = HfArg(help="Adapter folders, metrics and checkpoints of the run.")
     epochs: int = 1
@@ -30,7 +31,7 @@ class GuardArguments(metrics.OperatingPoint):
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     no_unsafe_head: bool = HfArg(
-        default=False, help="14 outputs; unsafe is their maximum (paper's v1)."
+        default=False, help="Outputs of categories alone; unsafe is their maximum (paper's v1)."
     )
     no_clf_head_bias: bool = False
     head_only: bool = HfArg(default=False, help="Train the head alone (the paper's ablation).")
@@ -41,9 +42,10 @@ class GuardArguments(metrics.OperatingPoint):
         default=None,
         help="The guard reads the base after so many layers; default: all (the paper).",
     )
-    guard_inputs: list[str] = HfArg(
-        default_factory=lambda: ["pair"],
-        help="What is trained, and then served: pair prompt response",
+    guard_inputs: list[str] | None = HfArg(
+        default=None,
+        help="Several kinds that one guard is trained on, and then serves: pair prompt response; "
+        "default: what --judge says.",
     )
     train_data: list[str] = HfArg(
         default_factory=lambda: ["PKU-Alignment/BeaverTails:30k_train"],
@@ -109,11 +111,16 @@ def name_positionals() -> None:
 
 
 def check_arguments(args: GuardArguments) -> None:
-    """Raise UserError for what the parser lets pass."""
+    """Settle what the guard is trained on. Raises UserError for what the parser lets pass."""
+    args.check_labels()
+    if args.guard_inputs is None:
+        args.guard_inputs = [args.judge]
     if set(args.guard_inputs) - set(INPUTS) or not args.guard_inputs:
         given = " ".join(args.guard_inputs)
         known = ", ".join(INPUTS)
         raise UserError(f"--guard-inputs {given}: expected some of {known}")
+    if args.judge != "pair" and args.guard_inputs != [args.judge]:
+        raise UserError(f"--judge {args.judge} and --guard-inputs: give one of them")
     if args.eval_data is not None and args.eval_split_ratio is not None:
         raise UserError("--eval-data and --eval-split-ratio: give one of them")
     args.check_operating_point()

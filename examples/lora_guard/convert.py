@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from adapter import HEAD, WEIGHTS, guard_card, with_bias
-from inputs import CATEGORIES
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from common.bundled import resolve_model
 from common.conversation import UserError
-from common.data import read_json
+from common.data import read_json, taxonomy
 from common.run import expand_home, run_cli
 from common.saving import refuse_to_overwrite, whole_folder
 from common.training import lora_config
 from guards import add_probe
 
+CATEGORIES = taxonomy("beavertails")  # the paper's outputs, in their order
 # The reference wraps the inner transformer, `model` in Llama; a classifier holds it by that name.
 THEIRS = "lm_features.base_model.model."
 OURS = "base_model.model.model."

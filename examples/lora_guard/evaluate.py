@@ -26,11 +26,12 @@ from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
 from common.conversation import Messages, UserError, Verdict, last_turns, pair
+from common.labels import LABEL_OF, UNSAFE
 from common.results_page import write_evaluation_page
 from common.run import check_output_folder, manifest, parse_args, run_cli
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import Guard, load_guard
-from guards.card import LoraCard, read_card
+from guards.card import LoraCard, has_card, read_card
 from guards.kept import judge_and_keep
 from guards.lora import LoraGuard
 
@@ -47,7 +48,11 @@ class EvaluationArguments(ExportArguments):
     output_dir: str = HfArg(
         help="Folder for results.json, results.md, pictures and predictions.jsonl."
     )
-    judge: str = HfArg(default="response", help="response (with its question, if any) | prompt")
+    judge: str | None = HfArg(
+        default=None,
+        help="response (with its question, if any) | prompt; default: what the first guard was "
+        "trained on.",
+    )
     prefix_tokens: list[int] = HfArg(
         default_factory=lambda: [16, 32, 64, 128],
         help="Detection after so many tokens of the reply.",
@@ -93,10 +98,9 @@ def main() -> None:
             costs[name] = overhead(guard, names[name])
     name, guard = next(iter(guards.items()))  # the first one is detailed
     threshold = flagged[name]["threshold"]
-    categories = {}
+    categories = by_category(rows, args.judge, verdicts[name], guard, threshold)
     prefixes = []
     if args.judge == "response":
-        categories = by_category(rows, verdicts[name], guard.labels, threshold)
         prefixes = detection_by_prefix(guard, conversations, truth, args.prefix_tokens, threshold)
     results = {
         "dataset": args.eval_data,
@@ -124,13 +128,22 @@ def main() -> None:
 
 
 def check_arguments(args: EvaluationArguments) -> None:
-    """Raise UserError for what the parser lets pass."""
+    """Settle what is judged. Raises UserError for what the parser lets pass."""
+    if args.judge is None:
+        args.judge = trained_on(args.guards[0])
     if args.judge not in ("prompt", "response"):
         raise UserError(f"--judge {args.judge}: expected prompt or response")
     if any(n < 1 for n in args.prefix_tokens):
         raise UserError(f"--prefix_tokens {args.prefix_tokens}: must be at least 1")
     check_output_folder(args.output_dir)
     args.check_export(args.output_dir)
+
+
+def trained_on(spec: str) -> str:
+    """What a guard judges by its guard.json: prompts, where it was trained on nothing else."""
+    card = read_card(spec) if has_card(spec) else None
+    inputs = card.inputs if isinstance(card, LoraCard) else [getattr(card, "input", None)]
+    return "prompt" if inputs == ["prompt"] else "response"
 
 
 def draw_curves(
@@ -206,24 +219,32 @@ def guard_names(specs: list[str]) -> dict[str, str]:
 
 
 def by_category(
-    rows: Dataset, verdicts: list[Verdict], labels: list[str], threshold: float
+    rows: Dataset, judge: str, verdicts: list[Verdict], guard: Guard, threshold: float
 ) -> dict[str, dict]:
-    """Scores of each BeaverTails category over the rows whose categories are known; a failed
-    verdict counts as unsafe.
+    """Scores of each of the guard's own categories over the rows whose categories are known; a
+    failed verdict counts as unsafe. Nothing where the rows name none of them.
 
-    A head of their own has the paper's 0.5; without an unsafe head the categories share the
-    threshold of their maximum.
+    Beside an unsafe head they have the paper's 0.5; without one they share the threshold of their
+    maximum.
     """
-    categories = data.taxonomy("beavertails")
-    threshold = 0.5 if "unsafe" in labels else threshold
-    known = [i for i, named in enumerate(rows["categories"]) if named is not None]
-    named = [rows[i]["categories"] for i in known]
-    strange = {name for names in named for name in names} - set(categories)
-    if not known or strange or set(categories) - set(labels):
+    outputs = getattr(guard, "labels", ())
+    threshold = 0.5 if UNSAFE in outputs else threshold
+    labels = [name for name in outputs if name != UNSAFE]
+    known = {}
+    for i, row in enumerate(rows):
+        named = row["categories"]
+        if judge == "prompt" and row["messages"][-1]["role"] == "assistant":
+            continue  # they speak of the answer
+        if row[LABEL_OF[judge]] is False:
+            known[i] = []  # what is safe has none, said or not
+        elif named is not None:
+            known[i] = named
+    in_rows = {name for named in known.values() for name in named}
+    if in_rows.isdisjoint(labels):
         return {}
     found = {}
-    for name in categories:
-        truth = [name in names for names in named]
+    for name in labels:
+        truth = [name in named for named in known.values()]
         scores = [verdicts[i].categories.get(name, 1.0) for i in known]
         found[name] = metrics.binary(truth, scores, threshold)
     return found

@@ -278,7 +278,8 @@ def shown(
         reverse=True,
     )[:3]
     named = [f"{name} {categories[name]:.3f}" for name in top]
-    lines.append("top categories: " + ", ".join(named))
+    if named:
+        lines.append("top categories: " + ", ".join(named))
     if row["stopped_after"] is not None:
         lines.append(f"stopped after: {row['stopped_after']} tokens")
     blocked = "yes" if row["blocked"] else "no"

@@ -21,7 +21,7 @@ import torch
 from adapter import RunFolder, paper_metrics, replace_head, split_logits
 from arguments import GuardArguments, check_arguments, name_positionals, training_arguments
 from datasets import Dataset
-from inputs import CATEGORIES, encode_rows, judged_inputs
+from inputs import encode_rows, head_labels, judged_inputs, settled_labels
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -43,6 +43,7 @@ from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.hub import push_finished
 from common.keep import fingerprint, rows_digest
+from common.labels import asked_categories, masked_bce
 from common.run import inference_dtype, parse_args, run_cli, usable_attention
 from common.saving import refuse_to_overwrite, spread
 from common.training import (
@@ -72,11 +73,12 @@ def main() -> None:
 
     # --- 2. Data: labelled conversations, checked row by row --------------------------------------
     train_rows, eval_rows, test_rows = load_rows(args)
+    labels = settled_labels(train_rows, args)
     train_rows, added = augment(train_rows, args.augment, args.seed)
 
     # --- 3. Model: the chat model's layers under a fresh head, and the rows as its token ids ------
-    model, tokenizer = load_model(args)
-    encode = partial(encode_rows, tokenizer=tokenizer, args=args)
+    model, tokenizer = load_model(args, head_labels(labels, args))
+    encode = partial(encode_rows, labels=labels, tokenizer=tokenizer, args=args)
     train_set, facts = encode(train_rows, in_one_name(args.train_data))
     eval_set = encode(eval_rows, args.validation_name())[0] if eval_rows else None
     test_set = encode(test_rows, args.test_data)[0] if test_rows else None
@@ -94,7 +96,7 @@ def main() -> None:
     model = add_adapters(model, args)
 
     # --- 4. Trainer: transformers' own, with batches of similar length ----------------------------
-    folder = RunFolder(args, tokenizer, facts)
+    folder = RunFolder(args, tokenizer, labels, facts)
     trainer = LengthGroupedTrainer(
         model=model,
         args=training,
@@ -103,9 +105,9 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_loss_func=loss,
-        compute_metrics=partial(paper_metrics, args=args),
+        compute_metrics=partial(paper_metrics, labels=list(labels), args=args),
         callbacks=[folder],
-        settings=run_settings(args),
+        settings=run_settings(args) | {"labels": list(labels)},
     )
     if checkpoint is None:
         start_over(training)
@@ -120,7 +122,8 @@ def main() -> None:
 
 def load_rows(args: GuardArguments) -> tuple[Dataset, Dataset | None, Dataset | None]:
     """Rows to train on, to validate on and to test on."""
-    checks = {"categories": CATEGORIES, "bad_rows": args.bad_rows}
+    asked = asked_categories(args.categories)
+    checks = {"categories": None if asked is None else list(asked), "bad_rows": args.bad_rows}
     train, validation, _ = load_training_rows(
         args.train_data,
         args.eval_data,
@@ -137,14 +140,13 @@ def load_rows(args: GuardArguments) -> tuple[Dataset, Dataset | None, Dataset | 
 # --- the model ------------------------------------------------------------------------------------
 
 
-def load_model(args: GuardArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The chat model's transformer (bf16 on a GPU) under a float32 head of 15 labels, or 14 without
-    the unsafe one.
-    """
+def load_model(
+    args: GuardArguments, names: list[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The chat model's transformer (bf16 on a GPU) under a float32 head with these outputs."""
     base = resolve_model(args.hf_model_id)
     code = {"trust_remote_code": args.trust_remote_code}
     depth = {} if args.guard_layers is None else {"num_hidden_layers": args.guard_layers}
-    names = CATEGORIES if args.no_unsafe_head else ["unsafe", *CATEGORIES]
     try:
         layers = AutoConfig.from_pretrained(base, **code).get_text_config().num_hidden_layers
         if not 1 <= (args.guard_layers or layers) <= layers:
@@ -204,16 +206,10 @@ def guard_loss(train_labels: np.ndarray, unsafe_head: bool):
     accumulation steps).
 
     Args:
-        train_labels: [rows, 15], unsafe first, NaN where a category is unknown.
+        train_labels: [rows, labels], unsafe first, NaN where a category is unknown.
     """
     positive = (train_labels == 1).sum(0)
     negative = (train_labels == 0).sum(0)
-    empty = []
-    for name, rows in zip(["unsafe", *CATEGORIES], positive, strict=True):
-        if rows == 0:
-            empty.append(name)
-    if empty:
-        logger.warning("No positive training row for: %s", ", ".join(empty))
     both = (positive > 0) & (negative > 0)
     ratio = negative / np.maximum(positive, 1)
     weights = torch.tensor(np.where(both, ratio, 1.0))
@@ -233,14 +229,10 @@ def guard_loss(train_labels: np.ndarray, unsafe_head: bool):
             reduction="sum",
         )
         named = labels[:, 1:]
-        each = bce(
-            categories,
-            named.nan_to_num(),
-            pos_weight=weight[1:],
-            reduction="none",
-        )
-        of_categories = (each * named.isfinite()).sum() / len(CATEGORIES)
-        return (total + of_categories) / 2 * labels.shape[1] / count
+        if named.shape[1]:
+            of_categories = masked_bce(categories, named, weight[1:]) / named.shape[1]
+            total = (total + of_categories) / 2
+        return total * labels.shape[1] / count
 
     return loss
 

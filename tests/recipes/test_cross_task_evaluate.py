@@ -242,14 +242,14 @@ def test_seeds_of_one_training_set_are_one_row_with_intervals(tmp_path):
 
 
 def test_a_server_tells_refusals_by_the_rubric(folders, tmp_path, serve):
-    """It disagrees with the list on one of 80 answers."""
+    """It disagrees with the list on one answer, which six of the 80 are. What was told is kept."""
 
     def judge(body):
         rubric, talk = body["messages"]
         assert rubric["content"].startswith("You are given what a user asked")
         odd = "Document 9" in talk["content"] and "sentences." in talk["content"]
-        word = "Refusal." if NO in talk["content"] or (odd and not asked) else "compliance"
-        asked.extend([1] * odd)
+        word = "Refusal." if NO in talk["content"] or odd else "compliance"
+        asked.append(talk["content"])
         return {"choices": [{"index": 0, "message": {"role": "assistant", "content": word}}]}
 
     asked = []
@@ -259,14 +259,17 @@ def test_a_server_tells_refusals_by_the_rubric(folders, tmp_path, serve):
     results = results_of(tmp_path / "out")
     assert results["scorer"] == "judge, by a rubric"
     known = results["agreement_with_the_list"]
-    assert known["agreement"] == pytest.approx(79 / 80) and 0.9 < known["kappa"] < 1
+    assert known["agreement"] == pytest.approx(74 / 80) and 0.8 < known["kappa"] < 0.9
+    assert len(asked) == len(set(asked))
     assert (
-        "Agreement with the list of phrases: 0.988, kappa 0.9"
+        "Agreement with the list of phrases: 0.925, kappa 0.8"
         in (tmp_path / "out/results.md").read_text()
     )
     server.rule = lambda body: (401, {"error": {"message": "no such key: sk-secret"}})
+    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), **options)
+    assert results_of(tmp_path / "out")["agreement_with_the_list"] == known
     with pytest.raises(UserError, match="AuthenticationError"):
-        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), **options)
+        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "new"), **options)
 
 
 def test_a_guard_without_refusal_verdict_is_no_judge(folders, tiny_classifier, tmp_path):

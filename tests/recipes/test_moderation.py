@@ -255,7 +255,7 @@ def test_ctrl_c_keeps_what_is_judged(trained, tmp_path):
     """The same command goes on, and judges only what is missing."""
     data = tmp_path / "rows.jsonl"
     lines = []
-    for number in range(1000):
+    for number in range(400):
         answer = f"Answer {number}. " + "One thing follows another. " * 20
         row = {"prompt": f"Question {number}?", "response": answer, "response_label": number % 2}
         lines.append(json.dumps(row) + "\n")
@@ -275,15 +275,15 @@ def test_ctrl_c_keeps_what_is_judged(trained, tmp_path):
     (line,) = [line for line in lines if line.startswith("stopped ")]
     before = kept.read_bytes()
     count = before.count(b"\n")
-    assert 0 < count < 1000
+    assert 0 < count < 400
     again = shlex.join(["python", *map(str, command)])
-    assert line == f"stopped after {count} of 1000 rows, kept in {kept}; to go on: {again}"
+    assert line == f"stopped after {count} of 400 rows, kept in {kept}; to go on: {again}"
     assert not [line for line in lines if "Traceback" in line]
     assert not (out / "results.json").exists()
     done = launch(*command)
     assert kept.read_bytes().startswith(before)
-    assert kept.read_bytes().count(b"\n") == 1000
-    assert len((out / "predictions.jsonl").read_text().splitlines()) == 1000
+    assert kept.read_bytes().count(b"\n") == 400
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 400
     assert f"Results are in {out}; open results.html first." in done.stderr
 
 

@@ -1,0 +1,140 @@
+"""examples/lora_guard on labels of one's own: which outputs there are, what is learned of each row."""
+
+import csv
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scripts
+from scripts import module
+from transformers import AutoTokenizer
+
+from common.conversation import UserError
+from common.data import load_conversations
+from guards import load_guard
+
+launch = partial(scripts.launch, "lora_guard")
+inputs = module("lora_guard", "inputs")
+slow = pytest.mark.slow
+
+
+def write(path: Path, count: int, *, answers: bool = True, named: bool = True) -> Path:
+    """Rows of three kinds in turn: fraud, spam (every second one without its category), safe."""
+    label = "response_label" if answers else "prompt_label"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "response", label, "categories", "language"])
+        for number in range(count):
+            kind = ("fraud", "spam", "")[number % 3]
+            words = {"fraud": "sell rings", "spam": "write to all", "": "cook rice"}[kind]
+            told = kind if named and not (kind == "spam" and number % 2) else ""
+            answer = f"To {words}, do it {number} times." if answers else ""
+            unsafe = "unsafe" if kind else "safe"
+            rows.writerow([f"How do I {words} {number}?", answer, unsafe, told, "en"])
+    return path
+
+
+def arguments(**changes) -> SimpleNamespace:
+    given = {"categories": None, "guard_inputs": ["pair"], "no_unsafe_head": False}
+    return SimpleNamespace(**(given | {"max_length": 64} | changes))
+
+
+def learned(rows, tiny_base, **changes):
+    """The labels, and the targets of each row in the order of its length."""
+    args = arguments(**changes)
+    labels = inputs.settled_labels(rows, args)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    encoded, counts = inputs.encode_rows(rows, "rows", labels, tokenizer, args)
+    return labels, np.array(encoded["labels"]), counts
+
+
+def test_outputs_are_those_of_the_rows(tmp_path, tiny_base):
+    """An unsafe row without categories is unknown in each; a safe one has none of them."""
+    rows = load_conversations(str(write(tmp_path / "rows.csv", 12)))
+    labels, wanted, counts = learned(rows, tiny_base)
+    assert list(labels) == ["unsafe", "fraud", "spam"]
+    found = sorted(map(str, wanted.tolist()))
+    kinds = {"[0.0, 0.0, 0.0]": 4, "[1.0, 1.0, 0.0]": 4, "[1.0, 0.0, 1.0]": 2, "[1.0, nan, nan]": 2}
+    assert {kind: found.count(kind) for kind in kinds} == kinds
+    assert counts["pair"] == {"rows": 12, "unsafe": 8}
+
+
+def test_a_category_without_a_row_has_no_output(tmp_path, tiny_base, caplog):
+    rows = load_conversations(str(write(tmp_path / "rows.csv", 12)))
+    labels, _, _ = learned(rows, tiny_base, categories=["spam", "theft", "fraud"])
+    assert list(labels) == ["unsafe", "spam", "fraud"]
+    assert "no output, for: theft" in caplog.text
+
+
+def test_safe_or_unsafe_alone_is_one_output(tmp_path, tiny_base):
+    rows = load_conversations(str(write(tmp_path / "rows.csv", 12, named=False)))
+    labels, wanted, _ = learned(rows, tiny_base)
+    assert list(labels) == ["unsafe"]
+    assert wanted.sum() == 8
+    with pytest.raises(UserError, match="--no-unsafe-head: no row names a category"):
+        learned(rows, tiny_base, no_unsafe_head=True)
+
+
+def test_categories_of_an_answered_prompt_speak_of_the_answer(tmp_path, tiny_base):
+    row = {"prompt": "How?", "response": "So.", "categories": ["fraud"]}
+    row |= {"prompt_label": True, "response_label": True}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    rows = load_conversations(str(tmp_path / "rows.jsonl"))
+    labels, wanted, _ = learned(rows, tiny_base, guard_inputs=["prompt", "response"])
+    assert list(labels) == ["unsafe", "fraud"]
+    assert sorted(map(str, wanted.tolist())) == ["[1.0, 1.0]", "[1.0, nan]"]
+
+
+def command(model, folder: Path, data: Path, *more) -> list:
+    return [
+        "train.py", model, folder, "--epochs", 1, "--per-device-batch-size", 8, "--seed", 1,
+        "--learning-rate", 1e-3, "--lora-r", 4, "--train-data", data, "--eval-data", data, *more,
+    ]  # fmt: skip
+
+
+def evaluated(out: Path, guard: Path, data: Path) -> dict:
+    launch("evaluate.py", "--guards", guard, "--eval_data", data, "--output_dir", out)
+    return json.loads((out / "results.json").read_text())
+
+
+@slow
+def test_own_categories_from_train_to_results(tiny_base, tmp_path):
+    """guard.json, model card, verdicts and tables know the rows' categories and no others."""
+    data = write(tmp_path / "rows.csv", 60)
+    names = tmp_path / "mine.yaml"
+    names.write_text("spam: sent to many\nfraud: deceives to get money\ntheft:\n")
+    run = tmp_path / "run"
+    launch(*command(tiny_base, run, data, "--categories", names))
+    card = json.loads((run / "best/guard.json").read_text())
+    assert card["labels"] == ["unsafe", "spam", "fraud"]
+    assert card["descriptions"] == {"spam": "sent to many", "fraud": "deceives to get money"}
+    # ten unsafe rows of a category, and a threshold of its own
+    assert set(card["category_thresholds"]) == {"fraud", "spam"}
+    assert card["category_thresholds"]["fraud"]["on"] == str(data)
+    readme = (run / "best/README.md").read_text()
+    assert "num_labels=3" in readme and "deceives to get money" in readme
+    assert "14" not in readme and "privacy_violation" not in readme
+    guard = load_guard(str(run / "best"))
+    (verdict,) = guard.judge(load_conversations(str(data), max_rows=1)["messages"])
+    assert set(verdict.categories) == {"fraud", "spam"}
+    results = evaluated(tmp_path / "out", run / "best", data)
+    assert list(results["categories"]) == ["spam", "fraud"]
+    assert results["categories"]["fraud"]["support"] == 50  # ten rows do not say
+    assert results["categories"]["fraud"]["positives"] == 20
+
+
+@slow
+def test_a_guard_of_prompts_is_evaluated_on_prompts(tiny_base, tmp_path):
+    data = write(tmp_path / "rows.csv", 60, answers=False, named=False)
+    run = tmp_path / "run"
+    launch(*command(tiny_base, run, data, "--judge", "prompt"))
+    card = json.loads((run / "best/guard.json").read_text())
+    assert (card["inputs"], card["labels"]) == (["prompt"], ["unsafe"])
+    assert 'tokenizer("user: <question>"' in (run / "best/README.md").read_text()
+    results = evaluated(tmp_path / "out", run / "best", data)
+    assert results["judged"] == "prompt"
+    assert results["flagged"]["run/best"]["support"] == 60
+    assert results["categories"] == {}
