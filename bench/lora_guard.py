@@ -83,7 +83,8 @@ def main() -> None:
     train, adapter, riding = recipe_modules("lora_guard", "train", "adapter", "riding")
     depth = {"guard_layers": args.guard_layers, "lora_dropout": 0.0}
     recipe = train.GuardArguments(hf_model_id=args.model, output_folder="unused", **depth)
-    model, tokenizer = train.load_model(recipe)
+    outputs = ["unsafe", *data.taxonomy("beavertails")]
+    model, tokenizer = train.load_model(recipe, outputs)
     model = train.add_adapters(model, recipe)
     for name, parameter in model.named_parameters():
         # zero at the start: a guard that has learned something is the honest case

@@ -18,6 +18,7 @@ from common.conversation import Messages, UserError, Verdict, check_label, check
 from common.data import read_rows
 from common.run import write_json
 from common.templates import render
+from guards import Guard
 
 # keys of `flagged`, and what people read
 JUDGES = {"moderation": "QA-moderation", "gpt4": "GPT-4", "human": "human"}

@@ -39,7 +39,7 @@ def arguments(model: Path, output: Path, *more) -> list:
     return [
         "train.py", model, output, "--epochs", 2, "--per-device-batch-size", 8, "--learning-rate", 1e-3,
         "--eval-batch-size", 50, "--seed", 1, "--gradient-accumulation-steps", 1, "--lora-r", 4, "--lora-alpha", 8,
-        "--lora-dropout", 0, "--train-data", "beavertails-sample:train", "--max-train-rows", 64,
+        "--lora-dropout", 0, "--train-data", "beavertails-sample:train[12:76]",
         "--eval-data", "beavertails-sample:validation", "--logging-steps", 1, "--max-grad-norm", 1000, *more,
     ]  # fmt: skip
 
