@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import pandas
@@ -393,7 +394,10 @@ def _verdicts(
         if candidate.predicted is not None:
             return candidate.predicted.judge_rows(asked_rows, benchmark.label)
         conversations = [row["messages"] for row in asked_rows]
-        return load().judge(conversations, wanted=[benchmark.label])
+        guard = load()
+        if "wanted" not in signature(guard.judge).parameters:  # a judge() that somebody wrote anew
+            return guard.judge(conversations)
+        return guard.judge(conversations, wanted=[benchmark.label])
 
     said = fill_verdicts(
         kept,

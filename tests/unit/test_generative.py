@@ -7,6 +7,7 @@ import re
 
 import completions
 import families
+import huggingface_hub
 import pytest
 import torch
 from completions import completion, token
@@ -701,3 +702,16 @@ def test_a_guard_that_thinks_first(tmp_path):
     never = GenerativeGuard(str(tmp_path), {**entry, "generate": 3}, progress=False)
     for verdict in never.judge(talks):
         assert "in what it wrote" in verdict.error
+
+
+def test_a_hub_id_that_does_not_load_is_one_line(tmp_path, monkeypatch):
+    """Whether its tokenizer is missing, or its model alone."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no folder here, and no hub id that loads") as caught:
+        load_guard("llama-guard-3-8b", model="org/of-nothing", progress=False)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    families.save(tmp_path, "llama3", ["safe", "unsafe"], seed=3)
+    entry = {**zoo()["llama-guard-3-8b"], "tokenizer": str(tmp_path)}
+    with pytest.raises(UserError, match="org/of-nothing") as caught:
+        GenerativeGuard("org/of-nothing", entry, progress=False)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

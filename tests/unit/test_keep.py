@@ -141,6 +141,21 @@ def test_a_hub_id_is_its_cached_commit(tmp_path, monkeypatch, file):
     assert len(found) == 3
 
 
+def test_a_hub_id_is_one_commit_through_a_run(tmp_path, monkeypatch):
+    """Also where the hub, or another process, moves the branch meanwhile."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--moving"
+    (repository / "refs").mkdir(parents=True)
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        (repository / "refs" / "main").write_text(commit)
+        found.append(fingerprint("org/moving"))
+    assert commit in str(huggingface_hub.try_to_load_from_cache("org/moving", "config.json"))
+    assert found[0] == found[1] != fingerprint("org/of-nothing")
+
+
 def test_what_cannot_be_read_says_so():
     with pytest.raises(UserError, match="/proc/self/mem"):
         fingerprint("/proc/self/mem")

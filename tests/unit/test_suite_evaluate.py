@@ -531,3 +531,20 @@ def test_rows_to_label_again_of_all_benchmarks(arguments, tmp_path):
     assert [line["prompt_label"] for line in lines if "prompt_label" in line] == [True]
     assert [line["response_label"] for line in lines if "response_label" in line] == [True]
     assert load_conversations(str(tmp_path / "out/uncertain.jsonl"))["response_unsafe"].count(True)
+
+
+class Anew(KeywordGuard):
+    """A guard of somebody's that overrides `judge`, and knows of nothing else."""
+
+    def judge(self, conversations):
+        return [self._one(messages[-1]) for messages in conversations]
+
+
+def test_a_guard_that_overrides_judge_alone_works(arguments):
+    """In the suite it says what one with `judge_valid` says, and GuardBench's call works too."""
+    expected = evaluate.evaluate(arguments(overwrite=True), [candidate()])
+    anew = replace(candidate(identity="2"), load=Anew)
+    results = evaluate.evaluate(arguments(overwrite=True), [anew])
+    assert cells(results, "keyword") == cells(expected, "keyword")
+    talk = [{"role": "user", "content": "bad cat"}]
+    assert Anew().moderate([talk]) == [0.9]
