@@ -23,6 +23,7 @@ TOLERANCE = {"float32": 0.02, "bfloat16": 0.5}  # of log-odds, as in guards/card
 PADDED_TO = 4096  # the length that the paper's code pads rows of ExpGuard to
 Way = Callable[[], Any]
 Batch = dict[str, torch.Tensor]
+Prompts = list[list[int]]
 
 
 def main() -> None:
@@ -254,28 +255,7 @@ def verdicts(args: argparse.Namespace) -> Found:
             rest = random_ids(known, own_tokens, f"{turn} {place}")
             prompts.append(beginning + rest)
         turns.append(prompts)
-    candidates = [1, 2]
-
-    def ask(prompts: list[list[int]]) -> list:
-        return model.next_token(prompts, candidates)
-
-    def ask_apart(prompts: list[list[int]]) -> list:
-        apart = []
-        for first, ids in enumerate(prompts):
-            apart.append([first, *ids[1:]])
-        return ask(apart)
-
-    def ask_single(prompts: list[list[int]]) -> list:
-        said = []
-        for ids in prompts[:32]:
-            said += ask([ids])
-        return said
-
-    ways: dict[str, Way] = {}
-    ways["shared"] = by_turn(ask, turns)
-    ways["apart"] = by_turn(ask_apart, turns)
-    if args.engine == "transformers":
-        ways["single"] = by_turn(ask_single, turns)
+    ways = verdict_ways(model, turns)
     for way in ways.values():
         way()
     seconds, found = take_turns(ways, rounds)
@@ -301,6 +281,37 @@ def verdicts(args: argparse.Namespace) -> Found:
             failures.append(f"log-odds differ by {difference:.3f}")
     figures["compared"] = len(other)
     return figures | peak(), failures[:1]
+
+
+def verdict_ways(model, turns: Sequence[Prompts]) -> dict[str, Way]:
+    """Together; together, but with a first token of its own for each; and one at a time.
+
+    Args:
+        turns: prompts for each time that a way is called.
+    """
+    candidates = [1, 2]
+
+    def ask(prompts: Prompts) -> list:
+        return model.next_token(prompts, candidates)
+
+    def ask_apart(prompts: Prompts) -> list:
+        apart = []
+        for first, ids in enumerate(prompts):
+            apart.append([first, *ids[1:]])
+        return ask(apart)
+
+    def ask_single(prompts: Prompts) -> list:
+        said = []
+        for ids in prompts[:32]:
+            said += ask([ids])
+        return said
+
+    ways: dict[str, Way] = {}
+    ways["shared"] = by_turn(ask, turns)
+    ways["apart"] = by_turn(ask_apart, turns)
+    if model.has_beams:  # transformers; vLLM batches by itself
+        ways["single"] = by_turn(ask_single, turns)
+    return ways
 
 
 def by_turn(way: Callable, turns: Sequence) -> Way:
