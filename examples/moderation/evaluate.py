@@ -170,6 +170,7 @@ def report_metrics(args: EvaluationArguments) -> None:
         "flagged_at_0.5": metrics.binary(truth, scores["guard"], 0.5),
         "categories": by_category(rows, truth, verdicts, guard, threshold["value"]),
         "languages": by_language(rows["language"], truth, scores["guard"], threshold["value"]),
+        "near_copies": by_near_copies(rows, fit_rows, truth, scores["guard"], threshold["value"]),
         "run": manifest([args]),
     }
     predictions = []
@@ -266,6 +267,31 @@ def by_language(
     return found if len(found) > 1 else {}
 
 
+def by_near_copies(
+    rows: Dataset,
+    fit_rows: Dataset | None,
+    truth: np.ndarray,
+    score: np.ndarray,
+    threshold: float,
+) -> dict[str, dict]:
+    """Metrics of the guard with and without rows that are near-copies of rows of --baselines, which
+    are its training rows where both are of one data set; {} where none is.
+    """
+    if fit_rows is None:
+        return {}
+    texts = [data.judged_text(row) for row in rows]
+    _, copies = data.near_copies_between(map(data.judged_text, fit_rows), texts)
+    others = ~np.array(copies)
+    if others.all() or not others.any():
+        return {}
+    return {
+        "all rows": metrics.binary(truth, score, threshold),
+        f"without {sum(copies)} near-copies": metrics.binary(
+            truth[others], score[others], threshold
+        ),
+    }
+
+
 def baseline_scores(
     guard: Guard, args: EvaluationArguments, fit_rows: Dataset, rows: Dataset, label: str
 ) -> dict[str, np.ndarray]:
@@ -343,6 +369,9 @@ def metrics_markdown(results: dict[str, Any]) -> str:
         if results[heading]:
             table = report.metric_table(results[heading])
             lines += ["", f"## {heading.capitalize()}", "", table]
+    if results["near_copies"]:
+        heading = "## With and without near-copies of rows of --baselines"
+        lines += ["", heading, "", report.metric_table(results["near_copies"])]
     return "\n".join(lines) + "\n"
 
 

@@ -353,6 +353,25 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp
     assert "Traceback" not in done.stderr and not (tmp_path / "guard").exists()
 
 
+def test_scores_without_near_copies_of_training_rows(trained, tmp_path):
+    """Two of 26 rows are training rows, but for case and signs."""
+    folder = ROOT / "data/sample/beavertails"
+    rows = [json.loads(line) for line in (folder / "test.jsonl").open()][:24]
+    for line in (folder / "train.jsonl").read_text().splitlines()[:2]:
+        row = json.loads(line)
+        rows.append(row | {"prompt": row["prompt"].upper(), "response": f"{row['response']} !!"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--baselines", "beavertails-sample:train[:64]", "--output_dir", tmp_path / "out"]
+    launch("evaluate.py", "--model_path", trained, "--eval_dataset", file, *flags)
+    found = json.loads((tmp_path / "out/results.json").read_text())["near_copies"]
+    assert {name: scores["support"] for name, scores in found.items()} == {
+        "all rows": 26,
+        "without 2 near-copies": 24,
+    }
+    assert "| without 2 near-copies |" in (tmp_path / "out/results.md").read_text()
+
+
 def test_rows_that_were_labelled_again_go_back_into_training(trained, tiny_base, tmp_path):
     """Evaluate, export what is near the threshold, mend its labels, train on both files."""
     base = "beavertails-sample:train[:64]"
