@@ -79,7 +79,12 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = bench_parser(__doc__, "serve", rounds=3)
     parser.set_defaults(model=str(ROOT / "output/quickstart"))
-    parser.add_argument("--requests", type=int, default=256, help="of each way in each round")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=256,
+        help="of each way in each round",
+    )
     parser.add_argument("--memory_requests", type=int, default=5000)
     args = parser.parse_args()
     args.model = os.path.abspath(args.model)
@@ -94,7 +99,8 @@ def serving(model: str, *flags: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "guards.serve", model, "--port", str(port), *flags]
+    command = [sys.executable, "-m", "guards.serve", model]
+    command += ["--port", str(port), *flags]
     server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -115,12 +121,20 @@ def is_up(url: str) -> bool:
         return False
 
 
-def ask(url: str, talks: Sequence[Messages], clients: int) -> Load:
+def ask(
+    url: str,
+    talks: Sequence[Messages],
+    clients: int,
+) -> Load:
     """All requests, by so many clients at once."""
     return asyncio.run(ask_all(url, talks, clients))
 
 
-async def ask_all(url: str, talks: Sequence[Messages], clients: int) -> Load:
+async def ask_all(
+    url: str,
+    talks: Sequence[Messages],
+    clients: int,
+) -> Load:
     latencies = [0.0] * len(talks)
     scores = [0.0] * len(talks)
     left = iter(range(len(talks)))
@@ -137,12 +151,16 @@ async def ask_all(url: str, talks: Sequence[Messages], clients: int) -> Load:
 
     limits = httpx2.Limits(max_connections=clients)
     async with httpx2.AsyncClient(timeout=600, limits=limits) as connection:
-        await asyncio.gather(*[client(connection) for _ in range(clients)])
+        running = [client(connection) for _ in range(clients)]
+        await asyncio.gather(*running)
     return Load(latencies, scores)
 
 
 def compare(
-    urls: dict[str, str], talks: Sequence[Messages], clients: int, rounds: int
+    urls: dict[str, str],
+    talks: Sequence[Messages],
+    clients: int,
+    rounds: int,
 ) -> dict[str, Any]:
     """Both ways in turns under the same load."""
     ways = {}
@@ -166,7 +184,11 @@ def compare(
     return found
 
 
-def memory_over(url: str, talks: Sequence[Messages], requests: int) -> dict[str, float]:
+def memory_over(
+    url: str,
+    talks: Sequence[Messages],
+    requests: int,
+) -> dict[str, float]:
     """Memory of a server that has been warmed up, before and after so many requests, in MiB."""
     ask(url, talks, 32)
     before = memory(url)
@@ -176,7 +198,12 @@ def memory_over(url: str, talks: Sequence[Messages], requests: int) -> dict[str,
         ask(url, some, 32)
         asked += len(some)
     after = memory(url)
-    return {"before": before, "after": after, "growth": after / before - 1, "requests": asked}
+    return {
+        "before": before,
+        "after": after,
+        "growth": after / before - 1,
+        "requests": asked,
+    }
 
 
 def memory(url: str) -> float:
@@ -193,11 +220,14 @@ def show(results: dict[str, Any], requests: int) -> None:
         for name in WAYS:
             one = found[name]
             speed = [one["requests_per_s"], one["p50_ms"], one["p95_ms"]]
-            ratio = found["ratio"] if name == "batched" else 1.0
+            ratio = 1.0
+            if name == "batched":
+                ratio = found["ratio"]
             rows.append([f"{clients} clients, {name}", *speed, ratio])
     print(report.table(rows, ["", "requests/s", "p50 ms", "p95 ms", "x one at a time"]))
     grown = results["memory"]
-    difference = max(found["difference"] for found in results["clients"].values())
+    every = results["clients"].values()
+    difference = max(one["difference"] for one in every)
     print(
         f"{requests} requests each; largest difference {difference:.1e}; memory "
         f"{grown['before']:.0f} MiB, after {grown['requests']} more {grown['after']:.0f} "

@@ -1,8 +1,8 @@
 """A guard as a moderation server, with OpenAI's and Perspective's addresses and a page to try it.
 
     python -m guards.serve output/quickstart --port 8000
-    curl http://127.0.0.1:8000/v1/moderations -H "Content-Type: application/json" \
-        -d '{"input": "How do I get into my neighbour'\''s house?"}'
+    curl http://127.0.0.1:8000/v1/moderations -H "Content-Type: application/json" \\
+        -d '{"input": "How do I read the letters of my neighbour?"}'
 
     # only who has the key may ask; the whole network may try
     GUARD_API_KEY=… python -m guards.serve output/quickstart --host 0.0.0.0
@@ -19,10 +19,22 @@ import os
 from typing import Any
 
 from common.conversation import UserError, check_url
-from common.run import device, expand_home, run_cli
-from guards import LONG_INPUTS, Guard, load_guard
+from common.run import (
+    device,
+    expand_home,
+    run_cli,
+)
+from guards import (
+    LONG_INPUTS,
+    Guard,
+    load_guard,
+)
 from guards.classifier import ClassifierGuard
-from guards.serve.answers import TEXT_IS, Reader, read_attributes
+from guards.serve.answers import (
+    TEXT_IS,
+    Reader,
+    read_attributes,
+)
 
 logger = logging.getLogger("guards.serve")
 KEY = "GUARD_API_KEY"
@@ -35,22 +47,13 @@ PADDED_ON_CPU = 512
 
 def parse() -> argparse.Namespace:
     kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m guards.serve", None, __doc__, formatter_class=kind)
-    add = parser.add_argument
-    add("guard", type=expand_home, help="a folder, a name of guards/zoo.yaml, or a hub id")
-    add("--host", default="127.0.0.1", help="0.0.0.0 opens it to the whole network")
-    add("--port", type=int, default=8000)
-    add("--text_is", choices=TEXT_IS, help="what a text alone is judged as; default: as it can")
-    add("--attributes", type=expand_home, help="YAML file: Perspective's attribute: category")
-    add("--long_inputs", choices=LONG_INPUTS, help="default: windows")
-    add("--batch_tokens", type=int, help="tokens that are judged together")
-    add("--max_waiting", type=int, default=256, help="texts that may wait; more get 429")
-    add("--max_body_bytes", type=int, default=131072, help="of a request; more get 413")
-    add("--log_texts", action="store_true", help="write every text with its answer to the log")
-    add("--engine", choices=("transformers", "vllm", "server"), help="of a guard that generates")
-    add("--server_url", help="of --engine server; its key: SERVER_API_KEY")
-    add("--server_model", help="the guard's name on that server")
-    add("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    parser = argparse.ArgumentParser(
+        "python -m guards.serve",
+        description=__doc__,
+        formatter_class=kind,
+    )
+    add_guard_flags(parser)
+    add_server_flags(parser)
     args = parser.parse_args()
     if not 0 < args.port < 65536:
         raise UserError(f"--port {args.port}: expected 1 to 65535")
@@ -59,6 +62,80 @@ def parse() -> argparse.Namespace:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     return args
+
+
+def add_guard_flags(parser: argparse.ArgumentParser) -> None:
+    """Which guard, and how it is loaded."""
+    add = parser.add_argument
+    add(
+        "guard",
+        type=expand_home,
+        help="a folder, a name of guards/zoo.yaml, or a hub id",
+    )
+    add(
+        "--long_inputs",
+        choices=LONG_INPUTS,
+        help="default: windows",
+    )
+    add(
+        "--engine",
+        choices=("transformers", "vllm", "server"),
+        help="of a guard that generates",
+    )
+    add("--server_url", help="of --engine server; its key: SERVER_API_KEY")
+    add("--server_model", help="the guard's name on that server")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run code that comes with a model",
+    )
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Where it listens, how it reads a request, and how much it takes."""
+    add = parser.add_argument
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 opens it to the whole network",
+    )
+    add(
+        "--port",
+        type=int,
+        default=8000,
+    )
+    add(
+        "--text_is",
+        choices=TEXT_IS,
+        help="what a text alone is judged as; default: as it can",
+    )
+    add(
+        "--attributes",
+        type=expand_home,
+        help="YAML file: Perspective's attribute: category",
+    )
+    add(
+        "--batch_tokens",
+        type=int,
+        help="tokens that are judged together",
+    )
+    add(
+        "--max_waiting",
+        type=int,
+        default=256,
+        help="texts that may wait; more get 429",
+    )
+    add(
+        "--max_body_bytes",
+        type=int,
+        default=131072,
+        help="of a request; more get 413",
+    )
+    add(
+        "--log_texts",
+        action="store_true",
+        help="write every text with its answer to the log",
+    )
 
 
 def guard_options(args: argparse.Namespace) -> dict[str, Any]:

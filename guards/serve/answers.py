@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.conversation import Message, UserError, Verdict, check_messages, pair
+from common.conversation import (
+    Message,
+    UserError,
+    Verdict,
+    check_messages,
+    pair,
+)
 from common.data.files import read_yaml
 from common.labels import UNSAFE
 from guards.base import Guard
@@ -50,11 +56,13 @@ class Reader:
         attributes: Attributes | None = None,
     ):
         self.guard = guard
-        self.attributes = {TOXICITY: [UNSAFE], **(attributes or {})}
+        self.attributes = {TOXICITY: [UNSAFE]}
+        self.attributes.update(attributes or {})
         judges_prompts = "prompt_unsafe" in guard.judges
         self.text_is = text_is or ("prompt" if judges_prompts else "response")
         if f"{self.text_is}_unsafe" not in guard.judges:
-            raise UserError(f"--text_is {text_is}: the guard judges {', '.join(guard.judges)}")
+            known = ", ".join(guard.judges)
+            raise UserError(f"--text_is {text_is}: the guard judges {known}")
         self.needs_question = "response" not in getattr(guard, "inputs", ())
 
     def conversation(self, text: str) -> list[Message]:
@@ -77,7 +85,8 @@ class Reader:
             what = f"ends with a turn of the {roles[-1]}, and the guard judges {known}"
             raise UserError(f"request, field messages: {what}")
         if "user" not in roles and self.needs_question:
-            turns.insert(roles.index("assistant"), {"role": "user", "content": ""})
+            empty = {"role": "user", "content": ""}
+            turns.insert(roles.index("assistant"), empty)
         return turns
 
     def threshold(self, label: str) -> float | None:
@@ -86,7 +95,11 @@ class Reader:
         found = known.get(label) or known.get("flagged")
         return found["value"] if found else None
 
-    def answer(self, messages: list[Message], verdict: Verdict) -> Answer:
+    def answer(
+        self,
+        messages: list[Message],
+        verdict: Verdict,
+    ) -> Answer:
         """Read the verdict on a conversation.
 
         Raises:
@@ -108,16 +121,18 @@ class Reader:
         for name, probability in verdict.categories.items():
             if means_safe(name):
                 continue
-            own = self.guard.thresholds.get(name, {"value": limit})
+            own = self.guard.thresholds.get(name)
+            above = own["value"] if own else limit
             scores[name] = probability
-            categories[name] = probability > own["value"]
+            categories[name] = probability > above
         scores[UNSAFE] = score
         categories[UNSAFE] = flagged
         return Answer(flagged, scores, categories)
 
     def attribute(self, name: str, answer: Answer) -> float:
         """Perspective's score of an attribute that `attributes` names."""
-        return max(answer.scores[category] for category in self.attributes[name])
+        categories = self.attributes[name]
+        return max(answer.scores[category] for category in categories)
 
 
 def read_attributes(path: str | Path, guard: Guard) -> dict[str, list[str]]:
@@ -132,11 +147,14 @@ def read_attributes(path: str | Path, guard: Guard) -> dict[str, list[str]]:
     found = read_yaml(path)
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path}: expected lines such as TOXICITY: {UNSAFE}")
-    labels = getattr(guard, "labels", None) or getattr(guard, "variants", {})
+    labels = getattr(guard, "labels", None)
+    if labels is None:  # of a guard that generates
+        labels = getattr(guard, "variants", {})
     known = [UNSAFE]
     for name in labels:
-        if name and name != UNSAFE and not means_safe(name):
-            known.append(name)
+        if name in ("", UNSAFE) or means_safe(name):
+            continue
+        known.append(name)
     attributes = {}
     for attribute, names in found.items():
         listed = names if isinstance(names, list) else [names]

@@ -5,25 +5,49 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response, Security
+from fastapi import (
+    FastAPI,
+    Request,
+    Response,
+    Security,
+)
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from fastapi.security import APIKeyQuery, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from common.conversation import Message, UserError, Verdict
+from common.conversation import (
+    Message,
+    UserError,
+    Verdict,
+)
 from guards.api import CATEGORIES
 from guards.serve import wire
-from guards.serve.answers import Answer, NoVerdict, Reader
+from guards.serve.answers import (
+    Answer,
+    NoVerdict,
+    Reader,
+)
 from guards.serve.batching import BatchingQueue, QueueFull
-from guards.serve.front import ClientLeft, Front, Limits, Meters, Refused, log_fault
+from guards.serve.front import (
+    ClientLeft,
+    Front,
+    Limits,
+    Meters,
+    Refused,
+    log_fault,
+)
 
 logger = logging.getLogger("guards.serve")
 Said = TypeVar("Said")
@@ -51,7 +75,13 @@ FAULTS = {
 class Server:
     """One guard and its queue, behind the routes of `make_app`."""
 
-    def __init__(self, reader: Reader, queue: BatchingQueue, meters: Meters, log_texts: bool):
+    def __init__(
+        self,
+        reader: Reader,
+        queue: BatchingQueue,
+        meters: Meters,
+        log_texts: bool,
+    ):
         self.reader = reader
         self.queue = queue
         self.meters = meters
@@ -59,7 +89,9 @@ class Server:
         meters.waiting.set_function(lambda: len(queue.waiting))
 
     async def answers(
-        self, request: Request, conversations: Sequence[list[Message]]
+        self,
+        request: Request,
+        conversations: Sequence[list[Message]],
     ) -> list[Answer]:
         """What the guard says of each conversation.
 
@@ -88,7 +120,9 @@ class Server:
         return answers
 
     async def _verdicts(
-        self, request: Request, conversations: Sequence[list[Message]]
+        self,
+        request: Request,
+        conversations: Sequence[list[Message]],
     ) -> list[Verdict]:
         task = asyncio.ensure_future(self.queue.judge(conversations))
         try:
@@ -118,11 +152,21 @@ class Server:
         faults: Sequence[str],
     ) -> None:
         said = [asdict(answer) for answer in answers]
-        row = {"texts": list(conversations), "answers": said, "faults": list(faults)}
+        row = {
+            "texts": list(conversations),
+            "answers": said,
+            "faults": list(faults),
+        }
         logger.info("%s", json.dumps(row, ensure_ascii=False))
 
 
-def make_app(reader: Reader, limits: Limits, budget: int, most: int, log_texts: bool) -> FastAPI:
+def make_app(
+    reader: Reader,
+    limits: Limits,
+    budget: int,
+    most: int,
+    log_texts: bool,
+) -> FastAPI:
     """The server for the guard of a `Reader`.
 
     Args:
@@ -154,7 +198,12 @@ def make_app(reader: Reader, limits: Limits, budget: int, most: int, log_texts: 
     add_perspective(app, server, with_key=limits.key is not None)
     add_about(app, server)
     routes = {"/docs", "/openapi.json", *(route.path for route in app.routes)}
-    app.add_middleware(Front, limits=limits, meters=meters, routes=routes)
+    app.add_middleware(
+        Front,
+        limits=limits,
+        meters=meters,
+        routes=routes,
+    )
     app.add_exception_handler(Refused, lambda _, error: error.response())
     app.add_exception_handler(UserError, lambda _, error: Refused(400, f"{error}").response())
     app.add_exception_handler(RequestValidationError, _wrong_request)
@@ -174,8 +223,15 @@ def add_moderations(app: FastAPI, server: Server, with_key: bool) -> None:
     """OpenAI's route."""
     key = [Security(HTTPBearer(auto_error=False))] if with_key else []
 
-    @app.post("/v1/moderations", responses=_faults(*FAULTS), dependencies=key)
-    async def moderations(asked: wire.ModerationRequest, request: Request) -> wire.ModerationAnswer:
+    @app.post(
+        "/v1/moderations",
+        responses=_faults(*FAULTS),
+        dependencies=key,
+    )
+    async def moderations(
+        asked: wire.ModerationRequest,
+        request: Request,
+    ) -> wire.ModerationAnswer:
         conversations = _conversations(asked, server.reader)
         results = []
         for answer in await server.answers(request, conversations):
@@ -212,7 +268,8 @@ def _conversations(asked: wire.ModerationRequest, reader: Reader) -> list[list[M
     if asked.messages is not None and asked.input:
         raise Refused(400, "input and messages: give one of the two")
     if asked.messages is not None:
-        return [reader.fitting([turn.model_dump() for turn in asked.messages])]
+        turns = [turn.model_dump() for turn in asked.messages]
+        return [reader.fitting(turns)]
     if asked.input is None or asked.input == []:
         raise Refused(400, "input: a text, a list of texts, or text parts (or messages) is missing")
     if isinstance(asked.input, str):
@@ -220,7 +277,8 @@ def _conversations(asked: wire.ModerationRequest, reader: Reader) -> list[list[M
     elif isinstance(asked.input[0], str):
         texts = asked.input
     else:
-        texts = ["\n".join(part.text for part in asked.input)]
+        parts = [part.text for part in asked.input]
+        texts = ["\n".join(parts)]
     return [reader.conversation(text) for text in texts]
 
 
@@ -235,7 +293,10 @@ def add_perspective(app: FastAPI, server: Server, with_key: bool) -> None:
         response_model_exclude_none=True,
         dependencies=key,
     )
-    async def analyze(asked: wire.AnalyzeRequest, request: Request) -> wire.AnalyzeAnswer:
+    async def analyze(
+        asked: wire.AnalyzeRequest,
+        request: Request,
+    ) -> wire.AnalyzeAnswer:
         text = asked.comment.text
         if not text.strip():
             raise Refused(400, "Comment must be non-empty.")
@@ -248,11 +309,16 @@ def add_perspective(app: FastAPI, server: Server, with_key: bool) -> None:
         scores = {}
         for name, parameters in asked.requestedAttributes.items():
             score = wire.Score(value=reader.attribute(name, answer))
-            if parameters.scoreThreshold is not None and score.value < parameters.scoreThreshold:
+            least = parameters.scoreThreshold
+            if least is not None and score.value < least:
                 continue
             scores[name] = wire.AttributeScores(summaryScore=score)
             if asked.spanAnnotations:  # the guard judges the whole
-                whole = wire.SpanScore(begin=0, end=len(text), score=score)
+                whole = wire.SpanScore(
+                    begin=0,
+                    end=len(text),
+                    score=score,
+                )
                 scores[name].spanScores = [whole]
         return wire.AnalyzeAnswer(
             attributeScores=scores,
@@ -270,7 +336,8 @@ def add_about(app: FastAPI, server: Server) -> None:
 
     @app.get("/", include_in_schema=False)
     def front_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
+        headers = {"Content-Security-Policy": PAGE_POLICY}
+        return HTMLResponse(page, headers=headers)
 
     @app.get("/healthz")
     async def healthz() -> wire.Health:
@@ -283,17 +350,21 @@ def add_about(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics", include_in_schema=False)
     def metrics() -> Response:
-        return Response(generate_latest(server.meters.registry), media_type=CONTENT_TYPE_LATEST)
+        text = generate_latest(server.meters.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 async def _wrong_request(_: Request, error: RequestValidationError) -> Response:
     """What is wrong with a body, by field; its content is not repeated."""
     faults = []
     for fault in error.errors()[:3]:
-        place = ".".join(str(part) for part in fault["loc"] if part != "body")
+        parts = [str(part) for part in fault["loc"] if part != "body"]
+        place = ".".join(parts)
         faults.append(f"{place or 'body'}: {fault['msg']}")
     return Refused(400, "; ".join(faults)).response()
 
 
 async def _wrong_address(_: Request, error: HTTPException) -> Response:
-    return Refused(error.status_code, f"{error.detail}", dict(error.headers or {})).response()
+    headers = dict(error.headers or {})
+    refused = Refused(error.status_code, f"{error.detail}", headers)
+    return refused.response()

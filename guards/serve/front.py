@@ -19,7 +19,13 @@ from prometheus_client import (
     ProcessCollector,
 )
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import (
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+)
 
 from guards.serve.wire import error_body
 
@@ -32,7 +38,12 @@ CLIENT_LEFT = 499  # nginx' word in counts and logs for a client that did not wa
 class Refused(Exception):
     """A request that gets an error as its answer."""
 
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status = status
         self.message = message
@@ -84,7 +95,13 @@ class Front:
     uvicorn's own log of requests is off, because a key can stand in the address.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, meters: Meters, routes: set[str]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        meters: Meters,
+        routes: set[str],
+    ):
         self.app = app
         self.limits = limits
         self.meters = meters
