@@ -57,9 +57,14 @@ def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, 
         bad_rows=args.bad_rows,
     )
     train = judged_rows(train, args.judge)
+    labels = settle_labels(args.categories, train[label], train["categories"])
     if validation is not None:
         validation = judged_rows(validation, args.judge)
-    labels = settle_labels(args.categories, train[label], train["categories"])
+        named = {name for names in validation["categories"] for name in names or ()}
+        lacking = sorted(named - set(labels))
+        if lacking:
+            said = "Validation rows of %s count as unsafe alone: the guard has no such output."
+            logger.warning(said, ", ".join(lacking))
     return train, validation, shared, Task(args.judge, labels)
 
 

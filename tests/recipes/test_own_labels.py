@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from common.conversation import pair
+from common.labels import targets
 from guards import load_guard
 from guards.card import read_card
 
@@ -57,6 +58,7 @@ def test_own_categories_from_rows_to_tables(tiny_base, tmp_path):
     flags = ["--categories", tmp_path / "mine.yaml", "--overwrite_output_dir", "true"]
     done = launch(*arguments(tiny_base, rows, tmp_path / "guard"), *flags)
     assert "No training row, and so no output, for: Hate" in done.stderr
+    assert "Validation rows of" not in done.stderr
     card = read_card(tmp_path / "guard")
     assert card.labels == ["unsafe", "Spam", "Fraud"]
     assert card.descriptions == {
@@ -129,6 +131,24 @@ def test_a_guard_of_responses_reads_the_response_of_a_pair(tiny_classifier, tmp_
     assert prompt.error is not None and prompt.score() == 1.0
     long = pair("word " * 2000, "So.")
     assert guard.judge([long]) == [alone]
+
+
+def test_a_validation_row_of_another_kind_is_unsafe_alone(tmp_path, caplog):
+    """What it names is said, and it is no row of a category."""
+    rows = write_rows(tmp_path / "rows.csv")
+    other = {"prompt": "Why?", "response": "So.", "response_label": 1, "categories": ["Hate"]}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other))
+    args = module("moderation", "arguments").DataArguments(
+        train_data_name_or_path=[str(rows)],
+        eval_data_name_or_path=str(tmp_path / "other.jsonl"),
+        categories=None,
+    )
+    recipe = module("moderation", "rows")
+    _, validation, _, task = recipe.load_rows(args, 0)
+    assert list(task.labels) == ["unsafe", "Fraud", "Spam"]
+    wanted = targets(list(task.labels), validation["response_unsafe"], validation["categories"])
+    assert wanted == [[1.0, -100.0, -100.0]]
+    assert "Validation rows of Hate count as unsafe alone" in caplog.text
 
 
 @pytest.mark.slow
