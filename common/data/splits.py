@@ -75,13 +75,18 @@ def load_training_rows(
     left_out = 0
     if one_row_a_pair:
         rows, left_out = _without_copies(rows, held_out)
+    return rows, held_out, _shared(rows, held_out, left_out)
+
+
+def _shared(rows: Dataset, held_out: Dataset, left_out: int) -> dict[str, int]:
+    """What training and validation share, with a warning where it flatters the guard."""
     shared = overlap(rows, held_out)
     if left_out:
         shared["left_out_of_train"] = left_out
     if shared["prompt_in_train"]:
         said = "Validation shares prompts with training (%s): its scores flatter the guard."
         logger.warning(said, shared)
-    return rows, held_out, shared
+    return shared
 
 
 def _without_copies(rows: Dataset, held_out: Dataset) -> tuple[Dataset, int]:
