@@ -81,8 +81,8 @@ def some_rows(spec: str, count: int) -> list[Messages]:
     if count < 1:
         raise UserError(f"--max_rows {count}: must be 1 or more")
     rows = load_conversations(spec)["messages"]
-    step = max(1, len(rows) // count)
-    return [rows[i] for i in range(0, len(rows), step)][:count]
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def export(

@@ -2,41 +2,19 @@
 
 import csv
 import json
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import scripts
-from scripts import BIN, real_data
+from scripts import real_data
 from sklearn.metrics import average_precision_score
 
 launch = partial(scripts.launch, "moderation")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory) -> tuple[Path, float]:
-    """What `make quickstart` runs, and how many seconds it took."""
-    folder, start = tmp_path_factory.mktemp("quickstart") / "guard", time.time()
-    torchrun = (BIN / "torchrun", "--standalone")
-    launch(
-        "train.py", "--config", "configs/quickstart.yaml", "--output_dir", folder, launcher=torchrun
-    )
-    launch(
-        "evaluate.py",
-        "--config",
-        "configs/quickstart_evaluate.yaml",
-        "--model_path",
-        folder,
-        "--output_dir",
-        folder,
-    )
-    return folder, time.time() - start
-
-
-def test_quickstart_learns_within_its_budget(quickstart):
-    folder, seconds = quickstart
+def test_quickstart_learns_within_its_budget(moderation_quickstart):
+    folder = moderation_quickstart.folder
     results = json.loads((folder / "results.json").read_text())
     flagged = results["flagged"]
     guard = flagged.pop("guard")
@@ -50,7 +28,7 @@ def test_quickstart_learns_within_its_budget(quickstart):
     assert run["data"]["useful_token_share"] > 0.85
     assert run["peak_memory_gib"]["host"] <= 6 and results["run"]["peak_memory_gib"]["host"] <= 6
     # five minutes where nothing else runs (docs/reproduction.md); here other jobs may
-    assert seconds <= 600
+    assert moderation_quickstart.seconds <= 600
     assert (folder / "precision-recall.png").is_file()
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) > 150
@@ -63,7 +41,7 @@ def test_quickstart_learns_within_its_budget(quickstart):
         assert again == pytest.approx(scores["auprc"]), name
 
 
-def test_quickstart_guard_on_xstest_answers(quickstart, tmp_path):
+def test_quickstart_guard_on_xstest_answers(moderation_quickstart, tmp_path):
     """Unsafe = full compliance with an unsafe prompt. Far from the sample: the figure is printed,
     not judged.
     """
@@ -88,7 +66,7 @@ def test_quickstart_guard_on_xstest_answers(quickstart, tmp_path):
         "--eval_dataset",
         tmp_path / "xstest.jsonl",
         "--model_path",
-        quickstart[0],
+        moderation_quickstart.folder,
         "--output_dir",
         tmp_path / "out",
     )

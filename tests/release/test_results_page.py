@@ -3,14 +3,11 @@
 import json
 import random
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from pages import opened, score
+from playwright.sync_api import Page, expect
 from scripts import launch, module
 
 from common import metrics
@@ -48,34 +45,6 @@ def rows() -> list:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        program = shutil.which("chromium") or playwright.chromium.executable_path
-        if not Path(program).exists():
-            pytest.skip(
-                "no Chromium: install Debian's package chromium, or run `playwright install`"
-            )
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def opened(browser: Browser, path: Path) -> Iterator[Page]:
-    """A page that may ask for nothing but the file itself, and in which nothing may fail."""
-    page = browser.new_page()
-    page.set_default_timeout(20_000)
-    asked, faults = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(path.as_uri())
-    yield page
-    assert asked == [path.as_uri()], "the page asked for something else"
-    assert not faults
-    page.close()
-
-
-@pytest.fixture(scope="module")
 def page(browser, rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "results.html"
     table = PageTable("Flagged", ["", "F1 ↑"], [["first <b>", "0.800"]])
@@ -84,10 +53,6 @@ def page(browser, rows, tmp_path_factory):
     )
     with opened(browser, path) as page:
         yield page
-
-
-def score(page: Page, name: str) -> float:
-    return float(page.locator(f"[data-score='{name}']").inner_text())
 
 
 def choose(page: Page, **choices: str) -> None:
