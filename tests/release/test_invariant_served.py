@@ -16,7 +16,8 @@ from moderation_server import moderation_server
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from vllm_server import needs_vllm, post, vllm_server
 
-from common.data import load_conversations
+from common.data import load_conversations, taxonomy
+from common.templates import render
 from guards import load_guard
 
 pytestmark = [pytest.mark.slow, needs_vllm]
@@ -52,10 +53,14 @@ def save_base(folder, family="llama"):
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_classifier_is_served_as_it_was_trained(family, tmp_path):
+WAYS = [(family, []) for family in FAMILIES]
+WAYS.append(("llama", ["--use_peft", "true", "--lora_r", "4"]))
+
+
+@pytest.mark.parametrize(("family", "lora"), WAYS, ids=[*FAMILIES, "llama merged"])
+def test_a_classifier_is_served_as_it_was_trained(family, lora, tmp_path):
     """`/classify` with messages: vLLM renders the folder's own chat template."""
-    flags = ["--max_train_rows", 16, "--max_steps", 2, "--per_device_train_batch_size", 8]
+    flags = ["--max_train_rows", 16, "--max_steps", 2, "--per_device_train_batch_size", 8, *lora]
     flags += ["--learning_rate", 1e-2, "--save_strategy", "no", "--eval_strategy", "no"]
     folder = tmp_path / "guard"
     scripts.launch(
@@ -71,6 +76,36 @@ def test_a_classifier_is_served_as_it_was_trained(family, tmp_path):
             said = post(f"{address}/classify", asked)["data"][0]["probs"]
             # in the order of the head's outputs, which are the categories that the 16 rows have
             assert said == pytest.approx(list(verdict.categories.values()), abs=1e-4)
+
+
+def test_lora_guard_rides_on_the_chat_model_in_vllm(tmp_path):
+    """One server has the chat model, and the guard's adapters with their head beside it."""
+    base = save_base(tmp_path / "base")
+    scripts.launch(
+        "lora_guard", "train.py", base, tmp_path / "out", "--train-data", "beavertails-sample:train",
+        "--max-train-rows", 16, "--per-device-batch-size", 8, "--learning-rate", 1e-2,
+        "--target-modules", "q_proj", "v_proj", "--no-clf-head-bias",
+    )  # fmt: skip
+    folder = tmp_path / "out/best"
+    rows = load_conversations("beavertails-sample:validation", max_rows=6)["messages"]
+    expected = load_guard(str(folder), progress=False).judge(rows)
+    overrides = {"num_labels": 15, "problem_type": "multi_label_classification"}
+    flags = [
+        "--runner",
+        "pooling",
+        "--convert",
+        "classify",
+        "--hf-overrides",
+        json.dumps(overrides),
+    ]
+    flags += ["--enable-lora", "--lora-modules", f"guard={folder}"]
+    with vllm_server(base, tmp_path / "serve.log", *flags) as address:
+        for messages, verdict in zip(rows, expected, strict=True):
+            text = "".join(part.text for part in render("lora_guard", messages))
+            said = post(f"{address}/classify", {"model": "guard", "input": text})["data"][0]
+            wanted = [verdict.response_unsafe]
+            wanted += [verdict.categories[name] for name in taxonomy("beavertails")]
+            assert said["probs"] == pytest.approx(wanted, abs=1e-3)
 
 
 SCRIPT = """
