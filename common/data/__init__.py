@@ -108,10 +108,7 @@ def load_conversations(
     Raises:
         UserError: bad spec, file, row or label, in one line.
     """
-    if bad_rows not in ("error", "skip"):
-        raise UserError(f"{spec}: bad_rows {bad_rows}: must be error or skip")
-    if max_rows is not None and max_rows < 1:
-        raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
+    _check_options(spec, bad_rows, max_rows)
     name, rows = spec_rows(spec)
     good: list[dict[str, Any]] = []
     bad: list[UserError] = []
@@ -141,6 +138,13 @@ def load_conversations(
     if need_positive:
         _check_positive(good, require, spec)
     return Dataset.from_list(good, features=FEATURES)
+
+
+def _check_options(spec: str, bad_rows: str, max_rows: int | None) -> None:
+    if bad_rows not in ("error", "skip"):
+        raise UserError(f"{spec}: bad_rows {bad_rows}: must be error or skip")
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
 
 
 def _check_positive(rows: Sequence[Mapping], require: Sequence[str], spec: str) -> None:
