@@ -29,7 +29,7 @@ from common.conversation import Messages, UserError, Verdict, last_turns, pair
 from common.labels import LABEL_OF, UNSAFE
 from common.results_page import write_evaluation_page
 from common.run import check_output_folder, manifest, parse_args, run_cli
-from common.uncertain import ExportArguments, scored, write_uncertain
+from common.uncertain import ExportArguments, Scored, scored, write_uncertain
 from guards import Guard, load_guard
 from guards.card import LoraCard, has_card, read_card
 from guards.kept import judge_and_keep
@@ -119,11 +119,7 @@ def main() -> None:
     print(markdown)
     title = f"Unsafe {args.judge}s of {args.eval_data}"
     write_evaluation_page(folder / "results.html", title, rows, label, verdicts, results)
-    at = {name: found["threshold"] for name, found in flagged.items()}
-    judged_rows = []
-    for i, row in enumerate(rows):
-        said = {name: each[i] for name, each in verdicts.items()}
-        judged_rows.append(scored(row, label, said, at))
+    judged_rows = scored_rows(rows, label, verdicts, flagged)
     write_uncertain(folder, judged_rows, args.export_uncertain)
 
 
@@ -156,6 +152,18 @@ def draw_curves(
     curves = {name: (truth, score) for name, score in scores.items()}
     title = f"Unsafe {results['judged']}s of {results['dataset']} (n={len(truth)})"
     report.plot_precision_recall(curves, path, title)
+
+
+def scored_rows(
+    rows: Dataset, label: str, verdicts: dict[str, list[Verdict]], flagged: dict[str, dict]
+) -> list[Scored]:
+    """The rows with what each guard says of them, at its own threshold."""
+    at = {name: found["threshold"] for name, found in flagged.items()}
+    found = []
+    for i, row in enumerate(rows):
+        said = {name: each[i] for name, each in verdicts.items()}
+        found.append(scored(row, label, said, at))
+    return found
 
 
 def kept_rows(
