@@ -49,6 +49,8 @@ def plain_columns(row: Mapping, where: str) -> Mapping[str, Any]:
             f"{where}, field prompt: missing (columns: {columns}); "
             f"expected a row like {EXAMPLE_ROW}"
         )
+    if "category" in row and "categories" in row:
+        raise UserError(f"{where}, field categories: a column category is there, too; keep one")
     if "category" in row and "is_safe" not in row and _is_names(row["category"]):
         row = {("categories" if name == "category" else name): row[name] for name in row}
     if "category" in row or "is_safe" in row:
@@ -164,13 +166,18 @@ def _messages(row: Mapping, where: str) -> list[Message]:
 
 def _language(row: Mapping, where: str) -> str | None:
     language = row.get("language")
-    if _is_blank(language):
+    if _is_unknown(language):
         return None
     return check_text(language, "language", where).strip()
 
 
 def _is_blank(value: Any) -> bool:
     return value is None or not str(value).strip()
+
+
+def _is_unknown(value: Any) -> bool:
+    """Whether a cell says nothing, as pandas writes it, too: NaN. A response may be that word."""
+    return _is_blank(value) or str(value).strip().lower() == "nan"
 
 
 def _labels(row: Mapping, answered: bool, where: str) -> dict[str, bool | None]:
@@ -203,14 +210,14 @@ def _category_names(value: Any, where: str) -> list[str] | None:
 
     A text is a JSON list, or names with semicolons between them; commas are part of names.
     """
-    if _is_blank(value):
+    if _is_unknown(value):
         return None
     if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
-        value = [name.strip() for name in value.split(";") if name.strip()]
+        value = [name for name in value.split(";") if name.strip()]
     names = _structure(value, "categories", where)
     if not isinstance(names, list):
         raise UserError(f"{where}, field categories: expected a list of names, found {names!r:.60}")
-    return [check_text(name, "categories", where) for name in names]
+    return [check_text(name, "categories", where).strip() for name in names]
 
 
 def _beavertails_categories(row: Mapping, where: str) -> list[str]:

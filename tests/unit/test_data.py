@@ -133,6 +133,27 @@ def test_categories_and_languages_are_as_the_data_name_them(tmp_path, type):
     assert list(loaded["language"]) == ["de", None, "en"]
 
 
+@pytest.mark.parametrize("type", TYPES)
+def test_what_pandas_leaves_unknown_is_unknown(tmp_path, type):
+    """NaN, in a CSV the word; a response may be that word. White space is no part of a name."""
+    unknown = "nan" if type == "csv" else float("nan")
+    path = tmp_path / f"rows.{type}"
+    rows = [{"prompt": "0/0?", "response": "NaN", "categories": unknown, "language": unknown}]
+    (row,) = load_conversations(write(path, rows))
+    assert (row["categories"], row["language"]) == (None, None)
+    assert row["messages"] == pair("0/0?", "NaN")
+    (row,) = load_conversations(write(path, [QA | {"categories": ["fraud ", " spam"]}]))
+    assert row["categories"] == ["fraud", "spam"]
+
+
+def test_categories_in_two_columns_are_refused(tmp_path):
+    for name, row in {"names": QA | {"category": "Fraud"}, "BeaverTails": UNSAFE}.items():
+        spec = write(tmp_path / f"{name}.jsonl", [row | {"categories": ["Spam"]}])
+        said = f"{spec}, line 1, field categories: a column category is there, too; keep one"
+        assert failure(spec) == said
+        assert failure(spec, bad_rows="skip") == said
+
+
 def test_categories_tell_a_label_that_is_required(tmp_path):
     rows = [{"prompt": "Hi", "categories": ["Fraud"]}, {"prompt": "Ho", "categories": []}]
     spec = write(tmp_path / "rows.jsonl", rows)
