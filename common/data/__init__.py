@@ -52,6 +52,7 @@ from common.data.rows import (
     claimed_classes,
     classes_of,
     conversation_row,
+    id_text,
     plain_columns,
 )
 from common.data.specs import parse_spec, spec_rows
@@ -63,6 +64,7 @@ __all__ = [
     "conversation_row",
     "deduplicate",
     "grouped_split",
+    "id_text",
     "judged_text",
     "load_conversations",
     "near_copies",

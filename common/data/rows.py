@@ -146,12 +146,19 @@ def conversation_row(
     id = row.get("id")
     if id is None:
         id = Path(where).name  # without its folder: a data fingerprint is the same anywhere
-    found = {"id": check_text(str(id), "id", where), "messages": messages}
+    found = {"id": check_text(id_text(id), "id", where), "messages": messages}
     found.update(labels, categories=named, language=_language(row, where))
     for name in require:
         if found[name] is None:
             raise UserError(f"{where}, field {name}: missing; every row needs it here")
     return found
+
+
+def id_text(value: Any) -> str:
+    """The id of a row as text. Numbers are decimal in a column with a gap: 1.0 is 1."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
 
 
 def _messages(row: Mapping, where: str) -> list[Message]:

@@ -600,11 +600,15 @@ def draw_curves(
 def write_page(
     args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
 ) -> None:
-    """results.html: the rows of all benchmarks, with what each guard says of them."""
+    """results.html: the rows of all benchmarks, with what each guard says of them.
+
+    A guard has its own threshold there, where the labels of all benchmarks have the same.
+    """
+    labels = {benchmark.label for benchmark in benchmarks}
     guards = []
     for name, one in found.items():
         thresholds = own_thresholds(one.about.get("thresholds", {}))
-        kept = {threshold["value"] for threshold in thresholds.values()}
+        kept = {thresholds[label]["value"] for label in labels & thresholds.keys()}
         guards.append(PageGuard(name, kept.pop() if len(kept) == 1 else 0.5))
     rows = []
     for benchmark in benchmarks:

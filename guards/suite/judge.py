@@ -16,7 +16,7 @@ import yaml
 from common import data, metrics
 from common.conversation import UserError, Verdict, check_url
 from common.data import parse_spec
-from common.data.specs import specs_of_name
+from common.data.specs import Spec, specs_of_name
 from common.keep import KeptRows, Row, digest, fingerprint
 from common.run import expand_home
 from guards import Guard, load_guard, zoo
@@ -255,16 +255,24 @@ def _benchmarks_of(spec: str, max_rows: int | None) -> list[Benchmark]:
     return [modified(benchmark, modifier) for benchmark in own] if modifier else own
 
 
-def _tested_files(specs: Sequence[str]) -> list[Path]:
-    """The local files whose rows are judged."""
-    files = []
+def _tested(specs: Sequence[str]) -> set[tuple[str, ...]]:
+    """The files and splits whose rows are judged."""
+    places = set()
     for spec in specs:
         own = own_spec(split_modifier(spec)[0])
-        if own is not None and own.is_file:
-            files.append(Path(own.name).resolve())
+        if own is not None:
+            places |= _places(own)
         elif "@" in spec:
-            files.append(Path(split_spec(spec)[1]).resolve())
-    return files
+            places |= _places(parse_spec(split_spec(spec)[1]))
+    return places
+
+
+def _places(spec: Spec) -> set[tuple[str, ...]]:
+    """Where the rows of a spec lie: its file, or each of its splits, whatever its slices."""
+    path = Path(spec.name)
+    name = str(path.resolve()) if path.exists() else spec.name
+    splits = [""] if spec.is_file else spec.splits
+    return {(name, *spec.marks, split) for split in splits}
 
 
 def read_validation(
@@ -273,12 +281,12 @@ def read_validation(
     """The rows to fit thresholds on, by label.
 
     Raises:
-        UserError: a test split, a benchmark, or rows of one class only.
+        UserError: a test split, rows that are judged, or rows of one class only.
     """
-    tested = _tested_files(benchmarks)
+    tested = _tested(benchmarks)
     for spec in specs:
         file = split_spec(spec)[1] if is_benchmark(spec) else spec
-        is_tested = file and Path(parse_spec(file).name).resolve() in tested
+        is_tested = file and not tested.isdisjoint(_places(parse_spec(file)))
         if not file or metrics.is_test(file) or is_tested:
             what = "is test data; a threshold is fitted on other rows"
             raise UserError(f"--validation {spec}: {what}")

@@ -8,8 +8,9 @@ A row of the file (any type that `common.data.files` reads) says what the guard 
 `id` is the row's own id in the labelled data, or the id in the suite's predictions.jsonl;
 `text_sha256` is `text_hash` of the conversation. `score` is the probability of unsafe (or of a
 refusal) in [0, 1], `verdict` the guard's own word for it (safe, unsafe, yes, no, …): either may be
-missing. `label` is one of `conversation.LABELS`, and needed where several are judged. A row with
-`error`, or without score and verdict, has no verdict, and so has what is not in the file.
+missing. An obfuscated row (`rows.jsonl+homoglyph`) has the id `r17+homoglyph`. `label` is one of
+`conversation.LABELS`, and needed where several are judged. A row with `error`, or without score and
+verdict, has no verdict, and so has what is not in the file.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from common.conversation import (
     Verdict,
     check_label,
 )
-from common.data import read_rows
+from common.data import id_text, read_rows
 from common.keep import Row
 from guards import Guard
 from guards.suite.benchmarks import Benchmark
@@ -91,7 +92,7 @@ class PredictedGuard(Guard):
             raise row
         if not isinstance(row, Mapping):
             raise UserError(f"{where}: expected an object such as {EXAMPLE}, found {row!r:.60}")
-        names = [str(row[column]) for column in NAMES if row.get(column) not in (None, "")]
+        names = [id_text(row[column]) for column in NAMES if row.get(column) not in (None, "")]
         if not names:
             columns = ", ".join(map(str, row))
             what = f"missing (columns: {columns}); expected a row like {EXAMPLE}"

@@ -333,6 +333,14 @@ def test_the_guards_own_threshold(arguments):
     assert cell["convention"]["threshold"] == "guard.json: max F1"
 
 
+def test_the_page_has_the_guards_threshold_and_no_categorys(arguments, tmp_path):
+    category = {"value": 0.2, "how": "max F1", "on": "some/rows:validation"}
+    guard = candidate(thresholds=OWN_THRESHOLD | {"fraud": category})
+    evaluate.evaluate(arguments(), [guard])
+    page = (tmp_path / "out/results.html").read_text()
+    assert '{"name": "keyword", "threshold": 0.95}' in page
+
+
 def test_a_threshold_of_validation_rows(arguments, tmp_path):
     rows = [item(f"maybe {i}", True, f"maybe {i}") for i in range(3)]
     rows += [item(f"nice {i}", False, f"n {i}") for i in range(3)]
@@ -443,6 +451,10 @@ def test_a_mistake_is_named_before_any_work(arguments, tmp_path, change, place):
 def test_validation_rows_are_no_benchmark_and_have_both_classes(arguments, tmp_path, file):
     with pytest.raises(UserError, match="is test data"):
         evaluate.evaluate(arguments(validation=[str(file)]), [candidate()])
+    sample = {"benchmarks": ["few=beavertails-sample:train[:9]"]}
+    for rows in ("beavertails-sample:train", "beavertails-sample:validation+train[9:]"):
+        with pytest.raises(UserError, match="is test data"):
+            evaluate.evaluate(arguments(**sample, validation=[rows]), [candidate()])
     one = write_rows(tmp_path / "one.jsonl", [item("bad", True, "bad")])
     with pytest.raises(UserError, match="have one class"):
         evaluate.evaluate(arguments(validation=[str(one)]), [candidate()])

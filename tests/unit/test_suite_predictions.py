@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import pandas
 import pytest
 from test_suite_evaluate import arguments, candidate, cells, file, write_rows
 from test_suite_own import own, row
@@ -97,6 +98,23 @@ def test_predictions_in_csv(arguments, own, tmp_path):
     assert found["mine_response"]["status"] == "not supported"
     path.write_text("id,score,label\none,0.8,prompt_unsafe\n")
     assert predicted(path).identity != made.identity
+
+
+def test_numbers_of_a_column_with_a_gap(arguments, tmp_path):
+    """Parquet of pandas has 1.0 for the id 1 then; an obfuscated row has an id of its own."""
+    rows = [row("bad cat", "unsafe", id=1), row("nice cat", "safe", id=2)]
+    own = write_rows(tmp_path / "mine.jsonl", rows)
+    said = [{"id": 1, "score": 0.9}, {"id": 2, "score": 0.1}]
+    said.append({"text_sha256": "0", "score": 0.5})
+    path = tmp_path / "scores.parquet"
+    pandas.DataFrame(said).to_parquet(path)
+    args = arguments(benchmarks=[str(own)])
+    assert cells(evaluate.evaluate(args, [predicted(path)]), "somebody")["mine"]["errors"] == 0
+    said = [{"id": f"{number}+homoglyph", "score": 0.9} for number in (1, 2)]
+    path = write_rows(tmp_path / "others.jsonl", said)
+    args = arguments(benchmarks=[f"{own}+homoglyph"], overwrite=True)
+    found = cells(evaluate.evaluate(args, [predicted(path)]), "somebody")
+    assert found["mine+homoglyph"]["errors"] == 0
 
 
 def test_one_text_twice(arguments, tmp_path):
