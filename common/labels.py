@@ -9,7 +9,7 @@ every row knows. Where no row names a category, it is the only output.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +140,7 @@ def settle_labels(
         described = dict.fromkeys(_ordered(rows_of), "")
     for name in rows_of:
         _check_category(name, "the categories of the training rows")
+        _warn_of_commas(name, rows_of.keys() | described.keys())
     labels = {}
     for name, description in described.items():
         if rows_of[name]:
@@ -155,6 +156,13 @@ def settle_labels(
     said = "%d unsafe rows name no category: the output %r learns from them"
     logger.info(said, unnamed, UNSAFE)
     return {UNSAFE: "", **labels}
+
+
+def _warn_of_commas(name: str, known: Set[str]) -> None:
+    """Names with commas between them are one name, which is seldom meant."""
+    parts = {part.strip() for part in name.split(",")}
+    if len(parts) > 1 and parts & known:
+        logger.warning("%r is one category; several have semicolons between them.", name)
 
 
 def _ordered(found: Mapping[str, int]) -> list[str]:

@@ -16,6 +16,7 @@ from common.data.repeats import (
     near_copies_between,
     overlap,
 )
+from common.data.specs import in_one_name
 from common.obfuscation import obfuscated
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def load_training_rows(
 
     Raises:
         UserError: a spec or a row is wrong, or a label that is required is positive in no row that
-            was held out.
+            was held out, or in none that is left to train on.
     """
 
     def load(spec: str, max_rows: int | None = None, **more: Any) -> Dataset:
@@ -58,7 +59,8 @@ def load_training_rows(
             logger.info("%s: %s", spec, json.dumps(repeats))
         return rows
 
-    first, *later = [train] if isinstance(train, str) else train
+    specs = [train] if isinstance(train, str) else train
+    first, *later = specs
     rows, held_out = load(first, max_train_rows), None
     for spec in later:  # rows that were labelled again may all be safe
         rows = corrected(rows, load(spec, max_train_rows, need_positive=False), spec)
@@ -70,12 +72,22 @@ def load_training_rows(
             if not any(held_out[label]):
                 said = "no unsafe row was held out; take a larger share"
                 raise UserError(f"--eval_split_ratio {held_out_share}: {said}")
+    left_out = 0
+    if one_row_a_pair and held_out is not None:
+        rows, left_out = _without_copies(rows, held_out)
+    for label in checks.get("require", ()):
+        _check_left(rows[label], in_one_name(specs))
     if held_out is None:
         return rows, None, {}
-    left_out = 0
-    if one_row_a_pair:
-        rows, left_out = _without_copies(rows, held_out)
     return rows, held_out, _shared(rows, held_out, left_out)
+
+
+def _check_left(unsafe: Sequence[bool], name: str) -> None:
+    """Refuse training rows that are all safe; those that are all unsafe are worth a warning."""
+    if not any(unsafe):
+        raise UserError(f"{name}: no unsafe row is left to train on")
+    if all(unsafe):
+        logger.warning("%s: no safe row; the guard can only learn to flag everything.", name)
 
 
 def _shared(rows: Dataset, held_out: Dataset, left_out: int) -> dict[str, int]:

@@ -50,6 +50,18 @@ def test_a_category_without_a_row_has_no_output_and_that_is_said(caplog):
     ]
 
 
+def test_commas_between_categories_are_warned_of(caplog):
+    """BeaverTails' own names with commas are names."""
+    with caplog.at_level(logging.WARNING):
+        settled((True, FOURTEEN), SAFE)
+        settled((True, ["Spam, bulk"]), FRAUD)
+        assert not caplog.records
+        settled((True, ["Fraud, Spam"]), FRAUD)
+    assert [record.getMessage() for record in caplog.records] == [
+        "'Fraud, Spam' is one category; several have semicolons between them."
+    ]
+
+
 def test_a_yaml_file_describes_categories(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("Fraud: deceives to get money\nSpam:\n")

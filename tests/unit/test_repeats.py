@@ -161,3 +161,37 @@ def test_deduplicated_training_rows_hold_no_copy_of_validation_rows(tmp_path, ca
     alike = str(paths["validation"])
     with pytest.raises(UserError, match="every training row is a near-copy"):
         load_training_rows(alike, alike, None, 0, one_row_a_pair=True)
+
+
+LEFT = {  # how the last unsafe row goes: the files of labels by question, options
+    "relabelled": ([{"Bad": 1, "Good": 0}, {"Bad": 0}], {}),
+    "held out": ([{"Bad": 1, "Good": 0}], {"held_out_share": 0.5}),
+    "a near-copy": (
+        [{"Bad": 1, "Good": 0}],
+        {"validation": {"bad!": 1, "Else": 0}, "one_row_a_pair": True},
+    ),
+}
+
+
+def labelled(path, labels: dict[str, int]) -> str:
+    lines = [json.dumps({"prompt": text, "label": label}) for text, label in labels.items()]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(("files", "options"), LEFT.values(), ids=LEFT)
+def test_an_unsafe_row_is_left_to_train_on(tmp_path, files, options):
+    specs = []
+    for number, labels in enumerate(files):
+        specs.append(labelled(tmp_path / f"{number}.jsonl", labels))
+    given = {"validation": None, "held_out_share": None, "require": ("prompt_unsafe",)} | options
+    if given["validation"] is not None:
+        given["validation"] = labelled(tmp_path / "validation.jsonl", given["validation"])
+    with pytest.raises(UserError, match="no unsafe row is left to train on"):
+        load_training_rows(specs, seed=1, **given)  # which holds out the unsafe one of two
+
+
+def test_training_rows_that_are_all_unsafe_are_warned_of(tmp_path, caplog):
+    spec = labelled(tmp_path / "rows.jsonl", {"Bad": 1, "Worse": 1})
+    load_training_rows(spec, None, None, 0, require=("prompt_unsafe",))
+    assert "no safe row; the guard can only learn to flag everything" in caplog.text
