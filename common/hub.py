@@ -4,8 +4,10 @@ transformers' own `--push_to_hub` pushes the output folder at every save, half-m
 optimizer. Here the flag means the folder that the saver has written, loaded again and compared.
 """
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -76,6 +78,8 @@ def push_finished(
     folder = Path(folder or args.output_dir)
     if is_unfinished(folder, last) or not (folder / last).is_file():
         raise UserError(f"--push_to_hub: {folder} is not finished ({last} is missing)")
+    for name in (CARD_FILE, "adapter_config.json", "adapter/adapter_config.json"):
+        _say_local_paths(folder, name)
     api = HfApi(token=args.hub_token)
     private = args.hub_private_repo is not False
     try:
@@ -95,6 +99,31 @@ def push_finished(
             f"--push_to_hub: {said(error)}; the guard is whole in {folder}: {again}"
         ) from None
     logger.info("Pushed %s to %s (%s)", folder, name, commit.oid[:8])
+
+
+def _say_local_paths(folder: Path, name: str) -> None:
+    """Warn of paths of this machine that are pushed, because base and data were named by them."""
+    file = folder / name
+    if not file.is_file():
+        return
+    found = sorted(set(_absolute_paths(json.loads(file.read_text(encoding="utf-8")))))
+    if found:
+        hint = "name base and data by hub ids or relative paths to keep them to yourself"
+        logger.warning("%s names paths of this machine (%s); %s", name, ", ".join(found), hint)
+
+
+def _absolute_paths(value: Any) -> list[str]:
+    """The texts in a JSON value that are absolute paths."""
+    if isinstance(value, str):
+        return [value] if value.startswith("/") else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return []
+    found = []
+    for part in value:
+        found += _absolute_paths(part)
+    return found
 
 
 def said(error: Exception) -> str:

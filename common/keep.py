@@ -41,7 +41,7 @@ OF_A_MODEL = re.compile(
 TEMPLATES = "additional_chat_templates"  # the one folder in it that `from_pretrained` reads
 # … but for these, which runs leave beside it.
 OF_A_RUN = re.compile(
-    r"(run|results|.*_results|.*_results_.*|manifest|trainer_state|recipe|unfinished)\.json"
+    r"(run|results|.*_results|.*_results_.*|predictions|evaluation|manifest|trainer_state|recipe|unfinished)\.json"
     r"|training_args\.bin|(optimizer|scheduler|scaler)\..*|rng_state.*"
 )
 

@@ -19,6 +19,11 @@ MORE_WORDS = (
     "Feedback Guard Llama Nothing QUERIES Source What abc anew arm arms asii collections come "
     "finetuning github import included mov quirks reproduce switches templates typing uses"
 )
+PROMPTS = [
+    *("aegis_defensive", "aegis_permissive", "expguard", "gpt_oss_safeguard"),
+    *("granite_guardian_4", "harmbench_llama2", "harmbench_mistral", "md_judge", "nemoguard"),
+    *("polyguard", "wildguard"),
+]
 
 
 def policy_words() -> list[str]:
@@ -27,9 +32,9 @@ def policy_words() -> list[str]:
     """
     recipe = (ROOT / "examples/feedback_guard/guard.py").read_text(encoding="utf-8")
     texts = [MORE_WORDS, recipe[recipe.index("# --- the original's prompts") :]]
-    for path in (ROOT / "guards/prompts").iterdir():
-        if path.is_file():
-            texts.append(path.read_text(encoding="utf-8"))
+    for name in PROMPTS:
+        path = ROOT / f"guards/prompts/{name}.jinja"
+        texts.append(path.read_text(encoding="utf-8"))
     return sorted({word for text in texts for word in re.findall(r"[A-Za-z]{3,}", text)})
 
 

@@ -1,8 +1,20 @@
 """What goes over the wire: requests and answers as OpenAI's and Perspective's clients know them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _writable(text: str) -> str:
+    """Refuse half a surrogate pair: JSON can spell one, and no answer could repeat it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a character") from None
+    return text
+
+
+Repeated = Annotated[str, AfterValidator(_writable)]  # a text that the answer repeats
 
 
 class Request(BaseModel):
@@ -71,9 +83,9 @@ class AnalyzeRequest(Request):
 
     comment: Comment
     requestedAttributes: dict[str, AttributeParameters] = Field(min_length=1)
-    languages: list[str] | None = None
+    languages: list[Repeated] | None = None
     spanAnnotations: bool = False
-    clientToken: str | None = None
+    clientToken: Repeated | None = None
 
 
 class Score(BaseModel):
@@ -121,7 +133,8 @@ class Health(BaseModel):
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
-    """The body of an answer that is an error."""
+    """The body of an answer that is an error. What UTF-8 cannot write of a quoted name is a `?`."""
+    message = message.encode("utf-8", "replace").decode()
     kind, word = KINDS.get(status, ("invalid_request_error", "INVALID_ARGUMENT"))
     fault = Fault(message=message, type=kind, code=status, status=word)
     return ErrorAnswer(error=fault).model_dump()

@@ -233,8 +233,9 @@ def test_a_prompt_alone_in_the_older_layout(tmp_path):
     )
     for rows in (rows_.read_rows(str(path), ""), rows_.evaluation_rows(str(path))):
         assert [row["messages"] for row in rows] == [pair("May I?")] * 2
+    answered = alone | {"response": "Yes.", "response_label": "safe"}
     for label in ({"response_label": "safe"}, {"response_label": 0}, {"refusal_label": False}):
-        path = write_rows(tmp_path / "rows.jsonl", [alone, alone | label])
+        path = write_rows(tmp_path / "rows.jsonl", [answered, alone | label])
         with pytest.raises(UserError, match="line 2, field response: missing or empty text"):
             rows_.evaluation_rows(str(path))
         assert len(rows_.evaluation_rows(str(path), "skip")) == 1

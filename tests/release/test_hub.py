@@ -248,8 +248,11 @@ def test_a_later_push_takes_what_is_no_longer_there(hub, tmp_path):
     half = hub.python(tmp_path, tmp_path / "push.py", folder, token=TOKEN)
     assert "is not finished (adapter_config.json is missing)" in half.stderr
     assert len(repository.commits) == 1
-    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "/mine/base"})
+    )
     (folder / "README.md").write_text("# New\n")
     done = hub.python(tmp_path, tmp_path / "push.py", folder, token=TOKEN)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "adapter_config.json names paths of this machine (/mine/base)" in done.stderr
     assert set(repository.commits[-1]) == {"adapter_config.json", "README.md", "notes.txt"}

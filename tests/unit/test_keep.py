@@ -67,7 +67,7 @@ def test_time_and_place_make_no_other_model(model, tmp_path):
 
 
 LEFT_BESIDE = """
-README.md run.json results.json eval_results.json predictions.jsonl trainer_state.json
+README.md run.json results.json eval_results.json predictions.json evaluation.json predictions.jsonl trainer_state.json
 training_args.bin optimizer.pt rng_state_0.pth train.log checkpoint-5/model.safetensors
 runs/events .cache/huggingface/config.json
 """

@@ -3,9 +3,11 @@
 import asyncio
 
 import pytest
+from pydantic import ValidationError
 
 from common.conversation import UserError, Verdict, pair
 from guards.base import Guard
+from guards.serve import wire
 from guards.serve.answers import NoVerdict, Reader, read_attributes
 from guards.serve.batching import BatchingQueue, QueueFull
 
@@ -191,3 +193,13 @@ def test_what_the_guard_raises_is_told_and_the_next_batch_is_judged():
         return await queue.judge(talks(1))
 
     assert len(run(judge, scenario)) == 1
+
+
+@pytest.mark.parametrize("field", ["clientToken", "languages"])
+def test_half_a_character_is_a_wrong_request(field):
+    """JSON can spell half a surrogate pair; an answer that repeats it could not be written."""
+    value = "\ud800" if field == "clientToken" else ["\ud800"]
+    request = {"comment": {"text": "a"}, "requestedAttributes": {"TOXICITY": {}}, field: value}
+    with pytest.raises(ValidationError, match="half a character"):
+        wire.AnalyzeRequest.model_validate(request)
+    wire.error_body(400, "Unknown requested attribute: \ud800")["error"]["message"].encode()
