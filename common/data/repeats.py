@@ -19,9 +19,11 @@ from common.conversation import FEATURES, LABELS, UserError, last_turns
 
 def prompt_key(row: Mapping) -> str:
     """The last user turn, case and spacing apart: groups rows, so that no prompt stands on both
-    sides of a split.
+    sides of a split. Of an answer without a prompt it is the answer.
     """
-    prompt, _ = last_turns(row["messages"])
+    prompt, response = last_turns(row["messages"])
+    if prompt is None:
+        prompt = response
     words = (prompt or "").lower().split()
     return " ".join(words)
 

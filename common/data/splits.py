@@ -17,6 +17,7 @@ from common.data.repeats import (
     overlap,
 )
 from common.data.specs import in_one_name
+from common.labels import judged_rows
 from common.obfuscation import obfuscated
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def load_training_rows(
     held_out_share: float | None,
     seed: int,
     *,
+    judge: str = "pair",
     one_row_a_pair: bool = False,
     max_train_rows: int | None = None,
     **checks: Any,
@@ -39,6 +41,8 @@ def load_training_rows(
             labels of the last, so that rows which were labelled again replace the old ones.
         validation: a data spec; None holds out prompts of the training rows.
         held_out_share: how many of them; None holds out nothing.
+        judge: pair, prompt or response: what the guard sees of a row, and so what is looked at
+            for repeats, corrections and leaks (`judged_rows`).
         one_row_a_pair: repeated pairs become one row, with its labels by majority vote, and
             training rows that are near-copies of validation rows are left out.
         max_train_rows: read only the first so many training rows of each spec.
@@ -54,6 +58,7 @@ def load_training_rows(
 
     def load(spec: str, max_rows: int | None = None, **more: Any) -> Dataset:
         rows = load_conversations(spec, max_rows=max_rows, **checks, **more)
+        rows = judged_rows(rows, judge)
         if one_row_a_pair:
             rows, repeats = deduplicate(rows)
             logger.info("%s: %s", spec, json.dumps(repeats))

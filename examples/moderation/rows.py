@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from common import templates
 from common.data.splits import load_training_rows
 from common.keep import rows_digest
-from common.labels import LABEL_OF, asked_categories, judged_rows, settle_labels, targets
+from common.labels import LABEL_OF, asked_categories, settle_labels, targets
 from common.training import RecipeTrainingArguments, useful_token_share
 
 logger = logging.getLogger("moderation")
@@ -50,16 +50,15 @@ def load_rows(args: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, 
         args.eval_data_name_or_path,
         args.eval_split_ratio,
         seed,
+        judge=args.judge,
         one_row_a_pair=args.deduplicate,
         max_train_rows=args.max_train_rows,
         categories=None if asked is None else list(asked),
         require=(label,),
         bad_rows=args.bad_rows,
     )
-    train = judged_rows(train, args.judge)
     labels = settle_labels(args.categories, train[label], train["categories"])
     if validation is not None:
-        validation = judged_rows(validation, args.judge)
         named = {name for names in validation["categories"] for name in names or ()}
         lacking = sorted(named - set(labels))
         if lacking:

@@ -163,6 +163,37 @@ def test_deduplicated_training_rows_hold_no_copy_of_validation_rows(tmp_path, ca
         load_training_rows(alike, alike, None, 0, one_row_a_pair=True)
 
 
+def answers(path, *rows: tuple[str, str, int]) -> str:
+    lines = []
+    for prompt, response, label in rows:
+        row = {"prompt": prompt, "response": response}
+        row |= {"prompt_label": label, "response_label": label}
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_what_is_judged_is_corrected_deduplicated_and_split(tmp_path):
+    """Other answers do not make another prompt, nor other prompts another answer."""
+    rows = [("Bad", "A", 1), ("Bad", "B", 1), ("Good", "C", 0), ("Mended", "D", 0)]
+    base = answers(tmp_path / "base.jsonl", *rows)
+    later = answers(tmp_path / "later.jsonl", ("Mended", "E", 1))
+    options = {"judge": "prompt", "require": ("prompt_unsafe",), "one_row_a_pair": True}
+    train, _, _ = load_training_rows([base, later], None, None, 0, **options)
+    assert list(train["messages"]) == [pair("Bad"), pair("Good"), pair("Mended")]
+    assert list(train["prompt_unsafe"]) == [True, False, True]
+    held_out = answers(tmp_path / "validation.jsonl", ("Good", "Z", 0), ("Worse", "C", 1))
+    _, _, shared = load_training_rows(base, held_out, None, 0, **options)
+    assert (shared["left_out_of_train"], shared["pair_in_train"]) == (1, 0)
+
+    options |= {"judge": "response", "require": ("response_unsafe",), "one_row_a_pair": False}
+    train, validation, shared = load_training_rows(base, None, 0.5, 3, **options)
+    assert (len(train), len(validation), shared["pair_in_train"]) == (2, 2, 0)
+    assert all(messages[0]["role"] == "assistant" for messages in train["messages"])
+    _, _, shared = load_training_rows(base, held_out, None, 0, **options)
+    assert (shared["pair_in_train"], shared["near_copies_of_train"]) == (1, 1)
+
+
 LEFT = {  # how the last unsafe row goes: the files of labels by question, options
     "relabelled": ([{"Bad": 1, "Good": 0}, {"Bad": 0}], {}),
     "held out": ([{"Bad": 1, "Good": 0}], {"held_out_share": 0.5}),
