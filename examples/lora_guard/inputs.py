@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common import templates
 from common.conversation import Messages, UserError, parts_of
-from common.labels import UNKNOWN, UNSAFE, settle_labels, targets
+from common.labels import LABEL_OF, UNKNOWN, UNSAFE, settle_labels, targets
 
 logger = logging.getLogger("lora_guard")
 
@@ -93,17 +93,21 @@ def encode_rows(
 
 
 def labelled_inputs(rows: Dataset, kinds: Sequence[str]) -> dict[str, list[Labelled]]:
-    """The inputs of each kind that are labelled."""
+    """The inputs of each kind that are labelled, or whose categories tell the label."""
     found: dict[str, list[Labelled]] = {kind: [] for kind in kinds}
     for row in rows:
         parts = parts_of(row["messages"])
         for kind in kinds:
-            unsafe = row["prompt_unsafe" if kind == "prompt" else "response_unsafe"]
-            if kind not in parts or unsafe is None:
+            if kind not in parts:
                 continue
             # where there is an answer, the categories speak of it
             of_answer = kind == "prompt" and "response" in parts
             named = None if of_answer else row["categories"]
+            unsafe = row[LABEL_OF[kind]]
+            if unsafe is None and named is not None:
+                unsafe = bool(named)
+            if unsafe is None:
+                continue
             found[kind].append(Labelled(parts[kind], unsafe, named))
     return found
 

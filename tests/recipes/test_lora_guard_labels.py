@@ -88,6 +88,22 @@ def test_categories_of_an_answered_prompt_speak_of_the_answer(tmp_path, tiny_bas
     assert sorted(map(str, wanted.tolist())) == ["[1.0, 1.0]", "[1.0, nan]"]
 
 
+def test_categories_tell_a_label_that_is_not_there(tmp_path, tiny_base):
+    """Of the answer where there is one; where they are unknown, too, nothing is learned."""
+    rows = []
+    for number, named in enumerate((["fraud"], [], None)):
+        rows.append({"prompt": f"How {number}?", "response": "So.", "categories": named})
+        rows.append({"prompt": f"Why {number}?", "categories": named})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    loaded = load_conversations(str(path))
+    for kind in ("pair", "prompt"):
+        labels, wanted, counts = learned(loaded, tiny_base, guard_inputs=[kind])
+        assert list(labels) == ["unsafe", "fraud"]
+        assert sorted(wanted.tolist()) == [[0.0, 0.0], [1.0, 1.0]]
+        assert counts[kind] == {"rows": 2, "unsafe": 1}
+
+
 def command(model, folder: Path, data: Path, *more) -> list:
     return [
         "train.py", model, folder, "--epochs", 1, "--per-device-batch-size", 8, "--seed", 1,
