@@ -72,11 +72,7 @@ def load_training_rows(
     if validation is not None:
         held_out = load(validation)
     elif held_out_share is not None:
-        rows, held_out = grouped_split(rows, held_out_share, seed)
-        for label in checks.get("require", ()):
-            if not any(held_out[label]):
-                said = "no unsafe row was held out; take a larger share"
-                raise UserError(f"--eval_split_ratio {held_out_share}: {said}")
+        rows, held_out = _split(rows, held_out_share, seed, checks.get("require", ()))
     left_out = 0
     if one_row_a_pair and held_out is not None:
         rows, left_out = _without_copies(rows, held_out)
@@ -85,6 +81,18 @@ def load_training_rows(
     if held_out is None:
         return rows, None, {}
     return rows, held_out, _shared(rows, held_out, left_out)
+
+
+def _split(
+    rows: Dataset, share: float, seed: int, require: Sequence[str]
+) -> tuple[Dataset, Dataset]:
+    """Training rows and those that are held out, of which one at least is unsafe."""
+    rows, held_out = grouped_split(rows, share, seed)
+    for label in require:
+        if not any(held_out[label]):
+            said = "no unsafe row was held out; take a larger share"
+            raise UserError(f"--eval_split_ratio {share}: {said}")
+    return rows, held_out
 
 
 def _check_left(unsafe: Sequence[bool], name: str) -> None:
