@@ -40,8 +40,8 @@ from common.labels import LABEL_OF, UNSAFE, judged_rows
 from common.results_page import write_evaluation_page
 from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
 from common.uncertain import ExportArguments, scored, write_uncertain
-from guards import Guard, load_guard
-from guards.card import ClassifierCard, has_card, read_card
+from guards import Guard, entry_of, load_guard
+from guards.card import ClassifierCard, LoraCard, has_card, read_card
 from guards.kept import judge_and_keep
 
 logger = logging.getLogger("moderation")
@@ -123,17 +123,31 @@ def options(args: EvaluationArguments) -> dict[str, Any]:
 
 def what_is_judged(args: EvaluationArguments) -> str:
     """A pair, a prompt or a response: what was asked for, or what the guard was trained on."""
-    if args.judge is None and has_card(args.model_path):
-        return getattr(read_card(args.model_path), "input", None) or "pair"
-    return args.judge or "pair"
+    if args.judge is not None:
+        return args.judge
+    if not has_card(args.model_path):
+        known = entry_of(args.model_path).get("judges")
+        return "prompt" if known == ["prompt_unsafe"] else "pair"
+    card = read_card(args.model_path)
+    inputs = card.inputs if isinstance(card, LoraCard) else [getattr(card, "input", None)]
+    if "pair" in inputs:
+        return "pair"
+    return inputs[0] or "pair"
 
 
 def judged(
     guard: Guard, conversations: Sequence[Messages], args: EvaluationArguments, variant: str = ""
 ) -> list[Verdict]:
-    """What the guard says, kept in `runs` as it comes: after Ctrl-C the same command goes on."""
+    """What the guard says, kept in `runs` as it comes: after Ctrl-C the same command goes on.
+
+    Raises:
+        UserError: not one row could be judged.
+    """
     path = Path(args.output_dir) / "runs/verdicts.jsonl"
-    return judge_and_keep(guard, args.model_path, options(args), conversations, path, variant)
+    said = judge_and_keep(guard, args.model_path, options(args), conversations, path, variant)
+    if said and all(verdict.error for verdict in said):
+        raise UserError(f"{args.model_path}: not one row could be judged: {said[0].error}")
+    return said
 
 
 def report_metrics(args: EvaluationArguments) -> None:
@@ -150,6 +164,9 @@ def report_metrics(args: EvaluationArguments) -> None:
     if args.baselines:
         fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
     guard = load_guard(args.model_path, progress=False, **options(args))
+    if label not in guard.judges:
+        known = ", ".join(guard.judges)
+        raise UserError(f"--judge {judge}: {args.model_path} judges {known}")
     threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
     if args.threshold is not None:
         threshold = {"value": args.threshold, "how": "--threshold"}

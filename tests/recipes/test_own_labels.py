@@ -12,7 +12,7 @@ from scripts import module
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from common.conversation import pair
+from common.conversation import UserError, pair
 from common.labels import targets
 from guards import load_guard
 from guards.card import read_card
@@ -131,6 +131,49 @@ def test_a_guard_of_responses_reads_the_response_of_a_pair(tiny_classifier, tmp_
     assert prompt.error is not None and prompt.score() == 1.0
     long = pair("word " * 2000, "So.")
     assert guard.judge([long]) == [alone]
+
+
+def saved_guard(folder: Path, **facts) -> Path:
+    """The guard.json of a classifier that is there."""
+    card = {"kind": "classifier", "labels": ["Spam", "Fraud"], "max_length": 512, **facts}
+    (folder / "guard.json").write_text(json.dumps(card))
+    return folder
+
+
+def measured(guard: Path, rows: Path, **given) -> dict:
+    """What evaluate.py finds of a guard."""
+    evaluate = module("moderation", "evaluate")
+    folder = guard / "out"
+    args = {"eval_dataset": str(rows), "model_path": str(guard), "output_dir": str(folder)}
+    evaluate.report_metrics(evaluate.EvaluationArguments(**args, **given))
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_guard_that_judges_none_of_the_rows(tiny_classifier, tmp_path):
+    """It is refused, not measured."""
+    rows = write_rows(tmp_path / "rows.csv")
+    folder = tiny_classifier(tmp_path, ["Spam", "Fraud"])
+    saved_guard(folder, template="beavertails")
+    with pytest.raises(UserError, match=r"not one row could be judged: .*more than"):
+        measured(folder, rows, max_length=4, long_inputs="error")
+    saved_guard(folder, template="beavertails_prompt", input="prompt")
+    with pytest.raises(UserError, match=f"--judge pair: {folder} judges prompt_unsafe"):
+        measured(folder, rows, judge="pair")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "judged"),
+    [(["prompt"], "prompt"), (["response", "prompt"], "response"), (["prompt", "pair"], "pair")],
+)
+def test_what_a_lora_guard_is_asked(tmp_path, inputs, judged):
+    facts = {"kind": "lora_guard", "template": "lora_guard", "inputs": inputs}
+    facts |= {"base_model": "base", "head_bias": None, "num_hidden_layers": None}
+    evaluate = module("moderation", "evaluate")
+    args = {"eval_dataset": "rows.csv", "output_dir": str(tmp_path / "out")}
+    guard = str(saved_guard(tmp_path, **facts))
+    assert evaluate.what_is_judged(evaluate.EvaluationArguments(model_path=guard, **args)) == judged
+    zoo = evaluate.EvaluationArguments(model_path="llama-prompt-guard-2-86m", **args)
+    assert evaluate.what_is_judged(zoo) == "prompt"
 
 
 def test_a_validation_row_of_another_kind_is_unsafe_alone(tmp_path, caplog):
