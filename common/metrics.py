@@ -6,7 +6,7 @@ Scores are probabilities of the unsafe class; truths are booleans. common/guard_
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,36 @@ def _f1(hits: int, flagged: int, positives: int) -> float | None:
     if not positives:
         return None
     return 2 * hits / (flagged + positives)
+
+
+def by_category(
+    labels: Sequence[str],
+    named: Sequence[Sequence[str] | None],
+    said: Sequence[Mapping[str, float]],
+    thresholds: Mapping[str, Mapping[str, Any]],
+    default: float,
+) -> dict[str, Results]:
+    """`binary` of each category of a guard, on the rows that know their own; {} where these name
+    none of the guard's.
+
+    Args:
+        labels: the categories of the guard.
+        named: those of each row: none where it is safe, None where nobody knows.
+        said: the guard's probabilities for each row; 1 where a verdict has none, as it failed.
+        thresholds: of a guard.json, where a category may have its own.
+        default: the threshold of the others.
+    """
+    known = [i for i, names in enumerate(named) if names is not None]
+    in_rows = {name for i in known for name in named[i]}
+    if in_rows.isdisjoint(labels):
+        return {}
+    found = {}
+    for label in labels:
+        truth = [label in named[i] for i in known]
+        score = [said[i].get(label, 1.0) for i in known]
+        own = thresholds.get(label, {"value": default})
+        found[label] = binary(truth, score, own["value"])
+    return found
 
 
 def multilabel(

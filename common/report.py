@@ -30,6 +30,7 @@ COLUMNS = {  # metric: heading with its direction
     "ece": "ECE ↓",
     "brier": "Brier ↓",
 }
+CATEGORY_COLUMNS = COLUMNS | {"threshold": "threshold"}  # a category may have its own
 logger = logging.getLogger(__name__)
 LINE_STYLES = (
     "solid",
@@ -61,15 +62,17 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def metric_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+def metric_table(
+    metrics: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str] = COLUMNS
+) -> str:
     """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row
     a name.
     """
     rows = []
     for name, values in metrics.items():
-        cells = [values.get(column) for column in COLUMNS]
+        cells = [values.get(column) for column in columns]
         rows.append([name, *cells])
-    return table(rows, ["", *COLUMNS.values()])
+    return table(rows, ["", *columns.values()])
 
 
 def findings(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:

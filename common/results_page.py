@@ -87,13 +87,17 @@ def page_row(row: Mapping, data_set: str, truth: bool | None) -> PageRow:
     )
 
 
-def scores_table(heading: str, scores: Mapping[str, Mapping[str, Any]]) -> PageTable:
+def scores_table(
+    heading: str,
+    scores: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, str] = report.COLUMNS,
+) -> PageTable:
     """`common.metrics.binary` of several guards or categories, one row a name."""
     rows = []
     for name, values in scores.items():
-        cells = [report.number(values.get(column)) for column in report.COLUMNS]
+        cells = [report.number(values.get(column)) for column in columns]
         rows.append([name, *cells])
-    return PageTable(heading, ["", *report.COLUMNS.values()], rows)
+    return PageTable(heading, ["", *columns.values()], rows)
 
 
 def write_evaluation_page(
@@ -122,7 +126,8 @@ def write_evaluation_page(
     flagged = results["flagged"]
     tables = [scores_table("Flagged", flagged)]
     if results["categories"]:
-        tables.append(scores_table("Categories", results["categories"]))
+        columns = report.CATEGORY_COLUMNS
+        tables.append(scores_table("Categories", results["categories"], columns))
     if results.get("languages"):
         tables.append(scores_table("Languages", results["languages"]))
     write_results_page(

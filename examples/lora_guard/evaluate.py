@@ -232,30 +232,22 @@ def by_category(
     """Scores of each of the guard's own categories over the rows whose categories are known; a
     failed verdict counts as unsafe. Nothing where the rows name none of them.
 
-    Beside an unsafe head they have the paper's 0.5; without one they share the threshold of their
-    maximum.
+    One without a threshold of its own has the paper's 0.5 beside an unsafe head; without one it
+    shares the threshold of the maximum.
     """
     outputs = getattr(guard, "labels", ())
     threshold = 0.5 if UNSAFE in outputs else threshold
     labels = [name for name in outputs if name != UNSAFE]
-    known = {}
-    for i, row in enumerate(rows):
-        named = row["categories"]
+    named = []
+    for row in rows:
+        names = row["categories"]
         if judge == "prompt" and row["messages"][-1]["role"] == "assistant":
-            continue  # they speak of the answer
-        if row[LABEL_OF[judge]] is False:
-            known[i] = []  # what is safe has none, said or not
-        elif named is not None:
-            known[i] = named
-    in_rows = {name for named in known.values() for name in named}
-    if in_rows.isdisjoint(labels):
-        return {}
-    found = {}
-    for name in labels:
-        truth = [name in named for named in known.values()]
-        scores = [verdicts[i].categories.get(name, 1.0) for i in known]
-        found[name] = metrics.binary(truth, scores, threshold)
-    return found
+            names = None  # they speak of the answer
+        elif row[LABEL_OF[judge]] is False:
+            names = []  # what is safe has none, said or not
+        named.append(names)
+    said = [verdict.categories for verdict in verdicts]
+    return metrics.by_category(labels, named, said, guard.thresholds, threshold)
 
 
 def overhead(guard: LoraGuard, folder: str) -> dict[str, Any]:
@@ -412,8 +404,8 @@ def results_markdown(results: dict[str, Any]) -> str:
         header = ["reply tokens seen", "recall ↑", "FPR ↓", "AUPRC ↑"]
         lines += [f"## When {name} notices", "", report.table(rows, header)]
     if results["categories"]:
-        at = next(iter(results["categories"].values()))["threshold"]
-        lines += [f"## Categories (above {at:.3f})", "", report.metric_table(results["categories"])]
+        table = report.metric_table(results["categories"], report.CATEGORY_COLUMNS)
+        lines += ["## Categories", "", table]
     return "\n".join(lines)
 
 

@@ -135,6 +135,22 @@ def what_is_judged(args: EvaluationArguments) -> str:
     return inputs[0] or "pair"
 
 
+def loaded(args: EvaluationArguments, judge: str) -> Guard:
+    """The guard. Raises UserError where that is nothing which it judges."""
+    guard = load_guard(args.model_path, progress=False, **options(args))
+    if LABEL_OF[judge] not in guard.judges:
+        known = ", ".join(guard.judges)
+        raise UserError(f"--judge {judge}: {args.model_path} judges {known}")
+    return guard
+
+
+def asked_thresholds(args: EvaluationArguments, guard: Guard) -> dict[str, dict[str, Any]]:
+    """The guard's own thresholds, or --threshold alone."""
+    if args.threshold is not None:
+        return {"flagged": {"value": args.threshold, "how": "--threshold"}}
+    return {"flagged": {"value": 0.5, "how": "default"}} | guard.thresholds
+
+
 def judged(
     guard: Guard, conversations: Sequence[Messages], args: EvaluationArguments, variant: str = ""
 ) -> list[Verdict]:
@@ -163,13 +179,9 @@ def report_metrics(args: EvaluationArguments) -> None:
     fit_rows = None
     if args.baselines:
         fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
-    guard = load_guard(args.model_path, progress=False, **options(args))
-    if label not in guard.judges:
-        known = ", ".join(guard.judges)
-        raise UserError(f"--judge {judge}: {args.model_path} judges {known}")
-    threshold = guard.thresholds.get("flagged", {"value": 0.5, "how": "default"})
-    if args.threshold is not None:
-        threshold = {"value": args.threshold, "how": "--threshold"}
+    guard = loaded(args, judge)
+    thresholds = asked_thresholds(args, guard)
+    threshold = thresholds["flagged"]
     # The baselines first: what is wrong with them shows before the guard's long run, not after it.
     baselines = {}
     if fit_rows is not None:
@@ -185,7 +197,7 @@ def report_metrics(args: EvaluationArguments) -> None:
         "errors": sum(verdict.error is not None for verdict in verdicts),
         "flagged": compare(truth, groups, scores, threshold["value"], args.seed),
         "flagged_at_0.5": metrics.binary(truth, scores["guard"], 0.5),
-        "categories": by_category(rows, truth, verdicts, guard, threshold["value"]),
+        "categories": by_category(rows, truth, verdicts, guard, thresholds),
         "languages": by_language(rows["language"], truth, scores["guard"], threshold["value"]),
         "near_copies": by_near_copies(rows, fit_rows, truth, scores["guard"], threshold["value"]),
         "run": manifest([args]),
@@ -248,11 +260,9 @@ def by_category(
     truth: np.ndarray,
     verdicts: Sequence[Verdict],
     guard: Guard,
-    threshold: float,
+    thresholds: dict[str, dict[str, Any]],
 ) -> dict[str, dict]:
-    """Metrics of each category of the guard, on the rows that know their own; a failed verdict is
-    unsafe. None where the rows name none of the guard's.
-    """
+    """Metrics of each category of the guard at its own threshold, else at that of flagged."""
     named = []
     for is_unsafe, names in zip(truth, rows["categories"], strict=True):
         named.append(names if is_unsafe else [])  # what is safe has none, said or not
@@ -261,15 +271,9 @@ def by_category(
     lacking = sorted(in_rows - set(labels))
     if lacking and labels:
         logger.warning("No row for these categories, of which the guard has no output: %s", lacking)
-    if in_rows.isdisjoint(labels):
-        return {}
-    known = [i for i, names in enumerate(named) if names is not None]
-    found = {}
-    for label in labels:
-        holds = [label in named[i] for i in known]
-        score = [verdicts[i].categories.get(label, 1.0) for i in known]
-        found[label] = metrics.binary(holds, score, threshold)
-    return found
+    said = [verdict.categories for verdict in verdicts]
+    default = thresholds["flagged"]["value"]
+    return metrics.by_category(labels, named, said, thresholds, default)
 
 
 def by_language(
@@ -382,10 +386,11 @@ def metrics_markdown(results: dict[str, Any]) -> str:
         "",
         *report.findings(flagged),
     ]
-    for heading in ("categories", "languages"):
-        if results[heading]:
-            table = report.metric_table(results[heading])
-            lines += ["", f"## {heading.capitalize()}", "", table]
+    if results["categories"]:
+        table = report.metric_table(results["categories"], report.CATEGORY_COLUMNS)
+        lines += ["", "## Categories", "", table]
+    if results["languages"]:
+        lines += ["", "## Languages", "", report.metric_table(results["languages"])]
     if results["near_copies"]:
         heading = "## With and without near-copies of rows of --baselines"
         lines += ["", heading, "", report.metric_table(results["near_copies"])]

@@ -140,6 +140,8 @@ def test_own_categories_from_train_to_results(tiny_base, tmp_path):
     assert list(results["categories"]) == ["spam", "fraud"]
     assert results["categories"]["fraud"]["support"] == 50  # ten rows do not say
     assert results["categories"]["fraud"]["positives"] == 20
+    for name, own in card["category_thresholds"].items():
+        assert results["categories"][name]["threshold"] == pytest.approx(own["value"])
 
 
 @slow

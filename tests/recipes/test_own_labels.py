@@ -161,6 +161,21 @@ def test_a_guard_that_judges_none_of_the_rows(tiny_classifier, tmp_path):
         measured(folder, rows, judge="pair")
 
 
+def test_a_category_is_measured_at_its_own_threshold(tiny_classifier, tmp_path):
+    rows = write_rows(tmp_path / "rows.csv")
+    folder = tiny_classifier(tmp_path, ["Spam", "Fraud"])
+    own = {"flagged": {"value": 0.4, "how": "max F1"}}
+    category = {"Fraud": {"value": 0.125, "how": "max F1"}}
+    saved_guard(folder, template="beavertails", thresholds=own, category_thresholds=category)
+    found = measured(folder, rows)["categories"]
+    assert {name: one["threshold"] for name, one in found.items()} == {"Spam": 0.4, "Fraud": 0.125}
+    text = (folder / "out/results.md").read_text().partition("## Categories")[2]
+    assert text.splitlines()[2].endswith("| threshold |")
+    assert text.splitlines()[5].endswith("| 0.125 |")
+    found = measured(folder, rows, threshold=0.25)["categories"]
+    assert {one["threshold"] for one in found.values()} == {0.25}
+
+
 @pytest.mark.parametrize(
     ("inputs", "judged"),
     [(["prompt"], "prompt"), (["response", "prompt"], "response"), (["prompt", "pair"], "pair")],
