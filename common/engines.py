@@ -390,6 +390,9 @@ class VllmEngine(Engine):
         """
         super().__init__(name, progress)
         self.tokenizer = tokenizer
+        os.environ.setdefault(
+            "VLLM_NO_USAGE_STATS", "1"
+        )  # else it reports each start to its makers
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest

@@ -1,5 +1,6 @@
 """A classifier that was exported to ONNX (`guards.export`), with the face of a torch one."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,9 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from common.conversation import UserError
+
+# onnxruntime's builds note every session and send that to Microsoft, unless this is set before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 ONNX_FILE = "model.onnx"
 ONNX_DATA = "model.onnx.data"  # its weights, where one file would be too large

@@ -1,7 +1,9 @@
 """A guard as ONNX: the same verdicts, of any family, or nothing is written."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -183,3 +185,18 @@ def test_a_graph_that_is_broken_is_refused(exported, tmp_path):
         load_guard(str(tmp_path / "cut"))
     with pytest.raises(UserError, match="is exported; name the folder that was trained"):
         export.export(exported, str(tmp_path / "again"), [])
+
+
+LOAD = """
+import sys
+from guards import load_guard
+load_guard(sys.argv[1], progress=False).judge([[{"role": "user", "content": "Hi"}]])
+"""
+
+
+def test_nothing_is_noted_for_its_maker(exported, tmp_path):
+    """onnxruntime keeps an id of the machine in the home folder, and what it sends."""
+    environment = os.environ | {"HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", LOAD, exported], env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
