@@ -273,9 +273,10 @@ class KeptRows(UserDict[str, Row]):
             if self.data.get(key) != row:
                 fresh[key] = row
                 lines.append(json.dumps(row, allow_nan=False) + "\n")
+        # First, so that Ctrl-C in the middle of writing finds counted what `close` still writes.
+        self.data |= fresh
         self._file.write("".join(lines).encode())
         self._file.flush()
-        self.data |= fresh
 
     def fill(
         self,
@@ -310,24 +311,24 @@ class KeptRows(UserDict[str, Row]):
         starts = range(0, len(order), size)
         hidden = not self.missing(order, again)
         with tqdm(total=len(order), desc=title, unit=unit, disable=hidden) as bar:
-            for number, start in enumerate(starts):
-                chunk = order[start : start + size]
-                wanted = self.missing(chunk, again)
-                bar.update(len(chunk) - len(wanted))
-                asked = wanted
-                if together and self.missing(chunk):
-                    asked = chunk
-                if not asked:
-                    continue
-                try:
+            try:
+                for number, start in enumerate(starts):
+                    chunk = order[start : start + size]
+                    wanted = self.missing(chunk, again)
+                    bar.update(len(chunk) - len(wanted))
+                    asked = wanted
+                    if together and self.missing(chunk):
+                        asked = chunk
+                    if not asked:
+                        continue
                     for row in make(number, asked):
                         if row[self.key] in wanted:
                             self.append(row)
                             bar.update()
-                except KeyboardInterrupt:
-                    kept = len(order) - len(self.missing(order))
-                    said = f"after {kept} of {len(order)} {unit}s, kept in {self.path}; to go on"
-                    raise Stopped(said) from None
+            except KeyboardInterrupt:
+                kept = len(order) - len(self.missing(order))
+                said = f"after {kept} of {len(order)} {unit}s, kept in {self.path}; to go on"
+                raise Stopped(said) from None
         return [self.data[key] for key in keys]
 
     def close(self) -> None:
