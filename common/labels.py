@@ -181,13 +181,21 @@ def _ordered(found: Mapping[str, int]) -> list[str]:
 def judged_rows(rows: Dataset, judge: str) -> Dataset:
     """The rows as a guard sees them that judges pairs, prompts alone or responses alone.
 
-    Of an answered prompt the categories are unknown: they speak of the answer.
+    Of an answered prompt the categories are unknown: they speak of the answer. A row without that
+    part is left out.
 
     Args:
-        rows: of `load_conversations`, each with the label of what is judged (`LABEL_OF`).
+        rows: of `load_conversations`.
     """
     if judge == "pair":
         return rows
+
+    def has_part(row: Mapping) -> bool:
+        return judge in parts_of(row["messages"])
+
+    fitting = rows.filter(has_part, keep_in_memory=True)
+    if len(fitting) < len(rows):
+        logger.warning("%d of %d rows have no %s.", len(rows) - len(fitting), len(rows), judge)
 
     def part(row: Mapping) -> dict:
         parts = parts_of(row["messages"])
@@ -196,7 +204,7 @@ def judged_rows(rows: Dataset, judge: str) -> Dataset:
             categories = None
         return {"messages": parts[judge], "categories": categories}
 
-    return rows.map(part, features=rows.features, keep_in_memory=True)
+    return fitting.map(part, features=rows.features, keep_in_memory=True)
 
 
 def targets(labels: Sequence[str], unsafe: Sequence[bool], named: Named) -> list[list[float]]:

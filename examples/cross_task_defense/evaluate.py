@@ -89,6 +89,7 @@ def evaluate(
     listed = [classify(said, asked) for asked, said in pairs]
     by_list = [verdict.is_refusal for verdict in listed]
     runs = Path(output_dir) / "runs"
+    refused = by_list
     if refusal_judge:
         scorer = refusal_judge
         refused = judged_by_guard(refusal_judge, pairs, runs)
@@ -97,8 +98,6 @@ def evaluate(
         refused = judged_by_server(server_url, server_model, pairs, runs)
     elif scorer == "substring":
         refused = [substring_refusal(said) for _, said in pairs]
-    else:
-        refused = by_list
     for row, verdict, value in zip(predictions, listed, refused, strict=True):
         row |= {"class": verdict.kind, "refused": value}
     if guard:
@@ -108,9 +107,8 @@ def evaluate(
     # --- Results --------------------------------------------------------------------------------
     results = compared(predictions, models)
     results["scorer"] = scorer
-    results["agreement_with_the_list"] = None
-    if scorer != "detector":
-        results["agreement_with_the_list"] = agreement(refused, by_list)
+    by_other = scorer != "detector"
+    results["agreement_with_the_list"] = agreement(refused, by_list) if by_other else None
     results["run"] = manifest([{"answers": answers, "scorer": scorer, "guard": guard}])
     write(Path(output_dir), results, predictions)
 

@@ -146,9 +146,7 @@ def generate_answers(**flags: Any) -> None:
         is_open += [not is_done] * len(file.instructions)
 
     # --- 3. Answers, each kept as it comes ------------------------------------------------------
-    # what transformers draws depends on the size of its batches
-    sizes = {"transformers": prompts_at_once(args.batch_size, args.num_beams), "vllm": CHUNK}
-    size = sizes.get(args.engine)
+    size = chunk_size(args)
     partial = folder / "answers.partial.jsonl"
     ask = asker(args, options, tokenizer, decoding)
     said: dict[int, Completion] = {}
@@ -163,20 +161,27 @@ def generate_answers(**flags: Any) -> None:
 
     # --- 4. Files of answers --------------------------------------------------------------------
     failed = 0
-    start = 0
+    place = 0
     for file, is_done in zip(files, done, strict=True):
-        end = start + len(file.instructions)
+        numbers = range(place, place + len(file.instructions))
+        place = numbers.stop
         if not is_done:
-            own = [said[i] for i in range(start, end)]
+            own = [said[i] for i in numbers]
             failed += write_answers(folder / file.path.name, file, own, parameters)
-        start = end
     logger.info("Wrote %d files to %s", done.count(False), folder)
     if failed:
-        sys.exit(
-            f"error: {failed} of {len(said)} prompts have no answer; run it again to ask for them"
-        )
+        lacking = f"{failed} of {len(said)} prompts have no answer"
+        sys.exit(f"error: {lacking}; run it again to ask for them")
     if keys >= {row["key"] for row in read_json_lines(partial)}:
         partial.unlink()  # else it holds what an interrupted run was told of other files
+
+
+def chunk_size(args: AnswerArguments) -> int | None:
+    """Prompts that are asked together: what transformers draws depends on the size of its batches.
+    None: a server takes them one by one.
+    """
+    sizes = {"transformers": prompts_at_once(args.batch_size, args.num_beams), "vllm": CHUNK}
+    return sizes.get(args.engine)
 
 
 def decoding_of(args: AnswerArguments) -> Decoding:

@@ -64,11 +64,7 @@ def train(**flags: Any) -> None:
 
     # --- 2. Data --------------------------------------------------------------------------------
     template = load_template(args.prompt_template_name)
-    found = read_rows(args.data_path)
-    rows = answered(found, args.data_path)
-    if args.val_set_size >= len(rows):
-        there = f"{args.data_path} has only {len(rows)} rows"
-        raise UserError(f"--val_set_size {args.val_set_size}: {there}")
+    rows, without_output = training_rows(args)
 
     # --- 3. Model -------------------------------------------------------------------------------
     set_seed(args.seed)
@@ -77,7 +73,7 @@ def train(**flags: Any) -> None:
     encoded, facts = encode_rows(
         rows, template, tokenizer, args.cutoff_len, args.train_on_inputs, args.add_eos_token
     )
-    facts["rows_without_output"] = len(found) - len(rows)
+    facts["rows_without_output"] = without_output
     check_ids(encoded["input_ids"], tokenizer, model)
     logger.info("Data: %s", json.dumps(facts))
 
@@ -112,6 +108,16 @@ def train(**flags: Any) -> None:
             describe(args, template, facts, result.metrics, trainer, folder)
         logger.info("Saved the adapter to %s", args.output_dir)
     push_finished(training, last="adapter_config.json")
+
+
+def training_rows(args: TrainArguments) -> tuple[list[dict[str, Any]], int]:
+    """The rows of --data_path that have an output, and how many have none."""
+    found = read_rows(args.data_path)
+    rows = answered(found, args.data_path)
+    if args.val_set_size >= len(rows):
+        there = f"{args.data_path} has only {len(rows)} rows"
+        raise UserError(f"--val_set_size {args.val_set_size}: {there}")
+    return rows, len(found) - len(rows)
 
 
 def load_model(args: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

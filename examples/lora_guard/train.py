@@ -43,7 +43,7 @@ from common.fit import check_length, fit_classifier
 from common.head_start import fit_head
 from common.hub import push_finished
 from common.keep import fingerprint, rows_digest
-from common.labels import asked_categories, masked_bce
+from common.labels import asked_categories, judged_rows, masked_bce
 from common.run import inference_dtype, parse_args, run_cli, usable_attention
 from common.saving import refuse_to_overwrite, spread
 from common.training import (
@@ -124,16 +124,21 @@ def load_rows(args: GuardArguments) -> tuple[Dataset, Dataset | None, Dataset | 
     """Rows to train on, to validate on and to test on."""
     asked = asked_categories(args.categories)
     checks = {"categories": None if asked is None else list(asked), "bad_rows": args.bad_rows}
+    # a guard of several kinds sees whole conversations
+    judge = args.guard_inputs[0] if len(args.guard_inputs) == 1 else "pair"
     train, validation, _ = load_training_rows(
         args.train_data,
         args.eval_data,
         args.eval_split_ratio,
         args.seed,
+        judge=judge,
         one_row_a_pair=args.deduplicate,
         max_train_rows=args.max_train_rows,
         **checks,
     )
-    test = load_conversations(args.test_data, **checks) if args.test_data else None
+    test = None
+    if args.test_data:
+        test = judged_rows(load_conversations(args.test_data, **checks), judge)
     return train, validation, test
 
 

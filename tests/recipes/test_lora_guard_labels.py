@@ -104,6 +104,30 @@ def test_categories_tell_a_label_that_is_not_there(tmp_path, tiny_base):
         assert counts[kind] == {"rows": 2, "unsafe": 1}
 
 
+@pytest.mark.parametrize(("kind", "left"), [("prompt", 2), ("pair", 6)])
+def test_repeats_and_leaks_are_those_of_what_is_judged(kind, left, tmp_path):
+    """One prompt with three answers is one row for a guard of prompts, and nothing that a guard of
+    pairs would see twice.
+    """
+    rows = []
+    for prompt, label in (("How do I cook rice?", "safe"), ("May I take it?", "unsafe")):
+        for number in range(3):
+            row = {"prompt": prompt, "response": f"Answer {number}.", "response_label": label}
+            rows.append(row | {"prompt_label": label, "categories": None})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    train = module("lora_guard", "train")
+    args = train.GuardArguments(
+        hf_model_id="nowhere",
+        output_folder="nowhere",
+        train_data=[str(path)],
+        guard_inputs=[kind],
+        deduplicate=True,
+    )
+    found, _, _ = train.load_rows(args)
+    assert len(found) == left
+
+
 def command(model, folder: Path, data: Path, *more) -> list:
     return [
         "train.py", model, folder, "--epochs", 1, "--per-device-batch-size", 8, "--seed", 1,
