@@ -27,7 +27,7 @@ def test_quickstart_learns_within_its_budget(moderation_quickstart):
     run = json.loads((folder / "run.json").read_text())
     assert run["data"]["useful_token_share"] > 0.85
     assert run["peak_memory_gib"]["host"] <= 6 and results["run"]["peak_memory_gib"]["host"] <= 6
-    # five minutes where nothing else runs (docs/reproduction.md); here other jobs may
+    # five minutes where nothing else runs (docs/reproduction/moderation.md); here other jobs may
     assert moderation_quickstart.seconds <= 600
     assert (folder / "precision-recall.png").is_file()
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
