@@ -61,6 +61,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 Arms = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 EngineName = Literal["transformers", "vllm", "server"]
+Labeller = Literal["human", "judge", "guard"]  # whose word on a response counts
 
 
 class Section(BaseModel):
@@ -196,7 +197,7 @@ class EvaluationConfig(Section):
     results_dir: str = "./results/evaluation"
     max_eval_samples: PositiveInt | None = 1000  # of validation and of test; null: all
     judge: str = ""  # another guard that judges the responses, a spec of load_guard; "": none
-    t2_label: Literal["human", "judge", "guard"] = "guard"  # whose word on responses is the truth
+    t2_label: Labeller = "guard"  # whose word on responses is the truth
     # spec of harmless prompts that look otherwise; "": rows of the data set marked so
     hard_benign: str = ""
     extra: Texts = ()  # specs of further data with labelled prompts
@@ -218,6 +219,8 @@ class ExperimentConfig(Section):
     # of blocked prompts, let through to learn whether blocking was right
     explore_share: Share = 0.03
     refusal_filter: bool = True  # prompts whose responses refuse are no example of harmless ones
+    # whose word blocks a response, and so is learned from; human: the labels of recorded ones
+    blocked_by: Labeller = "guard"
 
 
 class PrepareGuard(Section):
@@ -255,9 +258,17 @@ class Config(Section):
     prepare: Prepare | None = None
 
     @model_validator(mode="after")
-    def human_labels_are_of_recorded_responses(self) -> "Config":
-        if self.evaluation.t2_label == "human" and not self.llama.use_recorded:
-            raise ValueError("evaluation.t2_label human needs llama.use_recorded=true")
+    def who_labels_responses_is_asked(self) -> "Config":
+        truth = self.evaluation.t2_label
+        blocks = self.experiment.blocked_by
+        for field, who in (("evaluation.t2_label", truth), ("experiment.blocked_by", blocks)):
+            if who == "human" and not self.llama.use_recorded:
+                raise ValueError(f"{field} human needs llama.use_recorded=true")
+        if blocks == "judge" and not self.evaluation.judge:
+            raise ValueError("experiment.blocked_by judge needs a guard that judges: set judge")
+        if blocks == "human" and truth == "guard":
+            hint = "set evaluation.t2_label=human, or judge"
+            raise ValueError(f"where people block responses the guard judges none; {hint}")
         return self
 
     def as_dict(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ JUDGED_AT_ONCE = 256  # conversations that are judged, and kept, at a time
 CHECKED_AT_ONCE = 48  # texts that are checked as the original does
 REFUSAL_KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
 OWN_TRUTH = (
-    "evaluation.t2_label guard: the guard that labels what is learned is the truth that it is "
+    "evaluation.t2_label %s: the guard that labels what is learned is the truth that it is "
     "measured by, too; name another guard in evaluation.judge"
 )
 
@@ -203,8 +203,8 @@ def preflight(config: Config) -> None:
     if evaluation.hard_benign:
         check_specs("evaluation.hard_benign", [evaluation.hard_benign])
     check_specs("evaluation.extra", evaluation.extra)
-    if evaluation.t2_label == "guard":
-        logger.warning(OWN_TRUTH)
+    if evaluation.t2_label == config.experiment.blocked_by != "human":
+        logger.warning(OWN_TRUTH, evaluation.t2_label)
     check_data(config)
 
 
@@ -234,6 +234,9 @@ def check_data(config: Config) -> None:
     if config.llama.use_recorded:
         what = "recorded response; set llama.use_recorded=false to generate"
         needed += [("train", "model_output", what), ("test", "model_output", what)]
+    if config.experiment.blocked_by == "human":
+        what = "human label of its response; set experiment.blocked_by=guard, or judge"
+        needed.append(("train", "output_unsafe", what))
     if config.evaluation.t2_label == "human":
         what = "human label of its response; set evaluation.t2_label=guard, or judge"
         needed.append(("test", "output_unsafe", what))
@@ -320,6 +323,7 @@ def asked_of_prompts(config: Config, rows: Sequence[Row], guard: Loaded, parts: 
             "input_decided": verdict["decided"],
             "input_error": verdict["error"],
             "shadow": is_explored,
+            "blocked_by": config.experiment.blocked_by,
             "responses": [],
             "legacy": None,
             "timestamp": verdict["time"],
@@ -329,7 +333,9 @@ def asked_of_prompts(config: Config, rows: Sequence[Row], guard: Loaded, parts: 
 
 
 def judge_responses(config: Config, asked: Sequence[Row], guard: Loaded, parts: Path) -> None:
-    """The guard's verdict on each response, with its prompt, and that of evaluation.judge."""
+    """The guard's verdict on each response, with its prompt, and that of evaluation.judge. Where
+    people block responses the guard is not asked.
+    """
     responses = []
     conversations = []
     for record in asked:
@@ -337,14 +343,15 @@ def judge_responses(config: Config, asked: Sequence[Row], guard: Loaded, parts: 
             if response["error"] is None:
                 responses.append(response)
                 conversations.append(pair(record["query"], response["text"]))
-    who, section = default_identity(config), config.llama_guard
-    served = section.engine == "server"
-    path = parts / "outputs.jsonl"
     label = "response_unsafe"
-    said = judged(guard, who, conversations, label, path, served, section.categories)
-    for response, verdict in zip(responses, said, strict=True):
-        for key in ("unsafe", "decided", "categories", "error"):
-            response[key] = verdict[key]
+    if config.experiment.blocked_by != "human":
+        who, section = default_identity(config), config.llama_guard
+        served = section.engine == "server"
+        path = parts / "outputs.jsonl"
+        said = judged(guard, who, conversations, label, path, served, section.categories)
+        for response, verdict in zip(responses, said, strict=True):
+            for key in ("unsafe", "decided", "categories", "error"):
+                response[key] = verdict[key]
     name = config.evaluation.judge
     if not name:
         return

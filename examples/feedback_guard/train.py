@@ -105,6 +105,7 @@ from guards.known import zoo_name
 logger = logging.getLogger("feedback_guard")
 HARD = 0.1  # P(unsafe) from which a harmless prompt is a hard one
 ALIKE = 8  # prompts of like score and length, among which C1 permutes what responses say
+WORD_OF = {"guard": "the guard itself", "judge": "another guard", "human": "people"}
 PENALTY = 100.0  # of the probe, which has more dimensions than rows
 # the original's
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -720,6 +721,7 @@ def describe(
     if arm.probe:
         return
     base = public_name(config.llama_guard.base_model_path)
+    blocked_by = WORD_OF[config.experiment.blocked_by]
     write_model_card(
         folder,
         title=f"Arm {arm.name}, seed {seed}",
@@ -728,13 +730,13 @@ def describe(
         adapter=True,
         task="text-generation",
         intro=f"A LoRA adapter of {base}, trained by `examples/feedback_guard/train.py` on prompts "
-        f"that it passed and whose responses it then blocked. {arm.name} asks: {arm.question}",
+        f"that it passed and whose responses {blocked_by} then blocked. {arm.name} asks: {arm.question}",
         usage="import guards\n\n"
         f'guard = guards.load_guard("{base}", adapter=".")  # AutoPeftModelForCausalLM loads it, too',
         sections={
             "Rows": report.table(list(facts["sources"].items()), ["source", "rows"]),
-            "Limits": "Nothing was measured here; see the results of evaluate.py. The labels are "
-            "the guard's own.",
+            "Limits": "Nothing was measured here; see the results of evaluate.py. The labels of "
+            f"responses are those of {blocked_by}.",
         },
     )
 

@@ -58,7 +58,7 @@ def test_every_key_of_the_original_is_there_with_its_value(tmp_path):
     assert holds(config_.load_config(RECIPE / "research_config.json").as_dict(), ORIGINAL)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "study", "study_assistant"])
+@pytest.mark.parametrize("name", ["quickstart", "study", "study_assistant", "do_not_answer"])
 def test_shipped_configs_load(name):
     config = config_.load_config(RECIPE / "configs" / f"{name}.json")
     assert config.llama_guard.default_model_path == config.prepared()["guard"].output_dir
@@ -125,6 +125,8 @@ def test_values_can_be_set_from_the_command_line(change, value):
         ("experiment.process_split=test", "process_split: Input should be 'train', found 'test'"),
         ("evaluation.t2_label=judge", "evaluation: t2_label judge needs a guard that judges"),
         ("evaluation.t2_label=human", "t2_label human needs llama.use_recorded=true"),
+        ("experiment.blocked_by=human", "blocked_by human needs llama.use_recorded=true"),
+        ("experiment.blocked_by=judge", "blocked_by judge needs a guard that judges: set judge"),
         ("prepare.guard.max_steps=5", "prepare.guard.base_model: Field required"),
         ("seed.x=1", "field seed: Input should be a valid integer"),
     ],

@@ -161,6 +161,18 @@ def test_recorded_responses(write_config):
         assert records.q(row, "human") == float(known[row["id"]]["output_unsafe"])
 
 
+def test_people_block_responses(write_config):
+    """Their labels are what is learned, and the guard is not asked of responses."""
+    blocked_by = "experiment.blocked_by=human"
+    stats, rows = run(write_config(), RECORDED, blocked_by, "evaluation.t2_label=human")
+    known = {row["conv_id"]: row["output_unsafe"] for row in prompts(80)}
+    learned = [row for row in rows["train"] if records.feedback(row)]
+    let_in = [row for row in rows["train"] if records.passed(row)]
+    assert [row["id"] for row in learned] == [row["id"] for row in let_in if known[row["id"]]]
+    assert stats["output_blocked"] == len(learned) > 0
+    assert all(response["decided"] is None for response in responses(everything(rows)))
+
+
 @pytest.mark.parametrize("text", [None, "  "])
 def test_a_prompt_without_a_recorded_response_is_an_error_row(text, write_config, tmp_path):
     rows = prompts(60)
