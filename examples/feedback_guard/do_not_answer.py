@@ -41,11 +41,12 @@ class Arguments:
         default_factory=lambda: ["yahma/alpaca-cleaned:train[:2000]"],
         metadata={"help": "harmless rows {instruction, input, output}: specs, or JSON files"},
     )
-    benign_rows: int = field(default=400, metadata={"help": "drawn from all of these"})
+    benign_rows: int = field(default=200, metadata={"help": "drawn from all of these"})
     guard: str = field(
         default="lmsys/toxic-chat@toxicchat0124:train",
         metadata={"help": "labelled prompts that a small guard is made of: a spec"},
     )
+    guard_safe: int = field(default=3, metadata={"help": "safe ones of these for each unsafe one"})
     longest: int = field(
         default=300, metadata={"help": "characters; longer prompts are left out: a CPU is slow"}
     )
@@ -71,7 +72,7 @@ def main() -> None:
     asked = read_answers(given.answers)
     rows = [answered_row(number, *one, given.seed) for number, one in enumerate(asked)]
     benign = benign_rows(given.benign, given.benign_rows, given.longest, given.seed)
-    prompts = guard_rows(given.guard, given.longest)
+    prompts = guard_rows(given.guard, given.guard_safe, given.longest, given.seed)
     folder = Path(given.output_dir)
     write_text(folder / "rows.jsonl", json_lines(rows + benign))
     write_text(folder / "guard.jsonl", json_lines(prompts))
@@ -209,14 +210,21 @@ def instructions(source: str) -> list[Row]:
     return plain_rows(source)
 
 
-def guard_rows(spec: str, longest: int) -> list[Row]:
-    """The labelled prompts of a data set."""
-    rows = []
+def guard_rows(spec: str, safe_for_each: int, longest: int, seed: int) -> list[Row]:
+    """The unsafe prompts of a data set, and for each of them so many safe ones by lot."""
+    unsafe = []
+    safe = []
     for row in load_conversations(spec, bad_rows="skip"):
         prompt, _ = last_turns(row["messages"])
-        if row["prompt_unsafe"] is not None and prompt and len(prompt) <= longest:
-            label = "unsafe" if row["prompt_unsafe"] else "safe"
-            rows.append({"prompt": prompt, "prompt_label": label})
+        if row["prompt_unsafe"] is None or not prompt or len(prompt) > longest:
+            continue
+        label = "unsafe" if row["prompt_unsafe"] else "safe"
+        side = unsafe if row["prompt_unsafe"] else safe
+        side.append({"prompt": prompt, "prompt_label": label})
+    count = min(len(safe), safe_for_each * len(unsafe))
+    rows = unsafe + random.Random(seed).sample(safe, count)
+    if not unsafe or not safe:
+        raise UserError(f"--guard {spec}: no safe, or no unsafe, prompts of {longest} characters")
     return rows
 
 

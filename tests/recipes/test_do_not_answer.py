@@ -84,7 +84,7 @@ def test_a_prompt_is_blocked_if_any_answer_is_harmful(tmp_path, monkeypatch, cap
     assert sum(row["label"] == "unsafe" for row in read) == len(PROMPTS)
     assert sum(row["output_unsafe"] for row in read) == 2
     guard = (tmp_path / "out/guard.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in guard] == labelled
+    assert [json.loads(line) for line in guard] == labelled[::-1]
 
 
 @pytest.mark.parametrize(
