@@ -161,15 +161,24 @@ def test_recorded_responses(write_config):
         assert records.q(row, "human") == float(known[row["id"]]["output_unsafe"])
 
 
-def test_people_block_responses(write_config):
+def test_people_block_responses(write_config, tmp_path):
     """Their labels are what is learned, and the guard is not asked of responses."""
-    blocked_by = "experiment.blocked_by=human"
-    stats, rows = run(write_config(), RECORDED, blocked_by, "evaluation.t2_label=human")
-    known = {row["conv_id"]: row["output_unsafe"] for row in prompts(80)}
-    learned = [row for row in rows["train"] if records.feedback(row)]
+    data = prompts(80)
+    for number, row in enumerate(data):
+        row["output_unsafe"] = number % 2 == 0
+    path = write(tmp_path / "labelled", train=data[:60], test=data[60:])
+    config = write_config(
+        dataset={"path": str(path)},
+        llama={"use_recorded": True},
+        evaluation={"t2_label": "human"},
+        experiment={"blocked_by": "human"},
+    )
+    stats, rows = run(config)
     let_in = [row for row in rows["train"] if records.passed(row)]
-    assert [row["id"] for row in learned] == [row["id"] for row in let_in if known[row["id"]]]
-    assert stats["output_blocked"] == len(learned) > 0
+    learned = [row["id"] for row in let_in if records.feedback(row)]
+    unsafe = {row["conv_id"] for row in data if row["output_unsafe"]}
+    assert learned == [row["id"] for row in let_in if row["id"] in unsafe]
+    assert 0 < stats["output_blocked"] == len(learned) < len(let_in)
     assert all(response["decided"] is None for response in responses(everything(rows)))
 
 
