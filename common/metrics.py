@@ -6,7 +6,7 @@ Scores are probabilities of the unsafe class; truths are booleans. common/guard_
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from common.conversation import UserError
+from common.data.repeats import near_copies_between
 from common.data.specs import Spec, parse_spec, specs_of_name
 
 HIGHEST = math.nextafter(1.0, 0.0)  # threshold: above 1 nothing could be flagged, not even an error
@@ -113,6 +114,59 @@ def by_category(
         own = thresholds.get(label, {"value": default})
         found[label] = binary(truth, score, own["value"])
     return found
+
+
+def by_parts(
+    languages: Sequence[str | None],
+    texts: Sequence[str],
+    known: Iterable[str] | None,
+    truth: Truths,
+    score: Scores,
+    threshold: float,
+) -> dict[str, dict[str, Results]]:
+    """A guard on parts of its rows, for results.json: `languages` and `near_copies`."""
+    return {
+        "languages": by_language(languages, truth, score, threshold),
+        "near_copies": by_near_copies(texts, known, truth, score, threshold),
+    }
+
+
+def by_language(
+    languages: Sequence[str | None], truth: Truths, score: Scores, threshold: float
+) -> dict[str, Results]:
+    """`binary` of a guard in each language of the rows, where there are several; else {}."""
+    truth = np.asarray(truth)
+    score = np.asarray(score)
+    said = np.array([language or "not said" for language in languages])
+    found = {}
+    for language in np.unique(said):
+        rows = said == language
+        found[str(language)] = binary(truth[rows], score[rows], threshold)
+    return found if len(found) > 1 else {}
+
+
+def by_near_copies(
+    texts: Sequence[str],
+    known: Iterable[str] | None,
+    truth: Truths,
+    score: Scores,
+    threshold: float,
+) -> dict[str, Results]:
+    """`binary` of a guard with and without the rows whose text is nearly a known one, such as it was
+    trained on; {} where none is, or nothing is known.
+    """
+    if known is None:
+        return {}
+    _, copies = near_copies_between(known, texts)
+    others = ~np.array(copies)
+    if others.all() or not others.any():
+        return {}
+    truth = np.asarray(truth)
+    score = np.asarray(score)
+    return {
+        "all rows": binary(truth, score, threshold),
+        f"without {sum(copies)} near-copies": binary(truth[others], score[others], threshold),
+    }
 
 
 def multilabel(

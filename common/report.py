@@ -75,6 +75,27 @@ def metric_table(
     return table(rows, ["", *columns.values()])
 
 
+def part_tables(results: Mapping[str, Any], known: str) -> list[str]:
+    """The lines of results.md for parts of the rows: categories, languages, and without near-copies.
+
+    Args:
+        results: what results.json holds, of which a part may be empty: `categories`, `languages`
+            and `near_copies`, each of `common.metrics`.
+        known: the flag that named the rows of which near-copies were looked for.
+    """
+    parts = {
+        "categories": "Categories",
+        "languages": "Languages",
+        "near_copies": f"With and without near-copies of rows of {known}",
+    }
+    lines = []
+    for part, heading in parts.items():
+        if results[part]:
+            columns = CATEGORY_COLUMNS if part == "categories" else COLUMNS
+            lines += ["", f"## {heading}", "", metric_table(results[part], columns)]
+    return lines
+
+
 def findings(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """In words what intervals say of guards: whether one can be told from chance, and from what it
     must beat.

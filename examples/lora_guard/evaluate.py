@@ -53,6 +53,11 @@ class EvaluationArguments(ExportArguments):
         help="response (with its question, if any) | prompt; default: what the first guard was "
         "trained on.",
     )
+    train_data: str | None = HfArg(
+        default=None,
+        help="Data spec of rows that the first guard was trained on: it is also measured without "
+        "near-copies of these.",
+    )
     prefix_tokens: list[int] = HfArg(
         default_factory=lambda: [16, 32, 64, 128],
         help="Detection after so many tokens of the reply.",
@@ -69,15 +74,14 @@ def main() -> None:
     check_arguments(args)
     label = f"{args.judge}_unsafe"
     rows = data.load_conversations(
-        args.eval_data,
-        require=(label,),
-        need_positive=False,
-        bad_rows=args.bad_rows,
+        args.eval_data, require=(label,), need_positive=False, bad_rows=args.bad_rows
     )
     conversations = list(rows["messages"])
     truth = np.array(rows[label])
     if args.judge == "prompt":
         conversations = [pair(last_turns(messages)[0]) for messages in conversations]
+    texts = judged_texts(rows, args.judge)
+    known = training_texts(args)
     names = guard_names(args.guards)
     guards = {}  # all of them before the long runs
     options = {"long_inputs": args.long_inputs, "trust_remote_code": args.trust_remote_code}
@@ -108,6 +112,7 @@ def main() -> None:
         "guards": names,
         "flagged": flagged,
         "categories": categories,
+        **metrics.by_parts(rows["language"], texts, known, truth, scores[name], threshold),
         "overhead": costs,
         "prefixes": prefixes,
         "run": manifest([args]),
@@ -119,8 +124,21 @@ def main() -> None:
     print(markdown)
     title = f"Unsafe {args.judge}s of {args.eval_data}"
     write_evaluation_page(folder / "results.html", title, rows, label, verdicts, results)
-    judged_rows = scored_rows(rows, label, verdicts, flagged)
-    write_uncertain(folder, judged_rows, args.export_uncertain)
+    near = scored_rows(rows, label, verdicts, flagged)
+    write_uncertain(folder, near, args.export_uncertain)
+
+
+def judged_texts(rows: Dataset, judge: str) -> list[str]:
+    """What of rows is compared with training rows: their prompts, or the answers with these."""
+    text_of = data.prompt_key if judge == "prompt" else data.judged_text
+    return [text_of(row) for row in rows]
+
+
+def training_texts(args: EvaluationArguments) -> list[str] | None:
+    """The same of the rows of --train_data; None without them."""
+    if args.train_data is None:
+        return None
+    return judged_texts(data.load_conversations(args.train_data), args.judge)
 
 
 def check_arguments(args: EvaluationArguments) -> None:
@@ -174,6 +192,7 @@ def kept_rows(
     for i, row in enumerate(rows):
         line = {
             "id": row["id"],
+            "language": row["language"],
             f"true_{label}": row[label],
             "true_categories": row["categories"],
         }
@@ -403,9 +422,7 @@ def results_markdown(results: dict[str, Any]) -> str:
             rows.append([found["tokens"] or "all", found["recall"], found["fpr"], found["auprc"]])
         header = ["reply tokens seen", "recall ↑", "FPR ↓", "AUPRC ↑"]
         lines += [f"## When {name} notices", "", report.table(rows, header)]
-    if results["categories"]:
-        table = report.metric_table(results["categories"], report.CATEGORY_COLUMNS)
-        lines += ["## Categories", "", table]
+    lines += report.part_tables(results, "--train_data")
     return "\n".join(lines)
 
 

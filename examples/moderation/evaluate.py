@@ -176,9 +176,10 @@ def report_metrics(args: EvaluationArguments) -> None:
     )
     groups = [data.prompt_key(row) for row in whole]
     rows = judged_rows(whole, judge)
-    fit_rows = None
+    fit_rows = known = None
     if args.baselines:
         fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
+        known = texts(fit_rows)
     guard = loaded(args, judge)
     thresholds = asked_thresholds(args, guard)
     threshold = thresholds["flagged"]
@@ -198,8 +199,9 @@ def report_metrics(args: EvaluationArguments) -> None:
         "flagged": compare(truth, groups, scores, threshold["value"], args.seed),
         "flagged_at_0.5": metrics.binary(truth, scores["guard"], 0.5),
         "categories": by_category(rows, truth, verdicts, guard, thresholds),
-        "languages": by_language(rows["language"], truth, scores["guard"], threshold["value"]),
-        "near_copies": by_near_copies(rows, fit_rows, truth, scores["guard"], threshold["value"]),
+        **metrics.by_parts(
+            rows["language"], texts(rows), known, truth, scores["guard"], threshold["value"]
+        ),
         "run": manifest([args]),
     }
     predictions = []
@@ -276,43 +278,6 @@ def by_category(
     return metrics.by_category(labels, named, said, thresholds, default)
 
 
-def by_language(
-    languages: Sequence[str | None], truth: np.ndarray, score: np.ndarray, threshold: float
-) -> dict[str, dict]:
-    """Metrics of the guard in each language, where there are several."""
-    said = np.array([language or "not said" for language in languages])
-    found = {}
-    for language in np.unique(said):
-        rows = said == language
-        found[str(language)] = metrics.binary(truth[rows], score[rows], threshold)
-    return found if len(found) > 1 else {}
-
-
-def by_near_copies(
-    rows: Dataset,
-    fit_rows: Dataset | None,
-    truth: np.ndarray,
-    score: np.ndarray,
-    threshold: float,
-) -> dict[str, dict]:
-    """Metrics of the guard with and without rows that are near-copies of rows of --baselines, which
-    are its training rows where both are of one data set; {} where none is.
-    """
-    if fit_rows is None:
-        return {}
-    texts = [data.judged_text(row) for row in rows]
-    _, copies = data.near_copies_between(map(data.judged_text, fit_rows), texts)
-    others = ~np.array(copies)
-    if others.all() or not others.any():
-        return {}
-    return {
-        "all rows": metrics.binary(truth, score, threshold),
-        f"without {sum(copies)} near-copies": metrics.binary(
-            truth[others], score[others], threshold
-        ),
-    }
-
-
 def baseline_scores(
     guard: Guard, args: EvaluationArguments, fit_rows: Dataset, rows: Dataset, label: str
 ) -> dict[str, np.ndarray]:
@@ -386,14 +351,7 @@ def metrics_markdown(results: dict[str, Any]) -> str:
         "",
         *report.findings(flagged),
     ]
-    if results["categories"]:
-        table = report.metric_table(results["categories"], report.CATEGORY_COLUMNS)
-        lines += ["", "## Categories", "", table]
-    if results["languages"]:
-        lines += ["", "## Languages", "", report.metric_table(results["languages"])]
-    if results["near_copies"]:
-        heading = "## With and without near-copies of rows of --baselines"
-        lines += ["", heading, "", report.metric_table(results["near_copies"])]
+    lines += report.part_tables(results, "--baselines")
     return "\n".join(lines) + "\n"
 
 

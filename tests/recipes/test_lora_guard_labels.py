@@ -33,7 +33,8 @@ def write(path: Path, count: int, *, answers: bool = True, named: bool = True) -
             told = kind if named and not (kind == "spam" and number % 2) else ""
             answer = f"To {words}, do it {number} times." if answers else ""
             unsafe = "unsafe" if kind else "safe"
-            rows.writerow([f"How do I {words} {number}?", answer, unsafe, told, "en"])
+            language = ("en", "de")[number % 2]
+            rows.writerow([f"How do I {words} {number}?", answer, unsafe, told, language])
     return path
 
 
@@ -135,14 +136,16 @@ def command(model, folder: Path, data: Path, *more) -> list:
     ]  # fmt: skip
 
 
-def evaluated(out: Path, guard: Path, data: Path) -> dict:
-    launch("evaluate.py", "--guards", guard, "--eval_data", data, "--output_dir", out)
+def evaluated(out: Path, guard: Path, data: Path, *more) -> dict:
+    launch("evaluate.py", "--guards", guard, "--eval_data", data, "--output_dir", out, *more)
     return json.loads((out / "results.json").read_text())
 
 
 @slow
 def test_own_categories_from_train_to_results(tiny_base, tmp_path):
-    """guard.json, model card, verdicts and tables know the rows' categories and no others."""
+    """guard.json, model card, verdicts and tables know the rows' categories and no others; tables
+    also have each language, and the rows that are no training rows.
+    """
     data = write(tmp_path / "rows.csv", 60)
     names = tmp_path / "mine.yaml"
     names.write_text("spam: sent to many\nfraud: deceives to get money\ntheft:\n")
@@ -160,12 +163,21 @@ def test_own_categories_from_train_to_results(tiny_base, tmp_path):
     guard = load_guard(str(run / "best"))
     (verdict,) = guard.judge(load_conversations(str(data), max_rows=1)["messages"])
     assert set(verdict.categories) == {"fraud", "spam"}
-    results = evaluated(tmp_path / "out", run / "best", data)
+    known = write(tmp_path / "known.csv", 6)
+    results = evaluated(tmp_path / "out", run / "best", data, "--train_data", known)
     assert list(results["categories"]) == ["spam", "fraud"]
     assert results["categories"]["fraud"]["support"] == 50  # ten rows do not say
     assert results["categories"]["fraud"]["positives"] == 20
     for name, own in card["category_thresholds"].items():
         assert results["categories"][name]["threshold"] == pytest.approx(own["value"])
+    counts = {name: one["support"] for name, one in results["languages"].items()}
+    assert counts == {"de": 30, "en": 30}
+    counts = {name: one["support"] for name, one in results["near_copies"].items()}
+    assert counts == {"all rows": 60, "without 6 near-copies": 54}
+    markdown = (tmp_path / "out/results.md").read_text()
+    assert "## Languages" in markdown and "near-copies of rows of --train_data" in markdown
+    kept = json.loads((tmp_path / "out/predictions.jsonl").read_text().splitlines()[1])
+    assert kept["language"] == "de"
 
 
 @slow
