@@ -37,6 +37,25 @@ def check_option(flag: str, value: str, known: Sequence[str]) -> None:
         raise UserError(f"{flag} {value}: expected one of {', '.join(known)}")
 
 
+def threshold_of(thresholds: Mapping[str, Mapping], label: str) -> Mapping[str, Any] | None:
+    """The threshold of a guard for a label of `LABELS`: its own, or else, of harm, that of
+    `flagged`; None where there is none.
+
+    Args:
+        thresholds: of a guard.json, {"value", "how", "on"} by name.
+    """
+    found = thresholds.get(label)
+    if found is None and label != "response_refusal":
+        found = thresholds.get("flagged")
+    return found
+
+
+def decides_above(thresholds: Mapping[str, Mapping], label: str) -> float:
+    """Above which score a guard without words decides for a label: its threshold, or else 0.5."""
+    found = threshold_of(thresholds, label)
+    return 0.5 if found is None else found["value"]
+
+
 def loading_error(model: str, error: Exception, what: str) -> UserError:
     """What is said where a model does not load: `what` of a folder, or that there is none."""
     if not Path(model).is_dir():

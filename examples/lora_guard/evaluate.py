@@ -31,6 +31,7 @@ from common.results_page import write_evaluation_page
 from common.run import check_output_folder, manifest, parse_args, run_cli
 from common.uncertain import ExportArguments, Scored, scored, write_uncertain
 from guards import Guard, load_guard
+from guards.base import decides_above
 from guards.card import LoraCard, has_card, read_card
 from guards.kept import judge_and_keep
 from guards.lora import LoraGuard
@@ -96,7 +97,8 @@ def main() -> None:
         said = judged(guard, conversations, names[name], options, args.output_dir)
         verdicts[name] = said
         scores[name] = np.array([verdict.score(label) for verdict in said])
-        flagged[name] = measured(guard, truth, scores[name], groups, args.seed)
+        above = decides_above(guard.thresholds, label)
+        flagged[name] = measured(truth, scores[name], above, groups, args.seed)
         flagged[name]["errors"] = sum(verdict.error is not None for verdict in said)
         if isinstance(guard, LoraGuard):
             costs[name] = overhead(guard, names[name])
@@ -225,12 +227,11 @@ def judged(
 
 
 def measured(
-    guard: Guard, truth: np.ndarray, scores: np.ndarray, groups: list[str], seed: int
+    truth: np.ndarray, scores: np.ndarray, above: float, groups: list[str], seed: int
 ) -> dict[str, Any]:
-    """Every metric at the guard's own threshold; the interval draws rows of one prompt together."""
-    threshold = guard.thresholds.get("flagged", {"value": 0.5})["value"]
-    found = metrics.binary(truth, scores, threshold)
-    return found | metrics.intervals(truth, scores, threshold, groups, seed)
+    """Every metric at a threshold; the interval draws rows of one prompt together."""
+    found = metrics.binary(truth, scores, above)
+    return found | metrics.intervals(truth, scores, above, groups, seed)
 
 
 def guard_names(specs: list[str]) -> dict[str, str]:

@@ -41,6 +41,7 @@ from common.results_page import write_evaluation_page
 from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import Guard, entry_of, load_guard
+from guards.base import threshold_of
 from guards.card import ClassifierCard, LoraCard, has_card, read_card
 from guards.kept import judge_and_keep
 
@@ -144,11 +145,14 @@ def loaded(args: EvaluationArguments, judge: str) -> Guard:
     return guard
 
 
-def asked_thresholds(args: EvaluationArguments, guard: Guard) -> dict[str, dict[str, Any]]:
-    """The guard's own thresholds, or --threshold alone."""
+def asked_thresholds(
+    args: EvaluationArguments, guard: Guard, label: str
+) -> dict[str, dict[str, Any]]:
+    """The guard's own thresholds, of which `flagged` is that of the label, or --threshold alone."""
     if args.threshold is not None:
         return {"flagged": {"value": args.threshold, "how": "--threshold"}}
-    return {"flagged": {"value": 0.5, "how": "default"}} | guard.thresholds
+    own = threshold_of(guard.thresholds, label)
+    return guard.thresholds | {"flagged": own or {"value": 0.5, "how": "default"}}
 
 
 def judged(
@@ -181,7 +185,7 @@ def report_metrics(args: EvaluationArguments) -> None:
         fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
         known = texts(fit_rows)
     guard = loaded(args, judge)
-    thresholds = asked_thresholds(args, guard)
+    thresholds = asked_thresholds(args, guard, label)
     threshold = thresholds["flagged"]
     # The baselines first: what is wrong with them shows before the guard's long run, not after it.
     baselines = {}

@@ -14,7 +14,7 @@ from common.conversation import (
 )
 from common.data.files import read_yaml
 from common.labels import UNSAFE
-from guards.base import Guard
+from guards.base import Guard, threshold_of
 from guards.classifier import means_safe
 
 TEXT_IS = ("prompt", "response")
@@ -91,8 +91,7 @@ class Reader:
 
     def threshold(self, label: str) -> float | None:
         """The threshold of a label; None where guard.json has none."""
-        known = self.guard.thresholds
-        found = known.get(label) or known.get("flagged")
+        found = threshold_of(self.guard.thresholds, label)
         return found["value"] if found else None
 
     def answer(

@@ -34,6 +34,7 @@ from common.run import (
 )
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import LONG_INPUTS, zoo
+from guards.base import decides_above, threshold_of
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
 from guards.suite.judge import (
@@ -221,8 +222,9 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     results["run"] = manifest([args])
     write_tables(args, results, predictions(inputs.benchmarks, found))
     draw_curves(args, inputs.benchmarks, found)
-    write_page(args, inputs.benchmarks, found)
-    export_uncertain(args, inputs.benchmarks, found, results["cells"])
+    thresholds = decision_thresholds(inputs.benchmarks, found, results["cells"])
+    write_page(args, inputs.benchmarks, found, thresholds)
+    export_uncertain(args, inputs.benchmarks, found, thresholds)
     return results
 
 
@@ -421,13 +423,15 @@ def guard_cells(
     args: EvaluationArguments,
 ) -> list[Row]:
     """One guard's cells: a benchmark each, and what failed of the validation rows."""
-    thresholds = own_thresholds(found.about.get("thresholds", {}))
-    if args.validation:
-        on = ", ".join(args.validation)
-        thresholds = {}
-        for label, part in inputs.validation.items():
-            if part.name in found.said:
-                thresholds[label] = fit_threshold(found.said[part.name], on, args)
+    known = found.about.get("thresholds", {})
+    thresholds = {}
+    if not args.validation:
+        for benchmark in inputs.benchmarks:
+            thresholds[benchmark.label] = fitted(known, benchmark.label)
+    for label, part in inputs.validation.items():
+        if part.name in found.said:
+            on = ", ".join(args.validation)
+            thresholds[label] = fit_threshold(found.said[part.name], on, args)
     cells = []
     for benchmark in tqdm(inputs.benchmarks, desc=f"scores of {guard}", delay=1):
         name = benchmark.name
@@ -444,6 +448,7 @@ def guard_cells(
             threshold=threshold,
             seed=args.seed,
             rounds=args.bootstrap_rounds,
+            above=decides_above(known, benchmark.label),
         )
         cells.append(cell)
     for part in inputs.validation.values():
@@ -468,14 +473,10 @@ def convention(
     return {"rows": rows, "parse_errors": args.parse_errors, "threshold": kind}
 
 
-def own_thresholds(known: Mapping[str, Row]) -> dict[str, Row]:
-    """The fitted thresholds of a guard.json by label; "flagged" is that of harm."""
-    # A default is fitted on nothing.
-    fitted = {name: threshold for name, threshold in known.items() if threshold.get("on")}
-    if "flagged" in fitted:
-        for label in ("prompt_unsafe", "response_unsafe"):
-            fitted.setdefault(label, fitted["flagged"])
-    return fitted
+def fitted(known: Mapping[str, Row], label: str) -> Row | None:
+    """The threshold of a guard.json for a label, if it was fitted: a default is, on nothing."""
+    threshold = threshold_of(known, label)
+    return threshold if threshold and threshold.get("on") else None
 
 
 def fit_threshold(said: pandas.DataFrame, on: str, point: metrics.OperatingPoint) -> Row | None:
@@ -597,19 +598,39 @@ def draw_curves(
             report.plot_precision_recall(curves, path, title)
 
 
+def decision_thresholds(
+    benchmarks: Sequence[Benchmark], found: Mapping[str, Found], cells: Sequence[Row]
+) -> dict[tuple[str, str], float]:
+    """Of each guard and benchmark the threshold of its cell: fitted on --validation or in
+    guard.json; where there is none, above which score the guard decides.
+    """
+    thresholds = {}
+    for guard, one in found.items():
+        known = one.about.get("thresholds", {})
+        for benchmark in benchmarks:
+            thresholds[guard, benchmark.name] = decides_above(known, benchmark.label)
+    for cell in cells:
+        if cell.get("threshold"):
+            thresholds[cell["guard"], cell["benchmark"]] = cell["threshold"]["value"]
+    return thresholds
+
+
 def write_page(
-    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
+    args: EvaluationArguments,
+    benchmarks: Sequence[Benchmark],
+    found: Mapping[str, Found],
+    thresholds: Mapping[tuple[str, str], float],
 ) -> None:
     """results.html: the rows of all benchmarks, with what each guard says of them.
 
-    A guard has its own threshold there, where the labels of all benchmarks have the same.
+    Args:
+        thresholds: where the page begins, if a guard has one and the same on all that it judged.
     """
-    labels = {benchmark.label for benchmark in benchmarks}
     guards = []
     for name, one in found.items():
-        thresholds = own_thresholds(one.about.get("thresholds", {}))
-        kept = {thresholds[label]["value"] for label in labels & thresholds.keys()}
-        guards.append(PageGuard(name, kept.pop() if len(kept) == 1 else 0.5))
+        judged = [benchmark.name for benchmark in benchmarks if benchmark.name in one.said]
+        own = {thresholds[name, benchmark] for benchmark in judged}
+        guards.append(PageGuard(name, own.pop() if len(own) == 1 else 0.5))
     rows = []
     for benchmark in benchmarks:
         for place, row in enumerate(benchmark.rows):
@@ -637,21 +658,17 @@ def export_uncertain(
     args: EvaluationArguments,
     benchmarks: Sequence[Benchmark],
     found: Mapping[str, Found],
-    cells: Sequence[Row],
+    thresholds: Mapping[tuple[str, str], float],
 ) -> None:
     """uncertain.jsonl: rows of all benchmarks near a threshold, or on which guards disagree."""
-    fitted = {}
-    for cell in cells:
-        if cell.get("threshold"):
-            fitted[cell["guard"], cell["benchmark"]] = cell["threshold"]["value"]
     rows = []
     for benchmark in benchmarks:
         name = benchmark.name
         judges = [guard for guard, one in found.items() if name in one.verdicts]
-        thresholds = {guard: fitted.get((guard, name), 0.5) for guard in judges}
+        own = {guard: thresholds[guard, name] for guard in judges}
         for place, row in enumerate(benchmark.rows):
             facts = {**row, "id": f"{name}/{row['id']}", benchmark.label: row["label"]}
             facts |= {"categories": None, "language": row["groups"].get("language")}
             said = {guard: found[guard].verdicts[name][place] for guard in judges}
-            rows.append(scored(facts, benchmark.label, said, thresholds))
+            rows.append(scored(facts, benchmark.label, said, own))
     write_uncertain(args.output_dir, rows, args.export_uncertain)

@@ -214,7 +214,7 @@ def own_rows(results: Row, metric: str) -> Rows:
                 values[name] = cell["status"]
             elif metric != "f1_at_validation" or cell["threshold"] is not None:
                 values[name] = cell[metric]
-            if metric in OWN_DECISION and cell.get("decision") == "score > 0.5":
+            if metric in OWN_DECISION and cell.get("decision", "").startswith("score >"):
                 mark = NO_WORD
         rows[guard + mark, ""] = values
     return rows
@@ -260,7 +260,10 @@ def notes(
     for name, members in sets.items():
         found.append(f"Mean, {name}: {', '.join(members)}; only of rows with all of them.")
     if any(label.endswith(NO_WORD) for label, _ in rows):
-        what = "has no word of its own, in whole or in part: there, score > 0.5 decides"
+        what = (
+            "has no word of its own, in whole or in part: there, the threshold of its guard.json "
+            "decides, or else score > 0.5"
+        )
         found.append(f"{NO_WORD.strip()} {what}.")
     without_safe = any(facts["recall_only"] for facts in benchmarks.values())
     if without_safe and metric.startswith("f1"):

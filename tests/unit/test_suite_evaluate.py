@@ -333,6 +333,30 @@ def test_the_guards_own_threshold(arguments):
     assert cell["convention"]["threshold"] == "guard.json: max F1"
 
 
+def test_a_guard_without_words_decides_at_its_own_threshold(arguments, tmp_path):
+    """A guard with words decides by these. 0.6 is above a threshold of 0.55, and not of 0.7."""
+    unfitted = {"flagged": {"value": 0.7, "how": "chosen by hand"}}
+    of_prompts = unfitted | {"prompt_unsafe": {"value": 0.55, "how": "max F1", "on": "own"}}
+    guards = [
+        candidate("worded", "1", thresholds=of_prompts),
+        candidate("at 0.55", "2", words=False, thresholds=of_prompts),
+        candidate("at 0.7", "3", words=False, thresholds=unfitted),
+    ]
+    args = arguments(benchmarks=arguments().benchmarks[:1], parse_errors="excluded")
+    results = evaluate.evaluate(args, guards)
+    found = {}
+    for guard in guards:
+        cell = cells(results, guard.name)["expguardtest_prompt"]
+        found[guard.name] = (cell["decision"], cell["recall"], cell["threshold"] is None)
+    assert found == {
+        "worded": ("own word", 3 / 5, False),
+        "at 0.55": ("score > 0.55", 4 / 5, False),
+        "at 0.7": ("score > 0.7", 3 / 5, True),
+    }
+    text = (tmp_path / "out/results.md").read_text()
+    assert "| at 0.7 † |" in text and "| worded † |" not in text
+
+
 def test_the_page_has_the_guards_threshold_and_no_categorys(arguments, tmp_path):
     category = {"value": 0.2, "how": "max F1", "on": "some/rows:validation"}
     guard = candidate(thresholds=OWN_THRESHOLD | {"fraud": category})
@@ -354,6 +378,8 @@ def test_a_threshold_of_validation_rows(arguments, tmp_path):
     assert threshold["on"] == validation
     assert cells(results)["expguardtest_prompt"]["recall_at_validation"] == 4 / 6
     assert "F1 at the threshold of the validation data" in (tmp_path / "out/results.md").read_text()
+    page = (tmp_path / "out/results.html").read_text()
+    assert f'{{"name": "keyword", "threshold": {threshold["value"]}}}' in page
 
 
 def test_contaminated_rows(arguments, tmp_path):
