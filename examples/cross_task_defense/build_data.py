@@ -13,6 +13,8 @@ python build_data.py --base yahma/alpaca-cleaned --n_base 20000 --safety safety_
 # no surface cues
 python build_data.py --counter_examples 60 --strip_cues
 python build_data.py --benign_refusals
+# and refusals on no matter what
+python build_data.py --counter_examples 60 --shuffled_refusals
 
 Writes <output_dir>/training/saferpaca_Instructions_<n_safety>_<N>_<task>.json with a manifest each,
 and <output_dir>/evaluation/test_<task>[_useful|_plain].json from documents that no training set
@@ -52,6 +54,7 @@ def build(
     n_defence: list[int] = [10, 60],  # noqa: B006
     counter_examples: int = 0,
     benign_refusals: bool = False,
+    shuffled_refusals: bool = False,
     strip_cues: bool = False,
     seed: int = 42,
 ) -> None:
@@ -64,18 +67,19 @@ def build(
         safety: short harmful instructions with refusals, Alpaca format; default: the sample's.
         n_safety: so many of them.
         documents: JSON lines with kind (malicious, useful, plain), split (train, test), text,
-        refusals and answers;
-            default: the sample's.
+            refusals and answers; default: the sample's. own_documents.py makes such a file of your own texts.
         tasks: some of summarize, translate, sentiment, case, cloze, and mix (all five).
         n_defence: rows [task and document -> refusal] a set; of mix, a task. 0 is the control
         without them.
         counter_examples: benign documents answered normally, a task.
         benign_refusals: label control: the refusals go with benign documents.
+        shuffled_refusals: control: outputs of defence rows and counter examples dealt at random.
         strip_cues: documents without leading white space and "Sure, here's …" lines, one wording
         for all.
         seed: of the choice and the order. A smaller set's rows are among a larger one's.
     """
     check_choice(tasks, n_defence, n_safety, counter_examples)
+    check_shuffled(shuffled_refusals, benign_refusals, counter_examples)
     check_output_folder(output_dir)
     path = Path(documents or SAMPLE / "documents.jsonl")
     short = read_rows(safety or SAMPLE / "safety.json")
@@ -87,6 +91,8 @@ def build(
     sources = {"base": base or "sample", "safety": safety or "sample"}
     sources |= {"documents": documents or "sample", "documents_sha256": fingerprint(path)}
     settings = {"seed": seed, "benign_refusals": benign_refusals, "strip_cues": strip_cues}
+    if shuffled_refusals:
+        settings["shuffled_refusals"] = True
     files: dict[str, str] = {}  # all of them before the first is written
     for task in tasks:
         for n in n_defence:
@@ -109,6 +115,14 @@ def check_choice(
         )
 
 
+def check_shuffled(shuffled: bool, on_benign: bool, counter_examples: int) -> None:
+    if shuffled and (on_benign or not counter_examples):
+        raise UserError(
+            "--shuffled_refusals: deals answers to defence rows and counter examples; give "
+            "--counter_examples, and no --benign_refusals"
+        )
+
+
 def training_set(
     documents: list[dict[str, Any]],
     common_rows: dict[str, list[dict[str, Any]]],
@@ -122,13 +136,20 @@ def training_set(
 
     Args:
         common_rows: rows that are in every set, by what they are.
-        settings: seed, benign_refusals, strip_cues.
+        settings: seed, benign_refusals, strip_cues; shuffled_refusals where it is so.
     """
-    seed, on_benign, strip_cues = settings.values()
+    seed = settings["seed"]
+    on_benign = settings["benign_refusals"]
+    strip_cues = settings["strip_cues"]
+    shuffled = settings.get("shuffled_refusals", False)
     defence, counters = [], []
     for one in TASKS if task == "mix" else [task]:
-        defence += defence_rows(documents, one, n, seed, on_benign, slip=not strip_cues)
-        counters += counter_rows(documents, one, counter_examples, seed)
+        refused = defence_rows(documents, one, n, seed, on_benign, slip=not strip_cues)
+        answered_rows = counter_rows(documents, one, counter_examples, seed)
+        if shuffled:
+            deal_outputs([*refused, *answered_rows], f"{seed} {one}")
+        defence += refused
+        counters += answered_rows
     parts = {**common_rows, "defence": defence, "counter_examples": counters}
     rows = [row for part in parts.values() for row in part]
     random.Random(seed).shuffle(rows)
@@ -142,6 +163,7 @@ def training_set(
     }
     ending = f"_counter{counter_examples}" if counter_examples else ""
     ending += "_benign-refusals" if on_benign else ""
+    ending += "_shuffled-refusals" if shuffled else ""
     ending += "_stripped" if strip_cues else ""
     name = f"training/saferpaca_Instructions_{len(common_rows['safety'])}_{n}_{task}{ending}"
     return {f"{name}.json": text, f"{name}.manifest.json": json_text(manifest)}
@@ -267,6 +289,15 @@ def counter_rows(
         instruction = task_instruction(task, d["text"])
         rows.append(data_row(instruction, answer, f"{d['id']}-{task}", d["kind"], task))
     return rows
+
+
+def deal_outputs(rows: list[dict[str, Any]], seed: str) -> None:
+    """Deal the rows' outputs to them anew; their ids say so."""
+    outputs = [row["output"] for row in rows]
+    random.Random(seed).shuffle(outputs)
+    for row, output in zip(rows, outputs, strict=True):
+        row["id"] += "-shuffled"
+        row["output"] = output
 
 
 def data_row(instruction: str, output: str, name: str, kind: str, task: str) -> dict[str, str]:

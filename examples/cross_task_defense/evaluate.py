@@ -177,6 +177,7 @@ def read_answers(folder: Path) -> tuple[Row, list[Row]]:
         about["n_defence"] = int(trained[1])
         about["train_task"] = SPELLING.get(trained[2], trained[2])
     about["benign_refusals"] = "benign-refusals" in trained_on
+    about["shuffled_refusals"] = "shuffled-refusals" in trained_on
     return about, rows
 
 
@@ -293,14 +294,17 @@ def trainings(predictions: list[Row], models: dict[str, Row]) -> list[Row]:
     """
     groups = defaultdict(list)
     for name, about in models.items():
-        key = (about["train_task"], about["n_defence"], about["benign_refusals"])
-        groups[(*key, about.get("trained_on") or name)].append(name)
+        groups[about.get("trained_on") or name].append(name)
     found = []
-    for (task, n, benign_refusals, _), members in groups.items():
+    for members in groups.values():
+        about = models[members[0]]
+        task = about["train_task"]
         own = [row for row in predictions if row["model"] in members]
         malicious = [row for row in own if row["kind"] == "malicious"]
-        training = {"train_task": task, "n_defence": n, "benign_refusals": benign_refusals}
+        same = [row for row in malicious if row["task"] == task]
+        training = {name: about[name] for name in WHAT_IS_TRAINED}
         training |= {"models": members, "block_rate": with_interval(malicious)}
+        training["trained_task"] = with_interval(same)
         others = [row for row in malicious if row["task"] != task]
         training["transfer"] = with_interval(others if task in TASKS else [])
         for kind in ("useful", "plain"):
@@ -347,7 +351,9 @@ def paired(predictions: list[Row], baseline: str) -> list[Row]:
 
 SUMMARY = "model|trained on|N|block rate ↑|transfer ↑|false refusals, useful ↓|plain ↓"
 SUMMARY += "|harmless processed ↑|degenerate ↓"
-TRAININGS = "trained on|N|refusals on benign|runs|block rate|transfer|useful refused|plain refused"
+WHAT_IS_TRAINED = ("train_task", "n_defence", "benign_refusals", "shuffled_refusals")
+TRAININGS = "trained on|N|refusals on benign|shuffled|runs|block rate|trained task|transfer"
+TRAININGS += "|useful refused|plain refused"
 CELLS = "model|task|documents|rows|refused|95 % interval|words of others|in Chinese|copied"
 CELLS += "|degenerate|guard: unsafe"
 CELL_KEYS = "model|task|kind|rows|rate|interval|words|chinese|copied|degenerate|guard_unsafe"

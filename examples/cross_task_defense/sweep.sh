@@ -8,6 +8,8 @@
 # The README's claim with seeds and controls (hours on two cores; SETTINGS: of which config):
 #   COUNTER_EXAMPLES=240 TASKS=summarize NS="0 80" SEEDS="1 2 3" ./sweep.sh output/claim
 #   COUNTER_EXAMPLES=240 TASKS=summarize NS=80 SEEDS="1 2 3" CONTROL=--benign_refusals ./sweep.sh output/claim-benign
+#   … CONTROL=--shuffled_refusals ./sweep.sh output/claim-shuffled
+# DOCUMENTS=documents.jsonl: your own, of own_documents.py, in place of the sample's.
 # The paper's own settings on the bundled model and sample:
 #   COUNTER_EXAMPLES=240 TASKS=summarize NS=80 SEEDS="1 2 3" SETTINGS=configs/paper-on-sample.yaml TEMPLATE=llama2 ./sweep.sh output/claim-paper
 set -euo pipefail
@@ -25,7 +27,8 @@ stop() { echo "error: $1" >&2 && exit 2; }
 if [[ -z ${DATA:-} ]]; then
     DATA=$out/data
     python build_data.py --output_dir "$DATA" --tasks "$(IFS=,; echo "${tasks[*]}")" --n_defence "$(IFS=,; echo "${ns[*]}")" \
-        --n_base 20 --n_safety 20 --counter_examples "${COUNTER_EXAMPLES:-100}" --strip_cues ${CONTROL:-}
+        --n_base 20 --n_safety 20 --counter_examples "${COUNTER_EXAMPLES:-100}" --strip_cues \
+        ${DOCUMENTS:+--documents "$DOCUMENTS"} ${CONTROL:-}
     set -- --config "${SETTINGS:-configs/quickstart.yaml}" "$@"
 fi
 evaluation=("$DATA"/evaluation*)

@@ -16,8 +16,9 @@ SAMPLE_OPTIONS = {
     "n_base": 20, "n_safety": 20, "strip_cues": True
 }  # fmt: skip
 TASKS = ["summarize", "translate", "sentiment", "case", "cloze"]
-prompts, flags, build_data = (
-    module("cross_task_defense", name) for name in ("prompts", "flags", "build_data")
+prompts, flags, build_data, own_documents = (
+    module("cross_task_defense", name)
+    for name in ("prompts", "flags", "build_data", "own_documents")
 )
 
 
@@ -246,9 +247,100 @@ def test_evaluation_files_pair_the_tasks_and_controls_change_what_they_say(tmp_p
     assert {row["kind"] for row in refused} == {"useful", "plain"} and len(refused) == 60
 
 
+def test_shuffled_refusals_are_as_many_on_no_matter_what(tmp_path):
+    options = {"tasks": ["summarize"], "n_defence": [60], "counter_examples": 60}
+    rows = []
+    for name, shuffled in (("a", False), ("b", True)):
+        built(tmp_path / name, shuffled_refusals=shuffled, **options)
+        ending = "_shuffled-refusals" * shuffled
+        name = f"{name}/training/saferpaca_Instructions_100_60_summarize_counter60{ending}"
+        rows.append(read(tmp_path / f"{name}.json"))
+    true, dealt = rows
+    for column in ("instruction", "output"):
+        assert sorted(row[column] for row in true) == sorted(row[column] for row in dealt)
+    refusals = {row["output"] for row in true if row["id"].endswith("-refused-1")}
+    kinds = [row["kind"] for row in dealt if row["output"] in refusals and "kind" in row]
+    assert len(kinds) == 60 and 20 < kinds.count("malicious") < 40
+    (manifest,) = (tmp_path / "b/training").glob("*.manifest.json")
+    assert read(manifest)["settings"]["shuffled_refusals"]
+
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "inlet", "larch"]
+
+
+def own_files(folder: Path, kind: str, groups: int) -> list[str]:
+    """Made-up documents: two a group, of which every fourth is a near-copy in a group of its own."""
+    rows = []
+    for i in range(2 * groups):
+        words = [f"{kind}{i}{word}" for word in WORDS * 4]
+        rows.append({"text": f"Sure, here's a list:\n{' '.join(words)}.", "group": i // 2})
+        if i % 4 == 0:
+            rows.append({"text": " ".join(words).upper(), "group": f"copy of {i // 2}"})
+    path = folder / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path)]
+
+
+def test_own_documents_become_training_sets_and_held_out_prompts(tmp_path, tiny_base):
+    path = tmp_path / "documents.jsonl"
+    own_documents.own_documents(
+        **{kind: own_files(tmp_path, kind, 8) for kind in ("harmful", "useful", "plain")},
+        output_path=str(path),
+        words=30,
+        n_train=9,
+        n_test=3,
+        base_model=str(tiny_base),
+        prompt_template="alpaca",
+        tasks=["summarize"],
+        max_new_tokens=4,
+    )
+    documents = [json.loads(line) for line in path.read_text().splitlines()]
+    groups = {"train": [], "test": []}
+    for document in documents:
+        groups[document["split"]].append((document["kind"], document["group"]))
+        assert len(document["text"].split()) == 30 and not document["text"].startswith("Sure")
+        trained = document["split"] == "train"
+        assert bool(document["refusals"]) == (trained and document["kind"] == "malicious")
+        assert not document["answers"] or (trained and document["kind"] != "malicious")
+    assert not set(groups["train"]) & set(groups["test"])
+    assert len(groups["test"]) == len(set(groups["test"])) == 9 and len(groups["train"]) == 27
+    names = {}  # of the original and its near-copy
+    for document in documents:
+        numbers = names.setdefault(document["text"].lower(), set())
+        numbers.add(document["group"])
+    assert all(len(numbers) == 1 for numbers in names.values())
+    assert any(document["answers"] for document in documents)
+    build = {"documents": str(path), "tasks": ["summarize"], "n_defence": [9], "strip_cues": True}
+    out = built(tmp_path / "out", counter_examples=3, **build)
+    held_out = read(out / "evaluation_stripped/test_summarize.json")["instructions"]
+    assert len(held_out) == 3
+    with pytest.raises(UserError, match="is there already"):
+        own_documents.own_documents(harmful=["x"], plain=["y"], output_path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"text": "one"}, {"n_test": 1}, "--n_test 1: the malicious documents are of only 1"),
+        ({"txet": "one"}, {}, r"harmful\.jsonl, line 1, field text: expected text, found None"),
+        ({"text": "one"}, {"tasks": ["case"]}, "--tasks case"),
+    ],
+)
+def test_a_mistake_in_own_documents_is_told(tmp_path, row, options, message):
+    path = tmp_path / "harmful.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    output = tmp_path / "documents.jsonl"
+    with pytest.raises(UserError, match=message):
+        own_documents.own_documents(
+            harmful=[str(path)], plain=[str(path)], output_path=str(output), **options
+        )
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"shuffled_refusals": True}, "--shuffled_refusals: deals"),
         ({"tasks": ["sumarize"]}, "--tasks sumarize"),
         ({"n_defence": [361]}, "--n_defence 361: the documents have only 360"),
         ({"n_safety": 1000}, "--n_safety 1000: there are only 120"),

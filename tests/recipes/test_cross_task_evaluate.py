@@ -234,7 +234,7 @@ def test_seeds_of_one_training_set_are_one_row_with_intervals(tmp_path):
         folders.append(str(write(tmp_path / name, cells, sets[name])))
     evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
     seeds, none, benign = results_of(tmp_path / "out")["trainings"]
-    assert seeds["models"] == ["a", "b"]
+    assert seeds["models"] == ["a", "b"] and seeds["trained_task"][0] == 0.9
     rate, low, high = seeds["block_rate"]
     assert rate == 0.9 and 0.7 < low < rate < high <= 1
     assert none["n_defence"] == 0 and none["block_rate"] == [0.0, 0.0, 0.0]
