@@ -224,6 +224,8 @@ def _generative(
         "max_length": card.max_length,
         "thresholds": card.threshold_values(),
     }
+    if card.policy is not None:
+        known["entry"]["policy"] = card.policy
     model = folder
     if is_adapter(folder):
         known["adapter"] = folder

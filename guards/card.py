@@ -229,6 +229,8 @@ class GenerativeCard(GuardCard, ArmOrigin):
 
     kind: Literal["generative"] = "generative"
     guard: Annotated[str, AfterValidator(_generative_guard)]
+    # the rules in the prompt that it was trained with, where these are not the guard's own
+    policy: Text | None = None
 
 
 class LinearProbeCard(ArmOrigin):

@@ -472,7 +472,8 @@ class GenerativeGuard(Guard):
             how = self.entry.get("strip")
             if how == "each":
                 messages = [turn | {"content": turn["content"].strip()} for turn in messages]
-            parts = render(self.entry["template"], messages, self.tokenizer)
+            rules = self._rules(messages)
+            parts = render(self.entry["template"], messages, self.tokenizer, rules)
             return _stripped(parts) if how == "all" else parts
         policy = self.variants[variant or next(iter(self.variants))]
         kwargs = dict(self.entry.get("template_kwargs", {}))

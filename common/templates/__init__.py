@@ -39,14 +39,17 @@ class Part(NamedTuple):
 
 
 def render(
-    template: str, messages: Messages, tokenizer: PreTrainedTokenizerBase | None = None
+    template: str,
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    policy: str | None = None,
 ) -> list[Part]:
     """The prompt of `messages` in pieces.
 
     Args:
         template: the name of a jinja file in this folder or in guards/prompts, without its ending.
             It sees `prompt` (last user turn), `response` (answer to it), `messages` (all questions
-            and answers, see `judged_turns`) and `bos_token` and `eos_token` (empty without a
+            and answers, see `judged_turns`), `policy` if there is one, and `bos_token` and `eos_token` (empty without a
             tokenizer that has them).
 
     Raises:
@@ -67,6 +70,8 @@ def render(
         given["prompt"] = marked(prompt)
     if response is not None:
         given["response"] = marked(response)
+    if policy is not None:
+        given["policy"] = marked(policy)
     turns = []
     for turn in judged_turns(messages):
         turns.append(turn | {"content": marked(turn["content"])})

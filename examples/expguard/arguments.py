@@ -83,6 +83,13 @@ class DataArguments(OperatingPoint):
             "help": "Evaluation sets (benchmark, benchmark@file, data spec) to compare with."
         },
     )
+    categories: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Own categories in the prompt's policy: names, or one YAML file "
+            "(name: description); default: the paper's 13."
+        },
+    )
     bad_rows: str = field(default="error", metadata={"help": "error | skip (counted)"})
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import ExpGuardConfig, ModelArguments
+from arguments import DataArguments, ExpGuardConfig, ModelArguments
 from peft import PeftModel, prepare_model_for_kbit_training
-from rows import chat_template
+from rows import Encoder, chat_template, policy_of
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
@@ -43,8 +43,20 @@ def source(model_args: ModelArguments, args: ExpGuardConfig) -> dict[str, Any]:
     }
 
 
+def load_encoder(
+    model_args: ModelArguments, data_args: DataArguments, args: ExpGuardConfig
+) -> Encoder:
+    """The encoder of rows, with the base's tokenizer, whose chat template becomes the ExpGuard
+    prompt.
+    """
+    tokenizer = load_tokenizer(model_args, args)
+    policy = policy_of(data_args.categories, tokenizer)
+    tokenizer.chat_template = chat_template(policy)
+    return Encoder(tokenizer, args.max_length, policy)
+
+
 def load_tokenizer(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, its chat template replaced by the ExpGuard prompt."""
+    """The base's tokenizer as it is."""
     try:
         config = AutoConfig.from_pretrained(**source(model_args, args))
         tokenizer = AutoTokenizer.from_pretrained(**source(model_args, args))
@@ -56,7 +68,6 @@ def load_tokenizer(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrain
             f"--model_type {model_args.model_type}: {model_args.model_name_or_path} "
             f"is a {config.model_type}"
         )
-    tokenizer.chat_template = chat_template()
     return tokenizer
 
 

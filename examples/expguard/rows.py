@@ -21,8 +21,9 @@ from common.conversation import Messages, UserError, pair
 from common.data.rows import our_names
 from common.data.specs import load_hub
 from common.keep import rows_digest
+from common.labels import asked_categories
 from common.saving import spread
-from common.templates import Part, encode, render, template_text, token_offsets
+from common.templates import Part, control_ids, encode, render, template_text, token_offsets
 from guards.suite.benchmarks import is_benchmark, load_benchmark
 
 logger = logging.getLogger("expguard")
@@ -293,23 +294,56 @@ CHAT_HEAD = """{%- for message in messages -%}
 """
 
 
-def chat_template() -> str:
+def policy_of(categories: Sequence[str] | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The lines of the prompt that --categories makes, numbered as the paper's; None without it.
+
+    Raises:
+        UserError: a name cannot be a category, the rows shall name them, or a line spells a token
+            that steers the model.
+    """
+    if categories is None:
+        return None
+    described = asked_categories(categories)
+    if described is None:
+        raise UserError(
+            "--categories from-data: no row names any here; write names, or a YAML file"
+        )
+    lines = []
+    for number, (name, description) in enumerate(described.items(), 1):
+        line = f"S{number}: {name}"
+        if description:
+            line += f": {description}"
+        lines.append(" ".join(line.split()))
+    policy = "\n".join(lines)
+    ids = tokenizer(policy, add_special_tokens=False)["input_ids"]
+    if control_ids(tokenizer).intersection(ids):
+        raise UserError("--categories: a name or description spells a control token of the model")
+    return policy
+
+
+def chat_template(policy: str | None = None) -> str:
     """The prompt as a chat template, for stock `apply_chat_template`; it refuses roles that do not
     alternate.
 
     As the paper's own template it prints every turn, although no training row has more than one
     question.
+
+    Args:
+        policy: of `policy_of`; None is the paper's.
     """
-    return CHAT_HEAD + template_text("expguard")
+    rules = "" if policy is None else f"{{%- set policy = {policy!r} -%}}\n"
+    return CHAT_HEAD + rules + template_text("expguard")
 
 
-def prompt_parts(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+def prompt_parts(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, policy: str | None = None
+) -> list[Part]:
     """The ExpGuard prompt of a conversation in pieces, to be encoded without special tokens."""
     stripped = []
     for message in messages:
         content = message["content"].strip()
         stripped.append(message | {"content": content})
-    return render("expguard", stripped, tokenizer)
+    return render("expguard", stripped, tokenizer, policy)
 
 
 def target_text(prompt_unsafe: bool, response_unsafe: bool | None) -> str:
@@ -327,7 +361,9 @@ class Encoder:
     writes would see.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, policy: str | None = None
+    ):
         """Raises UserError where the tokenizer has no EOS, or does not keep prompt, lines and words
         apart.
         """
@@ -335,6 +371,7 @@ class Encoder:
             raise UserError("the tokenizer has no EOS token; verdicts would not end")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.policy = policy
         self.targets: dict[tuple[bool, bool | None], list[int]] = {}
         for prompt_unsafe in WORDS:
             for response_unsafe in (None, *WORDS):
@@ -346,7 +383,7 @@ class Encoder:
 
     def _target(self, prompt_unsafe: bool, response_unsafe: bool | None) -> list[int]:
         messages = pair("x", None if response_unsafe is None else "y")
-        parts = prompt_parts(messages, self.tokenizer)
+        parts = prompt_parts(messages, self.tokenizer, self.policy)
         written = target_text(prompt_unsafe, response_unsafe)
         with_target = [*parts, Part(written, False)]
         prompt, whole = encode(self.tokenizer, [parts, with_target], add_special_tokens=False)
@@ -400,7 +437,7 @@ class Encoder:
         return prompts, dict(cuts)
 
     def _encode(self, conversations: Sequence[Messages]) -> list[list[int]]:
-        parts = [prompt_parts(messages, self.tokenizer) for messages in conversations]
+        parts = [prompt_parts(one, self.tokenizer, self.policy) for one in conversations]
         return encode(self.tokenizer, parts, add_special_tokens=False)
 
     def _shortened(self, row: Row) -> tuple[list[int], list[str]]:

@@ -27,13 +27,13 @@ from datasets import Dataset
 from model import (
     GuardTrainer,
     add_adapters,
+    load_encoder,
     load_model,
-    load_tokenizer,
     named_scores,
     verdict_scores,
     write_weights,
 )
-from rows import HUB, Encoder, Validation, facts_of, is_mix, load_rows
+from rows import HUB, Validation, facts_of, is_mix, load_rows
 from transformers import PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -78,8 +78,7 @@ def main() -> None:
     rows, held_out, validation_name = load_rows(data_args, args)
     facts = facts_of(rows, held_out, data_args)
     logger.info("Data: %s", json.dumps(facts))
-    tokenizer = load_tokenizer(model_args, args)
-    encoder = Encoder(tokenizer, args.max_length)
+    encoder = load_encoder(model_args, data_args, args)
     train_set, facts["encoded"] = encoder.training_set(rows)
     logger.info("Encoded: %s", json.dumps(facts["encoded"]))
     validation = None
@@ -88,10 +87,10 @@ def main() -> None:
 
     # --- 3. Model -------------------------------------------------------------------------------
     model = load_model(model_args, args)
-    fit_causal_lm(tokenizer, model)
+    fit_causal_lm(encoder.tokenizer, model)
     check_length(model, encoder.max_length, "--max_seq_len")
-    check_ids(train_set["input_ids"], tokenizer, model)
-    tokenizer.model_max_length = encoder.max_length
+    check_ids(train_set["input_ids"], encoder.tokenizer, model)
+    encoder.tokenizer.model_max_length = encoder.max_length
     lay_out_rows(model, args)
     if model_args.use_peft_lora:
         model = add_adapters(model, model_args)
@@ -103,7 +102,7 @@ def main() -> None:
         train_dataset=train_set,
         eval_dataset=validation and validation.dataset,
         data_collator=shared_prefix_collator if args.share_prefix else None,
-        processing_class=tokenizer,
+        processing_class=encoder.tokenizer,
         compute_metrics=validation,
         settings=settings_of(model_args),
     )
@@ -120,7 +119,7 @@ def main() -> None:
     if args.do_train:
         compared = encoder.compared(rows if held_out is None else held_out)
         arguments = (model_args, data_args, args)
-        save_guard(trainer, compared, validation, facts, result.metrics, arguments)
+        save_guard(trainer, compared, validation, encoder.policy, facts, result.metrics, arguments)
         push_finished(args)
 
 
@@ -164,6 +163,7 @@ def save_guard(
     trainer: GuardTrainer,
     compared: Dataset,
     validation: Validation | None,
+    policy: str | None,
     facts: dict[str, Any],
     train_metrics: dict[str, float],
     arguments: tuple[ModelArguments, DataArguments, ExpGuardConfig],
@@ -173,6 +173,7 @@ def save_guard(
 
     Args:
         compared: sequences on which the folder has to say what the model in memory says.
+        policy: the categories in its prompt; None is the paper's.
         facts: what is to be known of the data.
     """
     model_args, data_args, args = arguments
@@ -188,6 +189,7 @@ def save_guard(
     run["log"] = trainer.state.log_history
     card = GenerativeCard(
         guard="expguard",  # the entry of guards/zoo.yaml: prompt and verdict words
+        policy=policy,
         max_length=trainer.processing_class.model_max_length,
         thresholds=validation.thresholds(data_args) if validation else {},
         base_model=model_args.model_name_or_path,
@@ -222,6 +224,10 @@ def write_readme(
     if measured:
         heading = f"Measured on {about_data(validation_data)['name']}"
         table = report.metric_table(measured)
+    sections = {heading: table, "Limits": CARD_LIMITS}
+    if card.policy is not None:
+        lines = [f"- {line}" for line in card.policy.splitlines()]
+        sections = {"Unsafe content categories": "\n".join(lines)} | sections
     write_model_card(
         folder,
         title="Domain guard",
@@ -231,7 +237,7 @@ def write_readme(
         intro=CARD_INTRO.format(data=names, rows=card.data["train"]["rows"]),
         usage=CARD_USAGE,
         measured=Measured(validation_data, measured) if measured else None,
-        sections={heading: table, "Limits": CARD_LIMITS},
+        sections=sections,
     )
 
 

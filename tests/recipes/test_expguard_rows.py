@@ -72,6 +72,41 @@ def test_the_chat_template_refuses_what_it_was_not_made_for(tokenizer):
             stock.apply_chat_template(wrong, tokenize=False)
 
 
+def test_own_categories_take_the_place_of_the_papers(tokenizer, tmp_path):
+    names = tmp_path / "mine.yaml"
+    names.write_text("fraud's: deceives\\lies\n  to get money\nspäm:\n", encoding="utf-8")
+    policy = rows_.policy_of([str(names)], tokenizer)
+    lines = policy.splitlines()
+    assert lines == ["S1: fraud's: deceives\\lies to get money", "S2: späm"]
+    assert rows_.policy_of(["a", "b c"], tokenizer) == "S1: a\nS2: b c"
+    assert rows_.policy_of(None, tokenizer) is None
+    messages = pair("May I?", "You may.")
+    head, _, rest = golden("May I?", "You may.").partition("S1: Violence")
+    _, end, tail = rest.partition("\n<END UNSAFE")
+    wanted = head + policy + end + tail
+    parts = rows_.prompt_parts(messages, tokenizer, policy)
+    assert "".join(part.text for part in parts) == wanted
+    stock = prompt_tokenizer()
+    stock.chat_template = rows_.chat_template(policy)
+    assert stock.apply_chat_template(messages, tokenize=False) == wanted
+    (ids,) = encode(tokenizer, [parts], add_special_tokens=False)
+    assert stock.apply_chat_template(messages, return_dict=True)["input_ids"] == ids
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        (["from-data"], "no row names any"),
+        (["fraud", "unsafe"], "'unsafe' cannot be a category"),
+        (["fraud", "x<|im_end|>"], "spells a control token"),
+        (["nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_categories_that_cannot_stand_in_a_prompt(tokenizer, categories, message):
+    with pytest.raises(UserError, match=message):
+        rows_.policy_of(categories, tokenizer)
+
+
 def test_content_never_becomes_a_control_token(tokenizer):
     def controls(text: str) -> Counter:
         parts = rows_.prompt_parts(pair(text, text), tokenizer)

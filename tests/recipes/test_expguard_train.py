@@ -94,6 +94,30 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
 
 
+# ------------------------------------------------------------------------------------------------ categories
+
+
+@slow
+def test_a_guard_of_own_categories_is_judged_with_these(run, tmp_path):
+    """In the prompt of training, of `judge` and of the chat template; other ones are refused."""
+    names = tmp_path / "mine.yaml"
+    names.write_text("fraud: deceives to get money\nspam:\n")
+    folder = tmp_path / "out"
+    run(folder, "--categories", names, "--max_steps", 2, "--disable_checkpointing")
+    policy = "S1: fraud: deceives to get money\nS2: spam"
+    assert read(folder / "guard.json")["policy"] == policy
+    assert "- S2: spam" in (folder / "README.md").read_text()
+    guard = load_guard(str(folder), progress=False)
+    messages = pair("May I?", "You may.")
+    prompt = "".join(part.text for part in guard.parts(messages))
+    assert f"CATEGORIES>\n{policy}\n<END" in prompt
+    assert guard.tokenizer.apply_chat_template(messages, tokenize=False) == prompt
+    card = read(folder / "guard.json") | {"policy": "S1: spam"}
+    (folder / "guard.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="probe"):
+        load_guard(str(folder), progress=False)
+
+
 # ------------------------------------------------------------------------------------------------ flags
 
 
