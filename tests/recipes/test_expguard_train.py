@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from expguard_rows import authored, golden, prompt_tokenizer, write_rows
+from moderation_server import free_port
 from safetensors.torch import load_file
 from scripts import EXAMPLES, TORCHRUN, launch, module
 from transformers import (
@@ -19,12 +23,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
+from vllm_server import post, wait_for
 
 from common import prefix
 from common.conversation import UserError, pair
+from common.engines import Decoding
 from common.run import parse_args
 from common.templates import encode, template_text
 from guards import load_guard
+from guards.card import GenerativeCard, write_card
 
 RECIPE = EXAMPLES / "expguard"
 arguments, rows_, model_, train = (
@@ -116,6 +123,45 @@ def test_a_guard_of_own_categories_is_judged_with_these(run, tmp_path):
     (folder / "guard.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match="probe"):
         load_guard(str(folder), progress=False)
+
+
+# ------------------------------------------------------------------------------------------------ served
+
+
+@contextmanager
+def chat_server(folder: Path, log: Path) -> Iterator[str]:
+    """The address of transformers' own server for a model."""
+    port = free_port()
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(server, address, log)
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+
+
+@slow
+def test_a_chat_server_writes_after_the_prompt_that_is_judged(tokenizer, tmp_path):
+    """`/v1/chat/completions` of a stock server: it renders the folder's chat template."""
+    pytest.importorskip("openai", reason="transformers' server needs it (extra [api])")
+    policy = "S1: fraud: deceives to get money\nS2: spam"
+    told = prompt_tokenizer()
+    told.chat_template = rows_.chat_template(policy)
+    folder = tiny_base(tmp_path / "guard", told)
+    write_card(folder, GenerativeCard(guard="expguard", max_length=400, policy=policy))
+    guard = load_guard(str(folder), progress=False)
+    asked = {"model": str(folder), "temperature": 0, "max_tokens": 8}
+    with chat_server(folder, tmp_path / "log") as address:
+        for messages in (pair("May I?"), pair("May I?", "You may.")):
+            prompts = guard.encode([guard.parts(messages)])
+            (expected,) = guard.model.completions(prompts, Decoding(max_new_tokens=8))
+            said = post(f"{address}/v1/chat/completions", asked | {"messages": messages})
+            assert said["choices"][0]["message"]["content"] == expected.text
 
 
 # ------------------------------------------------------------------------------------------------ flags

@@ -1,6 +1,11 @@
 """The moderation server's parts: what a verdict means to a client, and the queue before the guard."""
 
 import asyncio
+import socket
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
 
 import pytest
 from pydantic import ValidationError
@@ -203,3 +208,50 @@ def test_half_a_character_is_a_wrong_request(field):
     with pytest.raises(ValidationError, match="half a character"):
         wire.AnalyzeRequest.model_validate(request)
     wire.error_body(400, "Unknown requested attribute: \ud800")["error"]["message"].encode()
+
+
+# --- a slow client --------------------------------------------------------------------------------
+
+
+@contextmanager
+def listening():
+    """The port of the server, in this process."""
+    import uvicorn
+
+    from guards.serve.app import make_app
+    from guards.serve.front import Limits
+
+    app = make_app(Reader(Plain()), Limits(1000), budget=10, most=10, log_texts=False)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    (listener,) = server.servers
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_half_a_body_is_answered_and_hung_up_on(monkeypatch):
+    """408 after the time that a body has, while others are served."""
+    pytest.importorskip("uvicorn", reason="the server is not installed (extra [serve])")
+    monkeypatch.setattr("guards.serve.front.BODY_SECONDS", 0.5)
+    half = (
+        b"POST /v1/moderations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 100\r\n\r\n{"input": "How do'
+    )
+    with listening() as port, socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
+        start = time.monotonic()
+        slow.sendall(half)
+        assert urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz").status == 200
+        with slow.makefile("rb") as answer:
+            said = answer.read()  # to its end: the server closes
+        assert 0.4 < time.monotonic() - start < 10
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    assert b"connection: close" in head.lower()
+    assert b'"timeout_error"' in body and b"How do" not in body
