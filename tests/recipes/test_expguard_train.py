@@ -104,23 +104,38 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 # ------------------------------------------------------------------------------------------------ categories
 
 
+def worded_base(folder: Path, tokenizer: FastTokenizer) -> Path:
+    """A base that writes the words of a verdict whatever it reads, so that its guard has a probe."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base(folder, tokenizer))
+    words = list(rows_.Encoder(tokenizer, 400).words)
+    head = model.get_output_embeddings().weight.data
+    known = head[words] * 3
+    head *= 0.1
+    head[words] = known
+    model.save_pretrained(folder)
+    return folder
+
+
 @slow
-def test_a_guard_of_own_categories_is_judged_with_these(run, tmp_path):
+def test_a_guard_of_own_categories_is_judged_with_these(run, tokenizer, tmp_path):
     """In the prompt of training, of `judge` and of the chat template; other ones are refused."""
+    base = worded_base(tmp_path / "base", tokenizer)
     names = tmp_path / "mine.yaml"
     names.write_text("fraud: deceives to get money\nspam:\n")
     folder = tmp_path / "out"
-    run(folder, "--categories", names, "--max_steps", 2, "--disable_checkpointing")
+    flags = ["--max_steps", 2, "--disable_checkpointing"]
+    run(folder, "--model_name_or_path", base, "--categories", names, *flags)
     policy = "S1: fraud: deceives to get money\nS2: spam"
-    assert read(folder / "guard.json")["policy"] == policy
+    card = read(folder / "guard.json")
+    assert card["policy"] == policy
+    assert card["probe"]
     assert "- S2: spam" in (folder / "README.md").read_text()
     guard = load_guard(str(folder), progress=False)
     messages = pair("May I?", "You may.")
     prompt = "".join(part.text for part in guard.parts(messages))
     assert f"CATEGORIES>\n{policy}\n<END" in prompt
     assert guard.tokenizer.apply_chat_template(messages, tokenize=False) == prompt
-    card = read(folder / "guard.json") | {"policy": "S1: spam"}
-    (folder / "guard.json").write_text(json.dumps(card))
+    (folder / "guard.json").write_text(json.dumps(card | {"policy": "S1: spam"}))
     with pytest.raises(UserError, match="probe"):
         load_guard(str(folder), progress=False)
 
