@@ -2,11 +2,15 @@
 
     cd bench && python serve.py --model ../output/quickstart
 
+    # beside the same guard as ONNX, of `python -m guards.export ../output/quickstart --onnx --int8`
+    python serve.py --model ../output/quickstart --onnx ../output/quickstart-onnx-int8
+
 The same guard is served twice: as ever, and with a budget of one token, so that each request is a
 batch of its own. 1, 8 and 32 clients, each of which sends its next request when it has an answer,
 ask both servers the same pairs in turns. Answers are compared; the exit code is 1 if a score differs
-by more than 1e-4. Then 5,000 requests go to the first server, and its memory is read before and
-after.
+by more than 1e-4. The exported guard is served as the first one is; by how much its scores differ
+is told, and fails nothing. Then 5,000 requests go to the first server, and its memory is read
+before and after.
 """
 
 import argparse
@@ -39,11 +43,14 @@ from side_by_side import (
 from common import report
 from common.conversation import Messages, UserError
 from common.data import load_conversations
-from common.run import run_cli
+from common.run import expand_home, run_cli
+from guards.exported import is_exported
 
 CLIENTS = (1, 8, 32)
 TARGETS = {"ratio at 32 clients": 3.0, "memory growth": 0.05}
-WAYS = {"batched": (), "one at a time": ("--batch_tokens", "1")}
+BATCHED = "batched"
+ONE = "one at a time"
+ONNX = "ONNX, batched"
 MEMORY = "process_resident_memory_bytes"
 
 
@@ -63,14 +70,14 @@ def main() -> None:
     equal = True
     with contextlib.ExitStack() as stack:
         urls = {}
-        for name, flags in WAYS.items():
-            urls[name] = stack.enter_context(serving(args.model, *flags))
+        for name, served in ways(args).items():
+            urls[name] = stack.enter_context(serving(*served))
             ask(urls[name], talks[:8], 1)  # a process's first passes take memory and start threads
         for clients in CLIENTS:
             found = compare(urls, talks, clients, args.rounds)
             equal = equal and found["equal"]
             results["clients"][clients] = found
-        results["memory"] = memory_over(urls["batched"], talks, args.memory_requests)
+        results["memory"] = memory_over(urls[BATCHED], talks, args.memory_requests)
     show(results, args.requests)
     write_results(args, results | {"equal": equal})
     sys.exit(not equal)
@@ -86,11 +93,25 @@ def parse() -> argparse.Namespace:
         help="of each way in each round",
     )
     parser.add_argument("--memory_requests", type=int, default=5000)
+    parser.add_argument("--onnx", type=expand_home, help="the same guard as ONNX, a folder")
     args = parser.parse_args()
     args.model = os.path.abspath(args.model)
     if not Path(args.model).is_dir():
         raise UserError(f"--model {args.model}: no guard there; `make quickstart` trains one")
+    if args.onnx is not None:
+        args.onnx = os.path.abspath(args.onnx)
+        if not is_exported(args.onnx):
+            hint = f"`python -m guards.export {args.model} --onnx` makes one"
+            raise UserError(f"--onnx {args.onnx}: no exported guard there; {hint}")
     return args
+
+
+def ways(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What is served, each a guard with its flags."""
+    found = {BATCHED: [args.model], ONE: [args.model, "--batch_tokens", "1"]}
+    if args.onnx is not None:
+        found[ONNX] = [args.onnx]
+    return found
 
 
 @contextlib.contextmanager
@@ -162,11 +183,11 @@ def compare(
     clients: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Both ways in turns under the same load."""
-    ways = {}
+    """All ways in turns under the same load."""
+    asked = {}
     for name, url in urls.items():
-        ways[name] = partial(ask, url, talks, clients)
-    seconds, loads = take_turns(ways, rounds, f"{clients} clients, ")
+        asked[name] = partial(ask, url, talks, clients)
+    seconds, loads = take_turns(asked, rounds, f"{clients} clients, ")
     median = medians(seconds)
     found: dict[str, Any] = {"seconds": seconds}
     for name, load in loads.items():
@@ -176,12 +197,16 @@ def compare(
             "p50_ms": statistics.median(load.latencies) * 1000,
             "p95_ms": twentieths[-1] * 1000,
         }
-    found["ratio"] = median["one at a time"] / median["batched"]
-    pairs = zip(loads["batched"].scores, loads["one at a time"].scores, strict=True)
-    difference = max(abs(a - b) for a, b in pairs)
-    found["difference"] = difference
-    found["equal"] = difference <= TOLERANCE
+        found[name]["ratio"] = median[ONE] / median[name]
+        found[name]["difference"] = largest_difference(loads[ONE], load)
+    found["equal"] = found[BATCHED]["difference"] <= TOLERANCE
     return found
+
+
+def largest_difference(one: Load, other: Load) -> float:
+    """By how much a score of the same text differs at most."""
+    pairs = zip(one.scores, other.scores, strict=True)
+    return max(abs(a - b) for a, b in pairs)
 
 
 def memory_over(
@@ -217,19 +242,17 @@ def memory(url: str) -> float:
 def show(results: dict[str, Any], requests: int) -> None:
     rows = []
     for clients, found in results["clients"].items():
-        for name in WAYS:
-            one = found[name]
-            speed = [one["requests_per_s"], one["p50_ms"], one["p95_ms"]]
-            ratio = 1.0
-            if name == "batched":
-                ratio = found["ratio"]
-            rows.append([f"{clients} clients, {name}", *speed, ratio])
-    print(report.table(rows, ["", "requests/s", "p50 ms", "p95 ms", "x one at a time"]))
+        for name in (BATCHED, ONE, ONNX):
+            if name in found:
+                one = found[name]
+                speed = [one["requests_per_s"], one["p50_ms"], one["p95_ms"], one["ratio"]]
+                difference = f"{one['difference']:.1e}"
+                rows.append([f"{clients} clients, {name}", *speed, difference])
+    header = ["", "requests/s", "p50 ms", "p95 ms", "x one at a time", "largest difference"]
+    print(report.table(rows, header))
     grown = results["memory"]
-    every = results["clients"].values()
-    difference = max(one["difference"] for one in every)
     print(
-        f"{requests} requests each; largest difference {difference:.1e}; memory "
+        f"{requests} requests each; memory "
         f"{grown['before']:.0f} MiB, after {grown['requests']} more {grown['after']:.0f} "
         f"({grown['growth']:+.1%})"
     )

@@ -21,14 +21,16 @@ from common.saving import CARD_FILE, OF_A_GUARD, is_unfinished
 logger = logging.getLogger(__name__)
 # run.json names files and folders of this machine
 PUSHED = [name for name in OF_A_GUARD if name not in ("adapter", "run.json")] + ["adapter/*"]
+TITLE = "A guard of Guardrail Recipes"  # of our commits: by it a repository is known as ours
+OF_THE_HUB = ".gitattributes"  # what it puts into an empty repository
 
 
 def check_push(args: TrainingArguments) -> None:
     """Refuse a push that would fail, or show the guard to everyone, before any work.
 
     Raises:
-        UserError: nobody is logged in, the hub does not answer, its repository is public, or a
-            flag asks for what is half-made.
+        UserError: nobody is logged in, the hub does not answer, its repository is public or
+            somebody else's work, or a flag asks for what is half-made.
     """
     if args.hub_strategy != HubStrategy.END or args.hub_always_push:
         asked = f"--hub_strategy {args.hub_strategy.value}"
@@ -37,9 +39,11 @@ def check_push(args: TrainingArguments) -> None:
         raise UserError(f"{asked}: what is half-made is not pushed; drop the flag")
     if not is_main_process():
         return
+    api = HfApi(token=args.hub_token)
     try:
         name = repository(args)
-        public = not HfApi(token=args.hub_token).model_info(name).private
+        public = not api.model_info(name).private
+        in_the_way = other_work(api, name, args)
     except RepositoryNotFoundError:
         return
     except Exception as error:  # the hub's errors, and those of the network, share no base class
@@ -47,6 +51,23 @@ def check_push(args: TrainingArguments) -> None:
     if public and args.hub_private_repo is not False:
         hint = "name another (--hub_model_id), or pass --hub_private_repo false"
         raise UserError(f"--push_to_hub: {name} is there and public; {hint}")
+    if in_the_way:
+        raise UserError(f"--push_to_hub: {in_the_way}")
+
+
+def other_work(api: HfApi, name: str, args: TrainingArguments) -> str:
+    """What is said of a repository with files to which no recipe has pushed: it must not be written
+    over, unless `hub_overwrite` allows it. "" where nothing is in the way.
+    """
+    revision = args.hub_revision
+    files = set(api.list_repo_files(name, revision=revision)) - {OF_THE_HUB}
+    if args.hub_overwrite or not files:
+        return ""
+    titles = [commit.title for commit in api.list_repo_commits(name, revision=revision)]
+    if TITLE in titles:
+        return ""
+    hint = "name another (hub_model_id), or allow it (hub_overwrite)"
+    return f"{name} holds {min(files)} and was not pushed by a recipe; {hint}"
 
 
 def repository(args: TrainingArguments) -> str:
@@ -71,7 +92,8 @@ def push_finished(
         last: the file that says that it is whole.
 
     Raises:
-        UserError: the folder is not whole, or the hub refuses it; the folder stays as it is.
+        UserError: the folder is not whole, the hub refuses it, or the repository holds somebody
+            else's work; the folder stays as it is.
     """
     if not args.push_when_finished or not is_main_process():
         return
@@ -85,16 +107,19 @@ def push_finished(
     try:
         name = repository(args)
         api.create_repo(name, private=private, exist_ok=True)
+        in_the_way = other_work(api, name, args)
+        if in_the_way:
+            raise UserError(in_the_way)
         commit = api.upload_folder(
             repo_id=name,
             folder_path=folder,
             revision=args.hub_revision,
             allow_patterns=PUSHED,
             delete_patterns=PUSHED,
-            commit_message="A guard of Guardrail Recipes",
+            commit_message=TITLE,
         )
     except Exception as error:  # as in `check_push`
-        again = f"hf upload REPOSITORY {folder}"
+        again = f'hf upload REPOSITORY {folder} --commit-message "{TITLE}"'
         raise UserError(
             f"--push_to_hub: {said(error)}; the guard is whole in {folder}: {again}"
         ) from None

@@ -72,6 +72,10 @@ class RecipeTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Push the finished folder once; --hub_model_id, --hub_private_repo."},
     )
+    hub_overwrite: bool = field(
+        default=False,
+        metadata={"help": "Push into a repository that holds what no recipe has pushed."},
+    )
     hub_strategy: str = field(
         default="end", metadata={"help": "end: nothing that is half-made is pushed."}
     )

@@ -28,12 +28,15 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 @dataclass
 class Repository:
-    """A model or a data set: its commits, newest last, each with all files; `names` of commits."""
+    """A model or a data set: its commits, newest last, each with all files; `names` of commits, and
+    `titles`, of those that have one.
+    """
 
     commits: list[dict[str, bytes]]
     private: bool = False
     gated: bool = False
     names: dict[str, int] = field(default_factory=dict)
+    titles: dict[int, str] = field(default_factory=dict)
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """The commit that a revision means, as its number in 40 digits and its files."""
@@ -190,6 +193,8 @@ class Handler(BaseHTTPRequestHandler):
         if what == "commit":
             return self.add_commit(kind, name, body)
         oid, files = self.commit(kind, name, revision or "main", False)
+        if what == "commits":
+            return history(self.hub.repositories[kind, name], int(oid))
         if what == "tree":
             return entries(files, rest or "", "recursive" in self.path)
         if what == "paths-info":
@@ -239,10 +244,22 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif said["key"] == "deletedFile":
                 del files[value["path"]]
+            elif said["key"] == "header":
+                repository.titles[len(repository.commits)] = value["summary"]
         repository.commits.append(files)
         oid, _ = repository.at("main")
         address = f"{self.hub.address}/{name}/commit/{oid}"
         return {"success": True, "commitOid": oid, "commitUrl": address, "hookOutput": ""}
+
+
+def history(repository: Repository, last: int) -> list[dict]:
+    """The commits up to one, the newest first."""
+    said = {"message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+    commits = []
+    for number in range(last, -1, -1):
+        title = repository.titles.get(number, "initial commit")
+        commits.append({"id": f"{number:040}", "title": title, **said})
+    return commits
 
 
 def digest(content: bytes) -> str:

@@ -162,6 +162,10 @@ class TrainingConfig(Section):
     epochs: PositiveFloat = 3.0
     logging_steps: PositiveInt = 10
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    push_to_hub: bool = False  # each arm's finished adapter, to <hub_model_id>-<arm>-seed<k>
+    hub_model_id: str | None = None  # null: the name of output_dir
+    hub_private_repo: bool = True
+    hub_overwrite: bool = False  # also where the repository holds what no recipe has pushed
     save_steps: PositiveInt = 100
     save_total_limit: PositiveInt = 3
     weight_decay: NonNegativeFloat = 0.01

@@ -68,6 +68,7 @@ from common.conversation import Messages, UserError, pair
 from common.data import load_conversations, prompt_key
 from common.data.specs import about_data
 from common.fit import check_ids, check_length, fit_causal_lm
+from common.hub import check_push, push_finished
 from common.model_card import Measured, write_model_card
 from common.run import (
     check_output_folder,
@@ -472,6 +473,10 @@ def train(config: Config) -> list[Path]:
             with another arm; a training that diverged.
     """
     check_output_folder(config.training.output_dir)
+    for name in config.training.arms:
+        for seed in config.training.seeds_of(name):
+            if is_pushed(arm_named(name), config):
+                check_push(push_arguments(name, seed, config))
     processed = read_processed(config, config.experiment.process_split)
     blocked = read_blocked(config)
     folders = []
@@ -485,7 +490,27 @@ def train(config: Config) -> list[Path]:
                 logger.info("%s, seed %d: %s", name, seed, arm.question)
                 steps = step_budget(arm, processed, blocked, config)
                 train_arm(arm, seed, rows, steps, config)
+            if is_pushed(arm, config):
+                push_finished(push_arguments(name, seed, config))
     return folders
+
+
+def is_pushed(arm: Arm, config: Config) -> bool:
+    """Whether the hub gets an arm: adapters of its own, if training.push_to_hub asks for it."""
+    return config.training.push_to_hub and not arm.probe and arm.weights_of is None
+
+
+def push_arguments(name: str, seed: int, config: Config) -> ArmArguments:
+    """Which repository an arm has on the hub, and what may happen there."""
+    values = config.training
+    family = values.hub_model_id or Path(values.output_dir).resolve().name
+    return arguments_for(
+        arm_folder(config, name, seed),
+        push_to_hub=True,
+        hub_model_id=f"{family}-{name}-seed{seed}",
+        hub_private_repo=values.hub_private_repo,
+        hub_overwrite=values.hub_overwrite,
+    )
 
 
 def is_trained(folder: Path, config: Config, arm: Arm, seed: int) -> bool:

@@ -85,6 +85,9 @@ class GuardArguments(LabelArguments, metrics.OperatingPoint):
     push_to_hub: bool = HfArg(default=False, help="Push the best epoch's folder once, at the end.")
     hub_model_id: str | None = HfArg(default=None, help="Default: the output folder's name.")
     hub_private_repo: bool = HfArg(default=True, help="Private; false: everyone sees it.")
+    hub_overwrite: bool = HfArg(
+        default=False, help="Push into a repository that holds what no recipe has pushed."
+    )
 
     def validation_name(self) -> str | None:
         """What the validation rows are, in words; None where there are none."""
@@ -167,6 +170,7 @@ def training_arguments(args: GuardArguments) -> RecipeTrainingArguments:
             push_to_hub=args.push_to_hub,
             hub_model_id=args.hub_model_id,
             hub_private_repo=args.hub_private_repo,
+            hub_overwrite=args.hub_overwrite,
             seed=args.seed,
         )
     except (ValueError, TypeError) as error:  # such as an unknown schedule

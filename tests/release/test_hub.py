@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 
+import feedback_guards
 import pandas
 import pytest
 from hub_server import TOKEN, USER, hub_server
@@ -16,6 +17,11 @@ from scripts import EXAMPLES
 from common.data import taxonomy
 
 pytestmark = pytest.mark.slow
+base, plain, settings = (
+    feedback_guards.base,
+    feedback_guards.plain,
+    feedback_guards.settings,
+)  # fixtures
 CATEGORIES = taxonomy("beavertails")
 PAIRS = [("How do I cook rice?", "Rinse it first."), ("May I read his letters?", "Take them.")]
 
@@ -213,34 +219,46 @@ def test_the_finished_guard_is_pushed_once_and_privately(hub, tiny_base, tmp_pat
             TOKEN,
             f"{USER}/open is there and public; name another",
         ),
+        (
+            ["--hub_model_id", f"{USER}/mine"],
+            TOKEN,
+            f"{USER}/mine holds model.safetensors and was not pushed by a recipe; name another",
+        ),
     ],
-    ids=["nobody", "a wrong token", "half-made", "public"],
+    ids=["nobody", "a wrong token", "half-made", "public", "of other work"],
 )
 def test_a_push_that_cannot_be_is_refused_before_any_work(
     hub, tiny_base, tmp_path, flags, token, message
 ):
     hub.add("models", f"{USER}/open", {"README.md": "Mine."})
+    hub.add("models", f"{USER}/mine", {"model.safetensors": "Mine."}, private=True)
     done = train(hub, tiny_base, tmp_path, *flags, token=token)
     assert done.returncode == 2, done.stderr[-3000:]
     assert message in done.stderr.splitlines()[-1]
     assert not (tmp_path / "guard").exists()
-    assert len(hub.repositories["models", f"{USER}/open"].commits) == 1
+    for name in ("open", "mine"):
+        assert len(hub.repositories["models", f"{USER}/{name}"].commits) == 1
 
 
 PUSH = """
 import sys
-from common.hub import push_finished
+from common.hub import check_push, push_finished
 from common.run import run_cli
 from common.training import RecipeTrainingArguments
-args = RecipeTrainingArguments(output_dir=sys.argv[1], push_to_hub=True)
-run_cli(lambda: push_finished(args, last="adapter_config.json"))
+overwrite = "overwrite" in sys.argv
+args = RecipeTrainingArguments(output_dir=sys.argv[1], push_to_hub=True, hub_overwrite=overwrite)
+def push():
+    check_push(args)
+    push_finished(args, last="adapter_config.json")
+run_cli(push)
 """
 
 
 def test_a_later_push_takes_what_is_no_longer_there(hub, tmp_path):
     """An old shard beside new weights would be loaded; what is no guard's file stays."""
     old = {"model-00001-of-00002.safetensors": "old", "notes.txt": "mine", "adapter/old.txt": "old"}
-    repository = hub.add("models", f"{USER}/out", old, private=True)
+    titles = {0: "A guard of Guardrail Recipes"}
+    repository = hub.add("models", f"{USER}/out", old, private=True, titles=titles)
     (tmp_path / "push.py").write_text(PUSH)
     folder = tmp_path / "out"
     (folder / "checkpoint-2").mkdir(parents=True)
@@ -256,3 +274,48 @@ def test_a_later_push_takes_what_is_no_longer_there(hub, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "adapter_config.json names paths of this machine (/mine/base)" in done.stderr
     assert set(repository.commits[-1]) == {"adapter_config.json", "README.md", "notes.txt"}
+
+
+def test_other_work_of_the_same_name_stays_unless_that_is_asked_for(hub, tmp_path):
+    """What only the hub has put there, or what we have pushed before, is no other work."""
+    (tmp_path / "push.py").write_text(PUSH)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    words = tmp_path / "push.py", folder
+    other = {".gitattributes": "", "adapter_config.json": "of somebody's own training"}
+    repository = hub.add("models", f"{USER}/out", other, private=True)
+    refused = hub.python(tmp_path, *words, token=TOKEN)
+    assert refused.returncode == 2
+    assert "holds adapter_config.json and was not pushed by a recipe" in refused.stderr
+    assert repository.commits == [{name: text.encode() for name, text in other.items()}]
+    for flags in (["overwrite"], []):
+        (folder / "README.md").write_text(f"# {flags}")
+        done = hub.python(tmp_path, *words, *flags, token=TOKEN)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(repository.commits) == 3
+    assert repository.commits[-1]["adapter_config.json"] == b"{}"
+    repository = hub.add("models", f"{USER}/out", {".gitattributes": ""}, private=True)
+    done = hub.python(tmp_path, *words, token=TOKEN)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_feedback_guard_pushes_each_adapter(hub, settings, tmp_path):
+    """Its repositories are looked at before any work; probes and rows stay here."""
+    settings(arms=["A4", "C4"], max_steps=1, push_to_hub=True, hub_model_id=f"{USER}/arms")
+    words = EXAMPLES / "feedback_guard/train.py", "--config", tmp_path / "config.json"
+    name = f"{USER}/arms-A4-seed0"
+    hub.add("models", name, {"model.safetensors": "Mine."}, private=True)
+    refused = hub.python(tmp_path, *words, token=TOKEN)
+    assert refused.returncode == 2
+    assert f"{name} holds model.safetensors" in refused.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("arms/**/guard.json"))
+    hub.repositories.clear()
+    done = hub.python(tmp_path, *words, token=TOKEN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ((kind, found), repository) = hub.repositories.popitem()
+    assert (kind, found, len(hub.repositories)) == ("models", name, 0)
+    assert repository.private
+    pushed = set(repository.commits[-1])
+    assert {"adapter_model.safetensors", "adapter_config.json", "guard.json"} <= pushed
+    assert not pushed & {"training_examples.jsonl", "stage.json", "run.json"}
