@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bases import BASES
+from scripts import EXAMPLES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.conversation import UserError, pair, parts_of
@@ -200,3 +201,21 @@ def test_nothing_is_noted_for_its_maker(exported, tmp_path):
     environment.pop("ORT_DISABLE_TELEMETRY", None)
     subprocess.run([sys.executable, "-c", LOAD, exported], env=environment, check=True)
     assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
+
+
+def test_the_bench_serves_it_beside_torch(guard_folder, exported, tmp_path):
+    """Few requests: that all three ways are measured, and say the same."""
+    file = tmp_path / "results.json"
+    flags = ["--requests", "4", "--rounds", "1", "--memory_requests", "4", "--output", str(file)]
+    command = [sys.executable, "serve.py", "--model", guard_folder, "--onnx", exported, *flags]
+    done = subprocess.run(command, cwd=EXAMPLES.parent / "bench", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(file.read_text())["results"]
+    for found in results["clients"].values():
+        for way in ("batched", "one at a time", "ONNX, batched"):
+            assert found[way]["requests_per_s"] > 0
+            assert found[way]["difference"] < 1e-3
+    command[command.index(exported)] = guard_folder
+    done = subprocess.run(command, cwd=EXAMPLES.parent / "bench", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no exported guard there" in done.stderr.splitlines()[-1]
