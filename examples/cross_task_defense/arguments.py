@@ -45,7 +45,8 @@ class TrainArguments:
         deepspeed: a DeepSpeed config, such as ../../launch/zero3.json.
         report_to: none, tensorboard, wandb or trackio; wandb_project means wandb.
         push_to_hub: push the finished adapter once; hub_model_id: the output folder's name if it
-            is not given; hub_private_repo: False shows it to everyone.
+            is not given; hub_private_repo: False shows it to everyone; hub_overwrite: True pushes into
+            a repository that holds other work, too.
     """
 
     base_model: str
@@ -84,6 +85,7 @@ class TrainArguments:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool = True
+    hub_overwrite: bool = False
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     seed: int = 42
@@ -172,6 +174,7 @@ def training_arguments(args: TrainArguments, accumulated: int) -> DefenceConfig:
             push_to_hub=args.push_to_hub,
             hub_model_id=args.hub_model_id,
             hub_private_repo=args.hub_private_repo,
+            hub_overwrite=args.hub_overwrite,
             run_name=args.wandb_run_name,
             ddp_find_unused_parameters=False,
             seed=args.seed,
