@@ -78,7 +78,8 @@ def cells(path: Path) -> Iterator[dict[str, str]]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Write rows with ids of their own, and say how many of them are unsafe."""
+    """Write rows with ids of their own, but those with an empty text, and say how many they are."""
+    rows = [row for row in rows if row["prompt"].strip() and row.get("response", "-").strip()]
     text = ""
     for number, row in enumerate(rows):
         text += json.dumps({"id": f"{path.stem}-{number}"} | row, ensure_ascii=False) + "\n"
