@@ -14,8 +14,10 @@ Writes OUTPUT_DIR/rows.jsonl and guard.jsonl, the prompts that a small guard is 
 what they hold.
 """
 
+import gzip
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from typing import Any
 import pandas as pd
 
 from common import metrics
-from common.conversation import UserError, last_turns
+from common.conversation import UserError, check_text, last_turns
 from common.data import load_conversations, spec_rows
+from common.data.files import parse_json
+from common.data.specs import first_line
 from common.run import check_output_folder, json_lines, parse_args, run_cli, write_text
 
 Row = dict[str, Any]
@@ -89,15 +93,19 @@ def read_answers(source: str) -> list[Asked]:
     """The prompts with their answers, those of each prompt in the order of the models' names.
 
     Raises:
-        UserError: a column is missing, or two tables have other prompts.
+        UserError: a table cannot be read, a column or a cell is missing, or two tables have other
+            prompts.
     """
     folder = Path(source)
     table = joined_tables(folder) if folder.is_dir() else pd.DataFrame(plain_rows(source))
-    models = [name.removesuffix("_harmful") for name in table if name.endswith("_harmful")]
+    models = [
+        name.removesuffix("_harmful") for name in map(str, table) if name.endswith("_harmful")
+    ]
     if not models or "question" not in table:
         raise UserError(f"{source}: no columns question and <model>_harmful; see --help")
     asked = []
-    for row in table.to_dict("records"):
+    for number, row in enumerate(table.to_dict("records")):
+        check_text(row["question"], "question", f"{source}, row {number}")
         answers = []
         for model in sorted(models):
             text = row.get(f"{model}_response")
@@ -126,7 +134,7 @@ def joined_tables(folder: Path) -> pd.DataFrame:
     """The tables of a folder, a model each, in the columns of the hub's data set."""
     joined = pd.DataFrame()
     for path in sorted(folder.glob(f"{REVIEW}*.csv*")):
-        table = pd.read_csv(path)
+        table = read_table(path)
         missing = {"question", "response", "harmful"} - set(table)
         if missing:
             raise UserError(f"{path}: no column {', '.join(sorted(missing))}")
@@ -138,6 +146,18 @@ def joined_tables(folder: Path) -> pd.DataFrame:
         joined[f"{model}_response"] = table.response
         joined[f"{model}_harmful"] = table.harmful
     return joined
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV file, packed or not. An empty cell alone is missing: an answer may be "None" or "N/A".
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (OSError, EOFError, ValueError) as error:  # pandas' own are ValueErrors
+        raise UserError(f"{path}: no CSV file that can be read ({first_line(error)})") from None
 
 
 def answered_row(number: int, prompt: str, answers: list[Answer], seed: int) -> Row:
@@ -185,13 +205,13 @@ def benign_rows(sources: list[str], count: int, longest: int, seed: int) -> list
     rows = []
     for source in sources:
         for number, row in enumerate(instructions(source)):
-            prompt = "\n".join(filter(None, [row.get("instruction"), row.get("input")]))
-            if prompt and row.get("output") and len(prompt) <= longest:
+            prompt, output = instruction(row, f"{source}, row {number}")
+            if prompt and output and len(prompt) <= longest:
                 made = {
                     "conv_id": f"benign-{Path(source).name}-{number}",
                     "user_input": prompt,
                     "toxicity": 0,
-                    "model_output": row["output"],
+                    "model_output": output,
                     "output_unsafe": False,
                     "kind": "benign",
                 }
@@ -203,11 +223,32 @@ def benign_rows(sources: list[str], count: int, longest: int, seed: int) -> list
     return random.Random(seed).sample(rows, count)
 
 
+def instruction(row: Any, where: str) -> tuple[str, str]:
+    """The prompt and the answer of a row. Raises UserError where a field is missing, or no text."""
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected an object with instruction and output")
+    texts = {}
+    for name in ("instruction", "input", "output"):
+        value = row.get(name)
+        if value is None and name == "input":  # it often has none
+            value = ""
+        texts[name] = check_text(value, name, where, allow_empty=True)
+    parts = [texts["instruction"], texts["input"]]
+    return "\n".join(filter(None, parts)), texts["output"]
+
+
 def instructions(source: str) -> list[Row]:
     """The rows of a JSON file, packed or not, or of a spec."""
-    if Path(source).is_file():
-        return pd.read_json(source).to_dict("records")
-    return plain_rows(source)
+    if not source.endswith(".json.gz"):
+        return plain_rows(source)
+    try:
+        text = gzip.decompress(Path(source).expanduser().read_bytes()).decode("utf-8-sig")
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{source}: cannot be read ({first_line(error)})") from None
+    rows = parse_json(text, source)
+    if not isinstance(rows, list):
+        raise UserError(f"{source}: expected a JSON list of rows, found {type(rows).__name__}")
+    return rows
 
 
 def guard_rows(spec: str, safe_for_each: int, longest: int, seed: int) -> list[Row]:

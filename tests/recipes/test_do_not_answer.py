@@ -1,5 +1,6 @@
 """examples/feedback_guard/do_not_answer.py: rows made up in the formats of the official files."""
 
+import gzip
 import json
 import sys
 
@@ -106,3 +107,71 @@ def test_a_review_without_labels_is_refused(tmp_path):
     found = {model: table.drop(columns="harmful") for model, table in tables().items()}
     with pytest.raises(UserError, match=r"annotated_response_Claude.csv.gz: no column harmful"):
         do_not_answer.read_answers(write_reviews(tmp_path / "reviews", found))
+
+
+@pytest.mark.parametrize("content", ["", "\ufeff", 'question,response,harmful\r\n"one'])
+def test_a_table_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "annotated_response_Claude.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"annotated_response_Claude.csv: no CSV file"):
+        do_not_answer.read_answers(str(tmp_path))
+
+
+def test_answers_that_spell_nothing_are_answers(tmp_path):
+    found = tables()
+    found["Claude"].loc[[0, 1, 2], "response"] = ["None", "N/A", "null"]
+    asked = do_not_answer.read_answers(write_reviews(tmp_path / "reviews", found))
+    assert [answers[0].text for _, answers in asked[:3]] == ["None", "N/A", "null"]
+
+
+def test_a_prompt_that_is_missing_is_told(tmp_path):
+    found = tables()
+    for table in found.values():
+        table.loc[2, "question"] = None
+    with pytest.raises(UserError, match="row 2, field question: expected text"):
+        do_not_answer.read_answers(write_reviews(tmp_path / "reviews", found))
+
+
+BENIGN = [
+    {"instruction": "Cook rice.", "output": "Boil it."},
+    {"instruction": "Cook\u2028eggs.", "input": "", "output": "Boil them."},
+    {"instruction": "Cook beans.", "input": "For two.", "output": "Soak them."},
+]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "bom.json", "rows.jsonl", "rows.json.gz"])
+def test_benign_rows_of_every_kind_of_file_are_the_same(name, tmp_path):
+    text = json.dumps(BENIGN, ensure_ascii=False)
+    if name == "rows.jsonl":
+        lines = [json.dumps(row, ensure_ascii=False) + "\r\n" for row in BENIGN]
+        text = "".join(lines)
+    if name == "bom.json":
+        text = "\ufeff" + text
+    content = text.encode()
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    (tmp_path / name).write_bytes(content)
+    rows = do_not_answer.benign_rows([str(tmp_path / name)], 3, 300, 0)
+    prompts = {"Cook rice.", "Cook\u2028eggs.", "Cook beans.\nFor two."}
+    assert {row["user_input"] for row in rows} == prompts
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Cook.", "output": "Boil."}, "row 0, field instruction: expected text"),
+        ({"instruction": "Cook.", "input": 2, "output": "Boil."}, "row 0, field input"),
+        ("Cook.", "row 0: expected an object with instruction and output"),
+    ],
+)
+def test_a_benign_row_without_its_fields_is_told(row, said, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(UserError, match=said):
+        do_not_answer.benign_rows([str(path)], 1, 300, 0)
+
+
+def test_a_packed_file_that_is_none_is_told(tmp_path):
+    path = tmp_path / "rows.json.gz"
+    path.write_bytes(b"[]")
+    with pytest.raises(UserError, match=r"rows.json.gz: cannot be read"):
+        do_not_answer.benign_rows([str(path)], 1, 300, 0)
