@@ -90,6 +90,9 @@ def own_documents(
     if Path(output_path).exists():
         raise UserError(f"--output_path {output_path}: is there already; name another file")
     check_choice(words, n_train, n_test, tasks)
+    for flag, files in (("harmful", harmful), ("plain", plain)):
+        if not files:
+            raise UserError(f"--{flag}: names no file")
     order = random.Random(seed)
     no = [document.text for document in read_texts([refusals], "refusals")]
     documents = read_texts(harmful, "malicious")
@@ -118,9 +121,14 @@ def check_choice(words: int, n_train: int, n_test: int, tasks: list[str]) -> Non
 
 
 def read_texts(files: list[str], kind: str) -> list[Document]:
-    """The texts of files, with the groups that their rows name."""
+    """The texts of files, with the groups that their rows name.
+
+    Raises:
+        UserError: a file cannot be read or holds nothing, or a row has no text.
+    """
     found = []
     for path in files:
+        before = len(found)
         for where, row in data.read_rows(path):
             if isinstance(row, UserError):
                 raise row
@@ -128,6 +136,8 @@ def read_texts(files: list[str], kind: str) -> list[Document]:
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"{where}, field text: expected text, found {text!r:.60}")
             found.append(Document(kind, text, row.get("group")))
+        if len(found) == before:
+            raise UserError(f"{path}: holds no text; expected one a row")
     return found
 
 

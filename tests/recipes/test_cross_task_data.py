@@ -324,16 +324,24 @@ def test_own_documents_become_training_sets_and_held_out_prompts(tmp_path, tiny_
         ({"text": "one"}, {"n_test": 1}, "--n_test 1: the malicious documents are of only 1"),
         ({"txet": "one"}, {}, r"harmful\.jsonl, line 1, field text: expected text, found None"),
         ({"text": "one"}, {"tasks": ["case"]}, "--tasks case"),
+        ({"text": "one"}, {"harmful": []}, "--harmful: names no file"),
+        ({"text": "one"}, {"plain": ["blank"]}, r"blank\.txt: holds no text"),
+        ({"text": "one"}, {"refusals": "blank"}, r"blank\.txt: holds no text"),
     ],
 )
 def test_a_mistake_in_own_documents_is_told(tmp_path, row, options, message):
     path = tmp_path / "harmful.jsonl"
     path.write_text(json.dumps(row) + "\n")
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\r\n\n")
     output = tmp_path / "documents.jsonl"
+    given = {"harmful": [str(path)], "plain": [str(path)]} | options
+    if given["plain"] == ["blank"]:
+        given["plain"] = [str(blank)]
+    if given.get("refusals") == "blank":
+        given["refusals"] = str(blank)
     with pytest.raises(UserError, match=message):
-        own_documents.own_documents(
-            harmful=[str(path)], plain=[str(path)], output_path=str(output), **options
-        )
+        own_documents.own_documents(output_path=str(output), **given)
     assert not output.exists()
 
 
