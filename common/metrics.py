@@ -153,16 +153,19 @@ def by_near_copies(
     threshold: float,
 ) -> dict[str, Results]:
     """`binary` of a guard with and without the rows whose text is nearly a known one, such as it was
-    trained on; {} where none is, or nothing is known.
+    trained on; {} where none is, or nothing is known. Where each row is such a copy, the name of
+    the one entry says so.
     """
     if known is None:
         return {}
     _, copies = near_copies_between(known, texts)
     others = ~np.array(copies)
-    if others.all() or not others.any():
+    if others.all():
         return {}
     truth = np.asarray(truth)
     score = np.asarray(score)
+    if not others.any():
+        return {"all rows, each a near-copy": binary(truth, score, threshold)}
     return {
         "all rows": binary(truth, score, threshold),
         f"without {sum(copies)} near-copies": binary(truth[others], score[others], threshold),

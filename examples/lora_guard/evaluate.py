@@ -140,7 +140,8 @@ def training_texts(args: EvaluationArguments) -> list[str] | None:
     """The same of the rows of --train_data; None without them."""
     if args.train_data is None:
         return None
-    return judged_texts(data.load_conversations(args.train_data), args.judge)
+    rows = data.load_conversations(args.train_data, bad_rows=args.bad_rows)
+    return judged_texts(rows, args.judge)
 
 
 def check_arguments(args: EvaluationArguments) -> None:

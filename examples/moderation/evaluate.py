@@ -182,7 +182,8 @@ def report_metrics(args: EvaluationArguments) -> None:
     rows = judged_rows(whole, judge)
     fit_rows = known = None
     if args.baselines:
-        fit_rows = judged_rows(data.load_conversations(args.baselines, **require), judge)
+        fitting = data.load_conversations(args.baselines, bad_rows=args.bad_rows, **require)
+        fit_rows = judged_rows(fitting, judge)
         known = texts(fit_rows)
     guard = loaded(args, judge)
     thresholds = asked_thresholds(args, guard, label)

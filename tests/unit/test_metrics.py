@@ -103,6 +103,22 @@ def test_ece_by_hand():
     assert error == pytest.approx((0.25 + 0.45) / 2)
 
 
+@pytest.mark.parametrize(
+    ("known", "supports"),
+    [
+        (None, {}),
+        (["something else"], {}),
+        (["one text"], {"all rows": 2, "without 1 near-copies": 1}),
+        (["one text", "another"], {"all rows, each a near-copy": 2}),
+    ],
+)
+def test_scores_without_near_copies_of_what_is_known(known, supports):
+    """Where nothing else is left, the table says so."""
+    texts = ["one text", "Another!"]
+    found = metrics.by_near_copies(texts, known, [True, False], [0.9, 0.1], 0.5)
+    assert {name: one["support"] for name, one in found.items()} == supports
+
+
 def test_multilabel_is_flagged_and_each_category():
     truth = np.array([[1, 0], [0, 0], [1, 1]])
     score = np.array([[0.9, 0.2], [0.1, 0.7], [0.3, 0.4]])
