@@ -42,7 +42,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for kind in SPLIT_TOGETHER:
         write_splits(args.output, kind)
-    trained = [row["prompt"] for path in args.output.glob("*_train.jsonl") for row in lines(path)]
+    names = [name for kind in SPLIT_TOGETHER for name in kind]
+    trained = []
+    for name in names:
+        trained += [row["prompt"] for row in lines(args.output / f"{name}_train.jsonl")]
     for name, read in TRANSFER.items():
         rows = list(read())
         write(args.output / f"{name}.jsonl", without_copies(rows, trained))
@@ -78,8 +81,13 @@ def cells(path: Path) -> Iterator[dict[str, str]]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Write rows with ids of their own, but those with an empty text, and say how many they are."""
-    rows = [row for row in rows if row["prompt"].strip() and row.get("response", "-").strip()]
+    """Write rows with ids of their own, and say how many there are; those with an empty text are
+    left out, and counted.
+    """
+    whole = [row for row in rows if row["prompt"].strip() and row.get("response", "-").strip()]
+    if len(whole) < len(rows):
+        print(f"{path.name}: left out {len(rows) - len(whole)} rows with an empty text")
+    rows = whole
     text = ""
     for number, row in enumerate(rows):
         text += json.dumps({"id": f"{path.stem}-{number}"} | row, ensure_ascii=False) + "\n"

@@ -55,7 +55,7 @@ def test_what_is_only_judged_was_never_trained_on(files):
 
 
 def test_a_tenth_of_the_laptop_config_learns(files, tmp_path):
-    """Of 441 pairs; all 4,410 rows are in the ledger."""
+    """Of 441 pairs; the figures of all 4,410 (4,212 without repeats) are in the ledger."""
     guard = tmp_path / "guard"
     flags = ["--config", "configs/laptop.yaml", "--eval_split_ratio", "null"]
     flags += ["--train_data_name_or_path", files / "saferlhf_train.jsonl[:304]"]
