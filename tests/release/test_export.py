@@ -133,14 +133,29 @@ def test_weights_in_8_bits_are_noted_and_near(int8, guard_folder, rows):
 
 
 @pytest.fixture
-def on_the_edge(int8, guard_folder, rows, tmp_path):
-    """The guard with a threshold between the two scores of a row, so that 1 verdict of 20 flips."""
+def on_the_edge(int8, guard_folder, rows, tmp_path, monkeypatch):
+    """The guard with a threshold at which products of 8 bits flip a verdict of 20, and those of
+    float32 none.
+    """
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "PRODUCTS", {"float32": export.PRODUCTS["float32"]})
+        export.export(guard_folder, str(tmp_path / "float32"), rows, int8=True)
+    folders = (guard_folder, tmp_path / "float32", int8)
+    of_torch, of_float32, of_int8 = (
+        np.array(load_guard(str(folder), progress=False).moderate(rows)) for folder in folders
+    )
+    between = [(of_int8 + of_torch) / 2, (of_int8 + of_float32) / 2]
+    for value in np.concatenate(between):
+        flags = of_torch > value
+        if (flags == (of_float32 > value)).all() and (flags != (of_int8 > value)).any():
+            break
+    else:
+        pytest.fail(
+            "at no threshold do products of 8 bits flip a verdict and those of float32 none"
+        )
     folder = tmp_path / "guard"
     shutil.copytree(guard_folder, folder)
-    of_torch = np.array(load_guard(guard_folder, progress=False).moderate(rows))
-    of_int8 = np.array(load_guard(int8, progress=False).moderate(rows))
-    row = np.abs(of_torch - of_int8).argmax()
-    threshold = Threshold(value=(of_torch[row] + of_int8[row]) / 2, how="default")
+    threshold = Threshold(value=float(value), how="default")
     write_card(folder, read_card(folder).model_copy(update={"thresholds": {"flagged": threshold}}))
     return str(folder)
 

@@ -153,23 +153,6 @@ def test_a_moderation_server_stands_before_vllm(expguard, tmp_path):
         assert result["category_scores"] == {"unsafe": score}
 
 
-def test_a_chat_server_writes_the_verdicts(expguard, tmp_path):
-    """`/v1/chat/completions` of the folder: the lines hold the words that `judge` reads."""
-    rows = load_conversations("beavertails-sample:validation", max_rows=6)["messages"]
-    asked = {"model": "guard", "temperature": 0, "max_tokens": 32}
-    lines = []
-    with vllm_server(expguard, tmp_path / "vllm.log", "--served-model-name", "guard") as address:
-        for messages in rows:
-            said = post(f"{address}/v1/chat/completions", asked | {"messages": list(messages)})
-            lines.append(said["choices"][0]["message"]["content"].splitlines())
-    verdicts = load_guard(str(expguard), progress=False).judge(rows)
-    assert any(verdict.error is None for verdict in verdicts), "it has not learned the words"
-    for (first, second), verdict in zip(lines, verdicts, strict=True):
-        if verdict.error is None:
-            assert first == f"User Safety Assessment: {verdict.native['prompt_unsafe']}"
-            assert second == f"Agent Safety Assessment: {verdict.native['response_unsafe']}"
-
-
 def test_a_generative_guard_is_judged_alike_by_vllm(expguard, tmp_path):
     """ExpGuard's folder: `load_guard(folder, engine="vllm")` gives the verdicts of transformers."""
     rows = load_conversations("beavertails-sample:validation", max_rows=6)["messages"]
