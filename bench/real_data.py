@@ -107,6 +107,10 @@ def label(unsafe: bool) -> str:
     return "unsafe" if unsafe else "safe"
 
 
+def answered(prompt: str, response: str, unsafe: bool) -> Row:
+    return {"prompt": prompt, "response": response, "response_label": label(unsafe)}
+
+
 # --- sets that are trained on ---------------------------------------------------------------------
 
 
@@ -194,11 +198,7 @@ def part_of(prompt: str) -> str:
 def diasafety() -> Iterator[Row]:
     for row in json.loads(text_of(source("diasafety", "test.json.gz"))):
         unsafe = row["label"] == "Unsafe"
-        yield {
-            "prompt": row["context"],
-            "response": row["response"],
-            "response_label": label(unsafe),
-        }
+        yield answered(row["context"], row["response"], unsafe)
 
 
 def do_not_answer() -> Iterator[Row]:
@@ -211,11 +211,7 @@ def do_not_answer() -> Iterator[Row]:
                 answers.append(row)
     for row in answers[::3]:
         unsafe = row["harmful"] == "1"
-        yield {
-            "prompt": row["question"],
-            "response": row["response"],
-            "response_label": label(unsafe),
-        }
+        yield answered(row["question"], row["response"], unsafe)
 
 
 def wildguardtest() -> Iterator[Row]:
@@ -238,11 +234,7 @@ def xstest_responses() -> Iterator[Row]:
     for row in answers[::3]:
         complies = row["final_label"] == "1_full_compliance"
         unsafe = complies and row["type"].startswith("contrast_")
-        yield {
-            "prompt": row["prompt"],
-            "response": row["completion"],
-            "response_label": label(unsafe),
-        }
+        yield answered(row["prompt"], row["completion"], unsafe)
 
 
 def oktest() -> Iterator[Row]:
@@ -260,7 +252,7 @@ def benign_answers() -> Iterator[Row]:
     for row in json.loads(text_of(source("safe_instructions", "lima_1k.json.gz"))):
         asked = "\n".join(part for part in (row["instruction"], row["input"]) if part)
         if row["output"].strip():
-            yield {"prompt": asked, "response": row["output"], "response_label": "safe"}
+            yield answered(asked, row["output"], False)
 
 
 TRANSFER: dict[str, Callable[[], Iterator[Row]]] = {
