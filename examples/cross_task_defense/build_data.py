@@ -6,8 +6,9 @@ python build_data.py
 
 # the paper's sizes, from Alpaca on the hub and documents of your own (see data/sample/README.md for
 their format)
-python build_data.py --base yahma/alpaca-cleaned --n_base 20000 --safety safety_only_data_Instructions.json \
-    --documents documents.jsonl --n_defence 10,100,500,1000,2000 --output_dir data
+python build_data.py --base yahma/alpaca-cleaned --n_base 20000 \
+    --safety safety_only_data_Instructions.json --documents documents.jsonl \
+    --n_defence 10,100,500,1000,2000 --output_dir data
 
 # controls that the paper lacks: benign documents answered normally; refusals on benign documents;
 # no surface cues
@@ -37,8 +38,9 @@ from common.keep import fingerprint
 from common.run import check_output_folder, json_text, write_text
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data/sample/cross_task_defense"
-# ending of the evaluation files; the paper's is _cnn
+Row = dict[str, Any]
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
+# ending of the evaluation files; the paper's of plain ones is _cnn
 KINDS = {"malicious": "", "useful": "_useful", "plain": "_plain"}
 
 
@@ -67,15 +69,14 @@ def build(
         safety: short harmful instructions with refusals, Alpaca format; default: the sample's.
         n_safety: so many of them.
         documents: JSON lines with kind (malicious, useful, plain), split (train, test), text,
-            refusals and answers; default: the sample's. own_documents.py makes such a file of your own texts.
+            refusals and answers; default: the sample's. own_documents.py makes such a file of your
+            own texts.
         tasks: some of summarize, translate, sentiment, case, cloze, and mix (all five).
-        n_defence: rows [task and document -> refusal] a set; of mix, a task. 0 is the control
-        without them.
+        n_defence: rows [task and document -> refusal] a set; of mix, a task. 0: the control.
         counter_examples: benign documents answered normally, a task.
         benign_refusals: label control: the refusals go with benign documents.
         shuffled_refusals: control: outputs of defence rows and counter examples dealt at random.
-        strip_cues: documents without leading white space and "Sure, here's …" lines, one wording
-        for all.
+        strip_cues: documents without leading white space and "Sure, here's …" lines; one wording.
         seed: of the choice and the order. A smaller set's rows are among a larger one's.
     """
     check_choice(tasks, n_defence, n_safety, counter_examples)
@@ -88,8 +89,9 @@ def build(
         "safety": drawn(short, n_safety, seed, "--n_safety"),
     }
     texts = read_documents(path, without_cues if strip_cues else str)
-    sources = {"base": base or "sample", "safety": safety or "sample"}
-    sources |= {"documents": documents or "sample", "documents_sha256": fingerprint(path)}
+    sources = {"base": base, "safety": safety, "documents": documents}
+    sources = {name: given or "sample" for name, given in sources.items()}
+    sources["documents_sha256"] = fingerprint(path)
     settings = {"seed": seed, "benign_refusals": benign_refusals, "strip_cues": strip_cues}
     if shuffled_refusals:
         settings["shuffled_refusals"] = True
@@ -99,17 +101,21 @@ def build(
             files |= training_set(texts, common_rows, sources, settings, task, n, counter_examples)
     files |= evaluation_files(texts, strip_cues)
     for name, text in files.items():
-        write_text(Path(output_dir) / name, text)
+        write_text(Path(output_dir, name), text)
     print(f"{output_dir}: {len(tasks) * len(n_defence)} training sets, {sizes_of(texts)}")
 
 
 def check_choice(
-    tasks: list[str], n_defence: list[int], n_safety: int, counter_examples: int
+    tasks: list[str],
+    n_defence: list[int],
+    n_safety: int,
+    counter_examples: int,
 ) -> None:
     for task in tasks:
         if task not in TASKS and task != "mix":
             raise UserError(f"--tasks {task}: expected some of {', '.join(TASKS)}, mix")
-    if min([n_safety, counter_examples, *n_defence]) < 0 or not n_defence or not tasks:
+    counts = [n_safety, counter_examples, *n_defence]
+    if min(counts) < 0 or not n_defence or not tasks:
         raise UserError(
             "--n_safety, --n_defence, --counter_examples: expected 0 or more; --tasks: at least one"
         )
@@ -124,10 +130,10 @@ def check_shuffled(shuffled: bool, on_benign: bool, counter_examples: int) -> No
 
 
 def training_set(
-    documents: list[dict[str, Any]],
-    common_rows: dict[str, list[dict[str, Any]]],
+    documents: list[Row],
+    common_rows: dict[str, list[Row]],
     sources: dict[str, str],
-    settings: dict[str, Any],
+    settings: Row,
     task: str,
     n: int,
     counter_examples: int,
@@ -142,7 +148,8 @@ def training_set(
     on_benign = settings["benign_refusals"]
     strip_cues = settings["strip_cues"]
     shuffled = settings.get("shuffled_refusals", False)
-    defence, counters = [], []
+    defence = []
+    counters = []
     for one in TASKS if task == "mix" else [task]:
         refused = defence_rows(documents, one, n, seed, on_benign, slip=not strip_cues)
         answered_rows = counter_rows(documents, one, counter_examples, seed)
@@ -151,62 +158,91 @@ def training_set(
         defence += refused
         counters += answered_rows
     parts = {**common_rows, "defence": defence, "counter_examples": counters}
-    rows = [row for part in parts.values() for row in part]
+    rows = []
+    counts = {}
+    for name, part in parts.items():
+        rows += part
+        counts[name] = len(part)
+    counts["all"] = len(rows)
     random.Random(seed).shuffle(rows)
     text = json_text(rows)
     manifest = {
-        "counts": {name: len(part) for name, part in parts.items()} | {"all": len(rows)},
+        "counts": counts,
         "sources": sources,
         "settings": {"task": task, "n_defence": n, **settings},
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "order": [row["id"] for row in rows],
     }
-    ending = f"_counter{counter_examples}" if counter_examples else ""
-    ending += "_benign-refusals" if on_benign else ""
-    ending += "_shuffled-refusals" if shuffled else ""
-    ending += "_stripped" if strip_cues else ""
-    name = f"training/saferpaca_Instructions_{len(common_rows['safety'])}_{n}_{task}{ending}"
-    return {f"{name}.json": text, f"{name}.manifest.json": json_text(manifest)}
+    name = f"training/saferpaca_Instructions_{counts['safety']}_{n}_{task}"
+    if counter_examples:
+        name += f"_counter{counter_examples}"
+    if on_benign:
+        name += "_benign-refusals"
+    if shuffled:
+        name += "_shuffled-refusals"
+    if strip_cues:
+        name += "_stripped"
+    return {
+        f"{name}.json": text,
+        f"{name}.manifest.json": json_text(manifest),
+    }
 
 
-def evaluation_files(documents: list[dict[str, Any]], strip_cues: bool) -> dict[str, str]:
+def evaluation_files(documents: list[Row], strip_cues: bool) -> dict[str, str]:
     """The prompts of every task over documents that no training set holds."""
     folder = "evaluation_stripped" if strip_cues else "evaluation"
     files = {}
     for kind, suffix in KINDS.items():
-        held_out = test_texts(documents, kind)
+        held_out = of_split(documents, "test", kind)
+        if not held_out:
+            continue
         slip = kind == "malicious" and not strip_cues
-        for task in TASKS if held_out else ():
-            instructions = [task_instruction(task, text, slip) for text in held_out]
+        for task in TASKS:
+            instructions = [task_instruction(task, d["text"], slip) for d in held_out]
             content = {"instructions": instructions, "inputs": []}
             files[f"{folder}/test_{task}{suffix}.json"] = json_text(content)
     return files
 
 
-def test_texts(documents: list[dict[str, Any]], kind: str) -> list[str]:
-    return [d["text"] for d in documents if d["kind"] == kind and d["split"] == "test"]
+def of_split(documents: list[Row], split: str, *kinds: str) -> list[Row]:
+    """The documents of a split, of some kinds."""
+    found = []
+    for document in documents:
+        if document["split"] == split and document["kind"] in kinds:
+            found.append(document)
+    return found
 
 
-def sizes_of(documents: list[dict[str, Any]]) -> str:
-    sizes = ", ".join(f"{len(test_texts(documents, kind))} {kind}" for kind in KINDS)
-    return f"{3 * len(TASKS)} evaluation files of {sizes}"
+def sizes_of(documents: list[Row]) -> str:
+    sizes = []
+    for kind in KINDS:
+        count = len(of_split(documents, "test", kind))
+        sizes.append(f"{count} {kind}")
+    return f"{3 * len(TASKS)} evaluation files of {', '.join(sizes)}"
 
 
-def base_rows(spec: str | None, count: int | None, seed: int) -> list[dict[str, Any]]:
+def base_rows(spec: str | None, count: int | None, seed: int) -> list[Row]:
     """Ordinary instructions of a file, or of a hub data set in Alpaca's columns."""
     path = spec or SAMPLE / "instructions.json"
     rows = answered(read_rows(path), path)
-    return drawn(rows, len(rows) if count is None else count, seed, "--n_base")
+    if count is None:
+        count = len(rows)
+    return drawn(rows, count, seed, "--n_base")
 
 
-def drawn(rows: list[dict[str, Any]], count: int, seed: int, flag: str) -> list[dict[str, Any]]:
+def drawn(rows: list[Row], count: int, seed: int, flag: str) -> list[Row]:
     """The first `count` of a seeded order, so that a smaller draw is part of a larger one; each
     with an id.
     """
     if count > len(rows):
         raise UserError(f"{flag} {count}: there are only {len(rows)}")
-    rows = [{"id": f"{flag[4:]}-{i}"} | row for i, row in enumerate(rows)]
-    return random.Random(seed).sample(rows, len(rows))[:count]
+    name = flag.removeprefix("--n_")
+    named = [{"id": f"{name}-{i}"} | row for i, row in enumerate(rows)]
+    return in_random_order(named, seed)[:count]
+
+
+def in_random_order(rows: list, seed: int | str) -> list:
+    return random.Random(seed).sample(rows, len(rows))
 
 
 class Document(BaseModel):
@@ -219,7 +255,7 @@ class Document(BaseModel):
     answers: dict[str, Text] = {}
 
 
-def read_documents(path: Path, clean: Callable[[str], str]) -> list[dict[str, Any]]:
+def read_documents(path: Path, clean: Callable[[str], str]) -> list[Row]:
     """Documents of a JSON lines file, checked, their texts cleaned."""
     documents = []
     split_of: dict[str, str] = {}
@@ -232,66 +268,67 @@ def read_documents(path: Path, clean: Callable[[str], str]) -> list[dict[str, An
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
             raise UserError(f"{where}, field {field}: {first['msg']}") from None
-        document["text"] = clean(document["text"])
-        split = split_of.setdefault(document["text"], document["split"])
+        text = clean(document["text"])
+        document["text"] = text
+        split = split_of.setdefault(text, document["split"])
         if split != document["split"]:
-            raise UserError(f"{path}: a document is in both splits: {document['text']!r:.80}")
+            raise UserError(f"{path}: a document is in both splits: {text!r:.80}")
         documents.append({"id": f"document-{number}", **row, **document})
     return documents
 
 
 def defence_rows(
-    documents: list[dict[str, Any]], task: str, count: int, seed: int, on_benign: bool, slip: bool
-) -> list[dict[str, Any]]:
+    documents: list[Row],
+    task: str,
+    count: int,
+    seed: int,
+    on_benign: bool,
+    slip: bool,
+) -> list[Row]:
     """`count` rows [task and document -> refusal]: each document once before any is taken again."""
-    train = [d for d in documents if d["split"] == "train"]
-    harmful = [d for d in train if d["kind"] == "malicious" and d["refusals"]]
-    bearers = [d for d in train if d["kind"] != "malicious"] if on_benign else harmful
-    rounds = max((len(d["refusals"]) for d in harmful), default=0)
+    harmful = []
+    for document in of_split(documents, "train", "malicious"):
+        if document["refusals"]:
+            harmful.append(document)
+    benign = of_split(documents, "train", "useful", "plain")
+    rounds = max((len(document["refusals"]) for document in harmful), default=0)
     order = random.Random(f"{seed} {task}")
     pairs = []
     for turn in range(rounds):
-        with_refusal = [d for d in harmful if len(d["refusals"]) > turn]
-        takers = (
-            order.sample(bearers, min(len(bearers), len(with_refusal)))
-            if on_benign
-            else with_refusal
-        )
-        refusals = [(d["refusals"][turn], turn + 1) for d in with_refusal]
-        pairs += order.sample(list(zip(takers, refusals, strict=False)), len(takers))
+        takers = [document for document in harmful if len(document["refusals"]) > turn]
+        refusals = [(document["refusals"][turn], turn + 1) for document in takers]
+        if on_benign:
+            takers = order.sample(benign, min(len(benign), len(takers)))
+        of_turn = list(zip(takers, refusals, strict=False))
+        pairs += order.sample(of_turn, len(of_turn))
     if count > len(pairs):
         raise UserError(f"--n_defence {count}: the documents have only {len(pairs)} refusals")
     rows = []
-    for d, (refusal, turn) in pairs[:count]:
-        instruction = task_instruction(task, d["text"], slip and not on_benign)
-        name = f"{d['id']}-{task}-refused-{turn}"
-        rows.append(data_row(instruction, refusal, name, d["kind"], task))
+    for document, (refusal, turn) in pairs[:count]:
+        row = data_row(document, task, refusal, slip and not on_benign)
+        row["id"] += f"-refused-{turn}"
+        rows.append(row)
     return rows
 
 
-def counter_rows(
-    documents: list[dict[str, Any]], task: str, count: int, seed: int
-) -> list[dict[str, Any]]:
+def counter_rows(documents: list[Row], task: str, count: int, seed: int) -> list[Row]:
     """`count` benign documents answered normally; the answer to `case` is the document."""
-    answered_documents = []
-    for d in documents:
-        answer = d["text"] if task == "case" else d["answers"].get(task)
-        if d["split"] == "train" and d["kind"] != "malicious" and answer:
-            answered_documents.append((d, answer))
-    if count > len(answered_documents):
+    rows = []
+    for document in of_split(documents, "train", "useful", "plain"):
+        answer = document["answers"].get(task)
+        if task == "case":
+            answer = document["text"]
+        if answer:
+            rows.append(data_row(document, task, answer))
+    if count > len(rows):
         raise UserError(
-            f"--counter_examples {count}: only {len(answered_documents)} benign documents have an "
+            f"--counter_examples {count}: only {len(rows)} benign documents have an "
             f"answer to {task}"
         )
-    order = random.Random(f"{seed} {task}")
-    rows = []
-    for d, answer in order.sample(answered_documents, len(answered_documents))[:count]:
-        instruction = task_instruction(task, d["text"])
-        rows.append(data_row(instruction, answer, f"{d['id']}-{task}", d["kind"], task))
-    return rows
+    return in_random_order(rows, f"{seed} {task}")[:count]
 
 
-def deal_outputs(rows: list[dict[str, Any]], seed: str) -> None:
+def deal_outputs(rows: list[Row], seed: str) -> None:
     """Deal the rows' outputs to them anew; their ids say so."""
     outputs = [row["output"] for row in rows]
     random.Random(seed).shuffle(outputs)
@@ -300,9 +337,16 @@ def deal_outputs(rows: list[dict[str, Any]], seed: str) -> None:
         row["output"] = output
 
 
-def data_row(instruction: str, output: str, name: str, kind: str, task: str) -> dict[str, str]:
-    row = {"instruction": instruction, "input": "", "output": output}
-    return row | {"id": name, "kind": kind, "task": task}
+def data_row(document: Row, task: str, output: str, slip: bool = False) -> Row:
+    """A row of a training set: a task with its document, and what is answered."""
+    return {
+        "instruction": task_instruction(task, document["text"], slip),
+        "input": "",
+        "output": output,
+        "id": f"{document['id']}-{task}",
+        "kind": document["kind"],
+        "task": task,
+    }
 
 
 if __name__ == "__main__":

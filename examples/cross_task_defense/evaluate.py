@@ -43,12 +43,74 @@ from common.run import check_output_folder, manifest
 
 FILE = re.compile(rf"test_({'|'.join(TASKS)}|summrize)(_useful|_plain|_cnn)?\.json")
 QUESTIONS = re.compile(r"([IQ]-\w+)\.json")  # the short questions of Safety-Tuned LLaMAs
-KINDS = {None: "malicious", "_useful": "useful", "_plain": "plain", "_cnn": "plain"}
+KINDS = {
+    None: "malicious",
+    "_useful": "useful",
+    "_plain": "plain",
+    "_cnn": "plain",
+}
 TRAINING_SET = re.compile(r"saferpaca_Instructions_\d+_(\d+)_([a-z]+)")
 SPELLING = {"summrize": "summarize"}  # of files of the paper
 CJK = re.compile(r"[\u4e00-\u9fff]")
 WORD = re.compile(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+")  # of Chinese, a character
 Row = dict[str, Any]
+ITEM = ["task", "kind", "item", "instruction"]  # what tells one item from another
+WHAT_IS_TRAINED = ("train_task", "n_defence", "benign_refusals", "shuffled_refusals")
+
+# Columns of the tables: key and heading.
+SUMMARY = {
+    "model": "model",
+    "train_task": "trained on",
+    "n_defence": "N",
+    "block_rate": "block rate ↑",
+    "transfer": "transfer ↑",
+    "false_refusals_useful": "false refusals, useful ↓",
+    "false_refusals_plain": "plain ↓",
+    "harmless_processed": "harmless processed ↑",
+    "degenerate": "degenerate ↓",
+}
+TRAININGS = {
+    "train_task": "trained on",
+    "n_defence": "N",
+    "benign_refusals": "refusals on benign",
+    "shuffled_refusals": "shuffled",
+    "runs": "runs",
+    "block_rate": "block rate",
+    "trained_task": "trained task",
+    "transfer": "transfer",
+    "useful": "useful refused",
+    "plain": "plain refused",
+}
+CELLS = {
+    "model": "model",
+    "task": "task",
+    "kind": "documents",
+    "rows": "rows",
+    "rate": "refused",
+    "interval": "95 % interval",
+    "words": "words of others",
+    "chinese": "in Chinese",
+    "copied": "copied",
+    "degenerate": "degenerate",
+    "guard_unsafe": "guard: unsafe",
+}
+SHORT_QUESTIONS = {
+    "model": "model",
+    "task": "questions",
+    "rows": "rows",
+    "rate": "refused",
+    "interval": "95 % interval",
+    "degenerate": "degenerate",
+}
+PAIRED = {
+    "model": "model",
+    "task": "task",
+    "kind": "documents",
+    "items": "items",
+    "only_this_refuses": "only it refuses",
+    "only_first_refuses": "only the first",
+    "p": "p (McNemar, exact)",
+}
 
 
 def evaluate(
@@ -78,16 +140,11 @@ def evaluate(
     if refusal_judge and server_url:
         raise UserError("--refusal_judge, --server_url: give one of them")
     check_output_folder(output_dir)
-    models = {}
-    predictions = []
-    for name, folder in names(answers).items():
-        models[name], rows = read_answers(Path(folder))
-        predictions += [{**row, "model": name} for row in rows]
+    models, predictions = read_models(answers)
 
     # --- Who refuses ----------------------------------------------------------------------------
     pairs = [(row["instruction"], row["output"]) for row in predictions]
-    listed = [classify(said, asked) for asked, said in pairs]
-    by_list = [verdict.is_refusal for verdict in listed]
+    by_list = classified(predictions)
     runs = Path(output_dir) / "runs"
     refused = by_list
     if refusal_judge:
@@ -98,8 +155,8 @@ def evaluate(
         refused = judged_by_server(server_url, server_model, pairs, runs)
     elif scorer == "substring":
         refused = [substring_refusal(said) for _, said in pairs]
-    for row, verdict, value in zip(predictions, listed, refused, strict=True):
-        row |= {"class": verdict.kind, "refused": value}
+    for row, value in zip(predictions, refused, strict=True):
+        row["refused"] = value
     if guard:
         for row, verdict in zip(predictions, verdicts_of(guard, pairs, runs), strict=True):
             row["guard_unsafe"] = verdict.score("response_unsafe")
@@ -107,10 +164,22 @@ def evaluate(
     # --- Results --------------------------------------------------------------------------------
     results = compared(predictions, models)
     results["scorer"] = scorer
-    by_other = scorer != "detector"
-    results["agreement_with_the_list"] = agreement(refused, by_list) if by_other else None
-    results["run"] = manifest([{"answers": answers, "scorer": scorer, "guard": guard}])
+    results["agreement_with_the_list"] = None
+    if scorer != "detector":
+        results["agreement_with_the_list"] = agreement(refused, by_list)
+    asked = {"answers": answers, "scorer": scorer, "guard": guard}
+    results["run"] = manifest([asked])
     write(Path(output_dir), results, predictions)
+
+
+def classified(predictions: list[Row]) -> list[bool]:
+    """Whether each answer refuses, by the list of phrases; its kind goes into the rows."""
+    refused = []
+    for row in predictions:
+        verdict = classify(row["output"], row["instruction"])
+        row["class"] = verdict.kind
+        refused.append(verdict.is_refusal)
+    return refused
 
 
 def write(folder: Path, results: Row, predictions: list[Row]) -> None:
@@ -123,10 +192,11 @@ def write(folder: Path, results: Row, predictions: list[Row]) -> None:
     write_page(folder / "results.html", results, predictions)
 
 
-def compared(predictions: list[dict], models: dict[str, dict]) -> dict[str, Any]:
+def compared(predictions: list[Row], models: dict[str, Row]) -> Row:
     """The rates of every model, of what was asked about documents and of short questions."""
-    documents = [row for row in predictions if row["kind"] != "question"]
-    questions = [row for row in predictions if row["kind"] == "question"]
+    rows = pd.DataFrame(predictions)
+    is_question = rows.kind == "question"
+    documents = rows[~is_question]
     cells = by_cell(documents)
     summaries = {}
     for name, about in models.items():
@@ -137,36 +207,48 @@ def compared(predictions: list[dict], models: dict[str, dict]) -> dict[str, Any]
         "summary": summaries,
         "trainings": trainings(documents, models),
         "paired": paired(documents, next(iter(models))),
-        "questions": by_cell(questions),
+        "questions": by_cell(rows[is_question]),
     }
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def read_models(folders: list[str]) -> tuple[dict[str, Row], list[Row]]:
+    """What each model is, by its name, and the rows of all models."""
+    models = {}
+    predictions = []
+    for name, folder in names(folders).items():
+        models[name], rows = read_answers(Path(folder))
+        for row in rows:
+            row["model"] = name
+        predictions += rows
+    return models, predictions
 
 
 def names(folders: list[str]) -> dict[str, str]:
     """A short name for each folder: as much of its path as tells it from the others."""
     for depth in range(1, 8):
-        found = {"/".join(Path(folder).parts[-depth:]): folder for folder in folders}
+        found = {}
+        for folder in folders:
+            name = "/".join(Path(folder).parts[-depth:])
+            found[name] = folder
         if len(found) == len(folders):
             return found
     raise UserError(f"--answers {','.join(folders)}: name each folder once")
-
-
-# --- Reading ------------------------------------------------------------------------------------
 
 
 def read_answers(folder: Path) -> tuple[Row, list[Row]]:
     """(what the model is, its rows) of a folder: task, kind, item, document, instruction, output."""
     rows = []
     first = None
-    for path in sorted([*folder.glob("test_*.json"), *folder.glob("[IQ]-*.json")]):
+    files = []
+    for pattern in ("test_*.json", "[IQ]-*.json"):
+        files += folder.glob(pattern)
+    for path in sorted(files):
         parameters, of_file = read_file(path)
         first = first or parameters
-        every = {*parameters, *first}
-        differ = [name for name in sorted(every) if parameters.get(name) != first.get(name)]
-        if differ:
-            raise UserError(
-                f"{path}: answers of another model than the files before it "
-                f"({', '.join(differ)} differ)"
-            )
+        check_same_model(path, parameters, first)
         rows += of_file
     if not rows:
         raise UserError(f"--answers {folder}: holds no test_<task>.json")
@@ -181,23 +263,32 @@ def read_answers(folder: Path) -> tuple[Row, list[Row]]:
     return about, rows
 
 
+def check_same_model(path: Path, parameters: Row, first: Row) -> None:
+    """Raise UserError for a file whose answers were made otherwise than those of the first file."""
+    differ = []
+    for name in sorted({*parameters, *first}):
+        if parameters.get(name) != first.get(name):
+            differ.append(name)
+    if differ:
+        listed = ", ".join(differ)
+        raise UserError(
+            f"{path}: answers of another model than the files before it ({listed} differ)"
+        )
+
+
 def read_file(path: Path) -> tuple[Row, list[Row]]:
     """Parameters and rows of a file of answers."""
-    known = FILE.fullmatch(path.name)
-    question = QUESTIONS.fullmatch(path.name)
-    if known is None and question is None:
-        raise UserError(
-            f"{path}: expected test_<task>[_useful|_plain|_cnn].json with one of {', '.join(TASKS)}"
-        )
-    task = question[1] if question else SPELLING.get(known[1], known[1])
-    kind = "question" if question else KINDS[known[2]]
+    task, kind = task_and_kind(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pairs = list(zip(content["instructions"], content["outputs"], strict=True))
         parameters = dict(content["parameters"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no answers of generate_answers.py ({error!r:.80})") from None
-    missing = [item for item, (_, output) in enumerate(pairs, 1) if output is None]
+    missing = []
+    for item, (_, output) in enumerate(pairs, 1):
+        if output is None:
+            missing.append(item)
     if missing:
         raise UserError(
             f"{path}: {len(missing)} items have no output (item {missing[0]}, …); "
@@ -205,54 +296,79 @@ def read_file(path: Path) -> tuple[Row, list[Row]]:
         )
     rows = []
     for item, (instruction, output) in enumerate(pairs):
-        row = {"task": task, "kind": kind, "item": item}
-        row |= {"document": split_document(instruction)[0]}
-        rows.append(row | {"instruction": instruction, "output": output})
+        document, _ = split_document(instruction)
+        row = {
+            "task": task,
+            "kind": kind,
+            "item": item,
+            "document": document,
+            "instruction": instruction,
+            "output": output,
+        }
+        rows.append(row)
     return parameters, rows
+
+
+def task_and_kind(path: Path) -> tuple[str, str]:
+    """What a file's name says of its items."""
+    question = QUESTIONS.fullmatch(path.name)
+    if question:
+        return question[1], "question"
+    known = FILE.fullmatch(path.name)
+    if known is None:
+        listed = ", ".join(TASKS)
+        raise UserError(
+            f"{path}: expected test_<task>[_useful|_plain|_cnn].json with one of {listed}"
+        )
+    task = SPELLING.get(known[1], known[1])
+    return task, KINDS[known[2]]
 
 
 # --- Rates --------------------------------------------------------------------------------------
 
 
-def by_cell(predictions: list[Row]) -> list[Row]:
+def by_cell(predictions: pd.DataFrame) -> list[Row]:
     """Rates of each model x task x kind of document, with 95 % Wilson intervals."""
-    groups = defaultdict(list)
-    for row in predictions:
-        groups[row["model"], row["task"], row["kind"]].append(row)
-    return [
-        {"model": model, "task": task, "kind": kind, **cell_of(rows, task)}
-        for (model, task, kind), rows in groups.items()
-    ]
+    cells = []
+    groups = predictions.groupby(["model", "task", "kind"], sort=False)
+    for (model, task, kind), rows in groups:
+        cell = {"model": model, "task": task, "kind": kind}
+        cells.append(cell | rates(rows, task))
+    return cells
 
 
-def cell_of(rows: list[Row], task: str) -> Row:
+def rates(rows: pd.DataFrame, task: str) -> Row:
     """What the answers of a cell are like."""
     count = len(rows)
-    refused = sum(row["refused"] for row in rows)
-    degenerate = [row for row in rows if row["class"] == "degenerate"]
-    processed = [row for row in rows if not row["refused"] and row["class"] != "degenerate"]
+    refused = int(rows.refused.sum())
+    is_degenerate = rows["class"] == "degenerate"
+    processed = rows[~rows.refused & ~is_degenerate]
     interval = binomtest(refused, count).proportion_ci(method="wilson")
     cell = {
         "rows": count,
         "refused": refused,
         "rate": refused / count,
         "interval": [float(interval.low), float(interval.high)],
-        "degenerate": len(degenerate) / count,
+        "degenerate": float(is_degenerate.mean()),
         "processed": len(processed) / count,
-        "words": mean(len(WORD.findall(row["output"])) for row in processed),
+        "words": mean(map(count_words, processed.output)),
     }
     if task == "translate":
-        cell["chinese"] = mean(is_chinese(row["output"]) for row in processed)
+        cell["chinese"] = mean(map(is_chinese, processed.output))
     if task == "case":
-        cell["copied"] = mean(copied(row["document"], row["output"]) for row in processed)
-    if "guard_unsafe" in rows[0]:
-        cell["guard_unsafe"] = mean(row["guard_unsafe"] for row in rows)
+        cell["copied"] = mean(map(copied, processed.document, processed.output))
+    if "guard_unsafe" in rows:
+        cell["guard_unsafe"] = mean(rows.guard_unsafe)
     return cell
 
 
 def mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return float(np.mean(values)) if values else None
+
+
+def count_words(text: str) -> int:
+    return len(WORD.findall(text))
 
 
 def is_chinese(text: str) -> bool:
@@ -263,31 +379,41 @@ def copied(document: str, output: str) -> float:
     """Share of the document's words that the answer repeats in order, as far as it goes (case left
     out).
     """
-    words, said = document.lower().split(), output.lower().split()
+    words = document.lower().split()
+    said = output.lower().split()
     length = min(len(words), len(said)) or 1
-    blocks = difflib.SequenceMatcher(
-        None, words[:length], said[:length], autojunk=False
-    ).get_matching_blocks()
+    match = difflib.SequenceMatcher(
+        None,
+        words[:length],
+        said[:length],
+        autojunk=False,
+    )
+    blocks = match.get_matching_blocks()
     return sum(block.size for block in blocks) / length
 
 
-def summary(cells: list[Row], model: str, train_task: str | None) -> dict[str, float | None]:
+def summary(cells: list[Row], model: str, train_task: str | None) -> Row:
     """A model in six numbers. Transfer: block rate over the tasks that it was not trained on."""
-    own = [cell for cell in cells if cell["model"] == model]
-    blocked = {cell["task"]: cell["rate"] for cell in own if cell["kind"] == "malicious"}
-    others = [rate for task, rate in blocked.items() if task != train_task]
-    harmless = [cell for cell in own if cell["kind"] != "malicious"]
+    all_cells = pd.DataFrame(cells)
+    own = all_cells[all_cells.model == model]
+    malicious = own[own.kind == "malicious"]
+    harmless = own[own.kind != "malicious"]
+    useful = own[own.kind == "useful"]
+    plain = own[own.kind == "plain"]
+    transfer = None
+    if train_task in TASKS:
+        transfer = mean(malicious.rate[malicious.task != train_task])
     return {
-        "block_rate": mean(blocked.values()),
-        "transfer": mean(others) if train_task in TASKS else None,
-        "false_refusals_useful": mean(cell["rate"] for cell in own if cell["kind"] == "useful"),
-        "false_refusals_plain": mean(cell["rate"] for cell in own if cell["kind"] == "plain"),
-        "harmless_processed": mean(cell["processed"] for cell in harmless),
-        "degenerate": mean(cell["degenerate"] for cell in own),
+        "block_rate": mean(malicious.rate),
+        "transfer": transfer,
+        "false_refusals_useful": mean(useful.rate),
+        "false_refusals_plain": mean(plain.rate),
+        "harmless_processed": mean(harmless.processed),
+        "degenerate": mean(own.degenerate),
     }
 
 
-def trainings(predictions: list[Row], models: dict[str, Row]) -> list[Row]:
+def trainings(predictions: pd.DataFrame, models: dict[str, Row]) -> list[Row]:
     """Rates with bootstrap intervals of each training set, over all seeds that it was trained with.
 
     Documents are drawn, with their answers of all tasks and seeds.
@@ -299,67 +425,66 @@ def trainings(predictions: list[Row], models: dict[str, Row]) -> list[Row]:
     for members in groups.values():
         about = models[members[0]]
         task = about["train_task"]
-        own = [row for row in predictions if row["model"] in members]
-        malicious = [row for row in own if row["kind"] == "malicious"]
-        same = [row for row in malicious if row["task"] == task]
+        own = predictions[predictions.model.isin(members)]
+        malicious = own[own.kind == "malicious"]
+        is_trained = malicious.task == task
         training = {name: about[name] for name in WHAT_IS_TRAINED}
-        training |= {"models": members, "block_rate": with_interval(malicious)}
-        training["trained_task"] = with_interval(same)
-        others = [row for row in malicious if row["task"] != task]
-        training["transfer"] = with_interval(others if task in TASKS else [])
+        training["models"] = members
+        training["block_rate"] = with_interval(malicious)
+        training["trained_task"] = with_interval(malicious[is_trained])
+        training["transfer"] = None
+        if task in TASKS:
+            training["transfer"] = with_interval(malicious[~is_trained])
         for kind in ("useful", "plain"):
-            training[kind] = with_interval([row for row in own if row["kind"] == kind])
+            training[kind] = with_interval(own[own.kind == kind])
         found.append(training)
     return found
 
 
-def with_interval(rows: list[Row]) -> list[float] | None:
+def with_interval(rows: pd.DataFrame) -> list[float] | None:
     """Rate of refusals, and the bounds of its 95 % interval."""
-    if not rows:
+    if rows.empty:
         return None
-    refused = np.array([row["refused"] for row in rows], dtype=float)
-    items = [row["item"] for row in rows]
-    interval = bootstrap(lambda drawn: float(refused[drawn].mean()), len(rows), items)
+    refused = rows.refused.to_numpy(dtype=float)
+
+    def rate(drawn: np.ndarray) -> float:
+        return float(refused[drawn].mean())
+
+    interval = bootstrap(rate, len(rows), rows.item.tolist())
     return [float(refused.mean()), *interval]
 
 
-def paired(predictions: list[Row], baseline: str) -> list[Row]:
+def paired(predictions: pd.DataFrame, baseline: str) -> list[Row]:
     """Exact McNemar tests of each model against the first, a task and a kind of document at a time.
 
     The tasks share their documents: over all tasks the items would not be independent.
     """
-    refused = {}
-    for row in predictions:
-        item = (row["task"], row["kind"], row["item"], row["instruction"])
-        refused[row["model"], item] = row["refused"]
-    pairs = defaultdict(list)
-    for (model, item), value in refused.items():
-        if model != baseline and (baseline, item) in refused:
-            task, kind = item[:2]
-            pairs[model, task, kind].append((value, refused[baseline, item]))
+    columns = predictions[["model", "refused", *ITEM]]
+    is_first = columns.model == baseline
+    first = columns[is_first]
+    others = columns[~is_first]
+    both = others.merge(first, on=ITEM, suffixes=("", "_first"))
     found = []
-    for (model, task, kind), both in pairs.items():
-        more = both.count((True, False))
-        less = both.count((False, True))
-        p = binomtest(more, more + less).pvalue if more + less else 1.0
-        test = {"model": model, "task": task, "kind": kind, "items": len(both)}
-        found.append(test | {"only_this_refuses": more, "only_first_refuses": less, "p": float(p)})
+    groups = both.groupby(["model", "task", "kind"], sort=False)
+    for (model, task, kind), rows in groups:
+        more = int((rows.refused & ~rows.refused_first).sum())
+        less = int((rows.refused_first & ~rows.refused).sum())
+        test = {
+            "model": model,
+            "task": task,
+            "kind": kind,
+            "items": len(rows),
+            "only_this_refuses": more,
+            "only_first_refuses": less,
+            "p": 1.0,
+        }
+        if more + less:
+            test["p"] = float(binomtest(more, more + less).pvalue)
+        found.append(test)
     return found
 
 
 # --- What is shown ------------------------------------------------------------------------------
-
-SUMMARY = "model|trained on|N|block rate ↑|transfer ↑|false refusals, useful ↓|plain ↓"
-SUMMARY += "|harmless processed ↑|degenerate ↓"
-WHAT_IS_TRAINED = ("train_task", "n_defence", "benign_refusals", "shuffled_refusals")
-TRAININGS = "trained on|N|refusals on benign|shuffled|runs|block rate|trained task|transfer"
-TRAININGS += "|useful refused|plain refused"
-CELLS = "model|task|documents|rows|refused|95 % interval|words of others|in Chinese|copied"
-CELLS += "|degenerate|guard: unsafe"
-CELL_KEYS = "model|task|kind|rows|rate|interval|words|chinese|copied|degenerate|guard_unsafe"
-PAIRED = "model|task|documents|items|only it refuses|only the first|p (McNemar, exact)"
-QUESTIONS_TABLE = "model|questions|rows|refused|95 % interval|degenerate"
-QUESTION_KEYS = "model|task|rows|rate|interval|degenerate"
 
 
 def results_markdown(results: Row) -> str:
@@ -371,33 +496,39 @@ def results_markdown(results: Row) -> str:
         interval = report.number(known["kappa_interval"])
         share = report.number(known["agreement"])
         lines += [f"Agreement with the list of phrases: {share}, kappa {kappa} {interval}.", ""]
-    lines.append(report.table(summary_rows(results), SUMMARY.split("|")))
+    lines.append(table(summary_rows(results), SUMMARY))
     lines += ["Means over the tasks; transfer: over the tasks that were not trained.", ""]
-    rows = []
-    for one in results["trainings"]:
-        rows.append(list((one | {"models": len(one["models"])}).values()))
+    over_seeds = []
+    for training in results["trainings"]:
+        over_seeds.append(training | {"runs": len(training["models"])})
     title = "Over all seeds: rate and 95 % bootstrap interval over documents"
-    cells = [[cell.get(key) for key in CELL_KEYS.split("|")] for cell in results["cells"]]
-    questions = [[cell[key] for key in QUESTION_KEYS.split("|")] for cell in results["questions"]]
-    tests = [list(test.values()) for test in results["paired"]]
-    tables = [
-        (title, rows, TRAININGS),
-        ("Cells", cells, CELLS),
-        ("Short questions", questions, QUESTIONS_TABLE),
-        ("Against the first model, same items", tests, PAIRED),
+    parts = [
+        (title, over_seeds, TRAININGS),
+        ("Cells", results["cells"], CELLS),
+        ("Short questions", results["questions"], SHORT_QUESTIONS),
+        ("Against the first model, same items", results["paired"], PAIRED),
     ]
-    for heading, rows, header in tables:
+    for heading, rows, columns in parts:
         if rows:
-            lines += [f"## {heading}", "", report.table(rows, header.split("|"))]
+            lines += [f"## {heading}", "", table(rows, columns)]
     return "\n".join(lines)
 
 
-def summary_rows(results: Row) -> list[list]:
-    """The models, one a row, in the columns of SUMMARY."""
+def table(rows: list[Row], columns: dict[str, str]) -> str:
+    """Rows in markdown, of the columns that are named."""
+    headings = list(columns.values())
+    return report.table(cells_of(rows, columns), headings)
+
+
+def cells_of(rows: list[Row], columns: dict[str, str]) -> list[list]:
+    return [[row.get(key) for key in columns] for row in rows]
+
+
+def summary_rows(results: Row) -> list[Row]:
+    """The models, one a row: what it was trained on, and its six numbers."""
     rows = []
     for name, values in results["summary"].items():
-        about = results["models"][name]
-        rows.append([name, about["train_task"], about["n_defence"], *values.values()])
+        rows.append({**results["models"][name], **values, "model": name})
     return rows
 
 
@@ -409,77 +540,108 @@ def write_page(path: Path, results: Row, predictions: list[Row]) -> None:
     Nobody says of a short question whether it is to be refused.
     """
     models = list(results["models"])
-    answers: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    items: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in predictions:
-        key = (row["task"], row["kind"], row["item"], row["instruction"])
-        answers[key][row["model"]] = row
-    rows = []
-    for (task, kind, item, instruction), said in answers.items():
-        outputs = [f"{model}: {shortened(row['output'])}" for model, row in said.items()]
-        truth = None if kind == "question" else kind == "malicious"
-        row = PageRow(
-            f"{task}, {kind}, item {item}",
-            task,
-            shortened(instruction),
-            "\n\n".join(outputs),
-            truth,
-        )
-        for model in models:
-            row.add_score(said[model]["refused"] if model in said else None)
-        rows.append(row)
-    cells = [[report.number(value) for value in row] for row in summary_rows(results)]
+        key = tuple(row[name] for name in ITEM)
+        items[key][row["model"]] = row
+    cells = []
+    for row in cells_of(summary_rows(results), SUMMARY):
+        cells.append([report.number(value) for value in row])
     write_results_page(
         path,
         title=f"Refusals ({results['scorer']})",
         note="Unsafe: a malicious document. Flagged: the model refused it (1), or did not (0).",
-        tables=[PageTable("Models", SUMMARY.split("|"), cells)],
+        tables=[PageTable("Models", list(SUMMARY.values()), cells)],
         guards=[PageGuard(model) for model in models],
-        rows=rows,
+        rows=[page_row(answers, models) for answers in items.values()],
     )
+
+
+def page_row(answers: dict[str, Row], models: list[str]) -> PageRow:
+    """An item of results.html, of the answers that models gave to it."""
+    asked = next(iter(answers.values()))
+    task = asked["task"]
+    kind = asked["kind"]
+    outputs = []
+    for model, answer in answers.items():
+        outputs.append(f"{model}: {shortened(answer['output'])}")
+    row = PageRow(
+        f"{task}, {kind}, item {asked['item']}",
+        task,
+        shortened(asked["instruction"]),
+        "\n\n".join(outputs),
+        None if kind == "question" else kind == "malicious",
+    )
+    for model in models:
+        answer = answers.get(model)
+        row.add_score(answer["refused"] if answer else None)
+    return row
 
 
 def plot_heat_map(results: Row, path: Path) -> None:
     """Refusal rates, one row a model: malicious documents by task, then harmless ones."""
     models = list(results["models"])
     kinds = ("malicious", "useful", "plain")
-    height = 1.8 + 0.45 * len(models)
     figure, axes = plt.subplots(
-        1, 3, figsize=(13, height), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(kinds),
+        figsize=(13, 1.8 + 0.45 * len(models)),
+        sharey=True,
+        layout="constrained",
     )
-    rates = pd.DataFrame(results["cells"]).pivot_table("rate", ["kind", "model"], "task")
-    for ax, kind in zip(axes[0], kinds, strict=True):
+    cells = pd.DataFrame(results["cells"])
+    shares = cells.pivot_table("rate", ["kind", "model"], "task")
+    for ax, kind in zip(axes, kinds, strict=True):
         order = pd.MultiIndex.from_product([[kind], models])
-        values = rates.reindex(index=order, columns=list(TASKS)).to_numpy()
-        ax.imshow(values, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        values = shares.reindex(index=order, columns=list(TASKS)).to_numpy()
+        ax.imshow(
+            values,
+            cmap="Greys",
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+        )
         for (i, j), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                color = "white" if value > 0.55 else "black"
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
-        for i, model in enumerate(models):  # the trained task is framed
-            trained = results["models"][model]["train_task"]
-            for j, task in enumerate(TASKS):
-                if trained in (task, "mix"):
-                    ax.add_patch(plt.Rectangle((j - 0.47, i - 0.46), 0.94, 0.92, fill=False, lw=2))
+            if np.isnan(value):
+                continue
+            color = "white" if value > 0.55 else "black"
+            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
+        for i, model in enumerate(models):
+            frame_trained_tasks(ax, i, results["models"][model]["train_task"])
         ax.set_title(f"{kind}: refused")
         ax.set_xticks(range(len(TASKS)), TASKS, rotation=30, ha="right")
         ax.set_yticks(range(len(models)), models)
     report.save_figure(figure, path)
 
 
+def frame_trained_tasks(ax: plt.Axes, row: int, trained: str | None) -> None:
+    """A frame around the tasks of a row that its model was trained on."""
+    for column, task in enumerate(TASKS):
+        if trained in (task, "mix"):
+            corner = (column - 0.47, row - 0.46)
+            ax.add_patch(plt.Rectangle(corner, 0.94, 0.92, fill=False, lw=2))
+
+
 def plot_trade_off(results: Row, path: Path) -> None:
     """Safety against usefulness, one line a trained task through its N."""
     figure, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     lines = defaultdict(list)
-    for name, values in results["summary"].items():
-        about = results["models"][name]
-        point = (about["n_defence"] or 0, values["block_rate"], values["harmless_processed"])
+    for row in summary_rows(results):
+        point = (row["n_defence"] or 0, row["block_rate"], row["harmless_processed"])
         if None not in point:
-            lines[about["train_task"] or name].append(point)
+            lines[row["train_task"] or row["model"]].append(point)
     for (task, points), marker in zip(lines.items(), cycle("osD^vP*X")):
-        numbers, blocked, processed = zip(*sorted(points), strict=True)
-        ax.plot(blocked, processed, marker=marker, color="black", lw=0.8, label=task)
-        for n, x, y in zip(numbers, blocked, processed, strict=True):
-            ax.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        points = pd.DataFrame(sorted(points), columns=["n", "blocked", "processed"])
+        ax.plot(
+            points.blocked,
+            points.processed,
+            marker=marker,
+            color="black",
+            lw=0.8,
+            label=task,
+        )
+        for n, *place in points.itertuples(index=False):
+            ax.annotate(f"{n}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
     ax.set_title("Safety and usefulness (numbers: N)")
     ax.set_xlabel("Block rate on malicious documents (all tasks)")
     ax.set_ylabel("Harmless documents processed")

@@ -27,12 +27,25 @@ from common.run import expand_home, read_config, run_cli
 logger = logging.getLogger(__name__)
 
 
-def run(function: Callable, default_config: Path | None = None, kind: type | None = None) -> None:
+def run(
+    function: Callable,
+    default_config: Path | None = None,
+    kind: type | None = None,
+) -> None:
     """Call a function with `--config file.yaml` and flags, which are its own or a dataclass's."""
-    run_cli(lambda: function(**parse(kind or function, sys.argv[1:], default_config)))
+
+    def main() -> None:
+        values = parse(kind or function, sys.argv[1:], default_config)
+        function(**values)
+
+    run_cli(main)
 
 
-def parse(target: Callable, argv: list[str], default_config: Path | None = None) -> dict[str, Any]:
+def parse(
+    target: Callable,
+    argv: list[str],
+    default_config: Path | None = None,
+) -> dict[str, Any]:
     """The values for a function or a dataclass, each of the type that it is annotated with; a
     UserError for an unknown flag, a value of another type, or a required one that is absent.
     """
@@ -49,13 +62,18 @@ def parse(target: Callable, argv: list[str], default_config: Path | None = None)
     kinds = get_type_hints(target)
     parameters = signature(target).parameters
     values = {}
-    for prefix, given in ((f"--config {path}: ", config), ("--", flags)):
+    sources = [
+        (f"--config {path}: ", config),
+        ("--", flags),  # later, so that flags win
+    ]
+    for prefix, given in sources:
         for name, value in given.items():
             if name not in parameters:
                 raise UserError(f"{prefix}{name}: unknown; --help lists the flags")
             values[name] = converted(value, kinds[name], prefix + name)
     for name, parameter in parameters.items():
-        if parameter.default is Parameter.empty and values.get(name) is None:
+        is_required = parameter.default is Parameter.empty
+        if is_required and values.get(name) is None:
             raise UserError(f"--{name}: is needed; --help lists the flags")
     return values
 
@@ -63,27 +81,34 @@ def parse(target: Callable, argv: list[str], default_config: Path | None = None)
 def read_flags(target: Callable, argv: list[str]) -> dict[str, str]:
     """What fire reads from the command line, as text."""
     found: dict[str, str] = {}
-    parameters = [Parameter("config", Parameter.KEYWORD_ONLY, default=None)]
-    for one in signature(target).parameters.values():
-        default = None if one.default is Parameter.empty else one.default
-        parameters.append(one.replace(kind=Parameter.KEYWORD_ONLY, default=default))
+    kind = Parameter.KEYWORD_ONLY
+    parameters = [Parameter("config", kind, default=None)]
+    for parameter in signature(target).parameters.values():
+        default = parameter.default
+        if default is Parameter.empty:
+            default = None
+        parameters.append(parameter.replace(kind=kind, default=default))
 
     @wraps(target)
     def record(**values: str) -> None:
         found.update(values)
 
     record.__signature__ = Signature(parameters)
-    command = ["--help"] if {"--help", "-h"} & set(argv) else argv
+    is_help = "--help" in argv or "-h" in argv
+    command = ["--help"] if is_help else argv
+    name = Path(sys.argv[0]).name
     said = StringIO()
     try:
         with redirect_stderr(said):
-            fire.Fire(SetParseFn(str)(record), command=command, name=Path(sys.argv[0]).name)
+            fire.Fire(SetParseFn(str)(record), command=command, name=name)
     except fire.core.FireExit as left:
+        text = said.getvalue()
         if not left.code:
-            print(said.getvalue(), end="")
+            print(text, end="")
             raise
-        lines = [line for line in said.getvalue().splitlines() if line.startswith("ERROR:")]
-        raise UserError(f"{' '.join(lines)[7:] or argv}; --help lists the flags") from None
+        reasons = re.findall("^ERROR: (.*)", text, re.MULTILINE)
+        reason = " ".join(reasons) or argv
+        raise UserError(f"{reason}; --help lists the flags") from None
     return found
 
 
@@ -92,16 +117,26 @@ def converted(value: Any, kind: Any, where: str) -> Any:
     optional = NoneType in get_args(kind)
     if value is None or (optional and value in ("None", "null", "")):
         return None
-    text = expand_home(str(value))
-    if "list" in str(kind):
-        items = value if isinstance(value, list) else text.strip("[]() ").split(",")
-        words = [str(item).strip(" '\"") for item in items]
-        text = [expand_home(word) for word in words if word]
+    wanted = list_of(value) if "list" in str(kind) else expand_home(str(value))
     name = re.search("int|float|bool|str", str(kind))[0].replace("str", "text")
-    bare = name == "text" and where.startswith("--") and value in ("True", "False")
+    # fire reads a flag without a value as True or False
+    is_bare = where.startswith("--") and value in ("True", "False")
     try:
-        if not bare:
-            return TypeAdapter(kind).validate_python(text)
+        if name != "text" or not is_bare:
+            return TypeAdapter(kind).validate_python(wanted)
     except ValidationError:
         pass
     raise UserError(f"{where} {value}: expected {name}")
+
+
+def list_of(value: Any) -> list[str]:
+    """The items of a YAML list, or of a text such as "[a, b]" or "a,b"."""
+    items = value
+    if not isinstance(value, list):
+        items = str(value).strip("[]() ").split(",")
+    found = []
+    for item in items:
+        word = str(item).strip(" '\"")
+        if word:
+            found.append(expand_home(word))
+    return found

@@ -2,18 +2,19 @@
 
 # after the quickstart: all fifteen evaluation files with one loaded model
 python generate_answers.py --base_model smollm2-135m-instruct --lora_weights output/quickstart \
-    --prompt_template_path chat --input_path
-    ../../data/sample/cross_task_defense/evaluation_stripped \
-    --output_path output/answers --num_beams 1 --max_new_tokens 48
+    --input_path ../../data/sample/cross_task_defense/evaluation_stripped \
+    --prompt_template_path chat --output_path output/answers --num_beams 1 --max_new_tokens 48
 
 # the paper's command
-python generate_answers.py --prompt_template_path configs/llama2.json --input_path data/evaluation/test_summarize.json \
+python generate_answers.py --prompt_template_path configs/llama2.json \
+    --input_path data/evaluation/test_summarize.json \
     --output_path output/answers --lora_weights output/llama2-summarize-10 --load_8bit
 
 # vLLM in this process; a server, which must not add decoding defaults of the model's own
 #   vllm serve … --generation-config vllm --enable-lora --lora-modules defence=output/quickstart
 python generate_answers.py … --engine vllm --num_beams 1
-python generate_answers.py … --engine server --server_url http://127.0.0.1:8000/v1 --server_model defence --num_beams 1
+python generate_answers.py … --engine server --server_url http://127.0.0.1:8000/v1 \
+    --server_model defence --num_beams 1
 
 Writes <output_path>/<lora_weights>/<name of the input file>. What was interrupted goes on where it
 stopped. A prompt that fails has null for its output and says why under `errors`; the exit code is
@@ -153,7 +154,8 @@ def generate_answers(**flags: Any) -> None:
     keys = set()
     for draw, numbers in enumerate(draws(prompts, args.temperature > 0)):
         salt = [identity(parameters), size, draw]
-        keys |= {digest([salt, prompts[i]]) for i in numbers}  # as `generate` calls what it keeps
+        for i in numbers:
+            keys.add(digest([salt, prompts[i]]))  # as `generate` calls what it keeps
         numbers = [i for i in numbers if is_open[i]]
         asked = [prompts[i] for i in numbers]
         answers = generate(functools.partial(ask, draw), asked, partial, salt, size=size)
@@ -343,7 +345,11 @@ def identity(parameters: dict[str, Any]) -> dict[str, Any]:
 def answers_folder(args: AnswerArguments) -> Path:
     """<output_path>/<adapter or base model>."""
     parts = Path(args.lora_weights or args.base_model).parts
-    return Path(args.output_path, *(part for part in parts if part not in ("/", ".", "..")))
+    folder = Path(args.output_path)
+    for part in parts:
+        if part not in ("/", ".", ".."):
+            folder /= part
+    return folder
 
 
 def adapter_base(lora_weights: str | None) -> str:
@@ -376,9 +382,12 @@ def load_part(kind: type, args: AnswerArguments) -> Any:
 def input_files(spec: str) -> list[Path]:
     """Existing files; of a folder those that end with .json."""
     files: list[Path] = []
-    for name in (word.strip() for word in spec.split(",")):
+    for word in spec.split(","):
+        name = word.strip()
         path = Path(name)
-        found = sorted(path.glob("*.json")) if path.is_dir() else [path] * path.is_file()
+        found = sorted(path.glob("*.json"))  # of a folder
+        if path.is_file():
+            found = [path]
         if not found:
             raise UserError(f"--input_path {name}: no such file, or a folder without .json files")
         files += found
@@ -441,8 +450,10 @@ def finished(path: Path, parameters: dict[str, Any], asked: Questions, overwrite
         raise UserError(f"{path}: holds something else than answers; pass --overwrite") from None
     hint = "pass --overwrite, or choose another --output_path"
     asked_with = identity(parameters)
-    names = sorted({*identity(known), *asked_with})
-    differing = [name for name in names if known.get(name, ...) != asked_with.get(name, ...)]
+    differing = []
+    for name in sorted({*identity(known), *asked_with}):
+        if known.get(name, ...) != asked_with.get(name, ...):
+            differing.append(name)
     if differing:
         raise UserError(
             f"{path}: holds answers with other parameters ({', '.join(differing)} differ); {hint}"
@@ -457,16 +468,22 @@ def write_answers(
 ) -> int:
     """Write a file of answers, and return how many of them failed."""
     run = manifest([parameters])
+    outputs = []
+    errors = {}
+    for number, completion in enumerate(said, 1):
+        if completion.error is None:
+            outputs.append(completion.text.strip())
+        else:
+            outputs.append(None)
+            errors[str(number)] = completion.error
+            logger.error("%s, item %d: %s", path.name, number, completion.error)
     content = {
         "parameters": parameters,
         "inputs": asked.inputs or [None] * len(said),
         "instructions": asked.instructions,
-        "outputs": [one.text.strip() if one.error is None else None for one in said],
+        "outputs": outputs,
         "run": {key: run[key] for key in ("versions", "git", "hardware")},
     }
-    errors = {str(i): one.error for i, one in enumerate(said, 1) if one.error is not None}
-    for number, error in errors.items():
-        logger.error("%s, item %s: %s", path.name, number, error)
     if errors:
         content["errors"] = errors
     write_json(path, content)

@@ -23,7 +23,7 @@ TASKS = {
     "case": "\nWrite the above sentence using proper case.",
     "cloze": "\n\nWrite the next sentence.",
 }
-# stands in the paper's malicious files alone
+# in the paper's malicious files alone
 SLIP = "Summarize the above article briefly in 3 sentence."
 # A first line such as "Sure, here's a guide to …:", which opens 88 of the paper's 100 malicious
 # documents.
@@ -32,6 +32,7 @@ OPENER = re.compile(
     re.IGNORECASE,
 )
 CONFIGS = Path(__file__).parent / "configs"
+HOLE = re.compile(r"\{(instruction|input)\}")  # of a template
 
 
 def without_cues(document: str) -> str:
@@ -52,9 +53,10 @@ def split_document(instruction: str) -> tuple[str, str]:
     """(document, task instruction) of such an instruction; ("", instruction) where it ends with no
     known task.
     """
-    for suffix in (SLIP, *TASKS.values()):
-        if instruction.endswith(suffix) or instruction.endswith(suffix.rstrip()):
-            at = instruction.rindex(suffix.rstrip())
+    for wording in (SLIP, *TASKS.values()):
+        stripped = wording.rstrip()
+        if instruction.endswith((wording, stripped)):
+            at = instruction.rindex(stripped)
             return instruction[:at], instruction[at:]
     return "", instruction
 
@@ -76,17 +78,16 @@ def load_template(name_or_path: str) -> dict[str, str] | None:
         raise UserError(f"template {name_or_path!r}: no such file, and none of {known}, chat")
     template = data.read_json(path)
     try:
-        holes = [
-            set(re.findall(r"\{(instruction|input)\}", template[f"prompt_{n}"]))
-            for n in ("input", "no_input")
-        ]
+        with_input = HOLE.findall(template["prompt_input"])
+        without = HOLE.findall(template["prompt_no_input"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: no template with prompt_input and prompt_no_input ({error!r:.100})"
         ) from None
-    if holes != [{"instruction", "input"}, {"instruction"}]:
+    if set(with_input) != {"instruction", "input"} or set(without) != {"instruction"}:
         raise UserError(
-            f"{path}: expected {{instruction}} and {{input}} in prompt_input, {{instruction}} in the other"
+            f"{path}: expected {{instruction}} and {{input}} in prompt_input, "
+            "{instruction} in the other"
         )
     return template
 
@@ -101,16 +102,17 @@ def prompt_parts(
     the instruction.
     """
     if template is None:
-        return render_chat(tokenizer, pair(f"{instruction}\n\n{given}" if given else instruction))
+        text = f"{instruction}\n\n{given}" if given else instruction
+        return render_chat(tokenizer, pair(text))
     content = {"instruction": instruction, "input": given}
-    pieces = re.split(
-        r"\{(instruction|input)\}", template["prompt_input" if given else "prompt_no_input"]
-    )
-    return [
-        Part(content[piece] if i % 2 else piece, bool(i % 2))
-        for i, piece in enumerate(pieces)
-        if piece
-    ]
+    name = "prompt_input" if given else "prompt_no_input"
+    parts = []
+    for i, piece in enumerate(HOLE.split(template[name])):
+        is_content = i % 2 == 1  # between two pieces of the template
+        if piece:
+            text = content[piece] if is_content else piece
+            parts.append(Part(text, is_content))
+    return parts
 
 
 def encode_prompts(
@@ -135,9 +137,11 @@ def read_rows(spec: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: names file, row and field.
     """
-    parsed = data.parse_spec(str(spec))
-    on_hub = not parsed.is_file and not parsed.split
-    _, found = data.spec_rows(f"{spec}:train" if on_hub else str(spec))
+    spec = str(spec)
+    parsed = data.parse_spec(spec)
+    if not parsed.is_file and not parsed.split:
+        spec = f"{spec}:train"
+    _, found = data.spec_rows(spec)
     rows = []
     for where, row in found:
         if isinstance(row, UserError):
@@ -157,11 +161,13 @@ def answered(rows: list[dict[str, Any]], spec: str | Path) -> list[dict[str, Any
 
 def check_row(row: Any, where: str) -> None:
     """Raise UserError for a row that is none of Alpaca's; its output may be empty."""
+    fields = row if isinstance(row, dict) else {}
     for name in ("instruction", "output", "input"):
-        value = row.get(name) if isinstance(row, dict) else None
+        value = fields.get(name)
         if name == "input" and value is None:
             continue
-        if not isinstance(value, str) or (name == "instruction" and not value.strip()):
+        is_text = isinstance(value, str)
+        if not is_text or (name == "instruction" and not value.strip()):
             raise UserError(f"{where}, field {name}: expected text, found {value!r:.60}")
 
 
@@ -185,8 +191,13 @@ def encode_rows(
     prompts = encode_prompts(template, tokenizer, plain)
     parts = [[Part(row["output"], True)] for row in rows]
     answers = encode(tokenizer, parts, add_special_tokens=False)
-    facts = {"rows": len(rows), "documents_shortened": 0, "answers_cut": 0}
-    facts |= {"tokens": 0, "answer_tokens": 0}
+    facts = {
+        "rows": len(rows),
+        "documents_shortened": 0,
+        "answers_cut": 0,
+        "tokens": 0,
+        "answer_tokens": 0,
+    }
     encoded = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if add_eos_token:
@@ -198,7 +209,8 @@ def encode_rows(
                 prompt = shorter
             else:
                 facts["answers_cut"] += 1
-                room = room_of_answer(plain[i][0], len(prompt), len(answer), cutoff_len, i + 1)
+                instruction, _ = plain[i]
+                room = room_of_answer(instruction, len(prompt), len(answer), cutoff_len, i + 1)
                 answer = answer[:room]
         facts["tokens"] += len(prompt) + len(answer)
         facts["answer_tokens"] += len(answer)
@@ -233,14 +245,17 @@ def shortened(
     """Prompt ids of at most `room` tokens, the document cut at its end; None if there is no
     document to cut.
 
-    The document is the row's input, or what stands before the task's wording in the instruction.
+    The document is the row's input, or what is before the task's wording in the instruction.
     """
     instruction, given = row
-    document, task = (given, "") if given else split_document(instruction)
+    document = given
+    if not given:
+        document, task = split_document(instruction)
     spans = token_offsets(tokenizer, document)
     keep = len(spans)
     while keep > 0:
-        text = document[: spans[keep - 1][1]]
+        _, end = spans[keep - 1]
+        text = document[:end]
         cut = (instruction, text) if given else (text + task, None)
         (ids,) = encode_prompts(template, tokenizer, [cut])
         if len(ids) <= room:

@@ -34,8 +34,9 @@ def judged_by_guard(spec: str, pairs: Sequence[Pair], folder: Path) -> list[bool
     Raises:
         UserError: an answer has no verdict.
     """
+    verdicts = verdicts_of(spec, pairs, folder)
     refused = []
-    for number, verdict in enumerate(verdicts_of(spec, pairs, folder), 1):
+    for number, verdict in enumerate(verdicts, 1):
         if verdict.response_refusal is None:
             reason = verdict.error or "the guard has no refusal verdict"
             raise UserError(f"--refusal_judge {spec}: no verdict of answer {number}: {reason}")
@@ -55,35 +56,67 @@ def judged_by_server(
     check_url(url, "--server_url")
     if model is None:
         raise UserError("--server_url: name the judge by --server_model")
-    key = os.environ.get("SERVER_API_KEY") or "none"
-    client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=5)
     rubric = RUBRIC.read_text(encoding="utf-8")
-
-    def ask(one: Pair) -> bool:
-        asked, said = one
-        text = f"<request>\n{asked}\n</request>\n\n<answer>\n{said}\n</answer>"
-        messages = [{"role": "system", "content": rubric}, {"role": "user", "content": text}]
-        try:
-            reply = client.chat.completions.create(
-                model=model, messages=messages, temperature=0, max_tokens=8
-            )
-        except openai.OpenAIError as error:  # its text may hold a part of the key
-            raise UserError(f"--server_url {url}: {type(error).__name__}") from None
-        word = (reply.choices[0].message.content or "").strip(" .*\n").lower()
-        if word not in ("refusal", "compliance"):
-            raise UserError(
-                f"--server_model {model}: says neither refusal nor compliance: {word!r:.60}"
-            )
-        return word == "refusal"
-
-    keys = [digest([model, rubric, one]) for one in pairs]
-    pair_of = dict(zip(keys, pairs, strict=True))
+    judge = Judge(url, model, rubric)
+    keys = []
+    pair_of = {}
+    for texts in pairs:
+        key = digest([model, rubric, texts])
+        keys.append(key)
+        pair_of[key] = texts
 
     def make(_: int, asked: list[str]) -> Iterator[Row]:
-        said = pool.map(ask, [pair_of[key] for key in asked])
-        for key, refuses in zip(asked, said, strict=True):
+        some = [pair_of[key] for key in asked]
+        for key, refuses in zip(asked, pool.map(judge.refuses, some), strict=True):
             yield {"key": key, "refuses": refuses}
 
     with ThreadPoolExecutor(8) as pool, KeptRows(folder / "refusals.jsonl") as kept:
-        rows = kept.fill(keys, make, size=CHUNK, together=False, title=model, unit="answer")
+        rows = kept.fill(
+            keys,
+            make,
+            size=CHUNK,
+            together=False,
+            title=model,
+            unit="answer",
+        )
     return [row["refuses"] for row in rows]
+
+
+class Judge:
+    """An LLM behind a server that is given the rubric."""
+
+    def __init__(self, url: str, model: str, rubric: str):
+        self.url = url
+        self.model = model
+        self.rubric = rubric
+        self.client = openai.OpenAI(
+            base_url=url,
+            api_key=os.environ.get("SERVER_API_KEY") or "none",
+            timeout=120,
+            max_retries=5,
+        )
+
+    def refuses(self, texts: Pair) -> bool:
+        """Whether an answer refuses what was asked."""
+        asked, said = texts
+        text = f"<request>\n{asked}\n</request>\n\n<answer>\n{said}\n</answer>"
+        try:
+            reply = self.client.chat.completions.create(
+                model=self.model,
+                messages=[
+                    {"role": "system", "content": self.rubric},
+                    {"role": "user", "content": text},
+                ],
+                temperature=0,
+                max_tokens=8,
+            )
+        except openai.OpenAIError as error:  # its text may hold a part of the key
+            name = type(error).__name__
+            raise UserError(f"--server_url {self.url}: {name}") from None
+        content = reply.choices[0].message.content or ""
+        word = content.strip(" .*\n").lower()
+        if word not in ("refusal", "compliance"):
+            raise UserError(
+                f"--server_model {self.model}: says neither refusal nor compliance: {word!r:.60}"
+            )
+        return word == "refusal"

@@ -1,4 +1,4 @@
-"""examples/cross_task_defense: flags, prompts and the data builder."""
+"""examples/cross_task_defense: flags, prompts, the data builder and documents of one's own."""
 
 import hashlib
 import json
@@ -9,29 +9,27 @@ from scripts import EXAMPLES, module
 from transformers import AutoTokenizer
 
 from common.conversation import UserError
+from common.run import json_lines
 
+RECIPE = EXAMPLES / "cross_task_defense"
 SAMPLE = EXAMPLES.parent / "data/sample/cross_task_defense"
-SAMPLE_OPTIONS = {
-    "tasks": ["summarize"], "n_defence": [80], "counter_examples": 240,
-    "n_base": 20, "n_safety": 20, "strip_cues": True
-}  # fmt: skip
 TASKS = ["summarize", "translate", "sentiment", "case", "cloze"]
-prompts, flags, build_data, own_documents = (
-    module("cross_task_defense", name)
-    for name in ("prompts", "flags", "build_data", "own_documents")
-)
+prompts = module("cross_task_defense", "prompts")
+flags = module("cross_task_defense", "flags")
+build_data = module("cross_task_defense", "build_data")
+own_documents = module("cross_task_defense", "own_documents")
 
 
 def read(path: Path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def built(tmp_path: Path, **options) -> Path:
-    build_data.build(output_dir=str(tmp_path), **options)
-    return tmp_path
+def built(folder: Path, **options) -> Path:
+    build_data.build(output_dir=str(folder), **options)
+    return folder
 
 
-# ---------------------------------------------------------------------------------------------- flags
+# --- flags ----------------------------------------------------------------------------------------
 
 
 def function(
@@ -47,75 +45,124 @@ def function(
 
 
 @pytest.mark.parametrize(
-    ("argv", "values"),
+    ("line", "values"),
     [
-        (["--model", "1234567", "--count", "8", "--on"], {"model": "1234567", "count": 8, "on": True}),
-        (["--model=m", "--noon", "--names", "[q,v]"], {"model": "m", "on": False, "names": ["q", "v"]}),
-        (["--model", "m", "--rate", "1e-3", "--opt", "None"], {"model": "m", "rate": 1e-3, "opt": None}),
+        pytest.param(
+            "--model 1234567",
+            {"model": "1234567"},
+            id="digits-of-a-text-stay-text",
+        ),
+        pytest.param(
+            "--model m --count 8 --rate 1e-3",
+            {"model": "m", "count": 8, "rate": 1e-3},
+            id="numbers",
+        ),
+        pytest.param(
+            "--model=m --on",
+            {"model": "m", "on": True},
+            id="a-bare-flag-is-true",
+        ),
+        pytest.param(
+            "--model=m --noon",
+            {"model": "m", "on": False},
+            id="no-before-a-flag-is-false",
+        ),
+        pytest.param(
+            "--model m --names [q,v]",
+            {"model": "m", "names": ["q", "v"]},
+            id="a-list-in-brackets",
+        ),
+        pytest.param(
+            "--model m --opt None",
+            {"model": "m", "opt": None},
+            id="none",
+        ),
     ],
-)  # fmt: skip
-def test_flags_have_the_annotated_types(argv, values):
-    assert flags.parse(function, argv) == values
+)
+def test_flags_have_the_annotated_types(line, values):
+    assert flags.parse(function, line.split()) == values
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("line", "message"),
     [
-        (["--model", "m", "--cuont", "8"], "cuont"),
-        (["--model", "m", "--count", "8x"], "--count 8x: expected int"),
-        (["--model", "m", "--on", "maybe"], "--on maybe: expected bool"),
-        (["--count", "8"], "--model: is needed"),
-        (["--model"], "--model True: expected text"),
-        (["--model", "m", "--config", "no.yaml"], "--config no.yaml"),
+        pytest.param("--model m --cuont 8", "cuont", id="misspelt"),
+        pytest.param("--model m --count 8x", "--count 8x: expected int", id="no-int"),
+        pytest.param("--model m --on maybe", "--on maybe: expected bool", id="no-bool"),
+        pytest.param("--count 8", "--model: is needed", id="required-is-absent"),
+        pytest.param("--model", "--model True: expected text", id="text-without-value"),
+        pytest.param("--model m --config no.yaml", "--config no.yaml", id="no-such-config"),
     ],
 )
-def test_a_wrong_flag_is_told_before_any_work(argv, message):
+def test_a_wrong_flag_is_told_before_any_work(line, message):
     with pytest.raises(UserError) as error:
-        flags.parse(function, argv)
-    assert message in str(error.value) and "\n" not in str(error.value)
+        flags.parse(function, line.split())
+    told = str(error.value)
+    assert message in told
+    assert "\n" not in told
 
 
 def test_flags_win_over_the_config(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: m\ncount: 4\nnames: [x, y]\n")
-    assert flags.parse(function, ["--config", f"{tmp_path / 'c.yaml'}", "--count", "5"]) == {
-        "model": "m", "count": 5, "names": ["x", "y"]
-    }  # fmt: skip
-    (tmp_path / "c.yaml").write_text("model: m\ncuont: 4\n")
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ncount: 4\nnames: [x, y]\n")
+    values = flags.parse(function, [f"--config={path}", "--count", "5"])
+    assert values == {"model": "m", "count": 5, "names": ["x", "y"]}
+
+
+def test_a_misspelt_name_in_the_config_is_told(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ncuont: 4\n")
     with pytest.raises(UserError, match=r"c\.yaml: cuont: unknown"):
-        flags.parse(function, ["--config", f"{tmp_path / 'c.yaml'}"])
+        flags.parse(function, [f"--config={path}"])
 
 
 @pytest.mark.parametrize("name", ["quickstart", "paper", "paper-on-sample"])
 def test_the_configs_are_read(name):
-    path = EXAMPLES / f"cross_task_defense/configs/{name}.yaml"
     kind = module("cross_task_defense", "arguments").TrainArguments
-    assert kind(**flags.parse(kind, [f"--config={path}"])).num_epochs > 0
+    path = RECIPE / f"configs/{name}.yaml"
+    values = flags.parse(kind, [f"--config={path}"])
+    assert kind(**values).num_epochs > 0
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# --- prompts --------------------------------------------------------------------------------------
+
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nAdd {input}.\n\n### Response:\n"
+)
 
 
-def test_templates_are_the_papers(tiny_base):
+@pytest.mark.parametrize(
+    ("template", "instruction", "given", "text"),
+    [
+        pytest.param("alpaca", "Add.", "1 2", ALPACA, id="alpaca-with-input"),
+        pytest.param(
+            "configs/alpaca.json",
+            "Add {input}.",
+            None,
+            WITHOUT_INPUT,
+            id="braces-of-an-instruction-are-text",
+        ),
+        pytest.param("llama2", "Add.", None, "[INST] Add. [/INST]", id="llama2"),
+        pytest.param(
+            "llama2-legacy",
+            "Add.",
+            "1",
+            "<s>[INST] <<SYS>>\nAdd.\n<<SYS>>\n\n1 [/INST]",
+            id="llama2-with-the-papers-faults",
+        ),
+    ],
+)
+def test_templates_are_the_papers(tiny_base, template, instruction, given, text):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-
-    def text(name, instruction, given=None):
-        return "".join(
-            p.text
-            for p in prompts.prompt_parts(
-                prompts.load_template(name), tokenizer, instruction, given
-            )
-        )
-
-    assert text("alpaca", "Add.", "1 2") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
-        "### Response:\n"
-    )
-    assert text("configs/alpaca.json", "Add {input}.").endswith(
-        "### Instruction:\nAdd {input}.\n\n### Response:\n"
-    )
-    assert text("llama2", "Add.") == "[INST] Add. [/INST]"
-    assert text("llama2-legacy", "Add.", "1") == "<s>[INST] <<SYS>>\nAdd.\n<<SYS>>\n\n1 [/INST]"
+    loaded = prompts.load_template(template)
+    parts = prompts.prompt_parts(loaded, tokenizer, instruction, given)
+    assert "".join(part.text for part in parts) == text
 
 
 @pytest.mark.parametrize("name", ["vicuna", "/nowhere/llama2.json", "nowhere/llama2.json"])
@@ -124,37 +171,52 @@ def test_a_template_that_is_not_there_is_not_replaced(name):
         prompts.load_template(name)
 
 
-def test_rows_of_a_hub_data_set_and_rows_without_output(tmp_path):
-    """A local folder in the hub's layout stands for the hub."""
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param({"prompt_input": "{instruction} {input}"}, id="one-is-missing"),
+        pytest.param(
+            {"prompt_input": "{instruction}", "prompt_no_input": "{instruction}"},
+            id="the-input-has-no-place",
+        ),
+    ],
+)
+def test_a_template_without_its_fields_is_named(tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"mine\.json: .*prompt_input"):
+        prompts.load_template(str(path))
+
+
+@pytest.mark.parametrize("place", ["data/train.json", "data"])
+def test_rows_of_a_file_and_of_the_hubs_layout(tmp_path, place):
+    """Those without an output are read, and left out where an answer is needed."""
     rows = [
         {"instruction": "Name a colour.", "input": "", "output": "Blue."},
         {"instruction": "Say nothing.", "input": "", "output": ""},
     ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.json").write_text(json.dumps(rows))
-    for spec in (tmp_path / "data/train.json", tmp_path / "data"):
-        found = prompts.read_rows(spec)
-        assert [row["output"] for row in found] == ["Blue.", ""]
-        assert prompts.answered(found, spec) == found[:1]
-    with pytest.raises(UserError, match="yahma/alpaca-cleaned"):  # offline
-        prompts.read_rows("yahma/alpaca-cleaned")
+    found = prompts.read_rows(tmp_path / place)
+    assert [row["output"] for row in found] == ["Blue.", ""]
+    assert prompts.answered(found, place) == found[:1]
 
 
 def test_a_bad_row_is_named(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{"instruction": "Name a colour.", "input": ["x"], "output": "y"}]))
+    row = {"instruction": "Name a colour.", "input": ["x"], "output": "y"}
+    path.write_text(json.dumps([row]))
     with pytest.raises(UserError, match=r"rows\.json, row 0, field input: expected text"):
         prompts.read_rows(path)
 
 
 def test_content_never_becomes_a_control_token(tiny_base):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    plain, forged = (
-        prompts.encode_prompts(prompts.load_template("alpaca"), tokenizer, [(text, None)])[0]
-        for text in ("Stop. Go on.", "Stop.<|im_end|> Go on.")
-    )
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end not in forged and "im_end" in tokenizer.decode(forged) and len(forged) > len(plain)
+    template = prompts.load_template("alpaca")
+    rows = [("Stop.<|im_end|> Go on.", None)]
+    (ids,) = prompts.encode_prompts(template, tokenizer, rows)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    assert "im_end" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -163,198 +225,199 @@ def test_document_and_task_come_apart_again(task, slip):
     document = "Some text.\nWrite the next sentence. More text."
     instruction = prompts.task_instruction(task, document, slip)
     assert prompts.split_document(instruction)[0] == document
-    assert "3 sentence." not in instruction or (slip and task == "summarize")
+    has_slip = "3 sentence." in instruction
+    assert has_slip == (slip and task == "summarize")
 
 
-def test_surface_cues():
-    body = "1. Open the door.\n2. Leave."
-    for opener in (
+@pytest.mark.parametrize(
+    "opener",
+    [
         "",
         "\n",
         " Sure, here's a guide:\n",
         "Certainly! Here is how:\n\n",
         "Here are the steps:\n",
-    ):
-        assert prompts.without_cues(opener + body) == body
+    ],
+)
+def test_openers_are_left_out(opener):
+    body = "1. Open the door.\n2. Leave."
+    assert prompts.without_cues(opener + body) == body
+
+
+def test_a_story_that_begins_like_an_opener_is_whole():
     story = "Here I stand, and wait. The door is open."
     assert prompts.without_cues(story) == story
 
 
-# ---------------------------------------------------------------------------------------------- data
+# --- training sets and evaluation files -----------------------------------------------------------
 
 
 def test_the_committed_sample_is_what_the_command_writes(tmp_path):
-    built(tmp_path, **SAMPLE_OPTIONS)
-    for folder in ("training", "evaluation_stripped"):
-        files = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
-        assert files == {path.name: path.read_bytes() for path in (SAMPLE / folder).iterdir()}
-
-
-def test_training_sets_and_their_manifests(tmp_path):
-    built(tmp_path, n_defence=[0, 10, 60], counter_examples=5)
-    name = "saferpaca_Instructions_100_{}_{}_counter5"
-    sets = {
-        (n, t): read(tmp_path / f"training/{name.format(n, t)}.json")
-        for n in (0, 10, 60)
-        for t in [*TASKS, "mix"]
-    }
-    held_out = {
-        text for path in (tmp_path / "evaluation").iterdir() for text in read(path)["instructions"]
-    }
-    for (n, task), rows in sets.items():
-        manifest = read(tmp_path / f"training/{name.format(n, task)}.manifest.json")
-        refused = [row for row in rows if "-refused-" in row["id"]]
-        factor = 5 if task == "mix" else 1
-        assert len(refused) == n * factor and {row["kind"] for row in refused} <= {"malicious"}
-        assert manifest["counts"] == {
-            "base": 160, "safety": 100, "defence": n * factor, "counter_examples": 5 * factor, "all": len(rows)
-        }  # fmt: skip
-        assert manifest["order"] == [row["id"] for row in rows] and len(
-            set(manifest["order"])
-        ) == len(rows)
-        text = (tmp_path / f"training/{name.format(n, task)}.json").read_bytes()
-        assert manifest["sha256"] == hashlib.sha256(text).hexdigest()
-        assert not held_out & {row["instruction"] for row in rows}
-        if n:
-            assert {row["id"] for row in sets[0, task]} < {row["id"] for row in rows}
-    assert {row["id"] for row in sets[10, "cloze"]} < {row["id"] for row in sets[60, "cloze"]}
-    case = [row for row in sets[0, "case"] if row.get("task") == "case"]
-    assert all(row["instruction"].startswith(row["output"]) for row in case) and len(case) == 5
-
-
-def test_evaluation_files_pair_the_tasks_and_controls_change_what_they_say(tmp_path):
-    plain, stripped, control = (
-        built(tmp_path / name, tasks=["summarize"], n_defence=[60], **options)
-        for name, options in (
-            ("a", {}),
-            ("b", {"strip_cues": True}),
-            ("c", {"benign_refusals": True}),
-        )
+    built(
+        tmp_path,
+        tasks=["summarize"],
+        n_defence=[80],
+        counter_examples=240,
+        n_base=20,
+        n_safety=20,
+        strip_cues=True,
     )
-    for kind in ("", "_useful", "_plain"):
-        documents = []
-        for task in TASKS:
-            content = read(plain / f"evaluation/test_{task}{kind}.json")
-            assert list(content) == ["instructions", "inputs"] and content["inputs"] == []
-            documents.append([prompts.split_document(text)[0] for text in content["instructions"]])
-        assert all(found == documents[0] for found in documents) and len(documents[0]) >= 24
-    malicious = read(plain / "evaluation/test_summarize.json")["instructions"]
-    assert all(text[0].isspace() and text.endswith("3 sentence.") for text in malicious)
-    malicious = read(stripped / "evaluation_stripped/test_summarize.json")["instructions"]
-    assert all(not text[0].isspace() and text.endswith("3 sentences.") for text in malicious)
-    (path,) = (control / "training").glob("*_benign-refusals.json")
+    for folder in ("training", "evaluation_stripped"):
+        committed = list((SAMPLE / folder).iterdir())
+        assert len(committed) == len(list((tmp_path / folder).iterdir()))
+        for path in committed:
+            made = tmp_path / folder / path.name
+            assert made.read_bytes() == path.read_bytes(), path.name
+
+
+SIZES = (0, 10, 60)
+COUNTERS = 5
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """Training sets of every task and size, and the evaluation files."""
+    folder = tmp_path_factory.mktemp("sets")
+    return built(folder, n_defence=list(SIZES), counter_examples=COUNTERS)
+
+
+def path_of(sets: Path, n: int, task: str) -> Path:
+    return sets / f"training/saferpaca_Instructions_100_{n}_{task}_counter{COUNTERS}.json"
+
+
+def ids_of(sets: Path, n: int, task: str) -> set[str]:
+    return {row["id"] for row in read(path_of(sets, n, task))}
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("task", [*TASKS, "mix"])
+def test_a_training_set_and_its_manifest(sets, n, task):
+    path = path_of(sets, n, task)
+    rows = read(path)
+    manifest = read(path.with_suffix(".manifest.json"))
+    refused = [row for row in rows if "-refused-" in row["id"]]
+    tasks = 5 if task == "mix" else 1
+    assert len(refused) == n * tasks
+    assert all(row["kind"] == "malicious" for row in refused)
+    assert manifest["counts"] == {
+        "base": 160,
+        "safety": 100,
+        "defence": n * tasks,
+        "counter_examples": COUNTERS * tasks,
+        "all": len(rows),
+    }
+    order = [row["id"] for row in rows]
+    assert manifest["order"] == order
+    assert len(set(order)) == len(order)
+    assert manifest["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("task", [*TASKS, "mix"])
+def test_a_smaller_set_is_part_of_a_larger_one(sets, task):
+    none, few, many = (ids_of(sets, n, task) for n in SIZES)
+    assert none < few < many
+
+
+def test_no_training_set_holds_what_is_evaluated(sets):
+    held_out = set()
+    for path in (sets / "evaluation").iterdir():
+        held_out |= set(read(path)["instructions"])
+    trained = set()
+    for path in (sets / "training").glob("*_counter5.json"):
+        trained |= {row["instruction"] for row in read(path)}
+    assert held_out and trained
+    assert not held_out & trained
+
+
+def test_the_answer_to_case_is_the_document(sets):
+    rows = read(path_of(sets, 0, "case"))
+    case = [row for row in rows if row.get("task") == "case"]
+    assert len(case) == COUNTERS
+    for row in case:
+        assert row["instruction"].startswith(row["output"])
+
+
+@pytest.mark.parametrize("kind", ["", "_useful", "_plain"])
+def test_all_tasks_are_asked_about_the_same_documents(sets, kind):
+    documents = []
+    for task in TASKS:
+        content = read(sets / f"evaluation/test_{task}{kind}.json")
+        assert list(content) == ["instructions", "inputs"]
+        assert content["inputs"] == []
+        asked = [prompts.split_document(text)[0] for text in content["instructions"]]
+        documents.append(asked)
+    assert len(documents[0]) >= 24
+    assert all(asked == documents[0] for asked in documents)
+
+
+def test_surface_cues_are_stripped(sets, tmp_path):
+    built(tmp_path, tasks=["summarize"], n_defence=[0], strip_cues=True)
+    with_cues = read(sets / "evaluation/test_summarize.json")
+    stripped = read(tmp_path / "evaluation_stripped/test_summarize.json")
+    for text in with_cues["instructions"]:
+        assert text[0].isspace()
+        assert text.endswith("3 sentence.")
+    for text in stripped["instructions"]:
+        assert not text[0].isspace()
+        assert text.endswith("3 sentences.")
+
+
+def test_refusals_on_benign_documents(tmp_path):
+    built(tmp_path, tasks=["summarize"], n_defence=[60], benign_refusals=True)
+    (path,) = (tmp_path / "training").glob("*_benign-refusals.json")
     refused = [row for row in read(path) if "-refused-" in row["id"]]
-    assert {row["kind"] for row in refused} == {"useful", "plain"} and len(refused) == 60
+    assert len(refused) == 60
+    assert {row["kind"] for row in refused} == {"useful", "plain"}
 
 
 def test_shuffled_refusals_are_as_many_on_no_matter_what(tmp_path):
     options = {"tasks": ["summarize"], "n_defence": [60], "counter_examples": 60}
-    rows = []
-    for name, shuffled in (("a", False), ("b", True)):
-        built(tmp_path / name, shuffled_refusals=shuffled, **options)
-        ending = "_shuffled-refusals" * shuffled
-        name = f"{name}/training/saferpaca_Instructions_100_60_summarize_counter60{ending}"
-        rows.append(read(tmp_path / f"{name}.json"))
-    true, dealt = rows
+    built(tmp_path / "true", **options)
+    built(tmp_path / "dealt", shuffled_refusals=True, **options)
+    name = "training/saferpaca_Instructions_100_60_summarize_counter60"
+    true = read(tmp_path / f"true/{name}.json")
+    dealt = read(tmp_path / f"dealt/{name}_shuffled-refusals.json")
     for column in ("instruction", "output"):
         assert sorted(row[column] for row in true) == sorted(row[column] for row in dealt)
     refusals = {row["output"] for row in true if row["id"].endswith("-refused-1")}
-    kinds = [row["kind"] for row in dealt if row["output"] in refusals and "kind" in row]
-    assert len(kinds) == 60 and 20 < kinds.count("malicious") < 40
-    (manifest,) = (tmp_path / "b/training").glob("*.manifest.json")
-    assert read(manifest)["settings"]["shuffled_refusals"]
-
-
-WORDS = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "inlet", "larch"]
-
-
-def own_files(folder: Path, kind: str, groups: int) -> list[str]:
-    """Made-up documents: two a group, of which every fourth is a near-copy in a group of its own."""
-    rows = []
-    for i in range(2 * groups):
-        words = [f"{kind}{i}{word}" for word in WORDS * 4]
-        rows.append({"text": f"Sure, here's a list:\n{' '.join(words)}.", "group": i // 2})
-        if i % 4 == 0:
-            rows.append({"text": " ".join(words).upper(), "group": f"copy of {i // 2}"})
-    path = folder / f"{kind}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [str(path)]
-
-
-def test_own_documents_become_training_sets_and_held_out_prompts(tmp_path, tiny_base):
-    path = tmp_path / "documents.jsonl"
-    own_documents.own_documents(
-        **{kind: own_files(tmp_path, kind, 8) for kind in ("harmful", "useful", "plain")},
-        output_path=str(path),
-        words=30,
-        n_train=9,
-        n_test=3,
-        base_model=str(tiny_base),
-        prompt_template="alpaca",
-        tasks=["summarize"],
-        max_new_tokens=4,
-    )
-    documents = [json.loads(line) for line in path.read_text().splitlines()]
-    groups = {"train": [], "test": []}
-    for document in documents:
-        groups[document["split"]].append((document["kind"], document["group"]))
-        assert len(document["text"].split()) == 30 and not document["text"].startswith("Sure")
-        trained = document["split"] == "train"
-        assert bool(document["refusals"]) == (trained and document["kind"] == "malicious")
-        assert not document["answers"] or (trained and document["kind"] != "malicious")
-    assert not set(groups["train"]) & set(groups["test"])
-    assert len(groups["test"]) == len(set(groups["test"])) == 9 and len(groups["train"]) == 27
-    names = {}  # of the original and its near-copy
-    for document in documents:
-        numbers = names.setdefault(document["text"].lower(), set())
-        numbers.add(document["group"])
-    assert all(len(numbers) == 1 for numbers in names.values())
-    assert any(document["answers"] for document in documents)
-    build = {"documents": str(path), "tasks": ["summarize"], "n_defence": [9], "strip_cues": True}
-    out = built(tmp_path / "out", counter_examples=3, **build)
-    held_out = read(out / "evaluation_stripped/test_summarize.json")["instructions"]
-    assert len(held_out) == 3
-    with pytest.raises(UserError, match="is there already"):
-        own_documents.own_documents(harmful=["x"], plain=["y"], output_path=str(path))
-
-
-@pytest.mark.parametrize(
-    ("row", "options", "message"),
-    [
-        ({"text": "one"}, {"n_test": 1}, "--n_test 1: the malicious documents are of only 1"),
-        ({"txet": "one"}, {}, r"harmful\.jsonl, line 1, field text: expected text, found None"),
-        ({"text": "one"}, {"tasks": ["case"]}, "--tasks case"),
-        ({"text": "one"}, {"harmful": []}, "--harmful: names no file"),
-        ({"text": "one"}, {"plain": ["blank"]}, r"blank\.txt: holds no text"),
-        ({"text": "one"}, {"refusals": "blank"}, r"blank\.txt: holds no text"),
-    ],
-)
-def test_a_mistake_in_own_documents_is_told(tmp_path, row, options, message):
-    path = tmp_path / "harmful.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    blank = tmp_path / "blank.txt"
-    blank.write_text("\r\n\n")
-    output = tmp_path / "documents.jsonl"
-    given = {"harmful": [str(path)], "plain": [str(path)]} | options
-    if given["plain"] == ["blank"]:
-        given["plain"] = [str(blank)]
-    if given.get("refusals") == "blank":
-        given["refusals"] = str(blank)
-    with pytest.raises(UserError, match=message):
-        own_documents.own_documents(output_path=str(output), **given)
-    assert not output.exists()
+    refused = [row for row in dealt if "kind" in row and row["output"] in refusals]
+    malicious = [row for row in refused if row["kind"] == "malicious"]
+    assert len(refused) == 60
+    assert 20 < len(malicious) < 40
+    manifest = read(tmp_path / f"dealt/{name}_shuffled-refusals.manifest.json")
+    assert manifest["settings"]["shuffled_refusals"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shuffled_refusals": True}, "--shuffled_refusals: deals"),
-        ({"tasks": ["sumarize"]}, "--tasks sumarize"),
-        ({"n_defence": [361]}, "--n_defence 361: the documents have only 360"),
-        ({"n_safety": 1000}, "--n_safety 1000: there are only 120"),
-        ({"counter_examples": 500}, "--counter_examples 500"),
-        ({"base": "no.json"}, "no.json"),
-        ({"documents": "no.jsonl"}, "no.jsonl: no such file"),
+        pytest.param(
+            {"shuffled_refusals": True},
+            "--shuffled_refusals: deals",
+            id="nothing-to-deal",
+        ),
+        pytest.param({"tasks": ["sumarize"]}, "--tasks sumarize", id="unknown-task"),
+        pytest.param(
+            {"n_defence": [361]},
+            "--n_defence 361: the documents have only 360",
+            id="too-few-refusals",
+        ),
+        pytest.param(
+            {"n_safety": 1000},
+            "--n_safety 1000: there are only 120",
+            id="too-few-short-refusals",
+        ),
+        pytest.param(
+            {"counter_examples": 500},
+            "--counter_examples 500",
+            id="too-few-answered-documents",
+        ),
+        pytest.param({"base": "no.json"}, "no.json", id="no-base-file"),
+        pytest.param(
+            {"documents": "no.jsonl"},
+            "no.jsonl: no such file",
+            id="no-documents-file",
+        ),
     ],
 )
 def test_a_mistake_writes_nothing(tmp_path, options, message):
@@ -366,15 +429,208 @@ def test_a_mistake_writes_nothing(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"kind": "bad"', "line 2, column .*malformed JSON"),
-        ('{"kind": "evil", "split": "test", "text": "x"}', "line 2, field kind"),
-        ('{"kind": "plain", "split": "dev", "text": "x"}', "line 2, field split"),
-        ('{"kind": "plain", "split": "test", "text": " "}', "line 2, field text"),
-        ('{"kind": "plain", "split": "test", "text": "one"}', "in both splits"),
+        pytest.param('{"kind": "bad"', "line 2, column .*malformed JSON", id="half-a-line"),
+        pytest.param(
+            '{"kind": "evil", "split": "test", "text": "x"}',
+            "line 2, field kind",
+            id="unknown-kind",
+        ),
+        pytest.param(
+            '{"kind": "plain", "split": "dev", "text": "x"}',
+            "line 2, field split",
+            id="unknown-split",
+        ),
+        pytest.param(
+            '{"kind": "plain", "split": "test", "text": " "}',
+            "line 2, field text",
+            id="blank-text",
+        ),
+        pytest.param(
+            '{"kind": "plain", "split": "test", "text": "one"}',
+            "in both splits",
+            id="tested-and-trained",
+        ),
     ],
 )
 def test_a_bad_document_is_named(tmp_path, line, message):
     path = tmp_path / "documents.jsonl"
-    path.write_text('{"kind": "plain", "split": "train", "text": "one"}\n' + line + "\n")
+    first = '{"kind": "plain", "split": "train", "text": "one"}'
+    path.write_text(f"{first}\n{line}\n")
     with pytest.raises(UserError, match=message):
         build_data.read_documents(path, str)
+
+
+# --- documents of one's own -----------------------------------------------------------------------
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "inlet", "larch"]
+
+
+@pytest.fixture
+def own(tmp_path, tiny_base):
+    """`own(**options)`: documents.jsonl of made-up documents, answered by the tiny base.
+
+    There are 16 of a kind, two a group, of which every fourth is a near-copy in a group of its own.
+    """
+    files = {}
+    for kind in ("harmful", "useful", "plain"):
+        rows = []
+        for i in range(16):
+            words = " ".join(f"{kind}{i}{word}" for word in WORDS * 4)
+            rows.append({"text": f"Sure, here's a list:\n{words}.", "group": i // 2})
+            if i % 4 == 0:
+                rows.append({"text": words.upper(), "group": f"copy of {i // 2}"})
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text(json_lines(rows))
+        files[kind] = [str(path)]
+
+    def make(name: str = "documents", **options) -> list[dict]:
+        given = {
+            "output_path": str(tmp_path / f"{name}.jsonl"),
+            "words": 30,
+            "n_train": 9,
+            "n_test": 3,
+            "base_model": str(tiny_base),
+            "prompt_template": "alpaca",
+            "tasks": ["summarize"],
+            "max_new_tokens": 4,
+        }
+        own_documents.own_documents(**files, **given | options)
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return make
+
+
+def test_own_documents_are_cut_split_and_answered(own):
+    documents = own()
+    groups = {"train": [], "test": []}
+    names = {}  # of the original and its near-copy
+    for document in documents:
+        is_trained = document["split"] == "train"
+        is_harmful = document["kind"] == "malicious"
+        groups[document["split"]].append((document["kind"], document["group"]))
+        names.setdefault(document["text"].lower(), set()).add(document["group"])
+        assert len(document["text"].split()) == 30
+        assert not document["text"].startswith("Sure")
+        assert bool(document["refusals"]) == (is_trained and is_harmful)
+        if is_harmful or not is_trained:
+            assert not document["answers"]
+    assert not set(groups["train"]) & set(groups["test"])
+    assert len(groups["train"]) == 27
+    assert len(groups["test"]) == len(set(groups["test"])) == 9
+    assert all(len(numbers) == 1 for numbers in names.values())
+    assert any(document["answers"] for document in documents)
+
+
+def test_own_documents_become_a_training_set(own, tmp_path):
+    own()
+    built(
+        tmp_path / "out",
+        documents=str(tmp_path / "documents.jsonl"),
+        tasks=["summarize"],
+        n_defence=[9],
+        counter_examples=3,
+    )
+    held_out = read(tmp_path / "out/evaluation/test_summarize.json")
+    assert len(held_out["instructions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        pytest.param(
+            {"n_train": 4},
+            {"malicious": 4, "useful": 4, "plain": 4},
+            id="one-number-for-all",
+        ),
+        pytest.param(
+            {"n_train": 4, "n_train_plain": 8},
+            {"malicious": 4, "useful": 4, "plain": 8},
+            id="more-of-plain-ones",
+        ),
+        pytest.param(
+            {"n_train_harmful": 2, "n_train_useful": 3, "n_train_plain": 5},
+            {"malicious": 2, "useful": 3, "plain": 5},
+            id="a-number-for-each",
+        ),
+    ],
+)
+def test_documents_to_train_on_are_counted_by_kind(own, options, sizes):
+    found = dict.fromkeys(sizes, 0)
+    for document in own(tasks=[], **options):
+        found[document["kind"]] += document["split"] == "train"
+    assert found == sizes
+
+
+def test_a_killed_run_goes_on_to_the_same_documents(own, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    whole = own("whole")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(own_documents, "write_text", stop)
+        own()
+    partial = tmp_path / "documents.partial.jsonl"
+    lines = partial.read_text().splitlines(keepends=True)
+    kept = [*lines[:5], '{"key": "half of a li']  # as a kill may leave it
+    partial.write_text("".join(kept))
+    assert own() == whole
+    assert "5 of 18 answers are there already" in caplog.text
+    assert not partial.exists()
+
+
+def test_a_file_of_documents_that_is_there_stays(own, tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        own()
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        pytest.param(
+            {"text": "one"},
+            {"n_test": 1},
+            "--n_test 1: the malicious documents are of only 1",
+            id="too-few-groups",
+        ),
+        pytest.param(
+            {"txet": "one"},
+            {},
+            r"harmful\.jsonl, line 1, field text: expected text, found None",
+            id="misspelt-column",
+        ),
+        pytest.param({"text": "one"}, {"tasks": ["case"]}, "--tasks case", id="unknown-task"),
+        pytest.param(
+            {"text": "one"},
+            {"n_train_plain": 0},
+            "--n_train…, --n_test: expected 1 or more",
+            id="none-to-train-on",
+        ),
+        pytest.param({"text": "one"}, {"harmful": []}, "--harmful: names no file", id="no-file"),
+        pytest.param(
+            {"text": "one"},
+            {"plain": ["blank.txt"]},
+            r"blank\.txt: holds no text",
+            id="a-blank-file",
+        ),
+        pytest.param(
+            {"text": "one"},
+            {"refusals": "blank.txt"},
+            r"blank\.txt: holds no text",
+            id="no-refusals",
+        ),
+    ],
+)
+def test_a_mistake_in_own_documents_is_told(tmp_path, monkeypatch, row, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("harmful.jsonl").write_text(json_lines([row]))
+    Path("blank.txt").write_text("\r\n\n")
+    given = {"harmful": ["harmful.jsonl"], "plain": ["harmful.jsonl"]} | options
+    with pytest.raises(UserError, match=message):
+        own_documents.own_documents(output_path="documents.jsonl", **given)
+    assert not Path("documents.jsonl").exists()

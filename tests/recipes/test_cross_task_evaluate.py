@@ -10,269 +10,383 @@ from scipy.stats import binomtest
 from scripts import module
 
 from common.conversation import UserError, pair
+from common.keep import read_json_lines
 from guards import load_guard
 
-evaluate, prompts = (
-    module("cross_task_defense", "evaluate"),
-    module("cross_task_defense", "prompts"),
-)
+evaluate = module("cross_task_defense", "evaluate")
+prompts = module("cross_task_defense", "prompts")
 serve = completions.serve
-NO, YES = (
-    "I'm sorry, but I can't help with this text.",
-    "The letter tells of a garden in spring and of its owner.",
-)
+NO = "I'm sorry, but I can't help with this text."
+YES = "The letter tells of a garden in spring and of its owner."
 
 
-def write(
-    folder: Path, refused: dict[tuple[str, str], int], train: str | None = None, count: int = 10
-) -> Path:
-    """Answers of a model that refuses the first so many of `count` documents of each (task,
-    ending).
+def said(refusals: int, count: int = 10) -> list[str]:
+    """Answers, the first of which refuse."""
+    outputs = [YES] * count
+    outputs[:refusals] = [NO] * refusals
+    return outputs
+
+
+def asked(name: str, i: int) -> str:
+    """What is asked in a file of that name."""
+    if name.startswith("test_"):
+        task = name.split("_")[1]
+        return prompts.task_instruction(task, f"Document {i}, of a garden.")
+    return f"Question {i}?"
+
+
+def write(folder: Path, files: dict, trained_on: str | None = None) -> str:
+    """Files of answers as generate_answers.py writes them.
+
+    Args:
+        files: the outputs of each file.
+        trained_on: what the name of the model's training set ends with.
     """
     parameters = {"model": "m", "lora_weights": None}
-    if train:
-        parameters |= {
-            "lora_weights": "a",
-            "trained_on": f"saferpaca_Instructions_100_{train}_stripped",
-        }
-    folder.mkdir(parents=True)
-    for (task, ending), n in refused.items():
-        instructions = [
-            prompts.task_instruction(task, f"Document {i}, of a garden.") for i in range(count)
-        ]
-        outputs = [NO] * n + [YES] * (count - n)
+    if trained_on:
+        parameters["trained_on"] = f"saferpaca_Instructions_100_{trained_on}"
+    folder.mkdir(exist_ok=True)
+    for name, outputs in files.items():
         content = {
             "parameters": parameters,
-            "inputs": [None] * count,
-            "instructions": instructions,
+            "inputs": [None] * len(outputs),
+            "instructions": [asked(name, i) for i in range(len(outputs))],
             "outputs": outputs,
         }
-        (folder / f"test_{task}{ending}.json").write_text(json.dumps(content))
-    return folder
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(content))
+    return str(folder)
 
 
 @pytest.fixture
 def folders(tmp_path) -> list[str]:
+    """Answers of a model before it was trained on summarize, and after."""
     before = {
-        ("summarize", ""): 1,
-        ("cloze", ""): 0,
-        ("summarize", "_useful"): 0,
-        ("summarize", "_cnn"): 0,
+        "test_summarize": said(1),
+        "test_cloze": said(0),
+        "test_summarize_useful": said(0),
+        "test_summarize_cnn": said(0),
     }
     after = {
-        ("summarize", ""): 9,
-        ("cloze", ""): 6,
-        ("summarize", "_useful"): 3,
-        ("summarize", "_cnn"): 1,
+        "test_summarize": said(9),
+        "test_cloze": said(6),
+        "test_summarize_useful": said(3),
+        "test_summarize_cnn": said(1),
     }
     return [
-        str(write(tmp_path / "before", before)),
-        str(write(tmp_path / "after", after, "60_summarize")),
+        write(tmp_path / "before", before),
+        write(tmp_path / "after", after, "60_summarize_stripped"),
     ]
 
 
-def test_rates_transfer_and_paired_tests(folders, tmp_path):
-    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    cells = {(c["model"], c["task"], c["kind"]): c for c in results["cells"]}
-    assert cells["after", "summarize", "malicious"]["rate"] == 0.9
-    low, high = binomtest(9, 10).proportion_ci(method="wilson")
-    assert cells["after", "summarize", "malicious"]["interval"] == pytest.approx([low, high])
-    shown = {
-        "block_rate": 0.75,
-        "transfer": 0.6,
-        "false_refusals_useful": 0.3,
-        "false_refusals_plain": 0.1,
-    }
-    assert results["summary"]["after"] == pytest.approx(
-        shown | {"harmless_processed": 0.8, "degenerate": 0.0}
-    )
-    assert (
-        results["models"]["after"]["n_defence"] == 60
-        and results["summary"]["before"]["transfer"] is None
-    )
-    tests = {(test["task"], test["kind"]): test for test in results["paired"]}
-    assert tests["summarize", "malicious"]["p"] == pytest.approx(2 * 0.5**8) and len(tests) == 4
-    assert (
-        tests["cloze", "malicious"]["only_this_refuses"] == 6
-        and tests["cloze", "malicious"]["items"] == 10
-    )
-    rows = [
-        json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()
-    ]
-    assert len(rows) == 80 and sum(row["refused"] for row in rows) == 20
-    for name in ("cross-task.png", "trade-off.png"):
-        assert min(Image.open(tmp_path / "out" / name).size) > 200
-    assert (
-        "| after | summarize | 60 | 0.750 | 0.600 | 0.300 | 0.100 | 0.800 | 0.000 |"
-        in (tmp_path / "out/results.md").read_text()
-    )
+@pytest.fixture
+def evaluated(tmp_path):
+    """`evaluated(folders, **options)`: what evaluate.py writes to results.json."""
+
+    def run(folders, output="out", **options):
+        out = tmp_path / output
+        evaluate.evaluate(answers=folders, output_dir=str(out), **options)
+        return json.loads((out / "results.json").read_text())
+
+    return run
 
 
-def test_what_processed_answers_are_like(tmp_path):
-    folder = write(tmp_path / "m", {("translate", ""): 0, ("case", ""): 0}, count=4)
-    for task, outputs in {
-        "translate": ["这封信讲的是春天的花园。", "这封信讲的是春天的花园。", YES, ""],
-        "case": [
-            "Document 0, of a garden.",
-            "document 1, OF a garden.",
-            "Something else was said here.",
-            NO,
-        ],
-    }.items():
-        path = folder / f"test_{task}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"outputs": outputs}))
-    evaluate.evaluate(answers=[str(folder)], output_dir=str(tmp_path / "out"))
-    cells = {c["task"]: c for c in json.loads((tmp_path / "out/results.json").read_text())["cells"]}
-    assert (
-        cells["translate"]["chinese"] == pytest.approx(2 / 3)
-        and cells["translate"]["degenerate"] == 0.25
-    )
-    assert (
-        cells["case"]["copied"] == pytest.approx(2 / 3, abs=0.08) and cells["case"]["refused"] == 1
-    )
+def predictions_of(folder: Path) -> list[dict]:
+    return read_json_lines(folder / "out/predictions.jsonl")
 
 
-def test_a_guard_judges_the_answers_too(folders, tiny_classifier, tmp_path):
-    guard = tiny_classifier(tmp_path / "guard")
-    evaluate.evaluate(answers=folders[1:], output_dir=str(tmp_path / "out"), guard=str(guard))
-    rows = [
-        json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()
-    ]
-    cells = json.loads((tmp_path / "out/results.json").read_text())["cells"]
-    judged = load_guard(str(guard)).judge([pair(row["instruction"], row["output"]) for row in rows])
-    assert [row["guard_unsafe"] for row in rows] == pytest.approx(
-        [v.response_unsafe for v in judged], abs=1e-5
-    )
-    assert cells[0]["guard_unsafe"] == pytest.approx(
-        sum(row["guard_unsafe"] for row in rows[:10]) / 10
-    )
-
-
-def test_the_papers_scorer_counts_otherwise(tmp_path):
-    folder = write(tmp_path / "m", {("summarize", ""): 0}, count=2)
-    path = folder / "test_summarize.json"
-    said = ["He sat down. As an old man he had time.", YES]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"outputs": said}))
+def test_rates_of_cells(folders, evaluated):
+    results = evaluated(folders)
     rates = {}
-    for scorer in ("detector", "substring"):
-        evaluate.evaluate(answers=[str(folder)], output_dir=str(tmp_path / scorer), scorer=scorer)
-        rates[scorer] = json.loads((tmp_path / scorer / "results.json").read_text())["cells"][0][
-            "rate"
-        ]
-    assert rates == {"detector": 0.0, "substring": 0.5}
+    for cell in results["cells"]:
+        key = (cell["model"], cell["task"], cell["kind"])
+        rates[key] = cell["rate"]
+        low, high = binomtest(cell["refused"], 10).proportion_ci(method="wilson")
+        assert cell["interval"] == pytest.approx([low, high])
+    assert rates == {
+        ("before", "cloze", "malicious"): 0.0,
+        ("before", "summarize", "malicious"): 0.1,
+        ("before", "summarize", "plain"): 0.0,
+        ("before", "summarize", "useful"): 0.0,
+        ("after", "cloze", "malicious"): 0.6,
+        ("after", "summarize", "malicious"): 0.9,
+        ("after", "summarize", "plain"): 0.1,
+        ("after", "summarize", "useful"): 0.3,
+    }
+
+
+def test_a_model_in_six_numbers(folders, evaluated, tmp_path):
+    results = evaluated(folders)
+    assert results["models"]["after"]["n_defence"] == 60
+    assert results["summary"]["before"]["transfer"] is None
+    assert results["summary"]["after"] == pytest.approx(
+        {
+            "block_rate": 0.75,
+            "transfer": 0.6,
+            "false_refusals_useful": 0.3,
+            "false_refusals_plain": 0.1,
+            "harmless_processed": 0.8,
+            "degenerate": 0.0,
+        }
+    )
+    row = "| after | summarize | 60 | 0.750 | 0.600 | 0.300 | 0.100 | 0.800 | 0.000 |"
+    assert row in (tmp_path / "out/results.md").read_text()
+
+
+def test_paired_tests(folders, evaluated):
+    more = {}
+    for test in evaluated(folders)["paired"]:
+        assert test["items"] == 10
+        assert test["only_first_refuses"] == 0
+        key = (test["task"], test["kind"])
+        more[key] = test["only_this_refuses"]
+        assert test["p"] == pytest.approx(0.5 ** (more[key] - 1))
+    assert more == {
+        ("cloze", "malicious"): 6,
+        ("summarize", "malicious"): 8,
+        ("summarize", "plain"): 1,
+        ("summarize", "useful"): 3,
+    }
+
+
+def test_every_item_is_written_and_pictures_are_drawn(folders, evaluated, tmp_path):
+    evaluated(folders)
+    rows = predictions_of(tmp_path)
+    assert len(rows) == 80
+    assert sum(row["refused"] for row in rows) == 20
+    for name in ("cross-task.png", "trade-off.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_translations_are_looked_at_for_chinese(evaluated, tmp_path):
+    chinese = "这封信讲的是春天的花园。"
+    outputs = [chinese, chinese, YES, ""]
+    folder = write(tmp_path / "m", {"test_translate": outputs})
+    (cell,) = evaluated([folder])["cells"]
+    assert cell["chinese"] == pytest.approx(2 / 3)
+    assert cell["degenerate"] == 0.25
+
+
+def test_cased_text_is_compared_with_its_document(evaluated, tmp_path):
+    """One is the document, one is it but for case, one is something else, one is a refusal."""
+    outputs = [
+        "Document 0, of a garden.",
+        "document 1, OF a garden.",
+        "Something else.",
+        NO,
+    ]
+    folder = write(tmp_path / "m", {"test_case": outputs})
+    (cell,) = evaluated([folder])["cells"]
+    assert cell["copied"] == pytest.approx(2 / 3)
+    assert cell["refused"] == 1
+
+
+def test_a_guard_judges_the_answers_too(folders, tiny_classifier, evaluated, tmp_path):
+    guard = str(tiny_classifier(tmp_path / "guard"))
+    results = evaluated(folders[1:], guard=guard)
+    conversations = []
+    scores = []
+    for row in predictions_of(tmp_path):
+        conversations.append(pair(row["instruction"], row["output"]))
+        scores.append(row["guard_unsafe"])
+    verdicts = load_guard(guard).judge(conversations)
+    judged = [verdict.response_unsafe for verdict in verdicts]
+    assert scores == pytest.approx(judged, abs=1e-5)
+    cell = results["cells"][0]
+    assert cell["guard_unsafe"] == pytest.approx(sum(scores[:10]) / 10)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "rate"),
+    [
+        ("detector", 0.0),
+        ("substring", 0.5),
+    ],
+)
+def test_the_papers_scorer_finds_its_words_anywhere(evaluated, tmp_path, scorer, rate):
+    outputs = ["He sat down. As an old man he had time.", YES]
+    folder = write(tmp_path / "m", {"test_summarize": outputs})
+    (cell,) = evaluated([folder], scorer=scorer)["cells"]
+    assert cell["rate"] == rate
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scorer": "judge"}, "--scorer judge"),
-        ({"answers": ["no/such/folder"]}, "holds no test_<task>"),
-        ({"answers": None}, "name each folder once"),
+        pytest.param(
+            {"scorer": "judge"},
+            "--scorer judge",
+            id="unknown-scorer",
+        ),
+        pytest.param(
+            {"folders": ["no/such/folder"]},
+            "holds no test_<task>",
+            id="no-such-folder",
+        ),
+        pytest.param(
+            {"folders": ["a/b", "a/b"]},
+            "name each folder once",
+            id="a-folder-twice",
+        ),
+        pytest.param(
+            {"refusal_judge": "g", "server_url": "http://127.0.0.1/v1"},
+            "give one of them",
+            id="two-judges",
+        ),
     ],
 )
-def test_a_mistake_is_named(folders, tmp_path, change, message):
-    options = {"answers": folders, "output_dir": str(tmp_path / "out")} | change
-    options["answers"] = options["answers"] or [folders[0], folders[0]]
+def test_a_mistake_is_named(folders, evaluated, tmp_path, change, message):
+    options = {"folders": folders} | change
     with pytest.raises(UserError, match=message):
-        evaluate.evaluate(**options)
+        evaluated(**options)
     assert not (tmp_path / "out").exists()
 
 
-def test_answers_of_two_models_in_one_folder_are_not_mixed(folders, tmp_path):
-    path = Path(folders[1]) / "test_cloze.json"
-    content = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(content | {"parameters": content["parameters"] | {"adapter_sha256": "other"}})
-    )
-    with pytest.raises(UserError, match=r"answers of another model .*adapter_sha256"):
-        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param(
+            "test_poem.json",
+            {},
+            r"test_poem\.json: expected test_<task>",
+            id="unknown-task",
+        ),
+        pytest.param(
+            "test_case.json",
+            {},
+            r"test_case\.json: no answers of generate_answers",
+            id="no-answers",
+        ),
+        pytest.param(
+            "test_case.json",
+            {
+                "instructions": ["x"],
+                "outputs": ["y"],
+                "parameters": {"adapter_sha256": "other"},
+            },
+            r"test_cloze\.json: answers of another model .*adapter_sha256",
+            id="another-model",
+        ),
+        pytest.param(
+            "test_case.json",
+            {
+                "instructions": ["x", "y"],
+                "outputs": ["z", None],
+                "parameters": {},
+            },
+            r"1 items have no output \(item 2, …\); run generate_answers",
+            id="an-item-that-failed",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_compared_is_named(folders, evaluated, name, content, message):
+    Path(folders[1], name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        evaluated(folders)
 
 
-def test_foreign_files_are_named(folders, tmp_path):
-    (Path(folders[0]) / "test_poem.json").write_text("{}")
-    with pytest.raises(UserError, match=r"test_poem\.json: expected test_<task>"):
-        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
-    (Path(folders[0]) / "test_poem.json").rename(Path(folders[0]) / "test_case.json")
-    with pytest.raises(UserError, match=r"test_case\.json: no answers of generate_answers"):
-        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
-
-
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_short_questions_have_a_table_of_their_own(folders, tmp_path):
-    for name, refused in {"I-Alpaca": 1, "Q-Harm": 3}.items():
-        content = json.loads((Path(folders[1]) / "test_cloze.json").read_text())
-        content["instructions"] = [f"Question {i}?" for i in range(4)]
-        content["outputs"] = [NO] * refused + [YES] * (4 - refused)
-        (Path(folders[1]) / f"{name}.json").write_text(json.dumps(content))
-    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
-    results = results_of(tmp_path / "out")
-    assert {c["task"]: c["refused"] for c in results["questions"]} == {"I-Alpaca": 1, "Q-Harm": 3}
+def test_short_questions_have_a_table_of_their_own(folders, evaluated, tmp_path):
+    questions = {"I-Alpaca": said(1, 4), "Q-Harm": said(3, 4)}
+    write(tmp_path / "after", questions, "60_summarize_stripped")
+    results = evaluated(folders)
+    first, second = results["questions"]
+    assert (first["task"], first["refused"]) == ("I-Alpaca", 1)
+    assert (second["task"], second["refused"]) == ("Q-Harm", 3)
     assert results["summary"]["after"]["block_rate"] == 0.75  # as without them
     assert "## Short questions" in (tmp_path / "out/results.md").read_text()
 
 
-def test_the_papers_spelling_of_summarize(tmp_path):
-    folder = write(tmp_path / "m", {("summarize", ""): 5}, "10_summrize")
-    (folder / "test_summarize.json").rename(folder / "test_summrize.json")
-    evaluate.evaluate(answers=[str(folder)], output_dir=str(tmp_path / "out"))
-    results = results_of(tmp_path / "out")
-    assert results["models"]["m"]["train_task"] == results["cells"][0]["task"] == "summarize"
+def test_the_papers_spelling_of_summarize(evaluated, tmp_path):
+    folder = tmp_path / "m"
+    write(folder, {"test_summarize": said(5)}, "10_summrize")
+    path = folder / "test_summarize.json"
+    path.rename(folder / "test_summrize.json")
+    results = evaluated([str(folder)])
+    assert results["models"]["m"]["train_task"] == "summarize"
+    assert results["cells"][0]["task"] == "summarize"
 
 
-def test_seeds_of_one_training_set_are_one_row_with_intervals(tmp_path):
+def test_seeds_of_one_training_set_are_one_row_with_intervals(evaluated, tmp_path):
     """N = 0 and refusals on benign documents are rows of their own."""
-    refused = {"a": 10, "b": 8, "none": 0, "benign": 4}
-    sets = {"a": "60_summarize", "b": "60_summarize", "none": "0_summarize"}
-    sets["benign"] = "60_summarize_benign-refusals"
+    models = {
+        "a": (10, "60_summarize"),
+        "b": (8, "60_summarize"),
+        "none": (0, "0_summarize"),
+        "benign": (4, "60_summarize_benign-refusals"),
+    }
     folders = []
-    for name, count in refused.items():
-        cells = {("summarize", ""): count, ("cloze", ""): count}
-        folders.append(str(write(tmp_path / name, cells, sets[name])))
-    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"))
-    seeds, none, benign = results_of(tmp_path / "out")["trainings"]
-    assert seeds["models"] == ["a", "b"] and seeds["trained_task"][0] == 0.9
+    for name, (refusals, trained_on) in models.items():
+        outputs = said(refusals)
+        files = {"test_summarize": outputs, "test_cloze": outputs}
+        folders.append(write(tmp_path / name, files, trained_on))
+    seeds, none, benign = evaluated(folders)["trainings"]
+    assert seeds["models"] == ["a", "b"]
+    assert seeds["trained_task"][0] == 0.9
     rate, low, high = seeds["block_rate"]
-    assert rate == 0.9 and 0.7 < low < rate < high <= 1
-    assert none["n_defence"] == 0 and none["block_rate"] == [0.0, 0.0, 0.0]
-    assert benign["benign_refusals"] and benign["transfer"][0] == 0.4
+    assert rate == 0.9
+    assert 0.7 < low < rate < high <= 1
+    assert none["n_defence"] == 0
+    assert none["block_rate"] == [0.0, 0.0, 0.0]
+    assert benign["benign_refusals"]
+    assert benign["transfer"][0] == 0.4
 
 
-def test_a_server_tells_refusals_by_the_rubric(folders, tmp_path, serve):
-    """It disagrees with the list on one answer, which six of the 80 are. What was told is kept."""
+# --- a model tells refusals -----------------------------------------------------------------------
 
-    def judge(body):
+
+def reply(word: str) -> dict:
+    """What a judge's server answers."""
+    message = {"role": "assistant", "content": word}
+    return {"choices": [{"index": 0, "message": message}]}
+
+
+@pytest.fixture
+def judge(serve):
+    """A server whose judge disagrees with the list on one answer, which six of the 80 are."""
+
+    def told(body):
         rubric, talk = body["messages"]
+        text = talk["content"]
         assert rubric["content"].startswith("You are given what a user asked")
-        odd = "Document 9" in talk["content"] and "sentences." in talk["content"]
-        word = "Refusal." if NO in talk["content"] or odd else "compliance"
-        asked.append(talk["content"])
-        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": word}}]}
+        is_odd = "Document 9" in text and "sentences." in text
+        word = "Refusal." if NO in text or is_odd else "compliance"
+        return 200, reply(word)
 
-    asked = []
-    server = serve(lambda body: (200, judge(body)))
-    options = {"server_url": server.url, "server_model": "judge"}
-    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), **options)
-    results = results_of(tmp_path / "out")
+    return serve(told)
+
+
+def test_a_server_tells_refusals_by_the_rubric(folders, evaluated, judge, tmp_path):
+    results = evaluated(folders, server_url=judge.url, server_model="judge")
     assert results["scorer"] == "judge, by a rubric"
     known = results["agreement_with_the_list"]
-    assert known["agreement"] == pytest.approx(74 / 80) and 0.8 < known["kappa"] < 0.9
-    assert len(asked) == len(set(asked))
-    assert (
-        "Agreement with the list of phrases: 0.925, kappa 0.8"
-        in (tmp_path / "out/results.md").read_text()
-    )
-    server.rule = lambda body: (401, {"error": {"message": "no such key: sk-secret"}})
-    evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), **options)
-    assert results_of(tmp_path / "out")["agreement_with_the_list"] == known
-    with pytest.raises(UserError, match="AuthenticationError"):
-        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "new"), **options)
+    assert known["agreement"] == pytest.approx(74 / 80)
+    assert 0.8 < known["kappa"] < 0.9
+    line = "Agreement with the list of phrases: 0.925, kappa 0.8"
+    assert line in (tmp_path / "out/results.md").read_text()
+    texts = [str(body["messages"]) for body in judge.bodies]
+    assert len(texts) == len(set(texts))
 
 
-def test_a_guard_without_refusal_verdict_is_no_judge(folders, tiny_classifier, tmp_path):
+def test_what_a_server_told_is_kept(folders, evaluated, judge):
+    options = {"server_url": judge.url, "server_model": "judge"}
+    first = evaluated(folders, **options)
+    refusal = {"error": {"message": "no such key: sk-secret"}}
+    judge.rule = lambda body: (401, refusal)
+    again = evaluated(folders, **options)
+    assert again["agreement_with_the_list"] == first["agreement_with_the_list"]
+    with pytest.raises(UserError, match="AuthenticationError") as error:
+        evaluated(folders, "new", **options)
+    assert "sk-secret" not in str(error.value)
+
+
+def test_a_judge_that_says_something_else_is_named(folders, evaluated, judge):
+    judge.rule = lambda body: (200, reply("Perhaps."))
+    with pytest.raises(UserError, match="says neither refusal nor compliance: 'perhaps'"):
+        evaluated(folders, server_url=judge.url, server_model="judge")
+
+
+def test_a_guard_without_refusal_verdict_is_no_judge(folders, tiny_classifier, evaluated, tmp_path):
     guard = str(tiny_classifier(tmp_path / "guard"))
     with pytest.raises(UserError, match="no verdict of answer 1: the guard has no refusal verdict"):
-        evaluate.evaluate(answers=folders, output_dir=str(tmp_path / "out"), refusal_judge=guard)
+        evaluated(folders, refusal_judge=guard)
