@@ -6,11 +6,19 @@ optimizer. Here the flag means the folder that the saver has written, loaded aga
 
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -29,8 +37,8 @@ def check_push(args: TrainingArguments) -> None:
     """Refuse a push that would fail, or show the guard to everyone, before any work.
 
     Raises:
-        UserError: nobody is logged in, the hub does not answer, its repository is public or
-            somebody else's work, or a flag asks for what is half-made.
+        UserError: nobody is logged in, the hub does not answer, no repository may have that name,
+            it is public or somebody else's work, or a flag asks for what is half-made.
     """
     if args.hub_strategy != HubStrategy.END or args.hub_always_push:
         asked = f"--hub_strategy {args.hub_strategy.value}"
@@ -47,7 +55,7 @@ def check_push(args: TrainingArguments) -> None:
     except RepositoryNotFoundError:
         return
     except Exception as error:  # the hub's errors, and those of the network, share no base class
-        raise UserError(f"--push_to_hub: {said(error)}; log in with `hf auth login`") from None
+        raise UserError(f"--push_to_hub: {fault(error, api)}") from None
     if public and args.hub_private_repo is not False:
         hint = "name another (--hub_model_id), or pass --hub_private_repo false"
         raise UserError(f"--push_to_hub: {name} is there and public; {hint}")
@@ -71,12 +79,21 @@ def other_work(api: HfApi, name: str, args: TrainingArguments) -> str:
 
 
 def repository(args: TrainingArguments) -> str:
-    """The full name of the model on the hub: --hub_model_id, or the output folder's name."""
+    """The full name of the model on the hub: --hub_model_id, or the output folder's name.
+
+    The hub is asked for the user even where the name has one: of a repository that a stranger asks
+    for it says "not found", as of one that is free.
+    """
+    api = HfApi(token=args.hub_token)
+    user = user_of(args.hub_token, api.endpoint)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
-    if "/" in name:
-        return name
-    user = HfApi(token=args.hub_token).whoami()["name"]
-    return f"{user}/{name}"
+    return name if "/" in name else f"{user}/{name}"
+
+
+@cache
+def user_of(token: str | None, endpoint: str) -> str:
+    """Who is logged in. A hub is asked once, because it limits how often it says so."""
+    return HfApi(endpoint, token).whoami()["name"]
 
 
 def push_finished(
@@ -121,7 +138,7 @@ def push_finished(
     except Exception as error:  # as in `check_push`
         again = f'hf upload REPOSITORY {folder} --commit-message "{TITLE}"'
         raise UserError(
-            f"--push_to_hub: {said(error)}; the guard is whole in {folder}: {again}"
+            f"--push_to_hub: {fault(error, api)}; the guard is whole in {folder}: {again}"
         ) from None
     logger.info("Pushed %s to %s (%s)", folder, name, commit.oid[:8])
 
@@ -149,6 +166,36 @@ def _absolute_paths(value: Any) -> list[str]:
     for part in value:
         found += _absolute_paths(part)
     return found
+
+
+def fault(error: Exception, api: HfApi) -> str:
+    """What went wrong with the hub, and what to do about it, in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    hint = what_to_do(error, api)
+    return f"{said(error)}; {hint}" if hint else said(error)
+
+
+def what_to_do(error: Exception, api: HfApi) -> str:
+    """What helps against an error of the hub, or of the way to it; "" where nothing is known."""
+    if isinstance(error, HFValidationError):
+        return "name another (--hub_model_id)"
+    if isinstance(error, RevisionNotFoundError):
+        return "make that branch on the hub, or drop --hub_revision"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "log in with `hf auth login`"
+    if isinstance(error, OfflineModeIsEnabled):
+        return ""  # it says which variable to unset
+    if not isinstance(error, HfHubHTTPError):
+        return f"{api.endpoint} does not answer: look at the network, or try again later"
+    status = error.response.status_code
+    if status == 401:
+        return "log in with `hf auth login`"
+    if status == 403:
+        return f"choose a token that may write there, on {api.endpoint}/settings/tokens"
+    if status == 429 or status >= 500:
+        return "try again later"
+    return ""
 
 
 def said(error: Exception) -> str:

@@ -52,11 +52,15 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories by kind and name, and what was asked: method and path."""
+    """Repositories by kind and name, and what was asked: method and path.
+
+    With a `fault` every answer is that status.
+    """
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     address: str = ""
+    fault: int | None = None
 
     def add(self, kind: str, name: str, files: Mapping[str, bytes | str], **more) -> Repository:
         """A repository with one commit."""
@@ -165,6 +169,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def found(self, path: str, body: bytes) -> tuple[dict[str, str], bytes]:
         """Headers and content of an answer."""
+        if self.hub.fault is not None:
+            raise Refused(self.hub.fault, "Fault")
         if match := FILE.fullmatch(path):
             of_data, name, revision, file = match.groups()
             oid, files = self.commit("datasets" if of_data else "models", name, revision, True)

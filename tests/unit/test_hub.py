@@ -1,0 +1,106 @@
+"""What is said of a push that the hub does not take, by its real client against a hub of this machine."""
+
+import pytest
+from hub_server import TOKEN, USER, hub_server
+from huggingface_hub import constants
+
+from common.conversation import UserError
+from common.hub import check_push, push_finished
+from common.training import RecipeTrainingArguments
+
+NOBODY_LISTENS = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that clients of this process ask; nobody is logged in."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with hub_server() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        yield hub
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """`arguments(**flags)`: of a run that pushes what it has trained to somebody/guard."""
+
+    def make(**flags) -> RecipeTrainingArguments:
+        given = {"output_dir": str(tmp_path / "guard"), "hub_token": TOKEN} | flags
+        return RecipeTrainingArguments(push_to_hub=True, **given)
+
+    return make
+
+
+def test_a_name_that_is_free_may_be_pushed_to(hub, arguments):
+    check_push(arguments())
+    check_push(arguments(hub_model_id=f"{USER}/other"))
+    assert hub.asked.count("GET /api/whoami-v2") == 1  # which the hub limits
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        pytest.param(401, "log in with `hf auth login`", id="a-wrong-token"),
+        pytest.param(403, "choose a token that may .*/settings/tokens", id="no-right"),
+        pytest.param(429, "try again later", id="too-many-questions"),
+        pytest.param(500, "try again later", id="the-hub-fails"),
+        pytest.param(503, "try again later", id="the-hub-is-down"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_what_helps(hub, arguments, status, hint):
+    hub.fault = status
+    with pytest.raises(UserError, match=f"--push_to_hub: .*; {hint}$"):
+        check_push(arguments())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(None, id="a-folders-name"),
+        pytest.param(f"{USER}/guard", id="a-name-with-a-user"),
+    ],
+)
+def test_nobody_is_logged_in(hub, arguments, name):
+    with pytest.raises(UserError, match=r"; log in with `hf auth login`$"):
+        check_push(arguments(hub_token=None, hub_model_id=name))
+
+
+@pytest.mark.parametrize("name", ["my guard", f"{USER}/guard-", "a/b/c", "g" * 97])
+def test_a_name_that_no_repository_may_have(hub, arguments, name):
+    """The hub's rule is said, and no word of a log-in."""
+    with pytest.raises(UserError, match=r"[Rr]epo id must .*; name another") as error:
+        check_push(arguments(hub_model_id=name))
+    assert "log in" not in str(error.value)
+
+
+def test_a_branch_that_is_not_there(hub, arguments):
+    hub.add("models", f"{USER}/guard", {"README.md": "Mine."}, private=True)
+    with pytest.raises(UserError, match="make that branch on the hub, or drop --hub_revision"):
+        check_push(arguments(hub_revision="next"))
+
+
+def test_no_network(hub, arguments, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", NOBODY_LISTENS)
+    with pytest.raises(UserError, match=f"{NOBODY_LISTENS} does not answer: .* try again later"):
+        check_push(arguments())
+
+
+def test_offline_says_which_variable(hub, arguments, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="unset the `HF_HUB_OFFLINE`") as error:
+        check_push(arguments())
+    assert "log in" not in str(error.value)
+
+
+def test_a_push_that_fails_at_the_end_says_the_same_and_where_the_guard_is(
+    hub, arguments, tmp_path
+):
+    folder = tmp_path / "guard"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    hub.fault = 503
+    message = f"try again later; the guard is whole in {folder}: hf upload"
+    with pytest.raises(UserError, match=message):
+        push_finished(arguments(), last="adapter_config.json")
