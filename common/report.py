@@ -3,7 +3,8 @@
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,29 @@ def number(value: Any) -> str:
     return " ".join(words).replace("|", r"\|")
 
 
+def threshold(value: float | None) -> str:
+    """A threshold in three decimals, or in more near 0 and 1, where the third would be a lie: 0.9996
+    is never shown as 1.
+    """
+    if value is None:
+        return number(None)
+    decimals = 3
+    distance = min(value, 1 - value)
+    if 0 < distance < 0.1:
+        decimals = 2 - math.floor(math.log10(distance))
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").removesuffix(".")
+
+
+def metric_cells(values: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
+    """The cells of a row of metrics."""
+    cells = []
+    for column in columns:
+        shown = threshold if column == "threshold" else number
+        cells.append(shown(values.get(column)))
+    return cells
+
+
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header)]
@@ -70,8 +94,7 @@ def metric_table(
     """
     rows = []
     for name, values in metrics.items():
-        cells = [values.get(column) for column in columns]
-        rows.append([name, *cells])
+        rows.append([name, *metric_cells(values, columns)])
     return table(rows, ["", *columns.values()])
 
 

@@ -95,8 +95,7 @@ def scores_table(
     """`common.metrics.binary` of several guards or categories, one row a name."""
     rows = []
     for name, values in scores.items():
-        cells = [report.number(values.get(column)) for column in columns]
-        rows.append([name, *cells])
+        rows.append([name, *report.metric_cells(values, columns)])
     return PageTable(heading, ["", *columns.values()], rows)
 
 

@@ -51,9 +51,29 @@ def threshold_of(thresholds: Mapping[str, Mapping], label: str) -> Mapping[str, 
 
 
 def decides_above(thresholds: Mapping[str, Mapping], label: str) -> float:
-    """Above which score a guard without words decides for a label: its threshold, or else 0.5."""
+    """Above which score a label counts as said: the guard's threshold, or else 0.5."""
     found = threshold_of(thresholds, label)
     return 0.5 if found is None else found["value"]
+
+
+def is_flagged(
+    verdict: Verdict,
+    label: str,
+    thresholds: Mapping[str, Mapping],
+) -> bool | None:
+    """Whether a verdict says `label`; None where the guard failed, or has no opinion.
+
+    The threshold in guard.json decides: it is the operating point that the user chose. Without one
+    the guard's own word does, and without a word a score above 0.5.
+    """
+    if verdict.error is not None:
+        return None
+    score = getattr(verdict, label)
+    word = verdict.decided.get(label)
+    has_threshold = threshold_of(thresholds, label) is not None
+    if score is None or (word is not None and not has_threshold):
+        return word
+    return score > decides_above(thresholds, label)
 
 
 def loading_error(model: str, error: Exception, what: str) -> UserError:

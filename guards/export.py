@@ -255,7 +255,8 @@ class Parity:
         rows = self.lines[0][2]
         torch_seconds, onnx_seconds = self.seconds
         times = f"{rows} rows took {torch_seconds:.1f} s with torch, {onnx_seconds:.1f} s with ONNX"
-        return f"{report.table(self.lines, HEADER)}\n{times}.\n"
+        lines = [[name, report.threshold(above), *more] for name, above, *more in self.lines]
+        return f"{report.table(lines, HEADER)}\n{times}.\n"
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""

@@ -19,6 +19,7 @@ from typing import Any
 from moderate import load, model_parser
 from riding import GuardedChat, GuardedReply
 
+from common import report
 from common.conversation import Message, UserError, check_text, pair
 from common.run import run_cli
 
@@ -128,7 +129,8 @@ def page(
     args: argparse.Namespace,
 ) -> "gr.Blocks":
     """The page: the talk on the left, categories and sliders on the right."""
-    about = f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {threshold:.2f}."
+    limit = report.threshold(threshold)
+    about = f"### {chat.card.base_model} with its LoRA guard\nUnsafe above {limit}."
     limit = 1 if args.stop_at is None else args.stop_at  # a visitor may only be stricter
     most = max(64, args.guard_every)
     with gr.Blocks(title="LoRA-Guard", analytics_enabled=False) as blocks:

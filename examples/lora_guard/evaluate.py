@@ -54,10 +54,10 @@ class EvaluationArguments(ExportArguments):
         help="response (with its question, if any) | prompt; default: what the first guard was "
         "trained on.",
     )
-    train_data: str | None = HfArg(
-        default=None,
-        help="Data spec of rows that the first guard was trained on: it is also measured without "
-        "near-copies of these.",
+    train_data: list[str] = HfArg(
+        default_factory=list,
+        help="Data specs of the rows that the first guard was trained on: it is also measured "
+        "without near-copies of these.",
     )
     prefix_tokens: list[int] = HfArg(
         default_factory=lambda: [16, 32, 64, 128],
@@ -138,10 +138,13 @@ def judged_texts(rows: Dataset, judge: str) -> list[str]:
 
 def training_texts(args: EvaluationArguments) -> list[str] | None:
     """The same of the rows of --train_data; None without them."""
-    if args.train_data is None:
+    if not args.train_data:
         return None
-    rows = data.load_conversations(args.train_data, bad_rows=args.bad_rows)
-    return judged_texts(rows, args.judge)
+    texts = []
+    for spec in args.train_data:
+        rows = data.load_conversations(spec, bad_rows=args.bad_rows)
+        texts += judged_texts(rows, args.judge)
+    return texts
 
 
 def check_arguments(args: EvaluationArguments) -> None:
@@ -391,7 +394,7 @@ def results_markdown(results: dict[str, Any]) -> str:
     rows = []
     for guard, scores in flagged.items():
         shown = ("auprc_interval", "auroc_interval", "fpr_interval", "threshold", "errors")
-        rows.append([guard, *map(scores.get, shown)])
+        rows.append([guard, *report.metric_cells(scores, shown)])
     failed = "failed (counted as unsafe)"
     lines = [
         f"# {results['dataset']}: {results['judged']}s",

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import torch
 from riding import GuardedChat, GuardedReply
 
+from common import report
 from common.conversation import Message, UserError, check_text, pair
 from common.data import conversation_row, plain_columns, read_json, read_rows
 from common.run import expand_home, json_lines, run_cli, write_text
@@ -284,7 +285,7 @@ def shown(
         lines.append(f"stopped after: {row['stopped_after']} tokens")
     blocked = "yes" if row["blocked"] else "no"
     unsafe = " (unsafe)" if row["unsafe"] else ""
-    lines.append(f"blocked: {blocked}{unsafe}, above {threshold:.3f}")
+    lines.append(f"blocked: {blocked}{unsafe}, above {report.threshold(threshold)}")
     return "\n".join(lines) + "\n"
 
 

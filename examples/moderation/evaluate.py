@@ -35,6 +35,8 @@ from transformers.hf_argparser import HfArg
 from common import data, metrics, report
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, last_turns
+from common.data.specs import in_one_name
+from common.data.splits import load_training_rows
 from common.fit import fit_classifier
 from common.labels import LABEL_OF, UNSAFE, judged_rows
 from common.results_page import write_evaluation_page
@@ -66,9 +68,10 @@ class EvaluationArguments(ExportArguments):
     threshold: float | None = HfArg(
         default=None, help="Default: 0.5 (the paper's) for evaluation.json, else the guard's own."
     )
-    baselines: str | None = HfArg(
-        default=None,
-        help="Data spec to fit TF-IDF + logistic regression on; also judges with an untrained head.",
+    baselines: list[str] = HfArg(
+        default_factory=list,
+        help="Data specs to fit TF-IDF + logistic regression on, together as train.py reads "
+        "several; also judges with an untrained head.",
     )
     judge: str | None = HfArg(
         default=None,
@@ -182,8 +185,7 @@ def report_metrics(args: EvaluationArguments) -> None:
     rows = judged_rows(whole, judge)
     fit_rows = known = None
     if args.baselines:
-        fitting = data.load_conversations(args.baselines, bad_rows=args.bad_rows, **require)
-        fit_rows = judged_rows(fitting, judge)
+        fit_rows = rows_to_fit_on(args, judge)
         known = texts(fit_rows)
     guard = loaded(args, judge)
     thresholds = asked_thresholds(args, guard, label)
@@ -230,6 +232,20 @@ def report_metrics(args: EvaluationArguments) -> None:
         at = {"guard": threshold["value"]}
         near.append(scored(row, label, {"guard": verdict}, at))
     write_uncertain(folder, near, args.export_uncertain)
+
+
+def rows_to_fit_on(args: EvaluationArguments, judge: str) -> Dataset:
+    """The rows of --baselines as train.py reads them."""
+    rows, _, _ = load_training_rows(
+        args.baselines,
+        None,
+        None,
+        args.seed,
+        judge=judge,
+        bad_rows=args.bad_rows,
+        require=(LABEL_OF[judge],),
+    )
+    return rows
 
 
 def compare(
@@ -291,7 +307,7 @@ def baseline_scores(
     """
     if all(fit_rows[label]):
         said = "holds no safe row; a classifier needs both kinds"
-        raise UserError(f"--baselines {args.baselines}: {said}")
+        raise UserError(f"--baselines {in_one_name(args.baselines)}: {said}")
     words = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         LogisticRegression(C=10, max_iter=1000),
@@ -343,7 +359,7 @@ def metrics_markdown(results: dict[str, Any]) -> str:
         f"{first['support']} {results['judged']}s, {first['positives']} unsafe. A guess has AUPRC "
         f"{first['base_rate']:.3f}; flagging everything has F1 "
         f"{report.number(first['always_unsafe_f1'])}. The guard flags above "
-        f"{threshold['value']:.3f} ({threshold['how']}), the others above 0.5.",
+        f"{report.threshold(threshold['value'])} ({threshold['how']}), the others above 0.5.",
         f"Verdicts that failed: {results['errors']} (counted as unsafe).",
         "",
         "## Flagged",

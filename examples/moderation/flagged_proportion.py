@@ -146,7 +146,8 @@ def proportion_markdown(table: dict[str, dict], threshold: float, failed: int) -
     headings += ["Cohen's kappa ↑", "95 % interval"]
     return (
         "# Flagged proportion\n\nThe share of answers that each judge flags as unsafe. "
-        f"QA-moderation flags above {threshold:g}; verdicts that failed: {failed} (flagged).\n\n"
+        f"QA-moderation flags above {report.threshold(threshold)}; "
+        f"verdicts that failed: {failed} (flagged).\n\n"
         f"{report.table(lines, ['model', 'rows', *flagged])}\n"
         f"## Agreement of judges\n\n{report.table(both, headings)}"
     )

@@ -224,7 +224,7 @@ def write_readme(folder: Path, card: ClassifierCard, scores: dict[str, Any], tok
         measured = Measured(validation, {"flagged": scores["flagged"]})
         heading = f"Measured on {about_data(validation)['name']}"
         table = report.metric_table(scores)
-    above = f"{threshold.value:.3f} ({threshold.how})"
+    above = f"{report.threshold(threshold.value)} ({threshold.how})"
     write_model_card(
         folder,
         title=TITLES[card.input],

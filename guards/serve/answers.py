@@ -14,7 +14,11 @@ from common.conversation import (
 )
 from common.data.files import read_yaml
 from common.labels import UNSAFE
-from guards.base import Guard, threshold_of
+from guards.base import (
+    Guard,
+    decides_above,
+    is_flagged,
+)
 from guards.classifier import means_safe
 
 TEXT_IS = ("prompt", "response")
@@ -39,9 +43,8 @@ class Answer:
 class Reader:
     """How the verdicts of one guard are read.
 
-    A score above the threshold in guard.json is flagged: that of what is judged (`prompt_unsafe`,
-    `response_unsafe`), or `flagged`. Without one the guard's own word decides, or else 0.5. A
-    category is flagged above a threshold of its own, or else that of the text.
+    What is flagged `guards.base.is_flagged` says. A category is flagged above a threshold of its
+    own, or else that of the text.
 
     Args:
         text_is: whether a text alone is a prompt or a response; None: a prompt, unless the guard
@@ -89,11 +92,6 @@ class Reader:
             turns.insert(roles.index("assistant"), empty)
         return turns
 
-    def threshold(self, label: str) -> float | None:
-        """The threshold of a label; None where guard.json has none."""
-        found = threshold_of(self.guard.thresholds, label)
-        return found["value"] if found else None
-
     def answer(
         self,
         messages: list[Message],
@@ -110,17 +108,15 @@ class Reader:
             raise NoVerdict(verdict.error)
         if score is None:
             raise NoVerdict(f"the guard says nothing of {label}")
-        threshold = self.threshold(label)
-        limit = 0.5 if threshold is None else threshold
-        flagged = score > limit
-        if threshold is None:
-            flagged = verdict.decided.get(label, flagged)
+        thresholds = self.guard.thresholds
+        flagged = is_flagged(verdict, label, thresholds)
+        limit = decides_above(thresholds, label)
         scores = {}
         categories = {}
         for name, probability in verdict.categories.items():
             if means_safe(name):
                 continue
-            own = self.guard.thresholds.get(name)
+            own = thresholds.get(name)
             above = own["value"] if own else limit
             scores[name] = probability
             categories[name] = probability > above

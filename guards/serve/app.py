@@ -33,6 +33,7 @@ from common.conversation import (
     Verdict,
 )
 from guards.api import CATEGORIES
+from guards.base import decides_above
 from guards.serve import wire
 from guards.serve.answers import (
     Answer,
@@ -332,7 +333,7 @@ def add_about(app: FastAPI, server: Server) -> None:
     reader = server.reader
     page = PAGE.read_text(encoding="utf-8")
     label = f"{reader.text_is}_unsafe"
-    threshold = reader.threshold(label)
+    threshold = decides_above(reader.guard.thresholds, label)
 
     @app.get("/", include_in_schema=False)
     def front_page() -> HTMLResponse:
@@ -344,7 +345,7 @@ def add_about(app: FastAPI, server: Server) -> None:
         return wire.Health(
             guard=reader.guard.name,
             judges=list(reader.guard.judges),
-            threshold=0.5 if threshold is None else threshold,
+            threshold=threshold,
             waiting=len(server.queue.waiting),
         )
 

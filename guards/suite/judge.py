@@ -20,7 +20,6 @@ from common.data.specs import Spec, specs_of_name
 from common.keep import KeptRows, Row, digest, fingerprint
 from common.run import expand_home
 from guards import Guard, load_guard, zoo
-from guards.base import decides_above
 from guards.card import has_card
 from guards.identity import described, guard_identity, is_served
 from guards.kept import fill_verdicts
@@ -366,8 +365,8 @@ def judge_all(
             try:
                 said = _verdicts(candidate, benchmark, kept, load, chunk)
                 unsaid_is = benchmark.facts.get("unsaid_is")
-                above = decides_above(found.about.get("thresholds", {}), benchmark.label)
-                found.said[name] = judged(benchmark.rows, said, benchmark.label, unsaid_is, above)
+                known = found.about.get("thresholds", {})
+                found.said[name] = judged(benchmark.rows, said, benchmark.label, unsaid_is, known)
                 found.verdicts[name] = said
             except Exception as error:
                 found.problems[name] = _failed(error, f"{candidate.name} on {name}")

@@ -12,10 +12,11 @@ import numpy as np
 import pandas
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from common import metrics
+from common import metrics, report
 from common.conversation import Verdict
 from common.data import prompt_key
 from common.keep import Row
+from guards.base import is_flagged, threshold_of
 
 # How a row counts on which the guard gave no verdict:
 #   wrong     as the ExpGuard paper counts it. An error is the opposite of the truth, and an answer
@@ -32,6 +33,7 @@ OF_DECISION = ("f1", "precision", "recall", "fpr", "accuracy")
 OF_SCORE = ("auroc", "recall_at_fpr01", "recall_at_fpr05", "ece", "brier")
 OF_THRESHOLD = ("f1", "recall", "fpr")
 
+NO_THRESHOLDS: Mapping[str, Mapping] = {}
 Statistic = Callable[[np.ndarray], float | None]
 
 
@@ -40,7 +42,7 @@ def judged(
     verdicts: Sequence[Verdict],
     label: str,
     unsaid_is: str | None = None,
-    above: float = 0.5,
+    thresholds: Mapping[str, Mapping] = NO_THRESHOLDS,
 ) -> pandas.DataFrame:
     """The verdicts on `label` as a table with a row for each row of a benchmark.
 
@@ -48,27 +50,31 @@ def judged(
         unsaid_is: how the paper counts an answer without an opinion on this benchmark. None: as
             negative; by_refusal: as negative if the guard calls the answer a refusal, else as
             positive.
-        above: the guard's own threshold, where it has no word.
+        thresholds: the guard's own, by label.
 
     Returns:
-        truth; score (NaN where there is none); decided, the guard's own word where it has one, else
-        score > above; worded, whether it has one; failed, whether there is no verdict, whatever the
-        reason; as_paper, how the paper counts it then; prompt, what names it; groups; and MARKS.
+        truth; score (NaN where there is none); decided, of `is_flagged`; worded, whether the
+        guard's own word decided; failed, whether there is no verdict, whatever the reason;
+        as_paper, how the paper counts it then; prompt, what names it; groups; and MARKS.
     """
+    has_threshold = threshold_of(thresholds, label) is not None
     table = []
     for row, verdict in zip(rows, verdicts, strict=True):
-        score, decided = opinion(verdict, label, above)
-        if verdict.error is not None:
+        failed = verdict.error is not None
+        score = None if failed else getattr(verdict, label)
+        decided = is_flagged(verdict, label, thresholds)
+        by_score = has_threshold and score is not None
+        if failed:
             as_paper = not row["label"]
         else:
-            refused = opinion(verdict, "response_refusal")[1]
+            refused = is_flagged(verdict, "response_refusal", NO_THRESHOLDS)
             as_paper = unsaid_is == "by_refusal" and not refused
         table.append(
             {
                 "truth": bool(row["label"]),
                 "score": np.nan if score is None else score,
                 "decided": bool(decided),
-                "worded": verdict.error is None and label in verdict.decided,
+                "worded": not failed and not by_score and label in verdict.decided,
                 "failed": decided is None,
                 "as_paper": as_paper,
                 "prompt": prompt_key(row),
@@ -77,15 +83,6 @@ def judged(
             }
         )
     return pandas.DataFrame(table)
-
-
-def opinion(verdict: Verdict, label: str, above: float = 0.5) -> tuple[float | None, bool | None]:
-    """The probability of a label, and the decision; None where the guard gave none."""
-    if verdict.error is not None:
-        return None, None
-    score = getattr(verdict, label)
-    by_score = None if score is None else score > above
-    return score, verdict.decided.get(label, by_score)
 
 
 def counted(said: pandas.DataFrame, parse_errors: str) -> pandas.DataFrame:
@@ -150,7 +147,7 @@ def score_cell(
         said: `judged` of the rows.
         threshold: {"value", "how", "on"}, fitted on other rows.
         rounds: bootstrap draws of prompts for the 95 % intervals; 0 leaves them out.
-        above: of `judged`.
+        above: the guard's own threshold, or 0.5.
     """
     value = threshold["value"] if threshold else None
     score = partial(score_rows, threshold=value)
@@ -159,7 +156,9 @@ def score_cell(
     cell["asked"] = len(said)
     cell["errors"] = int(said.failed.sum())
     cell["error_rate"] = float(said.failed.mean())
-    cell["decision"] = "own word" if said.worded.any() else f"score > {above:.3g}"
+    cell["decision"] = "own word"
+    if not said.worded.any():
+        cell["decision"] = f"score > {report.threshold(above)}"
     cell["threshold"] = threshold
     cell["by_parse_errors"] = {rule: score(counted(said, rule)) for rule in PARSE_ERRORS}
     groups = pandas.DataFrame(said.groups.tolist())

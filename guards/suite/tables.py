@@ -261,8 +261,8 @@ def notes(
         found.append(f"Mean, {name}: {', '.join(members)}; only of rows with all of them.")
     if any(label.endswith(NO_WORD) for label, _ in rows):
         what = (
-            "has no word of its own, in whole or in part: there, the threshold of its guard.json "
-            "decides, or else score > 0.5"
+            "is not decided by the guard's own words: the threshold of its guard.json decides, or, "
+            "where it has neither, score > 0.5"
         )
         found.append(f"{NO_WORD.strip()} {what}.")
     without_safe = any(facts["recall_only"] for facts in benchmarks.values())

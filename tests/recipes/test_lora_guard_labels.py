@@ -141,6 +141,23 @@ def evaluated(out: Path, guard: Path, data: Path, *more) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
+def test_training_rows_of_several_files_are_known(tmp_path):
+    evaluate = module("lora_guard", "evaluate")
+    files = [write(tmp_path / "one.csv", 3), write(tmp_path / "two.csv", 5)]
+    args = evaluate.EvaluationArguments(
+        guards=["guard"],
+        eval_data="rows.csv",
+        output_dir="out",
+        judge="response",
+        train_data=[str(file) for file in files],
+    )
+    texts = evaluate.training_texts(args)
+    assert len(texts) == 3 + 5
+    assert "do it 4 times" in texts[-1]
+    args.train_data = []
+    assert evaluate.training_texts(args) is None
+
+
 @slow
 def test_own_categories_from_train_to_results(tiny_base, tmp_path):
     """guard.json, model card, verdicts and tables know the rows' categories and no others; tables
@@ -164,7 +181,8 @@ def test_own_categories_from_train_to_results(tiny_base, tmp_path):
     (verdict,) = guard.judge(load_conversations(str(data), max_rows=1)["messages"])
     assert set(verdict.categories) == {"fraud", "spam"}
     known = write(tmp_path / "known.csv", 6)
-    results = evaluated(tmp_path / "out", run / "best", data, "--train_data", known)
+    prompts = write(tmp_path / "prompts.csv", 3, answers=False)
+    results = evaluated(tmp_path / "out", run / "best", data, "--train_data", prompts, known)
     assert list(results["categories"]) == ["spam", "fraud"]
     assert results["categories"]["fraud"]["support"] == 50  # ten rows do not say
     assert results["categories"]["fraud"]["positives"] == 20

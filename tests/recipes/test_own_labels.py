@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from common.conversation import UserError, pair
 from common.labels import targets
+from common.run import json_lines
 from guards import load_guard
 from guards.card import read_card
 
@@ -189,6 +190,30 @@ def test_what_a_lora_guard_is_asked(tmp_path, inputs, judged):
     assert evaluate.what_is_judged(evaluate.EvaluationArguments(model_path=guard, **args)) == judged
     zoo = evaluate.EvaluationArguments(model_path="llama-prompt-guard-2-86m", **args)
     assert evaluate.what_is_judged(zoo) == "prompt"
+
+
+def test_baselines_are_fitted_on_several_files_as_train_reads_them(tmp_path):
+    """The second file labels one of the first's rows again, and brings another."""
+    evaluate = module("moderation", "evaluate")
+    rows = write_rows(tmp_path / "rows.csv")
+    again = [
+        {"prompt": "And now?", "response": ROWS[3][1], "response_label": "safe"},
+        {"prompt": "Why?", "response": "So.", "response_label": "unsafe"},
+    ]
+    (tmp_path / "again.jsonl").write_text(json_lines(again))
+    args = evaluate.EvaluationArguments(
+        eval_dataset="rows.csv",
+        model_path="guard",
+        output_dir="out",
+        baselines=[str(rows), str(tmp_path / "again.jsonl")],
+    )
+    fitted = evaluate.rows_to_fit_on(args, "pair")
+    found = {}
+    for row in fitted:
+        found[row["messages"][0]["content"]] = row["response_unsafe"]
+    assert len(found) == len(ROWS) + 1
+    assert found["Why?"]
+    assert not found["And now?"]
 
 
 def test_a_validation_row_of_another_kind_is_unsafe_alone(tmp_path, caplog):

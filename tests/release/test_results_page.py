@@ -10,7 +10,7 @@ from pages import opened, score
 from playwright.sync_api import Page, expect
 from scripts import launch, module
 
-from common import metrics
+from common import metrics, report
 from common.conversation import Verdict, pair
 from common.results_page import PageGuard, PageTable, page_row, write_results_page
 
@@ -82,6 +82,22 @@ def test_the_slider_moves_the_counts(page, rows, threshold):
     expected = scores_of(rows, 0, float(threshold))
     for name, key in [("precision", "precision"), ("recall", "recall"), ("false positives", "fpr")]:
         assert score(page, name) == pytest.approx(expected[key], abs=6e-4), name
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9996, 0.00004])
+def test_a_threshold_is_shown_as_in_the_tables(browser, rows, tmp_path, threshold):
+    path = tmp_path / "results.html"
+    guards = [PageGuard("first", threshold), GUARDS[1]]
+    write_results_page(
+        path,
+        title="Two guards",
+        note="",
+        tables=[],
+        guards=guards,
+        rows=rows[:50],
+    )
+    with opened(browser, path) as page:
+        expect(page.locator("#above")).to_have_text(report.threshold(threshold))
 
 
 def test_the_counts_are_those_of_the_filtered_rows(page, rows):

@@ -1,6 +1,7 @@
 """What a run leaves for people: tables, files, pictures."""
 
 import json
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +23,30 @@ CELLS = [
 @pytest.mark.parametrize(("value", "cell"), CELLS)
 def test_cell(value, cell):
     assert report.number(value) == cell
+
+
+THRESHOLDS = [
+    (None, "–"),
+    (0.0, "0"),
+    (0.5, "0.5"),
+    (0.36249, "0.362"),
+    (0.95, "0.95"),
+    (0.9996, "0.9996"),
+    (0.99958731, "0.999587"),
+    (0.00004, "0.00004"),
+    (math.nextafter(1.0, 0.0), "0.999999999999999889"),
+]
+
+
+@pytest.mark.parametrize(("value", "shown"), THRESHOLDS)
+def test_a_threshold_is_never_shown_as_0_or_1(value, shown):
+    assert report.threshold(value) == shown
+
+
+def test_thresholds_in_tables_are_shown_as_they_are():
+    found = {"fraud": metrics.binary([1, 0], [0.9, 0.1], 0.9996)}
+    text = report.metric_table(found, report.CATEGORY_COLUMNS)
+    assert "| 0.9996 |" in text
 
 
 def test_metric_table_has_a_row_a_name_and_directions():

@@ -333,14 +333,15 @@ def test_the_guards_own_threshold(arguments):
     assert cell["convention"]["threshold"] == "guard.json: max F1"
 
 
-def test_a_guard_without_words_decides_at_its_own_threshold(arguments, tmp_path):
-    """A guard with words decides by these. 0.6 is above a threshold of 0.55, and not of 0.7."""
+def test_a_threshold_decides_before_words(arguments, tmp_path):
+    """0.6 is above a threshold of 0.55, and not of 0.7; the guard's word for it is safe."""
     unfitted = {"flagged": {"value": 0.7, "how": "chosen by hand"}}
     of_prompts = unfitted | {"prompt_unsafe": {"value": 0.55, "how": "max F1", "on": "own"}}
     guards = [
-        candidate("worded", "1", thresholds=of_prompts),
-        candidate("at 0.55", "2", words=False, thresholds=of_prompts),
-        candidate("at 0.7", "3", words=False, thresholds=unfitted),
+        candidate("worded", "1"),
+        candidate("worded at 0.55", "2", thresholds=of_prompts),
+        candidate("at 0.55", "3", words=False, thresholds=of_prompts),
+        candidate("at 0.7", "4", words=False, thresholds=unfitted),
     ]
     args = arguments(benchmarks=arguments().benchmarks[:1], parse_errors="excluded")
     results = evaluate.evaluate(args, guards)
@@ -349,7 +350,8 @@ def test_a_guard_without_words_decides_at_its_own_threshold(arguments, tmp_path)
         cell = cells(results, guard.name)["expguardtest_prompt"]
         found[guard.name] = (cell["decision"], cell["recall"], cell["threshold"] is None)
     assert found == {
-        "worded": ("own word", 3 / 5, False),
+        "worded": ("own word", 3 / 5, True),
+        "worded at 0.55": ("score > 0.55", 4 / 5, False),
         "at 0.55": ("score > 0.55", 4 / 5, False),
         "at 0.7": ("score > 0.7", 3 / 5, True),
     }

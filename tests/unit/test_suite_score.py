@@ -146,6 +146,19 @@ def test_without_a_word_the_score_decides():
     assert cell["decision"] == "score > 0.5"
 
 
+@pytest.mark.parametrize(
+    ("above", "decision"),
+    [
+        (0.5, "score > 0.5"),
+        (0.9996, "score > 0.9996"),
+        (0.00004, "score > 0.00004"),
+    ],
+)
+def test_the_threshold_of_a_guard_is_said_as_it_is(above, decision):
+    cell = score(verdicts=[replace(v, decided={}) for v in VERDICTS], above=above)
+    assert cell["decision"] == decision
+
+
 def test_a_word_without_a_probability_has_no_ranking():
     verdicts = [replace(VERDICTS[0], prompt_unsafe=None), *VERDICTS[1:]]
     cell = score(verdicts=verdicts, threshold={"value": 0.5, "how": "max F1", "on": "v"}, rounds=20)

@@ -63,7 +63,7 @@ def test_grid_and_its_formats():
     assert "| x_y † | 0.800 | 0.500 (R 0.333) | 0.650 |" in text
     assert "| b | not supported | not measured | – |" in text
     assert "Mean, all prompt_unsafe: toxicchat, harmbench_prompt" in text
-    assert "† has no word" in text
+    assert "† is not decided by the guard's own words" in text
     latex = tables.latex(grid, results["benchmarks"])
     assert r"x\_y $\dagger$ & 0.800 & 0.500 (R 0.333) & 0.650 \\" in latex
     assert not re.search(r"(?<!\\)[_%#]", latex)
