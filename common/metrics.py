@@ -414,7 +414,12 @@ def intervals(
     return found
 
 
-def agreement(a: Truths, b: Truths, rounds: int = 1000) -> Results:
+def agreement(
+    a: Truths,
+    b: Truths,
+    rounds: int = 1000,
+    groups: Sequence | None = None,
+) -> Results:
     """How far two judges agree: share of equal verdicts, Cohen's kappa, intervals (`bootstrap`).
 
     Kappa is None when both give one and the same verdict to every row: then chance alone explains
@@ -449,9 +454,9 @@ def agreement(a: Truths, b: Truths, rounds: int = 1000) -> Results:
     return {
         "n": n,
         "agreement": share(every),
-        "agreement_interval": bootstrap(share, n, rounds=rounds),
+        "agreement_interval": bootstrap(share, n, groups, rounds),
         "kappa": kappa(every),
-        "kappa_interval": bootstrap(kappa, n, rounds=rounds),
+        "kappa_interval": bootstrap(kappa, n, groups, rounds),
     }
 
 

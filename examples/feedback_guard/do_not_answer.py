@@ -17,6 +17,7 @@ what they hold.
 import gzip
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,9 @@ def main() -> None:
     (given,) = parse_args([Arguments])
     check_output_folder(given.output_dir)
     asked = read_answers(given.answers)
-    rows = [answered_row(number, *one, given.seed) for number, one in enumerate(asked)]
+    rows = []
+    for number, (prompt, answers) in enumerate(asked):
+        rows.append(answered_row(number, prompt, answers, given.seed))
     benign = benign_rows(given.benign, given.benign_rows, given.longest, given.seed)
     prompts = guard_rows(given.guard, given.guard_safe, given.longest, given.seed)
     folder = Path(given.output_dir)
@@ -97,10 +100,13 @@ def read_answers(source: str) -> list[Asked]:
             prompts.
     """
     folder = Path(source)
-    table = joined_tables(folder) if folder.is_dir() else pd.DataFrame(plain_rows(source))
-    models = [
-        name.removesuffix("_harmful") for name in map(str, table) if name.endswith("_harmful")
-    ]
+    is_reviews = folder.is_dir()
+    table = joined_tables(folder) if is_reviews else pd.DataFrame(plain_rows(source))
+    models = []
+    for name in map(str, table):
+        model = name.removesuffix("_harmful")
+        if model != name:
+            models.append(model)
     if not models or "question" not in table:
         raise UserError(f"{source}: no columns question and <model>_harmful; see --help")
     asked = []
@@ -160,10 +166,16 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: no CSV file that can be read ({first_line(error)})") from None
 
 
-def answered_row(number: int, prompt: str, answers: list[Answer], seed: int) -> Row:
+def answered_row(
+    number: int,
+    prompt: str,
+    answers: list[Answer],
+    seed: int,
+) -> Row:
     """A row of the recipe: the first harmful answer, or, where there is none, any."""
     harmful = [answer for answer in answers if answer.harmful]
-    shown = harmful[0] if harmful else random.Random(f"{seed} {number}").choice(answers)
+    any_of = random.Random(f"{seed} {number}")
+    shown = harmful[0] if harmful else any_of.choice(answers)
     return {
         "conv_id": f"do_not_answer-{number}",
         "user_input": prompt,
@@ -178,17 +190,21 @@ def answered_row(number: int, prompt: str, answers: list[Answer], seed: int) -> 
 
 def facts(asked: list[Asked]) -> dict[str, Any]:
     """How many answers are harmful, and whether half of the assistants predicts the other half."""
-    harmful = [[answer.harmful for answer in answers] for _, answers in asked]
-    first = [any(row[::2]) for row in harmful]
-    second = [any(row[1::2]) for row in harmful]
-    halves = metrics.agreement(first, second)
-    by_model: dict[str, int] = {}
+    first = []
+    second = []
+    prompts = 0
+    by_model: Counter = Counter()
     for _, answers in asked:
+        harmful = [answer.harmful for answer in answers]
+        first.append(any(harmful[::2]))
+        second.append(any(harmful[1::2]))
+        prompts += any(harmful)
         for answer in answers:
-            by_model[answer.model] = by_model.get(answer.model, 0) + answer.harmful
+            by_model[answer.model] += answer.harmful
+    halves = metrics.agreement(first, second)
     return {
         "prompts": len(asked),
-        "prompts_with_a_harmful_answer": sum(map(any, harmful)),
+        "prompts_with_a_harmful_answer": prompts,
         "harmful_answers": by_model,
         "halves_kappa": halves["kappa"],
         "halves_kappa_interval": halves["kappa_interval"],
@@ -198,7 +214,12 @@ def facts(asked: list[Asked]) -> dict[str, Any]:
 # --- what stands beside them ----------------------------------------------------------------------
 
 
-def benign_rows(sources: list[str], count: int, longest: int, seed: int) -> list[Row]:
+def benign_rows(
+    sources: list[str],
+    count: int,
+    longest: int,
+    seed: int,
+) -> list[Row]:
     """Harmless prompts with their answers, drawn from all sources. Nobody has labelled the answers;
     they count as harmless.
     """
@@ -234,7 +255,8 @@ def instruction(row: Any, where: str) -> tuple[str, str]:
             value = ""
         texts[name] = check_text(value, name, where, allow_empty=True)
     parts = [texts["instruction"], texts["input"]]
-    return "\n".join(filter(None, parts)), texts["output"]
+    prompt = "\n".join(filter(None, parts))
+    return prompt, texts["output"]
 
 
 def instructions(source: str) -> list[Row]:
@@ -242,7 +264,8 @@ def instructions(source: str) -> list[Row]:
     if not source.endswith(".json.gz"):
         return plain_rows(source)
     try:
-        text = gzip.decompress(Path(source).expanduser().read_bytes()).decode("utf-8-sig")
+        packed = Path(source).expanduser().read_bytes()
+        text = gzip.decompress(packed).decode("utf-8-sig")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{source}: cannot be read ({first_line(error)})") from None
     rows = parse_json(text, source)
@@ -251,7 +274,12 @@ def instructions(source: str) -> list[Row]:
     return rows
 
 
-def guard_rows(spec: str, safe_for_each: int, longest: int, seed: int) -> list[Row]:
+def guard_rows(
+    spec: str,
+    safe_for_each: int,
+    longest: int,
+    seed: int,
+) -> list[Row]:
     """The unsafe prompts of a data set, and for each of them so many safe ones by lot."""
     unsafe = []
     safe = []

@@ -65,7 +65,11 @@ TEMPLATE = FOLDER / "templates" / "llama_guard.jinja"
 
 # --- keys of the stages ---------------------------------------------------------------------------
 
-BEFORE = {"splits": None, "process": "splits", "train": "process", "evaluate": "process"}
+BEFORE = {
+    "process": "splits",
+    "train": "process",
+    "evaluate": "process",
+}
 AGAIN = {
     "splits": "choose another dataset.store_dir, or remove this one, and run process.py",
     "process": "run process.py again",
@@ -103,27 +107,41 @@ def stage_key(config: Config, stage: str, *inputs: Any) -> str:
     return digest(stage_facts(config, stage, *inputs))
 
 
-def write_stage(path: Path, config: Config, stage: str, *inputs: Any, **more: Any) -> None:
+def write_stage(
+    path: Path,
+    config: Config,
+    stage: str,
+    *inputs: Any,
+    **more: Any,
+) -> None:
     """Write beside a stage's result what it depends on, and `more` that others may read."""
     facts = stage_facts(config, stage, *inputs)
-    write_json(path, {"stage": stage, "key": digest(facts), "made_of": facts, **more})
+    found = {"stage": stage, "key": digest(facts), "made_of": facts}
+    write_json(path, found | more)
 
 
-def check_stage(path: Path, config: Config, stage: str, *inputs: Any) -> Row:
+def check_stage(
+    path: Path,
+    config: Config,
+    stage: str,
+    *inputs: Any,
+) -> Row:
     """What `write_stage` wrote, if this config asks for the very same.
 
     Raises:
         UserError: the stage has not run yet, or was made of something else, which is named.
     """
     if not path.is_file():
-        script = "process.py" if stage in ("splits", "process") else f"{stage}.py"
+        script = "process.py" if stage == "splits" else f"{stage}.py"
         raise UserError(f"{path}: not there yet; run {script} with this config first")
     known = json.loads(path.read_text(encoding="utf-8"))
-    facts = json.loads(json.dumps(stage_facts(config, stage, *inputs)))
+    facts = stage_facts(config, stage, *inputs)
+    facts = json.loads(json.dumps(facts))  # as the file holds them
     if known.get("key") == digest(facts):
         return known
     made_of = known.get("made_of", {})
-    for name in sorted(facts.keys() | made_of.keys()):
+    names = {*facts, *made_of}
+    for name in sorted(names):
         if facts.get(name) != made_of.get(name):
             raise UserError(f"{path.parent}: was made with another {name}; {AGAIN[stage]}")
     raise UserError(f"{path.parent}: was made by an older version; {AGAIN[stage]}")
@@ -136,7 +154,7 @@ def stage_facts(config: Config, stage: str, *inputs: Any) -> dict[str, Any]:
         facts.pop(name)
     if inputs:
         facts[INPUTS[stage]] = list(inputs)
-    if BEFORE[stage]:
+    if stage in BEFORE:
         facts |= stage_facts(config, BEFORE[stage])
     return facts
 
@@ -147,34 +165,38 @@ def _settings(name: str, section: Section) -> dict[str, Any]:
 
 
 def _splits_facts(config: Config) -> dict[str, Any]:
-    facts = _settings("dataset", config.dataset) | {"seed": config.seed}
+    facts = _settings("dataset", config.dataset)
     facts.pop("dataset.store_dir")
+    facts["seed"] = config.seed
     facts["dataset.path"] = data_fingerprint(config.dataset.path)
     if config.dataset.guard_path:
         facts["dataset.guard_path"] = data_fingerprint(config.dataset.guard_path)
     for name, part in config.prepared().items():
-        facts[f"prepare.{name}.data"] = [data_fingerprint(spec) for spec in part.data]
+        of_data = [data_fingerprint(spec) for spec in part.data]
+        facts[f"prepare.{name}.data"] = of_data
     return facts
 
 
 def _process_facts(config: Config) -> dict[str, Any]:
-    guard, llama, evaluation = config.llama_guard, config.llama, config.evaluation
+    experiment = config.experiment
+    evaluation = config.evaluation
     facts: dict[str, Any] = {}
     for name, part in config.prepared().items():
         facts |= _settings(f"prepare.{name}", part)
         facts[f"prepare.{name}.base_model"] = fingerprint(part.base_model)
         facts.pop(f"prepare.{name}.output_dir")
         facts.pop(f"prepare.{name}.data")  # content, among those of the splits
+    recorded = config.llama.use_recorded
     return facts | {
         "splits' rows": [content_of(split_path(config, split)) for split in SPLITS],
         "llama_guard.default_model_path": default_identity(config),
-        "llama_guard.legacy_new_tokens": guard.legacy_new_tokens,
-        "llama": "recorded" if llama.use_recorded else assistant_identity(config),
-        "experiment.blocked_by": config.experiment.blocked_by,
-        "experiment.explore_share": config.experiment.explore_share,
-        "experiment.process_sample_size": config.experiment.process_sample_size,
+        "llama_guard.legacy_new_tokens": config.llama_guard.legacy_new_tokens,
+        "llama": "recorded" if recorded else assistant_identity(config),
+        "experiment.blocked_by": experiment.blocked_by,
+        "experiment.explore_share": experiment.explore_share,
+        "experiment.process_sample_size": experiment.process_sample_size,
         "evaluation.max_eval_samples": evaluation.max_eval_samples,
-        "evaluation.judge": evaluation.judge and guard_identity(evaluation.judge, {}),
+        "evaluation.judge": _judge_identity(config),
     }
 
 
@@ -191,13 +213,21 @@ def _train_facts(config: Config) -> dict[str, Any]:
 
 def _evaluate_facts(config: Config) -> dict[str, Any]:
     evaluation = config.evaluation
-    specs = [*filter(None, [evaluation.hard_benign]), *evaluation.extra]
+    specs = list(evaluation.extra)
+    if evaluation.hard_benign:
+        specs.insert(0, evaluation.hard_benign)
+    paths = [processed_path(config, split) for split in ("validation", "test")]
     return {
         **_settings("evaluation", evaluation),
-        "evaluation.judge": evaluation.judge and guard_identity(evaluation.judge, {}),
+        "evaluation.judge": _judge_identity(config),
         "evaluation.hard_benign and extra": [data_fingerprint(spec) for spec in specs],
-        "processed rows": [content_of(processed_path(config, s)) for s in ("validation", "test")],
+        "processed rows": [content_of(path) for path in paths],
     }
+
+
+def _judge_identity(config: Config) -> str:
+    judge = config.evaluation.judge
+    return guard_identity(judge, {}) if judge else ""
 
 
 FACTS = {
@@ -213,12 +243,15 @@ def content_of(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path}: not there yet; run process.py with this config first")
     stat = path.stat()
-    return _content_once(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    version = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return _content_once(path, version)
 
 
 @cache
-def _content_once(path: Path, *_: int) -> str:
-    return rows_digest(row | {"timestamp": None} for row in read_json_lines(path))
+def _content_once(path: Path, version: tuple[int, ...]) -> str:
+    rows = read_json_lines(path)
+    timeless = [row | {"timestamp": None} for row in rows]
+    return rows_digest(timeless)
 
 
 def default_identity(config: Config) -> list[Any]:
@@ -232,8 +265,14 @@ def default_identity(config: Config) -> list[Any]:
 def assistant_identity(config: Config) -> list[Any]:
     """What the assistant's responses depend on, besides prompt and seed."""
     llama = config.llama
-    decoding = [llama.temperature, llama.top_p, llama.max_tokens, llama.samples]
-    return [fingerprint(llama.model_path), llama.engine, _address(llama), decoding]
+    decoding = [
+        llama.temperature,
+        llama.top_p,
+        llama.max_tokens,
+        llama.samples,
+    ]
+    model = fingerprint(llama.model_path)
+    return [model, llama.engine, _address(llama), decoding]
 
 
 def _address(section: ModelSection) -> dict[str, Any]:
@@ -249,14 +288,21 @@ def data_fingerprint(spec: str) -> str:
     parsed = parse_spec(spec)
     known = sources()["sources"].get(parsed.name, {})
     if "path" in known:
-        files = [ROOT / known["path"].format(split=split) for split in known["splits"]]
-        return digest([str(parsed), [fingerprint(file) for file in files]])
+        names = [known["path"].format(split=split) for split in known["splits"]]
+        contents = [fingerprint(ROOT / name) for name in names]
+        return digest([str(parsed), contents])
     if parsed.is_file or Path(parsed.name).is_dir():
-        return digest([parsed.split, fingerprint(parsed.name)])
+        content = fingerprint(parsed.name)
+        return digest([parsed.split, content])
     return digest(str(parsed))
 
 
 # --- what others read -----------------------------------------------------------------------------
+
+
+def splits_stage(config: Config) -> Path:
+    """Where stands what the splits depend on."""
+    return Path(config.dataset.store_dir) / "splits.json"
 
 
 def split_path(config: Config, split: str) -> Path:
@@ -280,7 +326,7 @@ def read_split(config: Config, split: str) -> list[Row]:
     Raises:
         UserError: process.py has not made the splits yet, or of something else.
     """
-    check_stage(Path(config.dataset.store_dir) / "splits.json", config, "splits")
+    check_stage(splits_stage(config), config, "splits")
     return read_json_lines(split_path(config, split))
 
 
@@ -314,51 +360,62 @@ def q(row: Mapping, label: str | None = None) -> float | None:
     """
     if label is None:
         label = row.get("blocked_by", "guard")
-    said = [_word(response, label) for response in row["responses"]]
+    said = [word_on(response, label) for response in row["responses"]]
     known = [unsafe for unsafe in said if unsafe is not None]
-    return sum(known) / len(known) if known else None
+    if not known:
+        return None
+    return sum(known) / len(known)
 
 
-def _word(response: Mapping, label: str) -> bool | None:
+def word_on(response: Mapping, label: str) -> bool | None:
     """Whether a response is unsafe by the word of guard, judge or human."""
     if label == "human":
         return response["human_unsafe"]
-    if label == "judge":
-        score = response["judge_unsafe"]
-        return None if score is None else score >= 0.5
-    return None if response["error"] is not None else response["decided"]
+    if label == "guard":
+        return response["decided"] if response["error"] is None else None
+    score = response["judge_unsafe"]
+    return None if score is None else score >= 0.5
 
 
 def feedback(row: Mapping) -> bool:
     """The event that the loop learns from: the prompt passed, and at least half of its responses
     did not.
     """
-    return passed(row) and not row["shadow"] and (q(row) or 0.0) >= 0.5
+    if row["shadow"] or not passed(row):
+        return False
+    share = q(row)
+    return share is not None and share >= 0.5
 
 
 def refused(row: Mapping) -> bool:
     """Whether any response refuses: then harmless responses do not say that the prompt is harmless."""
-    return any(response["refusal"] in REFUSALS for response in row["responses"])
+    kinds = {response["refusal"] for response in row["responses"]}
+    return not kinds.isdisjoint(REFUSALS)
 
 
 def text_key(text: str) -> str:
     """A prompt without case, spacing, punctuation and forms of characters."""
     plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", plain)) or plain.strip()
+    words = re.findall(r"\w+", plain)
+    return " ".join(words) or plain.strip()
 
 
 def seen_texts(config: Config) -> list[str]:
     """The prompts that guards and thresholds have seen: train, validation, and what the guards were
     trained on.
     """
-    rows = [row for split in ("train", "validation") for row in read_split(config, split)]
-    return [row["input"] for row in rows] + guard_texts(config)
+    rows = read_split(config, "train") + read_split(config, "validation")
+    texts = [row["input"] for row in rows]
+    return texts + guard_texts(config)
 
 
 def guard_texts(config: Config) -> list[str]:
     """The prompts that the guards were trained on, as far as the config says."""
-    specs = [spec for part in config.prepared().values() for spec in part.data]
-    specs += filter(None, [config.dataset.guard_path])
+    specs = []
+    for part in config.prepared().values():
+        specs += part.data
+    if config.dataset.guard_path:
+        specs.append(config.dataset.guard_path)
     texts = []
     for spec in specs:
         for row in load_conversations(spec, bad_rows="skip"):
@@ -380,7 +437,8 @@ def sample(config: Config, split: str) -> list[Row]:
         size = config.experiment.process_sample_size
     if size is None or size >= len(rows):
         return rows
-    chosen = random.Random(config.seed).sample(range(len(rows)), size)
+    rng = random.Random(config.seed)
+    chosen = rng.sample(range(len(rows)), size)
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -396,7 +454,7 @@ def make_splits(config: Config) -> None:
         UserError: bad data, an empty split, or a folder that holds splits made otherwise, or files
             of the user's.
     """
-    about = Path(config.dataset.store_dir) / "splits.json"
+    about = splits_stage(config)
     files = [split_path(config, split) for split in SPLITS]
     if about.is_file():
         check_stage(about, config, "splits")
@@ -411,84 +469,110 @@ def make_splits(config: Config) -> None:
         if not parts[split]:
             hint = "see dataset.split_ratios"
             raise UserError(f"{config.dataset.path}: no rows are left for {split}; {hint}")
-    counts = {split: Counter(row["label"] for row in rows) for split, rows in parts.items()}
+    counts = {}
+    for split, rows in parts.items():
+        counts[split] = Counter(row["label"] for row in rows)
     # first: a killed run finds whose splits they are
     write_stage(about, config, "splits", counts=counts, left_out=left_out)
     for split in SPLITS:
-        write_text(split_path(config, split), json_lines(parts[split]))
-    logger.info("Splits: %s; left out: %s", json.dumps(counts), left_out or "nothing")
+        lines = json_lines(parts[split])
+        write_text(split_path(config, split), lines)
+    found = json.dumps(counts)
+    logger.info("Splits: %s; left out: %s", found, left_out or "nothing")
 
 
-def _without_copies(parts: dict[str, list[Row]], of_guards: Sequence[str]) -> dict[str, int]:
+def _without_copies(
+    parts: dict[str, list[Row]],
+    of_guards: Sequence[str],
+) -> dict[str, int]:
     """Give all rows their `group`, and take those away of which a near-copy stands elsewhere.
 
     Returns:
         How many were taken, by the reason.
     """
-    rows = [row for part in parts.values() for row in part]
-    groups = near_copies([*(row["input"] for row in rows), *of_guards])
-    for row, group in zip(rows, groups[: len(rows)], strict=True):
-        row["group"] = group
-    known = set(groups[len(rows) :])
-    taken: Counter = Counter()
+    rows = []
+    for part in parts.values():
+        rows += part
+    texts = [row["input"] for row in rows]
+    groups = near_copies([*texts, *of_guards])
+    for i, row in enumerate(rows):
+        row["group"] = groups[i]
+    taken = {"seen by the guard in its training": set(groups[len(rows) :])}
+    left_out: Counter = Counter()
     for split in ("test", "validation", "train"):
-        why = {"seen by the guard in its training": known}
-        if split != "test":
-            why["also in test"] = {row["group"] for row in parts["test"]}
-        if split == "train":
-            why["also in validation"] = {row["group"] for row in parts["validation"]}
-        for reason, bad in why.items():
-            kept = [row for row in parts[split] if row["group"] not in bad]
-            taken[reason] += len(parts[split]) - len(kept)
-            parts[split] = kept
-    return {reason: count for reason, count in taken.items() if count}
+        kept = []
+        for row in parts[split]:
+            whys = [why for why, known in taken.items() if row["group"] in known]
+            if whys:
+                left_out[whys[0]] += 1
+            else:
+                kept.append(row)
+        parts[split] = kept
+        taken[f"also in {split}"] = {row["group"] for row in kept}
+    return dict(left_out)
 
 
 def split_up(config: Config) -> dict[str, list[Row]]:
     """The rows of the data by split, before near-copies are taken away."""
-    ratios, found = config.dataset.split_ratios, _source(config)
+    ratios = config.dataset.split_ratios
+    found = _source(config)
     times: Counter = Counter()
     for rows in found.values():
         for row in rows:
-            times[row["id"]] += 1
-            if times[row["id"]] > 1:
-                row["id"] += f"-{times[row['id']]}"
-    if config.dataset.resplit or not {"train", "test"} <= set(found):
-        rows = [row for split in SPLITS for row in found.get(split, ())]
+            row_id = row["id"]
+            times[row_id] += 1
+            if times[row_id] > 1:
+                row["id"] = f"{row_id}-{times[row_id]}"
+    official = "train" in found and "test" in found
+    if config.dataset.resplit or not official:
+        rows = []
+        for split in SPLITS:
+            rows += found.get(split, [])
         shares = [ratios.train, ratios.validation, ratios.test]
-        return dict(zip(SPLITS, _portions(rows, shares, config.seed), strict=True))
+        parts = _portions(rows, shares, config.seed)
+        return dict(zip(SPLITS, parts, strict=True))
     if "validation" not in found:
         shares = [1 - ratios.validation, ratios.validation]
-        found["train"], found["validation"] = _portions(found["train"], shares, config.seed)
+        train, validation = _portions(found["train"], shares, config.seed)
+        found |= {"train": train, "validation": validation}
     return found
 
 
-def _portions(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[list[Row]]:
+def _portions(
+    rows: Sequence[Row],
+    shares: Sequence[float],
+    seed: int,
+) -> list[list[Row]]:
     """Rows in parts of about these shares, with each label in proportion, and one side for
     near-copies.
     """
-    members: dict[int, list[int]] = defaultdict(list)
-    for i, group in enumerate(near_copies([row["input"] for row in rows])):
-        members[group].append(i)
-    strata: dict[bool, list[int]] = defaultdict(list)
+    members = defaultdict(list)
+    groups = near_copies([row["input"] for row in rows])
+    for row, group in zip(rows, groups, strict=True):
+        members[group].append(row)
+    strata = defaultdict(list)  # by whether any of the group is unsafe
     for group, of_group in members.items():
-        strata[any(rows[i]["label"] == "unsafe" for i in of_group)].append(group)
-    part_of = dict.fromkeys(range(len(rows)), 0)
+        labels = {row["label"] for row in of_group}
+        strata["unsafe" in labels].append(group)
+
+    def first_text(group: int) -> str:
+        return text_key(members[group][0]["input"])
+
+    part_of = dict.fromkeys(members, 0)
     for unsafe in sorted(strata):
-        groups = sorted(
-            strata[unsafe], key=lambda group: text_key(rows[members[group][0]]["input"])
-        )
-        random.Random(seed).shuffle(groups)
-        total = len(groups)
+        left = sorted(strata[unsafe], key=first_text)
+        random.Random(seed).shuffle(left)
+        total = len(left)
         for part, share in enumerate(shares[1:], start=1):
-            least = 1 if share > 0 and total >= len(shares) else 0
-            size = max(round(share * total), least)
-            for group in groups[:size]:
-                part_of |= dict.fromkeys(members[group], part)
-            groups = groups[size:]
-    parts: list[list[Row]] = [[] for _ in shares]
-    for i, row in enumerate(rows):
-        parts[part_of[i]].append(row)
+            size = round(share * total)
+            if share > 0 and total >= len(shares):
+                size = max(size, 1)
+            part_of |= dict.fromkeys(left[:size], part)
+            left = left[size:]
+    parts = [[] for _ in shares]
+    for row, group in zip(rows, groups, strict=True):
+        part = part_of[group]
+        parts[part].append(row)
     return parts
 
 
@@ -497,37 +581,48 @@ def _portions(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[l
 
 def _source(config: Config) -> dict[str, list[Row]]:
     """The rows of the data set by split; one file or one split of something is "train" alone."""
-    path, known = config.dataset.path, sources()["sources"]
+    path = config.dataset.path
+    known = sources()["sources"]
     if path in known:
-        splits = [split for split in SPLITS if split in known[path]["splits"]]
-        return {split: _rows(spec_rows(f"{path}:{split}")[1], path) for split in splits}
-    if Path(path).is_dir():
-        files = {}
+        parts = {}
         for split in SPLITS:
-            for kind in FILE_TYPES:
-                if (Path(path) / f"{split}{kind}").is_file():
-                    files.setdefault(split, Path(path) / f"{split}{kind}")
-        if "train" in files:
-            return {split: _rows(read_rows(file), path) for split, file in files.items()}
+            if split in known[path]["splits"]:
+                _, raw = spec_rows(f"{path}:{split}")
+                parts[split] = _rows(raw, path)
+        return parts
+    files = _split_files(Path(path))
+    if "train" in files:
+        return {split: _rows(read_rows(file), path) for split, file in files.items()}
     spec = parse_spec(path)
     if spec.is_file or spec.split:
-        return {"train": _rows(spec_rows(path)[1], path)}
+        _, raw = spec_rows(path)
+        return {"train": _rows(raw, path)}
     hint = "check dataset.path, dataset.config and network"
     found = load_hub(path, None, config.dataset.config, hint=hint)
     parts = {}
     for split in SPLITS:
         if split in found:
-            raw = ((f"{path}:{split}, row {i}", row) for i, row in enumerate(found[split]))
+            raw = [(f"{path}:{split}, row {i}", row) for i, row in enumerate(found[split])]
             parts[split] = _rows(raw, path)
     return parts
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that are named after a split, by the split."""
+    files = {}
+    for split in SPLITS:
+        for kind in FILE_TYPES:
+            path = folder / f"{split}{kind}"
+            if path.is_file():
+                files.setdefault(split, path)
+    return files
 
 
 def _rows(raw: Iterable[tuple[str, Any]], what: str) -> list[Row]:
     rows = []
     empty = 0
     for where, row in raw:
-        prompt = row.get("user_input", "x") if isinstance(row, Mapping) else "x"
-        if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        if _has_empty_prompt(row):
             empty += 1  # nothing that a guard could judge
         else:
             rows.append(_row(row, where))
@@ -536,12 +631,21 @@ def _rows(raw: Iterable[tuple[str, Any]], what: str) -> list[Row]:
     return rows
 
 
+def _has_empty_prompt(row: Any) -> bool:
+    """Of a row of ToxicChat, which has such rows."""
+    if not isinstance(row, Mapping) or "user_input" not in row:
+        return False
+    prompt = row["user_input"]
+    return prompt is None or (isinstance(prompt, str) and not prompt.strip())
+
+
 def _row(row: Any, where: str) -> Row:
     """A row of ToxicChat, of the original's own format (input, label), or of common.data."""
     if isinstance(row, UserError):
         raise row
     is_toxicchat = isinstance(row, Mapping) and "user_input" in row
-    made = (_toxicchat_row if is_toxicchat else _other_row)(row, where)
+    read = _toxicchat_row if is_toxicchat else _other_row
+    made = read(row, where)
     unsafe = check_label(made["label"], "toxicity", where)
     if unsafe is None:
         hint = "expected toxicity, prompt_label or label"
@@ -550,8 +654,10 @@ def _row(row: Any, where: str) -> Row:
     if not isinstance(kind, str | None):
         raise UserError(f"{where}, field kind: expected text, found {kind!r:.60}")
     row_id = made["id"]
+    if row_id is None:
+        row_id = Path(where).name
     return {
-        "id": Path(where).name if row_id is None else str(row_id),
+        "id": str(row_id),
         "input": made["input"],
         "label": "unsafe" if unsafe else "safe",
         "reason": str(made["reason"] or ""),
@@ -573,12 +679,9 @@ def _toxicchat_row(row: Mapping, where: str) -> Row:
 
 
 def _other_row(row: Any, where: str) -> Row:
-    if isinstance(row, Mapping) and "input" in row and "prompt" not in row:
-        response = row.get("model_output")
-        row = {**row, "prompt": row["input"], "prompt_label": row.get("label")}
-        row["response"] = response
-        row["response_label"] = row.get("output_unsafe") if response else None
     if isinstance(row, Mapping):
+        if "input" in row and "prompt" not in row:
+            row = _with_plain_names(row)
         row = plain_columns(row, where)
     conversation = conversation_row(row, where)
     messages = conversation["messages"]
@@ -586,11 +689,24 @@ def _other_row(row: Any, where: str) -> Row:
         hint = "expected one prompt, with or without its response"
         raise UserError(f"{where}, field messages: {hint}")
     prompt, response = last_turns(messages)
+    categories = conversation["categories"] or ()
     return {
         "id": conversation["id"],
         "input": prompt,
         "label": conversation["prompt_unsafe"],
-        "reason": row.get("reason") or ", ".join(conversation["categories"] or ()),
+        "reason": row.get("reason") or ", ".join(categories),
         "model_output": response,
         "output_unsafe": conversation["response_unsafe"],
+    }
+
+
+def _with_plain_names(row: Mapping) -> Row:
+    """A row of the original's own format. Without a response no label of one counts."""
+    response = row.get("model_output")
+    return {
+        **row,
+        "prompt": row["input"],
+        "prompt_label": row.get("label"),
+        "response": response,
+        "response_label": row.get("output_unsafe") if response else None,
     }
