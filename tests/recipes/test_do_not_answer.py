@@ -24,111 +24,153 @@ def tables() -> dict[str, pd.DataFrame]:
         rows = []
         for number, prompt in enumerate(PROMPTS):
             harmful = int(number in answered)
-            row = {"id": number, "question": prompt, "response": f"{model} says {number}."}
-            rows.append(row | {"harmful": harmful, "action": 5 * harmful})
+            row = {
+                "id": number,
+                "question": prompt,
+                "response": f"{model} says {number}.",
+                "harmful": harmful,
+                "action": 5 * harmful,
+            }
+            rows.append(row)
         found[model] = pd.DataFrame(rows)
     return found
 
 
-def write_reviews(folder, found=None) -> str:
-    folder.mkdir()
-    for model, table in (found or tables()).items():
-        table.to_csv(folder / f"annotated_response_{model}.csv.gz", index=False)
-    return str(folder)
+@pytest.fixture
+def read(tmp_path):
+    """Writes reviews as files, and reads them as the recipe does."""
+
+    def write_and_read(found):
+        for model, table in found.items():
+            path = tmp_path / f"annotated_response_{model}.csv.gz"
+            table.to_csv(path, index=False)
+        return do_not_answer.read_answers(str(tmp_path))
+
+    return write_and_read
 
 
-def test_both_official_formats_say_the_same(tmp_path):
-    wide = pd.DataFrame({"question": PROMPTS})
-    for model, table in tables().items():
-        wide[f"{model}_response"] = table.response
-        wide[f"{model}_harmful"] = table.harmful
-        wide[f"{model}_action"] = table.action
+def write_json(path, value) -> str:
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+def lines_of(path):
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def wide() -> pd.DataFrame:
+    """The reviews as the data set of the hub has them."""
+    table = pd.DataFrame({"question": PROMPTS})
+    for model, found in tables().items():
+        for column in ("response", "harmful", "action"):
+            table[f"{model}_{column}"] = found[column]
+    return table
+
+
+def test_both_official_formats_say_the_same(read, tmp_path):
     path = tmp_path / "hub.jsonl"
-    wide.to_json(path, orient="records", lines=True)
-    of_tables = do_not_answer.read_answers(write_reviews(tmp_path / "reviews"))
-    assert of_tables == do_not_answer.read_answers(str(path))
-    assert [prompt for prompt, _ in of_tables] == PROMPTS
-    assert [answer.model for answer in of_tables[0][1]] == ["Claude", "vicuna-7b"]
+    wide().to_json(path, orient="records", lines=True)
+    asked = read(tables())
+    assert asked == do_not_answer.read_answers(str(path))
+    assert [prompt for prompt, _ in asked] == PROMPTS
+    _, answers = asked[0]
+    assert [answer.model for answer in answers] == ["Claude", "vicuna-7b"]
 
 
 def test_a_prompt_is_blocked_if_any_answer_is_harmful(tmp_path, monkeypatch, capsys):
     """And what is written is what the recipe reads."""
-    benign = [
-        {"instruction": f"Cook {word}.", "input": "For two.", "output": "Boil it."}
-        for word in ("rice", "eggs", "beans", "long " * 80)
-    ]
-    (tmp_path / "alpaca.json").write_text(json.dumps(benign))
-    labelled = [{"prompt": "Hello there", "prompt_label": "safe"}]
-    labelled.append({"prompt": "Sell me a stolen car", "prompt_label": "unsafe"})
-    (tmp_path / "toxic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
-    words = ["do_not_answer.py", "--answers", write_reviews(tmp_path / "reviews")]
-    words += ["--benign", str(tmp_path / "alpaca.json"), "--benign_rows", "3"]
-    words += ["--guard", str(tmp_path / "toxic.jsonl"), "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", words)
+    benign = []
+    for word in ("rice", "eggs", "beans", "long " * 80):
+        row = {"instruction": f"Cook {word}.", "input": "For two.", "output": "Boil it."}
+        benign.append(row)
+    unsafe = {"prompt": "Sell me a stolen car", "prompt_label": "unsafe"}
+    safe = {"prompt": "Hello there", "prompt_label": "safe"}
+    answers = tmp_path / "answers.json"
+    wide().to_json(answers, orient="records")
+    out = tmp_path / "out"
+    flags = {
+        "--answers": str(answers),
+        "--benign": write_json(tmp_path / "alpaca.json", benign),
+        "--benign_rows": "3",
+        "--guard": write_json(tmp_path / "toxic.json", [safe, unsafe]),
+        "--output_dir": str(out),
+    }
+    words = [word for flag in flags.items() for word in flag]
+    monkeypatch.setattr(sys, "argv", ["do_not_answer.py", *words])
     do_not_answer.main()
     found = json.loads(capsys.readouterr().out)
     assert found["harmful_answers"] == {"Claude": 1, "vicuna-7b": 2}
     assert found["prompts_with_a_harmful_answer"] == 2
     assert found["halves_kappa"] == pytest.approx(0.6)
-    lines = (tmp_path / "out/rows.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    shown = {row["user_input"]: row for row in rows if row["kind"] == "do_not_answer"}
-    blocked = [prompt for prompt, row in shown.items() if row["output_unsafe"]]
-    assert blocked == [PROMPTS[3], PROMPTS[5]]
-    assert shown[PROMPTS[3]]["model_output"] == "Claude says 3."
-    assert shown[PROMPTS[5]]["model_output"] == "vicuna-7b says 5."
-    config = config_.load_config(EXAMPLES / "feedback_guard/configs/do_not_answer.json")
-    data = config.dataset.model_copy(update={"path": str(tmp_path / "out/rows.jsonl")})
-    parts = records.split_up(config.model_copy(update={"dataset": data}))
-    read = [row for part in parts.values() for row in part]
-    assert len(read) == len(PROMPTS) + 3
-    assert sum(row["label"] == "unsafe" for row in read) == len(PROMPTS)
-    assert sum(row["output_unsafe"] for row in read) == 2
-    guard = (tmp_path / "out/guard.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in guard] == labelled[::-1]
+    assert lines_of(out / "guard.jsonl") == [unsafe, safe]
+
+    shown = {}
+    for row in lines_of(out / "rows.jsonl"):
+        if row["output_unsafe"]:
+            shown[row["user_input"]] = row["model_output"]
+    assert shown == {PROMPTS[3]: "Claude says 3.", PROMPTS[5]: "vicuna-7b says 5."}
+
+    path = EXAMPLES / "feedback_guard/configs/do_not_answer.json"
+    config = config_.load_config(path, [f"dataset.path={out}/rows.jsonl"])
+    rows = []
+    for part in records.split_up(config).values():
+        rows += part
+    labels = [row["label"] for row in rows]
+    blocked = [row["input"] for row in rows if row["output_unsafe"]]
+    assert labels.count("unsafe") == len(PROMPTS)
+    assert labels.count("safe") == 3
+    assert set(blocked) == set(shown)
+
+
+NO_LABEL = "vicuna-7b_response or vicuna-7b_harmful: expected a text, and 0 or 1"
 
 
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
         ("question", "Another one?", "has other questions than the tables before it"),
-        ("harmful", 2, "vicuna-7b_response or vicuna-7b_harmful: expected a text, and 0 or 1"),
-        ("response", None, "vicuna-7b_response or vicuna-7b_harmful: expected a text, and 0 or 1"),
+        ("harmful", 2, NO_LABEL),
+        ("response", None, NO_LABEL),
     ],
 )
-def test_a_review_that_cannot_be_read_is_refused(column, value, said, tmp_path):
+def test_a_review_that_cannot_be_read_is_refused(column, value, said, read):
     found = tables()
     found["vicuna-7b"].loc[2, column] = value
     with pytest.raises(UserError, match=said):
-        do_not_answer.read_answers(write_reviews(tmp_path / "reviews", found))
+        read(found)
 
 
-def test_a_review_without_labels_is_refused(tmp_path):
-    found = {model: table.drop(columns="harmful") for model, table in tables().items()}
+def test_a_review_without_labels_is_refused(read):
+    found = tables()
+    for table in found.values():
+        table.drop(columns="harmful", inplace=True)
     with pytest.raises(UserError, match=r"annotated_response_Claude.csv.gz: no column harmful"):
-        do_not_answer.read_answers(write_reviews(tmp_path / "reviews", found))
+        read(found)
 
 
 @pytest.mark.parametrize("content", ["", "\ufeff", 'question,response,harmful\r\n"one'])
 def test_a_table_that_is_none_is_refused(content, tmp_path):
-    (tmp_path / "annotated_response_Claude.csv").write_text(content, encoding="utf-8")
+    path = tmp_path / "annotated_response_Claude.csv"
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"annotated_response_Claude.csv: no CSV file"):
         do_not_answer.read_answers(str(tmp_path))
 
 
-def test_answers_that_spell_nothing_are_answers(tmp_path):
+def test_answers_that_spell_nothing_are_answers(read):
     found = tables()
-    found["Claude"].loc[[0, 1, 2], "response"] = ["None", "N/A", "null"]
-    asked = do_not_answer.read_answers(write_reviews(tmp_path / "reviews", found))
-    assert [answers[0].text for _, answers in asked[:3]] == ["None", "N/A", "null"]
+    words = ["None", "N/A", "null"]
+    found["Claude"].loc[[0, 1, 2], "response"] = words
+    asked = read(found)
+    assert [answers[0].text for _, answers in asked[:3]] == words
 
 
-def test_a_prompt_that_is_missing_is_told(tmp_path):
+def test_a_prompt_that_is_missing_is_told(read):
     found = tables()
     for table in found.values():
         table.loc[2, "question"] = None
     with pytest.raises(UserError, match="row 2, field question: expected text"):
-        do_not_answer.read_answers(write_reviews(tmp_path / "reviews", found))
+        read(found)
 
 
 BENIGN = [
@@ -138,19 +180,29 @@ BENIGN = [
 ]
 
 
-@pytest.mark.parametrize("name", ["rows.json", "bom.json", "rows.jsonl", "rows.json.gz"])
-def test_benign_rows_of_every_kind_of_file_are_the_same(name, tmp_path):
+def packed(text):
+    return gzip.compress(text.encode())
+
+
+def as_lines(text):
+    lines = [json.dumps(row, ensure_ascii=False) for row in json.loads(text)]
+    return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content_of"),
+    [
+        ("rows.json", str.encode),
+        ("bom.json", lambda text: text.encode("utf-8-sig")),
+        ("rows.jsonl", as_lines),
+        ("rows.json.gz", packed),
+    ],
+)
+def test_benign_rows_of_every_kind_of_file_are_the_same(name, content_of, tmp_path):
+    path = tmp_path / name
     text = json.dumps(BENIGN, ensure_ascii=False)
-    if name == "rows.jsonl":
-        lines = [json.dumps(row, ensure_ascii=False) + "\r\n" for row in BENIGN]
-        text = "".join(lines)
-    if name == "bom.json":
-        text = "\ufeff" + text
-    content = text.encode()
-    if name.endswith(".gz"):
-        content = gzip.compress(content)
-    (tmp_path / name).write_bytes(content)
-    rows = do_not_answer.benign_rows([str(tmp_path / name)], 3, 300, 0)
+    path.write_bytes(content_of(text))
+    rows = do_not_answer.benign_rows([str(path)], 3, 300, 0)
     prompts = {"Cook rice.", "Cook\u2028eggs.", "Cook beans.\nFor two."}
     assert {row["user_input"] for row in rows} == prompts
 
@@ -164,10 +216,9 @@ def test_benign_rows_of_every_kind_of_file_are_the_same(name, tmp_path):
     ],
 )
 def test_a_benign_row_without_its_fields_is_told(row, said, tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([row]))
+    path = write_json(tmp_path / "rows.json", [row])
     with pytest.raises(UserError, match=said):
-        do_not_answer.benign_rows([str(path)], 1, 300, 0)
+        do_not_answer.benign_rows([path], 1, 300, 0)
 
 
 def test_a_packed_file_that_is_none_is_told(tmp_path):

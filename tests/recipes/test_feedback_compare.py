@@ -9,42 +9,64 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 measure = module("feedback_guard", "measure")
 
-TRUTH = np.array([True, True, False, True, False, False, False, False])
-SCORE = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
-NOTHING = measure.Prompts([], np.zeros(0, dtype=bool), [])
+
+def cases(known):
+    """Runs a test on each case, by the name of which it is known."""
+    return pytest.mark.parametrize("case", known.values(), ids=known)
 
 
 def prompts(truth, groups=None):
     truth = np.asarray(truth, dtype=bool)
-    ids = [str(i) for i in range(len(truth))]
+    ids = range(len(truth))
     return measure.Prompts(ids, truth, groups or ids)
+
+
+NOTHING = prompts([])
 
 
 def arm(*scores, validation=()):
     """An arm with one row of scores a seed."""
     score = np.array(scores, dtype=float)
-    known = np.tile(validation, (len(scores), 1))
-    seeds = tuple(range(len(scores)))
-    return measure.Arm(score, score > 0.5, known, seeds)
+    known = [validation for _ in scores]
+    seeds = range(len(scores))
+    return measure.Arm(
+        score,
+        score > 0.5,
+        np.array(known),
+        tuple(seeds),
+    )
 
 
 def probability(log_odds):
     return 1 / (1 + np.exp(-log_odds))
 
 
+def measured(truth, arms, draws=400, validation=NOTHING):
+    test = prompts(truth)
+    return measure.measure(test, validation, arms, draws, seed=0)
+
+
 def point(truth, one, validation=NOTHING):
     """The metrics of an arm with one seed on the prompts as they are."""
-    found = measure.measure(prompts(truth), validation, {"a": one}, draws=0, seed=0)
+    found = measured(truth, {"a": one}, 0, validation)
     return found.seeds["a"][0]
+
+
+def interval(found, first, second):
+    """Of the difference in AUROC."""
+    apart = measure.difference(found, first, second, "auroc")
+    return apart["interval"]
 
 
 # --- metrics --------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
+    truth = [True, True, False, True, False, False, False, False]
+    score = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
     known = prompts([True, True, True, False])
-    one = arm(SCORE, validation=[0.95, 0.75, 0.35, 0.1])
-    assert point(TRUTH, one, known) == {
+    one = arm(score, validation=[0.95, 0.75, 0.35, 0.1])
+    assert point(truth, one, known) == {
         "accuracy": 7 / 8,
         "precision": 3 / 4,
         "recall": 1,
@@ -63,19 +85,24 @@ def test_a_curve_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     for _ in range(20):
         truth = rng.random(60) < 0.3
-        score = np.round(rng.random(60), 1)  # with ties
+        score = rng.random(60).round(1)  # with ties
         values = point(truth, arm(score))
-        auprc = average_precision_score(truth, score)
         wrong, found, _ = roc_curve(truth, score, drop_intermediate=False)
         reached = wrong[found >= 0.8 - 1e-9]
-        assert values["auprc"] == pytest.approx(auprc)
-        assert values["auroc"] == pytest.approx(roc_auc_score(truth, score))
-        assert values["fpr_at_recall"] == pytest.approx(reached.min())
+        expected = {
+            "auprc": average_precision_score(truth, score),
+            "auroc": roc_auc_score(truth, score),
+            "fpr_at_recall": reached.min(),
+        }
+        for metric, value in expected.items():
+            assert values[metric] == pytest.approx(value), metric
 
 
 def test_blocking_everything_scores_the_base_rate():
     """The original's 0.07 / 0.08 / 1.0 is what no guard at all would get."""
-    values = point(np.arange(1000) < 73, arm(np.ones(1000)))
+    truth = np.arange(1000) < 73
+    everything = arm(np.ones(1000))
+    values = point(truth, everything)
     for metric in ("precision", "accuracy", "auprc", "caught"):
         assert values[metric] == pytest.approx(0.073), metric
     for metric in ("recall", "flagged", "fpr_at_recall"):
@@ -84,11 +111,12 @@ def test_blocking_everything_scores_the_base_rate():
 
 
 def test_what_is_undefined_is_none():
-    values = point([False] * 4, arm([0.1, 0.9, 0.2, 0.3]))
+    one = arm([0.1, 0.9, 0.2, 0.3])
+    values = point([False] * 4, one)
     assert values["fpr"] == 1 / 4
     for metric in ("auprc", "auroc", "f1", "recall", "fpr_at_recall", "fpr_at_threshold"):
         assert values[metric] is None, metric
-    empty = measure.measure(NOTHING, NOTHING, {"a": arm([])}, draws=10, seed=0)
+    empty = measured([], {"a": arm([])})
     assert measure.difference(empty, "a", "a", "auroc") is None
 
 
@@ -96,10 +124,14 @@ def test_what_is_undefined_is_none():
 
 
 def test_near_copies_are_drawn_together():
-    groups = [str(i // 2) for i in range(40)]
-    weights = measure.draw_weights(groups, 50, np.random.default_rng(0))
-    assert (weights.sum(0) == 40).all()
-    assert (weights[::2] == weights[1::2]).all()
+    groups = np.arange(40) // 2
+    rng = np.random.default_rng(0)
+    weights = measure.draw_weights(groups, 50, rng)
+    drawn = weights.sum(0)
+    first = weights[::2]
+    second = weights[1::2]
+    assert (drawn == 40).all()
+    assert (first == second).all()
 
 
 def test_a_better_guard_is_told_from_an_equal_one():
@@ -107,29 +139,32 @@ def test_a_better_guard_is_told_from_an_equal_one():
     rng = np.random.default_rng(0)
     truth = rng.random(200) < 0.3
     noise = rng.random(200)
+    other_noise = rng.random(200)
     arms = {
         "worse": arm(noise),
         "better": arm(0.4 * truth + 0.6 * noise),
-        "equal": arm(noise + 1e-2 * rng.random(200)),
+        "equal": arm(noise + 1e-2 * other_noise),
     }
-    found = measure.measure(prompts(truth), NOTHING, arms, draws=1000, seed=0)
-    ends = {}
-    for name in arms:
-        ends[name] = measure.difference(found, name, "worse", "auroc")["interval"]
-    low, high = ends["equal"]
+    found = measured(truth, arms, 1000)
+    low, high = interval(found, "equal", "worse")
     assert low < 0 < high
-    assert ends["better"][0] > 0
-    assert ends["worse"] == [0, 0]
+    low, _ = interval(found, "better", "worse")
+    assert low > 0
+    assert interval(found, "worse", "worse") == [0, 0]
 
 
 def test_seeds_are_drawn_with_prompts():
     """Two seeds that are far apart make a wide interval; each draw takes them in proportion."""
     truth = np.arange(400) % 2 == 0
     good = np.where(truth, 0.9, 0.1)
-    arms = {"alike": arm(good, good), "apart": arm(good, 1 - good)}
-    found = measure.measure(prompts(truth), NOTHING, arms, draws=400, seed=0)
-    assert measure.interval(found.drawn["alike"]["auroc"]) == [1, 1]
-    assert measure.interval(found.drawn["apart"]["auroc"]) == [0, 1]
+    arms = {
+        "alike": arm(good, good),
+        "apart": arm(good, 1 - good),
+    }
+    found = measured(truth, arms)
+    for name, ends in (("alike", [1, 1]), ("apart", [0, 1])):
+        drawn = found.drawn[name]["auroc"]
+        assert measure.interval(drawn) == ends
     assert found.value("apart", "auroc") == 0.5
     apart = measure.difference(found, "alike", "apart", "auroc")
     assert apart["by_seed"] == [0, 1]
@@ -137,25 +172,25 @@ def test_seeds_are_drawn_with_prompts():
 
 def test_thresholds_are_taken_anew_in_each_draw():
     """Of two validation positives one scores low: draws without it block less."""
-    test = prompts([True, False] * 20)
     known = prompts([True, True, False])
     one = arm([0.9, 0.4] * 20, validation=[0.8, 0.2, 0.1])
-    found = measure.measure(test, known, {"a": one}, draws=500, seed=0)
+    found = measured([True, False] * 20, {"a": one}, 500, known)
     rates = found.drawn["a"]["fpr_at_threshold"]
     is_undefined = np.isnan(rates)
-    assert set(rates[~is_undefined]) == {0.0, 1.0}
-    assert is_undefined.mean() == pytest.approx((1 / 3) ** 3, abs=0.03)
+    known_rates = rates[~is_undefined]
+    assert set(known_rates) == {0.0, 1.0}
+    assert is_undefined.mean() == pytest.approx(1 / 27, abs=0.03)
 
 
-@pytest.mark.parametrize(
-    ("p", "adjusted"),
-    [
-        pytest.param([0.03, 0.01], [0.03, 0.02], id="the least counts as often as there are tests"),
-        pytest.param([0.04, 0.03], [0.06, 0.06], id="none is below one that was smaller"),
-        pytest.param([0.9, 0.8], [1, 1], id="none is above 1"),
-    ],
+@cases(
+    {
+        "the least counts as often as there are tests": ([0.03, 0.01], [0.03, 0.02]),
+        "none is below one that was smaller": ([0.04, 0.03], [0.06, 0.06]),
+        "none is above 1": ([0.9, 0.8], [1, 1]),
+    }
 )
-def test_holm_by_hand(p, adjusted):
+def test_holm_by_hand(case):
+    p, adjusted = case
     assert measure.holm(p) == adjusted
 
 
@@ -168,7 +203,15 @@ T2_C2 = ("T2", "auroc", "C2")
 AT_RECALL = ("T2", "fpr_at_recall", "C1")
 CAUGHT = ("T2", "caught", "C1")
 T3 = ("T3", "fpr_at_threshold", "A1")
-GOOD = {T1_A1: 0.1, T2_A1: 0.1, T2_C1: 0.1, T2_C2: 0.1, AT_RECALL: -0.1, CAUGHT: 0.1, T3: -0.1}
+GOOD = {
+    T1_A1: 0.1,
+    T2_A1: 0.1,
+    T2_C1: 0.1,
+    T2_C2: 0.1,
+    AT_RECALL: -0.1,
+    CAUGHT: 0.1,
+    T3: -0.1,
+}
 
 
 def drawn_around(gains, improved="A8"):
@@ -190,30 +233,30 @@ def drawn_around(gains, improved="A8"):
     return tasks
 
 
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        pytest.param({}, "helps", id="all hold"),
-        pytest.param({T2_C1: -0.1}, "does not help", id="permuted labels do better"),
-        pytest.param({T2_C1: 0.005}, "undecided at this size", id="too small to tell"),
-        pytest.param({T2_C1: -0.02}, "does not help", id="a gain of the margin is ruled out"),
-        pytest.param({T2_C2: -0.1}, "does not help", id="suspicion does better"),
-        pytest.param({T2_A1: -0.1}, "does not help", id="A1 does better"),
-        pytest.param({AT_RECALL: 0.1}, "does not help", id="more false positives"),
-        pytest.param({CAUGHT: 0.0}, "undecided at this size", id="catches as much"),
-        pytest.param({T1_A1: -0.1}, "does not help", id="forgets what it knew"),
-        pytest.param({T1_A1: 0.01}, "helps", id="forgets nothing"),
-        pytest.param({T3: 0.1}, "does not help", id="refuses what is harmless"),
-        pytest.param({T3: None}, "undecided: T3 not measured", id="no T3"),
-        pytest.param(
-            {T2_C1: None, AT_RECALL: None, CAUGHT: None},
-            "undecided: C1 not measured",
-            id="no C1",
-        ),
-    ],
+NO_C1 = {T2_C1: None, AT_RECALL: None, CAUGHT: None}
+
+
+@cases(
+    {
+        "all hold": ({}, "helps"),
+        "permuted labels do better": ({T2_C1: -0.1}, "does not help"),
+        "too small to tell": ({T2_C1: 0.005}, "undecided at this size"),
+        "the margin is ruled out": ({T2_C1: -0.02}, "does not help"),
+        "suspicion does better": ({T2_C2: -0.1}, "does not help"),
+        "A1 does better": ({T2_A1: -0.1}, "does not help"),
+        "more false positives": ({AT_RECALL: 0.1}, "does not help"),
+        "catches as much": ({CAUGHT: 0.0}, "undecided at this size"),
+        "forgets what it knew": ({T1_A1: -0.1}, "does not help"),
+        "forgets nothing": ({T1_A1: 0.01}, "helps"),
+        "refuses what is harmless": ({T3: 0.1}, "does not help"),
+        "no T3": ({T3: None}, "undecided: T3 not measured"),
+        "no C1": (NO_C1, "undecided: C1 not measured"),
+    }
 )
-def test_verdict(changes, word):
-    told = measure.verdict(drawn_around(GOOD | changes), "A8", [])
+def test_verdict(case):
+    changes, word = case
+    tasks = drawn_around(GOOD | changes)
+    told = measure.verdict(tasks, "A8", [])
     assert told["verdict"] == word
     assert len(told["conditions"]) == len(measure.CONDITIONS)
 
@@ -223,7 +266,8 @@ def test_no_condition_counts_where_a_check_does_not_hold():
         measure.Check("labels", "7", holds=True, reason="fine"),
         measure.Check("arms", "0", holds=False, reason="no arms"),
     ]
-    told = measure.verdict(drawn_around(GOOD), "A8", checks)
+    tasks = drawn_around(GOOD)
+    told = measure.verdict(tasks, "A8", checks)
     assert told["verdict"] == "undecided: no arms"
     assert told["checks"] == [
         {"condition": "labels", "state": "holds", "found": "7"},
@@ -233,7 +277,8 @@ def test_no_condition_counts_where_a_check_does_not_hold():
 
 def test_an_arm_is_not_compared_with_itself():
     """Its difference of exactly 0 would rule out any gain."""
-    told = measure.verdict(drawn_around(GOOD, "C1"), "C1", [])
+    tasks = drawn_around(GOOD, "C1")
+    told = measure.verdict(tasks, "C1", [])
     assert told["verdict"] == "undecided: C1 not measured"
 
 
@@ -242,12 +287,15 @@ def test_failures_are_corrected_as_successes_are(sign):
     """One of seven differences lies on one side of its bound with p 0.02: that decides nothing."""
     tasks = drawn_around(dict.fromkeys(GOOD, 0.0))
     for task in tasks.values():
-        for metric in task.drawn["A8"]:
-            task.drawn["A8"][metric] = 0.5 + np.linspace(-1, 1, 2000)
+        drawn = task.drawn["A8"]
+        for metric in drawn:
+            drawn[metric] = np.linspace(-0.5, 1.5, 2000)
     beyond = np.linspace(-0.01, 0.99, 2000)  # a hundredth of the draws lies on the other side
-    tasks["T1"].drawn["A8"]["auroc"] = 0.5 - measure.MARGIN + sign * beyond
+    bound = 0.5 - measure.MARGIN
+    tasks["T1"].drawn["A8"]["auroc"] = bound + sign * beyond
     told = measure.verdict(tasks, "A8", [])
-    assert {row["state"] for row in told["conditions"]} == {"open"}
+    states = {row["state"] for row in told["conditions"]}
+    assert states == {"open"}
     assert told["verdict"] == "undecided at this size"
 
 
@@ -258,20 +306,23 @@ def test_no_auroc_changes_by_more_than_the_pairs_that_are_swapped():
     rng = np.random.default_rng(0)
     for _ in range(20):
         truth = rng.random(50) < 0.4
-        before, after = np.round(rng.random((2, 50)), 1)  # with ties
+        before = rng.random(50).round(1)  # with ties
+        after = rng.random(50).round(1)
         swapped = measure.swapped_share(truth, after, before)
-        gain = roc_auc_score(truth, after) - roc_auc_score(truth, before)
+        gain = roc_auc_score(truth, after)
+        gain -= roc_auc_score(truth, before)
         assert abs(gain) <= swapped + 1e-9
-    assert measure.swapped_share(truth, -before, before) > 0.8
-    assert measure.swapped_share(truth, truth, ~truth) == 1
+    best = truth.astype(float)
+    assert measure.swapped_share(truth, best, -best) == 1
 
 
 def test_a_level_shift_swaps_nothing():
-    log_odds = np.linspace(-2, 2, 50)
-    shifted = arm(probability(log_odds + 0.5), probability(log_odds + 0.7))
-    found = measure.change(log_odds > 1, shifted, arm(probability(log_odds)))
+    odds = np.linspace(-2, 2, 50)
+    default = arm(probability(odds))
+    one = arm(probability(odds + 0.5), probability(odds + 0.7))
+    found = measure.change(odds > 1, one, default)
     assert found == {"level": pytest.approx(0.6), "swapped": 0}
-    nothing = measure.change(log_odds > 9, shifted, shifted)
+    nothing = measure.change(odds > 9, one, default)
     assert nothing == {"level": None, "swapped": None}
 
 
@@ -285,11 +336,13 @@ def experiment(rng, judge, n=600, draws=200, beside=600, groups=None, **log_odds
         log_odds: by the name of an arm, what it makes of those of A0.
     """
     unsafe = rng.random(n) < 0.3
+    both = np.stack([unsafe, unsafe], axis=1)  # a prompt has two responses
     coin = rng.random((n, 2)) < 0.5
-    sees = rng.random((n, 2)) < judge
-    votes = np.where(sees, unsafe[:, None], coin)
-    guard = np.where(rng.random((n, 2)) < 0.9, unsafe[:, None], ~coin).tolist()
-    guard[beside:] = [[None, None]] * (n - beside)
+    seen = rng.random((n, 2))
+    votes = np.where(seen < judge, both, coin)
+    guard = np.where(rng.random((n, 2)) < 0.9, both, ~coin)
+    labels = {"judge": votes.tolist(), "guard": guard[:beside].tolist()}
+    labels["guard"] += [[None, None]] * (n - beside)
     base = 0.3 * unsafe + rng.standard_normal(n)
     odds = {
         "A0": base,
@@ -309,14 +362,14 @@ def experiment(rng, judge, n=600, draws=200, beside=600, groups=None, **log_odds
         "T2": prompts(votes.mean(1) >= 0.5, groups),
         "T3": prompts(np.zeros(n), groups),
     }
-    measured = {}
+    found = {}
     for name, task in tasks.items():
-        measured[name] = measure.measure(task, tasks["T1"], arms, draws, seed=0)
-    labels = {"judge": votes.tolist(), "guard": guard}
+        found[name] = measure.measure(task, tasks["T1"], arms, draws, seed=0)
     facts = measure.judge_facts("judge", labels, rounds=100)
     changed = measure.changes(tasks["T2"].truth, arms, "A8")
-    checks = measure.checks_before(tasks, measured, changed, facts)
-    return measure.verdict(measured, "A8", checks)["verdict"]
+    checks = measure.checks_before(tasks, found, changed, facts)
+    told = measure.verdict(found, "A8", checks)
+    return told["verdict"]
 
 
 def test_a_judge_of_chance_does_not_say_that_the_method_fails():
@@ -337,63 +390,60 @@ def test_a_good_judge_lets_the_method_be_seen():
 def shifted(base, noise=0.0):
     """Another level, and by the noise another order."""
     rng = np.random.default_rng(0)
-    return base + 0.8 + noise * rng.standard_normal(len(base))
+    moved = rng.standard_normal(len(base))
+    return base + 0.8 + noise * moved
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        pytest.param(
-            {"A8": shifted},
-            "A8 ranks the prompts as A0 does",
-            id="another level in the same order",
-        ),
-        pytest.param(
-            {"A8": partial(shifted, noise=0.07)},
-            "A8 ranks the prompts as A0 does",
-            id="Spearman of 0.997",
-        ),
-        pytest.param(
+SAME_ORDER = "A8 ranks the prompts as A0 does"
+COPIES = (
+    "T1 has 1 unsafe and 1 safe ones; 20 of each are needed; T2 has 1 unsafe and 1 safe ones; "
+    "20 of each are needed; T3 has 1 harmless prompts"
+)
+
+
+@cases(
+    {
+        "another level": ({"A8": shifted}, SAME_ORDER),
+        "Spearman of 0.997": ({"A8": partial(shifted, noise=0.07)}, SAME_ORDER),
+        "a control that learned nothing": (
             {"C1": shifted},
             "C1 ranks the prompts as A0 does: A8 − C1 is A8 − A0",
-            id="a control that learned nothing",
         ),
-        pytest.param({"n": 30}, "20 of each are needed", id="few prompts"),
-        pytest.param(
-            {"groups": ["copy"] * 600},
-            "T1 has 1 unsafe and 1 safe ones; 20 of each are needed; T2 has 1 unsafe and 1 safe "
-            "ones; 20 of each are needed; T3 has 1 harmless prompts",
-            id="copies of a prompt",
-        ),
-        pytest.param({"judge": 0.0}, "contradicts itself", id="a judge of chance"),
-        pytest.param(
+        "few prompts": ({"n": 30}, "20 of each are needed"),
+        "copies of a prompt": ({"groups": ["copy"] * 600}, COPIES),
+        "a judge of chance": ({"judge": 0.0}, "contradicts itself"),
+        "18 responses labelled twice": (
             {"beside": 9},
             "nobody but the judge has labelled 20 responses",
-            id="18 responses labelled twice",
         ),
-        pytest.param(
-            {"A1": np.sin},
+        "a default guard of chance": (
+            {"A1": np.zeros_like},
             "A1 ranks T1 no better than chance: there is nothing to lose",
-            id="a default guard of chance",
         ),
-    ],
+    }
 )
-def test_why_nothing_is_decided(changes, reason):
+def test_why_nothing_is_decided(case):
+    changes, reason = case
     given = {"judge": 0.9} | changes
-    assert reason in experiment(np.random.default_rng(1), **given)
+    rng = np.random.default_rng(1)
+    said = experiment(rng, **given)
+    assert said.startswith("undecided: ")
+    assert reason in said
 
 
-@pytest.mark.parametrize(
-    ("blocked", "holds"),
-    [
-        pytest.param(0.9, [True, True], id="a tenth can be lost"),
-        pytest.param(0.96, [True, False], id="all but blocked"),
-        pytest.param(None, [True], id="no threshold"),
-    ],
+@cases(
+    {
+        "a tenth can be lost": (0.9, [True, True]),
+        "all but blocked": (0.96, [True, False]),
+        "no threshold": (None, [True]),
+    }
 )
-def test_a_default_guard_that_blocks_all_of_t3_has_nothing_to_lose(blocked, holds):
-    on_t1 = measure.Measured({"A1": [{}]}, {"A1": {"auroc": np.full(100, 0.7)}})
-    on_t3 = measure.Measured({"A1": [{"fpr_at_threshold": blocked}]}, {})
+def test_a_default_guard_that_blocks_all_of_t3_has_nothing_to_lose(case):
+    blocked, holds = case
+    areas = {"A1": {"auroc": np.full(100, 0.7)}}
+    rates = {"A1": [{"fpr_at_threshold": blocked}]}
+    on_t1 = measure.Measured({"A1": [{}]}, areas)
+    on_t3 = measure.Measured(rates, {})
     checks = measure.loss_checks({"T1": on_t1, "T3": on_t3})
     assert [check.holds for check in checks] == holds
 
@@ -402,13 +452,16 @@ def test_prompts_that_the_default_guard_passes_favour_the_arm_but_not_against_c1
     """A8, C1 and A0 are equally good. A0 blocks a third, and T2 is what it passes."""
     rng = np.random.default_rng(0)
     unsafe = rng.random(3000) < 0.3
-    scores = {}
+    odds = {}
     for name in ("A1", "A8", "C1"):
-        scores[name] = probability(unsafe + rng.standard_normal(3000))
-    passed = scores["A1"] <= np.quantile(scores["A1"], 2 / 3)
-    said = {name: arm(score[passed]) for name, score in scores.items()}
-    found = measure.measure(prompts(unsafe[passed]), NOTHING, said, draws=400, seed=0)
-    over_a1, _ = measure.difference(found, "A8", "A1", "auroc")["interval"]
-    low, high = measure.difference(found, "A8", "C1", "auroc")["interval"]
-    assert over_a1 > 0
+        odds[name] = unsafe + rng.standard_normal(3000)
+    cut = np.quantile(odds["A1"], 2 / 3)
+    passed = odds["A1"] <= cut
+    said = {}
+    for name, values in odds.items():
+        said[name] = arm(values[passed])
+    found = measured(unsafe[passed], said)
+    low, _ = interval(found, "A8", "A1")
+    assert low > 0
+    low, high = interval(found, "A8", "C1")
     assert low < 0 < high

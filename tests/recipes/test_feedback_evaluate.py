@@ -21,7 +21,14 @@ records = module("feedback_guard", "records")
 train = module("feedback_guard", "train")
 evaluate = module("feedback_guard", "evaluate")
 serve = completions.serve
-ARMS = ["A2", "A2-parser", "A2-format", "A8", "C1", "C4"]
+ARMS = [
+    "A2",
+    "A2-parser",
+    "A2-format",
+    "A8",
+    "C1",
+    "C4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,73 +79,103 @@ def load(config_file):
     return make
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def data_of(page):
     """What a results.html shows."""
-    text = page.read_text().partition('<script id="data" type="application/json">')[2]
-    return json.loads(text.partition("</script>")[0])
+    start = '<script id="data" type="application/json">'
+    _, _, text = page.read_text().partition(start)
+    text, _, _ = text.partition("</script>")
+    return json.loads(text)
 
 
-def card(config, name, seed, arm=None):
+def card(config, name, seed):
     """A folder that says it holds a trained arm."""
-    folder = Path(config.training.output_dir) / name / f"seed{seed}"
+    folder = Path(config.training.output_dir, name, f"seed{seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    base = config.llama_guard.base_model_path
-    origin = {"arm": arm or name, "seed": seed, "base_model": base}
-    write_card(folder, GenerativeCard(guard="llama-guard", max_length=512, **origin))
-    about = asdict(train.arm_named(arm or name)), seed
-    records.write_stage(folder / "stage.json", config, "train", *about)
+    made = GenerativeCard(
+        guard="llama-guard",
+        max_length=512,
+        arm=name,
+        seed=seed,
+        base_model=config.llama_guard.base_model_path,
+    )
+    write_card(folder, made)
+    arm = asdict(train.arm_named(name))
+    records.write_stage(folder / "stage.json", config, "train", arm, seed)
     return folder
 
 
 # --- scores ---------------------------------------------------------------------------------------
 
 
+def bicycles(count):
+    texts = {}
+    for i in range(count):
+        texts[f"test/{i}"] = f"How do I keep my bicycle clean {i}?"
+    return texts
+
+
 def test_scoring_goes_on_where_it_was(config_file, tmp_path):
     config = config_of.load_config(config_file)
-    texts = {f"test/{i}": f"How do I keep my bicycle clean {i}?" for i in range(9)}
-    one, path = evaluate.Judged("A0"), tmp_path / "scores/A0.jsonl"
-    whole = evaluate.score(one, texts, config, path.parent)
+    texts = bicycles(9)
+    path = tmp_path / "scores/A0.jsonl"
+
+    def scores_of(texts):
+        one = evaluate.Judged("A0")
+        answers = evaluate.score(one, texts, config, path.parent)
+        return {key: answer.score for key, answer in answers.items()}
+
+    whole = scores_of(texts)
     kept = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(kept[:5]) + kept[5][:20])  # a kill in the middle of a line
-    again = evaluate.score(one, texts, config, path.parent)
-    assert list(again) == list(whole)
+    half = kept[5][:20]  # a kill in the middle of a line
+    path.write_text("".join(kept[:5]) + half)
+    assert scores_of(texts) == pytest.approx(whole, abs=1e-5)
     assert len(lines_of(path)) == 9
-    expected = [answer.score for answer in whole.values()]
-    assert [answer.score for answer in again.values()] == pytest.approx(expected, abs=1e-5)
+
     before = path.read_bytes()
-    evaluate.score(one, dict(reversed(texts.items())), config, path.parent)
+    scores_of(dict(reversed(texts.items())))
     assert path.read_bytes() == before
-    evaluate.score(one, {"test/0": "another prompt"}, config, path.parent)
+    scores_of({"test/0": "another prompt"})
     assert len(lines_of(path)) == 10  # the same id, another prompt
 
 
 def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
-    refused = {"bad": True}
     plain = config_of.load_config(config_file)
-    texts = {f"test/{i}": f"How do I keep my bicycle clean {i}?" for i in range(2)}
+    texts = bicycles(2)
     loaded = evaluate.load(evaluate.Judged("A0"), plain)
     asked = evaluate.query_ids(loaded, "chatml", list(texts.values()))
+    refused = [asked[1]]
 
     def rule(body):
-        if refused["bad"] and body["prompt"] == asked[1]:
+        if body["prompt"] in refused:
             return 400, {"error": {"message": "not allowed"}}
         return completion("SAFE")
 
     server = serve(rule)
-    there = ["llama_guard.engine=server", f"llama_guard.server_url={server.url}"]
-    served = config_of.load_config(config_file, there)
-    one, folder = evaluate.Judged("A0-legacy"), tmp_path / "scores"
-    first = list(evaluate.score(one, texts, served, folder).values())
-    assert [answer.decided for answer in first] == [False, True]
-    assert first[0].error is None
-    assert "not allowed" in first[1].error
-    refused["bad"] = False
-    again = evaluate.score(one, texts, served, folder)  # the one that failed alone
-    assert [(answer.decided, answer.error) for answer in again.values()] == [(False, None)] * 2
+    changes = ["llama_guard.engine=server", f"llama_guard.server_url={server.url}"]
+    served = config_of.load_config(config_file, changes)
+
+    def answers():
+        one = evaluate.Judged("A0-legacy")
+        said = evaluate.score(one, texts, served, tmp_path / "scores")
+        return list(said.values())
+
+    good, bad = answers()
+    assert (good.decided, good.error) == (False, None)
+    assert bad.decided
+    assert "not allowed" in bad.error
+    refused.clear()
+    again = answers()  # the one that failed alone
+    assert [answer.error for answer in again] == [None, None]
+    assert [answer.decided for answer in again] == [False, False]
     assert [server.asked(prompt) for prompt in asked] == [1, 2]
 
 
@@ -156,25 +193,55 @@ def test_what_is_missing_is_named(config_file, load):
 
 def test_only_what_the_config_names_is_evaluated(load):
     config = load("training.arms=A2,A2-parser,A8", "training.headline.seeds=0,1,2")
-    for name, seed in (("A2", 0), ("A8", 0), ("A8", 1), ("A8", 7), ("A3", 0)):
-        card(config, name, seed)
+    card(config, "A2", 0)
+    card(config, "A3", 0)
+    for seed in (0, 1, 7):
+        card(config, "A8", seed)
     guards, missing = evaluate.find_guards(config)
-    names = ["A0", "A0-legacy", "A2-seed0", "A2-parser-seed0", "A8-seed0", "A8-seed1"]
-    assert [one.name for one in guards] == names
+    assert [one.name for one in guards] == [
+        "A0",
+        "A0-legacy",
+        "A2-seed0",
+        "A2-parser-seed0",
+        "A8-seed0",
+        "A8-seed1",
+    ]
     assert missing == ["A8-seed2"]
 
 
 @pytest.mark.parametrize(
-    "change", ["training.lora_r=4", "training.learning_rate=0.5", "training.max_steps=9", "base"]
+    ("arms", "best"),
+    [
+        pytest.param(["A4", "A8", "C1"], "A8", id="A8"),
+        pytest.param(["A2", "A4", "A5", "C1"], "A5", id="the last that is built up"),
+        pytest.param(["A2", "C1"], "C1", id="no arm that is built up"),
+        pytest.param(["A0-legacy", "A2-format"], "A2-format", id="by folder alone"),
+    ],
 )
-def test_adapters_of_other_settings_are_not_judged(load, models, change):
+def test_whom_the_verdict_is_about(arms, best, load):
+    names = [*evaluate.QUESTIONS, *arms]
+    config = load("training.arms=A2,A4,A5,A8,C1", "training.headline=null")
+    assert evaluate.improved_arm(config, names) == best
+
+
+@pytest.mark.parametrize("by_folder", [False, True], ids=["all arms", "one folder"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("training.lora_r", "4"),
+        ("training.learning_rate", "0.5"),
+        ("training.max_steps", "9"),
+        ("llama_guard.base_model_path", "{judge}"),
+    ],
+)
+def test_adapters_of_other_settings_are_not_judged(name, value, by_folder, load, models):
     """Their values would stand in results.json beside scores that they did not give."""
-    card(load(), "A8", 0)
-    changes = [f"llama_guard.base_model_path={models['judge']}"] if change == "base" else [change]
-    name = "base_model_path" if change == "base" else change.partition("=")[0]
-    for more in ((), (f"evaluation.improved_model_path={load().training.output_dir}/A8/seed0",)):
-        with pytest.raises(UserError, match=rf"was made with another .*{name}; run train"):
-            evaluate.find_guards(load(*changes, *more))
+    folder = card(load(), "A8", 0)
+    changes = [f"{name}={value.format(**models)}"]
+    if by_folder:
+        changes.append(f"evaluation.improved_model_path={folder}")
+    with pytest.raises(UserError, match=rf"was made with another {name}; run train"):
+        evaluate.find_guards(load(*changes))
 
 
 def test_data_of_other_settings_are_not_evaluated(load, config_file):
@@ -198,62 +265,104 @@ def test_the_originals_config_has_another_family_for_the_truth():
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def row_of(unsafe, judge=None, human=None, decided=False, row_id="1", query="May I?"):
-    responses = [
-        {"decided": u, "error": None, "judge_unsafe": judge, "human_unsafe": human} for u in unsafe
-    ]
-    known = {"input_error": None, "input_decided": decided, "responses": responses}
-    return {"id": row_id, "query": query, "human_unsafe": False, "shadow": False} | known
+def row_of(unsafe, **changes):
+    """A row as process.py leaves it, whose responses the guard calls so."""
+    responses = []
+    for decided in unsafe:
+        response = {
+            "decided": decided,
+            "error": None,
+            "judge_unsafe": None,
+            "human_unsafe": True,
+        }
+        responses.append(response)
+    row = {
+        "id": "1",
+        "query": "May I?",
+        "human_unsafe": False,
+        "kind": "x",
+        "shadow": False,
+        "input_error": None,
+        "input_decided": False,
+        "responses": responses,
+    }
+    return row | changes
 
 
 def test_the_truth_of_t2():
     rows = [
-        row_of([True, False], row_id="half"),
-        row_of([True, False, False], row_id="less"),
-        row_of([True], decided=True, row_id="blocked"),
-        row_of([], row_id="empty"),
+        row_of([True, False], id="half"),
+        row_of([True, False, False], id="less"),
+        row_of([True], id="blocked", input_decided=True),
+        row_of([], id="empty"),
     ]
     assert evaluate.outcomes_of(rows, "guard") == {"half": True, "less": False}
-    assert evaluate.outcomes_of(rows, "human") == {}
-    assert evaluate.outcomes_of([row_of([False], judge=0.9)], "judge") == {"1": True}
+    assert evaluate.outcomes_of(rows, "judge") == {}
+    judged = row_of([False])
+    judged["responses"][0]["judge_unsafe"] = 0.9
+    assert evaluate.outcomes_of([judged], "judge") == {"1": True}
+
+
+def test_a_guard_that_judges_itself_is_no_second_opinion(load, models):
+    """Its agreement with itself is perfect, and tells nothing."""
+    row = row_of([True, False] * 10)
+    for response in row["responses"]:
+        response["judge_unsafe"] = float(response["decided"])
+        response["human_unsafe"] = None
+    found = {}
+    for name in ("guard", "judge"):
+        changes = [f"evaluation.judge={models[name]}", "evaluation.t2_label=judge"]
+        found[name] = evaluate.judge_facts([row], load(*changes))
+    assert found["judge"]["beside"] == "guard"
+    assert found["guard"]["agreement"] == {}
+    assert found["guard"]["beside"] is None
 
 
 def test_prompts_of_other_data_that_were_seen_are_left_out(load, tmp_path):
     """Those of train, validation and the guard's own data."""
-    known = write(tmp_path / "guard", rows=prompts(1, 90)) / "rows.jsonl"
+    (own,) = prompts(1, 90)
+    known = write(tmp_path / "guard", rows=[own]) / "rows.jsonl"
     config = load(f"dataset.guard_path={known}")
-    seen = [records.read_split(config, s)[0]["input"].upper() for s in ("train", "validation")]
-    seen.append(prompts(1, 90)[0]["user_input"])
-    fresh = ["Is rain wet?", "Is rain bad?", "Is rain dry?"]
-    asked = [
-        {"prompt": text, "prompt_label": "unsafe" if text.endswith("bad?") else "safe"}
-        for text in [*seen[:2], *fresh, seen[2]]
-    ]
+    seen = [own["user_input"]]
+    for split in ("train", "validation"):
+        first = records.read_split(config, split)[0]
+        seen.append(first["input"].upper())
+    asked = [{"prompt": text, "prompt_label": "safe"} for text in seen]
+    for text, label in (("wet", "safe"), ("bad", "unsafe"), ("dry", "safe")):
+        asked.append({"prompt": f"Is rain {text}?", "prompt_label": label})
     spec = str(write(tmp_path / "more", rows=asked) / "rows.jsonl")
     specs = [f"evaluation.hard_benign={spec}", f"evaluation.extra={spec}"]
     config = load(f"dataset.guard_path={known}", *specs)
-    rows = {split: [row_of([True], human=True) | {"kind": "x"}] for split in ("validation", "test")}
-    tasks, texts = evaluate.read_tasks(config, rows)
-    assert tasks["T3"].ids == [f"{spec}#2", f"{spec}#4"]
-    assert dict(zip(tasks[spec].ids, tasks[spec].truth.tolist(), strict=True)) == {
-        f"{spec}#2": False,
-        f"{spec}#3": True,
-        f"{spec}#4": False,
+
+    row = row_of([True])
+    tasks, texts = evaluate.read_tasks(config, {"validation": [row], "test": [row]})
+    wet, bad, dry = (f"{spec}#{number}" for number in (3, 4, 5))
+    assert tasks["T3"].ids == [wet, dry]
+    assert tasks[spec].ids == [wet, bad, dry]
+    assert tasks[spec].truth.tolist() == [False, True, False]
+    assert texts == {
+        "validation/1": "May I?",
+        "test/1": "May I?",
+        wet: "Is rain wet?",
+        bad: "Is rain bad?",
+        dry: "Is rain dry?",
     }
-    assert list(texts.values()) == ["May I?", "May I?", fresh[0], fresh[2], fresh[1]]
+    every = {records.text_key(row["prompt"]) for row in asked}
     with pytest.raises(UserError, match="no labelled prompt that is new to the guards"):
-        evaluate.foreign(spec, {records.text_key(text) for text in [*seen, *fresh]})
+        evaluate.foreign(spec, every)
 
 
 def test_near_copies_of_a_prompt_are_one_group(load):
     words = (
         "please tell me how one keeps an old red bicycle clean through a long wet winter in town"
     )
-    rows = [row_of([True], human=True, row_id=str(i), query=f"{words} {i}") for i in range(3)]
-    rows.append(row_of([False], row_id="other", query="Is rain wet?"))
+    rows = [row_of([False], id="other", query="Is rain wet?")]
+    for i in range(3):
+        rows.append(row_of([True], id=str(i), query=f"{words} {i}"))
     tasks, _ = evaluate.read_tasks(load(), {"validation": rows, "test": rows})
-    assert len(set(tasks["T1"].groups[:3])) == 1
-    assert len(set(tasks["T1"].groups)) == 2
+    other, *copies = tasks["T1"].groups
+    assert len(set(copies)) == 1
+    assert other not in copies
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -261,12 +370,18 @@ def test_near_copies_of_a_prompt_are_one_group(load):
 
 def test_the_picture_shows_what_decides(tmp_path, monkeypatch):
     """A line a difference on T2, controls first, and the base rate beside the scores."""
-    interval = {"difference": 0.1, "interval": [0.0, 0.2], "by_seed": None}
-    about = {"task": "T2", "metric": "auroc", "first": "A8"}
+    about = {
+        "task": "T2",
+        "metric": "auroc",
+        "first": "A8",
+        "difference": 0.1,
+        "interval": [0.0, 0.2],
+    }
     cell = {"auprc": 0.4, "intervals": {"auprc": [0.3, 0.5]}}
+    task = {"arms": {"A8": cell, "C1": cell}, "base_rate": 0.2, "rows": 50}
     results = {
-        "differences": [about | {"second": other} | interval for other in ("A1", "C1", "C2")],
-        "tasks": {"T2": {"arms": {"A8": cell, "C1": cell}, "base_rate": 0.2, "rows": 50}},
+        "differences": [about | {"second": other} for other in ("A1", "C1", "C2")],
+        "tasks": {"T2": task},
     }
     drawn = []
     monkeypatch.setattr(evaluate.report, "save_figure", lambda figure, path: drawn.append(figure))
@@ -275,8 +390,57 @@ def test_the_picture_shows_what_decides(tmp_path, monkeypatch):
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == ["A8 − C1", "A8 − C2", "A8 − A1 (cut off on T2)"]
     assert "always unsafe" in right.get_xlabel()
-    colours = {line.get_color() for axes in (left, right) for line in axes.get_lines()}
-    assert colours == {"black"}
+    lines = [*left.get_lines(), *right.get_lines()]
+    assert {line.get_color() for line in lines} == {"black"}
+
+
+def check_original_files(results, experiment, models):
+    """What the original's own scripts would read."""
+    (path,) = experiment.glob("experiment_results_*.json")
+    found = read_json(path)
+    assert set(found) == {"process_stats", "improved_model_path", "evaluation"}
+    assert {"total", "input_blocked", "output_blocked"} <= set(found["process_stats"])
+    assert found["improved_model_path"] == str(models / "A8")
+    (log,) = experiment.glob("experiment_*_*.log")
+    assert re.fullmatch(r"experiment_\d{8}_\d{6}\.log", log.name)
+    assert "Verdict on A8" in log.read_text()
+
+    (path,) = results.glob("evaluation_results_*.json")
+    found = read_json(path)
+    metrics = {"accuracy", "precision", "recall", "f1"}
+    counts = ["true_positives", "true_negatives", "false_positives", "false_negatives"]
+    fields = {"input", "true_label", "predicted_label", "reason"}
+    for model in ("default_model", "improved_model"):
+        assert metrics <= set(found[model]["metrics"])
+        assert sum(found[model][count] for count in counts) == 20
+        assert set(found[model]["predictions"][0]) == fields
+    assert metrics <= set(found["improvement"])
+
+
+def check_results(folder, whole):
+    tasks = whole["tasks"]
+    t1 = tasks["T1"]["arms"]
+    assert list(t1) == ["always unsafe", "A0", "A1", "A0-legacy", *ARMS]
+    assert t1["always unsafe"]["precision"] == tasks["T1"]["base_rate"] == 4 / 20
+    assert t1["A1"]["auroc"] == t1["A0"]["auroc"]
+    assert len(t1["A8"]["seeds"]) == 2
+    assert t1["A2"]["recall"] == 1  # the strict parser lets nothing through that lacks capitals
+    said = whole["verdict"]["verdict"]
+    assert said.startswith("undecided: ")
+    assert "T1 has 4 unsafe" in said
+
+    text = (folder / "results.md").read_text()
+    assert "**Verdict on A8: undecided" in text
+    for row in whole["verdict"]["checks"]:
+        assert f"| {row['condition']} | {row['state']} | {row['found']} |" in text
+    (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert (folder / picture).stat().st_size > 5000
+    shown = data_of(folder / "results.html")
+    assert [guard["name"] for guard in shown["guards"]] == list(t1)[1:]
+    assert len(shown["rows"]) == sum(task["rows"] for task in tasks.values())
+    rows = lines_of(folder / "predictions.jsonl")
+    splits = {row["id"].partition("/")[0] for row in rows}
+    assert splits == {"validation", "test"}
 
 
 @pytest.mark.slow
@@ -284,64 +448,32 @@ def test_the_whole_experiment(config_file, tmp_path):
     """process, train and evaluate as processes of their own; then evaluate alone, cut short and by
     folder.
     """
-    script = ("run_experiment.sh", "full", config_file, "--set", "seed=42")
-    launch("feedback_guard", *script, launcher=("bash",), threads=1)
+    words = ("run_experiment.sh", "full", config_file, "--set", "seed=42")
+    launch("feedback_guard", *words, launcher=("bash",), threads=1)
     folder = tmp_path / "results"
-    (path,) = (tmp_path / "experiment").glob("experiment_results_*.json")
-    found = json.loads(path.read_text())
-    assert set(found) == {"process_stats", "improved_model_path", "evaluation"}
-    assert {"total", "input_blocked", "output_blocked"} <= set(found["process_stats"])
-    assert found["improved_model_path"] == str(tmp_path / "models" / "A8")
-    (log,) = (tmp_path / "experiment").glob("experiment_*_*.log")
-    assert re.fullmatch(r"experiment_\d{8}_\d{6}\.log", log.name)
-    assert "Verdict on A8" in log.read_text()
-    (path,) = folder.glob("evaluation_results_*.json")
-    original = json.loads(path.read_text())
-    whole = json.loads((folder / "results.json").read_text())
-    for model in ("default_model", "improved_model"):
-        assert set(original[model]["metrics"]) >= {"accuracy", "precision", "recall", "f1"}
-        kinds = [f"{a}_{b}s" for a in ("true", "false") for b in ("positive", "negative")]
-        assert sum(original[model][kind] for kind in kinds) == 20
-        fields = {"input", "true_label", "predicted_label", "reason"}
-        assert set(original[model]["predictions"][0]) == fields
-    assert set(original["improvement"]) >= {"accuracy", "precision", "recall", "f1"}
+    whole = read_json(folder / "results.json")
+    check_original_files(folder, tmp_path / "experiment", tmp_path / "models")
+    check_results(folder, whole)
 
-    t1 = whole["tasks"]["T1"]["arms"]
-    assert list(t1) == ["always unsafe", "A0", "A1", "A0-legacy", *ARMS]
-    assert t1["always unsafe"]["precision"] == whole["tasks"]["T1"]["base_rate"] == 4 / 20
-    assert t1["A1"]["auroc"] == t1["A0"]["auroc"]
-    assert len(t1["A8"]["seeds"]) == 2
-    assert t1["A2"]["recall"] == 1  # the strict parser lets nothing through that lacks capitals
-    said = whole["verdict"]["verdict"]
-    assert said.startswith("undecided: ")
-    assert "T1 has 4 unsafe" in said
-    text = (folder / "results.md").read_text()
-    assert "**Verdict on A8: undecided" in text
-    (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert (folder / picture).stat().st_size > 5000
-    shown = data_of(folder / "results.html")
-    assert [guard["name"] for guard in shown["guards"]] == list(t1)[1:]
-    assert len(shown["rows"]) == sum(task["rows"] for task in whole["tasks"].values())
-    rows = lines_of(folder / "predictions.jsonl")
-    assert {row["id"].partition("/")[0] for row in rows} == {"validation", "test"}
-
-    (folder / "scores" / "A8-seed1.jsonl").write_text("")  # it alone is judged again
-    before = {path: path.read_bytes() for path in (folder / "scores").iterdir()}
-    launch("feedback_guard", "evaluate.py", "--config", config_file, threads=1)
-    again = json.loads((folder / "results.json").read_text())
-    assert {path.stem for path in before if path.read_bytes() != before[path]} == {"A8-seed1"}
+    scores = folder / "scores"
+    (scores / "A8-seed1.jsonl").write_text("")  # it alone is judged again
+    before = {path: path.read_bytes() for path in scores.iterdir()}
+    words = ("evaluate.py", "--config", config_file)
+    launch("feedback_guard", *words, threads=1)
+    changed = [path.stem for path in before if path.read_bytes() != before[path]]
+    assert changed == ["A8-seed1"]
+    again = read_json(folder / "results.json")
     assert again["verdict"] == whole["verdict"]
+    areas = [found["tasks"]["T2"]["arms"]["A8"]["auroc"] for found in (whole, again)]
     # None where every response of the tiny model got the same label, which differs between machines.
-    before_t2, after_t2 = (found["tasks"]["T2"]["arms"]["A8"] for found in (whole, again))
-    assert after_t2["auroc"] == pytest.approx(before_t2["auroc"])
+    assert areas[1] == pytest.approx(areas[0])
 
     changes = (
-        "--set",
         f"evaluation.improved_model_path={tmp_path}/models/C1/seed0",
         f"evaluation.results_dir={tmp_path}/one",
     )
-    launch("feedback_guard", "evaluate.py", "--config", config_file, *changes, threads=1)
-    single = json.loads((tmp_path / "one" / "results.json").read_text())
+    launch("feedback_guard", *words, "--set", *changes, threads=1)
+    single = read_json(tmp_path / "one/results.json")
     assert single["improved"] == "C1"
     assert single["improved_model_path"].endswith("models/C1/seed0")
 

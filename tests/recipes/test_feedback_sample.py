@@ -4,7 +4,6 @@ something to learn.
 
 import json
 import re
-from collections import Counter
 from itertools import combinations, product
 from pathlib import Path
 
@@ -16,29 +15,37 @@ from sklearn.pipeline import make_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/toxicchat"
-SPLITS = {
-    name: [
-        json.loads(line)
-        for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    for name in ("guard", "train", "test")
-}
+SPLITS = {}
+for name in ("guard", "train", "test"):
+    lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    SPLITS[name] = [json.loads(line) for line in lines]
 ROWS = [row for rows in SPLITS.values() for row in rows]
-TOXIC = {"plain": 0, "hard_benign": 0, "obvious": 1, "disguised": 1}  # kind -> toxicity
-TYPES = {"conv_id": str, "user_input": str, "model_output": str, "human_annotation": bool}
-TYPES |= {
+TOXIC = {  # kind -> toxicity
+    "plain": 0,
+    "hard_benign": 0,
+    "obvious": 1,
+    "disguised": 1,
+}
+TYPES = {
+    "conv_id": str,
+    "user_input": str,
+    "model_output": str,
+    "human_annotation": bool,
     "toxicity": int,
     "jailbreaking": int,
     "openai_moderation": str,
     "output_unsafe": bool,
     "kind": str,
 }
-HARM = r"\b(kill|poison|steal|st[oa]le|shoot|beat|bomb|attack|hit|hate|drunk|l[iy]e|lied|fake|scam|fraud|thie[fv]"
-HARM += r"|threat|murder|stalk|hurt|bull[iy]|rob|blackmail|burn|punish|gun|knife|crime|starv|cheat)"
-TEXTS = ("user_input", "model_output")
+HARM = (
+    r"\b(kill|poison|steal|st[oa]le|shoot|beat|bomb|attack|hit|hate|drunk|l[iy]e|lied|fake|scam"
+    r"|fraud|thie[fv]|threat|murder|stalk|hurt|bull[iy]|rob|blackmail|burn|punish|gun|knife|crime"
+    r"|starv|cheat)"
+)
+WORDS = {"user_input": range(5, 31), "model_output": range(4, 36)}
 pytestmark = pytest.mark.sample_data
 split = pytest.mark.parametrize("split", SPLITS)
-text = pytest.mark.parametrize("field", TEXTS)
+text = pytest.mark.parametrize("field", WORDS)
 
 
 def words(text: str) -> list[str]:
@@ -46,23 +53,42 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def kinds(split: str) -> Counter:
-    return Counter(row["kind"] for row in SPLITS[split])
+def share(rows: list[dict], is_one) -> float:
+    """How many of the rows are such."""
+    found = [row for row in rows if is_one(row)]
+    return len(found) / len(rows)
 
 
-def model(texts: list[str], labels: list[bool]):
+def of_kind(rows: list[dict], *kinds: str) -> list[dict]:
+    return [row for row in rows if row["kind"] in kinds]
+
+
+def is_toxic(row: dict) -> bool:
+    return row["toxicity"] == 1
+
+
+def does_harm(row: dict) -> bool:
+    return row["output_unsafe"]
+
+
+def learned(rows: list[dict], labels: list[bool], field: str = "user_input"):
+    """A classifier of character n-grams."""
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
     classifier = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
+    texts = [row[field] for row in rows]
     return make_pipeline(vectors, classifier).fit(texts, labels)
 
 
-def scores(fitted, rows: list[dict], field: str):
-    return fitted.predict_proba([row[field] for row in rows])[:, 1]
+def scores(fitted, rows: list[dict], field: str = "user_input"):
+    texts = [row[field] for row in rows]
+    return fitted.predict_proba(texts)[:, 1]
 
 
 def test_counts_are_those_of_the_readme(monkeypatch, capsys):
-    section = (FOLDER.parent / "README.md").read_text(encoding="utf-8").split("## `toxicchat/`")[1]
-    code, table = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", section, re.DOTALL).groups()
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    _, section = readme.split("## `toxicchat/`")
+    blocks = r"```python\n(.*?)```\s+```text\n(.*?)```"
+    code, table = re.search(blocks, section, re.DOTALL).groups()
     monkeypatch.chdir(ROOT)
     exec(code, {})
     assert capsys.readouterr().out == table
@@ -71,106 +97,107 @@ def test_counts_are_those_of_the_readme(monkeypatch, capsys):
 
 @split
 def test_columns_and_values(split):
-    for row in SPLITS[split]:
-        assert {name: type(value) for name, value in row.items()} == TYPES and list(row) == list(
-            TYPES
-        )
-        assert row["openai_moderation"] == "[]" and row["human_annotation"] is False
-        for field, lengths in zip(TEXTS, (range(5, 31), range(4, 36)), strict=True):
-            assert row[field] == row[field].strip() and len(row[field].split()) in lengths, row
-    assert [row["conv_id"] for row in SPLITS[split]] == [
-        f"sample-{split}-{i:03d}" for i in range(1, len(SPLITS[split]) + 1)
-    ]
+    for number, row in enumerate(SPLITS[split], start=1):
+        types = {name: type(value) for name, value in row.items()}
+        assert list(types.items()) == list(TYPES.items())
+        assert row["conv_id"] == f"sample-{split}-{number:03d}"
+        assert row["openai_moderation"] == "[]"
+        assert row["human_annotation"] is False
+        for field, lengths in WORDS.items():
+            assert row[field] == row[field].strip()
+            assert len(row[field].split()) in lengths, row
 
 
 @split
 def test_kind_and_labels_agree(split):
     for row in SPLITS[split]:
         assert row["toxicity"] == TOXIC[row["kind"]], row
-        assert row["kind"] == "disguised" or not row["jailbreaking"], row
+        if row["jailbreaking"]:
+            assert row["kind"] == "disguised", row
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [("plain", 0, 0.15), ("hard_benign", 0, 0.05), ("disguised", 0.7, 0.9)],
+)
+@split
+def test_outputs_do_harm_mostly_where_the_prompt_asks_for_it(split, kind, low, high):
+    rows = of_kind(SPLITS[split], kind)
+    assert low <= share(rows, does_harm) <= high
 
 
 @split
-def test_outputs_do_harm_mostly_where_the_prompt_asks_for_it(split):
-    for kind, (low, high) in {
-        "plain": (0, 0.15),
-        "hard_benign": (0, 0.05),
-        "disguised": (0.7, 0.9),
-    }.items():
-        rows = [row for row in SPLITS[split] if row["kind"] == kind]
-        assert low <= sum(row["output_unsafe"] for row in rows) / len(rows) <= high, kind
-    assert any(row["toxicity"] and not row["output_unsafe"] for row in SPLITS[split])
+def test_some_toxic_prompt_draws_no_harm(split):
+    toxic = [row for row in SPLITS[split] if is_toxic(row)]
+    assert share(toxic, does_harm) < 1
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_shares_of_the_rows_to_learn_and_report_on(split):
-    found, size = kinds(split), len(SPLITS[split])
-    toxic = found["obvious"] + found["disguised"]
-    assert 0.15 <= toxic / size <= 0.2 and 0.18 <= found["hard_benign"] / size <= 0.22
-    assert found["disguised"] * 2 >= toxic
+    rows = SPLITS[split]
+    toxic = [row for row in rows if is_toxic(row)]
+    hard = of_kind(rows, "hard_benign")
+    disguised = of_kind(toxic, "disguised")
+    assert 0.15 <= share(rows, is_toxic) <= 0.2
+    assert 0.18 <= len(hard) / len(rows) <= 0.22
+    assert len(disguised) * 2 >= len(toxic)
 
 
 def test_the_head_start_knows_obvious_harm():
-    found = kinds("guard")
-    toxic = found["obvious"] + found["disguised"]
-    assert 0.25 <= toxic / len(SPLITS["guard"]) <= 0.35 and found["disguised"] <= 0.15 * toxic
+    rows = SPLITS["guard"]
+    toxic = [row for row in rows if is_toxic(row)]
+    disguised = of_kind(toxic, "disguised")
+    assert 0.25 <= share(rows, is_toxic) <= 0.35
+    assert len(disguised) <= 0.15 * len(toxic)
 
 
 @text
 def test_no_text_twice(field):
-    texts = [" ".join(words(row[field])) for row in ROWS]
-    assert len(set(texts)) == len(texts)
+    texts = {" ".join(words(row[field])) for row in ROWS}
+    assert len(texts) == len(ROWS)
 
 
 @text
-@pytest.mark.parametrize("one, other", combinations(SPLITS, 2))
+@pytest.mark.parametrize(("one", "other"), combinations(SPLITS, 2))
 def test_no_near_duplicate_across_files(one, other, field):
-    sides = [[set(words(row[field])) for row in SPLITS[name]] for name in (one, other)]
-    for a, b in product(*sides):
+    first = [set(words(row[field])) for row in SPLITS[one]]
+    second = [set(words(row[field])) for row in SPLITS[other]]
+    for a, b in product(first, second):
         assert len(a & b) < 0.5 * len(a | b), (a, b)
 
 
 def test_words_of_harm_mark_hard_benign_rather_than_disguised():
-    share = {
-        kind: sum(bool(re.search(HARM, row["user_input"], re.IGNORECASE)) for row in rows)
-        / len(rows)
-        for kind in TOXIC
-        if (rows := [row for row in ROWS if row["kind"] == kind])
-    }
-    assert share["hard_benign"] > 0.5 and share["disguised"] < 0.25 and share["plain"] < 0.1
+    def names_harm(row: dict) -> bool:
+        return re.search(HARM, row["user_input"], re.IGNORECASE) is not None
+
+    assert share(of_kind(ROWS, "hard_benign"), names_harm) > 0.5
+    assert share(of_kind(ROWS, "disguised"), names_harm) < 0.25
+    assert share(of_kind(ROWS, "plain"), names_harm) < 0.1
 
 
 def test_the_outputs_of_train_teach_what_the_head_start_does_not_know():
-    """Character n-grams: learnt on guard, then on guard and on train labelled by its outputs;
-    measured on test.
-    """
+    """Learned on guard, then on guard and on train labelled by its outputs; measured on test."""
     guard, train, test = SPLITS.values()
-    outputs = model([row["model_output"] for row in guard], [row["output_unsafe"] for row in guard])
-    assert (
-        roc_auc_score(
-            [row["output_unsafe"] for row in train], scores(outputs, train, "model_output")
-        )
-        > 0.9
-    )
+    of_guard = [does_harm(row) for row in guard]
+    of_train = [does_harm(row) for row in train]
+    outputs = learned(guard, of_guard, "model_output")
+    found = scores(outputs, train, "model_output")
+    assert roc_auc_score(of_train, found) > 0.9
 
-    start = model([row["user_input"] for row in guard], [bool(row["toxicity"]) for row in guard])
-    found = scores(start, test, "user_input")
+    labels = [is_toxic(row) for row in guard]
+    start = learned(guard, labels)
     auroc = {}
     for kind in ("obvious", "disguised"):
-        pairs = [
-            (row["kind"] == kind, s)
-            for row, s in zip(test, found, strict=True)
-            if row["kind"] in (kind, "plain")
-        ]
-        auroc[kind] = roc_auc_score(*zip(*pairs, strict=True))
+        rows = of_kind(test, kind, "plain")
+        truth = [is_toxic(row) for row in rows]
+        auroc[kind] = roc_auc_score(truth, scores(start, rows))
     assert auroc["obvious"] > auroc["disguised"] + 0.05
 
-    learnt = [row for row in train if row["output_unsafe"] or not row["toxicity"]]
-    labels = [bool(row["toxicity"]) for row in guard] + [row["output_unsafe"] for row in learnt]
-    taught = model([row["user_input"] for row in guard + learnt], labels)
-    hidden = [row for row in test if row["kind"] != "obvious"]
-    truth = [row["output_unsafe"] for row in hidden]
-    before, after = (
-        average_precision_score(truth, scores(m, hidden, "user_input")) for m in (start, taught)
-    )
+    more = [row for row in train if does_harm(row) or not is_toxic(row)]
+    labels += [does_harm(row) for row in more]
+    taught = learned(guard + more, labels)
+    hidden = of_kind(test, "plain", "hard_benign", "disguised")
+    truth = [does_harm(row) for row in hidden]
+    before = average_precision_score(truth, scores(start, hidden))
+    after = average_precision_score(truth, scores(taught, hidden))
     assert after > before + 0.05
