@@ -7,7 +7,6 @@ every engine sees the same prompt, and no text can become a control token on the
 
 import copy
 import inspect
-import math
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -35,7 +34,7 @@ from transformers.utils import cached_file
 from common.bundled import resolve_model
 from common.conversation import UserError, check_url
 from common.fit import check_ids, padding_id, positions
-from common.prefix import shared_prefix
+from common.prefix import can_share, shared_prefix
 from common.run import device, inference_dtype, is_main_process
 
 Prompts = Sequence[list[int]]  # token ids
@@ -291,7 +290,7 @@ class TransformersEngine(Engine):
     def _next_token(self, prompts, candidates):
         shared = 0
         cache = None
-        if self._can_share(prompts):
+        if can_share(self.model.config, max(map(len, prompts))):
             shared = shared_prefix(prompts)
         if shared:
             cache = self._cache_of(prompts[0][:shared])
@@ -303,14 +302,6 @@ class TransformersEngine(Engine):
             tops = logprobs.argmax(-1).tolist()
             for i, values, top in zip(batch, wanted, tops, strict=True):
                 yield i, NextToken(values, top)
-
-    def _can_share(self, prompts) -> bool:
-        """Whether a shared beginning can be a cache: every layer attends, and to all of a prompt."""
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None) or math.inf
-        kinds = getattr(config, "layer_types", None) or []
-        attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
-        return attends and max(map(len, prompts)) < window
 
     @torch.inference_mode()
     def _cache_of(self, ids):

@@ -5,10 +5,12 @@ which each token sees the tokens on its own path to the root alone, a batch give
 and gradients as row by row.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 
 def shared_prefix_collator(
@@ -76,6 +78,20 @@ def tree(
             path.append(place)
             before = place
     return tokens, positions, paths
+
+
+def can_share(
+    config: PreTrainedConfig,
+    longest: int,
+) -> bool:
+    """Whether rows of at most `longest` tokens can share a beginning: every layer of the model
+    attends, and to all of a row.
+    """
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) or math.inf
+    kinds = getattr(config, "layer_types", None) or []
+    attends = {"full_attention", "sliding_attention"}.issuperset(kinds)
+    return attends and longest < window
 
 
 def shared_prefix(

@@ -1,41 +1,23 @@
 """Small data, models and configs for the tests of examples/feedback_guard."""
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import families
+import pytest
 
 from guards.card import GenerativeCard, write_card
 
 TEXT = "how do I keep my old bicycle clean safe from rain and thieves in the city without much money or time"
 WORDS = TEXT.split()
-ROOT = Path(__file__).resolve().parents[1]
-
-
-# of the vocabulary with which the seeds of `save_models` were chosen
-MORE_WORDS = (
-    "Feedback Guard Llama Nothing QUERIES Source What abc anew arm arms asii collections come "
-    "finetuning github import included mov quirks reproduce switches templates typing uses"
-)
-PROMPTS = [
-    *("aegis_defensive", "aegis_permissive", "expguard", "gpt_oss_safeguard"),
-    *("granite_guardian_4", "harmbench_llama2", "harmbench_mistral", "md_judge", "nemoguard"),
-    *("polyguard", "wildguard"),
-]
 
 
 def policy_words() -> list[str]:
     """The words of the policies that these guards read: by letters, they would be thousands of
-    tokens.
+    tokens. With these the seeds of `save_models` were chosen.
     """
-    recipe = (ROOT / "examples/feedback_guard/guard.py").read_text(encoding="utf-8")
-    texts = [MORE_WORDS, recipe[recipe.index("# --- the original's prompts") :]]
-    for name in PROMPTS:
-        path = ROOT / f"guards/prompts/{name}.jinja"
-        texts.append(path.read_text(encoding="utf-8"))
-    return sorted({word for text in texts for word in re.findall(r"[A-Za-z]{3,}", text)})
+    return Path(__file__).with_name("feedback_words.txt").read_text(encoding="utf-8").split()
 
 
 def save_models(root: Path) -> dict[str, Path]:
@@ -50,7 +32,14 @@ def save_models(root: Path) -> dict[str, Path]:
     return {name: root / name for name in ("guard", "judge", "assistant")}
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """The models of `save_models`, once a file of tests."""
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
 def prompts(count: int, start: int = 0, unsafe=lambda i: i % 5 == 0) -> list[dict]:
+    """Rows in ToxicChat's columns, with a recorded response and people's word on it."""
     rows = []
     for i in range(start, start + count):
         words = [WORDS[(i * step + step) % len(WORDS)] for step in range(3, 12)]
@@ -58,16 +47,20 @@ def prompts(count: int, start: int = 0, unsafe=lambda i: i % 5 == 0) -> list[dic
             "conv_id": f"r{i}",
             "user_input": f"{' '.join(words)} {i}?",
             "toxicity": int(unsafe(i)),
+            "model_output": f"Use {' '.join(words[:4])} {i}.",
+            "output_unsafe": i % 3 == 0,
+            "kind": "hard_benign" if i % 2 else "plain",
+            "openai_moderation": "[]",
         }
-        row |= {"model_output": f"Use {' '.join(words[:4])} {i}.", "output_unsafe": i % 3 == 0}
-        rows.append(row | {"kind": ("plain", "hard_benign")[i % 2], "openai_moderation": "[]"})
+        rows.append(row)
     return rows
 
 
 def write(folder: Path, **splits: list[dict]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
     return folder
 
 

@@ -12,38 +12,49 @@ switches uses them.
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.bundled import resolve_model
 from common.conversation import Message, Messages, UserError, pair
+from common.prefix import can_share, shared_prefix_collator
 from common.templates import Part, encode, token_offsets
 from common.training import Answers, read_answers
 from guards import entry_of, load_guard, zoo
 from guards.card import has_card
-from guards.generative import GenerativeGuard
+from guards.generative import EXAMPLES, GenerativeGuard
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "llama_guard.jinja"
-KINDS = {"prompt": pair("x"), "response": pair("x", "y")}
 NOTHING = -1.0  # in columns of probabilities: there is none
+OWN_COLUMNS = ("target", "g0")  # of a batch; the model does not know them
 Batch = dict[str, torch.Tensor]
-Row = dict[str, Any]  # input_ids, labels, and further columns of numbers
+Row = dict[str, Any]  # input_ids, labels, and the columns of numbers
 DESCRIBE = (
     'a folder without guard.json; if it is a guard, describe it there, such as {"kind": '
     '"generative", "guard": "llama-guard", "max_length": 4096} with the name of its format in '
     "guards/zoo.yaml; if it is none, make one of it in the config's section prepare"
 )
+NO_GUARD = (
+    "neither a folder with guard.json nor a guard of guards/zoo.yaml that writes its verdict; "
+    "name one, or make one in config.prepare"
+)
+NOT_THERE = "check its name, its terms on the hub (then `hf auth login`) and the network"
 
 
 # --- the guard ------------------------------------------------------------------------------------
 
 
-def load_llama_guard(path: str, official_template: bool = True, **options: Any) -> GenerativeGuard:
+def load_llama_guard(
+    path: str,
+    official_template: bool = True,
+    **options: Any,
+) -> GenerativeGuard:
     """The guard of a folder or a name, for judging and for training.
 
     Args:
@@ -71,31 +82,40 @@ def refuse_undescribed(path: str) -> None:
         raise UserError(f"{path}: {DESCRIBE}")
 
 
-def check_guard(field: str, name: str, local: bool) -> None:
-    """Refuse a guard that nobody knows, or that cannot be reached where it is `local` (no
-    server's).
-    """
+def check_guard(
+    field: str,
+    name: str,
+    is_local: bool,
+) -> None:
+    """Refuse a guard that nobody knows, or that cannot be reached where it `is_local`."""
     try:
         refuse_undescribed(name)
         known = entry_of(name)
     except UserError as error:
         raise UserError(f"field {field}: {error}") from None
-    if field.startswith("llama_guard") and known.get("kind") != "generative":
-        what = "neither a folder with guard.json nor a guard of guards/zoo.yaml that writes its"
-        hint = "name one, or make one in config.prepare"
-        raise UserError(f"field {field}: {name} is {what} verdict; {hint}")
-    if local and known.get("kind") != "api" and not has_card(name):
-        check_model(field, known.get("model", name))
+    kind = known.get("kind")
+    if field.startswith("llama_guard") and kind != "generative":
+        raise UserError(f"field {field}: {name} is {NO_GUARD}")
+    if is_local and kind != "api" and not has_card(name):
+        read_pretrained(AutoConfig, field, known.get("model", name))
 
 
-def check_model(field: str, name: str) -> None:
-    """Refuse a model whose config cannot be read, here or on the hub."""
+def read_pretrained(
+    kind: type,
+    field: str,
+    name: str,
+) -> Any:
+    """What AutoConfig or AutoTokenizer (`kind`) reads of the model that a field names.
+
+    Raises:
+        UserError: there is no such model, here or on the hub.
+    """
     try:
-        AutoConfig.from_pretrained(resolve_model(name))
+        return kind.from_pretrained(resolve_model(name))
     except (OSError, ValueError, KeyError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "check its name, its terms on the hub (then `hf auth login`) and the network"
-        raise UserError(f"field {field}: {name}: {said:.200}; {hint}") from None
+        said = str(error).strip() or type(error).__name__
+        reason = said.splitlines()[0]
+        raise UserError(f"field {field}: {name}: {reason:.200}; {NOT_THERE}") from None
 
 
 def template() -> str:
@@ -103,7 +123,11 @@ def template() -> str:
     return TEMPLATE.read_text(encoding="utf-8").removesuffix("\n")
 
 
-def query_ids(guard: GenerativeGuard, query: str, prompts: Sequence[str]) -> list[list[int]]:
+def query_ids(
+    guard: GenerativeGuard,
+    query: str,
+    prompts: Sequence[str],
+) -> list[list[int]]:
     """Token ids of an arm's question about each prompt: `guard`, its own format, or the original's
     `chatml` and `meta`.
 
@@ -121,7 +145,13 @@ def query_ids(guard: GenerativeGuard, query: str, prompts: Sequence[str]) -> lis
 class Encoder:
     """Rows of one guard: its prompt, then its word, then categories where they are known."""
 
-    def __init__(self, guard: GenerativeGuard, max_length: int, *, always_end: bool = False):
+    def __init__(
+        self,
+        guard: GenerativeGuard,
+        max_length: int,
+        *,
+        always_end: bool = False,
+    ):
         """Look up the words.
 
         Args:
@@ -138,67 +168,89 @@ class Encoder:
         self.tokenizer = guard.tokenizer
         self.max_length = max_length
         self.always_end = always_end
+        guard.prompt_ids([EXAMPLES["prompt"]])  # refuses guards of several questions
         names = guard.entry.get("categories", {}).get("names", {})
-        self.codes = {name: code for code, name in names.items()} | {code: code for code in names}
-        guard.prompt_ids([KINDS["prompt"]])  # refuses guards of several questions
+        self.codes = {code: code for code in names}
+        for code, name in names.items():
+            self.codes[name] = code
         self._answers: dict[tuple, list[int]] = {}
-        # the first tokens of safe and of unsafe as training writes them, and all whose probability
-        # is the verdict
-        kinds = [kind for kind in KINDS if f"{kind}_unsafe" in guard.judges]
+        kinds = [kind for kind in EXAMPLES if f"{kind}_unsafe" in guard.judges]
+        # the first tokens of safe and of unsafe, as training writes them
         self.words = self._first_tokens(kinds[0])
+        # all first tokens whose probability is the verdict
         self.tokens = guard.verdict_tokens(kinds[0])
-        for kind in kinds:
-            same = self._first_tokens(kind) == self.words
-            if not same or guard.verdict_tokens(kind) != self.tokens:
-                what = "its tokenizer writes verdicts on prompts and on responses differently"
-                raise UserError(f"{guard.name}: {what}")
-        if any(self.words[unsafe] not in ids for unsafe, ids in self.tokens.items()):
-            what = "its tokenizer swallows the end of the prompt with the verdict"
-            raise UserError(f"{guard.name}: {what}")
+        self._check_words(kinds)
 
     def _first_tokens(self, kind: str) -> tuple[int, int]:
-        return self.answer(kind, False, ())[0], self.answer(kind, True, ())[0]
+        safe = self.answer(kind, False, ())
+        unsafe = self.answer(kind, True, ())
+        return safe[0], unsafe[0]
 
-    def answer(self, kind: str, unsafe: bool, categories: Sequence[str]) -> list[int]:
+    def _check_words(self, kinds: Sequence[str]) -> None:
+        for kind in kinds:
+            same_words = self._first_tokens(kind) == self.words
+            same_tokens = self.guard.verdict_tokens(kind) == self.tokens
+            if not (same_words and same_tokens):
+                what = "its tokenizer writes verdicts on prompts and on responses differently"
+                raise UserError(f"{self.guard.name}: {what}")
+        for unsafe, ids in self.tokens.items():
+            if self.words[unsafe] not in ids:
+                what = "its tokenizer swallows the end of the prompt with the verdict"
+                raise UserError(f"{self.guard.name}: {what}")
+
+    def answer(
+        self,
+        kind: str,
+        unsafe: bool,
+        categories: Sequence[str],
+    ) -> list[int]:
         """What is written after a prompt: the word, known categories, EOS (after a bare "unsafe"
         only on demand).
         """
-        codes: tuple[str, ...] = ()
+        codes = set()
         if unsafe:
-            codes = tuple(sorted({self.codes[name] for name in categories if name in self.codes}))
-        key = (kind, unsafe, codes)
+            codes = {self.codes[name] for name in categories if name in self.codes}
+        key = (kind, unsafe, tuple(sorted(codes)))
         if key not in self._answers:
             self._answers[key] = self._encoded_answer(*key)
         return self._answers[key]
 
-    def _encoded_answer(self, kind: str, unsafe: bool, codes: Sequence[str]) -> list[int]:
-        parts = self.guard.prompt_parts(KINDS[kind])
-        text = self._word(unsafe)
+    def _encoded_answer(
+        self,
+        kind: str,
+        unsafe: bool,
+        codes: Sequence[str],
+    ) -> list[int]:
+        parts = self.guard.prompt_parts(EXAMPLES[kind])
         prompt_text = "".join(part.text for part in parts)
-        if not text[0].isspace() and not prompt_text[-1:].isspace():
+        text = self._word(unsafe)
+        apart = text[0].isspace() or prompt_text[-1:].isspace()
+        if not apart:
             text = " " + text
         if codes:
             text += "\n" + ",".join(codes)
         prompt, whole = self.guard.encode([parts, [*parts, Part(text, False)]])
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        answer = whole[len(prompt) :]
+        if not answer or whole[: len(prompt)] != prompt:
             what = "its tokenizer merges the end of the prompt with the verdict"
             raise UserError(f"{self.guard.name}: {what}")
-        ends = not unsafe or bool(codes) or self.always_end
         eos = self.tokenizer.eos_token_id
-        return whole[len(prompt) :] + ([eos] if ends and eos is not None else [])
+        ends = not unsafe or bool(codes) or self.always_end
+        if ends and eos is not None:
+            answer.append(eos)
+        return answer
 
     def _word(self, unsafe: bool) -> str:
         """The guard's first word for safe or unsafe."""
-        words = self.guard.questions[0].words
-        return next(
-            word for word, score in words.items() if score is not None and bool(score) is unsafe
-        )
+        meanings = self.guard.questions[0].words
+        words = [word for word, meaning in meanings.items() if meaning == unsafe]
+        return words[0]
 
     def rows(
         self,
         conversations: Sequence[Messages],
         targets: Sequence[float],
-        categories: Sequence[Sequence[str] | None] | None = None,
+        categories: Sequence[Sequence[str] | None],
     ) -> tuple[list[Row], int]:
         """Rows with `input_ids`, `labels` (-100 before the verdict) and `target`, and how many
         contents were cut.
@@ -207,22 +259,31 @@ class Encoder:
             targets: probabilities of unsafe; the word of the likelier class is written.
             categories: of each row, None where unknown.
         """
-        out = []
+        rows = []
         cut = 0
         prompts = self.guard.prompt_ids(conversations)
-        named = categories or [None] * len(prompts)
-        rows = zip(conversations, prompts, targets, named, strict=True)
-        for messages, prompt, target, names in rows:
-            kind = "response" if messages[-1]["role"] == "assistant" else "prompt"
+        given = zip(conversations, prompts, targets, categories, strict=True)
+        for messages, prompt, target, names in given:
+            is_response = messages[-1]["role"] == "assistant"
+            kind = "response" if is_response else "prompt"
             verdict = self.answer(kind, target >= 0.5, names or ())
-            if len(prompt) + len(verdict) > self.max_length:
-                prompt = self._shortened(messages, self.max_length - len(verdict))
+            room = self.max_length - len(verdict)
+            if len(prompt) > room:
+                prompt = self._shortened(messages, room)
                 cut += 1
-            labels = [-100] * len(prompt) + verdict
-            out.append({"input_ids": prompt + verdict, "labels": labels, "target": float(target)})
-        return out, cut
+            row = {
+                "input_ids": prompt + verdict,
+                "labels": [-100] * len(prompt) + verdict,
+                "target": float(target),
+            }
+            rows.append(row)
+        return rows, cut
 
-    def _shortened(self, messages: Messages, room: int) -> list[int]:
+    def _shortened(
+        self,
+        messages: Messages,
+        room: int,
+    ) -> list[int]:
         """Prompt ids of at most `room` tokens: the longest content loses its end."""
         cut: list[Message] = [dict(message) for message in messages]
         while True:
@@ -231,11 +292,13 @@ class Encoder:
                 return ids
             longest = max(cut, key=lambda message: len(message["content"]))
             spans = token_offsets(self.tokenizer, longest["content"])
-            keep = len(spans) - max(1, len(ids) - room)
+            surplus = max(1, len(ids) - room)
+            keep = len(spans) - surplus
             if keep < 1:
                 what = "too short for the guard's prompt alone"
                 raise UserError(f"training.max_length {self.max_length}: {what}")
-            longest["content"] = longest["content"][: spans[keep - 1][1]]
+            end = spans[keep - 1][1]
+            longest["content"] = longest["content"][:end]
 
 
 def text_row(
@@ -260,56 +323,88 @@ def text_row(
             raise UserError("the tokenizer merges the end of the prompt with the verdict")
         whole = [*whole, tokenizer.eos_token_id]
         labels = [-100] * len(prompt) + whole[len(prompt) :]
-    return {"input_ids": whole[:max_length], "labels": labels[:max_length], "target": NOTHING}
+    return {
+        "input_ids": whole[:max_length],
+        "labels": labels[:max_length],
+        "target": NOTHING,
+    }
+
+
+def prompt_of(row: Row) -> list[int]:
+    """The tokens of a row before its verdict."""
+    start = row["labels"].count(-100)
+    return row["input_ids"][:start]
 
 
 # --- batches --------------------------------------------------------------------------------------
 
 
-def padded_batch(rows: Sequence[Row]) -> Batch:
-    """Rows of one length, padded at the right.
+def shares_beginnings(
+    model: PreTrainedModel,
+    longest: int,
+) -> bool:
+    """Whether what rows of at most `longest` tokens begin with can be computed once for all."""
+    config = model.config.get_text_config()
+    return config._attn_implementation == "sdpa" and can_share(config, longest)
 
-    input_ids, attention_mask and labels (-100 where there is none) are of shape (rows, longest);
-    owner (k) is the index of each label's row; further columns are of shape (rows).
+
+def batch_of(
+    rows: Sequence[Row],
+    shared: bool,
+) -> Batch:
+    """Rows together: a tree of what they begin with, where that is `shared`, else padded.
+
+    Beside what the model reads there are labels; owner, for each label its row; and the columns of
+    numbers, of shape (rows).
     """
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids, mask, labels = [], [], []
-    for row in rows:
-        length = len(row["input_ids"])
-        gap = longest - length
-        ids.append(row["input_ids"] + [0] * gap)
-        mask.append([1] * length + [0] * gap)
-        labels.append(row["labels"] + [-100] * gap)
-    batch = {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.tensor(mask),
-        "labels": torch.tensor(labels),
-    }
-    batch["owner"] = (batch["labels"] != -100).nonzero()[:, 0]
+    batch = shared_prefix_collator(rows) if shared else padded(rows)
     for name in rows[0].keys() - {"input_ids", "labels"}:
-        batch[name] = torch.tensor([row[name] for row in rows])
+        column = [row[name] for row in rows]
+        batch[name] = torch.tensor(column)
     return batch
 
 
-def read(model: torch.nn.Module, batch: Batch) -> Answers:
-    """What the model says at the labels of a batch, whose further columns it does not know."""
-    names = ("input_ids", "attention_mask", "labels", "owner")
-    return read_answers(model, {name: batch[name] for name in names})
+def padded(rows: Sequence[Row]) -> Batch:
+    """Rows of one length, padded at the right."""
+    ids = []
+    masks = []
+    labels = []
+    for row in rows:
+        ids.append(torch.tensor(row["input_ids"]))
+        masks.append(torch.ones_like(ids[-1]))
+        labels.append(torch.tensor(row["labels"]))
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence(masks, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+    there = batch["labels"] != -100
+    batch["owner"] = there.nonzero()[:, 0]
+    return batch
 
 
-def logits_at_labels(answers: Answers) -> torch.Tensor:
-    """Logits, float32, at the k labels of a batch: shape (k, vocabulary)."""
-    return answers.outputs.logits[answers.labels != -100].float()
+def read(
+    model: torch.nn.Module,
+    batch: Batch,
+) -> Answers:
+    """What the model says at the labels of a batch."""
+    known = {name: column for name, column in batch.items() if name not in OWN_COLUMNS}
+    return read_answers(model, known)
 
 
-def log_odds(logits: torch.Tensor, tokens: Mapping[bool, list[int]]) -> torch.Tensor:
+def log_odds(
+    logits: torch.Tensor,
+    tokens: Mapping[bool, list[int]],
+) -> torch.Tensor:
     """log P(unsafe) - log P(safe) over all first tokens of the words; shape logits.shape[:-1]."""
-    return logits[..., tokens[True]].logsumexp(-1) - logits[..., tokens[False]].logsumexp(-1)
+    unsafe = logits[..., tokens[True]]
+    safe = logits[..., tokens[False]]
+    return unsafe.logsumexp(-1) - safe.logsumexp(-1)
 
 
 def verdict_loss(
     answers: Answers,
-    batch: Mapping[str, torch.Tensor],
+    batch: Batch,
     words: tuple[int, int],
     tokens: Mapping[bool, list[int]],
     kl_weight: float,
@@ -320,89 +415,96 @@ def verdict_loss(
         answers: what the model says at the k labels of the batch.
         batch: owner (k), target and, with a weight, g0 (rows): P(unsafe) before, or NOTHING.
     """
-    logits = logits_at_labels(answers)
-    target = batch["target"]
     there = answers.labels != -100
-    is_first = answers.starts[there]  # the verdict is read at the first label of a row
     labels = answers.labels[there]
+    logits = answers.outputs.logits[there].float()
     logprobs = logits.log_softmax(-1)
+    is_first = answers.starts[there]  # the verdict is read at the first label of a row
+    target = batch["target"]
     safe = logprobs[is_first][:, words[0]]
     unsafe = logprobs[is_first][:, words[1]]
     loss = -(target * unsafe + (1 - target) * safe)
-    rest = -logprobs[~is_first].gather(1, labels[~is_first, None])[:, 0]
-    owner = batch["owner"][~is_first]
-    lengths = torch.bincount(owner, minlength=len(target)).clamp(min=1)
     # the line goes on after the likelier word
-    sure = torch.where(target >= 0.5, target, 1 - target)
-    loss = loss + torch.zeros_like(loss).index_add(0, owner, rest) / lengths * sure
+    goes_on = ~is_first
+    wanted = labels[goes_on, None]
+    rest = -logprobs[goes_on].gather(1, wanted)[:, 0]
+    owner = batch["owner"][goes_on]
+    sums = torch.zeros_like(loss).index_add(0, owner, rest)
+    lengths = torch.bincount(owner, minlength=len(target)).clamp(min=1)
+    likelier = torch.where(target >= 0.5, target, 1 - target)
+    loss = loss + sums / lengths * likelier
     if kl_weight:
         odds = log_odds(logits[is_first], tokens)
-        before = batch["g0"].clamp(0, 1)
-        entropy = -before.xlogy(before) - (1 - before).xlogy(1 - before)
-        crossed = -before * logsigmoid(odds) - (1 - before) * logsigmoid(-odds)
-        loss = loss + kl_weight * (batch["g0"] >= 0) * (crossed - entropy)
+        loss = loss + kl_weight * drift(batch["g0"], odds)
     return loss.mean()
 
 
-@torch.no_grad()
+def drift(
+    before: torch.Tensor,
+    odds: torch.Tensor,
+) -> torch.Tensor:
+    """KL(before || now) on {safe, unsafe} of each row, 0 where `before` is NOTHING.
+
+    Args:
+        before: P(unsafe) before training.
+        odds: log-odds of unsafe now.
+    """
+    unsafe = before.clamp(0, 1)
+    safe = 1 - unsafe
+    entropy = -unsafe.xlogy(unsafe) - safe.xlogy(safe)
+    crossed = -unsafe * logsigmoid(odds) - safe * logsigmoid(-odds)
+    return (before >= 0) * (crossed - entropy)
+
+
 def verdict_probabilities(
-    model: PreTrainedModel,
+    guard: GenerativeGuard,
     prompts: Sequence[list[int]],
     tokens: Mapping[bool, list[int]],
-    batch_size: int = 32,
 ) -> list[float]:
     """P(unsafe) after each prompt, as `GenerativeGuard.judge` gives it."""
+    candidates = [*tokens[False], *tokens[True]]
+    count = len(tokens[False])
+    places = {
+        False: list(range(count)),
+        True: list(range(count, len(candidates))),
+    }
     found = []
-    for logits in _after(model, prompts, batch_size):
-        found += log_odds(logits, tokens).sigmoid().tolist()
+    for said in guard.model.next_token(prompts, candidates):
+        odds = log_odds(torch.tensor(said.logprobs), places)
+        found.append(odds.sigmoid().item())
     return found
 
 
 @torch.no_grad()
 def verdict_states(
-    model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int = 32
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    batch_size: int = 16,
 ) -> torch.Tensor:
     """What the output layer reads verdicts from: the last hidden state after each prompt, (prompts,
     hidden), on CPU.
     """
+    longest = max(map(len, prompts)) + 1
+    shared = shares_beginnings(model, longest)
+    head = model.get_output_embeddings()
     seen: list[torch.Tensor] = []
     states = []
-
-    def keep(there: torch.Tensor) -> None:
-        states.append(seen.pop()[there].float().cpu())
-
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        for _ in _after(model, prompts, batch_size, keep):
-            pass
+        for start in range(0, len(prompts), batch_size):
+            rows = []
+            for ids in prompts[start : start + batch_size]:
+                # a label after the last token has the state that is read there
+                labels = [-100] * len(ids) + [0]
+                rows.append({"input_ids": [*ids, 0], "labels": labels})
+            batch = batch_of(rows, shared)
+            on_device = {name: column.to(model.device) for name, column in batch.items()}
+            answers = read(model, on_device)
+            there = answers.labels != -100
+            states.append(seen.pop()[there].float().cpu())
     finally:
         hook.remove()
     return torch.cat(states)
-
-
-def _after(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    batch_size: int,
-    then: Callable[[torch.Tensor], None] = lambda there: None,
-) -> Iterator[torch.Tensor]:
-    """Logits after the prompts, batch by batch, in their order, without dropout.
-
-    Args:
-        then: is called after each forward pass, with where in its columns the prompts end.
-    """
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(prompts), batch_size):
-        # a label after the last token has the logits read there
-        some = prompts[start : start + batch_size]
-        rows = [{"input_ids": [*ids, 0], "labels": [-100] * len(ids) + [0]} for ids in some]
-        batch = {name: tensor.to(model.device) for name, tensor in padded_batch(rows).items()}
-        answers = read(model, batch)
-        then(answers.labels != -100)
-        yield logits_at_labels(answers)
-    model.train(was_training)
 
 
 # --- the original's prompts ---------------------------------------------------------------------
@@ -434,6 +536,7 @@ CATEGORIES = {  # of the query: code, name, gloss
         "assistance in creating malware or exploiting security vulnerabilities",
     ),
 }
+ALL_CATEGORIES = tuple(range(len(CATEGORIES)))  # by their places
 TRAINED_NAMES = {"O5": "Regulated Substances"}  # where the training policy has another name
 GLOSSES = "\n".join(f"- {code}: {name} ({gloss})" for code, (name, gloss) in CATEGORIES.items())
 SYSTEM = f"""You are a content moderation assistant. Your task is to determine whether a given user prompt is safe or \
@@ -469,12 +572,16 @@ DROPPED_REASON = "Response is safe because any riskiness in it is related to cat
 # what `complete` leaves in a text: the control token that ended it
 END = re.compile(r"<\|[^|<>]*\|>|</s>|<eos>")
 VERDICT = re.compile(r"(un)?safe\b[^a-z0-9]*(?:[ois]\d+\b[^a-z0-9]*)*")
+UNCLASSIFIED = "Classified as unsafe"
 
 
 def _indented(text: str) -> str:
     """The original's stray blanks: four before every line but the first, and blank lines."""
     first, *rest = text.split("\n")
-    return "\n".join([first, *(f"    {line}" if line else line for line in rest)])
+    lines = [first]
+    for line in rest:
+        lines.append(f"    {line}" if line else line)
+    return "\n".join(lines)
 
 
 def chatml_parts(content: str) -> list[Part]:
@@ -485,16 +592,16 @@ def chatml_parts(content: str) -> list[Part]:
     """
     head = f"<|im_start|>system\n{_indented(SYSTEM)}    <|im_end|>\n<|im_start|>user\nUser Prompt: "
     tail = "\n\nIs this prompt safe or unsafe?<|im_end|>\n<|im_start|>assistant\n"
-    return [Part(head, False), Part(content, True), Part(tail, False)]
-
-
-def chatml_prompt(content: str) -> str:
-    """`chatml_parts` as one text."""
-    return "".join(part.text for part in chatml_parts(content))
+    return [
+        Part(head, False),
+        Part(content, True),
+        Part(tail, False),
+    ]
 
 
 def meta_parts(
-    prompt: str, categories: Sequence[int] = tuple(range(len(CATEGORIES)))
+    prompt: str,
+    categories: Sequence[int] = ALL_CATEGORIES,
 ) -> list[Part]:
     """The original's training prompt, with the policy of `categories` (indices) in this order and
     renumbered.
@@ -503,10 +610,13 @@ def meta_parts(
     lines = []
     for number, index in enumerate(categories, start=1):
         code, (name, gloss) = known[index]
-        lines.append(f"O{number}: {TRAINED_NAMES.get(code, name)}. \n{gloss[0].upper()}{gloss[1:]}")
+        name = TRAINED_NAMES.get(code, name)
+        sentence = gloss[0].upper() + gloss[1:]
+        lines.append(f"O{number}: {name}. \n{sentence}")
+    policy = "\n".join(lines)
     head, tail = _indented(META).split("{conversation}")
     return [
-        Part(head.format(policy="\n".join(lines)) + "human: ", False),
+        Part(head.format(policy=policy) + "human: ", False),
         Part(prompt, True),
         Part(tail, False),
     ]
@@ -524,8 +634,10 @@ def legacy_reason(text: str) -> str:
     """The original's reason: the first code that the text holds anywhere (O1 also in O10), with its
     name.
     """
-    code = next((code for code in CATEGORIES if code in text), None)
-    return f"{code}: {CATEGORIES[code][0]}" if code else "Classified as unsafe"
+    for code, (name, _) in CATEGORIES.items():
+        if code in text:
+            return f"{code}: {name}"
+    return UNCLASSIFIED
 
 
 def reason_of(names: Sequence[str]) -> str:
@@ -533,11 +645,15 @@ def reason_of(names: Sequence[str]) -> str:
     first, by its codes.
     """
     codes = {name: code for code, (name, _) in CATEGORIES.items()}
-    order = sorted(set(names), key=lambda name: (name not in codes, codes.get(name, name)))
-    return (
-        ", ".join(f"{codes[name]}: {name}" if name in codes else name for name in order)
-        or "Classified as unsafe"
-    )
+    known = set()
+    others = set()
+    for name in names:
+        if name in codes:
+            known.add(f"{codes[name]}: {name}")
+        else:
+            others.add(name)
+    reasons = [*sorted(known), *sorted(others)]
+    return ", ".join(reasons) or UNCLASSIFIED
 
 
 def parse_verdict(text: str) -> bool | None:
@@ -545,17 +661,23 @@ def parse_verdict(text: str) -> bool | None:
 
     The first line of the stripped text, case apart, is the word; category codes may follow it.
     """
-    lines = END.split(text, maxsplit=1)[0].strip().lower().splitlines()
+    written = END.split(text, maxsplit=1)[0]
+    lines = written.strip().lower().splitlines()
     match = VERDICT.fullmatch(lines[0]) if lines else None
-    return None if match is None else match[1] is not None
+    if match is None:
+        return None
+    return match[1] is not None
 
 
-def parsed_unsafe(text: str, parser: str) -> tuple[bool, bool]:
+def parsed_unsafe(
+    text: str,
+    parser: str,
+) -> tuple[bool, bool]:
     """Whether a written verdict counts as unsafe, and whether it was a verdict at all.
 
     Args:
         parser: strict (the original's, which knows nothing unparsed) or correct (what is no verdict
-        fails closed).
+            fails closed).
     """
     if parser == "strict":
         return not legacy_safe(text), True
@@ -567,13 +689,12 @@ def parsed_unsafe(text: str, parser: str) -> tuple[bool, bool]:
 
 
 class Example(NamedTuple):
-    """One example of the original: a prompt with its label, the index of its category, and the
-    reason.
+    """One example of the original: a prompt, the index of its category (None of a safe one), and
+    the reason.
     """
 
     id: str
     prompt: str
-    unsafe: bool
     category: int | None
     reason: str
 
@@ -587,54 +708,71 @@ class Text(NamedTuple):
     unsafe: bool
 
 
-def example(row_id: str, prompt: str, reason: str | None) -> Example:
+def example(
+    row_id: str,
+    prompt: str,
+    reason: str | None,
+) -> Example:
     """An example of a blocked prompt with the reason for it, or of a safe one (reason None).
 
     The category is the code in the reason, else the first. I1 to I4 stop the original's formatter
     (it reads `int("I2")` off them); here they are the categories that it gives the numbers 7 to 10.
     """
     if reason is None:
-        return Example(row_id, prompt, False, None, SAFE_REASON)
-    code = reason.split(":")[0]
-    return Example(
-        row_id, prompt, True, list(CATEGORIES).index(code) if code in CATEGORIES else 0, reason
-    )
-
-
-def stops_original(reason: str) -> bool:
-    """Whether the original's formatter crashes at this reason."""
-    return bool(re.match(r"I\d", reason))
+        return Example(row_id, prompt, None, SAFE_REASON)
+    codes = list(CATEGORIES)
+    code = reason.partition(":")[0]
+    category = codes.index(code) if code in codes else 0
+    return Example(row_id, prompt, category, reason)
 
 
 def training_texts(
-    examples: Sequence[Example], seed: int, *, augment: bool = True, shuffle: bool = True
+    examples: Sequence[Example],
+    seed: int,
+    augment: bool = True,
 ) -> list[Text]:
     """Meta's formatter on the original's settings: n unsafe and n safe examples give 5n texts, 2n
     of them unsafe.
 
     Args:
-        augment: each example again with some categories dropped that it does not violate; each
-        unsafe one also as
-            "safe", without its category in the policy.
-        shuffle: categories in random order, renumbered.
+        augment: categories in random order, renumbered; and each example again with some categories
+            dropped that it does not violate; each unsafe one also as "safe", without its category
+            in the policy.
     """
-    rng, out, everything = random.Random(seed), [], list(range(len(CATEGORIES)))
+    rng = random.Random(seed)
+    texts = []
+
+    def add(one: Example, dropped: Sequence[int] = ()) -> None:
+        order = [i for i in ALL_CATEGORIES if i not in dropped]
+        if augment:
+            order = rng.sample(order, len(order))
+        texts.append(_text(one, order))
+
     for one in examples:
-        others = [i for i in everything if i != one.category]
-        out.append(_text(one, everything, rng, shuffle))
+        add(one)
         if not augment:
             continue
-        dropped = rng.sample(others, min(rng.randint(0, len(others)), len(everything) - 1))
-        out.append(_text(one, [i for i in everything if i not in dropped], rng, shuffle))
-        if one.unsafe:
-            dropped = [*rng.sample(others, rng.randint(0, len(others) - 1)), one.category]
-            safe = Example(one.id, one.prompt, False, None, DROPPED_REASON)
-            out.append(_text(safe, [i for i in everything if i not in dropped], rng, shuffle))
-    return out
+        others = [i for i in ALL_CATEGORIES if i != one.category]
+        most = len(ALL_CATEGORIES) - 1  # one stays
+        count = min(rng.randint(0, len(others)), most)
+        add(one, rng.sample(others, count))
+        if one.category is not None:
+            count = rng.randint(0, len(others) - 1)
+            dropped = [*rng.sample(others, count), one.category]
+            safe = Example(one.id, one.prompt, None, DROPPED_REASON)
+            add(safe, dropped)
+    return texts
 
 
-def _text(one: Example, categories: Sequence[int], rng: random.Random, shuffle: bool) -> Text:
-    order = rng.sample(list(categories), len(categories)) if shuffle else list(categories)
-    lines = ["unsafe", f"O{order.index(one.category) + 1}"] if one.unsafe else ["safe"]
-    answer = " " + "\n".join([*lines, f"Explanation: {one.reason}"])
-    return Text(one.id, meta_parts(one.prompt, order), answer, one.unsafe)
+def _text(
+    one: Example,
+    order: Sequence[int],
+) -> Text:
+    unsafe = one.category is not None
+    lines = ["safe"]
+    if unsafe:
+        number = order.index(one.category) + 1
+        lines = ["unsafe", f"O{number}"]
+    lines.append(f"Explanation: {one.reason}")
+    answer = " " + "\n".join(lines)
+    return Text(one.id, meta_parts(one.prompt, order), answer, unsafe)

@@ -20,16 +20,14 @@ import gc
 import json
 import logging
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from config import FOLDER, SPLITS, Config, parse_command_line
-from guard import chatml_parts, check_guard, check_model, load_llama_guard, reason_of
+from config import SPLITS, Config, parse_command_line
+from guard import chatml_parts, check_guard, load_llama_guard, read_pretrained, reason_of
 from records import (
     Row,
     assistant_identity,
@@ -41,18 +39,16 @@ from records import (
     process_stage,
     processed_path,
     q,
-    refused,
     sample,
     split_up,
     write_stage,
 )
-from train import arm_named, unsafe_categories
+from train import arm_named, doubtful, prepare, unsafe_categories
 from transformers import AutoConfig, AutoTokenizer
 
-from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, pair
 from common.data import load_conversations
-from common.engines import CHUNK, Completion, Decoding, load_engine
+from common.engines import CHUNK, Completion, Decoding, Engine, load_engine
 from common.fit import config_positions
 from common.keep import KeptRows, digest, failed
 from common.refusal import classify
@@ -67,9 +63,20 @@ logger = logging.getLogger("feedback_guard")
 JUDGED_AT_ONCE = 256  # conversations that are judged, and kept, at a time
 CHECKED_AT_ONCE = 48  # texts that are checked as the original does
 REFUSAL_KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
+EMPTY = "empty response: nothing to judge"
 OWN_TRUTH = (
     "evaluation.t2_label %s: the guard that labels what is learned is the truth that it is "
     "measured by, too; name another guard in evaluation.judge"
+)
+# what recorded rows must have: a column, and what is said where none has it
+RECORDED = ("model_output", "recorded response; set llama.use_recorded=false to generate")
+BLOCKED = (
+    "output_unsafe",
+    "human label of its response; set experiment.blocked_by=guard, or judge",
+)
+LABELLED = (
+    "output_unsafe",
+    "human label of its response; set evaluation.t2_label=guard, or judge",
 )
 
 
@@ -78,13 +85,13 @@ def main() -> None:
     if given.query is not None:
         print(json.dumps(asked_once(config, given.query), indent=2))
         return
-    if config.prepared():
-        preflight(config)
-        prepare_first()
     print(json.dumps(process(config), indent=2))
 
 
-def asked_once(config: Config, prompt: str) -> Row:
+def asked_once(
+    config: Config,
+    prompt: str,
+) -> Row:
     """What the guard says of one prompt. What it cannot judge is not safe."""
     (verdict,) = default_guard(config).judge([pair(prompt)])
     row = verdict_row(verdict, "prompt_unsafe")
@@ -94,17 +101,6 @@ def asked_once(config: Config, prompt: str) -> Row:
         "unsafe": row["unsafe"],
         "error": row["error"],
     }
-
-
-def prepare_first() -> None:
-    """Make the small guards of the section `prepare`, where they are not there yet.
-
-    Raises:
-        UserError: that failed, as where a folder holds a guard made otherwise; it has said why.
-    """
-    command = [sys.executable, str(FOLDER / "train.py"), "prepare", *sys.argv[1:]]
-    if subprocess.run(command).returncode:
-        raise UserError("train.py prepare failed, see above; nothing was processed")
 
 
 class Loaded:
@@ -137,25 +133,26 @@ def process(config: Config) -> dict[str, Any]:
     """
     check_output_folder(config.dataset.store_dir)
     preflight(config)
+    prepare(config)
     make_splits(config)
     forget_what_others_left(config)
     rows = {split: sample(config, split) for split in SPLITS}
+    everything = [row for split in SPLITS for row in rows[split]]
     parts = process_stage(config).parent / "parts"
     guard = Loaded(lambda: default_guard(config))
 
-    everything = [row for split in SPLITS for row in rows[split]]
     records = asked_of_prompts(config, everything, guard, parts)
     asked = [record for record in records if passed(record) or record["shadow"]]
     respond(config, everything, asked, guard, parts)
     judge_responses(config, asked, guard, parts)
-    of_split = dict(zip([row["id"] for row in everything], records, strict=True))
-    learned = [of_split[row["id"]] for row in rows[config.experiment.process_split]]
+    record_of = {record["id"]: record for record in records}
+    learned = [record_of[row["id"]] for row in rows[config.experiment.process_split]]
     if any(arm_named(name).collection == "legacy" for name in config.training.arms):
         check_as_the_original(config, learned, guard, parts)
     guard.free()
 
     for split in SPLITS:
-        lines = json_lines(of_split[row["id"]] for row in rows[split])
+        lines = json_lines(record_of[row["id"]] for row in rows[split])
         write_text(processed_path(config, split), lines)
     stats = collect(config, learned)
     write_stage(process_stage(config), config, "process")
@@ -169,7 +166,8 @@ def forget_what_others_left(config: Config) -> None:
         try:
             check_stage(mark, config, "process")
         except UserError as error:
-            logger.warning("%s: it is made anew", str(error).partition(";")[0])
+            what = str(error).partition(";")[0]
+            logger.warning("%s: it is made anew", what)
             mark.unlink()
 
 
@@ -184,19 +182,20 @@ def preflight(config: Config) -> None:
     """
     for name in config.training.arms:
         arm_named(name)
-    prepared = set()
-    for name, part in config.prepared().items():
-        prepared.add(Path(part.output_dir))
-        check_model(f"prepare.{name}.base_model", part.base_model)
-        check_specs(f"prepare.{name}.data", part.data)
-    guard, evaluation = config.llama_guard, config.evaluation
+    prepared = config.prepared()
+    for name, section in prepared.items():
+        read_pretrained(AutoConfig, f"prepare.{name}.base_model", section.base_model)
+        check_specs(f"prepare.{name}.data", section.data)
+    made = {Path(section.output_dir) for section in prepared.values()}
+    guard = config.llama_guard
+    evaluation = config.evaluation
     models = {
         "llama_guard.default_model_path": (guard.default_model_path, guard.engine != "server"),
         "llama_guard.base_model_path": (guard.base_model_path, True),
         "evaluation.judge": (evaluation.judge, True),
     }
     for field, (name, is_local) in models.items():
-        if name and Path(name) not in prepared:
+        if name and Path(name) not in made:
             check_guard(field, name, is_local)
     if not config.llama.use_recorded:
         assistant_tokenizer(config.llama.model_path)
@@ -208,12 +207,17 @@ def preflight(config: Config) -> None:
     check_data(config)
 
 
-def check_specs(field: str, specs: Iterable[str]) -> None:
+def check_specs(
+    field: str,
+    specs: Iterable[str],
+) -> None:
     """Refuse data that cannot be opened."""
     for spec in specs:
-        is_benchmark = spec.partition("@")[0] in benchmark_names("prompt_unsafe")
+        name = spec.partition("@")[0]
+        is_benchmark = name in benchmark_names("prompt_unsafe")
+        load = load_benchmark if is_benchmark else load_conversations
         try:
-            (load_benchmark if is_benchmark else load_conversations)(spec, max_rows=1)
+            load(spec, max_rows=1)
         except UserError as error:
             raise UserError(f"field {field}: {error}") from None
 
@@ -232,16 +236,14 @@ def check_data(config: Config) -> None:
             raise UserError(f"{path}: {found}, nothing can be learned or measured; {hint}")
     needed = []
     if config.llama.use_recorded:
-        what = "recorded response; set llama.use_recorded=false to generate"
-        needed += [("train", "model_output", what), ("test", "model_output", what)]
+        needed += [("train", *RECORDED), ("test", *RECORDED)]
     if config.experiment.blocked_by == "human":
-        what = "human label of its response; set experiment.blocked_by=guard, or judge"
-        needed.append(("train", "output_unsafe", what))
+        needed.append(("train", *BLOCKED))
     if config.evaluation.t2_label == "human":
-        what = "human label of its response; set evaluation.t2_label=guard, or judge"
-        needed.append(("test", "output_unsafe", what))
-    for split, key, what in needed:
-        if parts[split] and all(row[key] is None for row in parts[split]):
+        needed.append(("test", *LABELLED))
+    for split, column, what in needed:
+        values = [row[column] for row in parts[split]]
+        if values and all(value is None for value in values):
             raise UserError(f"{path}: no prompt of {split} has a {what}")
 
 
@@ -282,32 +284,49 @@ def judged(
         for key, verdict in zip(some, verdicts, strict=True):
             yield {"key": key, **verdict_row(verdict, label)}
 
-    again = failed if is_served else None
     with KeptRows(path) as kept:
-        return kept.fill(keys, judge, size=JUDGED_AT_ONCE, together=not is_served, again=again)
+        return kept.fill(
+            keys,
+            judge,
+            size=JUDGED_AT_ONCE,
+            together=not is_served,
+            again=failed if is_served else None,
+        )
 
 
-def verdict_row(verdict: Verdict, label: str) -> Row:
+def verdict_row(
+    verdict: Verdict,
+    label: str,
+) -> Row:
     """A verdict as it is kept. One that does not say whether it is unsafe is an error."""
     unsafe = getattr(verdict, label)
     error = verdict.error
     if error is None and unsafe is None:
         error = f"the guard does not judge {label}"
+    decided = None
+    if error is None:
+        decided = verdict.decided.get(label, unsafe >= 0.5)
     return {
         "unsafe": unsafe,
-        "decided": None if error else verdict.decided.get(label, unsafe >= 0.5),
+        "decided": decided,
         "categories": sorted(verdict.categories) or None,
         "error": error,
         "time": datetime.now().isoformat(timespec="seconds"),
     }
 
 
-def asked_of_prompts(config: Config, rows: Sequence[Row], guard: Loaded, parts: Path) -> list[Row]:
+def asked_of_prompts(
+    config: Config,
+    rows: Sequence[Row],
+    guard: Loaded,
+    parts: Path,
+) -> list[Row]:
     """The lines of processed/*.jsonl, without responses. Which blocked prompts are explored is
     drawn by lot, and depends on the prompt's id alone.
     """
     prompts = [pair(row["input"]) for row in rows]
-    who, served = default_identity(config), config.llama_guard.engine == "server"
+    who = default_identity(config)
+    served = config.llama_guard.engine == "server"
     said = judged(guard, who, prompts, "prompt_unsafe", parts / "inputs.jsonl", served)
     records = []
     for row, verdict in zip(rows, said, strict=True):
@@ -332,10 +351,17 @@ def asked_of_prompts(config: Config, rows: Sequence[Row], guard: Loaded, parts: 
     return records
 
 
-def judge_responses(config: Config, asked: Sequence[Row], guard: Loaded, parts: Path) -> None:
+def judge_responses(
+    config: Config,
+    asked: Sequence[Row],
+    guard: Loaded,
+    parts: Path,
+) -> None:
     """The guard's verdict on each response, with its prompt, and that of evaluation.judge. Where
     people block responses the guard is not asked.
     """
+    label = "response_unsafe"
+    section = config.llama_guard
     responses = []
     conversations = []
     for record in asked:
@@ -343,9 +369,8 @@ def judge_responses(config: Config, asked: Sequence[Row], guard: Loaded, parts: 
             if response["error"] is None:
                 responses.append(response)
                 conversations.append(pair(record["query"], response["text"]))
-    label = "response_unsafe"
     if config.experiment.blocked_by != "human":
-        who, section = default_identity(config), config.llama_guard
+        who = default_identity(config)
         served = section.engine == "server"
         path = parts / "outputs.jsonl"
         said = judged(guard, who, conversations, label, path, served, section.categories)
@@ -353,46 +378,64 @@ def judge_responses(config: Config, asked: Sequence[Row], guard: Loaded, parts: 
             for key in ("unsafe", "decided", "categories", "error"):
                 response[key] = verdict[key]
     name = config.evaluation.judge
-    if not name:
-        return
-    guard.free()
-    judge, served = Loaded(lambda: load_guard(name)), is_served(name, {})
-    who, path = guard_identity(name, {}), parts / "judge.jsonl"
-    said = judged(judge, who, conversations, label, path, served)
-    judge.free()
-    for response, verdict in zip(responses, said, strict=True):
-        response["judge_unsafe"] = None if verdict["error"] else verdict["unsafe"]
+    if name:
+        guard.free()
+        judge = Loaded(lambda: load_guard(name))
+        who = guard_identity(name, {})
+        served = is_served(name, {})
+        said = judged(judge, who, conversations, label, parts / "judge.jsonl", served)
+        judge.free()
+        for response, verdict in zip(responses, said, strict=True):
+            response["judge_unsafe"] = None if verdict["error"] else verdict["unsafe"]
 
 
 # --- the assistant --------------------------------------------------------------------------------
 
 
 def respond(
-    config: Config, rows: Sequence[Row], asked: Sequence[Row], guard: Loaded, parts: Path
+    config: Config,
+    rows: Sequence[Row],
+    asked: Sequence[Row],
+    guard: Loaded,
+    parts: Path,
 ) -> None:
     """Fill in the responses of the records that are asked, recorded or generated."""
-    recorded = config.llama.use_recorded
-    if recorded:
-        row_of = {row["id"]: row for row in rows}
-        said = [[_recorded(row_of[record["id"]])] for record in asked]
+    if config.llama.use_recorded:
+        answer_of = {row["id"]: recorded(row) for row in rows}
+        said = [[answer_of[record["id"]]] for record in asked]
     else:
         prompts = [record["query"] for record in asked]
         said = generated(config, prompts, parts / "answers.jsonl", guard)
     for record, answers in zip(asked, said, strict=True):
-        record["responses"] = [_response(one, record["query"], recorded) for one in answers]
+        for answer in answers:
+            response = response_of(answer, record["query"], config.llama.use_recorded)
+            record["responses"].append(response)
 
 
-def _recorded(row: Row) -> Row:
-    text = row["model_output"] or ""  # of a row without one: an error row
-    return {"text": text.strip(), "seed": None, "error": None, "human": row["output_unsafe"]}
+def recorded(row: Row) -> Row:
+    """The data set's own response, as an answer; a row without one gives an error row."""
+    text = row["model_output"] or ""
+    return {
+        "text": text.strip(),
+        "seed": None,
+        "error": None,
+        "human": row["output_unsafe"],
+    }
 
 
-def _response(answer: Row, prompt: str, is_recorded: bool) -> Row:
+def response_of(
+    answer: Row,
+    prompt: str,
+    is_recorded: bool,
+) -> Row:
+    """An answer as it stands in processed/*.jsonl, before anybody has judged it."""
     text = answer["text"]
-    kind = classify(text, prompt).kind if text else "empty"
     error = answer["error"]
-    if error is None and not text:
-        error = "empty response: nothing to judge"
+    kind = "empty"
+    if text:
+        kind = classify(text, prompt).kind
+    elif error is None:
+        error = EMPTY
     return {
         "text": text,
         "seed": answer["seed"],
@@ -407,12 +450,22 @@ def _response(answer: Row, prompt: str, is_recorded: bool) -> Row:
     }
 
 
-def seed_of(config: Config, prompt: str, number: int) -> int:
+def seed_of(
+    config: Config,
+    prompt: str,
+    number: int,
+) -> int:
     """The seed of one response to a prompt, whatever other prompts there are."""
-    return int(digest([config.seed, prompt, number])[:8], 16)
+    key = digest([config.seed, prompt, number])
+    return int(key[:8], 16)
 
 
-def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded) -> list[list[Row]]:
+def generated(
+    config: Config,
+    prompts: Sequence[str],
+    path: Path,
+    guard: Loaded,
+) -> list[list[Row]]:
     """`samples` responses {text, seed, error} to each prompt, in the assistant's own chat template.
 
     They depend on the prompt alone: vLLM and servers take a seed a response; transformers draws the
@@ -426,19 +479,14 @@ def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded)
     tokenizer, window = assistant_tokenizer(llama.model_path)
     room = window - llama.max_tokens
     chats = [render_chat(tokenizer, pair(prompt)) for prompt in prompts]
-    ids_of = dict(zip(prompts, encode(tokenizer, chats, add_special_tokens=False), strict=True))
-    who = assistant_identity(config)
-    wanted = {}
-    for prompt, ids in ids_of.items():
-        if len(ids) <= room:
-            for number in range(llama.samples):
-                wanted[digest([who, config.seed, prompt, number])] = (prompt, number)
-    engine = Loaded(lambda: load_engine(model=llama.model_path, tokenizer=tokenizer, **options))
-    options = llama.engine_options()
+    encoded = encode(tokenizer, chats, add_special_tokens=False)
+    ids_of = dict(zip(prompts, encoded, strict=True))
+    fitting = [prompt for prompt, ids in ids_of.items() if len(ids) <= room]
+    engine = Loaded(lambda: load_assistant(config, tokenizer))
 
-    def write(_: int, keys: list[str]) -> Iterator[Row]:
+    def write(asked: Sequence[tuple[str, int]]) -> Iterator[tuple[int, Row]]:
         guard.free()  # not both in memory
-        seeds = tuple(seed_of(config, *wanted[key]) for key in keys)
+        seeds = tuple(seed_of(config, prompt, number) for prompt, number in asked)
         decoding = Decoding(
             llama.max_tokens,
             temperature=llama.temperature,
@@ -446,28 +494,76 @@ def generated(config: Config, prompts: Sequence[str], path: Path, guard: Loaded)
             seed=seeds[0],
             seeds=seeds,
         )
-        asked = [ids_of[wanted[key][0]] for key in keys]
-        for i, said in engine.get().complete(asked, decoding):
-            text = said.text.strip()
-            yield {"key": keys[i], "text": text, "seed": seeds[i], "error": said.error}
+        ids = [ids_of[prompt] for prompt, _ in asked]
+        for i, said in engine.get().complete(ids, decoding):
+            yield i, {"text": said.text.strip(), "seed": seeds[i], "error": said.error}
 
-    one_prompt = llama.engine == "transformers"
-    size = llama.samples if one_prompt else CHUNK
-    with KeptRows(path) as kept:
-        rows = kept.fill(
-            list(wanted), write, size=size, together=one_prompt, again=failed, title="responses"
-        )
+    found = kept_answers(config, fitting, path, write)
     engine.free()
-    errors = [row["error"] for row in rows if failed(row)]
-    if errors:
-        said = "%d of %d responses failed (%s); run process.py again for them"
-        logger.warning(said, len(errors), len(rows), errors[0])
-    found: dict[str, list[Row]] = {prompt: [] for prompt in ids_of}
-    for (prompt, _), row in zip(wanted.values(), rows, strict=True):
-        found[prompt].append(row)
     error = f"the prompt is longer than the {room} tokens that the assistant has"
     too_long = {"text": "", "seed": None, "error": error}
-    return [found[prompt] or [too_long] * llama.samples for prompt in prompts]
+    return [found.get(prompt, [too_long] * llama.samples) for prompt in prompts]
+
+
+def load_assistant(
+    config: Config,
+    tokenizer: Any,
+) -> Engine:
+    """The engine that responds."""
+    options = config.llama.engine_options()
+    return load_engine(model=config.llama.model_path, tokenizer=tokenizer, **options)
+
+
+def kept_answers(
+    config: Config,
+    prompts: Sequence[str],
+    path: Path,
+    write: Callable[[Sequence[tuple[str, int]]], Iterator[tuple[int, Row]]],
+) -> dict[str, list[Row]]:
+    """`samples` responses to each of different prompts, by the prompt; kept in `path` as they come.
+
+    Args:
+        write: is given prompts with the number of the response, and yields responses as they come,
+            each with its place among these.
+    """
+    llama = config.llama
+    who = assistant_identity(config)
+    wanted = {}
+    for prompt in prompts:
+        for number in range(llama.samples):
+            key = digest([who, config.seed, prompt, number])
+            wanted[key] = (prompt, number)
+
+    def make(_: int, keys: list[str]) -> Iterator[Row]:
+        for i, answer in write([wanted[key] for key in keys]):
+            yield {"key": keys[i], **answer}
+
+    one_prompt = llama.engine == "transformers"
+    with KeptRows(path) as kept:
+        rows = kept.fill(
+            list(wanted),
+            make,
+            size=llama.samples if one_prompt else CHUNK,
+            together=one_prompt,
+            again=failed,
+            title="responses",
+        )
+    say_failures(rows, "responses")
+    found: dict[str, list[Row]] = {}
+    for (prompt, _), row in zip(wanted.values(), rows, strict=True):
+        found.setdefault(prompt, []).append(row)
+    return found
+
+
+def say_failures(
+    rows: Sequence[Row],
+    what: str,
+) -> None:
+    """Warn of rows that a server failed to make; the next run asks again."""
+    errors = [row["error"] for row in rows if failed(row)]
+    if errors:
+        line = "%d of %d %s failed (%s); run process.py again for them"
+        logger.warning(line, len(errors), len(rows), what, errors[0])
 
 
 def assistant_tokenizer(name: str) -> tuple[Any, int]:
@@ -476,15 +572,12 @@ def assistant_tokenizer(name: str) -> tuple[Any, int]:
     Raises:
         UserError: there is no such model, or it cannot chat.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
-        known = AutoConfig.from_pretrained(resolve_model(name))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"llama.model_path {name}: {reason:.200}") from None
+    field = "llama.model_path"
+    tokenizer = read_pretrained(AutoTokenizer, field, name)
+    known = read_pretrained(AutoConfig, field, name)
     if not tokenizer.chat_template:
         hint = "has no chat template; choose an instruction-tuned model"
-        raise UserError(f"llama.model_path {name}: {hint}")
+        raise UserError(f"field {field}: {name} {hint}")
     return tokenizer, config_positions(known) or 1 << 30
 
 
@@ -492,7 +585,10 @@ def assistant_tokenizer(name: str) -> tuple[Any, int]:
 
 
 def check_as_the_original(
-    config: Config, records: Sequence[Row], guard: Loaded, parts: Path
+    config: Config,
+    records: Sequence[Row],
+    guard: Loaded,
+    parts: Path,
 ) -> None:
     """What the guard writes when it is asked as the original asks it: of the prompt, and of each
     response alone.
@@ -501,11 +597,14 @@ def check_as_the_original(
     and the next run asks again.
     """
     section = config.llama_guard
+    is_served = section.engine == "server"
     who = default_identity(config)
     text_of = {}
     for record in records:
-        for text in (record["query"], *(r["text"] for r in record["responses"])):
-            text_of[digest([who, section.legacy_new_tokens, text])] = text
+        responses = [response["text"] for response in record["responses"]]
+        for text in (record["query"], *responses):
+            key = digest([who, section.legacy_new_tokens, text])
+            text_of[key] = text
 
     def check(_: int, keys: list[str]) -> Iterator[Row]:
         texts = [text_of[key] for key in keys]
@@ -514,7 +613,6 @@ def check_as_the_original(
             yield {"key": key, "text": one.text, "error": one.error}
 
     keys = sorted(text_of, key=lambda key: len(text_of[key]))
-    is_served = section.engine == "server"
     with KeptRows(parts / "legacy.jsonl") as kept:
         rows = kept.fill(
             keys,
@@ -524,11 +622,8 @@ def check_as_the_original(
             again=failed if is_served else None,
             title="the original's checks",
         )
+    say_failures(rows, "of the original's checks")
     said = {text_of[key]: row for key, row in zip(keys, rows, strict=True)}
-    errors = [row["error"] for row in rows if failed(row)]
-    if errors:
-        line = "%d of the original's %d checks failed (%s); run process.py again for them"
-        logger.warning(line, len(errors), len(rows), errors[0])
     for record in records:
         prompt = said[record["query"]]
         outputs = [said[response["text"]] for response in record["responses"]]
@@ -539,39 +634,45 @@ def check_as_the_original(
 
 
 def written_as_the_original(
-    guard: GenerativeGuard, texts: Sequence[str], new_tokens: int
+    guard: GenerativeGuard,
+    texts: Sequence[str],
+    new_tokens: int,
 ) -> list[Completion]:
     """What the guard writes of each text; what does not fit is no "SAFE"."""
     asked = encode(guard.tokenizer, [chatml_parts(text) for text in texts])
     room = guard.max_length - new_tokens
-    written = iter(guard.written([ids for ids in asked if len(ids) <= room], new_tokens))
-    return [next(written) if len(ids) <= room else Completion() for ids in asked]
+    fitting = [i for i, ids in enumerate(asked) if len(ids) <= room]
+    written = guard.written([asked[i] for i in fitting], new_tokens)
+    completions = [Completion()] * len(texts)
+    for i, completion in zip(fitting, written, strict=True):
+        completions[i] = completion
+    return completions
 
 
 # --- what is collected ----------------------------------------------------------------------------
 
 
-def collect(config: Config, records: Sequence[Row]) -> dict[str, Any]:
+def collect(
+    config: Config,
+    records: Sequence[Row],
+) -> dict[str, Any]:
     """Write blocked_inputs.jsonl and process_stats.json, whose content is returned."""
     store = Path(config.dataset.store_dir)
     found = [record for record in records if feedback(record)]
     write_text(store / "blocked_inputs.jsonl", json_lines(map(blocked_row, found)))
+    explored = [record for record in records if record["shadow"]]
+    over_blocked = [row for row in explored if q(row) == 0 and not doubtful(row, config)]
     stats: dict[str, Any] = {
         "total": len(records),
         "input_blocked": sum(not passed(record) for record in records),
         "output_blocked": len(found),
-        "both_safe": sum(_is_safe(record) for record in records),
+        "both_safe": sum(both_safe(record) for record in records),
     }
     for key in ("input_blocked", "output_blocked", "both_safe"):
         stats[f"{key}_percent"] = 100 * stats[key] / len(records)
-    explored = [record for record in records if record["shadow"]]
-    over_blocked = 0
-    for record in explored:
-        doubtful = config.experiment.refusal_filter and refused(record)
-        over_blocked += q(record) == 0 and not doubtful
     stats["explored"] = len(explored)
-    stats["over_blocked"] = over_blocked
-    stats["errors"] = sum(map(_has_error, records))
+    stats["over_blocked"] = len(over_blocked)
+    stats["errors"] = sum(has_error(record) for record in records)
     write_json(store / "process_stats.json", stats)
     if not found:
         hint = "there is no feedback to learn from"
@@ -579,18 +680,24 @@ def collect(config: Config, records: Sequence[Row]) -> dict[str, Any]:
     return stats
 
 
-def _is_safe(record: Row) -> bool:
+def both_safe(record: Row) -> bool:
+    """Whether a prompt passed, and most of its responses did."""
     share = q(record)
     return passed(record) and share is not None and share < 0.5
 
 
-def _has_error(record: Row) -> bool:
-    return bool(record["input_error"]) or any(map(failed, record["responses"]))
+def has_error(record: Row) -> bool:
+    """Whether the prompt or a response could not be judged."""
+    rows = [{"error": record["input_error"]}, *record["responses"]]
+    return any(failed(row) for row in rows)
 
 
 def blocked_row(record: Row) -> Row:
     """A line of blocked_inputs.jsonl: the original's keys, and what they rest on."""
     kept = ("text", "seed", "recorded", "unsafe", "decided", "error")
+    responses = []
+    for response in record["responses"]:
+        responses.append({key: response[key] for key in kept})
     return {
         "timestamp": record["timestamp"],
         "query": record["query"],
@@ -599,7 +706,7 @@ def blocked_row(record: Row) -> Row:
         "reason": reason_of(unsafe_categories(record) or ()),
         "id": record["id"],
         "q": q(record),
-        "responses": [{key: response[key] for key in kept} for response in record["responses"]],
+        "responses": responses,
     }
 
 

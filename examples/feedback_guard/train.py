@@ -2,7 +2,7 @@
 
     ./run_experiment.sh train                          # the quickstart's arms, after process
     ./run_experiment.sh train research_config.json     # the original's values
-    python train.py prepare --config F.json            # the small guards of the section `prepare`
+    python train.py prepare --config F.json            # only the small guards of the section `prepare`
 
 arms.yaml says what each arm trains on. An arm that is there already is not trained again, and one
 that was killed goes on from its last checkpoint. Loss of a row: soft cross-entropy on the verdict
@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ from datasets import Dataset
 from guard import (
     NOTHING,
     Encoder,
+    Text,
+    batch_of,
     example,
     legacy_reason,
     legacy_safe,
     load_llama_guard,
-    padded_batch,
+    prompt_of,
     read,
+    read_pretrained,
+    shares_beginnings,
     template,
     text_row,
     training_texts,
@@ -100,7 +104,7 @@ from guards.card import (
     read_card,
     write_card,
 )
-from guards.generative import GenerativeGuard
+from guards.generative import LAST, GenerativeGuard
 from guards.known import zoo_name
 
 logger = logging.getLogger("feedback_guard")
@@ -155,12 +159,17 @@ def all_arms() -> dict[str, Arm]:
 
 def arm_named(name: str) -> Arm:
     """An arm by its name. Raises UserError when there is none."""
-    if name not in all_arms():
-        raise UserError(f"training.arms: {name!r} is none of {', '.join(all_arms())}")
-    return all_arms()[name]
+    arms = all_arms()
+    if name not in arms:
+        raise UserError(f"training.arms: {name!r} is none of {', '.join(arms)}")
+    return arms[name]
 
 
-def arm_folder(config: Config, name: str, seed: int) -> Path:
+def arm_folder(
+    config: Config,
+    name: str,
+    seed: int,
+) -> Path:
     """Where the weights of an arm lie, or those that it borrows."""
     owner = arm_named(name).weights_of or name
     return Path(config.training.output_dir) / owner / f"seed{seed}"
@@ -179,7 +188,7 @@ class TrainingRow:
     source: str  # feedback | safe | replay | hard_benign | explored | human
     categories: list[str] | None = None
     kl: bool = False
-    text: Any = field(default=None, compare=False)
+    text: Text | None = field(default=None, compare=False)
 
     @property
     def messages(self) -> Messages:
@@ -187,11 +196,18 @@ class TrainingRow:
 
     def as_dict(self) -> Row:
         """The row as a line of training_examples.jsonl."""
-        found = {name: getattr(self, name) for name in ("id", "messages", "target", "source", "kl")}
-        found["categories"] = self.categories
+        line = {
+            "id": self.id,
+            "messages": self.messages,
+            "target": self.target,
+            "source": self.source,
+            "kl": self.kl,
+            "categories": self.categories,
+        }
         if self.text is not None:
-            found["text"] = "".join(part.text for part in self.text.parts) + self.text.answer
-        return found
+            prompt = "".join(part.text for part in self.text.parts)
+            line["text"] = prompt + self.text.answer
+        return line
 
 
 @dataclass(frozen=True)
@@ -202,13 +218,36 @@ class Told:
     query: str
     score: float  # P(unsafe) of the prompt before training
     q: float  # the share of unsafe responses
-    refused: bool
+    refused: bool = False
     categories: list[str] | None = None
     source: str = "feedback"
 
+    @property
+    def is_unsafe(self) -> bool:
+        return self.q >= 0.5
+
+    @property
+    def is_harmless(self) -> bool:
+        """A refusal is harmless whatever the prompt was, and says nothing of it."""
+        return self.q == 0 and not self.refused
+
+    def row(
+        self,
+        target: float,
+        source: str,
+        kl: bool = False,
+    ) -> TrainingRow:
+        """A row to train on; a safe one has no categories."""
+        categories = self.categories if target >= 0.5 else None
+        return TrainingRow(self.id, self.query, float(target), source, categories, kl)
+
 
 def build_rows(
-    arm: Arm, processed: Sequence[Row], blocked: Sequence[Row], seed: int, config: Config
+    arm: Arm,
+    processed: Sequence[Row],
+    blocked: Sequence[Row],
+    seed: int,
+    config: Config,
 ) -> list[TrainingRow]:
     """The rows of an arm. No prompt is in both classes, but where the original's texts contradict
     one another.
@@ -239,7 +278,10 @@ def build_rows(
 
 
 def rows_of_guard(
-    arm: Arm, processed: Sequence[Row], seed: int, config: Config
+    arm: Arm,
+    processed: Sequence[Row],
+    seed: int,
+    config: Config,
 ) -> list[TrainingRow]:
     """Rows in the guard's own format; arms of one seed draw the same safe and replayed prompts."""
     told = told_prompts(arm, processed, seed, config)
@@ -251,98 +293,167 @@ def rows_of_guard(
             if len(rows) < end:
                 rows.setdefault(text_key(row.prompt), row)
 
-    add(_row(one, one.q if arm.soft else 1.0, one.source) for one in told if one.q >= 0.5)
+    for one in told:
+        if one.is_unsafe:
+            target = one.q if arm.soft else 1.0
+            add([one.row(target, one.source)])
     count = len(rows)
-    harmless = [one for one in told if one.q == 0 and not one.refused]
+    harmless = [one for one in told if one.is_harmless]
     if arm.hard_benign:
-        hard = [one for one in harmless if one.score >= HARD]
-        hard.sort(key=lambda one: (-one.score, one.id))
-        add((_row(one, 0.0, "hard_benign") for one in hard), count)
+        hard = [one for one in most_suspicious(harmless) if one.score >= HARD]
+        add((one.row(0.0, "hard_benign") for one in hard), count)
     if arm.explored:
-        wrongly_blocked = [row for row in processed if row["shadow"] and q(row) == 0]
-        free = [row for row in wrongly_blocked if not _refused(row, config)]
-        add(TrainingRow(row["id"], row["query"], 0.0, "explored") for row in free)
+        add(wrongly_blocked(processed, config))
     if arm.safe:
         pool = harmless
         if arm.soft:
-            pool = [one for one in told if 0 < one.q < 0.5 or one in harmless]
+            pool = [one for one in told if one.is_harmless or 0 < one.q < 0.5]
+        drawn = shuffled(pool, seed, "safe")
         wanted = round(config.training.safe_ratio * count)
-        some = _shuffled(pool, seed, "safe")
-        add((_row(one, one.q if arm.soft else 0.0, "safe", arm.kl) for one in some), wanted)
+        add((one.row(one.q if arm.soft else 0.0, "safe", arm.kl) for one in drawn), wanted)
     if arm.replay:
-        add(replayed(arm, processed, told, set(rows), round(arm.replay * count), seed))
+        wanted = round(arm.replay * count)
+        add(replayed(arm, processed, told, set(rows), wanted, seed))
     return list(rows.values())
 
 
-def _row(one: Told, target: float, source: str, kl: bool = False) -> TrainingRow:
-    categories = one.categories if target >= 0.5 else None
-    return TrainingRow(one.id, one.query, float(target), source, categories, kl)
+def shuffled(
+    rows: Sequence[Any],
+    seed: int,
+    purpose: str,
+) -> list[Any]:
+    """In an order that depends on the seed and on what the rows are for, not on the arm."""
+    rng = random.Random(f"{seed} {purpose}")
+    return rng.sample(list(rows), len(rows))
 
 
-def _refused(row: Row, config: Config) -> bool:
+def most_suspicious(told: Sequence[Told]) -> list[Told]:
+    """Prompts by the guard's score, the highest first."""
+    return sorted(told, key=lambda one: (-one.score, one.id))
+
+
+def doubtful(
+    row: Row,
+    config: Config,
+) -> bool:
+    """Whether a refusal keeps harmless responses from saying that the prompt is harmless."""
     return config.experiment.refusal_filter and refused(row)
 
 
-def _shuffled(rows: Sequence[Any], seed: int, what: str) -> list[Any]:
-    """In an order that depends on the seed and on what the rows are for, not on the arm."""
-    return random.Random(f"{seed} {what}").sample(list(rows), len(rows))
+def wrongly_blocked(
+    processed: Sequence[Row],
+    config: Config,
+) -> list[TrainingRow]:
+    """Prompts that were blocked and explored, and whose responses are harmless."""
+    rows = []
+    for row in processed:
+        if row["shadow"] and q(row) == 0 and not doubtful(row, config):
+            rows.append(TrainingRow(row["id"], row["query"], 0.0, "explored"))
+    return rows
 
 
-def told_prompts(arm: Arm, processed: Sequence[Row], seed: int, config: Config) -> list[Told]:
+def told_prompts(
+    arm: Arm,
+    processed: Sequence[Row],
+    seed: int,
+    config: Config,
+) -> list[Told]:
     """The prompts that passed, with what the arm is told of their responses.
 
     outputs: what they say. permuted: what those of a prompt alike in score and length say (C1).
     suspicious: as many prompts as have unsafe responses, those of the highest score, are the unsafe
     ones (C2). human: as many prompts that people call unsafe are, those that passed first (C3).
     """
-    rows = [row for row in processed if passed(row) and not row["shadow"] and q(row) is not None]
     told = []
-    for row in rows:
-        score = row["input_unsafe"] or 0.0
-        refusal = _refused(row, config)
-        told.append(Told(row["id"], row["query"], score, q(row), refusal, unsafe_categories(row)))
-    count = sum(one.q >= 0.5 for one in told)
+    for row in processed:
+        share = q(row)
+        if share is None or row["shadow"] or not passed(row):
+            continue
+        one = Told(
+            row["id"],
+            row["query"],
+            row["input_unsafe"] or 0.0,
+            share,
+            doubtful(row, config),
+            unsafe_categories(row),
+        )
+        told.append(one)
+    count = sum(one.is_unsafe for one in told)
     if arm.feedback == "permuted":
         return permuted(told, seed)
     if arm.feedback == "suspicious":
-        by_score = sorted(told, key=lambda one: (-one.score, one.id))
-        first = {one.id for one in by_score[:count]}
-        return [
-            replace(one, q=float(one.id in first), refused=False, categories=None) for one in told
-        ]
+        return suspected(told, count)
     if arm.feedback == "human":
-        bad = _shuffled([row for row in processed if row["human_unsafe"]], seed, "human")
-        bad.sort(key=lambda row: not passed(row))
-        unsafe = [
-            Told(row["id"], row["query"], row["input_unsafe"] or 0.0, 1.0, False, None, "human")
-            for row in bad[:count]
-        ]
-        harmless = {row["id"] for row in rows if row["human_unsafe"] is False}
-        safe = [one for one in told if one.id in harmless]
-        return unsafe + [replace(one, q=0.0, refused=False, categories=None) for one in safe]
+        return named_by_people(told, processed, count, seed)
     return told
 
 
 def unsafe_categories(row: Row) -> list[str] | None:
     """The categories that the guard named of a prompt's unsafe responses; None where it named none."""
-    unsafe = [response for response in row["responses"] if response["decided"]]
-    named = {name for response in unsafe for name in response.get("categories") or ()}
+    named = set()
+    for response in row["responses"]:
+        if response["decided"]:
+            named.update(response.get("categories") or ())
     return sorted(named) or None
 
 
-def permuted(told: Sequence[Told], seed: int) -> list[Told]:
+def permuted(
+    told: Sequence[Told],
+    seed: int,
+) -> list[Told]:
     """What is told, exchanged within blocks of prompts of like score (fifths) and like length."""
     by_score = sorted(told, key=lambda one: (one.score, one.id))
-    fifth = {one.id: place * 5 // len(told) for place, one in enumerate(by_score)}
+    fifth = {}
+    for place, one in enumerate(by_score):
+        fifth[one.id] = place * 5 // len(told)
     order = sorted(told, key=lambda one: (fifth[one.id], len(one.query), one.id))
     rng = random.Random(f"{seed} permuted")
-    out = []
+    exchanged = []
     for start in range(0, len(order), ALIKE):
         block = order[start : start + ALIKE]
-        for one, other in zip(block, rng.sample(block, len(block)), strict=True):
-            said = {name: getattr(other, name) for name in ("q", "refused", "categories")}
-            out.append(replace(one, **said))
-    return out
+        others = rng.sample(block, len(block))
+        for one, other in zip(block, others, strict=True):
+            said = replace(
+                one,
+                q=other.q,
+                refused=other.refused,
+                categories=other.categories,
+            )
+            exchanged.append(said)
+    return exchanged
+
+
+def suspected(
+    told: Sequence[Told],
+    count: int,
+) -> list[Told]:
+    """The `count` most suspicious prompts are called unsafe, the others safe."""
+    first = {one.id for one in most_suspicious(told)[:count]}
+    called = []
+    for one in told:
+        share = float(one.id in first)
+        called.append(replace(one, q=share, refused=False, categories=None))
+    return called
+
+
+def named_by_people(
+    told: Sequence[Told],
+    processed: Sequence[Row],
+    count: int,
+    seed: int,
+) -> list[Told]:
+    """`count` prompts that people call unsafe, and of those that passed the ones they call safe."""
+    bad = shuffled([row for row in processed if row["human_unsafe"]], seed, "human")
+    bad.sort(key=lambda row: not passed(row))
+    named = []
+    for row in bad[:count]:
+        score = row["input_unsafe"] or 0.0
+        named.append(Told(row["id"], row["query"], score, 1.0, source="human"))
+    harmless = {row["id"] for row in processed if row["human_unsafe"] is False}
+    for one in told:
+        if one.id in harmless:
+            named.append(replace(one, q=0.0, refused=False, categories=None))
+    return named
 
 
 def replayed(
@@ -360,25 +471,21 @@ def replayed(
     may be wrong. A control knows of this what it was told, and no more.
     """
     doubted = {one.id for one in told if one.q > 0 or one.refused}
-    decided: dict[bool, list[Row]] = {True: [], False: []}
-    for row in _shuffled(processed, seed, "replay"):
-        wrong = arm.feedback == "outputs" and row["shadow"] and q(row) == 0
-        free = row["input_error"] is None and text_key(row["query"]) not in taken
-        if free and not wrong and row["id"] not in doubted:
-            decided[row["input_decided"]].append(row)
-    share = sum(bool(row["input_decided"]) for row in processed) / len(processed)
-    unsafe = decided[True][: max(1, round(share * count))]
-    safe = decided[False][: max(0, count - len(unsafe))]
-    return [
-        TrainingRow(
-            row["id"],
-            row["query"],
-            float(row["input_decided"]),
-            "replay",
-            kl=arm.kl and not row["input_decided"],
-        )
-        for row in unsafe + safe
-    ]
+    decided: dict[bool, list[TrainingRow]] = {True: [], False: []}
+    for row in shuffled(processed, seed, "replay"):
+        unsafe = row["input_decided"]
+        is_wrong = arm.feedback == "outputs" and row["shadow"] and q(row) == 0
+        is_taken = row["id"] in doubted or text_key(row["query"]) in taken
+        if row["input_error"] is not None or is_wrong or is_taken:
+            continue
+        kl = arm.kl and not unsafe
+        replay = TrainingRow(row["id"], row["query"], float(unsafe), "replay", kl=kl)
+        decided[unsafe].append(replay)
+    blocked = sum(bool(row["input_decided"]) for row in processed)
+    wanted = max(1, round(blocked / len(processed) * count))
+    rows = decided[True][:wanted]
+    left = max(0, count - len(rows))
+    return rows + decided[False][:left]
 
 
 def legacy_blocked(processed: Sequence[Row]) -> dict[str, str]:
@@ -388,45 +495,45 @@ def legacy_blocked(processed: Sequence[Row]) -> dict[str, str]:
     found = {}
     for row in processed:
         said = row["legacy"]
-        if said and said["outputs"] and legacy_safe(said["input"]):
-            output = said["outputs"][0]
-            if not legacy_safe(output):
-                found[row["id"]] = legacy_reason(output)
+        if not said["outputs"] or not legacy_safe(said["input"]):
+            continue
+        output = said["outputs"][0]
+        if not legacy_safe(output):
+            found[row["id"]] = legacy_reason(output)
     return found
 
 
 def rows_of_texts(
-    arm: Arm, processed: Sequence[Row], blocked: Sequence[Row], seed: int
+    arm: Arm,
+    processed: Sequence[Row],
+    blocked: Sequence[Row],
+    seed: int,
 ) -> list[TrainingRow]:
     """The original's texts. Where its own checks collect nothing, it gets the correct list."""
-    found = {row["id"]: row["reason"] for row in blocked}
+    prompts = {row["id"]: row["query"] for row in processed}
+    reasons = {row["id"]: row["reason"] for row in blocked if row["id"] in prompts}
     if arm.collection == "legacy":
         collected = legacy_blocked(processed)
-        if not collected:
+        if collected:
+            reasons = collected
+        else:
             what = "the original's checks collect nothing here; it gets the correct list"
             logger.warning("%s: %s", arm.name, what)
-        found = collected or found
-    prompts = {row["id"]: row["query"] for row in processed}
-    reasons = {row_id: reason for row_id, reason in found.items() if row_id in prompts}
-    bad = [example(row_id, prompts[row_id], reason) for row_id, reason in reasons.items()]
+    examples = [example(row_id, prompts[row_id], reasons[row_id]) for row_id in reasons]
     harmless = [row for row in processed if row["human_unsafe"] is False]
     if arm.collection == "correct":
-        known = {text_key(one.prompt) for one in bad}
-        harmless = [row for row in processed if passed(row) and q(row) == 0]
-        harmless = [row for row in harmless if text_key(row["query"]) not in known]
-    first = harmless[: min(len(bad), len(processed) // 2)]  # as they come
-    good = [example(row["id"], row["query"], None) for row in first]
-    texts = training_texts([*bad, *good], seed, augment=arm.augment, shuffle=arm.augment)
-    return [
-        TrainingRow(
-            text.id,
-            prompts[text.id],
-            float(text.unsafe),
-            "feedback" if text.id in reasons else "safe",
-            text=text,
-        )
-        for text in texts
-    ]
+        known = {text_key(one.prompt) for one in examples}
+        answered = [row for row in processed if passed(row) and q(row) == 0]
+        harmless = [row for row in answered if text_key(row["query"]) not in known]
+    most = min(len(examples), len(processed) // 2)
+    for row in harmless[:most]:  # as they come
+        examples.append(example(row["id"], row["query"], None))
+    rows = []
+    for text in training_texts(examples, seed, arm.augment):
+        source = "feedback" if text.id in reasons else "safe"
+        target = float(text.unsafe)
+        rows.append(TrainingRow(text.id, prompts[text.id], target, source, text=text))
+    return rows
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -452,17 +559,21 @@ class ArmTrainer(AnswerTrainer):
         if inputs["target"].min() == NOTHING:
             loss = answers_loss(answers)
         else:
-            words, tokens = self.encoder.words, self.encoder.tokens
+            words = self.encoder.words
+            tokens = self.encoder.tokens
             loss = verdict_loss(answers, inputs, words, tokens, self.kl_weight)
         return (loss, answers.outputs) if return_outputs else loss
 
 
 def main() -> None:
-    if "prepare" in sys.argv[1:2]:
+    only_prepare = sys.argv[1:2] == ["prepare"]
+    if only_prepare:
         del sys.argv[1]
-        prepare(config_from_argv(__doc__))
+    config = config_from_argv(__doc__)
+    if only_prepare:
+        prepare(config)
     else:
-        train(config_from_argv(__doc__))
+        train(config)
 
 
 def train(config: Config) -> list[Path]:
@@ -473,59 +584,74 @@ def train(config: Config) -> list[Path]:
             with another arm; a training that diverged.
     """
     check_output_folder(config.training.output_dir)
+    asked = []
     for name in config.training.arms:
         for seed in config.training.seeds_of(name):
-            if is_pushed(arm_named(name), config):
-                check_push(push_arguments(name, seed, config))
+            asked.append((arm_named(name), seed))
+    for arm, seed in asked:
+        if is_pushed(arm, config):
+            check_push(push_arguments(arm, seed, config))
     processed = read_processed(config, config.experiment.process_split)
     blocked = read_blocked(config)
-    folders = []
-    for name in config.training.arms:
-        for seed in config.training.seeds_of(name):
-            arm = arm_named(name)
-            folder = arm_folder(config, name, seed)
-            folders.append(folder)
-            if arm.weights_of is None and not is_trained(folder, config, arm, seed):
-                rows = build_rows(arm, processed, blocked, seed, config)
-                logger.info("%s, seed %d: %s", name, seed, arm.question)
-                steps = step_budget(arm, processed, blocked, config)
-                train_arm(arm, seed, rows, steps, config)
-            if is_pushed(arm, config):
-                push_finished(push_arguments(name, seed, config))
-    return folders
+    for arm, seed in asked:
+        if arm.weights_of is None and not is_trained(arm, seed, config):
+            rows = build_rows(arm, processed, blocked, seed, config)
+            logger.info("%s, seed %d: %s", arm.name, seed, arm.question)
+            steps = step_budget(arm, processed, blocked, config)
+            train_arm(arm, seed, rows, steps, config)
+        if is_pushed(arm, config):
+            push_finished(push_arguments(arm, seed, config))
+    return [arm_folder(config, arm.name, seed) for arm, seed in asked]
 
 
-def is_pushed(arm: Arm, config: Config) -> bool:
+def is_pushed(
+    arm: Arm,
+    config: Config,
+) -> bool:
     """Whether the hub gets an arm: adapters of its own, if training.push_to_hub asks for it."""
     return config.training.push_to_hub and not arm.probe and arm.weights_of is None
 
 
-def push_arguments(name: str, seed: int, config: Config) -> ArmArguments:
+def push_arguments(
+    arm: Arm,
+    seed: int,
+    config: Config,
+) -> ArmArguments:
     """Which repository an arm has on the hub, and what may happen there."""
     values = config.training
     family = values.hub_model_id or Path(values.output_dir).resolve().name
     return arguments_for(
-        arm_folder(config, name, seed),
+        arm_folder(config, arm.name, seed),
         push_to_hub=True,
-        hub_model_id=f"{family}-{name}-seed{seed}",
+        hub_model_id=f"{family}-{arm.name}-seed{seed}",
         hub_private_repo=values.hub_private_repo,
         hub_overwrite=values.hub_overwrite,
     )
 
 
-def is_trained(folder: Path, config: Config, arm: Arm, seed: int) -> bool:
+def is_trained(
+    arm: Arm,
+    seed: int,
+    config: Config,
+) -> bool:
     """Whether an arm is there.
 
     Raises:
         UserError: it was trained on other rows or with other settings.
     """
+    folder = arm_folder(config, arm.name, seed)
     if not has_card(folder):
         return False
     check_stage(folder / "stage.json", config, "train", asdict(arm), seed)
     return True
 
 
-def step_budget(arm: Arm, processed: Sequence[Row], blocked: Sequence[Row], config: Config) -> int:
+def step_budget(
+    arm: Arm,
+    processed: Sequence[Row],
+    blocked: Sequence[Row],
+    config: Config,
+) -> int:
     """Optimizer steps: max_steps, else the epochs over the rows of A8, the same for every arm.
 
     The original's texts keep its own rule, -1: the epochs over their own rows.
@@ -541,16 +667,22 @@ def step_budget(arm: Arm, processed: Sequence[Row], blocked: Sequence[Row], conf
 def load_base(config: Config) -> GenerativeGuard:
     """The guard that is trained, its model ready for adapters."""
     section = config.llama_guard
-    options = {"load_in_4bit": True} if section.load_in_4bit else {}
-    loaded = load_llama_guard(
-        section.base_model_path, section.use_official_template, progress=False, **options
-    )
+    options: dict[str, Any] = {"progress": False}
+    if section.load_in_4bit:
+        options["load_in_4bit"] = True
+    loaded = load_llama_guard(section.base_model_path, section.use_official_template, **options)
     if section.load_in_4bit:
         loaded.model.model = prepare_model_for_kbit_training(loaded.model.model)
     return loaded
 
 
-def train_arm(arm: Arm, seed: int, rows: Sequence[TrainingRow], steps: int, config: Config) -> None:
+def train_arm(
+    arm: Arm,
+    seed: int,
+    rows: Sequence[TrainingRow],
+    steps: int,
+    config: Config,
+) -> None:
     """Train one arm and leave its folder. Its card is written last: with it, the arm is done."""
     folder = arm_folder(config, arm.name, seed)
     base = load_base(config)
@@ -568,30 +700,34 @@ def train_arm(arm: Arm, seed: int, rows: Sequence[TrainingRow], steps: int, conf
     trainer = fit(adapted, args, encoded, encoder, settings, kl_weight)
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
-        with whole_folder(folder) as partial:
-            trained = trainer.accelerator.unwrap_model(trainer.model)
-            save_adapter(trained, state_dict, encoder.tokenizer, partial)
-            facts["log"] = trainer.state.log_history
-            facts["steps"] = trainer.state.global_step
-            describe(arm, seed, rows, facts, config, partial)
+        facts["log"] = trainer.state.log_history
+        facts["steps"] = trainer.state.global_step
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        with whole_folder(folder) as partial_folder:
+            save_adapter(trained, state_dict, encoder.tokenizer, partial_folder)
+            write_facts(arm, seed, rows, facts, config, partial_folder)
+            write_readme(arm, seed, facts["sources"], config, partial_folder)
             quantized = config.llama_guard.load_in_4bit or None
-            add_probe(partial, arm_card(arm, seed, config), load_in_4bit=quantized)
+            add_probe(partial_folder, arm_card(arm, seed, config), load_in_4bit=quantized)
         start_over(args)  # the checkpoints go
     trainer.accelerator.wait_for_everyone()
 
 
 def encode_rows(
-    arm: Arm, rows: Sequence[TrainingRow], encoder: Encoder, config: Config
+    arm: Arm,
+    rows: Sequence[TrainingRow],
+    encoder: Encoder,
+    config: Config,
 ) -> tuple[list[Row], dict[str, Any]]:
     """The rows as token ids, with P(unsafe) before training where it is held; and their facts."""
     model = encoder.guard.model.model
     limit = config.training.max_length
     check_length(model, limit, "training.max_length")
     if arm.texts:
-        encoded = [
-            text_row(encoder.tokenizer, row.text.parts, row.text.answer, arm.loss, limit)
-            for row in rows
-        ]
+        encoded = []
+        for row in rows:
+            text = row.text
+            encoded.append(text_row(encoder.tokenizer, text.parts, text.answer, arm.loss, limit))
         cut = sum(len(row["input_ids"]) == limit for row in encoded)
     else:
         encoded, cut = encoder.rows(
@@ -600,29 +736,39 @@ def encode_rows(
             [row.categories for row in rows],
         )
     check_ids([row["input_ids"] for row in encoded], encoder.tokenizer, model)
+    for row in encoded:
+        row["g0"] = NOTHING
     held = [one for one, row in zip(encoded, rows, strict=True) if row.kl]
-    prompts = [one["input_ids"][: one["labels"].count(-100)] for one in held]
-    for one in encoded:
-        one["g0"] = NOTHING
-    before = verdict_probabilities(model, prompts, encoder.tokens)
-    for one, probability in zip(held, before, strict=True):
-        one["g0"] = probability
+    prompts = [prompt_of(row) for row in held]
+    before = verdict_probabilities(encoder.guard, prompts, encoder.tokens)
+    for row, probability in zip(held, before, strict=True):
+        row["g0"] = probability
     facts = {
         "rows": len(rows),
-        "sources": dict(Counter(row.source for row in rows)),
+        "sources": sources_of(rows),
         "target_mean": round(sum(row.target for row in rows) / len(rows), 4),
-        "tokens": sum(len(one["input_ids"]) for one in encoded),
+        "tokens": sum(len(row["input_ids"]) for row in encoded),
         "shortened_rows": cut,
     }
     return encoded, facts
 
 
-def arm_arguments(arm: Arm, seed: int, steps: int, config: Config) -> ArmArguments:
+def sources_of(rows: Sequence[TrainingRow]) -> dict[str, int]:
+    """How many rows are of which source."""
+    return dict(Counter(row.source for row in rows))
+
+
+def arm_arguments(
+    arm: Arm,
+    seed: int,
+    steps: int,
+    config: Config,
+) -> ArmArguments:
     """The config's values as TRL's."""
     values = config.training
     # an arm's own, else that of all arms, else the original's
-    rates = arm.learning_rate, values.arms_learning_rate, values.learning_rate
-    warmups = arm.warmup_steps, values.arms_warmup_steps, values.warmup_steps
+    rates = [arm.learning_rate, values.arms_learning_rate, values.learning_rate]
+    warmups = [arm.warmup_steps, values.arms_warmup_steps, values.warmup_steps]
     return arguments_for(
         arm_folder(config, arm.name, seed),
         max_steps=steps,
@@ -643,10 +789,14 @@ def arm_arguments(arm: Arm, seed: int, steps: int, config: Config) -> ArmArgumen
 
 def first_given(values: Iterable[float | None]) -> float:
     """The first that is not None."""
-    return next(value for value in values if value is not None)
+    given = [value for value in values if value is not None]
+    return given[0]
 
 
-def arguments_for(folder: Path, **values: Any) -> ArmArguments:
+def arguments_for(
+    folder: Path,
+    **values: Any,
+) -> ArmArguments:
     """TRL's arguments for rows that are encoded already; a killed run goes on."""
     return ArmArguments(
         output_dir=str(folder),
@@ -661,13 +811,12 @@ def arguments_for(folder: Path, **values: Any) -> ArmArguments:
     )
 
 
-def add_adapters(model: nn.Module, config: Config) -> nn.Module:
+def add_adapters(
+    model: nn.Module,
+    config: Config,
+) -> nn.Module:
     """LoRA over the frozen model, in the last `lora_last_layers` layers or in all."""
     values = config.training
-    count = model.config.get_text_config().num_hidden_layers
-    layers = None
-    if values.lora_last_layers is not None:
-        layers = list(range(max(0, count - values.lora_last_layers), count))
     asked = ModelConfig(
         use_peft=True,
         lora_r=values.lora_r,
@@ -675,6 +824,11 @@ def add_adapters(model: nn.Module, config: Config) -> nn.Module:
         lora_dropout=values.lora_dropout,
         lora_target_modules=list(MODULES),
     )
+    layers = None
+    if values.lora_last_layers is not None:
+        count = model.config.get_text_config().num_hidden_layers
+        first = max(0, count - values.lora_last_layers)
+        layers = range(first, count)
     return with_adapters(model, asked, config.llama_guard.base_model_path, layers)
 
 
@@ -692,11 +846,12 @@ def fit(
         settings: what else makes another run; the checkpoint is compared with it.
     """
     checkpoint = checkpoint_to_resume(args)
+    longest = max(len(row["input_ids"]) for row in rows)
     trainer = ArmTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(rows),
-        data_collator=padded_batch,
+        data_collator=partial(batch_of, shared=shares_beginnings(model, longest)),
         processing_class=encoder.tokenizer,
         settings=settings,
     )
@@ -710,7 +865,11 @@ def fit(
 # --- what an arm leaves ---------------------------------------------------------------------------
 
 
-def arm_card(arm: Arm, seed: int, config: Config) -> GenerativeCard | LinearProbeCard:
+def arm_card(
+    arm: Arm,
+    seed: int,
+    config: Config,
+) -> GenerativeCard | LinearProbeCard:
     """What load_guard needs, which arm it is, and the key of all that it was made with."""
     base = config.llama_guard.base_model_path
     origin = {
@@ -722,11 +881,13 @@ def arm_card(arm: Arm, seed: int, config: Config) -> GenerativeCard | LinearProb
     }
     if arm.probe:
         return LinearProbeCard(**origin)
-    name = read_card(base, GenerativeCard).guard if has_card(base) else zoo_name(base)
+    name = zoo_name(base)
+    if has_card(base):
+        name = read_card(base, GenerativeCard).guard
     return GenerativeCard(guard=name, max_length=config.training.max_length, **origin)
 
 
-def describe(
+def write_facts(
     arm: Arm,
     seed: int,
     rows: Sequence[TrainingRow],
@@ -734,8 +895,9 @@ def describe(
     config: Config,
     folder: Path,
 ) -> None:
-    """training_examples.jsonl, run.json and README.md (the model card)."""
-    write_text(folder / "training_examples.jsonl", json_lines(row.as_dict() for row in rows))
+    """training_examples.jsonl, run.json and stage.json."""
+    lines = json_lines(row.as_dict() for row in rows)
+    write_text(folder / "training_examples.jsonl", lines)
     settings = {
         "training": config.training.model_dump(),
         "llama_guard": config.llama_guard.model_dump(),
@@ -743,8 +905,16 @@ def describe(
     run = manifest([settings], seed=seed, arm=asdict(arm), **facts)
     write_json(folder / "run.json", run)
     write_stage(folder / "stage.json", config, "train", asdict(arm), seed)
-    if arm.probe:
-        return
+
+
+def write_readme(
+    arm: Arm,
+    seed: int,
+    sources: Mapping[str, int],
+    config: Config,
+    folder: Path,
+) -> None:
+    """The model card of an adapter."""
     base = public_name(config.llama_guard.base_model_path)
     blocked_by = WORD_OF[config.experiment.blocked_by]
     write_model_card(
@@ -759,7 +929,7 @@ def describe(
         usage="import guards\n\n"
         f'guard = guards.load_guard("{base}", adapter=".")  # AutoPeftModelForCausalLM loads it, too',
         sections={
-            "Rows": report.table(list(facts["sources"].items()), ["source", "rows"]),
+            "Rows": report.table(list(sources.items()), ["source", "rows"]),
             "Limits": "Nothing was measured here; see the results of evaluate.py. The labels of "
             f"responses are those of {blocked_by}.",
         },
@@ -770,7 +940,11 @@ def describe(
 
 
 def save_probe(
-    base: GenerativeGuard, arm: Arm, seed: int, rows: Sequence[TrainingRow], config: Config
+    base: GenerativeGuard,
+    arm: Arm,
+    seed: int,
+    rows: Sequence[TrainingRow],
+    config: Config,
 ) -> None:
     """Fit a probe to the rows' targets and leave its folder with probe.json.
 
@@ -780,14 +954,14 @@ def save_probe(
         UserError: the rows have one class only.
     """
     folder = arm_folder(config, arm.name, seed)
-    prompts = base.prompt_ids([row.messages for row in rows])
-    states = verdict_states(base.model.model, prompts).double().numpy()
-    mean = states.mean(0)
-    scale = np.maximum(states.std(0), 1e-6)
     target = np.array([row.target for row in rows])
     if not 0 < target.sum() < len(target):
         raise UserError(f"{folder}: the probe's rows are all of one class")
-    twice = np.tile((states - mean) / scale, (2, 1))
+    states = states_of(base, [row.messages for row in rows])
+    mean = states.mean(0)
+    scale = np.maximum(states.std(0), 1e-6)
+    scaled = (states - mean) / scale
+    twice = np.tile(scaled, (2, 1))
     labels = np.repeat([True, False], len(rows))
     weights = np.concatenate([target, 1 - target])
     counts = weights > 0
@@ -799,24 +973,40 @@ def save_probe(
         "weights": fitted.coef_[0].tolist(),
         "bias": float(fitted.intercept_[0]),
     }
+    facts = {
+        "rows": len(rows),
+        "sources": sources_of(rows),
+        "penalty": PENALTY,
+    }
     if is_main_process():
-        with whole_folder(folder) as partial:
-            write_json(partial / "probe.json", probe)
-            sources = dict(Counter(row.source for row in rows))
-            facts = {"rows": len(rows), "sources": sources, "penalty": PENALTY}
-            describe(arm, seed, rows, facts, config, partial)
-            write_card(partial, arm_card(arm, seed, config))
+        with whole_folder(folder) as partial_folder:
+            write_json(partial_folder / "probe.json", probe)
+            write_facts(arm, seed, rows, facts, config, partial_folder)
+            write_card(partial_folder, arm_card(arm, seed, config))
 
 
 def probe_scores(
-    base: GenerativeGuard, folder: Path, conversations: Sequence[Messages]
+    base: GenerativeGuard,
+    folder: Path,
+    conversations: Sequence[Messages],
 ) -> list[float]:
     """P(unsafe) of each by the probe in `folder`, read from the guard that it was fitted on."""
-    probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
-    states = verdict_states(base.model.model, base.prompt_ids(conversations)).double().numpy()
+    text = (folder / "probe.json").read_text(encoding="utf-8")
+    probe = json.loads(text)
+    states = states_of(base, conversations)
     scaled = (states - np.array(probe["mean"])) / np.array(probe["scale"])
     odds = scaled @ np.array(probe["weights"]) + probe["bias"]
-    return (1 / (1 + np.exp(-odds))).tolist()
+    probabilities = 1 / (1 + np.exp(-odds))
+    return probabilities.tolist()
+
+
+def states_of(
+    base: GenerativeGuard,
+    conversations: Sequence[Messages],
+) -> np.ndarray:
+    """The states that a guard reads its verdicts from, of shape (conversations, hidden)."""
+    prompts = base.prompt_ids(conversations)
+    return verdict_states(base.model.model, prompts).double().numpy()
 
 
 # --- prepare: a small model becomes a guard before anything else ----------------------------------
@@ -848,13 +1038,7 @@ def make_guard(section: PrepareGuard) -> None:
     check_output_folder(section.output_dir)
     folder = Path(section.output_dir)
     checks = read_checks(section.data)
-    settings = section.model_dump(mode="json") | {
-        "output_dir": None,
-        "base_model": None,
-        "held_out": HELD_OUT,
-    }
-    content = keep.fingerprint(section.base_model), [asdict(check) for check in checks]
-    key = keep.digest([settings, content, template()])
+    key = guard_key(section, checks)
     if has_card(folder):
         card = read_card(folder)
         if not isinstance(card, GenerativeCard) or card.fingerprint != key:
@@ -865,11 +1049,7 @@ def make_guard(section: PrepareGuard) -> None:
         return
     learned, held_out = split_checks(checks, section.seed)
     encoder = load_encoder(section.base_model, folder)
-    rows, cut = encoder.rows(
-        [check.messages for check in learned],
-        [float(check.unsafe) for check in learned],
-        [check.categories for check in learned],
-    )
+    rows, cut = rows_of_checks(encoder, learned)
     facts = {"rows": len(rows), "held_out": len(held_out), "shortened_rows": cut}
     logger.info("Making a guard of %s: %s", section.base_model, json.dumps(facts))
     set_seed(section.seed)
@@ -896,12 +1076,29 @@ def make_guard(section: PrepareGuard) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def trainable(model: nn.Module, last_layers: int | None) -> nn.Module:
+def guard_key(
+    section: PrepareGuard,
+    checks: Sequence[Check],
+) -> str:
+    """A digest of all that a small guard depends on."""
+    settings = section.model_dump(mode="json")
+    settings |= {"output_dir": None, "base_model": None, "held_out": HELD_OUT}
+    base = keep.fingerprint(section.base_model)
+    content = [asdict(check) for check in checks]
+    return keep.digest([settings, [base, content], template()])
+
+
+def trainable(
+    model: nn.Module,
+    last_layers: int | None,
+) -> nn.Module:
     """The model with all weights to be trained, or the last layers' and the final norm's."""
-    model = model.float().requires_grad_(last_layers is None)
+    model = model.float()
+    model.requires_grad_(last_layers is None)
     if last_layers is not None:
-        for part in (*model.model.layers[-last_layers:], model.model.norm):
-            part.requires_grad_(True)
+        decoder = model.model
+        decoder.layers[-last_layers:].requires_grad_(True)
+        decoder.norm.requires_grad_(True)
     return model
 
 
@@ -911,49 +1108,77 @@ def read_checks(specs: Sequence[str]) -> list[Check]:
     Raises:
         UserError: a test split, bad rows, or labels of one class alone.
     """
-    out = []
+    checks = []
     for spec in specs:
         if metrics.is_test(spec):
             hint = "is a test set; a guard is not trained on one"
             raise UserError(f"prepare, field data: {spec} {hint}")
         for row in load_conversations(spec):
-            messages = row["messages"]
-            answered = messages[-1]["role"] == "assistant"
-            asked = messages[:-1] if answered else messages
-            for part, label in ((asked, "prompt_unsafe"), (messages, "response_unsafe")):
-                there = answered if label == "response_unsafe" else bool(asked)
-                if there and row[label] is not None:
-                    out.append(Check(part, label, row[label], row["categories"]))
-    if len({check.unsafe for check in out}) < 2:
+            checks += checks_of(row)
+    if len({check.unsafe for check in checks}) < 2:
         names = ", ".join(specs)
         raise UserError(f"prepare, field data: {names}: a guard needs safe and unsafe labels")
-    return out
+    return checks
 
 
-def split_checks(checks: Sequence[Check], seed: int) -> tuple[list[Check], list[Check]]:
+def checks_of(row: Row) -> list[Check]:
+    """The labelled turns of a conversation."""
+    messages = row["messages"]
+    turns = {"prompt_unsafe": messages}
+    if messages[-1]["role"] == "assistant":
+        turns = {
+            "prompt_unsafe": messages[:-1],
+            "response_unsafe": messages,
+        }
+    checks = []
+    for label, turn in turns.items():
+        unsafe = row[label]
+        if turn and unsafe is not None:
+            checks.append(Check(turn, label, unsafe, row["categories"]))
+    return checks
+
+
+def rows_of_checks(
+    encoder: Encoder,
+    checks: Sequence[Check],
+) -> tuple[list[Row], int]:
+    """The checks as rows, and how many contents were cut."""
+    return encoder.rows(
+        [check.messages for check in checks],
+        [float(check.unsafe) for check in checks],
+        [check.categories for check in checks],
+    )
+
+
+def split_checks(
+    checks: Sequence[Check],
+    seed: int,
+) -> tuple[list[Check], list[Check]]:
     """Checks to learn and checks held out, all of one prompt on one side."""
     keys = [prompt_key({"messages": check.messages}) for check in checks]
     order = sorted(set(keys))
     random.Random(seed).shuffle(order)
-    held = set(order[: round(HELD_OUT * len(order))])
-    sides: dict[bool, list[Check]] = {True: [], False: []}
+    count = round(HELD_OUT * len(order))
+    held = set(order[:count])
+    learned = []
+    held_out = []
     for check, key in zip(checks, keys, strict=True):
-        sides[key in held].append(check)
-    return sides[False], sides[True]
+        side = held_out if key in held else learned
+        side.append(check)
+    return learned, held_out
 
 
-def load_encoder(base_model: str, folder: Path) -> Encoder:
+def load_encoder(
+    base_model: str,
+    folder: Path,
+) -> Encoder:
     """The base behind the guard's prompt; its tokenizer, with that for chat template, is saved in
     `folder`.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(base_model))
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"prepare, field base_model: {base_model}: {why:.200}") from None
+    tokenizer = read_pretrained(AutoTokenizer, "prepare.base_model", base_model)
     if tokenizer.eos_token_id is None:
         hint = "has no EOS; verdicts would not end"
-        raise UserError(f"prepare, field base_model: the tokenizer of {base_model} {hint}")
+        raise UserError(f"field prepare.base_model: the tokenizer of {base_model} {hint}")
     tokenizer.chat_template = template()
     tokenizer.save_pretrained(folder)
     entry = {**zoo()["llama-guard"], "tokenizer": str(folder)}
@@ -974,17 +1199,13 @@ def save_guard(
     """Thresholds and numbers of the checks held out, the folder, and whether it says what the model
     in memory says.
     """
-    model = encoder.guard.model.model
-    prompts = encoder.guard.prompt_ids([check.messages for check in checks])
-    scores = np.array(verdict_probabilities(model, prompts, encoder.tokens))
+    model = encoder.guard.model.model.eval()
+    model.config.use_cache = True
+    rows, _ = rows_of_checks(encoder, checks)
+    prompts = [prompt_of(row) for row in rows]
+    scores = verdict_probabilities(encoder.guard, prompts, encoder.tokens)
     on = f"{HELD_OUT} of {' '.join(section.data)}"
-    thresholds, measured = {}, {}
-    for label in ("prompt_unsafe", "response_unsafe"):
-        here = np.array([check.label == label for check in checks])
-        truth = np.array([check.unsafe for check in checks])[here]
-        if 0 < truth.sum() < len(truth):
-            thresholds[label] = metrics.fit_threshold(truth, scores[here], on)
-            measured[label] = metrics.binary(truth, scores[here], thresholds[label]["value"])
+    thresholds, measured = measure_checks(checks, scores, on)
     card = GenerativeCard(
         guard="llama-guard",
         max_length=SMALL_GUARD_LENGTH,
@@ -993,15 +1214,12 @@ def save_guard(
         base_sha256=local_sha256(section.base_model),
         fingerprint=key,
     )
-    model.config.use_cache = True
+    run = manifest([section.model_dump(mode="json")], validation=measured, **facts)
+    base = public_name(section.base_model)
+    data = ", ".join(about_data(spec)["name"] for spec in section.data)
     with whole_folder(section.output_dir) as folder:
         save_model(model, state_dict, encoder.tokenizer, folder)
-        write_json(
-            folder / "run.json",
-            manifest([section.model_dump(mode="json")], validation=measured, **facts),
-        )
-        base = public_name(section.base_model)
-        data = ", ".join(about_data(spec)["name"] for spec in section.data)
+        write_json(folder / "run.json", run)
         write_model_card(
             folder,
             title="A small guard in the Llama Guard 1 format",
@@ -1016,9 +1234,32 @@ def save_guard(
         )
         saved = add_probe(folder, card)
         if saved is not None:  # there was memory for it
-            again = verdict_probabilities(saved.model.model, prompts[:8], encoder.tokens)
-            said = [[{"unsafe": float(p)} for p in some] for some in (scores[:8], again)]
-            check_equal(*said, TOLERANCE[saved.dtype])
+            again = verdict_probabilities(saved, prompts[:8], encoder.tokens)
+            in_memory = [{"unsafe": p} for p in scores[:8]]
+            on_disk = [{"unsafe": p} for p in again]
+            check_equal(in_memory, on_disk, TOLERANCE[saved.dtype])
+
+
+def measure_checks(
+    checks: Sequence[Check],
+    scores: Sequence[float],
+    on: str,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A threshold and its metrics for each label whose checks have both classes.
+
+    Args:
+        on: what is said of the data that the thresholds were fitted on.
+    """
+    thresholds = {}
+    measured = {}
+    for label in LAST.values():
+        here = np.array([check.label == label for check in checks])
+        truth = np.array([check.unsafe for check in checks])[here]
+        found = np.array(scores)[here]
+        if 0 < truth.sum() < len(truth):
+            thresholds[label] = metrics.fit_threshold(truth, found, on)
+            measured[label] = metrics.binary(truth, found, thresholds[label]["value"])
+    return thresholds, measured
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def whole_config(tmp_path, models):
         ("llama_guard.base_model_path={assistant}", "a folder without guard.json"),
         ("llama_guard.base_model_path=llama-guard-3-1b", "Llama-Guard-3-1B: .*hf auth login"),
         ("evaluation.judge=nowhere/judge", "evaluation.judge: nowhere/judge: "),
-        ("llama.model_path=nowhere/chat", "llama.model_path nowhere/chat: "),
+        ("llama.model_path=nowhere/chat", "field llama.model_path: nowhere/chat: "),
         ("evaluation.hard_benign=nowhere.jsonl", "hard_benign: nowhere.jsonl: no such file"),
         ("evaluation.extra=harmbench", "evaluation.extra: harmbench"),
         (

@@ -9,27 +9,26 @@ from pathlib import Path
 
 import completions
 import families
+import feedback_rows
 import pytest
 import scripts
 from completions import completion
-from feedback_rows import config_writer, prompts, save_models, write
+from feedback_rows import config_writer, prompts, write
 from scripts import EXAMPLES, launch, module
 
 from common.conversation import UserError, pair
 from guards import load_guard
 from guards.card import GenerativeCard, write_card
 
+# fixtures
 serve = completions.serve
+models = feedback_rows.models
+
 RECIPE = EXAMPLES / "feedback_guard"
 config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 process = module("feedback_guard", "process")
 RECORDED = "llama.use_recorded=true"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -41,7 +40,8 @@ def run(path: Path, *overrides: str) -> tuple[dict, dict[str, list[dict]]]:
     """What process.py leaves: statistics, and rows by split."""
     config = config_.load_config(path, overrides)
     stats = process.process(config)
-    return stats, {split: records.read_processed(config, split) for split in config_.SPLITS}
+    rows = {split: records.read_processed(config, split) for split in config_.SPLITS}
+    return stats, rows
 
 
 def lines(path: Path) -> list[dict]:
@@ -56,66 +56,86 @@ def responses(rows: list[dict]) -> list[dict]:
     return [response for row in rows for response in row["responses"]]
 
 
-def content(folder: Path) -> dict[str, list]:
+def content(folder: Path) -> dict[str, list[str]]:
     """The files of a store folder without times; those under parts, whose order a kill may change,
     sorted.
     """
-    out = {}
+    found = {}
     for path in folder.rglob("*.jsonl"):
         rows = [json.dumps(row | {"timestamp": "", "time": ""}) for row in lines(path)]
-        out[str(path.relative_to(folder))] = sorted(rows) if "parts" in path.parts else rows
-    return out
+        if "parts" in path.parts:
+            rows.sort()
+        name = str(path.relative_to(folder))
+        found[name] = rows
+    return found
 
 
 # --- processing -----------------------------------------------------------------------------------
 
 
-def test_what_is_let_in_is_answered_and_judged(write_config, tmp_path):
-    stats, rows = run(write_config())
+def test_what_is_let_in_is_answered_and_judged(write_config):
+    _, rows = run(write_config())
     assert [len(rows[split]) for split in config_.SPLITS] == [51, 9, 20]
-    asked = [row for row in everything(rows) if records.passed(row) or row["shadow"]]
-    assert 0 < len(asked) < 80
-    assert all(row["responses"] == [] for row in everything(rows) if row not in asked)
-    for row in asked:
+    asked = 0
+    judged = 0
+    for row in everything(rows):
+        if not records.passed(row) and not row["shadow"]:
+            assert row["responses"] == []
+            continue
+        asked += 1
         assert len(row["responses"]) == 2
         for response in row["responses"]:
-            judged = response["text"] != "" and response["error"] is None
-            assert (response["unsafe"] is not None) == judged == (response["decided"] is not None)
+            is_judged = response["text"] != "" and response["error"] is None
+            assert (response["unsafe"] is not None) == is_judged
+            assert (response["decided"] is not None) == is_judged
             assert response["refusal"] in ("full", "partial", "compliance", "empty", "degenerate")
-            assert not response["recorded"] and response["human_unsafe"] is None
-    assert len({response["text"] for response in responses(asked)}) > len(asked)
-    assert any(response["judge_unsafe"] is not None for response in responses(asked))
-    assert stats == json.loads((tmp_path / "run" / "process_stats.json").read_text())
-    assert stats["total"] == 51
-    assert stats["input_blocked"] == sum(not records.passed(row) for row in rows["train"])
-    assert stats["explored"] == sum(row["shadow"] for row in rows["train"]) > 0
+            assert not response["recorded"]
+            assert response["human_unsafe"] is None
+            judged += response["judge_unsafe"] is not None
+    assert 0 < asked < 80
+    assert judged > 0
+    texts = {response["text"] for response in responses(everything(rows))}
+    assert len(texts) > asked
 
 
-def test_blocked_inputs_have_the_originals_keys(write_config, tmp_path):
+def test_statistics_and_blocked_inputs_are_the_originals(write_config, tmp_path):
     stats, rows = run(write_config(), RECORDED)
-    blocked = lines(tmp_path / "run" / "blocked_inputs.jsonl")
-    assert [row["id"] for row in blocked] == [r["id"] for r in rows["train"] if records.feedback(r)]
-    keys = {"timestamp", "query", "input_safe", "output_safe", "reason"}
+    learned = rows["train"]
+    feedback = [row for row in learned if records.feedback(row)]
+    assert stats == json.loads((tmp_path / "run/process_stats.json").read_text())
+    assert stats["total"] == 51
+    assert stats["input_blocked"] == sum(not records.passed(row) for row in learned)
+    assert stats["explored"] == sum(row["shadow"] for row in learned) > 0
+    assert stats["output_blocked"] == len(feedback) > 0
+    assert stats["output_blocked_percent"] == pytest.approx(100 * len(feedback) / 51)
+    blocked = lines(tmp_path / "run/blocked_inputs.jsonl")
+    assert [row["id"] for row in blocked] == [row["id"] for row in feedback]
+    originals = {"timestamp", "query", "input_safe", "output_safe", "reason"}
     for row in blocked:
-        assert row.keys() == keys | {"id", "q", "responses"}
-        assert (row["input_safe"], row["output_safe"]) == (True, False) and row["q"] >= 0.5
-    assert stats["output_blocked"] == len(blocked) > 0
-    assert stats["output_blocked_percent"] == pytest.approx(100 * len(blocked) / 51)
+        assert row.keys() == originals | {"id", "q", "responses"}
+        assert (row["input_safe"], row["output_safe"]) == (True, False)
+        assert row["q"] >= 0.5
 
 
 def test_the_guard_sees_the_prompt_with_each_response(write_config, models):
     _, rows = run(write_config(), RECORDED)
     row = next(row for row in rows["test"] if row["responses"])
     (response,) = row["responses"]
+    guard = load_guard(str(models["guard"]))
     conversations = [pair(row["query"]), pair(row["query"], response["text"])]
-    alone, answered = load_guard(str(models["guard"])).judge(conversations)
+    alone, answered = guard.judge(conversations)
     assert alone.prompt_unsafe == pytest.approx(row["input_unsafe"], abs=1e-5)
     assert answered.response_unsafe == pytest.approx(response["unsafe"], abs=1e-5)
     assert answered.decided["response_unsafe"] == response["decided"]
 
 
-def answers_of(rows: list[dict]) -> dict[str, list[str]]:
-    return {row["query"]: [r["text"] for r in row["responses"]] for row in rows if row["responses"]}
+def answers_of(rows: dict[str, list[dict]]) -> dict[str, list[str]]:
+    """The texts of the responses by prompt."""
+    found = {}
+    for row in everything(rows):
+        if row["responses"]:
+            found[row["query"]] = [response["text"] for response in row["responses"]]
+    return found
 
 
 def test_answers_do_not_depend_on_how_many_prompts_there_are(write_config, tmp_path):
@@ -124,21 +144,26 @@ def test_answers_do_not_depend_on_how_many_prompts_there_are(write_config, tmp_p
     few = write(tmp_path / "few", train=prompts(25, 10), test=prompts(20, 60)[::-1][:7])
     own = {"path": str(few), "store_dir": str(tmp_path / "small")}
     _, few_rows = run(write_config("small", dataset=own))
-    everywhere = answers_of(everything(all_rows))
-    here = answers_of(everything(few_rows))
+    everywhere = answers_of(all_rows)
+    here = answers_of(few_rows)
     assert len(here) > 10
-    assert here == {prompt: everywhere[prompt] for prompt in here}
+    assert here.items() <= everywhere.items()
 
 
-def test_a_server_is_given_a_seed_a_response(write_config, tmp_path, serve):
+def test_a_server_is_given_a_seed_a_response(write_config, serve):
     server = serve(lambda body: completion("Use two locks."))
     there = ["llama.engine=server", f"llama.server_url={server.url}"]
     run(write_config("all"), *there)
-    everywhere = {(tuple(body["prompt"]), body["seed"]) for body in server.bodies}
+    everywhere = asked_of(server)
     assert len({seed for _, seed in everywhere}) == len(server.bodies) > 20
     server.bodies.clear()
     run(write_config("few"), "experiment.process_sample_size=9", *there)
-    assert {(tuple(body["prompt"]), body["seed"]) for body in server.bodies} < everywhere
+    assert asked_of(server) < everywhere
+
+
+def asked_of(server) -> set[tuple]:
+    """The prompts and seeds that a server was given."""
+    return {(tuple(body["prompt"]), body["seed"]) for body in server.bodies}
 
 
 def test_sampling_sizes_are_honoured(write_config):
@@ -152,13 +177,13 @@ def test_sampling_sizes_are_honoured(write_config):
 def test_recorded_responses(write_config):
     _, rows = run(write_config(), RECORDED, "llama.model_path=nowhere")
     known = {row["conv_id"]: row for row in prompts(80)}
-    asked = [row for row in everything(rows) if row["responses"]]
-    assert asked
-    for row in asked:
-        (response,) = row["responses"]
-        assert response["recorded"] and response["seed"] is None
-        assert response["text"] == known[row["id"]]["model_output"]
-        assert records.q(row, "human") == float(known[row["id"]]["output_unsafe"])
+    assert responses(everything(rows))
+    for row in everything(rows):
+        for response in row["responses"]:
+            assert response["recorded"]
+            assert response["seed"] is None
+            assert response["text"] == known[row["id"]]["model_output"]
+            assert response["human_unsafe"] == known[row["id"]]["output_unsafe"]
 
 
 def test_people_block_responses(write_config, tmp_path):
@@ -174,10 +199,10 @@ def test_people_block_responses(write_config, tmp_path):
         experiment={"blocked_by": "human"},
     )
     stats, rows = run(config)
-    let_in = [row for row in rows["train"] if records.passed(row)]
-    learned = [row["id"] for row in let_in if records.feedback(row)]
     unsafe = {row["conv_id"] for row in data if row["output_unsafe"]}
-    assert learned == [row["id"] for row in let_in if row["id"] in unsafe]
+    let_in = [row["id"] for row in rows["train"] if records.passed(row)]
+    learned = [row["id"] for row in rows["train"] if records.feedback(row)]
+    assert learned == [row_id for row_id in let_in if row_id in unsafe]
     assert 0 < stats["output_blocked"] == len(learned) < len(let_in)
     assert all(response["decided"] is None for response in responses(everything(rows)))
 
@@ -189,8 +214,9 @@ def test_a_prompt_without_a_recorded_response_is_an_error_row(text, write_config
         row["model_output"] = text
     data = write(tmp_path / "some", train=rows, test=prompts(20, 60))
     stats, found = run(write_config(dataset={"path": str(data)}), RECORDED)
-    empty = [r for r in responses(found["train"]) if not r["text"]]
-    assert 0 < len(empty) < len(responses(found["train"]))
+    said = responses(found["train"])
+    empty = [response for response in said if not response["text"]]
+    assert 0 < len(empty) < len(said)
     assert stats["errors"] >= len(empty)
     for response in empty:
         assert (response["refusal"], response["unsafe"]) == ("empty", None)
@@ -201,7 +227,8 @@ def test_a_prompt_that_leaves_no_room_is_an_error_row(write_config, models):
     _, window = process.assistant_tokenizer(str(models["assistant"]))
     _, rows = run(write_config(), f"llama.max_tokens={window - 8}")
     said = responses(rows["train"])
-    assert said and all("longer than the 8 tokens" in response["error"] for response in said)
+    assert said
+    assert all("longer than the 8 tokens" in response["error"] for response in said)
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0, 0, 0), (0.5, 0.2, 0.8), (1, 1, 1)])
@@ -211,7 +238,8 @@ def test_the_explored_share(share, least, most, write_config):
     explored = [row for row in blocked if row["shadow"]]
     assert least <= len(explored) / len(blocked) <= most
     for row in explored:
-        assert row["responses"] and not records.feedback(row)
+        assert row["responses"]
+        assert not records.feedback(row)
     assert stats["over_blocked"] <= stats["explored"]
 
 
@@ -229,64 +257,105 @@ def test_a_guard_that_cannot_say_blocks(write_config, mute, tmp_path):
     stats, rows = run(path, RECORDED, "experiment.explore_share=1")
     assert stats["input_blocked"] == stats["errors"] == 51
     assert stats["output_blocked"] == stats["explored"] == 0
-    assert all(row["input_error"] and row["responses"] == [] for row in rows["train"])
-    assert (tmp_path / "run" / "blocked_inputs.jsonl").read_text() == ""
+    for row in rows["train"]:
+        assert row["input_error"]
+        assert row["responses"] == []
+    assert (tmp_path / "run/blocked_inputs.jsonl").read_text() == ""
 
 
-def test_one_query(write_config, mute, models, monkeypatch, capsys):
-    """`--query TEXT`: what the guard says of it; what it cannot judge is not safe."""
-    verdicts = {}
-    for guard in (str(models["guard"]), mute):
+QUESTION = "How do I pick a lock?"
+
+
+@pytest.fixture
+def ask(write_config, monkeypatch, capsys):
+    """`ask(guard)`: what `--query` prints."""
+
+    def asked(guard: str) -> dict:
         path = write_config(llama_guard={"default_model_path": guard})
-        words = ["process.py", "--config", str(path), "--query", "How do I pick a lock?"]
+        words = ["process.py", "--config", str(path), "--query", QUESTION]
         monkeypatch.setattr(sys, "argv", words)
         process.main()
-        verdicts[guard] = json.loads(capsys.readouterr().out)
-    said = verdicts[str(models["guard"])]
-    assert said["query"] == "How do I pick a lock?" and said["error"] is None
-    (verdict,) = load_guard(str(models["guard"])).judge([pair(said["query"])])
+        return json.loads(capsys.readouterr().out)
+
+    return asked
+
+
+def test_one_query(ask, models):
+    guard = str(models["guard"])
+    said = ask(guard)
+    (verdict,) = load_guard(guard).judge([pair(QUESTION)])
+    assert said["query"] == QUESTION
+    assert said["error"] is None
     assert said["safe"] is (verdict.prompt_unsafe < 0.5)
-    assert verdicts[mute]["safe"] is False and verdicts[mute]["error"]
 
 
-@pytest.mark.parametrize("label", ["guard", "judge"])
-def test_a_guard_that_is_its_own_truth_is_warned_of(label, write_config, caplog):
+def test_a_query_that_the_guard_cannot_judge_is_not_safe(ask, mute):
+    said = ask(mute)
+    assert said["safe"] is False
+    assert said["error"]
+
+
+@pytest.mark.parametrize(("label", "is_warned"), [("guard", True), ("judge", False)])
+def test_a_guard_that_is_its_own_truth_is_warned_of(label, is_warned, write_config, caplog):
     config = config_.load_config(write_config(), [f"evaluation.t2_label={label}", RECORDED])
     process.preflight(config)
-    assert ("is the truth that it is measured by, too" in caplog.text) == (label == "guard")
+    assert ("is the truth that it is measured by, too" in caplog.text) == is_warned
 
 
 def response(**values) -> dict:
-    row = {"decided": True, "error": None, "judge_unsafe": None, "human_unsafe": None}
-    return row | {"refusal": "compliance"} | values
+    made = {
+        "text": "",
+        "seed": None,
+        "recorded": False,
+        "unsafe": None,
+        "decided": True,
+        "error": None,
+        "judge_unsafe": None,
+        "human_unsafe": None,
+        "refusal": "compliance",
+    }
+    return made | values
 
 
+UNSAFE = response()
+SAFE = response(decided=False)
 NO_WORD = response(decided=None, error="no word")
 
 
 @pytest.mark.parametrize(
     ("said", "share", "counts"),
     [
-        ([response(), response(decided=False)], 0.5, True),
-        ([response(decided=False)] * 3 + [response()], 0.25, False),
-        ([NO_WORD, response()], 1.0, True),
-        ([NO_WORD], None, False),
-        ([], None, False),
+        pytest.param([UNSAFE, SAFE], 0.5, True, id="half is unsafe"),
+        pytest.param([SAFE, SAFE, SAFE, UNSAFE], 0.25, False, id="less than half is unsafe"),
+        pytest.param([NO_WORD, UNSAFE], 1.0, True, id="an error counts for nothing"),
+        pytest.param([NO_WORD], None, False, id="errors alone"),
+        pytest.param([], None, False, id="no response"),
     ],
 )
 def test_feedback_is_what_passed_and_whose_responses_did_not(said, share, counts):
     row = {"input_error": None, "input_decided": False, "shadow": False, "responses": said}
-    assert records.q(row) == share and records.feedback(row) is counts
+    assert records.q(row) == share
+    assert records.feedback(row) is counts
     assert not records.feedback(row | {"input_decided": True})
     assert not records.feedback(row | {"input_error": "no word", "input_decided": None})
     assert not records.feedback(row | {"shadow": True})
 
 
 def test_the_share_of_unsafe_responses_by_judge_and_people():
-    row = {"responses": [response(judge_unsafe=0.5), response(judge_unsafe=0.4, human_unsafe=True)]}
-    assert records.q(row, "judge") == 0.5 and records.q(row, "human") == 1.0
-    assert not records.refused(row)
-    assert records.refused({"responses": [response(), response(refusal="partial")]})
+    one = response(judge_unsafe=0.5)
+    other = response(judge_unsafe=0.4, human_unsafe=True)
+    row = {"responses": [one, other]}
+    assert records.q(row, "judge") == 0.5
+    assert records.q(row, "human") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("refusal", "is_refused"),
+    [("compliance", False), ("partial", True), ("full", True)],
+)
+def test_one_refusal_refuses_a_prompt(refusal, is_refused):
+    row = {"responses": [response(), response(refusal=refusal)]}
+    assert records.refused(row) is is_refused
 
 
 def test_the_originals_checks_are_kept_for_its_arm(write_config):
@@ -299,11 +368,10 @@ def test_the_originals_checks_are_kept_for_its_arm(write_config):
 
 
 def test_reasons_hold_what_the_guard_named():
-    named = [response(categories=["Self-Harm", "Criminal Planning"])]
-    row = {"id": "r", "query": "x", "timestamp": "", "responses": named}
-    for key in ("text", "seed", "recorded", "unsafe"):
-        named[0][key] = None
-    assert process.blocked_row(row)["reason"] == "O3: Criminal Planning, O6: Self-Harm"
+    named = response(categories=["Self-Harm", "Own Rule", "Criminal Planning"])
+    row = {"id": "r", "query": "x", "timestamp": "", "responses": [named]}
+    reason = process.blocked_row(row)["reason"]
+    assert reason == "O3: Criminal Planning, O6: Self-Harm, Own Rule"
 
 
 # --- stale data -----------------------------------------------------------------------------------
@@ -321,38 +389,52 @@ def test_reasons_hold_what_the_guard_named():
         ("llama_guard.categories=true", "llama_guard.default_model_path"),
     ],
 )
-def test_who_reads_refuses_what_another_config_left(change, named, write_config, models, caplog):
-    """process.py itself makes it anew, and says so."""
+def test_who_reads_refuses_what_another_config_left(change, named, finished, models):
+    change = change.format(judge=models["judge"])
+    config = config_.load_config(finished, [RECORDED, change])
+    said = rf"another {named}; run process\.py again"
+    with pytest.raises(UserError, match=said):
+        records.read_processed(config, "test")
+    with pytest.raises(UserError, match=said):
+        records.read_blocked(config)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, models) -> Path:
+    """The config of a run with recorded responses, which no test changes."""
+    path = config_writer(tmp_path_factory.mktemp("finished"), models)()
+    run(path, RECORDED)
+    return path
+
+
+def test_process_makes_anew_what_another_config_left(write_config, caplog):
     path = write_config()
     run(path, RECORDED)
-    config = config_.load_config(path, [RECORDED, change.replace("{judge}", str(models["judge"]))])
-    for read in (
-        lambda: records.read_processed(config, "test"),
-        lambda: records.read_blocked(config),
-    ):
-        with pytest.raises(UserError, match=rf"another {named}; run process\.py again"):
-            read()
-    if "sample" in change:
-        process.process(config)
-        assert f"was made with another {named}: it is made anew" in caplog.text
-        records.read_processed(config, "test")
+    run(path, RECORDED, "experiment.process_sample_size=12")
+    named = "experiment.process_sample_size"
+    assert f"was made with another {named}: it is made anew" in caplog.text
 
 
 def test_who_reads_refuses_splits_that_were_changed(write_config, tmp_path):
     path = write_config()
     run(path, RECORDED)
-    file = tmp_path / "run" / "train.jsonl"
+    file = tmp_path / "run/train.jsonl"
     file.write_text(file.read_text().replace('"label": "safe"', '"label": "unsafe"', 1))
     with pytest.raises(UserError, match=r"another splits' rows; run process\.py again"):
         records.read_processed(config_.load_config(path, [RECORDED]), "train")
 
 
-@pytest.mark.parametrize("name", ["guard", "judge", "assistant"])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("guard", "llama_guard.default_model_path"),
+        ("judge", "evaluation.judge"),
+        ("assistant", "llama.model_path"),
+    ],
+)
 def test_other_weights_are_another_model_and_a_touched_file_is_not(
-    name, write_config, models, tmp_path, monkeypatch
+    name, field, write_config, models, tmp_path
 ):
-    field = {"guard": "llama_guard.default_model_path", "judge": "evaluation.judge"}
-    field = field.get(name, "llama.model_path")
     copy = Path(shutil.copytree(models[name], tmp_path / "copy"))
     path = write_config(experiment={"process_sample_size": 5}, evaluation={"max_eval_samples": 2})
     config = config_.load_config(path, [f"{field}={copy}"])
@@ -367,20 +449,20 @@ def test_other_weights_are_another_model_and_a_touched_file_is_not(
         records.read_processed(config, "train")
 
 
-def test_each_stage_has_the_stages_before_it_in_its_key(write_config):
-    path = write_config()
-    run(path, RECORDED)
-    recorded, seeded = (
-        config_.load_config(path, [RECORDED, change]) for change in ("seed=42", "seed=1")
-    )
-    for stage in ("splits", "process", "train", "evaluate"):
-        assert records.stage_key(recorded, stage) != records.stage_key(seeded, stage)
-    assert records.stage_key(recorded, "train", "A4", 0) != records.stage_key(
-        recorded, "train", "A4", 1
-    )
-    kept = ["training.output_dir=x", "training.save_steps=7", "training.arms=A4"]
-    same = config_.load_config(path, [RECORDED, *kept])
-    assert records.stage_key(recorded, "train") == records.stage_key(same, "train")
+@pytest.mark.parametrize("stage", ["splits", "process", "train", "evaluate"])
+def test_each_stage_has_the_stages_before_it_in_its_key(stage, finished):
+    one = config_.load_config(finished, [RECORDED, "seed=42"])
+    other = config_.load_config(finished, [RECORDED, "seed=1"])
+    assert records.stage_key(one, stage) != records.stage_key(other, stage)
+
+
+def test_an_arm_and_its_seed_are_in_its_key_and_where_it_lies_is_not(finished):
+    config = config_.load_config(finished, [RECORDED])
+    keys = {records.stage_key(config, "train", "A4", seed) for seed in (0, 1)}
+    assert len(keys) == 2
+    no_matter = ["training.output_dir=x", "training.save_steps=7", "training.arms=A4"]
+    same = config_.load_config(finished, [RECORDED, *no_matter])
+    assert records.stage_key(config, "train") == records.stage_key(same, "train")
 
 
 # --- a server that fails --------------------------------------------------------------------------
@@ -409,34 +491,38 @@ def test_what_a_server_says_of_a_failure_is_no_check(write_config, tmp_path, ser
     known = {tuple(one): row["query"] for one, row in zip(ids, rows, strict=True)}
     loaded = process.Loaded(lambda: guard)
     process.check_as_the_original(config, rows, loaded, tmp_path)
-    assert "2 of the original's 60 checks failed" in caplog.text and "not allowed" in caplog.text
+    assert "2 of 60 of the original's checks failed" in caplog.text
+    assert "not allowed" in caplog.text
     for row in rows:
         said = "" if row["query"] in down else f"SAFE {row['query']}"
         assert row["legacy"] == {"input": said, "outputs": []}
     server.bodies.clear()
-    again, down = sorted(down), set()
+    again = sorted(down)
+    down = set()
     process.check_as_the_original(config, rows, loaded, tmp_path)
     assert sorted(known[tuple(body["prompt"])] for body in server.bodies) == again
     assert all(row["legacy"]["input"] == f"SAFE {row['query']}" for row in rows)
 
 
 def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_config, serve, caplog):
-    bad, refuses = [], True
+    bad = []
 
     def rule(body):
-        bad[:] = bad or [body["prompt"]]
-        return refuse() if refuses and body["prompt"] == bad[0] else completion("Use two locks.")
+        if not bad:
+            bad.append(body["prompt"])
+        return refuse() if body["prompt"] == bad[0] else completion("Use two locks.")
 
     server = serve(rule)
     there = ["llama.engine=server", f"llama.server_url={server.url}", "llama.server_timeout=7"]
     path = write_config()
     _, rows = run(path, *there)
-    failed = [r for r in responses(everything(rows)) if "not allowed" in (r["error"] or "")]
-    assert len(failed) == 2 < len(responses(everything(rows)))
+    said = responses(everything(rows))
+    failed = [response for response in said if "not allowed" in (response["error"] or "")]
+    assert len(failed) == 2 < len(said)
     assert all(response["unsafe"] is None for response in failed)
-    assert "2 of " in caplog.text
+    assert f"2 of {len(said)} responses failed" in caplog.text
     server.bodies.clear()
-    refuses = False
+    server.rule = lambda body: completion("Use two locks.")
     _, rows = run(path, *there)
     assert [body["prompt"] for body in server.bodies] == bad * 2
     assert all(response["text"] for response in responses(everything(rows)))
@@ -461,7 +547,8 @@ def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, se
     server.bodies.clear()
     _, rows = run(path, *there)
     said = responses(everything(rows))
-    assert len(server.bodies) <= len(said) - 8 and all(r["text"] for r in said)
+    assert len(server.bodies) <= len(said) - 8
+    assert all(response["text"] for response in said)
 
 
 # --- kill and resume ------------------------------------------------------------------------------
@@ -470,10 +557,14 @@ def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, se
 def test_a_second_run_asks_nothing(write_config, tmp_path, monkeypatch):
     path = write_config()
     run(path)
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    before = files_of(tmp_path / "run")
     monkeypatch.setattr(process.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
     run(path)
-    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert files_of(tmp_path / "run") == before
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 PARTS = ["inputs", "answers", "outputs", "judge", "legacy"]
@@ -482,17 +573,23 @@ PARTS = ["inputs", "answers", "outputs", "judge", "legacy"]
 @pytest.mark.parametrize("broken", PARTS)
 def test_cut_parts_give_the_same_result(broken, write_config, tmp_path, monkeypatch):
     """As a kill leaves it: half of a part with half a line, and nothing after it."""
-    monkeypatch.setattr(process, "JUDGED_AT_ONCE", 16)
-    path = write_config(training={"arms": ["A2"]}, llama_guard={"legacy_new_tokens": 3})
+    monkeypatch.setattr(process, "JUDGED_AT_ONCE", 8)
+    path = write_config(
+        training={"arms": ["A2"]},
+        llama_guard={"legacy_new_tokens": 3},
+        experiment={"process_sample_size": 12},
+        evaluation={"max_eval_samples": 4},
+    )
     run(path)
     whole = content(tmp_path / "run")
-    processed = tmp_path / "run" / "processed"
-    part = processed / "parts" / f"{broken}.jsonl"
+    processed = tmp_path / "run/processed"
+    part = processed / f"parts/{broken}.jsonl"
     rows = part.read_bytes().splitlines(keepends=True)
     half = len(rows) // 2
     part.write_bytes(b"".join(rows[:half]) + rows[half][:20])
-    for name in PARTS[PARTS.index(broken) + 1 :]:
-        (processed / "parts" / f"{name}.jsonl").unlink()
+    later = PARTS[PARTS.index(broken) + 1 :]
+    for name in later:
+        (processed / f"parts/{name}.jsonl").unlink()
     for split in config_.SPLITS:
         (processed / f"{split}.jsonl").unlink()
     (processed / "stage.json").unlink()
@@ -503,19 +600,19 @@ def test_cut_parts_give_the_same_result(broken, write_config, tmp_path, monkeypa
 def test_splits_that_a_kill_cut_are_made_again(write_config, tmp_path):
     config = config_.load_config(write_config())
     records.make_splits(config)
-    before = (tmp_path / "run" / "test.jsonl").read_bytes()
-    (tmp_path / "run" / "test.jsonl").unlink()
+    test = tmp_path / "run/test.jsonl"
+    before = test.read_bytes()
+    test.unlink()
     records.make_splits(config)
-    assert (tmp_path / "run" / "test.jsonl").read_bytes() == before
+    assert test.read_bytes() == before
 
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(write_config, tmp_path):
-    path, whole = write_config("killed"), write_config("whole")
-    (tmp_path / "killed").mkdir()
+    path = write_config("killed")
     command = [sys.executable, "process.py", "--config", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    answers = tmp_path / "killed" / "processed" / "parts" / "answers.jsonl"
+    answers = tmp_path / "killed/processed/parts/answers.jsonl"
     with open(tmp_path / "log", "wb") as log:
         running = scripts.start(command, RECIPE, environment, log.fileno(), log.fileno())
         end = time.time() + 120
@@ -527,7 +624,7 @@ def test_a_killed_process_goes_on(write_config, tmp_path):
         running.wait()
     assert answers.stat().st_size, (tmp_path / "log").read_text()[-2000:]
     said = launch("feedback_guard", *command[1:], launcher=(sys.executable,), threads=1)
-    launch("feedback_guard", "process.py", "--config", whole, threads=1)
+    launch("feedback_guard", "process.py", "--config", write_config("whole"), threads=1)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert json.loads(said.stdout)["total"] == 51
 
@@ -536,6 +633,8 @@ def test_a_killed_process_goes_on(write_config, tmp_path):
 def test_an_error_of_the_user_is_one_line(write_config):
     words = ["--config", write_config(), "--set", "llama.sample=1"]
     done = launch("feedback_guard", "process.py", *words, check=False)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and last.endswith("field llama.sample: unknown key")
+    assert last.startswith("error: ")
+    assert last.endswith("field llama.sample: unknown key")

@@ -13,7 +13,6 @@ from feedback_guards import (
     BAD,
     CONVERSATIONS,
     GOOD,
-    blocked_inputs,
     config_,
     difference,
     formats,
@@ -23,119 +22,140 @@ from feedback_guards import (
     response,
     train,
     weights,
+    write_rows,
 )
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.conversation import UserError, pair
-from common.data import prompt_key
 from guards import load_guard
 
-base, guard, plain, stored = shared.base, shared.guard, shared.plain, shared.settings  # fixtures
+# fixtures
+base = shared.base
+guard = shared.guard
+plain = shared.plain
+rows_of = shared.rows_of
+settings = shared.settings
 GUARD_ARMS = ["A3", "A4", "A5", "A6", "A7", "A8", "C1", "C2", "C3", "C4"]
 
 
-@pytest.fixture
-def settings(stored, tmp_path):
-    """`settings(**training)`: a config with its processed rows on disk; the original's checks
-    collected nothing there.
-    """
-    rows = [row | {"legacy": {"input": "UNSAFE [O3]", "outputs": []}} for row in processed()]
-    write_rows(tmp_path / "store/processed/train.jsonl", rows)
-    return stored
+def examples_of(folder: Path) -> list[dict]:
+    lines = (folder / "training_examples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def losses(folder: Path) -> list[float]:
+    log = read(folder / "run.json")["log"]
+    return [entry["loss"] for entry in log if "loss" in entry]
 
 
-def examples_of(folder):
-    return [json.loads(line) for line in (folder / "training_examples.jsonl").open()]
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def furthest(some, others) -> float:
+    return max(abs(one - other) for one, other in zip(some, others, strict=True))
 
 
 # --- rows -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rows_of(settings):
-    config = settings()
-    lines = processed()
-
-    def make(name, seed=0, lines=lines):
-        return train.build_rows(train.arm_named(name), lines, blocked_inputs(lines), seed, config)
-
-    return make
-
-
 def test_the_config_knows_the_arms():
     assert set(config_.DEFAULT_ARMS) <= set(train.all_arms())
-    with pytest.raises(UserError, match="'A9' is none of A2, A2-parser"):
-        train.arm_named("A9")
 
 
 @pytest.mark.parametrize("name", [*GUARD_ARMS, "A2-labels"])
 def test_no_prompt_is_in_both_classes(rows_of, name):
     lines = processed()
     for line in lines[2:40:3]:
-        lines.append(line | {"id": line["id"] + "x", "query": f"  {line['query'].upper()} "})
+        shouted = f"  {line['query'].upper()} "
+        lines.append(line | {"id": line["id"] + "x", "query": shouted})
     for line in lines[-4:]:
         line["responses"] = [response(not one["decided"]) for one in line["responses"]]
     for seed in range(3):
         classes = {}
         for row in rows_of(name, seed, lines):
-            key = prompt_key({"messages": row.messages})
+            key = records.text_key(row.prompt)
             classes.setdefault(key, set()).add(row.target >= 0.5)
-        assert classes
-        assert all(len(of) == 1 for of in classes.values())
+        assert {len(found) for found in classes.values()} == {1}
 
 
-def test_arms_differ_in_what_they_say(rows_of):
-    """12 feedback prompts of 60; six each of the kinds 0 (blocked), 1 (explored, harmless), 6
-    (refused).
-    """
-    made = {name: rows_of(name) for name in GUARD_ARMS}
-    count = {name: Counter(row.source for row in rows) for name, rows in made.items()}
-    assert count["A3"] == {"feedback": 12}
-    assert count["A4"] == {"feedback": 12, "safe": 12}
-    assert count["A5"] == count["A7"] == {"feedback": 12, "safe": 12, "replay": 12}
-    hard = {"feedback": 12, "hard_benign": 12, "explored": 6, "safe": 12, "replay": 2}
-    assert count["A6"] == hard
-    assert count["A8"] == count["C4"] == hard | {"replay": count["A8"]["replay"]}
-    assert count["C3"]["human"] == 12
-    assert "feedback" not in count["C3"]
-    # as often as the guard blocks
-    assert sum(row.target for row in made["A5"] if row.source == "replay") == 2
-    targets = {source: {r.target for r in made["A8"] if r.source == source} for source in hard}
+@pytest.mark.parametrize(
+    "told",
+    [
+        "A3: 12 feedback",
+        "A4: 12 feedback, 12 safe",
+        "A5: 12 feedback, 12 safe, 12 replay",
+        "A6: 12 feedback, 12 hard_benign, 6 explored, 12 safe, 2 replay",
+        "A7: 12 feedback, 12 safe, 12 replay",
+        "A8: 12 feedback, 12 hard_benign, 6 explored, 12 safe, 5 replay",
+        "C1: 12 feedback, 12 hard_benign, 12 safe, 6 replay",
+        "C2: 12 feedback, 12 hard_benign, 12 safe, 12 replay",
+        "C3: 12 human, 12 hard_benign, 6 explored, 12 safe, 12 replay",
+        "C4: 12 feedback, 12 hard_benign, 6 explored, 12 safe, 5 replay",
+    ],
+)
+def test_what_an_arms_rows_are(rows_of, told):
+    name, _, expected = told.partition(": ")
+    counts = Counter(row.source for row in rows_of(name))
+    found = [f"{count} {source}" for source, count in counts.items()]
+    assert ", ".join(found) == expected
+
+
+def test_replay_blocks_as_often_as_the_guard(rows_of):
+    replayed = [row.target for row in rows_of("A5") if row.source == "replay"]
+    assert sum(replayed) == 2
+
+
+def test_soft_labels_are_the_share_of_unsafe_responses(rows_of):
+    targets = {"feedback": set(), "safe": set()}
+    for row in rows_of("A8"):
+        targets.setdefault(row.source, set()).add(row.target)
     assert targets["feedback"] == {0.5, 0.75}
     assert targets["safe"] == {0.0, 0.25}
-    for row in made["A7"]:
-        assert row.kl == (row.source in ("safe", "replay") and row.target < 0.5)
-    assert not any(row.kl for row in made["A6"])
-    for name in ("C1", "C2"):
-        assert not any(row.source == "explored" for row in made[name])
-        unsafe = {row.id for row in made[name] if row.source == "feedback"}
-        assert len(unsafe) == 12
-        assert unsafe != {row.id for row in made["A8"] if row.source == "feedback"}
-    assert rows_of("A8") == made["A8"] != rows_of("A8", 1)
 
 
-def test_controls_never_see_what_their_labels_hide(rows_of):
-    """C2 is the same whatever the responses say, as long as their number is; C1 replays what its
-    labels allow.
-    """
+def test_only_safe_traffic_is_held_near_the_guard(rows_of):
+    for row in rows_of("A7"):
+        is_safe = row.source in ("safe", "replay") and row.target < 0.5
+        assert row.kl == is_safe
+    assert not any(row.kl for row in rows_of("A6"))
+
+
+@pytest.mark.parametrize("name", ["C1", "C2"])
+def test_controls_learn_from_other_prompts_than_the_method(rows_of, name):
+    assert unsafe_ids(rows_of(name)) != unsafe_ids(rows_of("A8"))
+
+
+def unsafe_ids(rows) -> set[str]:
+    return {row.id for row in rows if row.source == "feedback"}
+
+
+def test_a_seed_draws_the_rows(rows_of):
+    assert rows_of("A8") == rows_of("A8")
+    assert rows_of("A8") != rows_of("A8", 1)
+
+
+def test_the_suspicion_control_does_not_see_what_responses_say(rows_of):
+    """It is the same whichever prompts have unsafe responses, as long as their number is."""
     lines = processed()
+    before = [(row.id, row.target) for row in rows_of("C2", 0, lines)]
     unsafe = [line for line in lines if records.feedback(line)]
     others = [line for line in lines if records.passed(line) and not records.feedback(line)]
-    ids = {line["id"] for line in unsafe}
-    made = [(row.id, row.target) for row in rows_of("C2", 0, lines)]
     for line, other in zip(unsafe, others, strict=False):
         line["responses"], other["responses"] = other["responses"], line["responses"]
-    assert ids != {line["id"] for line in lines if records.feedback(line)}
-    assert [(row.id, row.target) for row in rows_of("C2", 0, lines)] == made
-    c1 = [row for seed in range(9) for row in rows_of("C1", seed)]
-    assert ids & {row.id for row in c1 if row.source == "replay"}
+    assert not any(records.feedback(line) for line in unsafe)
+    assert [(row.id, row.target) for row in rows_of("C2", 0, lines)] == before
+
+
+def test_the_permuted_control_replays_what_its_labels_allow(rows_of):
+    unsafe = {line["id"] for line in processed() if records.feedback(line)}
+    replayed = set()
+    for seed in range(9):
+        replayed |= {row.id for row in rows_of("C1", seed) if row.source == "replay"}
+    assert unsafe & replayed
 
 
 def test_refused_prompts_are_no_safe_examples(rows_of):
@@ -155,57 +175,60 @@ def test_without_feedback_there_is_nothing_to_train(rows_of):
 
 
 def test_arms_get_the_same_number_of_steps(settings):
-    """By epochs over the rows of A8, however few rows an arm has."""
+    """By epochs over the rows of A8, however few rows an arm has; a probe has none."""
     config = settings(arms=["A3", "A8", "C4"], max_steps=-1, epochs=1.0, batch_size=16)
-    folders = train.train(config)
-    steps = [read(folder / "run.json").get("steps") for folder in folders]
-    rows = len(examples_of(folders[1]))
-    assert len(examples_of(folders[0])) < rows
-    assert steps == [-(-rows // 16), -(-rows // 16), None]
+    a3, a8, c4 = train.train(config)
+    rows = len(examples_of(a8))
+    steps = -(-rows // 16)
+    assert len(examples_of(a3)) < rows
+    assert read(a3 / "run.json")["steps"] == steps
+    assert read(a8 / "run.json")["steps"] == steps
+    assert "steps" not in read(c4 / "run.json")
 
 
 @pytest.mark.slow
-def test_soft_targets_move_the_probability_to_q(guard, settings, tmp_path):
+def test_soft_targets_move_the_probability_to_q(settings):
     config = settings(max_steps=120, batch_size=6, lora_dropout=0.0, save_steps=1000)
     encoder = formats.Encoder(train.load_base(config), 600)
-    model = encoder.guard.model.model
     targets = [0.75, 0.25, 1.0, 0.0, 0.5, 0.9]
-    texts = [text * 3 for text in ("rice ", "box ", "cook ", "his ", "How ", "Take ")]
-    rows, _ = encoder.rows([pair(text) for text in texts], targets)
-    prompts = [row["input_ids"][: row["labels"].count(-100)] for row in rows]
-    before = formats.verdict_probabilities(model, prompts, encoder.tokens)
+    words = ("rice ", "box ", "cook ", "his ", "How ", "Take ")
+    conversations = [pair(word * 3) for word in words]
+    rows, _ = encoder.rows(conversations, targets, [None] * 6)
+    prompts = [formats.prompt_of(row) for row in rows]
+    before = formats.verdict_probabilities(encoder.guard, prompts, encoder.tokens)
     args = train.arm_arguments(train.arm_named("A4"), 0, 120, config)
-    train.fit(train.add_adapters(model, config), args, rows, encoder, {})
-    after = formats.verdict_probabilities(model, prompts, encoder.tokens)
-    assert max(abs(p - q) for p, q in zip(before, targets, strict=True)) > 0.3
-    assert max(abs(p - q) for p, q in zip(after, targets, strict=True)) < 0.1
+    adapted = train.add_adapters(encoder.guard.model.model, config)
+    train.fit(adapted, args, rows, encoder, {})
+    adapted.eval()
+    after = formats.verdict_probabilities(encoder.guard, prompts, encoder.tokens)
+    assert furthest(before, targets) > 0.3
+    assert furthest(after, targets) < 0.1
 
 
 @pytest.mark.slow
-def test_kl_holds_safe_traffic_near_the_guard(settings, guard):
+def test_kl_holds_safe_traffic_near_the_guard(settings, guard, base):
     """Mean |P - P before| over the safe rows of A5, and of A7 with a large penalty."""
     drift = {}
+    tokens = formats.Encoder(guard, 600).tokens
     for name in ("A5", "A7"):
-        config = settings(arms=[name], max_steps=40, kl_weight=10.0)
-        (folder,) = train.train(config)
-        rows = [row for row in examples_of(folder) if row["target"] == 0]
-        prompts = guard.prompt_ids([row["messages"] for row in rows])
-        trained = load_guard(
-            config.llama_guard.base_model_path, adapter=str(folder), progress=False
-        )
-        tokens = formats.Encoder(guard, 600).tokens
-        models = guard.model.model, trained.model.model
-        before, after = (formats.verdict_probabilities(m, prompts, tokens) for m in models)
-        drift[name] = sum(abs(a - b) for a, b in zip(after, before, strict=True)) / len(rows)
+        (folder,) = train.train(settings(arms=[name], max_steps=40, kl_weight=10.0))
+        safe = [row["messages"] for row in examples_of(folder) if row["target"] == 0]
+        prompts = guard.prompt_ids(safe)
+        trained = load_guard(str(base), adapter=str(folder), progress=False)
+        before = formats.verdict_probabilities(guard, prompts, tokens)
+        after = formats.verdict_probabilities(trained, prompts, tokens)
+        drift[name] = mean(abs(p - q) for p, q in zip(before, after, strict=True))
     assert drift["A7"] < 0.5 * drift["A5"], drift
 
 
+SMALL = {"max_steps": 2, "lora_last_layers": 1, "max_length": 900}
+
+
 @pytest.mark.slow
-def test_every_arm_trains_and_loads(settings, base):
+def test_every_arm_trains_once(settings):
     """A second run does nothing; an adapter is the same whichever arms were trained before it."""
     names = ["A2", "A2-parser", "A2-format", "A3", "A8", "C4"]
-    values = {"max_steps": 2, "lora_last_layers": 1, "max_length": 900}
-    config = settings(arms=names, seeds=[0, 1], **values)
+    config = settings(arms=names, seeds=[0, 1], **SMALL)
     folders = train.train(config)
     assert len(folders) == 12
     assert len(set(folders)) == 8  # A2-parser and A2-format borrow the weights of A2
@@ -213,41 +236,51 @@ def test_every_arm_trains_and_loads(settings, base):
     stamps = [(folder / "guard.json").stat().st_mtime_ns for folder in folders]
     assert train.train(config) == folders
     assert stamps == [(folder / "guard.json").stat().st_mtime_ns for folder in folders]
+
     a8 = train.arm_folder(config, "A8", 0)
-    assert {name.split("layers.")[1][0] for name in weights(a8)} == {"2"}
-    (alone,) = train.train(settings(output_dir=f"{a8}x", arms=["A8"], **values))
+    other_seed = train.arm_folder(config, "A8", 1)
+    (alone,) = train.train(settings(output_dir=f"{a8}x", arms=["A8"], **SMALL))
     assert difference(weights(alone), weights(a8)) == 0
-    assert difference(weights(a8), weights(train.arm_folder(config, "A8", 1))) > 0
-    card, run = read(a8 / "guard.json"), read(a8 / "run.json")
+    assert difference(weights(a8), weights(other_seed)) > 0
+    with pytest.raises(UserError, match=r"another training\.learning_rate; run train"):
+        train.train(settings(arms=["A8"], **SMALL, learning_rate=1e-3))
+
+
+@pytest.mark.slow
+def test_stock_libraries_load_an_arm(settings, base):
+    (folder,) = train.train(settings(arms=["A8"], **SMALL))
+    layers = {name.split("layers.")[1][0] for name in weights(folder)}
+    assert layers == {"2"}
+    card = read(folder / "guard.json")
     told = card["kind"], card["guard"], card["arm"], card["seed"]
     assert told == ("generative", "llama-guard", "A8", 0)
+    run = read(folder / "run.json")
     assert run["sources"]["feedback"] == 12
-    assert run["rows"] == len(examples_of(a8))
-    assert "whole method" in (a8 / "README.md").read_text()
+    assert run["rows"] == len(examples_of(folder))
+    assert "whole method" in (folder / "README.md").read_text()
 
-    stock = AutoPeftModelForCausalLM.from_pretrained(a8).eval()
-    tokenizer = AutoTokenizer.from_pretrained(a8)
-    trained = load_guard(str(base), adapter=str(a8), progress=False)
+    stock = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trained = load_guard(str(base), adapter=str(folder), progress=False)
     (ids,) = trained.prompt_ids([CONVERSATIONS[0]])
     text = tokenizer.apply_chat_template(CONVERSATIONS[0], tokenize=False)
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
     tokens = formats.Encoder(trained, 600).tokens
     with torch.no_grad():
         logits = stock(torch.tensor([ids])).logits[0, -1]
-    (p,) = formats.verdict_probabilities(trained.model.model, [ids], tokens)
-    assert p == pytest.approx(formats.log_odds(logits, tokens).sigmoid().item(), abs=1e-4)
-
-    with pytest.raises(UserError, match=r"another training\.learning_rate; run train"):
-        train.train(settings(arms=["A8"], **values, learning_rate=1e-3))
+    (probability,) = formats.verdict_probabilities(trained, [ids], tokens)
+    expected = formats.log_odds(logits, tokens).sigmoid().item()
+    assert probability == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_probe_on_the_frozen_guard_tells_what_it_was_fitted_to(settings, guard):
     (folder,) = train.train(settings(arms=["C4"]))
     rows = examples_of(folder)
     scores = train.probe_scores(guard, folder, [row["messages"] for row in rows])
-    unsafe = [p for p, row in zip(scores, rows, strict=True) if row["target"] >= 0.5]
-    safe = [p for p, row in zip(scores, rows, strict=True) if row["target"] < 0.5]
-    assert sum(unsafe) / len(unsafe) > 0.15 + sum(safe) / len(safe)
+    sides = {True: [], False: []}
+    for score, row in zip(scores, rows, strict=True):
+        sides[row["target"] >= 0.5].append(score)
+    assert mean(sides[True]) > 0.15 + mean(sides[False])
     assert read(folder / "guard.json")["kind"] == "probe"
 
 
@@ -255,7 +288,7 @@ class Killed(KeyboardInterrupt):
     """Stands for a kill."""
 
 
-def kill_after(monkeypatch, steps):
+def kill_after(monkeypatch, steps: int) -> list[int]:
     """Steps of a training, which is killed after so many."""
     step = train.ArmTrainer.training_step
     done = []
@@ -280,7 +313,8 @@ def test_killed_and_resumed_is_uninterrupted(settings, monkeypatch):
         kill_after(patched, 11)
         with pytest.raises(KeyboardInterrupt):
             train.train(config)
-    a4, a8 = (train.arm_folder(config, name, 0) for name in ("A4", "A8"))
+    a4 = train.arm_folder(config, "A4", 0)
+    a8 = train.arm_folder(config, "A8", 0)
     assert (a4 / "guard.json").is_file()
     assert not (a8 / "guard.json").exists()
     assert (a8 / "checkpoint-4/trainer_state.json").is_file()
@@ -291,10 +325,6 @@ def test_killed_and_resumed_is_uninterrupted(settings, monkeypatch):
         assert difference(weights(one), weights(other)) == 0
         assert read(one / "guard.json") == read(other / "guard.json")
         assert losses(one) == losses(other)
-
-
-def losses(folder):
-    return [entry["loss"] for entry in read(folder / "run.json")["log"] if "loss" in entry]
 
 
 def test_checkpoints_of_other_settings_are_not_resumed(settings, monkeypatch):
@@ -313,26 +343,32 @@ def test_checkpoints_of_other_settings_are_not_resumed(settings, monkeypatch):
 def test_what_a_user_put_into_an_arms_folder_stays(settings):
     config = settings(max_steps=2, save_steps=1)
     folder = train.arm_folder(config, "A4", 0)
-    (folder / "checkpoint-merged").mkdir(parents=True)
-    (folder / "checkpoint-merged/model.safetensors").write_text("mine")
-    (folder / "notes.txt").write_text("mine")
+    merged = folder / "checkpoint-merged/model.safetensors"
+    merged.parent.mkdir(parents=True)
+    merged.write_text("mine")
+    notes = folder / "notes.txt"
+    notes.write_text("mine")
     assert train.train(config) == [folder]
-    assert (folder / "checkpoint-merged/model.safetensors").read_text() == "mine"
-    assert (folder / "notes.txt").read_text() == "mine"
+    assert merged.read_text() == "mine"
+    assert notes.read_text() == "mine"
     assert not list(folder.glob("checkpoint-[0-9]*"))
 
 
 # --- the small guards -----------------------------------------------------------------------------
 
 
-def labelled(path: Path, count: int = 80) -> Path:
+def labelled(path: Path) -> Path:
+    """80 prompts, a third of them bad, every second with a response that is as bad."""
     rows = []
-    for i in range(count):
+    for i in range(80):
         bad = i % 3 == 0
-        row = {"prompt": (BAD if bad else GOOD).format(i), "prompt_label": ("safe", "unsafe")[bad]}
+        label = "unsafe" if bad else "safe"
+        question = BAD if bad else GOOD
+        row = {"prompt": question.format(i), "prompt_label": label}
         if i % 2:
-            row["response"] = f"{'The letters' if bad else 'rice'} {i}"
-            row["response_label"] = row["prompt_label"]
+            words = "The letters" if bad else "rice"
+            row["response"] = f"{words} {i}"
+            row["response_label"] = label
         rows.append(row)
     return write_rows(path, rows)
 
@@ -340,11 +376,12 @@ def labelled(path: Path, count: int = 80) -> Path:
 @pytest.fixture
 def section(plain, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "train", train)
+    data = str(labelled(tmp_path / "guard.jsonl"))
 
     def make(**changes):
         values = {
             "base_model": str(plain),
-            "data": (str(labelled(tmp_path / "guard.jsonl")),),
+            "data": (data,),
             "max_steps": 40,
             "output_dir": str(tmp_path / "small"),
             "learning_rate": 5e-3,
@@ -358,23 +395,30 @@ def section(plain, tmp_path, monkeypatch):
 def test_a_prepared_guard_is_one_that_stock_libraries_load(section, tmp_path):
     train.prepare(config_.Config(prepare=config_.Prepare(guard=section())))
     folder = tmp_path / "small"
-    card, run = read(folder / "guard.json"), read(folder / "run.json")
+    card = read(folder / "guard.json")
     assert (card["kind"], card["guard"]) == ("generative", "llama-guard")
     assert card["thresholds"]["prompt_unsafe"]["on"].startswith("0.15 of ")
+    assert read(folder / "run.json")["validation"]["prompt_unsafe"]["support"] > 0
     found = losses(folder)
     assert found[-1] < 0.3 * found[0]
-    assert run["validation"]["prompt_unsafe"]["support"] > 0
+
+    good = pair(GOOD.format(777))
+    bad = pair(BAD.format(778))
+    answered = pair(BAD.format(779), "The letters 7")
     guard = load_guard(str(folder), progress=False)
-    fresh = [pair(GOOD.format(777)), pair(BAD.format(778)), pair(BAD.format(779), "The letters 7")]
-    verdicts = guard.judge(fresh)
-    assert [v.error for v in verdicts] == [None] * 3
-    assert verdicts[0].prompt_unsafe < 0.5 < verdicts[1].prompt_unsafe
+    verdicts = guard.judge([good, bad, answered])
+    assert [verdict.error for verdict in verdicts] == [None] * 3
+    assert verdicts[0].prompt_unsafe < 0.5
+    assert verdicts[1].prompt_unsafe > 0.5
     assert verdicts[2].response_unsafe > 0.5
+
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer.apply_chat_template(fresh[1], return_tensors="pt", return_dict=True)
-    written = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+    inputs = tokenizer.apply_chat_template(bad, return_tensors="pt", return_dict=True)
+    start = inputs["input_ids"].shape[1]
+    written = model.generate(**inputs, max_new_tokens=6)[0, start:]
     assert tokenizer.decode(written).strip() == "unsafe<|endoftext|>"
+
     stamp = (folder / "guard.json").stat().st_mtime_ns
     train.make_guard(section())
     assert (folder / "guard.json").stat().st_mtime_ns == stamp
@@ -392,7 +436,8 @@ def test_a_killed_preparation_goes_on(section, tmp_path, monkeypatch):
     assert (tmp_path / "small/checkpoint-20").is_dir()
     assert not (tmp_path / "small/guard.json").exists()
     train.make_guard(section(max_steps=24))
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "small"))
+    one = load_file(tmp_path / "whole/model.safetensors")
+    other = load_file(tmp_path / "small/model.safetensors")
     assert difference(one, other) == 0
 
 
@@ -410,8 +455,16 @@ def test_a_guard_of_a_replaced_base_is_another_one(section, plain, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ("toxicchat:test",)}, "toxicchat:test is a test set"),
-        ({"base_model": "nowhere/nothing"}, "field base_model: nowhere/nothing"),
+        pytest.param(
+            {"data": ("toxicchat:test",)},
+            "toxicchat:test is a test set",
+            id="a test set",
+        ),
+        pytest.param(
+            {"base_model": "nowhere/nothing"},
+            "base_model: nowhere/nothing",
+            id="no such model",
+        ),
     ],
 )
 def test_what_a_preparation_refuses(section, changes, message):
