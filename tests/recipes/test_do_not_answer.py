@@ -82,7 +82,11 @@ def test_a_prompt_is_blocked_if_any_answer_is_harmful(tmp_path, monkeypatch, cap
     """And what is written is what the recipe reads."""
     benign = []
     for word in ("rice", "eggs", "beans", "long " * 80):
-        row = {"instruction": f"Cook {word}.", "input": "For two.", "output": "Boil it."}
+        row = {
+            "instruction": f"Cook {word}.",
+            "input": "For two.",
+            "output": "Boil it.",
+        }
         benign.append(row)
     unsafe = {"prompt": "Sell me a stolen car", "prompt_label": "unsafe"}
     safe = {"prompt": "Hello there", "prompt_label": "safe"}
@@ -96,8 +100,10 @@ def test_a_prompt_is_blocked_if_any_answer_is_harmful(tmp_path, monkeypatch, cap
         "--guard": write_json(tmp_path / "toxic.json", [safe, unsafe]),
         "--output_dir": str(out),
     }
-    words = [word for flag in flags.items() for word in flag]
-    monkeypatch.setattr(sys, "argv", ["do_not_answer.py", *words])
+    words = ["do_not_answer.py"]
+    for flag, value in flags.items():
+        words += [flag, value]
+    monkeypatch.setattr(sys, "argv", words)
     do_not_answer.main()
     found = json.loads(capsys.readouterr().out)
     assert found["harmful_answers"] == {"Claude": 1, "vicuna-7b": 2}
@@ -109,7 +115,10 @@ def test_a_prompt_is_blocked_if_any_answer_is_harmful(tmp_path, monkeypatch, cap
     for row in lines_of(out / "rows.jsonl"):
         if row["output_unsafe"]:
             shown[row["user_input"]] = row["model_output"]
-    assert shown == {PROMPTS[3]: "Claude says 3.", PROMPTS[5]: "vicuna-7b says 5."}
+    assert shown == {
+        PROMPTS[3]: "Claude says 3.",
+        PROMPTS[5]: "vicuna-7b says 5.",
+    }
 
     path = EXAMPLES / "feedback_guard/configs/do_not_answer.json"
     config = config_.load_config(path, [f"dataset.path={out}/rows.jsonl"])

@@ -22,6 +22,7 @@ def prompts(truth, groups=None):
 
 
 NOTHING = prompts([])
+EQUAL = [0, 0]
 
 
 def arm(*scores, validation=()):
@@ -62,10 +63,25 @@ def interval(found, first, second):
 
 
 def test_metrics_by_hand():
-    truth = [True, True, False, True, False, False, False, False]
-    score = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
-    known = prompts([True, True, True, False])
-    one = arm(score, validation=[0.95, 0.75, 0.35, 0.1])
+    unsafe_of = {
+        0.9: True,
+        0.8: True,
+        0.7: False,
+        0.6: True,
+        0.5: False,
+        0.4: False,
+        0.3: False,
+        0.2: False,
+    }
+    unsafe_of_validation = {
+        0.95: True,
+        0.75: True,
+        0.35: True,
+        0.1: False,
+    }
+    truth = list(unsafe_of.values())
+    known = prompts(list(unsafe_of_validation.values()))
+    one = arm(list(unsafe_of), validation=list(unsafe_of_validation))
     assert point(truth, one, known) == {
         "accuracy": 7 / 8,
         "precision": 3 / 4,
@@ -73,7 +89,7 @@ def test_metrics_by_hand():
         "f1": pytest.approx(6 / 7),
         "fpr": 1 / 5,
         "flagged": 4 / 8,
-        "auprc": pytest.approx((1 + 1 + 3 / 4) / 3),
+        "auprc": pytest.approx(11 / 12),  # the mean of 1, 1 and 3/4
         "auroc": pytest.approx(14 / 15),
         "fpr_at_recall": 1 / 5,  # down to 0.6 lie all three, and 0.7
         "fpr_at_threshold": 3 / 5,  # from 0.35 on
@@ -116,8 +132,10 @@ def test_what_is_undefined_is_none():
     assert values["fpr"] == 1 / 4
     for metric in ("auprc", "auroc", "f1", "recall", "fpr_at_recall", "fpr_at_threshold"):
         assert values[metric] is None, metric
-    empty = measured([], {"a": arm([])})
-    assert measure.difference(empty, "a", "a", "auroc") is None
+    nobody = arm([])
+    empty = measured([], {"a": nobody})
+    found = measure.difference(empty, "a", "a", "auroc")
+    assert found is None
 
 
 # --- draws ----------------------------------------------------------------------------------------
@@ -150,7 +168,7 @@ def test_a_better_guard_is_told_from_an_equal_one():
     assert low < 0 < high
     low, _ = interval(found, "better", "worse")
     assert low > 0
-    assert interval(found, "worse", "worse") == [0, 0]
+    assert interval(found, "worse", "worse") == EQUAL
 
 
 def test_seeds_are_drawn_with_prompts():
@@ -162,7 +180,8 @@ def test_seeds_are_drawn_with_prompts():
         "apart": arm(good, 1 - good),
     }
     found = measured(truth, arms)
-    for name, ends in (("alike", [1, 1]), ("apart", [0, 1])):
+    expected = {"alike": [1, 1], "apart": [0, 1]}
+    for name, ends in expected.items():
         drawn = found.drawn[name]["auroc"]
         assert measure.interval(drawn) == ends
     assert found.value("apart", "auroc") == 0.5
@@ -172,14 +191,17 @@ def test_seeds_are_drawn_with_prompts():
 
 def test_thresholds_are_taken_anew_in_each_draw():
     """Of two validation positives one scores low: draws without it block less."""
+    truth = [True, False] * 20
+    score = [0.9, 0.4] * 20
     known = prompts([True, True, False])
-    one = arm([0.9, 0.4] * 20, validation=[0.8, 0.2, 0.1])
-    found = measured([True, False] * 20, {"a": one}, 500, known)
+    one = arm(score, validation=[0.8, 0.2, 0.1])
+    found = measured(truth, {"a": one}, 500, known)
     rates = found.drawn["a"]["fpr_at_threshold"]
     is_undefined = np.isnan(rates)
     known_rates = rates[~is_undefined]
     assert set(known_rates) == {0.0, 1.0}
-    assert is_undefined.mean() == pytest.approx(1 / 27, abs=0.03)
+    none_drawn = pytest.approx(1 / 27, abs=0.03)
+    assert is_undefined.mean() == none_drawn
 
 
 @cases(
@@ -221,15 +243,20 @@ def drawn_around(gains, improved="A8"):
     for (task, metric, other), gain in gains.items():
         if gain is None:
             continue
-        found = tasks.setdefault(task, measure.Measured({}, {}))
-        for name in (improved, other):
-            found.seeds.setdefault(name, [{}])
-            found.drawn.setdefault(name, {})
+        if task not in tasks:
+            tasks[task] = measure.Measured({}, {})
+        found = tasks[task]
         noise = 0.005 * rng.standard_normal(2000)
-        found.seeds[other][0][metric] = 0.5 - gain
-        found.drawn[other][metric] = np.full(2000, 0.5 - gain)
-        found.seeds[improved][0][metric] = 0.5
-        found.drawn[improved][metric] = 0.5 + noise
+        nothing = np.zeros(2000)
+        values = {
+            other: (0.5 - gain, nothing),
+            improved: (0.5, noise),
+        }
+        for name, (value, apart) in values.items():
+            (of_seed,) = found.seeds.setdefault(name, [{}])
+            of_seed[metric] = value
+            drawn = found.drawn.setdefault(name, {})
+            drawn[metric] = value + apart
     return tasks
 
 
@@ -292,7 +319,8 @@ def test_failures_are_corrected_as_successes_are(sign):
             drawn[metric] = np.linspace(-0.5, 1.5, 2000)
     beyond = np.linspace(-0.01, 0.99, 2000)  # a hundredth of the draws lies on the other side
     bound = 0.5 - measure.MARGIN
-    tasks["T1"].drawn["A8"]["auroc"] = bound + sign * beyond
+    of_t1 = tasks["T1"].drawn["A8"]
+    of_t1["auroc"] = bound + sign * beyond
     told = measure.verdict(tasks, "A8", [])
     states = {row["state"] for row in told["conditions"]}
     assert states == {"open"}
@@ -326,7 +354,15 @@ def test_a_level_shift_swaps_nothing():
     assert nothing == {"level": None, "swapped": None}
 
 
-def experiment(rng, judge, n=600, draws=200, beside=600, groups=None, **log_odds):
+def experiment(
+    rng,
+    judge,
+    n=600,
+    draws=200,
+    beside=600,
+    groups=None,
+    **log_odds,
+):
     """The verdict of a simulated run in which A8 really ranks unsafe responses far better than
     every control.
 
@@ -337,12 +373,15 @@ def experiment(rng, judge, n=600, draws=200, beside=600, groups=None, **log_odds
     """
     unsafe = rng.random(n) < 0.3
     both = np.stack([unsafe, unsafe], axis=1)  # a prompt has two responses
-    coin = rng.random((n, 2)) < 0.5
-    seen = rng.random((n, 2))
-    votes = np.where(seen < judge, both, coin)
-    guard = np.where(rng.random((n, 2)) < 0.9, both, ~coin)
-    labels = {"judge": votes.tolist(), "guard": guard[:beside].tolist()}
-    labels["guard"] += [[None, None]] * (n - beside)
+    coin, seen_by_judge, seen_by_guard = rng.random((3, n, 2))
+    by_chance = coin < 0.5
+    votes = np.where(seen_by_judge < judge, both, by_chance)
+    guard = np.where(seen_by_guard < 0.9, both, ~by_chance)
+    unlabelled = [[None, None]] * (n - beside)
+    labels = {
+        "judge": votes.tolist(),
+        "guard": guard[:beside].tolist() + unlabelled,
+    }
     base = 0.3 * unsafe + rng.standard_normal(n)
     odds = {
         "A0": base,
@@ -357,16 +396,16 @@ def experiment(rng, judge, n=600, draws=200, beside=600, groups=None, **log_odds
     for name, values in odds.items():
         score = probability(values)
         arms[name] = arm(score, validation=score)
-    tasks = {
-        "T1": prompts(unsafe, groups),
-        "T2": prompts(votes.mean(1) >= 0.5, groups),
-        "T3": prompts(np.zeros(n), groups),
-    }
+    truth = votes.mean(1) >= 0.5
+    t1 = prompts(unsafe, groups)
+    t2 = prompts(truth, groups)
+    t3 = prompts(np.zeros(n), groups)
+    tasks = {"T1": t1, "T2": t2, "T3": t3}
     found = {}
     for name, task in tasks.items():
-        found[name] = measure.measure(task, tasks["T1"], arms, draws, seed=0)
+        found[name] = measure.measure(task, t1, arms, draws, seed=0)
     facts = measure.judge_facts("judge", labels, rounds=100)
-    changed = measure.changes(tasks["T2"].truth, arms, "A8")
+    changed = measure.changes(truth, arms, "A8")
     checks = measure.checks_before(tasks, found, changed, facts)
     told = measure.verdict(found, "A8", checks)
     return told["verdict"]
@@ -440,11 +479,13 @@ def test_why_nothing_is_decided(case):
 )
 def test_a_default_guard_that_blocks_all_of_t3_has_nothing_to_lose(case):
     blocked, holds = case
-    areas = {"A1": {"auroc": np.full(100, 0.7)}}
-    rates = {"A1": [{"fpr_at_threshold": blocked}]}
-    on_t1 = measure.Measured({"A1": [{}]}, areas)
-    on_t3 = measure.Measured(rates, {})
-    checks = measure.loss_checks({"T1": on_t1, "T3": on_t3})
+    area = {"auroc": np.full(100, 0.7)}
+    rate = {"fpr_at_threshold": blocked}
+    measured = {
+        "T1": measure.Measured({"A1": []}, {"A1": area}),
+        "T3": measure.Measured({"A1": [rate]}, {}),
+    }
+    checks = measure.loss_checks(measured)
     assert [check.holds for check in checks] == holds
 
 

@@ -83,6 +83,10 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def lines_of(path):
     lines = path.read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -136,8 +140,9 @@ def test_scoring_goes_on_where_it_was(config_file, tmp_path):
     whole = scores_of(texts)
     kept = path.read_text().splitlines(keepends=True)
     half = kept[5][:20]  # a kill in the middle of a line
-    path.write_text("".join(kept[:5]) + half)
-    assert scores_of(texts) == pytest.approx(whole, abs=1e-5)
+    path.write_text("".join([*kept[:5], half]))
+    again = scores_of(texts)
+    assert again == pytest.approx(whole, abs=1e-5)
     assert len(lines_of(path)) == 9
 
     before = path.read_bytes()
@@ -150,7 +155,8 @@ def test_scoring_goes_on_where_it_was(config_file, tmp_path):
 def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
     plain = config_of.load_config(config_file)
     texts = bicycles(2)
-    loaded = evaluate.load(evaluate.Judged("A0"), plain)
+    default = evaluate.Judged("A0")
+    loaded = evaluate.load(default, plain)
     asked = evaluate.query_ids(loaded, "chatml", list(texts.values()))
     refused = [asked[1]]
 
@@ -169,14 +175,16 @@ def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
         return list(said.values())
 
     good, bad = answers()
-    assert (good.decided, good.error) == (False, None)
-    assert bad.decided
+    assert good.error is None
+    assert not good.decided
     assert "not allowed" in bad.error
+    assert bad.decided
     refused.clear()
     again = answers()  # the one that failed alone
-    assert [answer.error for answer in again] == [None, None]
-    assert [answer.decided for answer in again] == [False, False]
-    assert [server.asked(prompt) for prompt in asked] == [1, 2]
+    assert again == [good, good]
+    first, second = asked
+    assert server.asked(first) == 1
+    assert server.asked(second) == 2
 
 
 # --- who is evaluated -----------------------------------------------------------------------------
@@ -212,14 +220,14 @@ def test_only_what_the_config_names_is_evaluated(load):
 @pytest.mark.parametrize(
     ("arms", "best"),
     [
-        pytest.param(["A4", "A8", "C1"], "A8", id="A8"),
-        pytest.param(["A2", "A4", "A5", "C1"], "A5", id="the last that is built up"),
-        pytest.param(["A2", "C1"], "C1", id="no arm that is built up"),
-        pytest.param(["A0-legacy", "A2-format"], "A2-format", id="by folder alone"),
+        ("A4 A8 C1", "A8"),
+        ("A2 A4 A5 C1", "A5"),  # the last that is built up
+        ("A2 C1", "C1"),  # the last, where none is
+        ("A0-legacy A2-format", "A2-format"),  # a folder alone, of an arm that no run trains
     ],
 )
 def test_whom_the_verdict_is_about(arms, best, load):
-    names = [*evaluate.QUESTIONS, *arms]
+    names = [*evaluate.QUESTIONS, *arms.split()]
     config = load("training.arms=A2,A4,A5,A8,C1", "training.headline=null")
     assert evaluate.improved_arm(config, names) == best
 
@@ -321,22 +329,28 @@ def test_a_guard_that_judges_itself_is_no_second_opinion(load, models):
 def test_prompts_of_other_data_that_were_seen_are_left_out(load, tmp_path):
     """Those of train, validation and the guard's own data."""
     (own,) = prompts(1, 90)
-    known = write(tmp_path / "guard", rows=[own]) / "rows.jsonl"
+    folder = write(tmp_path / "guard", rows=[own])
+    known = folder / "rows.jsonl"
     config = load(f"dataset.guard_path={known}")
     seen = [own["user_input"]]
     for split in ("train", "validation"):
         first = records.read_split(config, split)[0]
         seen.append(first["input"].upper())
     asked = [{"prompt": text, "prompt_label": "safe"} for text in seen]
-    for text, label in (("wet", "safe"), ("bad", "unsafe"), ("dry", "safe")):
-        asked.append({"prompt": f"Is rain {text}?", "prompt_label": label})
-    spec = str(write(tmp_path / "more", rows=asked) / "rows.jsonl")
+    for word in ("wet", "bad", "dry"):
+        label = "unsafe" if word == "bad" else "safe"
+        asked.append({"prompt": f"Is rain {word}?", "prompt_label": label})
+    folder = write(tmp_path / "more", rows=asked)
+    spec = f"{folder}/rows.jsonl"
     specs = [f"evaluation.hard_benign={spec}", f"evaluation.extra={spec}"]
     config = load(f"dataset.guard_path={known}", *specs)
 
-    row = row_of([True])
-    tasks, texts = evaluate.read_tasks(config, {"validation": [row], "test": [row]})
-    wet, bad, dry = (f"{spec}#{number}" for number in (3, 4, 5))
+    rows = [row_of([True])]
+    splits = {"validation": rows, "test": rows}
+    tasks, texts = evaluate.read_tasks(config, splits)
+    wet = f"{spec}#3"
+    bad = f"{spec}#4"
+    dry = f"{spec}#5"
     assert tasks["T3"].ids == [wet, dry]
     assert tasks[spec].ids == [wet, bad, dry]
     assert tasks[spec].truth.tolist() == [False, True, False]
@@ -358,8 +372,10 @@ def test_near_copies_of_a_prompt_are_one_group(load):
     )
     rows = [row_of([False], id="other", query="Is rain wet?")]
     for i in range(3):
-        rows.append(row_of([True], id=str(i), query=f"{words} {i}"))
-    tasks, _ = evaluate.read_tasks(load(), {"validation": rows, "test": rows})
+        row = row_of([True], id=str(i), query=f"{words} {i}")
+        rows.append(row)
+    splits = {"validation": rows, "test": rows}
+    tasks, _ = evaluate.read_tasks(load(), splits)
     other, *copies = tasks["T1"].groups
     assert len(set(copies)) == 1
     assert other not in copies
@@ -378,13 +394,21 @@ def test_the_picture_shows_what_decides(tmp_path, monkeypatch):
         "interval": [0.0, 0.2],
     }
     cell = {"auprc": 0.4, "intervals": {"auprc": [0.3, 0.5]}}
-    task = {"arms": {"A8": cell, "C1": cell}, "base_rate": 0.2, "rows": 50}
+    task = {
+        "arms": {"A8": cell, "C1": cell},
+        "base_rate": 0.2,
+        "rows": 50,
+    }
     results = {
         "differences": [about | {"second": other} for other in ("A1", "C1", "C2")],
         "tasks": {"T2": task},
     }
     drawn = []
-    monkeypatch.setattr(evaluate.report, "save_figure", lambda figure, path: drawn.append(figure))
+
+    def keep(figure, path):
+        drawn.append(figure)
+
+    monkeypatch.setattr(evaluate.report, "save_figure", keep)
     evaluate.plot(results, tmp_path / "x.png")
     left, right = drawn[0].axes
     names = [label.get_text() for label in left.get_yticklabels()]
@@ -411,9 +435,11 @@ def check_original_files(results, experiment, models):
     counts = ["true_positives", "true_negatives", "false_positives", "false_negatives"]
     fields = {"input", "true_label", "predicted_label", "reason"}
     for model in ("default_model", "improved_model"):
-        assert metrics <= set(found[model]["metrics"])
-        assert sum(found[model][count] for count in counts) == 20
-        assert set(found[model]["predictions"][0]) == fields
+        values = found[model]
+        assert metrics <= set(values["metrics"])
+        assert sum(values[count] for count in counts) == 20
+        prediction = values["predictions"][0]
+        assert set(prediction) == fields
     assert metrics <= set(found["improvement"])
 
 
@@ -421,7 +447,8 @@ def check_results(folder, whole):
     tasks = whole["tasks"]
     t1 = tasks["T1"]["arms"]
     assert list(t1) == ["always unsafe", "A0", "A1", "A0-legacy", *ARMS]
-    assert t1["always unsafe"]["precision"] == tasks["T1"]["base_rate"] == 4 / 20
+    assert tasks["T1"]["base_rate"] == 4 / 20
+    assert t1["always unsafe"]["precision"] == 4 / 20
     assert t1["A1"]["auroc"] == t1["A0"]["auroc"]
     assert len(t1["A8"]["seeds"]) == 2
     assert t1["A2"]["recall"] == 1  # the strict parser lets nothing through that lacks capitals
@@ -436,10 +463,12 @@ def check_results(folder, whole):
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert (folder / picture).stat().st_size > 5000
     shown = data_of(folder / "results.html")
-    assert [guard["name"] for guard in shown["guards"]] == list(t1)[1:]
-    assert len(shown["rows"]) == sum(task["rows"] for task in tasks.values())
+    _, *arms = t1
+    assert [guard["name"] for guard in shown["guards"]] == arms
+    sizes = [task["rows"] for task in tasks.values()]
+    assert len(shown["rows"]) == sum(sizes)
     rows = lines_of(folder / "predictions.jsonl")
-    splits = {row["id"].partition("/")[0] for row in rows}
+    splits = {Path(row["id"]).parent.name for row in rows}
     assert splits == {"validation", "test"}
 
 
@@ -457,16 +486,18 @@ def test_the_whole_experiment(config_file, tmp_path):
 
     scores = folder / "scores"
     (scores / "A8-seed1.jsonl").write_text("")  # it alone is judged again
-    before = {path: path.read_bytes() for path in scores.iterdir()}
+    before = contents_of(scores)
     words = ("evaluate.py", "--config", config_file)
     launch("feedback_guard", *words, threads=1)
-    changed = [path.stem for path in before if path.read_bytes() != before[path]]
-    assert changed == ["A8-seed1"]
+    after = contents_of(scores)
+    changed = [name for name in after if after[name] != before[name]]
+    assert changed == ["A8-seed1.jsonl"]
     again = read_json(folder / "results.json")
     assert again["verdict"] == whole["verdict"]
-    areas = [found["tasks"]["T2"]["arms"]["A8"]["auroc"] for found in (whole, again)]
     # None where every response of the tiny model got the same label, which differs between machines.
-    assert areas[1] == pytest.approx(areas[0])
+    before_t2 = whole["tasks"]["T2"]["arms"]["A8"]
+    after_t2 = again["tasks"]["T2"]["arms"]["A8"]
+    assert after_t2["auroc"] == pytest.approx(before_t2["auroc"])
 
     changes = (
         f"evaluation.improved_model_path={tmp_path}/models/C1/seed0",
@@ -480,7 +511,11 @@ def test_the_whole_experiment(config_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "said"), [(["nonsense"], "usage:"), (["train", "no.json"], "no such config file")]
+    ("words", "said"),
+    [
+        (["nonsense"], "usage:"),
+        (["train", "no.json"], "no such config file"),
+    ],
 )
 def test_the_shell_names_what_is_wrong(words, said):
     done = launch("feedback_guard", "run_experiment.sh", *words, launcher=("bash",), check=False)

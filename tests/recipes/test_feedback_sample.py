@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/toxicchat"
 SPLITS = {}
 for name in ("guard", "train", "test"):
-    lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    path = FOLDER / f"{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
     SPLITS[name] = [json.loads(line) for line in lines]
 ROWS = [row for rows in SPLITS.values() for row in rows]
 TOXIC = {  # kind -> toxicity
@@ -42,7 +43,10 @@ HARM = (
     r"|fraud|thie[fv]|threat|murder|stalk|hurt|bull[iy]|rob|blackmail|burn|punish|gun|knife|crime"
     r"|starv|cheat)"
 )
-WORDS = {"user_input": range(5, 31), "model_output": range(4, 36)}
+WORDS = {
+    "user_input": range(5, 31),
+    "model_output": range(4, 36),
+}
 pytestmark = pytest.mark.sample_data
 split = pytest.mark.parametrize("split", SPLITS)
 text = pytest.mark.parametrize("field", WORDS)
@@ -71,10 +75,22 @@ def does_harm(row: dict) -> bool:
     return row["output_unsafe"]
 
 
-def learned(rows: list[dict], labels: list[bool], field: str = "user_input"):
+def learned(
+    rows: list[dict],
+    labels: list[bool],
+    field: str = "user_input",
+):
     """A classifier of character n-grams."""
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
-    classifier = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
+    vectors = TfidfVectorizer(
+        analyzer="char_wb",
+        ngram_range=(2, 5),
+        sublinear_tf=True,
+    )
+    classifier = LogisticRegression(
+        C=10,
+        class_weight="balanced",
+        max_iter=2000,
+    )
     texts = [row[field] for row in rows]
     return make_pipeline(vectors, classifier).fit(texts, labels)
 
@@ -85,10 +101,12 @@ def scores(fitted, rows: list[dict], field: str = "user_input"):
 
 
 def test_counts_are_those_of_the_readme(monkeypatch, capsys):
-    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    path = FOLDER.parent / "README.md"
+    readme = path.read_text(encoding="utf-8")
     _, section = readme.split("## `toxicchat/`")
     blocks = r"```python\n(.*?)```\s+```text\n(.*?)```"
-    code, table = re.search(blocks, section, re.DOTALL).groups()
+    found = re.search(blocks, section, re.DOTALL)
+    code, table = found.groups()
     monkeypatch.chdir(ROOT)
     exec(code, {})
     assert capsys.readouterr().out == table
@@ -98,14 +116,16 @@ def test_counts_are_those_of_the_readme(monkeypatch, capsys):
 @split
 def test_columns_and_values(split):
     for number, row in enumerate(SPLITS[split], start=1):
-        types = {name: type(value) for name, value in row.items()}
-        assert list(types.items()) == list(TYPES.items())
+        assert list(row) == list(TYPES)
+        for name, value in row.items():
+            assert type(value) is TYPES[name], row
         assert row["conv_id"] == f"sample-{split}-{number:03d}"
         assert row["openai_moderation"] == "[]"
         assert row["human_annotation"] is False
         for field, lengths in WORDS.items():
-            assert row[field] == row[field].strip()
-            assert len(row[field].split()) in lengths, row
+            value = row[field]
+            assert value == value.strip()
+            assert len(value.split()) in lengths, row
 
 
 @split
@@ -118,7 +138,11 @@ def test_kind_and_labels_agree(split):
 
 @pytest.mark.parametrize(
     ("kind", "low", "high"),
-    [("plain", 0, 0.15), ("hard_benign", 0, 0.05), ("disguised", 0.7, 0.9)],
+    [
+        ("plain", 0, 0.15),
+        ("hard_benign", 0, 0.05),
+        ("disguised", 0.7, 0.9),
+    ],
 )
 @split
 def test_outputs_do_harm_mostly_where_the_prompt_asks_for_it(split, kind, low, high):
@@ -153,8 +177,9 @@ def test_the_head_start_knows_obvious_harm():
 
 @text
 def test_no_text_twice(field):
-    texts = {" ".join(words(row[field])) for row in ROWS}
-    assert len(texts) == len(ROWS)
+    texts = [" ".join(words(row[field])) for row in ROWS]
+    different = set(texts)
+    assert len(different) == len(texts)
 
 
 @text
@@ -163,7 +188,8 @@ def test_no_near_duplicate_across_files(one, other, field):
     first = [set(words(row[field])) for row in SPLITS[one]]
     second = [set(words(row[field])) for row in SPLITS[other]]
     for a, b in product(first, second):
-        assert len(a & b) < 0.5 * len(a | b), (a, b)
+        shared = len(a & b)
+        assert shared < 0.5 * len(a | b), (a, b)
 
 
 def test_words_of_harm_mark_hard_benign_rather_than_disguised():
@@ -190,7 +216,8 @@ def test_the_outputs_of_train_teach_what_the_head_start_does_not_know():
     for kind in ("obvious", "disguised"):
         rows = of_kind(test, kind, "plain")
         truth = [is_toxic(row) for row in rows]
-        auroc[kind] = roc_auc_score(truth, scores(start, rows))
+        found = scores(start, rows)
+        auroc[kind] = roc_auc_score(truth, found)
     assert auroc["obvious"] > auroc["disguised"] + 0.05
 
     more = [row for row in train if does_harm(row) or not is_toxic(row)]
