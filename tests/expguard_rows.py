@@ -1,11 +1,9 @@
 """What the tests of examples/expguard share: the paper's prompt, a tokenizer that knows it, rows."""
 
-import json
 import random
-from pathlib import Path
 
+from families import byte_level_backend
 from scripts import module
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 rows_ = module("expguard", "rows")
@@ -39,51 +37,32 @@ def prompt_tokenizer() -> FastTokenizer:
     """Byte-level BPE that has learned the prompt, so that rows are short; without pad and BOS, like
     many a base.
     """
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    lines = [
-        golden("", ""),
-        golden(""),
-        rows_.target_text(True, False),
-        rows_.target_text(False, True),
-    ]
-    backend.train_from_iterator(lines * 3, trainer)
+    lines = [golden("", ""), golden("")]
+    lines += [rows_.target_text(True, False), rows_.target_text(False, True)]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = byte_level_backend(lines * 3, 700, specials)
     return FastTokenizer(tokenizer_object=backend, eos_token="<|endoftext|>")
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def authored(count: int, seed: int = 0) -> list[dict]:
     """Mild rows in ExpGuard's columns: half with a response, labels that two words tell."""
-    rng, out = random.Random(seed), []
+    rng = random.Random(seed)
+    out = []
     for i in range(count):
-        bad, answered = i % 2 == 0, i % 4 >= 2
+        bad = i % 2 == 0
+        answered = i % 4 >= 2
         worse = answered and i % 8 >= 5
-        words = f"{i} {'Criminal Fraud' if bad else 'helpful assistant'} {'message ' * rng.randrange(6)}"
-        response = (
-            f"{'Illegal Deception' if worse else 'Professional Advice'} {i}" if answered else None
-        )
-        out.append(
-            {
-                "prompt": words,
-                "response": response,
-                "prompt_label": ("safe", "unsafe")[bad],
-                "response_label": ("safe", "unsafe")[worse] if answered else None,
-                "domain": ("finance", "healthcare", "law")[i % 3],
-                "scenario": "none",
-            }
-        )
+        subject = "Criminal Fraud" if bad else "helpful assistant"
+        row = {
+            "prompt": f"{i} {subject} {'message ' * rng.randrange(6)}",
+            "response": None,
+            "prompt_label": ("safe", "unsafe")[bad],
+            "response_label": None,
+            "domain": ("finance", "healthcare", "law")[i % 3],
+            "scenario": "none",
+        }
+        if answered:
+            row["response"] = f"{'Illegal Deception' if worse else 'Professional Advice'} {i}"
+            row["response_label"] = ("safe", "unsafe")[worse]
+        out.append(row)
     return out

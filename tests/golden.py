@@ -9,7 +9,7 @@ one after the other, on one thread of the CPU; nothing is written to ROOT. Input
 clone of this file, so that they are the same for every ROOT.
 
 With a tolerance numbers may differ by so much (relative to the greater one, if that is above 1),
-and checksums are not compared. tests/golden.json is a record to compare with.
+and checksums are not compared.
 """
 
 import argparse
@@ -31,8 +31,8 @@ os.environ["PYTHONHASHSEED"] = "0"  # PEFT writes sets
 import families
 import feedback_rows
 import torch
+from checks import read_rows, write_rows
 from golden_digest import checksum, differences, files, folder_digest, text_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -154,10 +154,10 @@ def make_inputs() -> None:
     for name, count in (("train", 48), ("validation", 24), ("test", 24)):
         cut(f"beavertails/{name}.jsonl", f"data/pairs-{name}.jsonl", count)
         cut(f"expguard/{name}.jsonl", f"data/expert-{name}.jsonl", count)
-        rows = [labelled(row) for row in read_lines(f"data/pairs-{name}.jsonl")]
-        write_lines(f"data/labelled-{name}.jsonl", rows)
-    rows = [{"prompt": row["prompt"]} for row in read_lines("data/pairs-test.jsonl")[::4]]
-    write_lines("data/prompts.jsonl", rows)
+        rows = [labelled(row) for row in read_rows(Path(f"data/pairs-{name}.jsonl"))]
+        write_rows(Path(f"data/labelled-{name}.jsonl"), rows)
+    rows = [{"prompt": row["prompt"]} for row in read_rows(Path("data/pairs-test.jsonl"))[::4]]
+    write_rows(Path("data/prompts.jsonl"), rows)
     judged = json.loads((SAMPLE / "beavertails/evaluation.json").read_text())
     Path("data/evaluation.json").write_text(json.dumps(judged[:24]))
     safety = json.loads((SAMPLE / "cross_task_defense/safety.json").read_text())
@@ -171,9 +171,8 @@ def make_inputs() -> None:
 
 def cut(name: str, path: str, count: int) -> None:
     """So many rows of a file of the sample, evenly spaced."""
-    lines = (SAMPLE / name).read_text(encoding="utf-8").splitlines(keepends=True)
-    chosen = [lines[i * len(lines) // count] for i in range(count)]
-    Path(path).write_text("".join(chosen), encoding="utf-8")
+    rows = read_rows(SAMPLE / name)
+    write_rows(Path(path), [rows[i * len(rows) // count] for i in range(count)])
 
 
 def labelled(row: dict) -> dict:
@@ -184,40 +183,18 @@ def labelled(row: dict) -> dict:
     return {"prompt": row["prompt"], "response": row["response"]} | labels
 
 
-def read_lines(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def write_lines(path: str, rows: list[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def make_base(folder: Path) -> None:
     """A random chat model of hidden size 32 whose tokenizer has learned the sample's English."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     text = (SAMPLE / "expguard/train.jsonl").read_text(encoding="utf-8")
     words = "safe unsafe Safe Unsafe SAFE UNSAFE\nsafe\nunsafe\n"
-    backend.train_from_iterator([text, *[words] * 20], trainer)
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = families.byte_level_backend([text, *[words] * 20], 1500, specials)
     roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     tokenizer = FastTokenizer(tokenizer_object=backend, **roles)
     tokenizer.chat_template = CHAT_TEMPLATE
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-    shape |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id")}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        **shape,
-    )
+    shape = families.SHAPE | families.special_ids(tokenizer)
+    shape |= {"num_hidden_layers": 3, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

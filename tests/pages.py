@@ -1,25 +1,41 @@
-"""Opens a results.html in a browser and reads it."""
+"""Opens pages in a browser, and reads a results.html."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page
 
 
 @contextmanager
-def opened(browser: Browser, path: Path) -> Iterator[Page]:
-    """A page that may ask for nothing but the file itself, and in which nothing may fail."""
+def page_at(
+    browser: Browser, address: str, script: str = "", may_fail: bool = False
+) -> Iterator[Page]:
+    """A page that may ask nobody but its own address, and in which nothing may fail.
+
+    Args:
+        script: runs in the page before anything else.
+        may_fail: errors in the page's own scripts are somebody else's.
+    """
     page = browser.new_page()
-    page.set_default_timeout(20_000)
-    asked, faults = [], []
+    page.set_default_timeout(30_000)
+    if script:
+        page.add_init_script(script)
+    asked = []
+    faults = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(path.as_uri())
+    page.goto(address)
     yield page
-    assert asked == [path.as_uri()], "the page asked for something else"
-    assert not faults
+    own = (address, "data:", "blob:")
+    assert not [url for url in asked if not url.startswith(own)], "the page asked somebody else"
+    assert may_fail or not faults
     page.close()
+
+
+def opened(browser: Browser, path: Path) -> AbstractContextManager[Page]:
+    """A file."""
+    return page_at(browser, path.as_uri())
 
 
 def score(page: Page, name: str) -> float:

@@ -200,6 +200,23 @@ def end(process) -> None:
             process.wait()
 
 
+def wait_until_written(path: Path, process, seconds: float = 300) -> None:
+    """Until a running process has written something to a file."""
+    deadline = time.monotonic() + seconds
+    while not (path.is_file() and path.stat().st_size):
+        assert process.poll() is None, f"it ended without {path}"
+        assert time.monotonic() < deadline, f"no {path} appeared"
+        time.sleep(0.01)
+
+
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The one line with which a command stops at a mistake of the user: exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    return line
+
+
 def ranks(processes: int) -> list[dict[str, str]]:
     """The environment that torchrun gives to each of several processes on one machine."""
     with socket.socket() as free:

@@ -1,13 +1,11 @@
 """--augment of the recipes that train classifiers: copies of the training rows alone, counted."""
 
-import json
 import sys
 
 import pytest
 from bases import BASES
+from checks import read_json, user_error
 from scripts import module
-
-from common.conversation import UserError
 
 TRAIN = "beavertails-sample:train"
 FLAGS = {  # what the two recipes call the same
@@ -35,12 +33,12 @@ def train(recipe, monkeypatch, base, out, *more) -> None:
 def test_copies_are_trained_on_and_counted(recipe, tmp_path, monkeypatch):
     base, out = BASES["qwen2"](tmp_path / "base"), tmp_path / "out"
     train(recipe, monkeypatch, base, out, "--augment", "leetspeak", "base64")
-    run = json.loads((out / "run.json").read_text())
+    run = read_json(out / "run.json")
     if recipe == "moderation":
         data = run["data"]
         total = data["train_rows"]
     else:
-        data = json.loads((out / "best/guard.json").read_text())["data"]
+        data = read_json(out / "best/guard.json")["data"]
         total = data["pair"]["rows"]
         assert run["data"]["augmented"] == data["augmented"]
     counts = data["augmented"]["leetspeak"]
@@ -51,5 +49,5 @@ def test_copies_are_trained_on_and_counted(recipe, tmp_path, monkeypatch):
 
 @each_recipe
 def test_an_unknown_name_is_refused_before_anything_is_loaded(recipe, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"^--augment rot13: expected some of homoglyph"):
+    with user_error(r"^--augment rot13: expected some of homoglyph"):
         train(recipe, monkeypatch, tmp_path / "none", tmp_path / "out", "--augment", "rot13")

@@ -1,13 +1,13 @@
 """bench: each starts from its folder, and two run on a tiny model."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import scripts
 import torch
+from checks import read_json
 from expguard_rows import prompt_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +66,7 @@ def test_a_bench_starts(name):
 )
 def test_ways_agree(name, flags, model, tmp_path):
     run_bench(name, "--model", model, *flags, "--output", tmp_path / "results.json")
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    results = read_json(tmp_path / "results.json")["results"]
     assert all(len(rounds) == 1 for rounds in results["seconds"].values())
 
 
@@ -80,7 +80,7 @@ def test_ways_agree(name, flags, model, tmp_path):
 def test_outputs_of_both_ways_are_equal(name, flags, model, tmp_path):
     """The exit code says so."""
     run_bench(name, "--model", model, "--rounds", 2, *flags, "--output", tmp_path / "results.json")
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    results = read_json(tmp_path / "results.json")["results"]
     assert results and all(result["equal"] for result in results.values())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import forkserver
 import pytest
 import scripts
+from checks import read_json
 from expguard_rows import prompt_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -82,7 +83,7 @@ def test_every_recipe_has_a_row(tmp_path):
     flags = ["--dry", "--python", python, "--tokenizer", tmp_path / "tokenizer"]
     done = scripts.run([sys.executable, "gpu.py", *flags, "--output", tmp_path / "out"], BENCH)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads((tmp_path / "out/results.json").read_text())
+    found = read_json(tmp_path / "out/results.json")
     rows = {row["step"]: row for row in found["rows"]}
     left_out = {name for name, row in rows.items() if row["status"] == "left out"}
     assert left_out == NOT_DRY
@@ -169,7 +170,7 @@ def test_the_runner_needs_python_alone(files, tmp_path):
     environment = {"PATH": os.environ["PATH"]}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "Traceback" not in done.stderr, done.stderr
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    rows = read_json(tmp_path / "results.json")["rows"]
     moderation = next(row for row in rows if row["step"] == "moderation")
     assert moderation["status"] == "missing"
     assert "not installed: torch, transformers" in moderation["reason"]

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from checks import change_card, read_json, user_error, write_rows
+from conftest import tiny_config
 from datasets import Dataset
-from expguard_rows import authored, golden, prompt_tokenizer, write_rows
+from expguard_rows import authored, golden, prompt_tokenizer
 from moderation_server import free_port
 from safetensors.torch import load_file
 from scripts import EXAMPLES, TORCHRUN, launch, module
@@ -19,17 +22,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from vllm_server import post, wait_for
 
 from common import prefix
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.engines import Decoding
 from common.run import parse_args
-from common.templates import encode, template_text
+from common.templates import encode
 from guards import load_guard
 from guards.card import GenerativeCard, write_card
 
@@ -54,14 +56,8 @@ def base(tokenizer, tmp_path_factory) -> Path:
 
 def tiny_base(folder: Path, tokenizer: FastTokenizer, hidden_size: int = 32) -> Path:
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_attention_heads": 4,
-    }
-    shape |= {"num_hidden_layers": 2, "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shape = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
+    LlamaForCausalLM(tiny_config(tokenizer, **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -74,6 +70,10 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(base, data, monkeypatch):
     """`run(output_dir, *flags)`: train.py in this process; its weights. Later flags win."""
+    return in_process(monkeypatch, base, data)
+
+
+def in_process(monkeypatch, base: Path, data: Path):
     # a checkpoint holds the arguments, pickled by that name
     monkeypatch.setitem(sys.modules, "arguments", arguments)
 
@@ -90,10 +90,6 @@ def run(base, data, monkeypatch):
 def parsed(monkeypatch, *words) -> tuple:
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     return parse_args([arguments.ModelArguments, arguments.DataArguments, arguments.ExpGuardConfig])
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -126,7 +122,7 @@ def test_a_guard_of_own_categories_is_judged_with_these(run, tokenizer, tmp_path
     flags = ["--max_steps", 2, "--disable_checkpointing"]
     run(folder, "--model_name_or_path", base, "--categories", names, *flags)
     policy = "S1: fraud: deceives to get money\nS2: spam"
-    card = read(folder / "guard.json")
+    card = read_json(folder / "guard.json")
     assert card["policy"] == policy
     assert card["probe"]
     assert "- S2: spam" in (folder / "README.md").read_text()
@@ -135,8 +131,8 @@ def test_a_guard_of_own_categories_is_judged_with_these(run, tokenizer, tmp_path
     prompt = "".join(part.text for part in guard.parts(messages))
     assert f"CATEGORIES>\n{policy}\n<END" in prompt
     assert guard.tokenizer.apply_chat_template(messages, tokenize=False) == prompt
-    (folder / "guard.json").write_text(json.dumps(card | {"policy": "S1: spam"}))
-    with pytest.raises(UserError, match="probe"):
+    change_card(folder, policy="S1: spam")
+    with user_error("probe"):
         load_guard(str(folder), progress=False)
 
 
@@ -182,82 +178,102 @@ def test_a_chat_server_writes_after_the_prompt_that_is_judged(tokenizer, tmp_pat
 # ------------------------------------------------------------------------------------------------ flags
 
 
-PAPERS_FLAGS = """--model_type qwen2.5-7b --cache_dir c --data_dir d/ --dataset_name expguardmix --num_workers 2
---max_seq_len 2048 --packing --per_device_train_batch_size 3 --per_device_eval_batch_size 5 --lr_scheduler_type linear
---gradient_accumulation_steps 7 --learning_rate 1e-5 --warmup_ratio 0.1 --weight_decay 0.2 --max_grad_norm 0.5 --bf16
---epochs 4 --logging_steps 0.2 --seed 1 --deterministic --use_4bit_quantization --use_8bit_quantization --use_peft_lora
---use_gradient_checkpointing --disable_checkpointing --do_train --do_eval --do_test --local_files_only --output_dir out
---wandb_mode disabled --attn_implementation eager --model_name_or_path somewhere"""
+# the paper's flag, the value that it is given, the field that reads it, and what that then holds
+MODEL_FLAGS = """
+    --model_type qwen2.5-7b             model_type                  qwen2.5-7b
+    --cache_dir c                       cache_dir                   c
+    --model_name_or_path somewhere      model_name_or_path          somewhere
+    --use_4bit_quantization             use_4bit_quantization       true
+    --use_8bit_quantization             use_8bit_quantization       true
+    --use_peft_lora                     use_peft_lora               true
+    --local_files_only                  local_files_only            true
+    --attn_implementation eager         attn_implementation         eager
+"""
+DATA_FLAGS = """
+    --data_dir d/                       data_dir                    d/
+    --dataset_name expguardmix          dataset_name                [expguardmix]
+"""
+TRAINING_FLAGS = """
+    --num_workers 2                     dataloader_num_workers      2
+    --max_seq_len 2048                  max_length                  2048
+    --packing                           packing                     true
+    --per_device_train_batch_size 3     per_device_train_batch_size 3
+    --per_device_eval_batch_size 5      per_device_eval_batch_size  5
+    --gradient_accumulation_steps 7     gradient_accumulation_steps 7
+    --lr_scheduler_type linear          lr_scheduler_type           linear
+    --learning_rate 1e-5                learning_rate               1.0e-5
+    --warmup_ratio 0.1                  warmup_steps                0.1
+    --weight_decay 0.2                  weight_decay                0.2
+    --max_grad_norm 0.5                 max_grad_norm               0.5
+    --epochs 4                          num_train_epochs            4
+    --logging_steps 0.2                 logging_steps               0.2
+    --seed 1                            seed                        1
+    --deterministic                     full_determinism            true
+    --use_gradient_checkpointing        gradient_checkpointing      true
+    --disable_checkpointing             save_strategy               "no"
+    --do_train                          do_train                    true
+    --do_eval                           do_eval                     true
+    --do_test                           do_test                     true
+    --wandb_mode disabled               report_to                   []
+    --output_dir out                    output_dir                  out
+"""
 
 
 def test_every_flag_of_the_papers_script_is_read(monkeypatch):
-    model, data, args = parsed(monkeypatch, *PAPERS_FLAGS.split())
-    wanted = {
-        "model_type": "qwen2.5-7b", "cache_dir": "c", "model_name_or_path": "somewhere", "use_4bit_quantization": True,
-        "use_8bit_quantization": True, "use_peft_lora": True, "local_files_only": True, "attn_implementation": "eager",
-    }  # fmt: skip
-    assert {name: getattr(model, name) for name in wanted} == wanted
-    assert (data.dataset_name, data.data_dir) == (["expguardmix"], "d/")
-    wanted = {
-        "dataloader_num_workers": 2, "max_length": 2048, "packing": True, "per_device_train_batch_size": 3, "seed": 1,
-        "per_device_eval_batch_size": 5, "gradient_accumulation_steps": 7, "lr_scheduler_type": "linear",
-        "learning_rate": 1e-5, "warmup_steps": 0.1, "weight_decay": 0.2, "max_grad_norm": 0.5, "num_train_epochs": 4,
-        "logging_steps": 0.2, "full_determinism": True, "gradient_checkpointing": True, "save_strategy": "no",
-        "do_train": True, "do_eval": True, "do_test": True, "report_to": [], "output_dir": "out",
-    }  # fmt: skip
-    assert {name: getattr(args, name) for name in wanted} == wanted
+    words = ["--bf16"]
+    expected = []
+    for table in (MODEL_FLAGS, DATA_FLAGS, TRAINING_FLAGS):
+        fields = {}
+        for line in table.strip().splitlines():
+            *flag, field, value = line.split()
+            words += flag
+            fields[field] = yaml.safe_load(value)
+        expected.append(fields)
+    for found, fields in zip(parsed(monkeypatch, *words), expected, strict=True):
+        for name, value in fields.items():
+            assert getattr(found, name) == value, name
 
 
 def test_defaults_are_the_papers(monkeypatch):
     model, data, args = parsed(monkeypatch)
-    assert (model.model_name_or_path, data.dataset_name) == ("Qwen/Qwen2.5-7B", ["expguardmix"])
-    given = parsed(monkeypatch, "--config", RECIPE / "configs/paper.yaml", "--fsdp", "")[2]
-    for name in (
-        "num_train_epochs",
-        "learning_rate",
-        "lr_scheduler_type",
-        "weight_decay",
-        "max_grad_norm",
-        "seed",
-    ):
+    assert model.model_name_or_path == "Qwen/Qwen2.5-7B"
+    assert data.dataset_name == ["expguardmix"]
+    *_, given = parsed(monkeypatch, "--config", RECIPE / "configs/paper.yaml", "--fsdp", "")
+    names = "num_train_epochs learning_rate lr_scheduler_type weight_decay max_grad_norm seed"
+    for name in names.split():
         assert getattr(args, name) == getattr(given, name), name
-    assert (args.max_length, args.warmup_steps, args.num_train_epochs, given.stop_after_epoch) == (
-        4096,
-        0.03,
-        3,
-        2,
-    )
-    assert args.eval_strategy == "no" and not args.load_best_model_at_end
+    assert args.max_length == 4096
+    assert args.warmup_steps == 0.03
+    assert args.num_train_epochs == 3
+    assert given.stop_after_epoch == 2
+    assert args.eval_strategy == "no"
+    assert not args.load_best_model_at_end
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--use_4bit_quantization"], "with --use_peft_lora"),
-        (
-            ["--use_4bit_quantization", "--use_8bit_quantization", "--use_peft_lora"],
-            "give one of them",
-        ),
-        (["--do_train", "false"], "neither --do_train nor --do_eval"),
-        (["--model_type", "qwen2.5-7b"], "is a llama"),
-        (["--model_name_or_path", "/nowhere"], "--model_name_or_path /nowhere"),
-        (["--use_peft_lora", "--lora_target_modules", "nothing"], "--lora_target_modules"),
-        (["--max_seq_len", "0"], "expected 1 or more"),
-        (["--stop_after_epoch", "-1"], "expected 1 or more"),
-        (["--num_train_epochs", "5"], "--epochs 2.0, --num_train_epochs 5.0: two names"),
-        (["--max_length", "300"], "--max_seq_len 400, --max_length 300: two names"),
-        (["--wandb_mode", "online"], "pip install wandb"),
-        (["--share_prefix", "--packing"], "--share_prefix"),
-        (["--do_eval", "--val_data", "a/test.jsonl"], "is a test set"),
-        (["--bad_rows", "keep"], "must be error or skip"),
-        (["--overlap_with", "nothing.jsonl"], "no such file"),
-        (["--max_seq_len", "4000"], "--max_seq_len 4000: the model sees 2048 tokens"),
-        (["--packed"], r"unknown argument \['--packed'\]"),
+        ("--use_4bit_quantization", "with --use_peft_lora"),
+        ("--use_4bit_quantization --use_8bit_quantization --use_peft_lora", "give one of them"),
+        ("--do_train false", "neither --do_train nor --do_eval"),
+        ("--model_type qwen2.5-7b", "is a llama"),
+        ("--model_name_or_path /nowhere", "--model_name_or_path /nowhere"),
+        ("--use_peft_lora --lora_target_modules nothing", "--lora_target_modules"),
+        ("--max_seq_len 0", "expected 1 or more"),
+        ("--stop_after_epoch -1", "expected 1 or more"),
+        ("--num_train_epochs 5", "--epochs 2.0, --num_train_epochs 5.0: two names"),
+        ("--max_length 300", "--max_seq_len 400, --max_length 300: two names"),
+        ("--wandb_mode online", "pip install wandb"),
+        ("--share_prefix --packing", "--share_prefix"),
+        ("--do_eval --val_data a/test.jsonl", "is a test set"),
+        ("--bad_rows keep", "must be error or skip"),
+        ("--overlap_with nothing.jsonl", "no such file"),
+        ("--max_seq_len 4000", "--max_seq_len 4000: the model sees 2048 tokens"),
     ],
 )
 def test_a_mistake_is_one_line(run, tmp_path, flags, message):
-    with pytest.raises(UserError, match=message):
-        run(tmp_path, *flags)
+    with user_error(message):
+        run(tmp_path, *flags.split())
     assert not list(tmp_path.glob("*.json*"))
 
 
@@ -265,80 +281,76 @@ def test_the_library_of_quantized_bases_is_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     model = arguments.ModelArguments(use_4bit_quantization=True, use_peft_lora=True)
-    with pytest.raises(UserError, match=r"quantization"):
+    with user_error(r"quantization"):
         arguments.check(model, None)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
 
 
-class Batches:
-    """Losses and gradients of one model on the same rows, laid out in different ways."""
+def layout(base: Path, tokenizer, rows: Dataset, folder: Path, collator=None, **options):
+    """The loss and the gradients of a fresh model on all the rows, which the options lay out."""
+    given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1} | options
+    args = arguments.ExpGuardConfig(output_dir=str(folder), **given)
+    args.max_length = 800 if args.packing else None
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trainer = train.GuardTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    count = torch.tensor(answer_tokens(rows))
+    total = 0.0
+    for batch in trainer.get_train_dataloader():
+        loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+        loss.backward()
+        total += loss.item()
+    return total, gradients(model)
 
-    def __init__(self, base: Path, tokenizer, tmp_path: Path, rows: list):
-        self.base, self.tokenizer, self.tmp_path = base, tokenizer, tmp_path
-        self.encoded = rows_.Encoder(tokenizer, 400).training_set(rows)[0]
 
-    def __call__(
-        self, rows: Dataset | None = None, collator=None, size: int = 8, **options
-    ) -> tuple[float, dict]:
-        args = arguments.ExpGuardConfig(
-            output_dir=str(self.tmp_path),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=1,
-            **options,
-        )
-        args.max_length = 800 if args.packing else None
-        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        trainer = train.GuardTrainer(
-            model=model,
-            args=args,
-            train_dataset=rows or self.encoded,
-            processing_class=self.tokenizer,
-            data_collator=collator,
-        )
-        total, whole = 0.0, sum(label != -100 for row in self.encoded["labels"] for label in row)
-        for batch in trainer.get_train_dataloader():
-            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(whole))
-            loss.backward()
-            total += loss.item()
-        return total, {name: p.grad for name, p in model.named_parameters()}
+def answer_tokens(rows: Dataset) -> int:
+    return sum(label != -100 for labels in rows["labels"] for label in labels)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def test_packed_shared_and_padded_rows_have_one_loss_and_one_gradient(
     base, tokenizer, data, tmp_path
 ):
     rows = rows_.read_rows(str(data), "")[:10]
-    batches = Batches(base, tokenizer, tmp_path, [*rows, rows[0]])  # a repeated row counts twice
-    loss, gradients = batches(size=1)
+    rows.append(rows[0])  # a repeated row counts twice
+    encoded = rows_.Encoder(tokenizer, 400).training_set(rows)[0]
+    alone = {"per_device_train_batch_size": 1}
+    loss, expected = layout(base, tokenizer, encoded, tmp_path, **alone)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for row in batches.encoded:  # transformers' own loss, row by row
-        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
-        count = (labels != -100).sum()
-        (model(ids, labels=labels).loss * count).backward()
-    whole = sum(label != -100 for row in batches.encoded["labels"] for label in row)
-    assert (
-        difference(gradients, {name: p.grad / whole for name, p in model.named_parameters()}) < 1e-5
-    )
+    for row in encoded:  # transformers' own loss, row by row
+        labels = torch.tensor([row["labels"]])
+        own = model(torch.tensor([row["input_ids"]]), labels=labels).loss
+        (own * (labels != -100).sum() / answer_tokens(encoded)).backward()
+    assert difference(expected, gradients(model)) < 1e-5
     ways = {
         "padded": {},
         "packed": {"packing": True},
         "shared": {"collator": prefix.shared_prefix_collator},
     }
     for name, options in ways.items():
-        again, other = batches(**options)
-        assert abs(again - loss) < 1e-4 and difference(gradients, other) < 1e-5, name
+        again, other = layout(base, tokenizer, encoded, tmp_path, **options)
+        assert abs(again - loss) < 1e-4, name
+        assert difference(expected, other) < 1e-5, name
 
 
 def test_what_rows_share_is_there_once(tokenizer, data):
     rows = [row for row in rows_.read_rows(str(data), "") if len(row["messages"]) == 1][:8]
     encoded = rows_.Encoder(tokenizer, 400).training_set(rows)[0]
     batch = prefix.shared_prefix_collator(list(encoded))
-    before = len(template_text("expguard").partition("{{ prompt")[0]) and len(
-        encode(tokenizer, [rows_.prompt_parts(pair("x"), tokenizer)], add_special_tokens=False)[0]
-    )
+    parts = [rows_.prompt_parts(pair("x"), tokenizer)]
+    (prompt,) = encode(tokenizer, parts, add_special_tokens=False)
     saved = sum(map(len, encoded["input_ids"])) - batch["input_ids"].shape[1]
-    assert saved > 0.5 * before * (len(rows) - 1)
+    assert saved > 0.5 * len(prompt) * (len(rows) - 1)
     assert torch.equal(batch["attention_mask"][0, 0].sum(1), batch["position_ids"][0] + 1)
 
 
@@ -348,83 +360,83 @@ def test_what_rows_share_is_there_once(tokenizer, data):
 FLAGS = ["--do_eval", "--val_split_ratio", "0.25"]
 
 
-def test_training_learns_and_leaves_a_guard_that_stock_libraries_load(run, base, data, tmp_path):
-    """The saved folder: weights in float32, the prompt as chat template, and the verdicts that
-    validation saw.
-    """
-    more = "--epochs 8 --learning_rate 5e-3 --share_prefix --disable_checkpointing"
-    run(tmp_path, *FLAGS, *more.split())
-    card, done = read(tmp_path / "guard.json"), read(tmp_path / "run.json")
-    losses = [entry["loss"] for entry in done["log"] if "loss" in entry]
-    assert losses[-1] < 0.1 * losses[0] and not list(tmp_path.glob("checkpoint-*"))
-    assert (card["kind"], card["guard"], card["max_length"], card["base_model"]) == (
-        "generative",
-        "expguard",
-        400,
-        str(base),
-    )
+@pytest.fixture(scope="module")
+def learned(base, data, tmp_path_factory) -> Path:
+    """The folder of a run that has learned its rows."""
+    folder = tmp_path_factory.mktemp("learned")
+    flags = "--epochs 8 --learning_rate 5e-3 --share_prefix --disable_checkpointing"
+    with pytest.MonkeyPatch.context() as patch:
+        in_process(patch, base, data)(folder, *FLAGS, *flags.split())
+    return folder
+
+
+def test_training_learns_and_says_what_was_trained(learned, base, data):
+    card = read_json(learned / "guard.json")
+    losses = [entry["loss"] for entry in read_json(learned / "run.json")["log"] if "loss" in entry]
+    assert losses[-1] < 0.1 * losses[0]
+    assert not list(learned.glob("checkpoint-*"))
+    expected = {"kind": "generative", "guard": "expguard", "max_length": 400}
+    assert card.items() >= (expected | {"base_model": str(base)}).items()
     assert set(card["thresholds"]) == {"prompt_unsafe", "response_unsafe"}
-    assert (
-        card["thresholds"]["prompt_unsafe"]["on"] == f"0.25 of {data}"
-        and card["data"]["train"]["rows"] == 36
-    )
-    model, stock = (
-        AutoModelForCausalLM.from_pretrained(tmp_path),
-        AutoTokenizer.from_pretrained(tmp_path),
-    )
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and AutoConfig.from_pretrained(
-        tmp_path
-    ).use_cache
+    assert card["thresholds"]["prompt_unsafe"]["on"] == f"0.25 of {data}"
+    assert card["data"]["train"]["rows"] == 36
+    text = (learned / "README.md").read_text()
+    assert "Measured on" in text
+    assert str(learned) not in text
+
+
+def test_a_trained_guard_writes_its_verdict_in_stock_libraries(learned):
+    """The saved folder: weights in float32, and the prompt as chat template."""
+    model = AutoModelForCausalLM.from_pretrained(learned)
+    tokenizer = AutoTokenizer.from_pretrained(learned)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert AutoConfig.from_pretrained(learned).use_cache
     messages = pair("May I?", "You may.")
-    assert stock.apply_chat_template(messages, tokenize=False) == golden("May I?", "You may.")
-    inputs = stock.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-    written = stock.decode(
-        model.generate(**inputs, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
-    )
-    assert written.startswith("User Safety Assessment: ") and written.endswith("<|endoftext|>")
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert prompt == golden("May I?", "You may.")
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    (ids,) = model.generate(**inputs, max_new_tokens=24)
+    written = tokenizer.decode(ids[inputs["input_ids"].shape[1] :])
+    assert written.startswith("User Safety Assessment: ")
+    assert written.endswith("<|endoftext|>")
+
+
+def test_a_trained_guard_judges_as_validation_did(learned, data):
+    measured = read_json(learned / "run.json")["validation"]
     rows = rows_.stratified_split(rows_.read_rows(str(data), ""), 0.25, 42)[1]
-    guard = load_guard(str(tmp_path), progress=False)
+    guard = load_guard(str(learned), progress=False)
     verdicts = guard.judge([row["messages"] for row in rows])
-    assert guard.thresholds == card["thresholds"]
-    for label, measured in done["validation"].items():
-        judged = [
-            (row[label], getattr(v, label))
-            for row, v in zip(rows, verdicts, strict=True)
-            if row[label] is not None
-        ]
-        brier = sum((truth - score) ** 2 for truth, score in judged) / len(judged)
-        assert brier == pytest.approx(measured["brier"], abs=1e-4)
-    assert (
-        "Measured on" in (tmp_path / "README.md").read_text()
-        and str(tmp_path) not in (tmp_path / "README.md").read_text()
-    )
+    for label, scores in measured.items():
+        errors = []
+        for row, verdict in zip(rows, verdicts, strict=True):
+            if row[label] is not None:
+                errors.append((row[label] - getattr(verdict, label)) ** 2)
+        assert sum(errors) / len(errors) == pytest.approx(scores["brier"], abs=1e-4)
 
 
 def test_a_pad_token_outside_the_embeddings_is_left_out(run, base, tmp_path):
     """The tokenizer has a `<pad>` for which the checkpoint was never resized: EOS pads in its
     place.
     """
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(base),
-        AutoTokenizer.from_pretrained(base),
-    )
+    padded = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(padded)
     flags = ["--max_steps", 1, "--per_device_train_batch_size", 4, "--disable_checkpointing"]
-    run(tmp_path / "guard", "--model_name_or_path", tmp_path / "base", *flags)
+    run(tmp_path / "guard", "--model_name_or_path", padded, *flags)
     assert AutoTokenizer.from_pretrained(tmp_path / "guard").pad_token == tokenizer.eos_token
 
 
 def test_the_epoch_with_the_best_validation_f1_is_kept(run, tmp_path):
     weights = run(tmp_path, *FLAGS, "--epochs", 3)
-    f1 = {
-        entry["step"]: entry["eval_f1"]
-        for entry in read(tmp_path / "run.json")["log"][:-1]
-        if "eval_f1" in entry
-    }
+    said = read_json(tmp_path / "run.json")
+    f1 = {}
+    for entry in said["log"][:-1]:
+        if "eval_f1" in entry:
+            f1[entry["step"]] = entry["eval_f1"]
     best = max(f1, key=f1.get)
-    assert len(f1) == 3 and read(tmp_path / "run.json")["best_checkpoint"] == f"checkpoint-{best}"
+    assert len(f1) == 3
+    assert said["best_checkpoint"] == f"checkpoint-{best}"
     assert difference(weights, load_file(tmp_path / f"checkpoint-{best}/model.safetensors")) == 0
 
 
@@ -432,34 +444,29 @@ def test_stopping_early_keeps_the_schedule_of_all_epochs(run, tmp_path):
     """The released model: the second checkpoint of a schedule for three epochs."""
     run(tmp_path / "all", "--epochs", 3, "--logging_steps", 1)
     stopped = run(tmp_path / "two", "--epochs", 3, "--logging_steps", 1, "--stop_after_epoch", 2)
-    rates = [
-        [
-            entry["learning_rate"]
-            for entry in read(tmp_path / name / "run.json")["log"]
-            if "learning_rate" in entry
-        ]
-        for name in ("all", "two")
-    ]
-    assert len(rates[0]) == 36 and rates[1] == rates[0][:24] and rates[1][-1] > 1e-4
+    rates = {}
+    for name in ("all", "two"):
+        log = read_json(tmp_path / name / "run.json")["log"]
+        rates[name] = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert len(rates["all"]) == 36
+    assert rates["two"] == rates["all"][:24]
+    assert rates["two"][-1] > 1e-4
     assert difference(stopped, load_file(tmp_path / "all/checkpoint-24/model.safetensors")) == 0
 
 
 def test_resumed_is_uninterrupted(run, tmp_path):
-    """From the middle, and from the very end, where nothing but the saving was lost; also with
-    --stop_after_epoch.
-    """
+    """Also with --stop_after_epoch. (From the very end: tests/unit/test_training.py.)"""
     more = "--epochs 3 --stop_after_epoch 2 --use_peft_lora --lora_dropout 0.1"
     flags = [*FLAGS, *more.split()]
-    whole = run(tmp_path / "whole", *flags)
-    with pytest.raises(UserError, match="pass --resume_from_checkpoint latest"):
-        run(tmp_path / "whole", *flags)
-    for last in ("checkpoint-9", "checkpoint-18"):
-        shutil.copytree(tmp_path / "whole/checkpoint-9", tmp_path / last / "checkpoint-9")
-        if last != "checkpoint-9":
-            shutil.copytree(tmp_path / "whole" / last, tmp_path / last / last)
-        again = run(tmp_path / last, *flags, "--resume_from_checkpoint", "latest")
-        assert difference(whole, again) == 0
-        assert read(tmp_path / last / "guard.json") == read(tmp_path / "whole/guard.json")
+    whole = tmp_path / "whole"
+    half = tmp_path / "half"
+    expected = run(whole, *flags)
+    with user_error("pass --resume_from_checkpoint latest"):
+        run(whole, *flags)
+    shutil.copytree(whole / "checkpoint-9", half / "checkpoint-9")
+    resumed = run(half, *flags, "--resume_from_checkpoint", "latest")
+    assert difference(expected, resumed) == 0
+    assert read_json(half / "guard.json") == read_json(whole / "guard.json")
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_4bit_quantization", "--use_gradient_checkpointing"]])
@@ -479,36 +486,30 @@ def test_lora_saves_the_adapter_and_the_guard_merged_with_it(run, tokenizer, tmp
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 def test_weights_are_float32_whatever_the_attention(monkeypatch, base, attention):
-    model, _, args = parsed(
-        monkeypatch, "--model_name_or_path", base, "--attn_implementation", attention, "--bf16"
-    )
+    words = ["--model_name_or_path", base, "--attn_implementation", attention, "--bf16"]
+    model, _, args = parsed(monkeypatch, *words)
     arguments.check(model, args)
     loaded = model_.load_model(model, args)
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert loaded.config._attn_implementation == (
-        "sdpa" if attention.startswith("flash") else attention
-    )
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    usable = "sdpa" if attention.startswith("flash") else attention
+    assert loaded.config._attn_implementation == usable
 
 
 def test_validation_alone_writes_nothing(run, base, tmp_path, caplog):
     with caplog.at_level("INFO"), pytest.raises(FileNotFoundError):
         run(tmp_path / "out", *FLAGS, "--do_train", "false")
-    assert "Validation: {" in caplog.text and not list(tmp_path.rglob("*.safetensors"))
+    assert "Validation: {" in caplog.text
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_overlap_with_evaluation_sets_is_printed(run, data, tmp_path, caplog):
-    seen = write_rows(
-        tmp_path / "seen.jsonl",
-        [
-            authored(48)[0],
-            authored(48)[2] | {"response": "Another"},
-            {"prompt": "new", "prompt_label": "safe"},
-        ],
-    )
+    same, _, other, *_ = authored(48)
+    new = {"prompt": "new", "prompt_label": "safe"}
+    seen = write_rows(tmp_path / "seen.jsonl", [same, other | {"response": "Another"}, new])
     with caplog.at_level("INFO"):
         run(tmp_path / "out", "--max_steps", 1, "--overlap_with", seen)
     overlap = {"rows": 3, "prompt_in_train": 2, "pair_in_train": 1, "near_copies_of_train": 1}
-    assert read(tmp_path / "out/run.json")["data"]["overlap"] == {str(seen): overlap}
+    assert read_json(tmp_path / "out/run.json")["data"]["overlap"] == {str(seen): overlap}
     assert json.dumps(overlap) in caplog.text
 
 
@@ -527,10 +528,11 @@ def test_the_papers_script_with_two_processes_is_one_process(
     launch("expguard", *script, launcher=("bash",), threads=1)
     one = run(tmp_path / "one", *FLAGS, "--per_device_train_batch_size", 8)
     assert difference(one, load_file(tmp_path / "two/model.safetensors")) < 2e-5
-    cards = [
-        read(tmp_path / name / "run.json")["validation"]["prompt_unsafe"] for name in ("one", "two")
-    ]
-    assert cards[0]["brier"] == pytest.approx(cards[1]["brier"], abs=1e-4)
+    measured = []
+    for name in ("one", "two"):
+        scores = read_json(tmp_path / name / "run.json")["validation"]["prompt_unsafe"]
+        measured.append(scores["brier"])
+    assert measured[0] == pytest.approx(measured[1], abs=1e-4)
 
 
 @slow
@@ -544,4 +546,5 @@ def test_zero3_on_two_processes_is_one_process(run, base, data, tmp_path):
     one = run(tmp_path / "one", "--per_device_train_batch_size", 8)
     apart = difference(one, load_file(tmp_path / "two/model.safetensors"))
     # DeepSpeed's own Adam rounds otherwise where a gradient is nearly nothing.
-    assert apart < 5e-3 and difference(one, load_file(base / "model.safetensors")) > 10 * apart
+    assert apart < 5e-3
+    assert difference(one, load_file(base / "model.safetensors")) > 10 * apart

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bases import BASES, DECODERS
+from bases import BASES, DECODERS, ENCODERS
+from checks import read_json, user_error, write_rows
 from conftest import tiny_config
-from expguard_rows import authored, prompt_tokenizer, write_rows
+from expguard_rows import authored, prompt_tokenizer
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from scripts import module
 from transformers import (
@@ -28,7 +29,7 @@ from transformers import (
     pipeline,
 )
 
-from common.conversation import UserError, last_turns, parts_of
+from common.conversation import last_turns, parts_of
 from common.data import load_conversations, taxonomy
 from common.templates import encode, render
 from guards import load_guard
@@ -45,11 +46,49 @@ def rows() -> list[list[dict[str, str]]]:
 
 
 def texts_of(folder: Path, rows) -> list[str]:
+    """Conversations as a guard's prompt template renders them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = read_card(folder).template
-    return [
-        "".join(part.text for part in render(template, messages, tokenizer)) for messages in rows
-    ]
+    texts = []
+    for messages in rows:
+        parts = render(template, messages, tokenizer)
+        texts.append("".join(part.text for part in parts))
+    return texts
+
+
+@torch.inference_mode()
+def probabilities(model, sequences, bias=0.0) -> np.ndarray:
+    """Sigmoids of shape (rows, labels), one text at a time, without padding."""
+    model.eval()
+    found = []
+    for ids in sequences:
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        found.append((logits + torch.tensor(bias)).sigmoid().tolist())
+    return np.array(found)
+
+
+def close(found, expected) -> None:
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def judged(folder: Path, rows) -> list:
+    return load_guard(str(folder), progress=False).judge(rows)
+
+
+def run(train, words: list, owner, saving: str, look) -> None:
+    """A recipe's train.py in this process, with a look at what it hands to `owner.saving`, before
+    anything is written.
+    """
+    save = getattr(owner, saving)
+
+    def watched(*args, **options):
+        look(*args)
+        return save(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        patch.setattr(owner, saving, watched)
+        train.main()
 
 
 # --- moderation: a classifier, full or LoRA ---------------------------------------------------------------------------
@@ -62,13 +101,16 @@ OWN_WAYS = {
     "response": ["--judge", "response"],
 }
 OUTPUTS = {"own": ["unsafe", "Fraud"], "one": ["unsafe"], "prompt": ["unsafe"]}
-RUNS = [f"{family}-{way}" for family in BASES for way in WAYS]
+# Adapters are merged in every family in test_saving.py; these differ in what a checkpoint lacks.
+WITH_ADAPTERS = [*ENCODERS, "gpt2", "qwen2"]
+RUNS = [f"{family}-full" for family in BASES]
+RUNS += [f"{family}-lora" for family in WITH_ADAPTERS]
 RUNS += [f"qwen2-{way}" for way in OWN_WAYS]
 
 
 def own_rows(way: str, path: Path) -> Path:
     """Training rows that are nobody's but the user's."""
-    lines = []
+    rows = []
     for number, row in enumerate(load_conversations(TRAIN, max_rows=16)):
         prompt, response = last_turns(row["messages"])
         unsafe = row["response_unsafe"]
@@ -79,59 +121,45 @@ def own_rows(way: str, path: Path) -> Path:
             line["categories"] = row["categories"]
         elif way == "own" and unsafe and number % 2:
             line["categories"] = ["Fraud"]
-        lines.append(json.dumps(line))
-    path.write_text("\n".join(lines))
-    return path
+        rows.append(line)
+    return write_rows(path, rows)
+
+
+def moderation_words(base: Path, folder: Path, data, *more) -> list:
+    return [
+        "--model_name_or_path", base, "--output_dir", folder, "--max_length", 512,
+        "--train_data_name_or_path", data, "--max_train_rows", 16,
+        "--per_device_train_batch_size", 8, "--learning_rate", 1e-2,
+        "--save_strategy", "no", "--disable_tqdm", "true", *more,
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def moderation(request, tmp_path_factory, rows):
-    """A guard's folder, and the scores of the model in memory, an array of (rows, labels):
-    (folder, way, array).
+    """A guard's folder, how it was trained, the rows that it judges, and the scores of the model in
+    memory, an array of (rows, labels).
     """
     family, way = request.param.split("-")
     train = module("moderation", "train")
     folder = tmp_path_factory.mktemp(request.param)
     base = BASES[family](folder / "base")
-    data, validation = TRAIN, VALIDATION
+    data = TRAIN
+    validation = VALIDATION
     if way in OWN_WAYS:
         data = validation = own_rows(way, folder / "rows.jsonl")
-    words = [
-        "train.py", "--model_name_or_path", base, "--output_dir", folder / "guard", "--max_length", 512,
-        "--train_data_name_or_path", data, "--max_train_rows", 16, "--eval_data_name_or_path", validation,
-        "--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--learning_rate", 1e-2,
-        "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true",
-        *(WAYS | OWN_WAYS)[way],
-    ]  # fmt: skip
+    flags = ["--eval_data_name_or_path", validation, "--eval_strategy", "no"]
+    flags += ["--num_train_epochs", 1, *(WAYS | OWN_WAYS)[way]]
     seen = {}
-    save = train.save_guard
 
-    def watched(trainer, model_args, data_args, task, **others):
-        """The recipe's own saving, after a look at the model that it saves."""
+    def look(trainer, model_args, data_args, task, *_):
         tokenizer = trainer.processing_class
-        judged = [parts_of(messages)[task.judge] for messages in rows]
-        texts = [render(task.template, messages, tokenizer) for messages in judged]
+        seen["rows"] = [parts_of(messages)[task.judge] for messages in rows]
+        texts = [render(task.template, messages, tokenizer) for messages in seen["rows"]]
         seen["scores"] = probabilities(trainer.model, encode(tokenizer, texts))
-        seen["rows"] = judged
-        save(trainer, model_args, data_args, task, **others)
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", [str(word) for word in words])
-    patch.setattr(train, "save_guard", watched)
-    try:
-        train.main()
-    finally:
-        patch.undo()
+    words = moderation_words(base, folder / "guard", data, *flags)
+    run(train, words, train, "save_guard", look)
     return folder / "guard", way, seen["rows"], seen["scores"]
-
-
-@torch.inference_mode()
-def probabilities(model, sequences) -> np.ndarray:
-    """Sigmoids of shape (rows, labels), one text at a time, without padding."""
-    model.eval()
-    return np.array(
-        [model(input_ids=torch.tensor([ids])).logits[0].sigmoid().tolist() for ids in sequences]
-    )
 
 
 def test_moderation_says_what_was_trained(moderation):
@@ -140,31 +168,29 @@ def test_moderation_says_what_was_trained(moderation):
     """
     folder, way, rows, expected = moderation
     assert np.ptp(expected, axis=0).max() > 0.01, (
-        "the rows cannot be told apart: nothing would be seen here"
+        "the rows cannot be told apart: a wrong guard passes"
     )
     guard = load_guard(str(folder), progress=False)
     verdicts = guard.judge(rows)
-    judged = [[verdict.categories[name] for name in guard.labels] for verdict in verdicts]
-    np.testing.assert_allclose(judged, expected, atol=2e-5)
+    close([[verdict.categories[name] for name in guard.labels] for verdict in verdicts], expected)
     # GuardBench calls `moderate`
     label = "prompt_unsafe" if way == "prompt" else "response_unsafe"
     assert guard.judges == (label,)
     assert guard.moderate(rows) == [getattr(verdict, label) for verdict in verdicts]
-    np.testing.assert_allclose(guard.moderate(rows), expected.max(1), atol=2e-5)
+    close(guard.moderate(rows), expected.max(1))
 
     options = {"top_k": None, "function_to_apply": "sigmoid", "dtype": torch.float32}
     pipe = pipeline("text-classification", str(folder), **options)
-    stock = [
-        {one["label"]: one["score"] for one in row}
-        for row in pipe(texts_of(folder, rows), batch_size=4)
-    ]
-    stock = [[row[name] for name in guard.labels] for row in stock]
-    np.testing.assert_allclose(stock, expected, atol=2e-5)
+    stock = []
+    for said in pipe(texts_of(folder, rows), batch_size=4):
+        scores = {one["label"]: one["score"] for one in said}
+        stock.append([scores[name] for name in guard.labels])
+    close(stock, expected)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     served = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows]
-    np.testing.assert_allclose(probabilities(model, served), expected, atol=2e-5)
+    close(probabilities(model, served), expected)
 
 
 def test_moderation_adapter_is_the_guard(moderation):
@@ -172,21 +198,19 @@ def test_moderation_adapter_is_the_guard(moderation):
     card says.
     """
     folder, way, rows, expected = moderation
+    adapter = folder / "adapter"
     if way not in ("lora", "own"):
-        assert not (folder / "adapter").exists()
+        assert not adapter.exists()
         return
-    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
-    model = AutoPeftModelForSequenceClassification.from_pretrained(
-        folder / "adapter", num_labels=expected.shape[1]
-    )
-    card = (folder / "adapter/README.md").read_text()
-    assert (
-        "model.config.pad_token_id = tokenizer.pad_token_id" in card
-        and str(folder.parent) not in card
-    )
+    card = (adapter / "README.md").read_text()
+    assert "model.config.pad_token_id = tokenizer.pad_token_id" in card
+    assert str(folder.parent) not in card
+    count = expected.shape[1]
+    model = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=count)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
     model.config.pad_token_id = tokenizer.pad_token_id
     encoded = tokenizer(texts_of(folder, rows))["input_ids"]
-    np.testing.assert_allclose(probabilities(model, encoded), expected, atol=2e-5)
+    close(probabilities(model, encoded), expected)
 
 
 def test_moderation_card_says_what_it_is(moderation):
@@ -198,162 +222,137 @@ def test_moderation_card_says_what_it_is(moderation):
         named.update(names)
     expected = OUTPUTS.get(way, [name for name in LABELS if name in named])
     assert 1 <= len(expected) < 14
-    assert card.labels == expected == list(card.data["train_positive"])
-    judged = "prompt_unsafe" if way == "prompt" else "response_unsafe"
-    assert card.probe is not None and set(card.probe.scores) == {*expected, judged}
-    run = json.loads((folder / "run.json").read_text())
-    assert run["validation"]["flagged"]["support"] > 10
+    assert card.labels == expected
+    assert list(card.data["train_positive"]) == expected
+    label = "prompt_unsafe" if way == "prompt" else "response_unsafe"
+    assert set(card.probe.scores) == {*expected, label}
+    assert read_json(folder / "run.json")["validation"]["flagged"]["support"] > 10
     text = (folder / "README.md").read_text()
     assert ("harm categories (BeaverTails" in text) == (way not in OUTPUTS)
     assert f"{len(LABELS)} harm categories" not in text
     assert not (folder / ".partial").exists()
-    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir() if path.is_file()} == {
-        "0o644"
-    }
+    files = [path for path in folder.iterdir() if path.is_file()]
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
 
 
 def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_path, monkeypatch):
     """Without the flag nothing is trained; with it, weights that are not the trained ones are not
     moved in.
     """
-    train, folder = module("moderation", "train"), tmp_path / "guard"
-    words = [
-        "train.py", "--model_name_or_path", BASES["qwen2"](tmp_path / "base"), "--output_dir", folder,
-        "--train_data_name_or_path", TRAIN, "--max_train_rows", 16, "--per_device_train_batch_size", 8,
-        "--max_steps", 1, "--save_strategy", "no", "--disable_tqdm", "true",
-    ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    train = module("moderation", "train")
+    saver = module("moderation", "guard_folder")
+    folder = tmp_path / "guard"
+    words = moderation_words(BASES["qwen2"](tmp_path / "base"), folder, TRAIN, "--max_steps", 1)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     train.main()
     (folder / "notes.txt").write_text("mine")
-    expected = [
-        verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)
-    ]
-    with pytest.raises(
-        UserError, match=r"holds guard\.json of an earlier run; pass --overwrite_output_dir true"
-    ):
+    expected = judged(folder, rows)
+    holds = r"holds guard\.json of an earlier run; pass --overwrite_output_dir true"
+    with user_error(holds):
         train.main()
 
-    folder_ = module("moderation", "guard_folder")
-    save = folder_.save_model
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite_output_dir", "true"])
+    save = saver.save_model
 
     def other_weights(model, state_dict, *others):
         save(model, {name: tensor * 0.9 for name, tensor in state_dict.items()}, *others)
 
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--overwrite_output_dir", "true"])
-    monkeypatch.setattr(folder_, "save_model", other_weights)
-    with pytest.raises(UserError, match="what was saved is not what was trained"):
+    with monkeypatch.context() as patch, user_error("what was saved is not what was trained"):
+        patch.setattr(saver, "save_model", other_weights)
         train.main()
-    assert [
-        verdict.categories for verdict in load_guard(str(folder), progress=False).judge(rows)
-    ] == expected
+    assert judged(folder, rows) == expected
     assert not (folder / ".partial").exists()
 
     (folder / ".partial").mkdir()  # a kill while the files change places
     (folder / "guard.json").unlink()
-    with pytest.raises(UserError, match="not finished: the saving of a guard was interrupted here"):
+    with user_error("not finished: the saving of a guard was interrupted here"):
         load_guard(str(folder))
-    monkeypatch.setattr(folder_, "save_model", save)
     train.main()
-    assert [verdict.error for verdict in load_guard(str(folder), progress=False).judge(rows)] == [
-        None
-    ] * len(rows)
-    assert (folder / "notes.txt").read_text() == "mine" and not (folder / ".partial").exists()
+    assert not [verdict.error for verdict in judged(folder, rows) if verdict.error]
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / ".partial").exists()
 
 
 # --- the other recipes ------------------------------------------------------------------------------------------------
 
 
-def run(train, monkeypatch, words: list, owner, saving: str, look) -> None:
-    """A recipe's train.py in this process, with a look at the trainer before `owner.saving` is
-    called.
-    """
-    save = getattr(owner, saving)
-
-    def watched(*args):
-        (trainer,) = [one for one in args if isinstance(one, Trainer)]
-        look(trainer)
-        return save(*args)
-
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-    monkeypatch.setattr(owner, saving, watched)
-    train.main()
-
-
 @pytest.mark.parametrize("family", DECODERS)
-def test_lora_guard_says_what_was_trained(family, rows, tmp_path, monkeypatch):
+def test_lora_guard_says_what_was_trained(family, rows, tmp_path):
     """`load_guard`, and stock PEFT on the rendered text with the head's bias, as the model card has
     it.
     """
     train, inputs, adapter = (module("lora_guard", name) for name in ("train", "inputs", "adapter"))
     seen = {}
 
-    def look(trainer) -> None:
+    def look(_, trainer, *__) -> None:
         encoded = inputs.token_ids(rows, trainer.processing_class, 512)
         seen["scores"] = probabilities(trainer.model, encoded)
 
     modules = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
-    words = [
-        BASES[family](tmp_path / "base"), tmp_path / "out", "--train-data", TRAIN, "--eval-data", VALIDATION,
-        "--max-train-rows", 16, "--per-device-batch-size", 8, "--learning-rate", 1e-2, "--target-modules", *modules,
-    ]  # fmt: skip
-    run(train, monkeypatch, words, adapter.RunFolder, "finish", look)
-    folder, expected = tmp_path / "out/best", seen["scores"]
+    words = [BASES[family](tmp_path / "base"), tmp_path / "out", "--target-modules", *modules]
+    words += ["--train-data", TRAIN, "--max-train-rows", 16, "--eval-data", VALIDATION]
+    words += ["--per-device-batch-size", 8, "--learning-rate", 1e-2]
+    run(train, words, adapter.RunFolder, "finish", look)
+    folder = tmp_path / "out/best"
+    expected = seen["scores"]
     assert np.ptp(expected, axis=0).max() > 0.01
-    verdicts = load_guard(str(folder), progress=False).judge(rows)
     card = read_card(folder, LoraCard)
     unsafe, *labels = card.labels
-    assert unsafe == "unsafe" and set(labels) < set(LABELS)  # of 16 rows not every one has a row
-    judged = [
-        [verdict.response_unsafe, *(verdict.categories[name] for name in labels)]
-        for verdict in verdicts
-    ]
-    np.testing.assert_allclose(judged, expected, atol=2e-5)
+    assert unsafe == "unsafe"
+    assert set(labels) < set(LABELS)  # of 16 rows not every one has a row
+    scores = []
+    for verdict in judged(folder, rows):
+        categories = [verdict.categories[name] for name in labels]
+        scores.append([verdict.response_unsafe, *categories])
+    close(scores, expected)
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     count = len(card.labels)
-    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=count).eval()
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=count)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model.config.pad_token_id = tokenizer.pad_token_id
-    bias = torch.tensor(card.head_bias)
-    texts = ["".join(part.text for part in render("lora_guard", messages)) for messages in rows]
-    with torch.inference_mode():
-        stock = [
-            (model(**tokenizer(text, return_tensors="pt")).logits[0] + bias).sigmoid().tolist()
-            for text in texts
-        ]
-    np.testing.assert_allclose(stock, expected, atol=2e-5)
-    card = (folder / "README.md").read_text()
-    assert "chat template is the chat model's own" in card and str(tmp_path) not in card
+    encoded = tokenizer(texts_of(folder, rows))["input_ids"]
+    close(probabilities(model, encoded, card.head_bias), expected)
+    text = (folder / "README.md").read_text()
+    assert "chat template is the chat model's own" in text
+    assert str(tmp_path) not in text
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_peft_lora", "--lora_r", 4]], ids=["full", "lora"])
 def test_expguard_says_what_was_trained(flags, tmp_path, monkeypatch):
     """The stock model, and the stock adapter, give the verdicts of the model in memory."""
     train, rows_, model_ = (module("expguard", name) for name in ("train", "rows", "model"))
+    # a checkpoint holds the arguments, pickled by that name
     monkeypatch.setitem(sys.modules, "arguments", module("expguard", "arguments"))
-    base, data = tmp_path / "base", write_rows(tmp_path / "rows.jsonl", authored(24))
+    data = write_rows(tmp_path / "rows.jsonl", authored(24))
+    base = tmp_path / "base"
     tokenizer = prompt_tokenizer()
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)
     encoder = rows_.Encoder(tokenizer, 400)
     sequences = encoder.compared(rows_.read_rows(str(data), ""))
-    seen = {}
 
-    def look(trainer) -> None:
-        seen["scores"] = model_.verdict_scores(trainer.model.eval(), sequences, encoder.words)
+    def scores(model) -> list:
+        return model_.verdict_scores(model.eval(), sequences, encoder.words)
 
-    words = [
-        "--model_name_or_path", base, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_seq_len", 400,
-        "--learning_rate", 3e-3, "--max_steps", 4, "--disable_checkpointing", "--disable_tqdm", "true", *flags,
-    ]  # fmt: skip
-    run(train, monkeypatch, words, train, "save_guard", look)
-    stock = [AutoModelForCausalLM.from_pretrained(tmp_path / "out")]
+    seen = []
+    out = tmp_path / "out"
+    words = ["--model_name_or_path", base, "--dataset_name", data, "--output_dir", out]
+    words += ["--max_seq_len", 400, "--learning_rate", 3e-3, "--max_steps", 4]
+    words += ["--disable_checkpointing", "--disable_tqdm", "true", *flags]
+    run(train, words, train, "save_guard", lambda *args: seen.extend(scores(model_of(args))))
+    stock = [AutoModelForCausalLM.from_pretrained(out)]
     if flags:
-        stock.append(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out/adapter"))
+        stock.append(AutoPeftModelForCausalLM.from_pretrained(out / "adapter"))
     for model in stock:
-        said = model_.verdict_scores(model.eval(), sequences, encoder.words)
-        for expected, verdicts in zip(seen["scores"], said, strict=True):
-            assert verdicts == pytest.approx(expected, abs=2e-5)
+        for expected, said in zip(seen, scores(model), strict=True):
+            assert said == pytest.approx(expected, abs=2e-5)
+
+
+def model_of(args: tuple):
+    """The model of the trainer that is among the arguments."""
+    (trainer,) = [one for one in args if isinstance(one, Trainer)]
+    return trainer.model
 
 
 @pytest.mark.parametrize("family", [name for name in DECODERS if name != "gpt2"])
@@ -362,37 +361,36 @@ def test_cross_task_defense_says_what_was_trained(family, tmp_path, monkeypatch)
     train = module("cross_task_defense", "train")
     # a checkpoint holds the arguments, pickled by that name
     monkeypatch.setitem(sys.modules, "arguments", module("cross_task_defense", "arguments"))
-    ids, seen = torch.arange(40, 70)[None], {}
+    ids = torch.arange(40, 70)[None]
     data = tmp_path / "rows.json"
-    answers = [("Name a colour.", "Blue."), ("Say hello to them.", "Hello!")]
-    data.write_text(
-        json.dumps([{"instruction": one, "input": "", "output": other} for one, other in answers])
-    )
+    answers = {"Name a colour.": "Blue.", "Say hello to them.": "Hello!"}
+    rows = [{"instruction": one, "input": "", "output": other} for one, other in answers.items()]
+    data.write_text(json.dumps(rows))
     save = train.full_state_dict
 
+    @torch.inference_mode()
+    def logits(model) -> torch.Tensor:
+        return model.eval()(ids).logits
+
+    seen = []
+
     def watched(trainer):
-        with torch.inference_mode():
-            seen["logits"] = trainer.model.eval()(ids).logits
+        seen.append(logits(trainer.model))
         return save(trainer)
 
     monkeypatch.setattr(train, "full_state_dict", watched)
-    train.train(
-        base_model=str(BASES[family](tmp_path / "base")), data_path=str(data), output_dir=str(tmp_path / "out"),
-        batch_size=2, micro_batch_size=2, num_epochs=3, learning_rate=1e-2, cutoff_len=256, warmup_steps=0,
-    )  # fmt: skip
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    untrained = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    with torch.inference_mode():
-        torch.testing.assert_close(model(ids).logits, seen["logits"], atol=1e-5, rtol=0)
-        assert not torch.allclose(untrained(ids).logits, seen["logits"], atol=1e-4)
-    for folder in ("out", "out/checkpoint-0"):
-        card = tmp_path / folder / "README.md"
-        assert not card.exists() or str(tmp_path) not in card.read_text()
-    shutil.rmtree(tmp_path / "out/checkpoint-3")
-    with pytest.raises(UserError, match=r"holds adapter_config\.json of an earlier run"):
-        train.train(
-            base_model="nowhere",
-            data_path=str(data),
-            output_dir=str(tmp_path / "out"),
-            batch_size=4,
-        )
+    base = str(BASES[family](tmp_path / "base"))
+    out = tmp_path / "out"
+    given = {"data_path": str(data), "output_dir": str(out), "batch_size": 2}
+    more = {"micro_batch_size": 2, "num_epochs": 3, "cutoff_len": 256}
+    train.train(base_model=base, learning_rate=1e-2, warmup_steps=0, **given, **more)
+    expected = seen[-1]
+    trained = logits(AutoPeftModelForCausalLM.from_pretrained(out))
+    torch.testing.assert_close(trained, expected, atol=1e-5, rtol=0)
+    untrained = logits(AutoModelForCausalLM.from_pretrained(base))
+    assert not torch.allclose(untrained, expected, atol=1e-4)
+    for card in out.glob("README.md"):
+        assert str(tmp_path) not in card.read_text()
+    shutil.rmtree(out / "checkpoint-3")
+    with user_error(r"holds adapter_config\.json of an earlier run"):
+        train.train(base_model="nowhere", micro_batch_size=2, **given)

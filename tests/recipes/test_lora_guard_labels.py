@@ -1,7 +1,6 @@
 """examples/lora_guard on labels of one's own: which outputs there are, what is learned of each row."""
 
 import csv
-import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scripts
+from checks import read_json, read_rows, user_error, write_rows
 from scripts import module
 from transformers import AutoTokenizer
 
-from common.conversation import UserError
 from common.data import load_conversations
 from guards import load_guard
 
@@ -63,27 +62,19 @@ def test_outputs_are_those_of_the_rows(tmp_path, tiny_base):
     assert counts["pair"] == {"rows": 12, "unsafe": 8}
 
 
-def test_a_category_without_a_row_has_no_output(tmp_path, tiny_base, caplog):
-    rows = load_conversations(str(write(tmp_path / "rows.csv", 12)))
-    labels, _, _ = learned(rows, tiny_base, categories=["spam", "theft", "fraud"])
-    assert list(labels) == ["unsafe", "spam", "fraud"]
-    assert "no output, for: theft" in caplog.text
-
-
 def test_safe_or_unsafe_alone_is_one_output(tmp_path, tiny_base):
     rows = load_conversations(str(write(tmp_path / "rows.csv", 12, named=False)))
     labels, wanted, _ = learned(rows, tiny_base)
     assert list(labels) == ["unsafe"]
     assert wanted.sum() == 8
-    with pytest.raises(UserError, match="--no-unsafe-head: no row names a category"):
+    with user_error("--no-unsafe-head: no row names a category"):
         learned(rows, tiny_base, no_unsafe_head=True)
 
 
 def test_categories_of_an_answered_prompt_speak_of_the_answer(tmp_path, tiny_base):
     row = {"prompt": "How?", "response": "So.", "categories": ["fraud"]}
     row |= {"prompt_label": True, "response_label": True}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    rows = load_conversations(str(tmp_path / "rows.jsonl"))
+    rows = load_conversations(str(write_rows(tmp_path / "rows.jsonl", [row])))
     labels, wanted, _ = learned(rows, tiny_base, guard_inputs=["prompt", "response"])
     assert list(labels) == ["unsafe", "fraud"]
     assert sorted(map(str, wanted.tolist())) == ["[1.0, 1.0]", "[1.0, nan]"]
@@ -95,9 +86,7 @@ def test_categories_tell_a_label_that_is_not_there(tmp_path, tiny_base):
     for number, named in enumerate((["fraud"], [], None)):
         rows.append({"prompt": f"How {number}?", "response": "So.", "categories": named})
         rows.append({"prompt": f"Why {number}?", "categories": named})
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    loaded = load_conversations(str(path))
+    loaded = load_conversations(str(write_rows(tmp_path / "rows.jsonl", rows)))
     for kind in ("pair", "prompt"):
         labels, wanted, counts = learned(loaded, tiny_base, guard_inputs=[kind])
         assert list(labels) == ["unsafe", "fraud"]
@@ -115,8 +104,7 @@ def test_repeats_and_leaks_are_those_of_what_is_judged(kind, left, tmp_path):
         for number in range(3):
             row = {"prompt": prompt, "response": f"Answer {number}.", "response_label": label}
             rows.append(row | {"prompt_label": label, "categories": None})
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     train = module("lora_guard", "train")
     args = train.GuardArguments(
         hf_model_id="nowhere",
@@ -136,9 +124,13 @@ def command(model, folder: Path, data: Path, *more) -> list:
     ]  # fmt: skip
 
 
+def supports(scores: dict) -> dict[str, int]:
+    return {name: one["support"] for name, one in scores.items()}
+
+
 def evaluated(out: Path, guard: Path, data: Path, *more) -> dict:
     launch("evaluate.py", "--guards", guard, "--eval_data", data, "--output_dir", out, *more)
-    return json.loads((out / "results.json").read_text())
+    return read_json(out / "results.json")
 
 
 def test_training_rows_of_several_files_are_known(tmp_path):
@@ -168,15 +160,17 @@ def test_own_categories_from_train_to_results(tiny_base, tmp_path):
     names.write_text("spam: sent to many\nfraud: deceives to get money\ntheft:\n")
     run = tmp_path / "run"
     launch(*command(tiny_base, run, data, "--categories", names))
-    card = json.loads((run / "best/guard.json").read_text())
+    card = read_json(run / "best/guard.json")
     assert card["labels"] == ["unsafe", "spam", "fraud"]
     assert card["descriptions"] == {"spam": "sent to many", "fraud": "deceives to get money"}
     # ten unsafe rows of a category, and a threshold of its own
     assert set(card["category_thresholds"]) == {"fraud", "spam"}
     assert card["category_thresholds"]["fraud"]["on"] == str(data)
     readme = (run / "best/README.md").read_text()
-    assert "num_labels=3" in readme and "deceives to get money" in readme
-    assert "14" not in readme and "privacy_violation" not in readme
+    for words in ("num_labels=3", "deceives to get money"):
+        assert words in readme
+    for words in ("14", "privacy_violation"):
+        assert words not in readme
     guard = load_guard(str(run / "best"))
     (verdict,) = guard.judge(load_conversations(str(data), max_rows=1)["messages"])
     assert set(verdict.categories) == {"fraud", "spam"}
@@ -188,14 +182,12 @@ def test_own_categories_from_train_to_results(tiny_base, tmp_path):
     assert results["categories"]["fraud"]["positives"] == 20
     for name, own in card["category_thresholds"].items():
         assert results["categories"][name]["threshold"] == pytest.approx(own["value"])
-    counts = {name: one["support"] for name, one in results["languages"].items()}
-    assert counts == {"de": 30, "en": 30}
-    counts = {name: one["support"] for name, one in results["near_copies"].items()}
-    assert counts == {"all rows": 60, "without 6 near-copies": 54}
+    assert supports(results["languages"]) == {"de": 30, "en": 30}
+    assert supports(results["near_copies"]) == {"all rows": 60, "without 6 near-copies": 54}
     markdown = (tmp_path / "out/results.md").read_text()
-    assert "## Languages" in markdown and "near-copies of rows of --train_data" in markdown
-    kept = json.loads((tmp_path / "out/predictions.jsonl").read_text().splitlines()[1])
-    assert kept["language"] == "de"
+    assert "## Languages" in markdown
+    assert "near-copies of rows of --train_data" in markdown
+    assert read_rows(tmp_path / "out/predictions.jsonl")[1]["language"] == "de"
 
 
 @slow
@@ -203,8 +195,9 @@ def test_a_guard_of_prompts_is_evaluated_on_prompts(tiny_base, tmp_path):
     data = write(tmp_path / "rows.csv", 60, answers=False, named=False)
     run = tmp_path / "run"
     launch(*command(tiny_base, run, data, "--judge", "prompt"))
-    card = json.loads((run / "best/guard.json").read_text())
-    assert (card["inputs"], card["labels"]) == (["prompt"], ["unsafe"])
+    card = read_json(run / "best/guard.json")
+    assert card["inputs"] == ["prompt"]
+    assert card["labels"] == ["unsafe"]
     assert 'tokenizer("user: <question>"' in (run / "best/README.md").read_text()
     results = evaluated(tmp_path / "out", run / "best", data)
     assert results["judged"] == "prompt"

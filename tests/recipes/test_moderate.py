@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import read_json, read_rows, user_error, write_rows
 from safetensors.torch import load_file
-from scripts import launch, module
+from scripts import error_line, launch, module
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 
 GuardedChat = module("lora_guard", "riding").GuardedChat
 moderate = module("lora_guard", "moderate")
@@ -24,18 +25,16 @@ CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
 
 def reference_adaptor(guard: Path, folder: Path) -> tuple[Path, Path]:
     """config.json and .pt of `guard` as the paper's code writes them (bf16, private key names)."""
-    tensors, out = load_file(guard / "adapter_model.safetensors"), {}
+    tensors = load_file(guard / "adapter_model.safetensors")
+    out = {}
     for key, value in tensors.items():
         if ".lora_" in key:
             name = key.removeprefix("base_model.model.model.").replace(".weight", ".default.weight")
             out[f"lm_features.base_model.model.{name}"] = value.bfloat16()
     out["clf_head.weight"] = tensors["base_model.model.score.weight"].bfloat16()
     torch.save(out, folder / "adaptor.pt")
-    config = {
-        "hf_model_id": json.loads((guard / "guard.json").read_text())["base_model"],
-        "lora_r": 4,
-        "lora_alpha": 8,
-    }
+    base = read_json(guard / "guard.json")["base_model"]
+    config = {"hf_model_id": base, "lora_r": 4, "lora_alpha": 8}
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "config.json", folder / "adaptor.pt"
 
@@ -46,57 +45,62 @@ def command(*argv: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
     return launch("lora_guard", *words, threads=1, typed=stdin, check=False)
 
 
+def succeeded(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
-def test_moderate_as_a_command(make_guard, tmp_path):
-    """Folder and prompts; a file and an output file; a converted `.pt` and prompts that are typed;
-    an error.
-    """
+def test_a_folder_and_prompts(make_guard):
     guard = make_guard(inputs=["pair", "prompt"])
-    done = command(guard, "--prompt", *PROMPTS[:2], "--threshold", "1", "--guard-every", "4")
-    assert done.returncode == 0, done.stderr
-    replies = GuardedChat(guard, device="cpu").reply(
-        CONVERSATIONS[:2], max_new_tokens=12, guard_every=4, progress=False
-    )
-    for prompt, reply in zip(PROMPTS, replies, strict=False):
-        assert f"prompt: {prompt}\nreply: {reply.text}\n" in done.stdout
-        assert (
-            f"prompt unsafe: {reply.prompt_unsafe:.3f}\nresponse unsafe: not trained\n"
-            in done.stdout
-        )
-        assert f"pair unsafe: {reply.response_unsafe:.3f}\n" in done.stdout
-    assert done.stdout.count("top categories: ") == done.stdout.count("blocked: no") == 2
+    flags = ["--threshold", "1", "--guard-every", "4"]
+    said = succeeded(command(guard, "--prompt", *PROMPTS[:2], *flags))
+    chat = GuardedChat(guard, device="cpu")
+    options = {"max_new_tokens": 12, "guard_every": 4, "progress": False}
+    for prompt, reply in zip(PROMPTS, chat.reply(CONVERSATIONS[:2], **options), strict=False):
+        assert f"prompt: {prompt}\nreply: {reply.text}\n" in said
+        assert f"prompt unsafe: {reply.prompt_unsafe:.3f}\nresponse unsafe: not trained\n" in said
+        assert f"pair unsafe: {reply.response_unsafe:.3f}\n" in said
+    assert said.count("top categories: ") == 2
+    assert said.count("blocked: no") == 2
 
-    rows = [
-        {"prompt": PROMPTS[0]},
-        {"messages": [{"role": "system", "content": "Be kind."}, *CONVERSATIONS[1]]},
-    ]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "out.jsonl"]
-    done = command("-", guard, *files, "--stop-at", "0", "--batch-size", "1")
-    assert done.returncode == 0, done.stderr
-    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["messages"][-1]["content"] for row in out] == PROMPTS[:2]
-    assert all(row["blocked"] and row["reply"] is None and row["stopped_after"] == 0 for row in out)
-    assert (
-        done.stdout.count("reply: [withheld: unsafe]")
-        == done.stdout.count("stopped after: 0 tokens")
-        == 2
-    )
 
-    config, pt = reference_adaptor(make_guard(bias=False), tmp_path)
-    assert f"`python convert.py {config} {pt} NEW_FOLDER`" in command(config, pt).stderr
-    launch("lora_guard", "convert.py", config, pt, tmp_path / "new", threads=1)
-    done = command(config, tmp_path / "new", "--on-unsafe", "flag", stdin=f"\ufeff{PROMPTS[0]}\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("blocked: no") == done.stdout.count("prompt unsafe: not trained") == 1
-    assert f"prompt: {PROMPTS[0]}\n" in done.stdout  # without the byte order mark
+@pytest.mark.slow
+def test_a_file_of_prompts_and_an_output_file(guard, tmp_path):
+    system = {"role": "system", "content": "Be kind."}
+    rows = [{"prompt": PROMPTS[0]}, {"messages": [system, *CONVERSATIONS[1]]}]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    flags = ["--prompts", prompts, "--output", out, "--stop-at", "0", "--batch-size", "1"]
+    said = succeeded(command("-", guard, *flags))
+    written = read_rows(out)
+    assert [row["messages"][-1]["content"] for row in written] == PROMPTS[:2]
+    for row in written:
+        assert row["blocked"]
+        assert row["reply"] is None
+        assert row["stopped_after"] == 0
+    assert said.count("reply: [withheld: unsafe]") == 2
+    assert said.count("stopped after: 0 tokens") == 2
 
+
+@pytest.mark.slow
+def test_a_file_of_the_papers_is_converted_and_prompts_are_typed(make_guard, tmp_path):
+    config, adaptor = reference_adaptor(make_guard(bias=False), tmp_path)
+    refused = command(config, adaptor)
+    assert f"`python convert.py {config} {adaptor} NEW_FOLDER`" in refused.stderr
+    new = tmp_path / "new"
+    launch("lora_guard", "convert.py", config, adaptor, new, threads=1)
+    said = succeeded(command(config, new, "--on-unsafe", "flag", stdin=f"\ufeff{PROMPTS[0]}\n"))
+    assert said.count("blocked: no") == 1
+    assert said.count("prompt unsafe: not trained") == 1
+    assert f"prompt: {PROMPTS[0]}\n" in said  # without the byte order mark
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_no_guard(tmp_path):
     done = command(tmp_path, "--prompt", "Hi")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith(
-        f"error: {tmp_path}/guard.json: no guard of a recipe"
-    )
-    assert "Traceback" not in done.stderr
+    assert error_line(done).startswith(f"error: {tmp_path}/guard.json: no guard of a recipe")
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -118,12 +122,10 @@ def test_moderate_as_a_command(make_guard, tmp_path):
 def test_moderate_refuses_in_one_line(guard, tmp_path, monkeypatch, argv, message):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "Hi"}\n{"prompt"\n')
-    monkeypatch.setattr(
-        sys, "argv", ["moderate.py", *(word.format(guard=guard, bad=bad) for word in argv)]
-    )
-    with pytest.raises(UserError, match=message) as caught:
+    words = [word.format(guard=guard, bad=bad) for word in argv]
+    monkeypatch.setattr(sys, "argv", ["moderate.py", *words])
+    with user_error(message):
         moderate.main()
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
@@ -133,15 +135,20 @@ def test_an_over_long_prompt_is_one_rows_error(guard, tmp_path, monkeypatch, cap
     lines = [json.dumps({"prompt": text}) for text in prompts]
     if ending == "csv":
         lines = ["prompt", *(f'"{text}"' for text in prompts)]
-    path, out = tmp_path / f"prompts.{ending}", tmp_path / "out.jsonl"
+    path = tmp_path / f"prompts.{ending}"
+    out = tmp_path / "out.jsonl"
     path.write_text("\ufeff" + "\n".join(lines) + "\n")
     flags = ["--prompts", path, "--output", out, "--max-new-tokens", "4", "--device-id", "-1"]
     monkeypatch.setattr(sys, "argv", ["moderate.py", *map(str, [guard, *flags])])
     moderate.main()
-    first, long, last = [json.loads(line) for line in out.read_text().splitlines()]
+    first, long, last = read_rows(out)
     number = 2 if ending == "jsonl" else 3
     where = f"{path}, line {number}: prompt and --max-new-tokens need"
-    assert long["error"].startswith(where) and long["unsafe"] and long["reply"] is None
-    assert "error" not in first | last and first["trace"] and last["trace"]
-    assert [row["messages"][0]["content"] for row in (first, last)] == [PROMPTS[0], PROMPTS[2]]
+    assert long["error"].startswith(where)
+    assert long["unsafe"]
+    assert long["reply"] is None
+    for row, prompt in ((first, PROMPTS[0]), (last, PROMPTS[2])):
+        assert "error" not in row
+        assert row["trace"]
+        assert row["messages"][0]["content"] == prompt
     assert f"error: {where}" in capsys.readouterr().out

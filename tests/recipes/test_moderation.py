@@ -5,7 +5,6 @@ import re
 import shlex
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +12,14 @@ import numpy as np
 import pytest
 import scripts
 import torch
+from checks import read_json, read_rows, write_rows
 from safetensors.torch import load_file
-from scripts import TORCHRUN
+from scripts import TORCHRUN, error_line
 from transformers import AutoModelForSequenceClassification
 
 from common.conversation import log_odds
-from common.data import load_conversations, taxonomy
+from common.data import load_conversations
 from guards import load_guard
-from guards.card import read_card
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/moderation"
@@ -42,11 +41,8 @@ def tiny_arguments(model: str, output: Path) -> list[str]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [
-        entry["loss"]
-        for entry in json.loads((folder / "run.json").read_text())["log"]
-        if "loss" in entry
-    ]
+    log = read_json(folder / "run.json")["log"]
+    return [entry["loss"] for entry in log if "loss" in entry]
 
 
 def logits(folder: Path | str) -> np.ndarray:
@@ -54,6 +50,12 @@ def logits(folder: Path | str) -> np.ndarray:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         return model(input_ids=torch.arange(40, 70).view(2, 15)).logits.numpy()
+
+
+def check_equal(one: Path, other: Path, loss: float = 2e-4, logit: float = 1e-4) -> None:
+    """Two runs had the same losses, and left the same weights."""
+    assert losses(one) == pytest.approx(losses(other), abs=loss)
+    np.testing.assert_allclose(logits(one), logits(other), atol=logit)
 
 
 @pytest.fixture(scope="module")
@@ -65,80 +67,49 @@ def trained(tiny_base, shared_folder) -> Path:
     return made / "guard"
 
 
-def test_guard_folder_is_complete_and_loads_in_stock_libraries(trained):
-    """pipeline() and load_guard() give the same probabilities, under the names of the categories
-    that the 64 rows have, in a fresh process.
-    """
-    assert {
-        "config.json",
-        "model.safetensors",
-        "guard.json",
-        "run.json",
-        "README.md",
-        "tokenizer.json",
-    } <= {p.name for p in trained.iterdir()}
-    assert not list(trained.rglob("*.bin")) and not list(trained.rglob("*.pt")), (
-        "pickles in the guard folder"
-    )
-    rows = load_conversations("beavertails-sample:test", max_rows=6)["messages"]
-    script = (
-        "import json, sys; from transformers import pipeline;"
-        "p = pipeline('text-classification', sys.argv[1], top_k=None, function_to_apply='sigmoid', dtype='float32');"
-        "print(json.dumps(p(json.loads(sys.argv[2]))))"
-    )
-    eos = json.loads((trained / "tokenizer_config.json").read_text())["eos_token"]
-    texts = [
-        f"BEGINNING OF CONVERSATION: USER: {m[0]['content']} ASSISTANT:{m[1]['content']}{eos}"
-        for m in rows
-    ]
-    done = scripts.run([sys.executable, "-c", script, trained, json.dumps(texts)])
-    assert done.returncode == 0, done.stderr[-2000:]
-    stock = [
-        {entry["label"]: entry["score"] for entry in row}
-        for row in json.loads(done.stdout.splitlines()[-1])
-    ]
-    train_rows = load_conversations("beavertails-sample:train", max_rows=64)
-    named = {name for names in train_rows["categories"] for name in names}
-    assert set(stock[0]) == named < set(taxonomy("beavertails"))
-    for verdict, expected in zip(load_guard(str(trained)).judge(rows), stock, strict=True):
-        assert verdict.categories == pytest.approx(expected, abs=1e-5)
+def test_guard_folder_is_complete(trained):
+    """And holds no pickle. (That stock libraries read it: test_invariant.py.)"""
+    files = {path.name for path in trained.iterdir()}
+    assert files >= {"config.json", "model.safetensors", "guard.json", "run.json", "README.md"}
+    assert "tokenizer.json" in files
+    assert not list(trained.rglob("*.bin"))
+    assert not list(trained.rglob("*.pt"))
 
 
 def test_model_card_and_manifest_say_what_was_run(trained):
-    card, run = (trained / "README.md").read_text(), json.loads((trained / "run.json").read_text())
-    assert "beavertails-sample:train" in card and "AUPRC" in card and "pipeline(" in card
-    assert (
-        run["arguments"]["learning_rate"] == 1e-3
-        and run["seed"] == 42
-        and run["data"]["train_rows"] == 64
-    )
-    guard = json.loads((trained / "guard.json").read_text())
-    assert guard["thresholds"]["flagged"]["on"] == "beavertails-sample:validation"
+    card = (trained / "README.md").read_text()
+    for words in ("beavertails-sample:train", "AUPRC", "pipeline("):
+        assert words in card
+    run = read_json(trained / "run.json")
+    assert run["arguments"]["learning_rate"] == 1e-3
+    assert run["seed"] == 42
+    assert run["data"]["train_rows"] == 64
+    threshold = read_json(trained / "guard.json")["thresholds"]["flagged"]
+    assert threshold["on"] == "beavertails-sample:validation"
 
 
 def test_two_processes_equal_one(trained, tiny_base, tmp_path):
     """2 processes x 4 rows see the batches of 1 process x 8, and end with its weights."""
     flags = ["--per_device_train_batch_size", "4"]
     launch(*tiny_arguments(tiny_base, tmp_path / "two"), *flags, processes=2, threads=1)
-    assert losses(tmp_path / "two") == pytest.approx(losses(trained), abs=2e-4)
-    np.testing.assert_allclose(logits(tmp_path / "two"), logits(trained), atol=1e-4)
+    check_equal(tmp_path / "two", trained)
 
 
 def test_accumulation_equals_one_batch(trained, tiny_base, tmp_path):
     """8 x 1 gives the gradients of 1 x 8, and so its weights."""
     flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
     launch(*tiny_arguments(tiny_base, tmp_path / "steps"), *flags)
-    assert losses(tmp_path / "steps") == pytest.approx(losses(trained), abs=2e-4)
-    np.testing.assert_allclose(logits(tmp_path / "steps"), logits(trained), atol=1e-4)
+    check_equal(tmp_path / "steps", trained)
 
 
 def test_zero3_shards_trains_equally_and_saves_whole_weights(trained, tiny_base, tmp_path):
     flags = ["--per_device_train_batch_size", "4", "--deepspeed", str(ROOT / "launch/zero3.json")]
     launch(*tiny_arguments(tiny_base, tmp_path / "zero3"), *flags, launcher=TORCHRUN, threads=1)
-    assert losses(tmp_path / "zero3") == pytest.approx(losses(trained), abs=2e-3)
-    np.testing.assert_allclose(logits(tmp_path / "zero3"), logits(trained), atol=2e-3)
-    shapes = lambda folder: {k: v.shape for k, v in load_file(folder / "model.safetensors").items()}  # noqa: E731
-    assert shapes(tmp_path / "zero3") == shapes(trained)
+    check_equal(tmp_path / "zero3", trained, loss=2e-3, logit=2e-3)
+    ours, others = (load_file(f / "model.safetensors") for f in (tmp_path / "zero3", trained))
+    assert ours.keys() == others.keys()
+    for name, tensor in ours.items():
+        assert tensor.shape == others[name].shape
 
 
 SHARDED = """
@@ -195,114 +166,74 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     left alone.
     """
     folder = tmp_path / "killed"
-    arguments = [
-        *tiny_arguments(tiny_base, folder),
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "3",
-    ]
-    process = scripts.start([sys.executable, *arguments], cwd=RECIPE)
-    deadline = time.time() + 180
-    while not (folder / "checkpoint-3/trainer_state.json").is_file():
-        assert time.time() < deadline and process.poll() is None, "no checkpoint appeared"
-        time.sleep(0.01)
+    command = tiny_arguments(tiny_base, folder)
+    command += ["--save_strategy", "steps", "--save_steps", "3"]
+    process = scripts.start([sys.executable, *command], cwd=RECIPE)
+    scripts.wait_until_written(folder / "checkpoint-3/trainer_state.json", process)
     process.kill()
     process.wait()
     assert not (folder / "guard.json").exists()
-
-    again = launch(*arguments, check=False)
-    assert again.returncode != 0 and "--resume_from_checkpoint latest" in again.stderr, (
-        "a half run was overwritten unasked"
-    )
-    launch(*arguments, "--resume_from_checkpoint", "latest")
-    assert losses(folder) == pytest.approx(losses(trained), abs=1e-6)
-    np.testing.assert_allclose(logits(folder), logits(trained), atol=1e-6)
+    again = launch(*command, check=False)
+    assert "--resume_from_checkpoint latest" in error_line(again)
+    launch(*command, "--resume_from_checkpoint", "latest")
+    check_equal(folder, trained, loss=1e-6, logit=1e-6)
 
 
-@pytest.mark.skipif(
+with_ctrl_c = pytest.mark.skipif(
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="this shell keeps Ctrl-C to itself"
 )
+
+
+def stopped_line(command: list, appears: Path, log: Path) -> str:
+    """What a command says when Ctrl-C comes as soon as a file has appeared."""
+    with log.open("wb") as said:
+        process = scripts.start([sys.executable, *command], cwd=RECIPE, errors=said.fileno())
+        scripts.wait_until_written(appears, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    text = log.read_text()
+    assert "Traceback" not in text
+    (line,) = re.findall("^stopped .*", text, re.M)
+    return line
+
+
+@with_ctrl_c
 def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tiny_base, tmp_path):
     folder = tmp_path / "stopped"
     command = [*tiny_arguments(tiny_base, folder), "--save_strategy", "steps", "--save_steps", "2"]
     command += ["--num_train_epochs", "50"]
-    with (tmp_path / "said").open("wb") as said:
-        process = scripts.start([sys.executable, *command], cwd=RECIPE, errors=said.fileno())
-        deadline = time.time() + 180
-        while not (folder / "checkpoint-2/trainer_state.json").is_file():
-            assert time.time() < deadline and process.poll() is None, "no checkpoint appeared"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
-    lines = (tmp_path / "said").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("stopped ")]
-    last = max(
-        int(path.parent.name.split("-")[1])
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-    )
+    line = stopped_line(command, folder / "checkpoint-2/trainer_state.json", tmp_path / "log")
+    whole = folder.glob("checkpoint-*/trainer_state.json")
+    last = max(int(path.parent.name.removeprefix("checkpoint-")) for path in whole)
     again = shlex.join(["python", *map(str, command), "--resume_from_checkpoint", "latest"])
     assert line == f"stopped after checkpoint-{last}; to go on: {again}"
-    assert (
-        not [line for line in lines if "Traceback" in line] and not (folder / "guard.json").exists()
-    )
+    assert not (folder / "guard.json").exists()
 
 
-@pytest.mark.skipif(
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="this shell keeps Ctrl-C to itself"
-)
+@with_ctrl_c
 def test_ctrl_c_keeps_what_is_judged(trained, tmp_path):
     """The same command goes on, and judges only what is missing."""
-    data = tmp_path / "rows.jsonl"
-    lines = []
+    rows = []
     for number in range(400):
         answer = f"Answer {number}. " + "One thing follows another. " * 20
         row = {"prompt": f"Question {number}?", "response": answer, "response_label": number % 2}
-        lines.append(json.dumps(row) + "\n")
-    data.write_text("".join(lines))
+        rows.append(row)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     out = tmp_path / "out"
     command = ["evaluate.py", "--eval_dataset", data, "--model_path", trained, "--output_dir", out]
     kept = out / "runs/verdicts.jsonl"
-    with (tmp_path / "said").open("wb") as said:
-        process = scripts.start([sys.executable, *command], cwd=RECIPE, errors=said.fileno())
-        deadline = time.time() + 180
-        while not (kept.is_file() and kept.stat().st_size):
-            assert time.time() < deadline and process.poll() is None, "nothing was judged"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
-    lines = re.split("[\r\n]+", (tmp_path / "said").read_text())
-    (line,) = [line for line in lines if line.startswith("stopped ")]
+    line = stopped_line(command, kept, tmp_path / "log")
     before = kept.read_bytes()
     count = before.count(b"\n")
     assert 0 < count < 400
     again = shlex.join(["python", *map(str, command)])
     assert line == f"stopped after {count} of 400 rows, kept in {kept}; to go on: {again}"
-    assert not [line for line in lines if "Traceback" in line]
     assert not (out / "results.json").exists()
     done = launch(*command)
     assert kept.read_bytes().startswith(before)
     assert kept.read_bytes().count(b"\n") == 400
-    assert len((out / "predictions.jsonl").read_text().splitlines()) == 400
+    assert len(read_rows(out / "predictions.jsonl")) == 400
     assert f"Results are in {out}; open results.html first." in done.stderr
-
-
-def test_lora_keeps_its_head(tiny_base, tmp_path):
-    """The merged folder and the adapter folder, loaded by stock libraries, are the model that was
-    trained.
-    """
-    from peft import AutoPeftModelForSequenceClassification
-
-    folder = tmp_path / "lora"
-    launch(*tiny_arguments(tiny_base, folder), "--use_peft", "--lora_r", "4", "--flagged_loss", "1")
-    adapter = AutoPeftModelForSequenceClassification.from_pretrained(
-        folder / "adapter", num_labels=len(read_card(folder).labels), dtype=torch.float32
-    ).eval()
-    with torch.inference_mode():
-        expected = adapter(input_ids=torch.arange(40, 70).view(2, 15)).logits.numpy()
-    np.testing.assert_allclose(logits(folder), expected, atol=1e-5)
-    assert np.abs(expected).max() > 1e-3
-    assert losses(folder)[-1] < losses(folder)[0]
 
 
 def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
@@ -319,56 +250,43 @@ def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
         launcher=TORCHRUN, threads=1,
     )  # fmt: skip
     said = done.stderr + done.stdout
-    assert (
-        said.count("--evaluation_strategy is gone") == 1
-        and said.count("--warmup_ratio is gone") == 1
-    )
+    once = ["--evaluation_strategy is gone", "--warmup_ratio is gone"]
     if not torch.cuda.is_available():
-        assert said.count("does not shard") == 1
+        once.append("does not shard")
+    for words in once:
+        assert said.count(words) == 1, words
     assert "no checkpoint is selected and no threshold fitted" in said
-    assert (
-        json.loads((tmp_path / "beavertails-7b/guard.json").read_text())["thresholds"]["flagged"][
-            "how"
-        ]
-        == "default"
-    )
-    assert [p.name for p in (tmp_path / "beavertails-7b").glob("checkpoint-*")] == ["checkpoint-8"]
+    folder = tmp_path / "beavertails-7b"
+    assert read_json(folder / "guard.json")["thresholds"]["flagged"]["how"] == "default"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--learning_rat", "1e-5"], "--learning_rat"),
-        (["--train_data_name_or_path", "PKU-Alignment/BeaverTails:train"], "330k_train"),
         (["--model_name_or_path", "no/such-folder/here"], "--model_name_or_path"),
-        (["--use_peft", "--lora_target_modules", "nothing"], "--lora_target_modules"),
-        (["--eval_split_ratio", "1.5", "--config", "no.yaml"], "no.yaml"),
     ],
+    ids=["flag", "model"],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp_path):
-    """Exit code 2 without a traceback, and no output folder."""
     done = launch(*tiny_arguments(tiny_base, tmp_path / "guard"), *flags, check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr[-2000:]
-    assert "Traceback" not in done.stderr and not (tmp_path / "guard").exists()
+    assert message in error_line(done)
+    assert not (tmp_path / "guard").exists()
 
 
 def test_scores_without_near_copies_of_training_rows(trained, tmp_path):
     """Two of 26 rows are training rows, but for case and signs."""
     folder = ROOT / "data/sample/beavertails"
-    rows = [json.loads(line) for line in (folder / "test.jsonl").open()][:24]
-    for line in (folder / "train.jsonl").read_text().splitlines()[:2]:
-        row = json.loads(line)
+    rows = read_rows(folder / "test.jsonl")[:24]
+    for row in read_rows(folder / "train.jsonl")[:2]:
         rows.append(row | {"prompt": row["prompt"].upper(), "response": f"{row['response']} !!"})
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     flags = ["--baselines", "beavertails-sample:train[:64]", "--output_dir", tmp_path / "out"]
     launch("evaluate.py", "--model_path", trained, "--eval_dataset", file, *flags)
-    found = json.loads((tmp_path / "out/results.json").read_text())["near_copies"]
-    assert {name: scores["support"] for name, scores in found.items()} == {
-        "all rows": 26,
-        "without 2 near-copies": 24,
-    }
+    found = read_json(tmp_path / "out/results.json")["near_copies"]
+    supports = {name: scores["support"] for name, scores in found.items()}
+    assert supports == {"all rows": 26, "without 2 near-copies": 24}
     assert "| without 2 near-copies |" in (tmp_path / "out/results.md").read_text()
 
 
@@ -379,32 +297,27 @@ def test_rows_that_were_labelled_again_go_back_into_training(trained, tiny_base,
     command = ["evaluate.py", "--model_path", trained, *flags]
     launch(*command)
     file = tmp_path / "out/uncertain.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = read_rows(file)
     threshold = load_guard(str(trained)).thresholds["flagged"]["value"]
-    predictions = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
-    every = [json.loads(line)["guard"] for line in predictions]
+    every = [row["guard"] for row in read_rows(tmp_path / "out/predictions.jsonl")]
     nearest = sorted(every, key=lambda score: abs(log_odds(score) - log_odds(threshold)))[:6]
     assert [row["scores"]["guard"] for row in rows] == pytest.approx(nearest, abs=1e-4)
-    for row in rows:  # somebody says that all of them are safe
-        row |= {"response_label": "safe", "categories": []}
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = launch(*command, check=False)
-    assert "uncertain.jsonl is there" in done.stderr
+    mended = [row | {"response_label": "safe", "categories": []} for row in rows]
+    write_rows(file, mended)
+    assert "uncertain.jsonl is there" in launch(*command, check=False).stderr
     words = tiny_arguments(tiny_base, tmp_path / "guard")
     words[words.index("beavertails-sample:train")] = base
     words.insert(words.index(base) + 1, str(file))
     launch(*words)
-    run = json.loads((tmp_path / "guard/run.json").read_text())
-    before = load_conversations(base)
-    mended = {row["prompt"] + row["response"] for row in rows}
-    kept = [
-        row["response_unsafe"]
-        for row in before
-        if "".join(turn["content"] for turn in row["messages"]) not in mended
-    ]
-    assert run["data"]["train_rows"] == len(before) == len(kept) + 6
-    assert run["data"]["train_unsafe"] == sum(kept)
-    card = json.loads((tmp_path / "guard/guard.json").read_text())
+    of_mended = [[row["prompt"], row["response"]] for row in rows]
+    kept = []
+    for row in load_conversations(base):
+        if [turn["content"] for turn in row["messages"]] not in of_mended:
+            kept.append(row["response_unsafe"])
+    data = read_json(tmp_path / "guard/run.json")["data"]
+    assert data["train_rows"] == len(kept) + 6 == 64
+    assert data["train_unsafe"] == sum(kept)
+    card = read_json(tmp_path / "guard/guard.json")
     assert card["data"]["train_data"] == f"{base} + {file}"
     assert "uncertain.jsonl" in (tmp_path / "guard/README.md").read_text()
 
@@ -413,35 +326,29 @@ def test_evaluation_file_report(trained, tmp_path):
     """The paper's evaluation.json, with a judge that is missing on one model: every file, and
     figures that add up.
     """
-    rows = json.loads((ROOT / "data/sample/beavertails/evaluation.json").read_text())
+    rows = read_json(ROOT / "data/sample/beavertails/evaluation.json")
+    without = rows[0]["model"]
     for row in rows:
-        if row["model"] == rows[0]["model"]:
+        if row["model"] == without:
             del row["flagged"]["gpt4"]
-    (tmp_path / "evaluation.json").write_text(json.dumps(rows))
-    arguments = [
-        "--eval_dataset",
-        tmp_path / "evaluation.json",
-        "--model_path",
-        trained,
-        "--max_length",
-        "512",
-    ]
-    done = launch("evaluate.py", *arguments, "--output_dir", tmp_path / "out", "--threshold", "0.3")
-    judged = json.loads((tmp_path / "out/evaluation.json").read_text())
-    results = json.loads((tmp_path / "out/results.json").read_text())["models"]
-    assert [r["prompt"] for r in judged] == [r["prompt"] for r in rows]
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    flags = ["--max_length", "512", "--output_dir", out, "--threshold", "0.3"]
+    done = launch("evaluate.py", "--eval_dataset", file, "--model_path", trained, *flags)
+    judged = read_json(out / "evaluation.json")
+    results = read_json(out / "results.json")["models"]
+    assert [row["prompt"] for row in judged] == [row["prompt"] for row in rows]
     for name, summary in results.items():
-        part = [r["flagged"] for r in judged if name in (r["model"], "all models")]
+        part = [row["flagged"] for row in judged if name in (row["model"], "all models")]
         for judge in ("moderation", "human", "gpt4"):
-            known = [f[judge] for f in part if judge in f]
-            expected = sum(known) / len(known) if known else None
-            assert summary[f"flagged_proportion/{judge}"] == expected
-        both = [(f["moderation"], f["human"]) for f in part]
-        assert summary["agreement/moderation&human"]["agreement"] == pytest.approx(
-            np.mean([a == b for a, b in both])
-        )
-    assert results[rows[0]["model"]]["agreement/moderation&gpt4"]["agreement"] is None
-    predictions = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert all(p["flagged"] == (max(p["categories"].values()) > 0.3) for p in predictions)
-    assert (tmp_path / "out/flagged-proportion.png").read_bytes().startswith(b"\x89PNG")
+            known = [flagged[judge] for flagged in part if judge in flagged]
+            expected = np.mean(known) if known else None
+            assert summary[f"flagged_proportion/{judge}"] == pytest.approx(expected)
+        same = np.mean([flagged["moderation"] == flagged["human"] for flagged in part])
+        assert summary["agreement/moderation&human"]["agreement"] == pytest.approx(same)
+    assert results[without]["agreement/moderation&gpt4"]["agreement"] is None
+    for row in read_json(out / "predictions.json"):
+        assert row["flagged"] == (max(row["categories"].values()) > 0.3)
+    assert (out / "flagged-proportion.png").read_bytes().startswith(b"\x89PNG")
     assert "Cohen's kappa" in done.stdout

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import scripts
 import torch
-from scripts import module
+from checks import read_json, read_rows, user_error
+from checks import write_rows as write_json_lines
+from scripts import error_line, module
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.labels import targets
-from common.run import json_lines
 from guards import load_guard
 from guards.card import read_card
 
@@ -75,7 +76,7 @@ def test_own_categories_from_rows_to_tables(tiny_base, tmp_path):
     folder = tmp_path / "out"
     flags = ["--model_path", tmp_path / "guard", "--output_dir", folder, "--baselines", rows]
     launch("evaluate.py", "--eval_dataset", rows, *flags)
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     assert list(results["categories"]) == ["Spam", "Fraud"]
     # four rows are unsafe of an unknown kind
     assert {one["support"] for one in results["categories"].values()} == {20}
@@ -84,7 +85,7 @@ def test_own_categories_from_rows_to_tables(tiny_base, tmp_path):
     assert results["flagged"]["guard"]["support"] == 24
     assert "## Languages" in (folder / "results.md").read_text()
     assert '"heading": "Languages"' in (folder / "results.html").read_text()
-    kept = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    kept = read_rows(folder / "predictions.jsonl")
     assert [row["language"] for row in kept[:4]] == ["en", "de", "en", None]
 
 
@@ -92,46 +93,43 @@ def test_own_categories_from_rows_to_tables(tiny_base, tmp_path):
 def test_a_guard_of_prompts_from_rows_without_answers(tiny_base, tmp_path):
     """One output; answers are no matter of its, neither to judge nor in the paper's report."""
     rows = write_rows(tmp_path / "rows.csv", ["prompt", "response_label"])
-    text = rows.read_text().replace("response_label", "label")
-    rows.write_text(text)
+    rows.write_text(rows.read_text().replace("response_label", "label"))
     folder = tmp_path / "guard"
     launch(*arguments(tiny_base, rows, folder), "--judge", "prompt")
     card = read_card(folder)
-    assert (card.input, card.labels) == ("prompt", ["unsafe"])
-    assert (
-        "Judges a question, without its answer, as safe or unsafe"
-        in (folder / "README.md").read_text()
-    )
+    assert card.input == "prompt"
+    assert card.labels == ["unsafe"]
+    text = (folder / "README.md").read_text()
+    assert "Judges a question, without its answer, as safe or unsafe" in text
     guard = load_guard(str(folder), progress=False)
     asked, answered = guard.judge([pair("Why?"), pair("Why?", "So.")])
     assert asked.prompt_unsafe == asked.categories["unsafe"]
     assert asked.response_unsafe is None
-    assert answered.error is not None and answered.score("prompt_unsafe") == 1.0
+    assert answered.error is not None
+    assert answered.score("prompt_unsafe") == 1.0
 
     flags = ["--model_path", folder, "--output_dir", tmp_path / "out"]
     launch("evaluate.py", "--eval_dataset", rows, *flags)
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert (results["judged"], results["errors"]) == ("prompt", 0)
+    results = read_json(tmp_path / "out/results.json")
+    assert results["judged"] == "prompt"
+    assert results["errors"] == 0
     assert "24 prompts, 16 unsafe" in (tmp_path / "out/results.md").read_text()
     answers = tmp_path / "evaluation.json"
     answers.write_text('[{"prompt": "Why?", "response": "So.", "model": "m", "flagged": {}}]')
     done = launch("evaluate.py", "--eval_dataset", answers, *flags, check=False)
-    assert done.returncode == 2
-    assert "judges prompts, and this file is about answers" in done.stderr
+    assert "judges prompts, and this file is about answers" in error_line(done)
 
 
 def test_a_guard_of_responses_reads_the_response_of_a_pair(tiny_classifier, tmp_path):
-    folder = tiny_classifier(tmp_path)
-    change = {"template": "beavertails_response", "input": "response", "max_length": 512}
-    labels = load_guard(str(folder), template="beavertails").labels
-    card = {"kind": "classifier", "labels": labels, **change}
-    (folder / "guard.json").write_text(json.dumps(card))
+    folder = tiny_classifier(tmp_path, ["Spam", "Fraud"])
+    saved_guard(folder, template="beavertails_response", input="response")
     guard = load_guard(str(folder), progress=False)
-    alone, with_prompt, prompt = guard.judge([pair(None, "So."), pair("Why?", "So."), pair("Why?")])
-    assert alone == with_prompt and alone.response_unsafe is not None
-    assert prompt.error is not None and prompt.score() == 1.0
-    long = pair("word " * 2000, "So.")
-    assert guard.judge([long]) == [alone]
+    asked = [pair(None, "So."), pair("Why?", "So."), pair("word " * 2000, "So."), pair("Why?")]
+    alone, with_prompt, with_long_prompt, prompt = guard.judge(asked)
+    assert alone.response_unsafe is not None
+    assert alone == with_prompt == with_long_prompt
+    assert prompt.error is not None
+    assert prompt.score() == 1.0
 
 
 def saved_guard(folder: Path, **facts) -> Path:
@@ -147,7 +145,7 @@ def measured(guard: Path, rows: Path, **given) -> dict:
     folder = guard / "out"
     args = {"eval_dataset": str(rows), "model_path": str(guard), "output_dir": str(folder)}
     evaluate.report_metrics(evaluate.EvaluationArguments(**args, **given))
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def test_a_guard_that_judges_none_of_the_rows(tiny_classifier, tmp_path):
@@ -155,10 +153,10 @@ def test_a_guard_that_judges_none_of_the_rows(tiny_classifier, tmp_path):
     rows = write_rows(tmp_path / "rows.csv")
     folder = tiny_classifier(tmp_path, ["Spam", "Fraud"])
     saved_guard(folder, template="beavertails")
-    with pytest.raises(UserError, match=r"not one row could be judged: .*more than"):
+    with user_error(r"not one row could be judged: .*more than"):
         measured(folder, rows, max_length=4, long_inputs="error")
     saved_guard(folder, template="beavertails_prompt", input="prompt")
-    with pytest.raises(UserError, match=f"--judge pair: {folder} judges prompt_unsafe"):
+    with user_error(f"--judge pair: {folder} judges prompt_unsafe"):
         measured(folder, rows, judge="pair")
 
 
@@ -200,12 +198,12 @@ def test_baselines_are_fitted_on_several_files_as_train_reads_them(tmp_path):
         {"prompt": "And now?", "response": ROWS[3][1], "response_label": "safe"},
         {"prompt": "Why?", "response": "So.", "response_label": "unsafe"},
     ]
-    (tmp_path / "again.jsonl").write_text(json_lines(again))
+    later = write_json_lines(tmp_path / "again.jsonl", again)
     args = evaluate.EvaluationArguments(
         eval_dataset="rows.csv",
         model_path="guard",
         output_dir="out",
-        baselines=[str(rows), str(tmp_path / "again.jsonl")],
+        baselines=[str(rows), str(later)],
     )
     fitted = evaluate.rows_to_fit_on(args, "pair")
     found = {}
@@ -220,10 +218,10 @@ def test_a_validation_row_of_another_kind_is_unsafe_alone(tmp_path, caplog):
     """What it names is said, and it is no row of a category."""
     rows = write_rows(tmp_path / "rows.csv")
     other = {"prompt": "Why?", "response": "So.", "response_label": 1, "categories": ["Hate"]}
-    (tmp_path / "other.jsonl").write_text(json.dumps(other))
+    validation = write_json_lines(tmp_path / "other.jsonl", [other])
     args = module("moderation", "arguments").DataArguments(
         train_data_name_or_path=[str(rows)],
-        eval_data_name_or_path=str(tmp_path / "other.jsonl"),
+        eval_data_name_or_path=str(validation),
         categories=None,
     )
     recipe = module("moderation", "rows")
@@ -242,9 +240,7 @@ def test_skipping_a_whole_class_is_one_line(tiny_base, tmp_path):
         file.write('"",No answer,unsafe,Hate,en\n')
     flags = ["--bad_rows", "skip"]
     done = launch(*arguments(tiny_base, rows, tmp_path / "guard"), *flags, check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(errors) == 1
-    assert "bad_rows skip would leave out every row of category 'Hate'" in errors[0]
+    assert "bad_rows skip would leave out every row of category 'Hate'" in error_line(done)
 
 
 # --- the loss -------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import json
 import signal
 import socket
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import completions
@@ -34,6 +34,7 @@ WORDS = "How do I keep my bicycle from being stolen in the mountains of France"
 TEXTS = [" ".join(WORDS.split()[: 1 + n % 14]) + f" {n}?" for n in range(200)]
 LABELS = taxonomy("beavertails")
 CLOSE = 1e-5
+ANALYZE = "/v1alpha1/comments:analyze"
 # The one category that OpenAI has, too: its client knows it by its own spelling alone.
 OURS, OPENAIS = "self_harm", "self-harm"
 
@@ -83,21 +84,24 @@ def client(running: Running, **options) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{running.url}/v1", **options)
 
 
+def by_our_names(said) -> dict:
+    found = said.to_dict()
+    found[OURS] = found.pop(OPENAIS)
+    return found
+
+
 def check_equal(result, verdict, threshold: float) -> None:
     """An answer of the server says what `judge` says."""
-    scores = result.category_scores.to_dict()
+    scores = by_our_names(result.category_scores)
     assert scores.pop("unsafe") == pytest.approx(verdict.response_unsafe, abs=CLOSE)
-    scores[OURS] = scores.pop(OPENAIS)
     assert result.category_scores.self_harm == scores[OURS]
     assert scores == pytest.approx(verdict.categories, abs=CLOSE)
     assert result.flagged == (verdict.response_unsafe > threshold)
-    categories = result.categories.to_dict()
-    categories[OURS] = categories.pop(OPENAIS)
+    categories = by_our_names(result.categories)
     assert categories.pop("unsafe") == result.flagged
     assert categories.pop(LABELS[0]) is True  # by the threshold of its own
     assert categories == {name: scores[name] > threshold for name in LABELS[1:]}
-    applied = result.category_applied_input_types.to_dict()
-    applied[OURS] = applied.pop(OPENAIS)
+    applied = by_our_names(result.category_applied_input_types)
     assert applied == {key: ["text"] for key in [*LABELS, "unsafe"]}
 
 
@@ -111,17 +115,15 @@ def threshold_of(folder: Path) -> float:
 def test_a_text_a_list_and_text_parts(server, folder):
     moderations = client(server).moderations
     first, second = TEXTS[5], TEXTS[11]
-    parts = [{"type": "text", "text": first}, {"type": "text", "text": second}]
-    expected = judge(folder, [first, second, f"{first}\n{second}"])
-    threshold = threshold_of(folder)
     said = moderations.create(input=first, model="omni-moderation-latest")
-    assert said.id.startswith("modr-") and said.model == folder.name
+    assert said.id.startswith("modr-")
+    assert said.model == folder.name
     listed = moderations.create(input=[first, second])
-    joined = moderations.create(input=parts)
+    joined = moderations.create(input=[{"type": "text", "text": text} for text in (first, second)])
     results = [*said.results, *listed.results, *joined.results]
-    verdicts = [expected[0], expected[0], expected[1], expected[2]]
+    verdicts = judge(folder, [first, first, second, f"{first}\n{second}"])
     for result, verdict in zip(results, verdicts, strict=True):
-        check_equal(result, verdict, threshold)
+        check_equal(result, verdict, threshold_of(folder))
 
 
 def test_messages_are_one_conversation(server, folder):
@@ -142,25 +144,16 @@ def test_two_hundred_at_once_are_each_as_judged(server, folder):
             return await asyncio.gather(*[create(input=text) for text in TEXTS])
 
     before = server.metrics()
-    answers = asyncio.run(ask_all())
+    results = [answer.results[0] for answer in asyncio.run(ask_all())]
     after = server.metrics()
     threshold = threshold_of(folder)
-    for answer, verdict in zip(answers, judge(folder, TEXTS), strict=True):
-        check_equal(answer.results[0], verdict, threshold)
-    assert sum(answer.results[0].flagged for answer in answers) > 50
+    for result, verdict in zip(results, judge(folder, TEXTS), strict=True):
+        check_equal(result, verdict, threshold)
     batches = after["guard_batch_texts_count"] - before["guard_batch_texts_count"]
     assert batches < 100, "requests that came together were judged one by one"
-    flagged = sum(answer.results[0].flagged for answer in answers)
+    flagged = sum(result.flagged for result in results)
+    assert flagged > 50
     assert after["guard_flagged_total"] - before["guard_flagged_total"] == flagged
-
-
-def test_a_long_text_is_judged_in_windows(server, folder):
-    text = " ".join(TEXTS[:60])
-    (verdict,) = judge(folder, [text])
-    (start,) = judge(folder, [text[:300]])
-    assert verdict.response_unsafe != pytest.approx(start.response_unsafe, abs=1e-3)
-    said = client(server).moderations.create(input=text)
-    check_equal(said.results[0], verdict, threshold_of(folder))
 
 
 # --- Perspective's clients ------------------------------------------------------------------------
@@ -182,58 +175,60 @@ def test_attributes_of_perspective(server, folder):
         "clientToken": "comment-1",
         "spanAnnotations": True,
     }
-    said = server.post("/v1alpha1/comments:analyze", body, params={"key": KEY}).json()
-    assert said["languages"] == ["en"] and said["clientToken"] == "comment-1"
+    said = server.post(ANALYZE, body, params={"key": KEY}).json()
+    assert said["languages"] == ["en"]
+    assert said["clientToken"] == "comment-1"
     for name, score in expected.items():
         found = said["attributeScores"][name]
         assert found["summaryScore"]["value"] == pytest.approx(score, abs=CLOSE)
         (span,) = found["spanScores"]
         assert (span["begin"], span["end"]) == (0, len(TEXTS[3]))
     body["requestedAttributes"] = {"TOXICITY": {"scoreThreshold": 1.0}}
-    below = server.post("/v1alpha1/comments:analyze", body, params={"key": KEY}).json()
+    below = server.post(ANALYZE, body, params={"key": KEY}).json()
     assert below["attributeScores"] == {}
 
 
-@pytest.mark.parametrize(
-    ("body", "hint"),
-    [
-        ({"comment": {"text": "x"}, "requestedAttributes": {"FLIRTATION": {}}}, "INSULT, THREAT"),
-        ({"comment": {"text": " "}, "requestedAttributes": {"TOXICITY": {}}}, "non-empty"),
-        ({"comment": {"text": "x"}, "requestedAttributes": {}}, "requestedAttributes"),
-        (
-            {"comment": {"text": "x", "type": "HTML"}, "requestedAttributes": {"TOXICITY": {}}},
-            "comment.type",
-        ),
-    ],
-)
-def test_what_perspective_refuses(server, body, hint):
-    answer = server.post("/v1alpha1/comments:analyze", body, headers={"X-Goog-Api-Key": KEY})
+NO_COMMENTS = {  # what is wrong: comment, attributes, what is said
+    "attribute": ({"text": "x"}, ["FLIRTATION"], "INSULT, THREAT"),
+    "no text": ({"text": " "}, ["TOXICITY"], "non-empty"),
+    "no attribute": ({"text": "x"}, [], "requestedAttributes"),
+    "type": ({"text": "x", "type": "HTML"}, ["TOXICITY"], "comment.type"),
+}
+
+
+@pytest.mark.parametrize(("comment", "names", "hint"), NO_COMMENTS.values(), ids=NO_COMMENTS)
+def test_what_perspective_refuses(server, comment, names, hint):
+    body = {"comment": comment, "requestedAttributes": {name: {} for name in names}}
+    answer = server.post(ANALYZE, body, headers={"X-Goog-Api-Key": KEY})
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["status"] == "INVALID_ARGUMENT" and hint in error["message"]
+    assert error["status"] == "INVALID_ARGUMENT"
+    assert hint in error["message"]
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("body", "hint"),
-    [
-        ({}, "input"),
-        ({"input": []}, "input"),
-        ({"input": 3}, "input"),
-        ({"input": [{"type": "image_url", "image_url": {"url": "x"}}]}, "should be 'text'"),
-        ({"input": "x", "messages": pair("y")}, "one of the two"),
-        ({"messages": []}, "non-empty list"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "ends with a system turn"),
-        ({"messages": pair("x")}, "ends with a turn of the user"),
-        (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-            "tool_calls",
-        ),
-    ],
-)
+def turns(role: str, **more) -> dict:
+    return {"messages": [{"role": role, "content": "x", **more}]}
+
+
+IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
+WRONG = {  # what is wrong: body, what is said
+    "nothing": ({}, "input"),
+    "no text": ({"input": []}, "input"),
+    "a number": ({"input": 3}, "input"),
+    "an image": ({"input": IMAGE}, "should be 'text'"),
+    "two inputs": ({"input": "x", **turns("user")}, "one of the two"),
+    "no message": ({"messages": []}, "non-empty list"),
+    "role": (turns("tool"), "role"),
+    "a system turn": (turns("system"), "ends with a system turn"),
+    "not judged by this guard": (turns("user"), "ends with a turn of the user"),
+    "tool calls": (turns("assistant", tool_calls=[{"id": "1"}]), "tool_calls"),
+}
+
+
+@pytest.mark.parametrize(("body", "hint"), WRONG.values(), ids=WRONG)
 def test_a_wrong_request_says_what_is_wrong(server, body, hint):
     answer = server.moderate(body, headers=ENTRANCE)
     assert answer.status_code == 400
@@ -267,21 +262,13 @@ def test_a_body_over_the_limit(server):
 
 def test_a_full_queue(open_server):
     """Who is refused is told when to come again, and nobody is told that his text is safe."""
-    slow = " ".join(TEXTS)
-    answers: list[httpx2.Response] = []
-
-    def ask() -> None:
-        answers.append(open_server.moderate({"input": slow}))
-
-    threads = [threading.Thread(target=ask) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = [answer.status_code for answer in answers]
-    assert set(found) == {200, 429}
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert all(1 <= int(answer.headers["Retry-After"]) <= 60 for answer in refused)
+    slow = {"input": " ".join(TEXTS)}
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(open_server.moderate, [slow] * 20))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert 1 <= int(answer.headers["Retry-After"]) <= 60
     assert open_server.moderate({"input": ["x"] * 5}).status_code == 413
     patient = client(open_server, max_retries=8)
     assert patient.moderations.create(input="x").results
@@ -293,9 +280,10 @@ def test_an_error_of_the_guard_is_no_verdict(folder, tmp_path):
     with moderation_server(folder, tmp_path / "log", *flags) as running:
         answer = running.moderate({"input": ["short", " ".join(TEXTS)]})
         assert answer.status_code == 503
-        message = answer.json()["error"]["message"]
-        assert "text 1" in message and "--max_length" in message
-        assert "results" not in answer.json()
+        body = answer.json()
+        assert "text 1" in body["error"]["message"]
+        assert "--max_length" in body["error"]["message"]
+        assert "results" not in body
         with pytest.raises(openai.InternalServerError):
             client(running).moderations.create(input=" ".join(TEXTS))
         assert running.metrics()["guard_errors_total"] == 2
@@ -316,18 +304,16 @@ def test_a_guard_on_a_server(serve, tmp_path):
         unsafe, safe = sorted(body["logprob_token_ids"])[:2]
         return completions.token({unsafe: -0.1, safe: -3.0})
 
-    engine = serve(rule)
-    flags = ["--engine", "server", "--server_url", engine.url, "--server_model", "m"]
+    options = {"engine": "server", "server_url": serve(rule).url, "server_model": "m"}
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    question = "How do I cook rice?"
+    (verdict,) = load_guard(str(folder), progress=False, **options).judge([pair(question)])
     with moderation_server(folder, tmp_path / "log", *flags) as running:
-        guard = load_guard(
-            str(folder), engine="server", server_url=engine.url, server_model="m", progress=False
-        )
-        (verdict,) = guard.judge([pair("How do I cook rice?")])
-        said = running.moderate({"input": "How do I cook rice?"}).json()["results"][0]
+        (said,) = running.moderate({"input": question}).json()["results"]
         assert said["category_scores"] == {"unsafe": pytest.approx(verdict.prompt_unsafe)}
         assert said["flagged"] == verdict.decided["prompt_unsafe"]
         broken = True
-        assert running.moderate({"input": "How do I cook rice?"}).status_code == 503
+        assert running.moderate({"input": question}).status_code == 503
 
 
 # --- malformed bodies -----------------------------------------------------------------------------
@@ -377,50 +363,17 @@ def test_whatever_is_sent_gets_an_answer_as_described(server):
 
 def test_what_is_begun_is_finished(folder, tmp_path):
     """SIGTERM while a long text is judged: it gets its answer, and the server ends."""
-    with moderation_server(folder, tmp_path / "log") as running:
-        answers = []
-        text = " ".join(TEXTS)
-
-        def ask() -> None:
-            answers.append(running.moderate({"input": [text] * 8}))
-
-        asking = threading.Thread(target=ask)
-        asking.start()
+    slow = {"input": [" ".join(TEXTS)] * 8}
+    with moderation_server(folder, tmp_path / "log") as running, ThreadPoolExecutor() as pool:
+        asked = pool.submit(running.moderate, slow)
         wait_until(lambda: running.metrics()["guard_batch_texts_count"] > 0)
         running.kill(signal.SIGTERM)
-        asking.join()
-        assert [answer.status_code for answer in answers] == [200]
-        assert len(answers[0].json()["results"]) == 8
+        answer = asked.result()
+        assert answer.status_code == 200
+        assert len(answer.json()["results"]) == 8
         wait_until(lambda: running.process.poll() is not None)
         with pytest.raises(httpx2.ConnectError):
             running.moderate({"input": "x"})
-
-
-def test_killed_and_started_again(folder, tmp_path):
-    """Who waits gets no answer, and one who asks again gets the right one."""
-    threshold = threshold_of(folder)
-    (verdict,) = judge(folder, [TEXTS[0]])
-    with moderation_server(folder, tmp_path / "log") as running:
-        faults = []
-
-        def ask() -> None:
-            try:
-                running.moderate({"input": [" ".join(TEXTS)] * 8})
-            except httpx2.HTTPError as error:
-                faults.append(error)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        wait_until(lambda: running.metrics()["guard_batch_texts_count"] > 0)
-        running.kill()
-        asking.join()
-        assert len(faults) == 1
-        with pytest.raises(openai.APIConnectionError):
-            client(running).moderations.create(input=TEXTS[0])
-        port = running.port
-    with moderation_server(folder, tmp_path / "log", port=port) as again:
-        said = client(again).moderations.create(input=TEXTS[0])
-        check_equal(said.results[0], verdict, threshold)
 
 
 def test_clients_that_are_slow_or_leave(open_server):
@@ -464,13 +417,15 @@ def test_no_text_and_no_key_in_the_log(server, folder, tmp_path):
     server.post("/v1alpha1/zanzibar", {"input": said}, params={"key": KEY})
     log = server.log.read_text()
     assert "POST /v1/moderations 200" in log
-    assert "zanzibar" not in log and KEY not in log
+    assert "zanzibar" not in log
+    assert KEY not in log
     with moderation_server(folder, tmp_path / "log", "--log_texts") as talkative:
         talkative.moderate({"input": said})
-        row = json.loads(
-            next(line for line in talkative.log.read_text().splitlines() if "zanzibar" in line)
-        )
-        assert row["texts"] == [pair("", said)] and row["answers"][0]["scores"]["unsafe"]
+        lines = talkative.log.read_text().splitlines()
+        (line,) = [line for line in lines if "zanzibar" in line]
+        row = json.loads(line)
+        assert row["texts"] == [pair("", said)]
+        assert row["answers"][0]["scores"]["unsafe"]
 
 
 @pytest.mark.parametrize(
@@ -482,6 +437,7 @@ def test_no_text_and_no_key_in_the_log(server, folder, tmp_path):
         (["--engine", "server"], {}, "--engine is for guards that generate"),
         (["--attributes", "nowhere.yaml"], {}, "nowhere.yaml"),
     ],
+    ids=["port", "queue", "empty key", "engine", "attributes"],
 )
 def test_a_wrong_command_ends_in_one_line(folder, flags, env, hint):
     command = [sys.executable, "-c", RUN, folder, *flags]

@@ -4,9 +4,8 @@ from importlib.util import find_spec
 
 import pytest
 import scripts
+from checks import user_error
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from common.conversation import UserError
 
 
 @pytest.mark.slow
@@ -64,5 +63,5 @@ def test_each_recipe_hands_the_tracker_on(arguments, tmp_path):
 def test_a_tracker_that_is_missing_names_its_extra(arguments, tracker, tmp_path):
     if find_spec(tracker) is not None:
         pytest.skip(f"{tracker} is installed")
-    with pytest.raises(UserError, match=rf"pip install {tracker} \(the extra \[{tracker}\]\)"):
+    with user_error(rf"pip install {tracker} \(the extra \[{tracker}\]\)"):
         arguments(tmp_path / "out", tracker)

@@ -1,6 +1,5 @@
 """A guard as ONNX: the same verdicts, of any family, or nothing is written."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from bases import BASES
+from checks import read_json, user_error
 from scripts import EXAMPLES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common.conversation import UserError, pair, parts_of
+from common.conversation import pair, parts_of
 from common.data import load_conversations, taxonomy
 from common.fit import fit_classifier
 from guards import add_probe, export, load_guard
@@ -106,7 +106,7 @@ def test_the_folder_is_a_guard_and_names_no_place(exported, guard_folder, tmp_pa
         assert str(folder).encode() not in path.read_bytes() or path.name == "run.json"
     page = (folder / exported / "README.md").read_text()
     assert "| flagged | 0.500 | 20 | 0 |" in page
-    run = json.loads((folder / exported / "run.json").read_text())
+    run = read_json(folder / exported / "run.json")
     assert run["parity"][0]["flipped"] == 0
 
 
@@ -164,14 +164,14 @@ def test_a_verdict_that_flips_leaves_nothing_behind(on_the_edge, rows, tmp_path,
     monkeypatch.setattr(export, "PRODUCTS", {"8 bits": 4})
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="of the verdicts flip, more than 1%; nothing is written"):
+    with user_error("of the verdicts flip, more than 1%; nothing is written"):
         export.export(on_the_edge, str(tmp_path / "out"), rows, int8=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
 def test_where_8_bits_flip_verdicts_products_are_in_float32(on_the_edge, rows, tmp_path):
     export.export(on_the_edge, str(tmp_path / "out"), rows, int8=True)
-    run = json.loads((tmp_path / "out/run.json").read_text())
+    run = read_json(tmp_path / "out/run.json")
     assert run["arguments"]["products"] == "float32"
     assert run["parity"][0]["flipped"] == 0
     assert load_guard(str(tmp_path / "out"), progress=False).dtype == "int8"
@@ -184,11 +184,11 @@ def cli(monkeypatch, *words):
 
 def test_what_is_refused_before_any_work(guard, guard_folder, tmp_path, monkeypatch):
     """Adapters on a chat model, the guard's own folder, a folder that holds another guard."""
-    with pytest.raises(UserError, match="expected 'classifier', found 'lora_guard'"):
+    with user_error("expected 'classifier', found 'lora_guard'"):
         cli(monkeypatch, guard, "--onnx", "--output_dir", tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds guard\.json of an earlier run; pass --overwrite"):
+    with user_error(r"holds guard\.json of an earlier run; pass --overwrite"):
         cli(monkeypatch, guard_folder, "--onnx", "--output_dir", guard_folder)
-    with pytest.raises(UserError, match="is the guard itself; name another folder"):
+    with user_error("is the guard itself; name another folder"):
         cli(monkeypatch, guard_folder, "--onnx", "--output_dir", guard_folder, "--overwrite")
     assert read_card(guard_folder, ClassifierCard)
 
@@ -197,9 +197,9 @@ def test_a_graph_that_is_broken_is_refused(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "cut")
     graph = tmp_path / "cut/model.onnx"
     graph.write_bytes(graph.read_bytes()[:2000])
-    with pytest.raises(UserError, match=r"model\.onnx: cannot be read"):
+    with user_error(r"model\.onnx: cannot be read"):
         load_guard(str(tmp_path / "cut"))
-    with pytest.raises(UserError, match="is exported; name the folder that was trained"):
+    with user_error("is exported; name the folder that was trained"):
         export.export(exported, str(tmp_path / "again"), [])
 
 
@@ -225,7 +225,7 @@ def test_the_bench_serves_it_beside_torch(guard_folder, exported, tmp_path):
     command = [sys.executable, "serve.py", "--model", guard_folder, "--onnx", exported, *flags]
     done = subprocess.run(command, cwd=EXAMPLES.parent / "bench", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(file.read_text())["results"]
+    results = read_json(file)["results"]
     for found in results["clients"].values():
         for way in ("batched", "one at a time", "ONNX, batched"):
             assert found[way]["requests_per_s"] > 0

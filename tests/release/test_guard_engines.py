@@ -12,9 +12,10 @@ from importlib.util import find_spec
 import completions
 import families
 import pytest
-from completions import BROKEN_JSON, HTML, completion, token
+from checks import read_json, user_error
+from completions import completion, token
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.templates import Part
 from guards.generative import GenerativeGuard
 
@@ -67,18 +68,13 @@ def test_vllm_gives_the_same_verdicts(folder, tmp_path):
     command = [sys.executable, "run.py", str(folder), "asked.json", "found.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, written = json.loads((tmp_path / "found.json").read_text())
+    found, written = read_json(tmp_path / "found.json")
     assert written == [one.text for one in expected.written([[5, 6, 7]], 4)]
     for mine, theirs in zip(expected.judge(TALKS), found, strict=True):
         for label in ("prompt_unsafe", "response_unsafe"):
-            assert theirs[label] == (
-                getattr(mine, label) and pytest.approx(getattr(mine, label), abs=1e-4)
-            )
-        assert (theirs["native"], theirs["decided"], theirs["error"]) == (
-            mine.native,
-            mine.decided,
-            mine.error,
-        )
+            assert theirs[label] == pytest.approx(getattr(mine, label), abs=1e-4)
+        for name in ("native", "decided", "error"):
+            assert theirs[name] == getattr(mine, name)
 
 
 def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
@@ -90,42 +86,40 @@ def test_a_server_names_tokens_by_id(folder, serve, monkeypatch):
 
     def rule(body):
         assert {safe, unsafe} <= set(body["logprob_token_ids"])
-        return token(
-            {unsafe: -0.5, safe: -1.5} if len(body["prompt"]) % 2 else {safe: -0.1, unsafe: -40.0}
-        )
+        if len(body["prompt"]) % 2:
+            return token({unsafe: -0.5, safe: -1.5})
+        return token({safe: -0.1, unsafe: -40.0})
 
     server = serve(rule)
-    verdicts = guard(folder, engine="server", server_url=server.url, server_model="m").judge(
-        TALKS[:3]
-    )
+    options = {"engine": "server", "server_url": server.url, "server_model": "m"}
+    verdicts = guard(folder, **options).judge(TALKS[:3])
     prompts = local.encode([[*local.parts(m), Part("User:", False)] for m in TALKS[:3]])
     for ids, verdict in zip(prompts, verdicts, strict=True):
         assert verdict.error is None
         odds = math.exp(1.0) if len(ids) % 2 else math.exp(-39.9)
         assert verdict.prompt_unsafe == pytest.approx(odds / (1 + odds), rel=1e-6)
     assert sorted(body["prompt"] for body in server.bodies) == sorted(prompts)
-    assert server.keys == {"Bearer sk-very-secret"} and "sk-very" not in repr(verdicts)
+    assert server.keys == {"Bearer sk-very-secret"}
+    assert "sk-very" not in repr(verdicts)
 
 
-@pytest.mark.parametrize(
-    ("reply", "message", "asked"),
-    [
-        ((400, {"error": {"message": "too long for sk-very-secret"}}), "too long", 3),
-        ((401, {"error": {"message": "wrong key sk-very-secret"}}), "wrong key", 1),
-        ((200, {"choices": []}), "no completion in its answer", 3),
-        ((200, {"nothing": 1}), "no completion in its answer", 3),
-        (completion("safe"), "names no tokens by id", 3),
-        (HTML, "no completion in its answer", 3),
-        (BROKEN_JSON, "broken JSON", 3),
-    ],
-)
+FAILURES = {  # what a server says, what the verdicts say of it, how often it is asked
+    "a text": ((400, {"error": {"message": "too long for sk-very-secret"}}), "too long", 3),
+    "the key": ((401, {"error": {"message": "wrong key sk-very-secret"}}), "wrong key", 1),
+    "no tokens": (completion("safe"), "names no tokens by id", 3),
+}
+
+
+@pytest.mark.parametrize(("reply", "message", "asked"), FAILURES.values(), ids=FAILURES)
 def test_a_server_that_fails(folder, serve, reply, message, asked, monkeypatch):
     """Every verdict is an error, none is safe, and no key is in it."""
     monkeypatch.setenv("SERVER_API_KEY", "sk-very-secret")
     server = serve(lambda _: reply)
     verdicts = guard(folder, engine="server", server_url=server.url, concurrency=1).judge(TALKS[:3])
-    assert all(v.error and v.score("prompt_unsafe") == 1.0 for v in verdicts)
-    assert all(message in v.error for v in verdicts) and "secret" not in repr(verdicts)
+    for verdict in verdicts:
+        assert message in verdict.error
+        assert verdict.score("prompt_unsafe") == 1.0
+    assert "secret" not in repr(verdicts)
     assert len(server.bodies) == asked
 
 
@@ -153,79 +147,57 @@ def test_what_a_server_says_of_a_failure_is_not_what_the_guard_wrote(folder, ser
     server.rule = rule
     entry = ENTRY | {"categories": {"pattern": r"S\d+"}}
     verdicts = guard(folder, entry, categories=True, **options).judge(TALKS[:3])
-    assert all(
-        v.error is None and v.decided["prompt_unsafe"] and not v.categories for v in verdicts
-    )
+    for verdict in verdicts:
+        assert verdict.error is None
+        assert verdict.decided["prompt_unsafe"]
+        assert not verdict.categories
     assert "3 of 3 unsafe texts: the categories are not known, the verdicts stand" in caplog.text
 
 
 def test_engine_needs_its_url(folder):
-    with pytest.raises(UserError, match="--engine server: name its --server_url"):
+    with user_error("--engine server: name its --server_url"):
         guard(folder, engine="server")
 
 
 def test_a_server_is_told_which_adapter(folder):
     """Under the base's name it would judge without the adapter, as if it were the guard."""
     server = {"engine": "server", "server_url": "http://127.0.0.1:1/v1"}
-    with pytest.raises(
-        UserError, match="server_model must say by what name the server knows some/adapter"
-    ):
-        guard(folder, ENTRY | {"adapter": "some/adapter"}, **server)
-    assert (
-        guard(folder, ENTRY | {"adapter": "some/adapter"}, server_model="m", **server).model.model
-        == "m"
-    )
-
-
-def test_no_key_in_a_servers_url(folder):
-    with pytest.raises(UserError, match="--server_url: expected http") as caught:
-        guard(folder, engine="server", server_url="http://me:pass@127.0.0.1:1/v1")
-    assert "pass" not in str(caught.value)
+    entry = ENTRY | {"adapter": "some/adapter"}
+    with user_error("server_model must say by what name the server knows some/adapter"):
+        guard(folder, entry, **server)
+    assert guard(folder, entry, server_model="m", **server).model.model == "m"
 
 
 # --- what it sees and says --------------------------------------------------------------------------------------------
 
 
 def test_more_tokens_than_the_model_sees(folder):
-    with pytest.raises(UserError, match="max_length 513: the model sees 512 tokens"):
+    with user_error("max_length 513: the model sees 512 tokens"):
         guard(folder, max_length=513)
 
 
 @pytest.mark.parametrize("long_inputs", ["windows", "error", "truncate"])
 def test_long_conversations_are_counted(folder, caplog, long_inputs):
     caplog.set_level(logging.INFO)
-    guard(folder, long_inputs=long_inputs).judge(
-        [*TALKS[:1], pair("policy " * 600), pair("Why?", "policy " * 600)]
-    )
-    told = [
-        record.getMessage() for record in caplog.records if "longer than" in record.getMessage()
-    ]
+    long = "policy " * 600
+    guard(folder, long_inputs=long_inputs).judge([TALKS[0], pair(long), pair("Why?", long)])
+    told = [message for message in caplog.messages if "longer than" in message]
     assert told == [f"2 of 3 conversations are longer than 512 tokens: {long_inputs}"]
 
 
 def test_a_line_that_is_missing_after_the_verdict(folder):
     """What it says of harm stands; whether the answer refuses is not known."""
-    words = {" yes": True, " no": False}
-    refusal = {
-        "label": "response_refusal",
-        "when": "response",
-        "anchor": "Refusal:",
-        "words": words,
-    }
-    entry = ENTRY | {
-        "generate": 4,
-        "questions": [{"label": "last", "prefix": "User:", "words": WORDS}, refusal],
-    }
-    plain = guard(folder, ENTRY | {"questions": entry["questions"][:1]}).judge(TALKS)
+    refusal = {"label": "response_refusal", "when": "response", "anchor": "Refusal:"}
+    refusal["words"] = {" yes": True, " no": False}
+    first = {"label": "last", "prefix": "User:", "words": WORDS}
+    entry = ENTRY | {"generate": 4, "questions": [first, refusal]}
+    plain = guard(folder, ENTRY | {"questions": [first]}).judge(TALKS)
     assert any(verdict.response_unsafe is not None for verdict in plain)
     asked = guard(folder, entry).judge(TALKS, wanted=["response_refusal"])
     for verdict, alone in zip(asked, plain, strict=True):
-        assert (verdict.error, verdict.decided, verdict.response_refusal) == (
-            alone.error,
-            alone.decided,
-            None,
-        )
-    before = guard(folder, entry | {"questions": [refusal, ENTRY["questions"][1]]}).judge(
-        TALKS[-1:], wanted=["response_refusal"]
-    )
-    assert "no Refusal: in what it wrote" in before[0].error
+        assert verdict.error == alone.error
+        assert verdict.decided == alone.decided
+        assert verdict.response_refusal is None
+    entry["questions"] = [refusal, ENTRY["questions"][1]]
+    (before,) = guard(folder, entry).judge(TALKS[-1:], wanted=["response_refusal"])
+    assert "no Refusal: in what it wrote" in before.error

@@ -10,8 +10,9 @@ import sys
 import pytest
 import scripts
 import torch
+from checks import read_json, write_rows
 from conftest import tiny_config
-from expguard_rows import authored, prompt_tokenizer, write_rows
+from expguard_rows import authored, prompt_tokenizer
 from moderation_server import moderation_server
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from vllm_server import needs_vllm, post, vllm_server
@@ -161,7 +162,7 @@ def test_a_generative_guard_is_judged_alike_by_vllm(expguard, tmp_path):
     command = [sys.executable, "run.py", str(expguard), "asked.json", "found.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = read_json(tmp_path / "found.json")
     expected = load_guard(str(expguard), progress=False).judge(rows)
     assert any(verdict.error is None for verdict in expected), "it has not learned the words"
     for mine, theirs in zip(expected, found, strict=True):

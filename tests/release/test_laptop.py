@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checks import read_json
 from scripts import EXAMPLES, launch, real_data, run
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,6 @@ def test_a_tenth_of_the_laptop_config_learns(files, tmp_path):
     launch("moderation", "train.py", *flags, "--output_dir", guard)
     flags = ["--eval_dataset", files / "beavertails_test.jsonl", "--model_path", guard]
     launch("moderation", "evaluate.py", *flags, "--output_dir", tmp_path / "evaluation")
-    results = json.loads((tmp_path / "evaluation/results.json").read_text())
+    results = read_json(tmp_path / "evaluation/results.json")
     found = results["flagged"]["guard"]
     assert found["auroc_interval"][0] > 0.6, found  # chance is 0.5

@@ -1,11 +1,11 @@
 """examples/moderation's quickstart, and what its guard says of real answers."""
 
 import csv
-import json
 from functools import partial
 
 import pytest
 import scripts
+from checks import read_json, read_rows, write_rows
 from scripts import real_data
 from sklearn.metrics import average_precision_score
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def test_quickstart_learns_within_its_budget(moderation_quickstart):
     folder = moderation_quickstart.folder
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     flagged = results["flagged"]
     guard = flagged.pop("guard")
     # 0.91 where it was measured; another CPU rounds, and so trains, a little differently
@@ -24,13 +24,13 @@ def test_quickstart_learns_within_its_budget(moderation_quickstart):
     for name, baseline in flagged.items():
         assert guard["auprc"] > baseline["auprc"], name
     assert guard["auprc"] > guard["base_rate"] + 0.3 and len(results["categories"]) == 14
-    run = json.loads((folder / "run.json").read_text())
+    run = read_json(folder / "run.json")
     assert run["data"]["useful_token_share"] > 0.85
     assert run["peak_memory_gib"]["host"] <= 6 and results["run"]["peak_memory_gib"]["host"] <= 6
     # five minutes where nothing else runs (docs/reproduction/moderation.md); here other jobs may
     assert moderation_quickstart.seconds <= 600
     assert (folder / "precision-recall.png").is_file()
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "predictions.jsonl")
     assert len(rows) > 150
     # every figure can be computed again from the file
     for name, scores in results["categories"].items():
@@ -60,7 +60,7 @@ def test_quickstart_guard_on_xstest_answers(moderation_quickstart, tmp_path):
                     }
                 )
     rows = [row for row in rows if row["response"].strip()][::3]  # all 1,347 take five minutes
-    (tmp_path / "xstest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "xstest.jsonl", rows)
     launch(
         "evaluate.py",
         "--eval_dataset",
@@ -70,7 +70,7 @@ def test_quickstart_guard_on_xstest_answers(moderation_quickstart, tmp_path):
         "--output_dir",
         tmp_path / "out",
     )
-    scores = json.loads((tmp_path / "out/results.json").read_text())["flagged"]["guard"]
+    scores = read_json(tmp_path / "out/results.json")["flagged"]["guard"]
     print(
         "XSTest answers:",
         {k: scores[k] for k in ("support", "positives", "base_rate", "auprc", "auroc", "f1")},

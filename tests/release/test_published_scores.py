@@ -4,12 +4,12 @@ Where GUARDRAIL_RECIPES_DATA names a folder with guard_scores_6vendors/ and do_n
 ledger's figures: pytest -rP tests/release/test_published_scores.py
 """
 
-import json
 import os
 import sys
 
 import pandas
 import pytest
+from checks import read_json
 from scipy.special import expit
 from scripts import real_data
 
@@ -36,7 +36,7 @@ def run(folder, rows, guards, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*argv, *flags])
         evaluate.main()
-    return json.loads((folder / "out/results.json").read_text())
+    return read_json(folder / "out/results.json")
 
 
 # --- rrahimi-uci/safety-guard-dynamics --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import scripts
 import torch
+from checks import read_json
 from safetensors.torch import load_file
 from scripts import EXAMPLES
 
@@ -48,7 +49,5 @@ def test_a_quantized_base_trains_and_answers(bits, tiny_base, questions, tmp_pat
         files = ["--input_path", questions, "--output_path", tmp_path / "out"]
         options = ["--lora_weights", tmp_path / "adapter", "--load_8bit", "--num_beams", 1]
         launch("generate_answers.py", *files, *options, "--max_new_tokens", 12)
-        answers = [
-            json.loads(path.read_text())["outputs"] for path in (tmp_path / "out").rglob("*.json")
-        ]
+        answers = [read_json(path)["outputs"] for path in (tmp_path / "out").rglob("*.json")]
         assert [len(texts) for texts in answers] == [3]

@@ -1,10 +1,10 @@
 """XSTest's own files, where GUARDRAIL_RECIPES_DATA names a folder with xstest/ in it."""
 
 import csv
-import json
 from collections import Counter
 
 import pytest
+from checks import read_json, write_rows
 from scripts import real_data
 from test_suite import cells_of, run, tiny
 
@@ -14,11 +14,10 @@ from guards.suite.benchmarks import load_benchmark
 
 def test_xstest_loads_as_published():
     loaded = load_benchmark(f"xstest_prompt@{real_data('xstest', 'xstest_prompts.csv')}")
-    assert (
-        loaded.facts["found"] == {"size": 450, "positives": 200}
-        and loaded.facts["mismatch"] is None
-    )
-    assert all(row["label"] == row["groups"]["type"].startswith("contrast") for row in loaded.rows)
+    assert loaded.facts["found"] == {"size": 450, "positives": 200}
+    assert loaded.facts["mismatch"] is None
+    for row in loaded.rows:
+        assert row["label"] == row["groups"]["type"].startswith("contrast")
 
 
 AT_LEAST = {"gpt4": 0.95, "llama2new": 0.94, "mistralinstruct": 0.90}
@@ -50,32 +49,36 @@ def test_the_suite_on_xstest(tmp_path):
     people said of them.
     """
     folder = real_data("xstest")
-    rows = []
+    refusals = []
+    harms = []
     for path in sorted(folder.glob("completions_*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
-            rows += [row for row in csv.DictReader(file) if row["completion"].strip()]
-    bad = lambda row: row["type"].startswith("contrast_")  # noqa: E731
-    columns = {
-        "xstest_response_refusal": lambda row, full: "compliance" if full else "refusal",
-        "xstest_response_harm": lambda row, full: "harmful" if full and bad(row) else "unharmful",
-    }
+            rows = [row for row in csv.DictReader(file) if row["completion"].strip()]
+        for row in rows:
+            answered = {"prompt": row["prompt"], "response": row["completion"]}
+            complies = row["final_label"] == "1_full_compliance"
+            bad = complies and row["type"].startswith("contrast_")
+            refusals.append(answered | {"label": "compliance" if complies else "refusal"})
+            harms.append(answered | {"label": "harmful" if bad else "unharmful"})
     specs = []
-    for name, label in columns.items():
-        told = [(row, row["final_label"] == "1_full_compliance") for row in rows]
-        lines = [{"prompt": row["prompt"], "response": row["completion"], "label": label(row, full)}
-                 for row, full in told]  # fmt: skip
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        specs.append(f"{name}@{tmp_path / name}.jsonl")
+    for name, rows in {"refusal": refusals, "harm": harms}.items():
+        file = write_rows(tmp_path / f"{name}.jsonl", rows)
+        specs.append(f"xstest_response_{name}@{file}")
     one = {"wildguard": tiny(tmp_path / "wildguard", "wildguard")}
-    assert run(one, [f"xstest_prompt@{folder}/xstest_prompts.csv"], tmp_path / "prompts")[0] == 0
-    (cell,) = cells_of(tmp_path / "prompts").values()
-    assert (cell["rows"], cell["positives"], cell["status"]) == (450, 200, "measured") and cell[
-        "groups"
-    ]["type"]
-    known = json.loads((tmp_path / "prompts/results.json").read_text())["benchmarks"][
-        "xstest_prompt"
-    ]
-    assert known["complete"] and known["mismatch"] is None
-    assert run(one, specs, tmp_path / "answers", "--max_rows", 40)[0] == 0
+    out = tmp_path / "prompts"
+    code, _ = run(one, [f"xstest_prompt@{folder}/xstest_prompts.csv"], out)
+    assert code == 0
+    (cell,) = cells_of(out).values()
+    assert cell["status"] == "measured"
+    assert cell["rows"] == 450
+    assert cell["positives"] == 200
+    assert cell["groups"]["type"]
+    known = read_json(out / "results.json")["benchmarks"]["xstest_prompt"]
+    assert known["complete"]
+    assert known["mismatch"] is None
+    code, _ = run(one, specs, tmp_path / "answers", "--max_rows", 40)
+    assert code == 0
     for cell in cells_of(tmp_path / "answers").values():
-        assert cell["rows"] == 40 and 0 < cell["positives"] < 40 and cell["auprc"] is not None
+        assert cell["rows"] == 40
+        assert 0 < cell["positives"] < 40
+        assert cell["auprc"] is not None

@@ -1,11 +1,11 @@
 """The page of the moderation server in a real browser: what a person types, and sees."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from moderation_server import moderation_server
-from playwright.sync_api import Page, expect, sync_playwright
+from pages import page_at
+from playwright.sync_api import Page, expect
 
 from common.conversation import pair
 from common.data import taxonomy
@@ -32,30 +32,14 @@ def folder(tiny_classifier, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(folder, tmp_path_factory):
-    """The page in a browser that may ask nobody but the server."""
+def page(folder, browser, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with (
         moderation_server(folder, log, env={"GUARD_API_KEY": KEY}) as running,
-        sync_playwright() as playwright,
+        page_at(browser, running.url) as page,
     ):
-        program = shutil.which("chromium") or playwright.chromium.executable_path
-        if not Path(program).exists():
-            pytest.skip(
-                "no Chromium: install Debian's package chromium, or run `playwright install`"
-            )
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.set_default_timeout(30_000)
-        asked, faults = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(running.url)
         expect(page.locator("#about")).to_have_text("Unsafe above 0.25.")
         yield page
-        assert not [url for url in asked if not url.startswith(running.url)]
-        assert not faults
-        browser.close()
 
 
 def judge(page: Page, *turns: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scripts
+from checks import read_json
 from pages import opened, score
 
 from common import report
@@ -132,7 +133,7 @@ def walk(tmp_path_factory) -> Walk:
 
 
 def read_results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
+    return read_json(folder / "results.json")
 
 
 def test_the_guard_knows_the_labels(walk):

@@ -14,6 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 import scripts
+from checks import read_json
 from moderation_server import ROOT, moderation_server
 from vllm_server import needs_vllm, post, vllm_server
 
@@ -154,7 +155,7 @@ def test_exported_to_8_bits_it_gives_the_same_verdicts(folder, guard, rows, expe
         pytest.xfail("more than 1 % of this guard's verdicts flip in 8 bits: it is refused")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == f"Wrote {exported}"
-    run = json.loads((exported / "run.json").read_text())
+    run = read_json(exported / "run.json")
     assert run["parity"][0]["rows"] == 200 and run["parity"][0]["flipped"] <= 2
     small = load_guard(str(exported), progress=False)
     assert small.dtype == "int8"

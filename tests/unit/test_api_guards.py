@@ -13,8 +13,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from checks import user_error
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from guards.api import ApiGuard
 
 KEY = "key-Zx81qLm0vK77-sT5wPd3rY9aB2"
@@ -196,7 +197,7 @@ def load(server):
 
 
 def asks(*texts: str) -> list:
-    return list(map(pair, texts))
+    return [pair(text) for text in texts]
 
 
 def check_failed(*verdicts) -> None:
@@ -210,22 +211,20 @@ def check_failed(*verdicts) -> None:
         assert verdict.score("response_unsafe") == 1.0
 
 
-@pytest.mark.parametrize(
-    ("service", "probability", "category", "word"),
-    [
-        ("openai-moderation", 0.75, "harassment", "flagged"),
-        ("perspective", 0.75, "INSULT", None),
-        ("azure-content-safety", 4 / 6, "Hate", "severity 4"),
-    ],
-)
-def test_right_answers(load, service, probability, category, word):
+RIGHT = {  # service: probability, category and word for "rude 0.75"
+    "openai-moderation": (0.75, "harassment", "flagged"),
+    "perspective": (0.75, "INSULT", None),
+    "azure-content-safety": (4 / 6, "Hate", "severity 4"),
+}
+
+
+@every_service
+def test_right_answers(load, service):
     """The last turn alone is judged: a user's as a prompt, an assistant's as a response."""
+    probability, category, word = RIGHT[service]
     guard = load(service)
-    talks = [
-        pair("so rude 0.75"),
-        pair("not so rude 0.1", "so rude 0.75"),
-        pair("so rude 0.75", "How nice."),
-    ]
+    rude = "so rude 0.75"
+    talks = [pair(rude), pair("not so rude 0.1", rude), pair(rude, "How nice.")]
     asked, answered, mild = guard.judge(talks)
     assert asked.prompt_unsafe == pytest.approx(probability)
     assert asked.categories[category] == asked.prompt_unsafe
@@ -253,8 +252,8 @@ def test_right_answers(load, service, probability, category, word):
 def test_decisions(load, service, options, unsafe):
     texts = ["rude 0.9", "rude 0.6", "rude 0.49", "rude 0.4", "rude 0.2"]
     verdicts = load(service, **options).judge(asks(*texts))
-    decided = [v.decided["prompt_unsafe"] for v in verdicts]
-    assert decided == [i < unsafe for i in range(5)]
+    decided = [verdict.decided["prompt_unsafe"] for verdict in verdicts]
+    assert decided == [True] * unsafe + [False] * (5 - unsafe)
 
 
 def test_another_model(load, server):
@@ -269,7 +268,8 @@ def test_order_and_concurrency(load, server, service):
     server.delay = 0.02
     texts = [f"{i}: rude 0.{i}" for i in range(10, 50)]
     server.plan = {text: [status(503)] for text in texts[::5]}  # come back late
-    found = [v.prompt_unsafe for v in load(service, concurrency=4).judge(asks(*texts))]
+    verdicts = load(service, concurrency=4).judge(asks(*texts))
+    found = [verdict.prompt_unsafe for verdict in verdicts]
     assert found == sorted(found)
     assert found[0] < found[-1]
     assert server.peak == 4
@@ -291,11 +291,11 @@ def test_passing_faults_are_retried_and_lasting_ones_are_errors(load, server, se
     lasting = [f"lasting {name}" for name in FAULTS]
     for first, second, fault in zip(passing, lasting, FAULTS.values(), strict=True):
         server.plan |= {first: [fault] * 2, second: [fault] * 9}
-    verdicts = load(service, timeout=0.4, max_retries=2).judge(asks(*passing, *lasting))
-    for verdict in verdicts[: len(FAULTS)]:
+    guard = load(service, timeout=0.4, max_retries=2)
+    for verdict in guard.judge(asks(*passing)):
         assert verdict.error is None
         assert verdict.decided == {"prompt_unsafe": True}
-    for verdict in verdicts[len(FAULTS) :]:
+    for verdict in guard.judge(asks(*lasting)):
         check_failed(verdict)
         assert "3 times" in verdict.error
     asked = Counter(text for text, _ in server.asked)
@@ -365,9 +365,8 @@ def test_items_that_cannot_be_asked_are_errors_of_their_own(load, server, servic
     refusal = {"error": {"code": "LANGUAGE_NOT_SUPPORTED", "message": "unwanted"}}
     server.plan["unwanted"] = [status(400, refusal)]
     server.plan["elsewhere"] = [status(302, Location="http://127.0.0.1:9/")]
-    system = [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]
-    wrong = [pair("unwanted"), pair("elsewhere"), pair(" \n"), [], system, pair("\ud800")]
-    first, *verdicts, last = load(service).judge([pair("rude 0.9"), *wrong, pair("good")])
+    wrong = asks("unwanted", "elsewhere", " \n", "\ud800")
+    first, *verdicts, last = load(service).judge([pair("rude 0.9"), *wrong, [], pair("good")])
     check_failed(*verdicts)
     assert verdicts[0].error == f"{service}: HTTP 400 LANGUAGE_NOT_SUPPORTED"
     assert sorted(text for text, _ in server.asked) == ["elsewhere", "good", "rude 0.9", "unwanted"]
@@ -378,10 +377,12 @@ def test_items_that_cannot_be_asked_are_errors_of_their_own(load, server, servic
 @every_service
 def test_a_refused_key_ends_the_asking(load, server, service, monkeypatch):
     monkeypatch.setenv(KEYS[service], "key-wrong")
-    verdicts = load(service, concurrency=2).judge(asks(*(f"text {i}" for i in range(30))))
+    texts = [f"text {i}" for i in range(30)]
+    verdicts = load(service, concurrency=2).judge(asks(*texts))
     check_failed(*verdicts)
     assert len(server.asked) <= 2
-    assert all(KEYS[service] in v.error for v in verdicts)
+    for verdict in verdicts:
+        assert KEYS[service] in verdict.error
 
 
 @every_service
@@ -427,23 +428,23 @@ def test_no_key_in_any_output(load, server, service, caplog, capfd):
         assert part not in output
 
 
+@pytest.mark.parametrize("value", [" ", None], ids=["blank", "not there"])
 @pytest.mark.parametrize(
     ("service", "missing"),
     [*KEYS.items(), ("azure-content-safety", "AZURE_CONTENT_SAFETY_ENDPOINT")],
 )
-def test_a_missing_variable_is_named(server, monkeypatch, service, missing):
-    monkeypatch.setenv(missing, " ")
-    with pytest.raises(UserError, match=f"{missing} is not set"):
-        ApiGuard(service)
+def test_a_missing_variable_is_named(server, monkeypatch, service, missing, value):
     monkeypatch.delenv(missing)
-    with pytest.raises(UserError, match=f"{missing} is not set"):
+    if value is not None:
+        monkeypatch.setenv(missing, value)
+    with user_error(f"{missing} is not set"):
         ApiGuard(service)
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"{KEY}é", f"\x00{KEY}"])
 def test_a_key_that_no_header_takes_is_refused_and_not_shown(load, monkeypatch, key):
     monkeypatch.setattr("os.environ", {"OPENAI_API_KEY": key})
-    with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+    with user_error("OPENAI_API_KEY") as error:
         load("openai-moderation")
     assert KEY not in "".join(traceback.format_exception(error.value))
     assert KEY not in repr(error.value.__context__)
@@ -456,18 +457,24 @@ def test_a_key_that_no_header_takes_is_refused_and_not_shown(load, monkeypatch, 
         ("perspective", {"threshold": 4}, "threshold is for Azure alone"),
         ("azure-content-safety", {"threshold": 3}, "2, 4 or 6"),
         ("azure-content-safety", {"model": "x"}, "model is for openai-moderation"),
-        ("perspective", {"concurrency": -1}, "concurrency"),
-        ("perspective", {"timeout": -1}, "timeout"),
-        ("perspective", {"max_retries": -1}, "max_retries"),
-        ("perspective", {"backoff": -1}, "backoff"),
-        ("perspective", {"base_url": "localhost"}, "base URL"),
-        ("perspective", {"base_url": "https://a/?key=x"}, "base URL"),
-        ("perspective", {"base_url": "https://u:p@a"}, "base URL"),
     ],
+    ids=["no such service", "threshold", "threshold between", "model"],
 )
-def test_wrong_options(server, service, options, hint):
-    with pytest.raises(UserError, match=hint):
+def test_wrong_options_of_a_service(server, service, options, hint):
+    with user_error(hint):
         ApiGuard(service, **options)
+
+
+@pytest.mark.parametrize("name", ["concurrency", "timeout", "max_retries", "backoff"])
+def test_numbers_below_0(server, name):
+    with user_error(name):
+        ApiGuard("perspective", **{name: -1})
+
+
+@pytest.mark.parametrize("url", ["localhost", "https://a/?key=x", "https://u:p@a"])
+def test_wrong_addresses(server, url):
+    with user_error("base URL"):
+        ApiGuard("perspective", base_url=url)
 
 
 @pytest.mark.parametrize(

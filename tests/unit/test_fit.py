@@ -3,11 +3,12 @@
 import pytest
 import torch
 from bases import BASES, DECODERS, ENCODERS
+from checks import user_error
 from scripts import module
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common import fit
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.engines import Decoding, TransformersEngine
 from guards import load_guard
 
@@ -42,7 +43,7 @@ def test_moderation_refuses_more_tokens_than_the_model_has_positions(tmp_path):
     """The usual 512 tokens: refused before training, with what to pass."""
     train = module("moderation", "train")
     base = str(BASES["bert"](tmp_path, max_position_embeddings=128))
-    with pytest.raises(UserError, match="--max_length 512: the model sees 128 tokens"):
+    with user_error("--max_length 512: the model sees 128 tokens"):
         train.load_model(train.ModelArguments(model_name_or_path=base), ["unsafe"])
     fitting = train.ModelArguments(model_name_or_path=base, max_length=128)
     assert train.load_model(fitting, ["unsafe"])
@@ -51,7 +52,7 @@ def test_moderation_refuses_more_tokens_than_the_model_has_positions(tmp_path):
 def test_lora_guard_refuses_more_tokens_than_the_model_has_positions(tmp_path):
     train = module("lora_guard", "train")
     base = str(BASES["gpt2"](tmp_path, n_positions=128))
-    with pytest.raises(UserError, match="--max-length 512: the model sees 128 tokens"):
+    with user_error("--max-length 512: the model sees 128 tokens"):
         args = train.GuardArguments(hf_model_id=base, output_folder="nowhere")
         train.load_model(args, ["unsafe"])
 
@@ -66,7 +67,7 @@ def test_a_guard_sees_no_more_than_its_model(tmp_path):
     guard = load_guard(folder, progress=False, **options)
     assert guard.max_length == 48
     assert guard.judge([pair("Why?", "Use two locks. " * 40)])[0].error is None
-    with pytest.raises(UserError, match="--max_length 512: the model sees 48 tokens"):
+    with user_error("--max_length 512: the model sees 48 tokens"):
         load_guard(folder, max_length=512, **options)
 
 
@@ -102,7 +103,7 @@ def test_a_token_outside_the_embeddings_is_named(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
     fit.check_ids([[1, 2], []], tokenizer, model)
-    with pytest.raises(UserError, match=r"'<\|turn\|>'"):
+    with user_error(r"'<\|turn\|>'"):
         fit.check_ids([[1], tokenizer("<|turn|>")["input_ids"]], tokenizer, model)
 
 
@@ -110,7 +111,7 @@ def test_a_tokenizer_without_pad_and_eos_is_refused(make_tokenizer, make_classif
     tokenizer = make_tokenizer("bpe")
     model = make_classifier(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no pad token and no EOS"):
+    with user_error("no pad token and no EOS"):
         fit.padding_id(tokenizer, model)
 
 

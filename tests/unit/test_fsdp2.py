@@ -4,13 +4,13 @@
 accelerate are called by hand.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import scripts
 import torch
 from accelerate.utils.dataclasses import get_module_class_from_name
+from checks import read_json
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -119,7 +119,7 @@ def sharded(kind: str, tokenizer: Path, folder: Path) -> dict:
     script = folder / "shard.py"
     script.write_text(SCRIPT)
     scripts.launch("moderation", script, kind, tokenizer, folder, processes=2, threads=1)
-    return json.loads((folder / "found.json").read_text())
+    return read_json(folder / "found.json")
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_gradients_of_accumulated_batches_equal_one_process(kind, model, tiny_ba
         torch.testing.assert_close(tensor, expected[name])
     # what is tied may be written twice: the gathered weights share no memory
     assert set(expected) - set(saved) <= {"lm_head.weight"}
-    architecture = json.loads((tmp_path / "model/config.json").read_text())["architectures"]
+    architecture = read_json(tmp_path / "model/config.json")["architectures"]
     assert not architecture[0].startswith("FSDP")
 
 
@@ -152,7 +152,7 @@ def test_an_adapter_whose_layers_are_checkpointed_is_whole(tiny_base, tmp_path):
     lora = [name for name in written if "lora_" in name]
     assert len(lora) == 2 * 7 * 2  # A and B of seven matrices in two layers
     assert "base_model.model.score.weight" in written
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config = read_json(tmp_path / "adapter/adapter_config.json")
     assert config["base_model_name_or_path"] == "base"
 
 

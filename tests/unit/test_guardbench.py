@@ -1,9 +1,9 @@
 """Our guards in GuardBench's own benchmark loop (an optional dependency: EUPL)."""
 
-import json
 import os
 
 import pytest
+from checks import read_json, write_rows
 
 from common import metrics
 from common.conversation import Verdict, pair
@@ -56,12 +56,12 @@ def run(tmp_path, monkeypatch):
         for i, (messages, label) in enumerate(zip(conversations, labels, strict=True)):
             rows.append({"id": f"mine/{i}", "label": label, "conversation": messages})
         file = tmp_path / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(file, rows)
         guardbench.CustomDataset("my_rows").load_data(file)
         out = tmp_path / "results"
         settings = {"batch_size": batch_size, "datasets": ["my_rows"], "anything": "ignored"}
         guardbench.benchmark(guard.moderate, guard.name, str(out), **settings)
-        return json.loads((out / "my_rows" / f"{guard.name}.json").read_text())
+        return read_json(out / "my_rows" / f"{guard.name}.json")
 
     return go
 

@@ -7,10 +7,11 @@ import logging
 
 import pytest
 import torch
+from checks import read_json, user_error
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from common.conversation import UserError, Verdict, pair
+from common.conversation import Verdict, pair
 from common.data import taxonomy
 from common.templates import render
 from guards import Guard, load_guard
@@ -63,7 +64,7 @@ def described(folder, **changes):
 def configured(folder, **changes):
     """`folder` with another config.json."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(read_json(path) | changes))
     return folder
 
 
@@ -149,41 +150,29 @@ def answered(**turn):
     return [*pair("Why?"), {"role": "assistant", **turn}]
 
 
-@pytest.mark.parametrize(
-    ("messages", "place"),
-    [
-        (None, "expected a non-empty list of messages"),
-        ({"role": "user", "content": "Why?"}, "expected a list of messages"),
-        (pair("Why?"), "no such turn"),
-        ([{"role": "system", "content": "Be kind."}], "ends with a system turn"),
-        (answered(content="So.", role="tool"), "messages[1].role"),
-        (answered(content=None), "messages[1].content"),
-        (answered(content="", tool_calls=[{"id": "1"}]), "a call of a tool"),
-        (answered(content=[{"type": "image_url", "image_url": {}}]), "a text part"),
-        (answered(content=[{"type": "text"}]), "content[0].text"),
-        (pair("Why?", "\ud800 so"), "lone surrogate"),
-    ],
-    ids=[
-        "nothing",
-        "one message",
-        "not judged by this guard",
-        "system turn last",
-        "role",
-        "no content",
-        "tool call",
-        "image",
-        "part without text",
-        "lone surrogate",
-    ],
-)
+IMAGE = {"type": "image_url", "image_url": {}}
+ODD = {  # what is wrong: messages, what is said
+    "nothing": (None, "expected a non-empty list of messages"),
+    "one message": ({"role": "user", "content": "Why?"}, "expected a list of messages"),
+    "not judged by this guard": (pair("Why?"), "no such turn"),
+    "system turn last": ([{"role": "system", "content": "Hi"}], "ends with a system turn"),
+    "role": (answered(content="So.", role="tool"), "messages[1].role"),
+    "no content": (answered(content=None), "messages[1].content"),
+    "tool call": (answered(content="", tool_calls=[{"id": "1"}]), "a call of a tool"),
+    "image": (answered(content=[IMAGE]), "a text part"),
+    "part without text": (answered(content=[{"type": "text"}]), "content[0].text"),
+    "lone surrogate": (pair("Why?", "\ud800 so"), "lone surrogate"),
+}
+
+
+@pytest.mark.parametrize(("messages", "place"), ODD.values(), ids=ODD)
 def test_what_cannot_be_judged_is_an_error_and_not_safe(guard, messages, place):
     first, wrong, last = guard.judge([PAIRS[0], messages, PAIRS[2]])
     assert place in wrong.error
     assert wrong.score() == 1.0
     assert wrong.categories == {}
     assert guard.moderate([messages]) == [1.0]
-    assert close(first, guard.judge(PAIRS)[0])
-    assert close(last, guard.judge(PAIRS)[2])
+    assert all_close([first, last], guard.judge([PAIRS[0], PAIRS[2]]))
 
 
 def test_moderate_as_guardbench_calls_it(guard):
@@ -198,16 +187,15 @@ REFUSAL = [{"type": "refusal", "refusal": "I will not."}]
 SYSTEM = {"role": "developer", "content": "Be kind."}
 
 
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        (pair(TWO_PARTS, "So."), pair("Why?\nSay.", "So.")),
-        (pair("Why?", REFUSAL), pair("Why?", "I will not.")),
-        ([*pair("Why?"), *pair("Say.", "So.")], pair("Why?\n\nSay.", "So.")),
-        ([SYSTEM, *pair("Why?", "So.")], pair("Why?", "So.")),
-    ],
-    ids=["parts", "refusal", "two turns of one role", "developer"],
-)
+FORMATS = {  # what others write, and what is meant
+    "parts": (pair(TWO_PARTS, "So."), pair("Why?\nSay.", "So.")),
+    "refusal": (pair("Why?", REFUSAL), pair("Why?", "I will not.")),
+    "two turns of one role": ([*pair("Why?"), *pair("Say.", "So.")], pair("Why?\n\nSay.", "So.")),
+    "developer": ([SYSTEM, *pair("Why?", "So.")], pair("Why?", "So.")),
+}
+
+
+@pytest.mark.parametrize(("written", "meant"), FORMATS.values(), ids=FORMATS)
 def test_formats_of_others_are_read(guard, written, meant):
     """OpenAI's content parts are one text, and turns of one role in a row are one turn: no part
     goes unjudged.
@@ -219,7 +207,7 @@ def test_formats_of_others_are_read(guard, written, meant):
 
 @pytest.mark.parametrize("wrong", ["Why?", {"role": "user", "content": "Why?"}])
 def test_a_text_is_no_list_of_conversations(guard, wrong):
-    with pytest.raises(UserError, match="takes a list of conversations"):
+    with user_error("takes a list of conversations"):
         guard.judge(wrong)
 
 
@@ -236,7 +224,7 @@ class Unsure(Guard):
 def test_moderate_without_an_opinion():
     """Unsafe, as a failure is; a label that is never judged stays a wrong question."""
     assert Unsure().moderate([pair("?"), pair("Hi")]) == [1.0, 0.25]
-    with pytest.raises(UserError, match="does not judge response_unsafe"):
+    with user_error("does not judge response_unsafe"):
         Unsure().moderate([pair("Hi", "Hello")])
 
 
@@ -320,47 +308,41 @@ def halve_weights(folder):
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
 
 
-def drop_head(folder):
+def change_head(folder, change):
+    """`change` gets all weights."""
     weights = load_file(folder / "model.safetensors")
-    del weights["score.weight"]
+    change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop_head(folder):
+    change_head(folder, lambda weights: weights.pop("score.weight"))
 
 
 def narrow_head(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["score.weight"] = weights["score.weight"][:2].clone()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    def narrow(weights):
+        weights["score.weight"] = weights["score.weight"][:2].clone()
+
+    change_head(folder, narrow)
 
 
-def spoil_config(folder):
-    (folder / "config.json").write_text("{")
+UNREADABLE = "cannot be loaded as a classifier"
+SPOILT = {  # what is wrong: how it is done, what is said
+    "labels": (lambda f: described(f, labels=["safe", "unsafe"]), "guard.json, field labels"),
+    "config": (lambda f: (f / "config.json").write_text("{"), UNREADABLE),
+    "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), UNREADABLE),
+    "half the weights": (halve_weights, UNREADABLE),
+    "a narrow head": (narrow_head, UNREADABLE),
+    "no head": (drop_head, "not a trained classifier, it lacks score.weight"),
+}
 
 
-def spoil_tokenizer(folder):
-    (folder / "tokenizer.json").write_text("{")
-
-
-def name_two_labels(folder):
-    described(folder, labels=["safe", "unsafe"])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "place"),
-    [
-        (name_two_labels, "guard.json, field labels"),
-        (spoil_config, "cannot be loaded as a classifier"),
-        (spoil_tokenizer, "cannot be loaded as a classifier"),
-        (halve_weights, "cannot be loaded as a classifier"),
-        (narrow_head, "cannot be loaded as a classifier"),
-        (drop_head, "not a trained classifier, it lacks score.weight"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "place"), SPOILT.values(), ids=SPOILT)
 def test_bad_folder_is_one_line(tiny_classifier, tmp_path, spoil, place):
     folder = tiny_classifier(tmp_path)
     spoil(folder)
-    with pytest.raises(UserError, match=place) as caught:
+    with user_error(place):
         load(folder)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -374,14 +356,13 @@ def test_bad_folder_is_one_line(tiny_classifier, tmp_path, spoil, place):
     ],
 )
 def test_bad_spec_is_one_line(spec, hint):
-    with pytest.raises(UserError, match=hint) as caught:
+    with user_error(hint):
         load_guard(spec)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("option", ["long_inputs", "template"])
 def test_bad_option_is_named(folder, option):
-    with pytest.raises(UserError, match="nothing"):
+    with user_error("nothing"):
         load(folder, **{option: "nothing"})
 
 
@@ -418,31 +399,32 @@ def test_probabilities_are_those_of_the_pipeline(tiny_classifier, tmp_path, head
         assert verdict.response_unsafe == pytest.approx(total, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("labels", "problem_type", "options", "hint"),
-    [
-        (["LABEL_0", "LABEL_1"], None, {}, "unsafe_labels=…"),
-        (["hate", "threat"], None, {}, "say which of its labels"),
-        (["safe"], None, {}, "say which of its labels"),
-        (["safe", "hate"], None, {"unsafe_labels": ["hat"]}, "has no label 'hat'"),
-        (["toxic"], "regression", {}, "problem_type regression"),
-    ],
-    ids=["no names", "no safe one", "no unsafe one", "no such label", "no probabilities"],
-)
+UNCLEAR = {  # what is not clear of a head: its labels, options, what is said
+    "no names": (["LABEL_0", "LABEL_1"], {}, "unsafe_labels=…"),
+    "no safe one": (["hate", "threat"], {}, "say which of its labels"),
+    "no unsafe one": (["safe"], {}, "say which of its labels"),
+    "no such label": (["safe", "hate"], {"unsafe_labels": ["hat"]}, "has no label 'hat'"),
+    "no template": (["safe", "unsafe"], {"template": None}, "name a prompt template"),
+}
+
+
+@pytest.mark.parametrize(("labels", "options", "hint"), UNCLEAR.values(), ids=UNCLEAR)
 def test_a_head_that_says_nothing_of_harm_is_refused(
-    tiny_classifier, tmp_path, labels, problem_type, options, hint
+    tiny_classifier, tmp_path, labels, options, hint
 ):
-    folder = configured(tiny_classifier(tmp_path, labels=labels), problem_type=problem_type)
-    with pytest.raises(UserError, match=hint):
-        load(folder, template="beavertails", **options)
+    folder = tiny_classifier(tmp_path, labels=labels)
+    configured(folder, problem_type=None)
+    with user_error(hint):
+        load(folder, **({"template": "beavertails"} | options))
 
 
-def test_two_labels_need_a_template(tiny_classifier, tmp_path):
-    with pytest.raises(UserError, match="name a prompt template"):
-        load(tiny_classifier(tmp_path, labels=["safe", "unsafe"]))
+def test_a_head_without_probabilities_is_refused(tiny_classifier, tmp_path):
+    folder = configured(tiny_classifier(tmp_path, labels=["toxic"]), problem_type="regression")
+    with user_error("problem_type regression"):
+        load(folder, template="beavertails")
 
 
 def test_a_base_model_is_no_guard(tiny_base):
     """transformers would give it a random head and warn."""
-    with pytest.raises(UserError, match="not a trained classifier"):
+    with user_error("not a trained classifier"):
         load(tiny_base, template="beavertails")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from checks import user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,7 +158,7 @@ def test_a_hub_id_is_one_commit_through_a_run(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_read_says_so():
-    with pytest.raises(UserError, match="/proc/self/mem"):
+    with user_error("/proc/self/mem"):
         fingerprint("/proc/self/mem")
 
 
@@ -250,7 +251,7 @@ def test_what_came_before_the_engine_stopped_is_kept(path):
         yield 0, Completion("one")
         raise UserError("the server is gone")
 
-    with pytest.raises(UserError, match="the server is gone"):
+    with user_error("the server is gone"):
         generate(stops, [[1], [2]], path)
     assert len(read_json_lines(path)) == 1
 
@@ -333,14 +334,14 @@ BROKEN = {  # what is wrong: place, content
 def test_a_broken_file_is_named_and_left_as_it_is(path, where, content):
     path.write_bytes(content)
     for _ in range(2):  # it is not left locked
-        with pytest.raises(UserError, match=where) as caught:
+        with user_error(where) as caught:
             KeptRows(path)
         assert str(path) in str(caught.value)
     assert path.read_bytes() == content
 
 
 def test_one_process_writes_at_a_time(path):
-    with KeptRows(path), pytest.raises(UserError, match=r"kept\.jsonl"):
+    with KeptRows(path), user_error(r"kept\.jsonl"):
         KeptRows(path)
     with KeptRows(path) as kept:
         assert len(kept) == 0
@@ -367,5 +368,5 @@ def test_nan_is_refused_and_nothing_is_written(path):
 
 
 def test_a_missing_file_of_rows_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl"):
+    with user_error(r"none\.jsonl"):
         read_json_lines(tmp_path / "none.jsonl")

@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
+from checks import user_error
 from datasets import Dataset
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common import labels
-from common.conversation import FEATURES, LABELS, UserError, pair
+from common.conversation import FEATURES, LABELS, pair
 from common.data import taxonomy
 
 FOURTEEN = taxonomy("beavertails")
@@ -91,13 +92,13 @@ def test_what_cannot_be_a_category_is_refused(asked, said, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text(asked[0])
         asked = [str(path)]
-    with pytest.raises(UserError, match=said) as caught:
+    with user_error(said) as caught:
         labels.LabelArguments(categories=asked).check_labels()
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_what_is_judged_is_one_of_three():
-    with pytest.raises(UserError, match="--judge chat: expected one of pair, prompt, response"):
+    with user_error("--judge chat: expected one of pair, prompt, response"):
         labels.LabelArguments(judge="chat").check_labels()
 
 

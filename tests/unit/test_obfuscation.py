@@ -4,10 +4,11 @@ import base64
 import unicodedata
 
 import pytest
+from checks import user_error
 from datasets import Dataset
 from miniatures import write
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.data.splits import augment
 from common.obfuscation import OBFUSCATIONS, check_obfuscations, obfuscated
 from guards.suite.benchmarks import load_benchmark, split_modifier, split_spec
@@ -66,7 +67,7 @@ def test_the_system_prompt_stays():
 
 
 def test_an_unknown_name():
-    with pytest.raises(UserError, match=r"^--augment rot13: expected some of homoglyph, leet"):
+    with user_error(r"^--augment rot13: expected some of homoglyph, leet"):
         check_obfuscations(["leetspeak", "rot13"], "--augment")
 
 
@@ -105,9 +106,7 @@ def test_where_a_modifier_stands(spec, parts):
 
 
 def test_a_modifier_that_is_none():
-    with pytest.raises(
-        UserError, match=r"xstest_prompt\+rot13: modifier rot13: expected some of ho"
-    ):
+    with user_error(r"xstest_prompt\+rot13: modifier rot13: expected some of ho"):
         load_benchmark("xstest_prompt+rot13")
 
 

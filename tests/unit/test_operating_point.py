@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from checks import user_error
 
 from common import metrics, report
-from common.conversation import UserError
 from common.data import load_conversations
 
 
@@ -54,7 +54,7 @@ def test_a_threshold_never_lets_all_pass():
     ids=["everything", "nothing", "both"],
 )
 def test_a_point_that_cannot_be_is_refused(flags, message):
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         metrics.OperatingPoint(**flags).check_operating_point()
 
 
@@ -62,7 +62,7 @@ def test_benign_traffic_alone_has_false_positives_with_an_interval(tmp_path):
     path = tmp_path / "benign.jsonl"
     row = '{"prompt": "Rice?", "response": "Boil it.", "response_label": false}\n'
     path.write_text(row * 20)
-    with pytest.raises(UserError, match="no positive row"):
+    with user_error("no positive row"):
         load_conversations(str(path), require=("response_unsafe",))
     loaded = load_conversations(str(path), require=("response_unsafe",), need_positive=False)
     truth = loaded["response_unsafe"]

@@ -1,12 +1,12 @@
 """Repeated pairs, prompt-grouped splits, and what two splits share."""
 
-import json
 import random
 
 import datasets
 import pytest
+from checks import user_error, write_rows
 
-from common.conversation import FEATURES, LABELS, UserError, pair
+from common.conversation import FEATURES, LABELS, pair
 from common.data import (
     deduplicate,
     grouped_split,
@@ -79,24 +79,20 @@ def test_grouped_split(prompts, ratio, held_out):
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])
 def test_grouped_split_refuses_a_bad_ratio(ratio):
-    with pytest.raises(UserError, match="eval_split_ratio"):
+    with user_error("eval_split_ratio"):
         grouped_split(dataset(answered("Hi"), answered("Bye")), ratio, 0)
 
 
 def test_grouped_split_needs_two_prompts():
-    with pytest.raises(UserError):
+    with user_error("prompt"):
         grouped_split(dataset(answered("Hi"), answered("hi")), 0.5, 0)
 
 
 def test_overlap_counts_prompts_and_pairs():
     test = dataset(answered("hi "), answered("HI", "Another answer"), answered("Bye"))
     found = overlap(dataset(answered("Hi")), test)
-    assert found == {
-        "rows": 3,
-        "prompt_in_train": 2,
-        "pair_in_train": 1,
-        "near_copies_of_train": 1,
-    }
+    assert list(found.values()) == [3, 2, 1, 1]
+    assert list(found) == ["rows", "prompt_in_train", "pair_in_train", "near_copies_of_train"]
 
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
@@ -126,11 +122,13 @@ def test_near_copies_between_are_the_pairs_of_near_copies():
         texts.append(" ".join(changed))
     many, few = texts[:150], texts[150:]
 
-    def alike(a, b):
-        shingles = [
-            {tuple(t[i : i + 3]) for i in range(len(t) - 2)} for t in (a.split(), b.split())
-        ]
-        return len(shingles[0] & shingles[1]) >= 0.8 * len(shingles[0] | shingles[1])
+    def shingles(text):
+        found = text.split()
+        return set(zip(found, found[1:], found[2:], strict=False))
+
+    def alike(one, other):
+        shared = shingles(one) & shingles(other)
+        return len(shared) >= 0.8 * len(shingles(one) | shingles(other))
 
     of_many, of_few = near_copies_between(many, few)
     assert of_many == [any(alike(one, other) for other in few) for one in many]
@@ -138,17 +136,16 @@ def test_near_copies_between_are_the_pairs_of_near_copies():
     assert 0 < sum(of_few) < len(few)
 
 
+def prompts(path, *texts: str) -> str:
+    rows = [{"prompt": text, "prompt_label": "safe"} for text in texts]
+    return str(write_rows(path, rows))
+
+
 def test_deduplicated_training_rows_hold_no_copy_of_validation_rows(tmp_path, caplog):
-    rows = {
-        "train": [f"{LONG} and", "Hi", "Quite another text", "Quite another text"],
-        "validation": [LONG, "Hello"],
-    }
-    paths = {}
-    for name, texts in rows.items():
-        paths[name] = tmp_path / f"{name}.jsonl"
-        lines = [json.dumps({"prompt": t, "prompt_label": "safe"}) for t in texts]
-        paths[name].write_text("\n".join(lines))
-    files = (str(paths["train"]), str(paths["validation"]))
+    twice = "Quite another text"
+    training = prompts(tmp_path / "train.jsonl", f"{LONG} and", "Hi", twice, twice)
+    validation = prompts(tmp_path / "validation.jsonl", LONG, "Hello")
+    files = (training, validation)
     with caplog.at_level("INFO"):
         train, held_out, shared = load_training_rows(*files, None, 0, one_row_a_pair=True)
     assert [prompt_key(row) for row in train] == ["hi", "quite another text"]
@@ -158,19 +155,16 @@ def test_deduplicated_training_rows_hold_no_copy_of_validation_rows(tmp_path, ca
     plain, _, shared = load_training_rows(*files, None, 0)
     assert len(plain) == 4
     assert shared["near_copies_of_train"] == 1
-    alike = str(paths["validation"])
-    with pytest.raises(UserError, match="every training row is a near-copy"):
-        load_training_rows(alike, alike, None, 0, one_row_a_pair=True)
+    with user_error("every training row is a near-copy"):
+        load_training_rows(validation, validation, None, 0, one_row_a_pair=True)
 
 
 def answers(path, *rows: tuple[str, str, int]) -> str:
     lines = []
     for prompt, response, label in rows:
         row = {"prompt": prompt, "response": response}
-        row |= {"prompt_label": label, "response_label": label}
-        lines.append(json.dumps(row))
-    path.write_text("\n".join(lines))
-    return str(path)
+        lines.append(row | {"prompt_label": label, "response_label": label})
+    return str(write_rows(path, lines))
 
 
 def test_what_is_judged_is_corrected_deduplicated_and_split(tmp_path):
@@ -205,9 +199,8 @@ LEFT = {  # how the last unsafe row goes: the files of labels by question, optio
 
 
 def labelled(path, labels: dict[str, int]) -> str:
-    lines = [json.dumps({"prompt": text, "label": label}) for text, label in labels.items()]
-    path.write_text("\n".join(lines))
-    return str(path)
+    rows = [{"prompt": text, "label": label} for text, label in labels.items()]
+    return str(write_rows(path, rows))
 
 
 @pytest.mark.parametrize(("files", "options"), LEFT.values(), ids=LEFT)
@@ -218,7 +211,7 @@ def test_an_unsafe_row_is_left_to_train_on(tmp_path, files, options):
     given = {"validation": None, "held_out_share": None, "require": ("prompt_unsafe",)} | options
     if given["validation"] is not None:
         given["validation"] = labelled(tmp_path / "validation.jsonl", given["validation"])
-    with pytest.raises(UserError, match="no unsafe row is left to train on"):
+    with user_error("no unsafe row is left to train on"):
         load_training_rows(specs, seed=1, **given)  # which holds out the unsafe one of two
 
 

@@ -6,6 +6,7 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from checks import read_json
 
 from common import metrics, report
 
@@ -67,7 +68,7 @@ def test_results_can_be_read_again(tmp_path):
     rows = [{"id": "1", "text": "ü\u2028\n"}, {"id": "2", "text": None}]
     folder = tmp_path / "new/folder"
     report.write_results(folder, results, "# Title – ü\n", rows)
-    assert json.loads((folder / "results.json").read_text("utf-8")) == results
+    assert read_json(folder / "results.json") == results
     assert (folder / "results.md").read_text("utf-8") == "# Title – ü\n"
     with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
         assert [json.loads(line) for line in lines] == rows

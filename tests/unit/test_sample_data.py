@@ -1,6 +1,5 @@
 """Rules of the bundled sample data: no half of a pair, and no repeat, gives the label away."""
 
-import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import scripts
+from checks import read_json, read_rows
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
@@ -21,14 +21,9 @@ FOLDER = ROOT / "data/sample/beavertails"
 NAMES = taxonomy("beavertails")
 
 
-def written(split: str) -> list[dict]:
-    lines = (FOLDER / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-SPLITS = {split: written(split) for split in ("train", "validation", "test")}
+SPLITS = {split: read_rows(FOLDER / f"{split}.jsonl") for split in ("train", "validation", "test")}
 ROWS = [row for rows in SPLITS.values() for row in rows]
-EVALUATION = json.loads((FOLDER / "evaluation.json").read_text(encoding="utf-8"))
+EVALUATION = read_json(FOLDER / "evaluation.json")
 MODELS = sorted({row["model"] for row in EVALUATION})
 pytestmark = pytest.mark.sample_data
 each_split = pytest.mark.parametrize("split", SPLITS)

@@ -1,17 +1,14 @@
 """data/sample as the loader gives it, and whether its texts are those that were checked."""
 
-import json
-
 import pytest
 import sample_data
+from checks import read_rows, user_error
 
-from common.conversation import UserError
 from common.data import load_conversations, taxonomy
 
 
 def written(name: str) -> list[dict]:
-    lines = (sample_data.FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(sample_data.FOLDER / f"{name}.jsonl")
 
 
 def test_the_texts_are_those_that_were_checked():
@@ -40,5 +37,5 @@ def test_toxicchat_has_both_labels(split):
 
 
 def test_toxicchat_names_its_splits():
-    with pytest.raises(UserError, match="toxicchat-sample:guard"):
+    with user_error("toxicchat-sample:guard"):
         load_conversations("toxicchat-sample:validation")

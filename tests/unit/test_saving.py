@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bases import BASES, bert, qwen2
+from checks import user_error
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
@@ -169,7 +170,7 @@ def test_a_model_is_replaced_only_where_that_was_asked_for(tmp_path, name):
     (tmp_path / "checkpoint-3").mkdir()
     saving.refuse_to_overwrite(tmp_path, False)
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=f"{name} .*--overwrite_output_dir"):
+    with user_error(f"{name} .*--overwrite_output_dir"):
         saving.refuse_to_overwrite(tmp_path, False)
     saving.refuse_to_overwrite(tmp_path, True)
 
@@ -269,7 +270,7 @@ TRAINED = [{"a": 0.5, "b": 0.3, "c": 0.001}] * 8
 
 
 def test_other_scores_are_named():
-    with pytest.raises(UserError, match=r"row 2, a: 0\.4945 .*0\.4557"):
+    with user_error(r"row 2, a: 0\.4945 .*0\.4557"):
         saving.check_equal([{"a": 0.1}, {"a": 0.4945}], [{"a": 0.1}, {"a": 0.4557}], 0.02)
 
 

@@ -8,6 +8,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
+from checks import user_error
 from pydantic import ValidationError
 
 from common.conversation import UserError, Verdict, pair
@@ -74,12 +75,12 @@ def test_how_a_text_alone_is_judged():
     asked = Reader(Plain(), text_is="response")
     assert prompts.conversation("x") == pair("x")
     assert answers.conversation("x") == asked.conversation("x") == pair("", "x")
-    with pytest.raises(UserError, match="--text_is prompt: the guard judges response_unsafe"):
+    with user_error("--text_is prompt: the guard judges response_unsafe"):
         Reader(Plain(judges=("response_unsafe",)), text_is="prompt")
 
 
 def test_a_turn_that_the_guard_does_not_judge_is_a_wrong_request():
-    with pytest.raises(UserError, match="ends with a turn of the user"):
+    with user_error("ends with a turn of the user"):
         Reader(Plain(judges=("response_unsafe",))).fitting(pair("x"))
 
 

@@ -4,6 +4,7 @@ import sys
 
 import datasets
 import pytest
+from checks import user_error
 from scripts import module
 
 from common.conversation import UserError
@@ -95,7 +96,7 @@ def test_a_mark_is_a_revision_where_no_configuration_has_its_name(
 
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda *a, **k: ["clean", "full"])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="no rows"):
+    with user_error("no rows"):
         load_conversations(f"user/name{mark}:train[:5]")
     words = {"split": "train[:5]", "revision": revision}
     assert asked == [(("user/name", configuration), words)]
@@ -111,7 +112,7 @@ def test_slices_of_the_sample():
 def test_slices_of_a_file(tmp_path):
     (tmp_path / "a.csv").write_text("prompt\na\nb\nc\nd\n")
     assert prompts(f"{tmp_path}/a.csv[25%:75%]") == ["b", "c"]
-    with pytest.raises(UserError, match=r"a\.csv"):
+    with user_error(r"a\.csv"):
         prompts(f"{tmp_path}/a.csv[a:b]")
 
 
@@ -151,7 +152,7 @@ def test_fire_flags_know_the_home_folder_and_refuse_a_repeated_key(home):
     found = flags.parse(function, ["--config=~/c.yaml", "--names=~/a,b"])
     assert found == {"path": f"{home}/in", "names": [f"{home}/a", "b"]}
     (home / "c.yaml").write_text("path: a\npath: b\n")
-    with pytest.raises(UserError, match="path"):
+    with user_error("path"):
         flags.parse(function, ["--config=~/c.yaml"])
 
 
@@ -166,12 +167,12 @@ def test_json_configs_know_byte_order_marks_and_the_home_folder(home, feedback_c
 def test_a_repeated_key_of_a_json_config_is_refused_by_name(tmp_path, feedback_config):
     config, _ = feedback_config
     (tmp_path / "c.json").write_text('{"seed": 1, "seed": 2}')
-    with pytest.raises(UserError, match="'seed'"):
+    with user_error("'seed'"):
         config.load_config(tmp_path / "c.json")
 
 
 def test_the_home_folder_in_names_of_guards_and_benchmarks(home):
     (home / "x.csv").write_text("prompt,label,type\nMay I?,safe,a\n")
     assert len(load_benchmark("xstest_prompt@~/x.csv").rows) == 1
-    with pytest.raises(UserError, match=f"{home}/guard"):
+    with user_error(f"{home}/guard"):
         load_guard("~/guard")

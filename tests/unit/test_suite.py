@@ -2,7 +2,6 @@
 the zoo's names.
 """
 
-import json
 import shutil
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from checks import read_json
 from miniatures import ITEMS, MINIATURES, expected, write
 from scripts import EXAMPLES, launch
 
@@ -141,7 +141,7 @@ def run(guards, specs, out: Path, *flags) -> tuple[int, Counter]:
 
 
 def cells_of(out: Path) -> dict[tuple[str, str], dict]:
-    results = json.loads((out / "results.json").read_text())
+    results = read_json(out / "results.json")
     return {(cell["guard"], cell["benchmark"]): cell for cell in results["cells"]}
 
 

@@ -1,15 +1,12 @@
 """Own labelled rows as benchmarks of the suite, under their own name."""
 
-import json
-
 import pytest
-from test_suite_evaluate import arguments, asked_of, candidate, cells, file, write_rows
+from checks import read_rows, user_error, write_rows
+from test_suite_evaluate import arguments, asked_of, candidate, cells, file, run, table
 
-from common.conversation import UserError
-from guards.suite import evaluate
 from guards.suite.own import own_benchmarks
 
-_ = arguments, file  # fixtures
+_ = arguments, file, run  # fixtures
 
 
 def row(prompt, unsafe, response=None, response_label=None, **more):
@@ -31,9 +28,9 @@ def own(tmp_path):
     return write_rows(tmp_path / "mine.jsonl", rows)
 
 
-def test_prompts_and_answers_of_one_file(arguments, own, tmp_path):
-    args = arguments(benchmarks=[str(own)], bootstrap_rounds=20)
-    results = evaluate.evaluate(args, [candidate(known="expguard")])
+def test_prompts_and_answers_of_one_file(run, own, tmp_path):
+    given = {"benchmarks": [str(own)], "bootstrap_rounds": 20}
+    results = run(candidate(known="expguard"), **given)
     found = cells(results)
     assert list(found) == ["mine_prompt", "mine_response"]
     assert (found["mine_prompt"]["rows"], found["mine_prompt"]["positives"]) == (5, 3)
@@ -43,52 +40,49 @@ def test_prompts_and_answers_of_one_file(arguments, own, tmp_path):
     facts = results["benchmarks"]["mine_prompt"]
     assert facts["file"] == "mine.jsonl"
     assert not facts["complete"]
-    text = (tmp_path / "out/results.md").read_text()
+    text = table(tmp_path)
     assert "| keyword | 0.667 | 0.667 |" in text
     assert "Published numbers are left out" not in text  # nobody published any of these rows
     assert "mine_response" in (tmp_path / "out/results.html").read_text()
     again = candidate(known="expguard")
-    assert evaluate.evaluate(args, [again])["cells"] == results["cells"]
+    assert run(again, **given)["cells"] == results["cells"]
     assert not again.load.made
 
 
-def test_one_label_needs_no_ending(arguments, tmp_path):
+def test_one_label_needs_no_ending(run, tmp_path):
     lines = ["prompt,label,language", "bad cat,1,en", "nice cat,0,de", "nice dog,0,de"]
     path = tmp_path / "mine.csv"
     path.write_text("\n".join(lines) + "\n")
-    args = arguments(benchmarks=[str(path), f"few={path}[:2]", f"{path}[1:]"])
-    results = evaluate.evaluate(args, [candidate()])
+    results = run(candidate(), benchmarks=[str(path), f"few={path}[:2]", f"{path}[1:]"])
     assert {name: cell["rows"] for name, cell in cells(results).items()} == {
         "mine": 3,
         "few": 2,
         "mine-1": 2,
     }
-    text = (tmp_path / "out/results.md").read_text()
+    text = table(tmp_path)
     assert "| keyword | mine | de | 2 | 0 | – |" in text
-    part = evaluate.evaluate(arguments(benchmarks=[str(path)], max_rows=2), [candidate()])
+    part = run(candidate(), benchmarks=[str(path)], max_rows=2)
     assert cells(part)["mine"]["rows"] == 2
 
 
-def test_bundled_rows_by_their_spec(arguments):
+def test_bundled_rows_by_their_spec(run):
     """The spec of a data set, with a split and a slice."""
     spec = "beavertails-sample:test[:6]"
     (made,) = own_benchmarks(spec)
-    assert (made.name, made.label, len(made.rows)) == (
-        "beavertails-sample-test-6",
-        "response_unsafe",
-        6,
-    )
+    assert made.name == "beavertails-sample-test-6"
+    assert made.label == "response_unsafe"
+    assert len(made.rows) == 6
     assert {row["groups"]["categories"] for row in made.rows if row["label"]}
     one = candidate()
-    found = cells(evaluate.evaluate(arguments(benchmarks=[spec]), [one]))
+    found = cells(run(one, benchmarks=[spec]))
     assert found[made.name]["rows"] == 6
     assert len(asked_of(one)) == 6
 
 
-def test_only_the_asked_task(arguments, own):
+def test_only_the_asked_task(run, own):
     one = candidate()
-    args = arguments(benchmarks=[str(own)], task_type="response")
-    assert list(cells(evaluate.evaluate(args, [one]))) == ["mine_response"]
+    results = run(one, benchmarks=[str(own)], task_type="response")
+    assert list(cells(results)) == ["mine_response"]
     assert one.load.made[0].labels == {"response_unsafe"}
 
 
@@ -101,10 +95,9 @@ def test_turns_before_the_judged_one_are_kept(tmp_path):
     assert [turn["content"] for turn in answers.rows[0]["messages"]] == [t for _, t in turns]
 
 
-def test_own_rows_are_no_validation_rows(arguments, own):
-    args = arguments(benchmarks=[str(own)], validation=[str(own)])
-    with pytest.raises(UserError, match="is test data"):
-        evaluate.evaluate(args, [candidate()])
+def test_own_rows_are_no_validation_rows(run, own):
+    with user_error("is test data"):
+        run(candidate(), benchmarks=[str(own)], validation=[str(own)])
 
 
 REFUSED = {
@@ -120,11 +113,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("name", "rows", "said"), REFUSED.values(), ids=REFUSED)
-def test_refused_rows(arguments, tmp_path, name, rows, said):
+def test_refused_rows(run, tmp_path, name, rows, said):
     one = candidate()
     path = write_rows(tmp_path / name, rows)
-    with pytest.raises(UserError, match=said):
-        evaluate.evaluate(arguments(benchmarks=[str(path)]), [one])
+    with user_error(said):
+        run(one, benchmarks=[str(path)])
     assert not one.load.made
 
 
@@ -137,41 +130,34 @@ def test_refused_rows(arguments, tmp_path, name, rows, said):
         ("mine/too=rows.jsonl", "no such file"),
     ],
 )
-def test_refused_specs(arguments, spec, said):
-    with pytest.raises(UserError, match=said):
-        evaluate.evaluate(arguments(benchmarks=[spec]), [candidate()])
+def test_refused_specs(run, spec, said):
+    with user_error(said):
+        run(candidate(), benchmarks=[spec])
 
 
-def test_two_files_of_one_name(arguments, own, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "mine.jsonl").write_text(own.read_text())
-    specs = [str(own), str(other / "mine.jsonl")]
-    with pytest.raises(UserError, match="mine_prompt stands there twice; another name: mine=FILE"):
-        evaluate.evaluate(arguments(benchmarks=specs), [candidate()])
+def test_two_files_of_one_name(run, own, tmp_path):
+    other = write_rows(tmp_path / "other/mine.jsonl", read_rows(own))
+    specs = [str(own), str(other)]
+    with user_error("mine_prompt stands there twice; another name: mine=FILE"):
+        run(candidate(), benchmarks=specs)
     specs[1] = f"theirs={specs[1]}"
-    results = evaluate.evaluate(arguments(benchmarks=specs), [candidate()])
+    results = run(candidate(), benchmarks=specs)
     assert "theirs_response" in cells(results)
 
 
-def test_own_rows_obfuscated(arguments, own):
+def test_own_rows_obfuscated(run, own):
     """Beside the plain ones, whose rows they are; a keyword is not found in them."""
-    results = evaluate.evaluate(arguments(benchmarks=[f"{own}+base64"]), [candidate()])
+    results = run(candidate(), benchmarks=[f"{own}+base64"])
     found = cells(results)
-    assert set(found) == {
-        "mine_prompt",
-        "mine_response",
-        "mine_prompt+base64",
-        "mine_response+base64",
-    }
+    plain = {"mine_prompt", "mine_response"}
+    assert set(found) == plain | {f"{name}+base64" for name in plain}
     assert found["mine_prompt+base64"]["recall"] == 0
     drops = {drop["benchmark"]: drop for drop in results["drops"]}
     assert drops["mine_response+base64"]["recall"]["difference"] == 1
 
 
-def test_predictions_of_own_rows(arguments, own, tmp_path):
-    evaluate.evaluate(arguments(benchmarks=[str(own)]), [candidate()])
-    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
-    said = [json.loads(line) for line in lines]
+def test_predictions_of_own_rows(run, own, tmp_path):
+    run(candidate(), benchmarks=[str(own)])
+    said = read_rows(tmp_path / "out/predictions.jsonl")
     assert [line["benchmark"] for line in said] == ["mine_prompt"] * 5 + ["mine_response"] * 3
     assert [line["index"] for line in said[5:]] == [0, 1, 3]

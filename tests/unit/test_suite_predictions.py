@@ -1,24 +1,28 @@
 """A guard of the suite that is known by its predictions alone."""
 
 import hashlib
-import json
 
 import pandas
 import pytest
-from test_suite_evaluate import arguments, candidate, cells, file, write_rows
+from checks import read_rows, user_error, write_rows
+from test_suite_evaluate import arguments, candidate, cells, file, run
 from test_suite_own import own, row
 
-from common.conversation import UserError, pair
-from guards.suite import evaluate, judge
+from common.conversation import pair
+from guards.suite import judge
 from guards.suite.own import own_benchmarks
 from guards.suite.predictions import text_hash
 
-_ = arguments, file, own  # fixtures
+_ = arguments, file, own, run  # fixtures
 SCORES = ("f1", "auprc", "auroc", "errors", "recall", "fpr", "decision", "by_parse_errors")
 
 
 def predicted(path, name="somebody"):
     return judge.candidates([f"{name}=predictions:{path}"], {"engine": "transformers"})[0]
+
+
+def somebodys(results):
+    return cells(results, "somebody")
 
 
 def names(way, item):
@@ -30,37 +34,42 @@ def names(way, item):
     return {"text_sha256": text_hash(item["messages"])}
 
 
-@pytest.mark.parametrize("way", ["suite", "own", "hash"])
-def test_the_table_is_that_of_the_guard(arguments, own, tmp_path, way):
-    args = arguments(benchmarks=[str(own)], compare="keyword,somebody", bootstrap_rounds=20)
-    first = evaluate.evaluate(arguments(benchmarks=[str(own)]), [candidate()])
-    rows = []
-    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
+def test_the_table_is_that_of_the_guard(run, own, tmp_path):
+    """Whatever names the rows."""
+    specs = [str(own)]
+    first = run(candidate(), benchmarks=specs)
     items = [item for made in own_benchmarks(str(own)) for item in made.rows]
-    for line, item in zip(map(json.loads, lines), items, strict=True):
+    rows = {"suite": [], "own": [], "hash": []}
+    for line, item in zip(read_rows(tmp_path / "out/predictions.jsonl"), items, strict=True):
         said = line["guards"]["keyword"]
         label = line["label"]
-        word = said["decided"].get(label)
-        rows.append(
-            {
-                **names(way, item),
-                "label": label,
-                "score": said[label],
-                "verdict": None if word is None else ["safe", "unsafe"][word],
-                "error": said["error"],
-            }
+        word = {None: None, False: "safe", True: "unsafe"}[said["decided"].get(label)]
+        row = {"label": label, "score": said[label], "verdict": word, "error": said["error"]}
+        for way in rows:
+            rows[way].append(names(way, item) | row)
+    paths = {way: write_rows(tmp_path / f"{way}.jsonl", rows[way]) for way in rows}
+
+    def table():
+        guards = [predicted(path, way) for way, path in paths.items()]
+        return run(
+            candidate(),
+            *guards,
+            benchmarks=specs,
+            compare="keyword,hash",
+            bootstrap_rounds=20,
         )
-    path = write_rows(tmp_path / "scores.jsonl", rows)
-    results = evaluate.evaluate(args, [candidate(), predicted(path)])
+
+    results = table()
     for name, cell in cells(first).items():
-        theirs = cells(results, "somebody")[name]
-        assert {score: theirs[score] for score in SCORES} == {s: cell[s] for s in SCORES}
+        expected = {score: cell[score] for score in SCORES}
+        for way in rows:
+            found = cells(results, way)[name]
+            assert {score: found[score] for score in SCORES} == expected, way
     assert {one["f1"]["difference"] for one in results["comparison"]} == {0}
-    again = evaluate.evaluate(args, [candidate(), predicted(path)])  # from what is kept
-    assert again["cells"] == results["cells"]
+    assert table()["cells"] == results["cells"]  # from what is kept
 
 
-def test_what_is_missing_is_an_error(arguments, own, tmp_path):
+def test_what_is_missing_is_an_error(run, own, tmp_path):
     """Never "safe": of 5 prompts, one is not in the file, and one has neither score nor word."""
     rows = [
         {"id": "one", "score": 0.9, "verdict": "unsafe"},
@@ -70,37 +79,32 @@ def test_what_is_missing_is_an_error(arguments, own, tmp_path):
         {"id": "of another file", "score": 0.5},
     ]
     path = write_rows(tmp_path / "scores.jsonl", rows)
-    args = arguments(benchmarks=[str(own)], task_type="prompt")
-    cell = cells(evaluate.evaluate(args, [predicted(path)]), "somebody")["mine_prompt"]
-    assert (cell["rows"], cell["errors"]) == (5, 2)
+    given = {"benchmarks": [str(own)], "task_type": "prompt"}
+    cell = somebodys(run(predicted(path), **given))["mine_prompt"]
+    assert cell["rows"] == 5
+    assert cell["errors"] == 2
     assert cell["f1"] == 2 / 5  # right: one; missed: two, three; five counts as wrong
-    lines = (tmp_path / "out/predictions.jsonl").read_text().splitlines()
-    errors = [json.loads(line)["guards"]["somebody"]["error"] for line in lines]
-    assert errors == [
-        None,
-        None,
-        "no prediction of this row in scores.jsonl",
-        None,
-        "neither score nor verdict",
-    ]
-    other = arguments(benchmarks=[str(own)], task_type="prompt", parse_errors="unsafe")
-    cell = cells(evaluate.evaluate(other, [predicted(path)]), "somebody")["mine_prompt"]
+    errors = []
+    for line in read_rows(tmp_path / "out/predictions.jsonl"):
+        errors.append(line["guards"]["somebody"]["error"])
+    missing = "no prediction of this row in scores.jsonl"
+    assert errors == [None, None, missing, None, "neither score nor verdict"]
+    cell = somebodys(run(predicted(path), **given, parse_errors="unsafe"))["mine_prompt"]
     assert cell["recall"] == 2 / 3
 
 
-def test_predictions_in_csv(arguments, own, tmp_path):
+def test_predictions_in_csv(run, own, tmp_path):
     path = tmp_path / "scores.csv"
     path.write_text("id,score,label\none,0.9,prompt_unsafe\ntwo,,prompt_unsafe\n")
     made = predicted(path)
-    results = evaluate.evaluate(arguments(benchmarks=[str(own)]), [made])
-    found = cells(results, "somebody")
+    found = somebodys(run(made, benchmarks=[str(own)]))
     assert found["mine_prompt"]["errors"] == 4
     assert found["mine_response"]["status"] == "not supported"
     path.write_text("id,score,label\none,0.8,prompt_unsafe\n")
     assert predicted(path).identity != made.identity
 
 
-def test_numbers_of_a_column_with_a_gap(arguments, tmp_path):
+def test_numbers_of_a_column_with_a_gap(run, tmp_path):
     """Parquet of pandas has 1.0 for the id 1 then; an obfuscated row has an id of its own."""
     rows = [row("bad cat", "unsafe", id=1), row("nice cat", "safe", id=2)]
     own = write_rows(tmp_path / "mine.jsonl", rows)
@@ -108,23 +112,22 @@ def test_numbers_of_a_column_with_a_gap(arguments, tmp_path):
     said.append({"text_sha256": "0", "score": 0.5})
     path = tmp_path / "scores.parquet"
     pandas.DataFrame(said).to_parquet(path)
-    args = arguments(benchmarks=[str(own)])
-    assert cells(evaluate.evaluate(args, [predicted(path)]), "somebody")["mine"]["errors"] == 0
+    found = somebodys(run(predicted(path), benchmarks=[str(own)]))
+    assert found["mine"]["errors"] == 0
     said = [{"id": f"{number}+homoglyph", "score": 0.9} for number in (1, 2)]
     path = write_rows(tmp_path / "others.jsonl", said)
-    args = arguments(benchmarks=[f"{own}+homoglyph"], overwrite=True)
-    found = cells(evaluate.evaluate(args, [predicted(path)]), "somebody")
+    found = somebodys(run(predicted(path), benchmarks=[f"{own}+homoglyph"], overwrite=True))
     assert found["mine+homoglyph"]["errors"] == 0
 
 
-def test_one_text_twice(arguments, tmp_path):
+def test_one_text_twice(run, tmp_path):
     """Each of two rows of one text has its own prediction."""
     rows = write_rows(
         tmp_path / "twice.jsonl", [row("bad cat", "unsafe", id=name) for name in ("one", "two")]
     )
     said = [{"id": "one", "score": 0.9}, {"id": "two", "score": 0.1}]
     made = predicted(write_rows(tmp_path / "scores.jsonl", said))
-    found = cells(evaluate.evaluate(arguments(benchmarks=[str(rows)]), [made]), "somebody")
+    found = somebodys(run(made, benchmarks=[str(rows)]))
     assert found["twice"]["recall"] == 0.5
 
 
@@ -161,39 +164,37 @@ REFUSED = {
 @pytest.mark.parametrize(("rows", "said"), REFUSED.values(), ids=REFUSED)
 def test_refused_predictions(tmp_path, rows, said):
     path = write_rows(tmp_path / "scores.jsonl", rows)
-    with pytest.raises(UserError, match=said):
+    with user_error(said):
         predicted(path)
 
 
 def test_no_such_file():
-    with pytest.raises(UserError, match=r"no\.jsonl: no such file"):
+    with user_error(r"no\.jsonl: no such file"):
         predicted("no.jsonl")
 
 
-def test_a_prediction_of_two_rows_is_refused(arguments, own, tmp_path):
+def test_a_prediction_of_two_rows_is_refused(run, own, tmp_path):
     path = write_rows(tmp_path / "scores.jsonl", [{"id": "one", "score": 0.9}])
-    with pytest.raises(UserError, match="needs a field label"):
-        evaluate.evaluate(arguments(benchmarks=[str(own)]), [predicted(path)])
+    with user_error("needs a field label"):
+        run(predicted(path), benchmarks=[str(own)])
     other = write_rows(tmp_path / "theirs.jsonl", [row("something else", "safe", id="one")])
-    args = arguments(benchmarks=[str(own), str(other)], task_type="prompt")
-    with pytest.raises(UserError, match="a prediction of one, the id of 2 rows"):
-        evaluate.evaluate(args, [predicted(path)])
+    with user_error("a prediction of one, the id of 2 rows"):
+        run(predicted(path), benchmarks=[str(own), str(other)], task_type="prompt")
     assert not (tmp_path / "out").exists()
 
 
-def test_predictions_of_other_rows(arguments, own, tmp_path):
+def test_predictions_of_other_rows(run, own, tmp_path):
     """Nothing of them fits: that is a failure, and no table of errors."""
     path = write_rows(tmp_path / "scores.jsonl", [{"id": "another", "score": 0.9}])
-    args = arguments(benchmarks=[str(own)], task_type="prompt")
-    (cell,) = cells(evaluate.evaluate(args, [predicted(path)]), "somebody").values()
+    results = run(predicted(path), benchmarks=[str(own)], task_type="prompt")
+    (cell,) = somebodys(results).values()
     assert cell["status"] == "failed"
     assert "none of its ids and hashes is one of these rows" in cell["reason"]
 
 
-def test_plain_predictions_say_nothing_of_obfuscated_rows(arguments, own, tmp_path):
+def test_plain_predictions_say_nothing_of_obfuscated_rows(run, own, tmp_path):
     rows = [{"id": name, "score": 0.9} for name in ("one", "two", "three", "four", "five")]
     path = write_rows(tmp_path / "scores.jsonl", rows)
-    args = arguments(benchmarks=[f"{own}+spaces"], task_type="prompt")
-    found = cells(evaluate.evaluate(args, [predicted(path)]), "somebody")
+    found = somebodys(run(predicted(path), benchmarks=[f"{own}+spaces"], task_type="prompt"))
     assert found["mine_prompt"]["errors"] == 0
     assert found["mine_prompt+spaces"]["status"] == "failed"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from checks import user_error
 
-from common.conversation import UserError
 from guards import zoo
 from guards.suite import tables
 from guards.suite.benchmarks import benchmark_names, benchmarks
@@ -130,7 +130,7 @@ def test_differently_scored_cells_share_no_column(metric, key, other):
     for cell in results["cells"]:
         cell |= {"auprc": 0.5, "f1_at_validation": 0.5, "threshold": {"value": 0.5}}
     said = rf"toxicchat, .*: a and b are scored differently \({key}: .*{other}"
-    with pytest.raises(UserError, match=said):
+    with user_error(said):
         tables.grid(results, metric, PAPERS)
     results["cells"][1]["status"] = "failed"
     assert tables.grid(results, metric, PAPERS).rows[1][2] == ["failed"]

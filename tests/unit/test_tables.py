@@ -1,10 +1,9 @@
 """Columns of other data sets, read as their papers define them."""
 
-import json
-
 import pytest
+from checks import user_error, write_rows
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.data import load_conversations
 
 
@@ -13,8 +12,7 @@ def load(tmp_path):
     """`load(row)`: the conversation of a row of JSON."""
 
     def read(row: dict) -> dict:
-        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-        (found,) = load_conversations(str(tmp_path / "rows.jsonl"))
+        (found,) = load_conversations(str(write_rows(tmp_path / "rows.jsonl", [row])))
         return found
 
     return read
@@ -59,7 +57,7 @@ def test_openai_moderation(load, flags, expected):
 
 
 def test_a_flag_that_is_no_flag_is_refused(load):
-    with pytest.raises(UserError, match=r"rows.jsonl, line 1, field H"):
+    with user_error(r"rows.jsonl, line 1, field H"):
         load({"prompt": "Some text.", "S": 0, "H": 7})
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from checks import user_error
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
@@ -237,7 +238,7 @@ def test_template_eos_that_takes_spaces_is_no_forgery(make_tokenizer):
 
 
 def test_slow_tokenizer_refused():
-    with pytest.raises(UserError, match="slow tokenizer"):
+    with user_error("slow tokenizer"):
         encoded(ByT5Tokenizer(), "a", "b")
 
 
@@ -255,7 +256,7 @@ def test_cut_keeps_what_closes(make_tokenizer, family):
     assert ids[-1] in control
     assert cut(ids, 30, control) == [*ids[:29], ids[-1]]
     assert cut(ids, len(ids), control) == ids
-    with pytest.raises(UserError, match="--max_length 1"):
+    with user_error("--max_length 1"):
         cut(ids, 1, control)
 
 
@@ -287,7 +288,7 @@ def test_windows_show_everything(tokenizer, messages, max_length):
 
 
 def test_windows_need_room(tokenizer):
-    with pytest.raises(UserError, match="--max_length 20"):
+    with user_error("--max_length 20"):
         windows(tokenizer, lambda m: len(prompt_ids(tokenizer, m)), pair("Why?", LONG), 20)
 
 

@@ -1,11 +1,9 @@
 """common/uncertain.py: which rows are labelled again, and that they replace the old ones."""
 
-import json
-
-import pytest
+from checks import read_rows, user_error, write_rows
 
 from common import metrics
-from common.conversation import UserError, Verdict, pair
+from common.conversation import Verdict, pair
 from common.data import load_conversations
 from common.data.specs import about_data
 from common.data.splits import load_training_rows
@@ -32,8 +30,7 @@ def exported(folder, scores, thresholds, count, rows=None):
         verdicts = {name: verdict(score) for name, score in zip(thresholds, said, strict=True)}
         judged.append(scored(one, LABEL, verdicts, thresholds))
     write_uncertain(folder, judged, count)
-    text = (folder / "uncertain.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return read_rows(folder / "uncertain.jsonl")
 
 
 def numbers(lines, why):
@@ -74,10 +71,10 @@ def test_what_is_written_is_data(tmp_path):
 
 def test_labels_that_somebody_may_have_mended_stay(tmp_path):
     (tmp_path / "uncertain.jsonl").write_text("mine")
-    with pytest.raises(UserError, match=r"uncertain\.jsonl is there, .* move it"):
+    with user_error(r"uncertain\.jsonl is there, .* move it"):
         ExportArguments(export_uncertain=3).check_export(tmp_path)
     ExportArguments().check_export(tmp_path)
-    with pytest.raises(UserError, match="--export_uncertain -1"):
+    with user_error("--export_uncertain -1"):
         ExportArguments(export_uncertain=-1).check_export(tmp_path)
 
 
@@ -85,12 +82,11 @@ def test_labels_that_somebody_may_have_mended_stay(tmp_path):
 
 
 def write(path, *labels):
-    lines = []
+    rows = []
     for number, label in labels:
-        line = {"prompt": f"Question {number}?", "response": "Yes.", "response_label": label}
-        lines.append(json.dumps(line))
-    path.write_text("\n".join(lines))
-    return str(path)
+        row = {"prompt": f"Question {number}?", "response": "Yes.", "response_label": label}
+        rows.append(row)
+    return str(write_rows(path, rows))
 
 
 def test_later_labels_replace_those_before(tmp_path, caplog):
@@ -104,7 +100,7 @@ def test_later_labels_replace_those_before(tmp_path, caplog):
     assert asked == [f"Question {number}?" for number in (1, 3, 3, 2, 4)]
     assert rows[LABEL] == [True, False, False, False, False]
     assert "its labels replace those of 1 rows" in caplog.text
-    with pytest.raises(UserError, match=r"b\.jsonl, field response_unsafe: no positive row"):
+    with user_error(r"b\.jsonl, field response_unsafe: no positive row"):
         load_training_rows([mended, base], None, None, 0, require=(LABEL,))
 
 
