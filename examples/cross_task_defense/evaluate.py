@@ -12,7 +12,8 @@ python evaluate.py --answers … --server_url http://127.0.0.1:8000/v1 --server_
     --output_dir output/evaluation-llm
 
 # harm, judged by a guard as well
-python evaluate.py --answers … --guard ../moderation/output/quickstart --output_dir output/evaluation
+python evaluate.py --answers … --guard ../moderation/output/quickstart \
+    --output_dir output/evaluation
 
 Reads folders that generate_answers.py wrote; the first is what the others are compared with.
 """
@@ -239,7 +240,9 @@ def names(folders: list[str]) -> dict[str, str]:
 
 
 def read_answers(folder: Path) -> tuple[Row, list[Row]]:
-    """(what the model is, its rows) of a folder: task, kind, item, document, instruction, output."""
+    """What the model of a folder is, and its rows: task, kind, item, document, instruction,
+    output.
+    """
     rows = []
     first = None
     files = []

@@ -305,7 +305,8 @@ def prompt_ids(
         if shorter is None:
             raise UserError(
                 f"--cutoff_len {args.cutoff_len}: {file.path}, item {i + 1} has {len(ids)} tokens, "
-                f"with {args.max_new_tokens} for its answer, and no document that could be shortened"
+                f"with {args.max_new_tokens} for its answer, and no document that could be "
+                "shortened"
             )
         prompts[i] = shorter
     return prompts

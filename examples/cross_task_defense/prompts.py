@@ -227,7 +227,8 @@ def room_of_answer(instruction: str, prompt: int, answer: int, cutoff_len: int, 
     """
     if split_document(instruction)[0]:
         raise UserError(
-            f"--cutoff_len {cutoff_len}: row {row} has an answer of {answer} tokens, a refusal maybe"
+            f"--cutoff_len {cutoff_len}: row {row} has an answer of {answer} tokens, "
+            "a refusal maybe"
         )
     if prompt >= cutoff_len:
         raise UserError(

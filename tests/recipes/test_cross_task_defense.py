@@ -667,7 +667,7 @@ def ask(tiny_base, questions, tmp_path):
 
 @pytest.fixture
 def interrupted(ask, tmp_path, monkeypatch):
-    """`interrupted(**options)`: a run that ends when all is generated and nothing is written yet."""
+    """`interrupted(**options)`: a run that ends when all is generated and nothing is written."""
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What is said of a push that the hub does not take, by its real client against a hub of this machine."""
+"""What is said of a push that the hub does not take: its real client, and a hub of this machine."""
 
 import pytest
 from hub_server import TOKEN, USER, hub_server

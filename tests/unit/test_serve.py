@@ -16,6 +16,7 @@ from guards.base import Guard
 from guards.serve import wire
 from guards.serve.answers import NoVerdict, Reader, read_attributes
 from guards.serve.batching import BatchingQueue, QueueFull
+from guards.suite.score import judged
 
 
 class Plain(Guard):
@@ -42,17 +43,21 @@ def above(value: float) -> dict:
         ({}, {}, True),  # above 0.5
         ({}, {"prompt_unsafe": False}, False),  # by the guard's own word
         ({"flagged": above(0.7)}, {"prompt_unsafe": True}, False),
+        ({"flagged": above(0.1)}, {"prompt_unsafe": False}, True),
         ({"flagged": above(0.7), "prompt_unsafe": above(0.1)}, {}, True),
         ({"flagged": above(0.1), "response_unsafe": above(0.9)}, {}, True),
         ({"flagged": above(0.6)}, {}, False),  # not above it
     ],
 )
-def test_what_is_flagged(thresholds, decided, flagged):
-    answer = Reader(Plain(thresholds)).answer(
-        pair("x"), Verdict(prompt_unsafe=0.6, decided=decided)
-    )
+def test_what_is_flagged_here_and_in_the_suite(thresholds, decided, flagged):
+    asked = pair("x")
+    verdict = Verdict(prompt_unsafe=0.6, decided=decided)
+    answer = Reader(Plain(thresholds)).answer(asked, verdict)
     assert answer.flagged is flagged
     assert answer.categories == {"unsafe": flagged}
+    row = {"messages": asked, "label": True, "groups": {}}
+    said = judged([row], [verdict], "prompt_unsafe", thresholds=thresholds)
+    assert said.decided.tolist() == [flagged]
 
 
 def test_categories_have_their_own_thresholds_and_safe_is_none():
