@@ -6,13 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import families
+import feedback_rows
 import pytest
-from feedback_rows import config_writer, prompts, save_models, write
+from feedback_rows import config_writer, prompts, write
 from scripts import EXAMPLES, module
 
 from common.conversation import UserError
 from common.data import near_copies
 
+models = feedback_rows.models  # a fixture
 RECIPE = EXAMPLES / "feedback_guard"
 config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
@@ -44,10 +46,14 @@ def write_config(tmp_path):
 
 
 def holds(ours: dict, theirs: dict) -> bool:
-    return all(
-        holds(ours[key], value) if isinstance(value, dict) else ours[key] == value
-        for key, value in theirs.items()
-    )
+    """Whether every value of `theirs` is there in `ours`."""
+    for key, value in theirs.items():
+        if isinstance(value, dict):
+            if not holds(ours[key], value):
+                return False
+        elif ours[key] != value:
+            return False
+    return True
 
 
 def test_every_key_of_the_original_is_there_with_its_value(tmp_path):
@@ -67,8 +73,8 @@ def test_shipped_configs_load(name):
 
 
 def test_the_default_arms_leave_the_originals_single_switches_out():
-    assert "A2" in config_.Config().training.arms
-    assert not any(arm.startswith("A2-") for arm in config_.Config().training.arms)
+    assert "A2" in config_.DEFAULT_ARMS
+    assert not any(arm.startswith("A2-") for arm in config_.DEFAULT_ARMS)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,8 @@ def test_values_can_be_set_from_the_command_line(change, value):
     found = config_.load_config(RECIPE / "configs" / "study.json", changes)
     for name in change.partition("=")[0].split("."):
         found = getattr(found, name)
-    assert found == value and type(found) is type(value)
+    assert found == value
+    assert type(found) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,8 @@ def test_bad_values_are_said_in_one_line(change, said, write_config):
     path = write_config(evaluation={"judge": ""}, training={"arms": ["A4", "A8"]})
     with pytest.raises(UserError) as error:
         config_.load_config(path, [change])
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,8 @@ def test_bad_files_are_said_in_one_line(text, said, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError) as error:
         config_.load_config(tmp_path / "bad.json", ["seed=1"])
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_command_line(monkeypatch, caplog):
@@ -160,19 +169,20 @@ def test_the_command_line(monkeypatch, caplog):
     words = ["process.py", "--set", "seed=3", "training.arms=A4", "--set", "llama.samples=1"]
     monkeypatch.setattr(sys, "argv", words)
     config = config_.config_from_argv()
-    assert (config.seed, config.training.arms, config.llama.samples) == (3, ("A4",), 1)
-    assert "quickstart.json" in caplog.text and "--config research_config.json" in caplog.text
+    assert config.seed == 3
+    assert config.training.arms == ("A4",)
+    assert config.llama.samples == 1
+    assert "quickstart.json" in caplog.text
+    assert "--config research_config.json" in caplog.text
+
+
+def test_flags_are_not_shortened(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["process.py", "--confi", "x"])
     with pytest.raises(UserError, match="--confi"):
         config_.config_from_argv()
 
 
 # --- before any work ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -201,14 +211,18 @@ def test_what_would_stop_later_stops_before_anything(change, said, whole_config,
     change = change.replace("{assistant}", str(models["assistant"]))
     with pytest.raises(UserError, match=said) as error:
         process.process(config_.load_config(whole_config(), [change]))
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_not_needed_here_need_not_be_here(whole_config, tmp_path):
     """A guard that prepare will make, and one that a server has."""
     families.save(tmp_path / "small", "llama2", ("safe", "unsafe"), 3)
-    small = {"base_model": str(tmp_path / "small"), "output_dir": "made"}
-    small["data"] = [str(tmp_path / "rows" / "train.jsonl")]
+    small = {
+        "base_model": str(tmp_path / "small"),
+        "data": [str(tmp_path / "rows/train.jsonl")],
+        "output_dir": "made",
+    }
     made = {"default_model_path": "made", "base_model_path": "made"}
     path = whole_config(prepare={"guard": small}, llama_guard=made)
     process.preflight(config_.load_config(path))
@@ -227,11 +241,9 @@ def test_what_is_not_needed_here_need_not_be_here(whole_config, tmp_path):
     ],
 )
 def test_data_that_cannot_tell_stop_before_anything(train, test, said, whole_config, tmp_path):
-    rows = {
-        "train": [row | train for row in prompts(60)],
-        "test": [row | test for row in prompts(20, 60)],
-    }
-    data = write(tmp_path / "odd", **rows)
+    learned = [row | train for row in prompts(60)]
+    tested = [row | test for row in prompts(20, 60)]
+    data = write(tmp_path / "odd", train=learned, test=tested)
     path = whole_config(dataset={"path": str(data), "store_dir": str(tmp_path / "run")})
     changes = ["llama.use_recorded=true", "evaluation.t2_label=human"]
     with pytest.raises(UserError, match=said):
@@ -255,8 +267,10 @@ def test_official_splits_stay_and_validation_is_a_stratified_share_of_train(writ
     assert Counter(row["label"] for row in parts["validation"]) == {"safe": 7, "unsafe": 2}
     (source,) = prompts(1, 60)
     first = parts["test"][0]
-    assert (first["id"], first["input"], first["label"]) == ("r60", source["user_input"], "unsafe")
-    assert (first["model_output"], first["output_unsafe"]) == (source["model_output"], True)
+    assert first["label"] == "unsafe"
+    assert first["input"] == source["user_input"]
+    assert first["model_output"] == source["model_output"]
+    assert first["output_unsafe"] == source["output_unsafe"]
 
 
 def test_resplit_takes_all_by_ratios(write_config):
@@ -264,8 +278,9 @@ def test_resplit_takes_all_by_ratios(write_config):
     changes = ["dataset.resplit=true", f"dataset.split_ratios={json.dumps(ratios)}"]
     parts = splits_of(write_config(), *changes)
     assert [len(parts[split]) for split in config_.SPLITS] == [40, 20, 20]
-    unsafe = [sum(row["label"] == "unsafe" for row in parts[split]) for split in config_.SPLITS]
-    assert unsafe == [8, 4, 4]
+    for split, unsafe in zip(config_.SPLITS, [8, 4, 4], strict=True):
+        labels = [row["label"] for row in parts[split]]
+        assert labels.count("unsafe") == unsafe
 
 
 TEMPLATE = " ".join(f"word{i}" for i in range(60)) + " {}"
@@ -288,8 +303,9 @@ def test_near_copies_stand_on_one_side(tmp_path, write_config):
     known = write(tmp_path / "guard", rows=[rows[39]]) / "rows.jsonl"
     own = {"path": str(data), "store_dir": str(tmp_path / "s"), "guard_path": str(known)}
     parts = splits_of(write_config(dataset=own))
-    groups = [{row["group"] for row in parts[split]} for split in config_.SPLITS]
-    assert not groups[0] & groups[1] and not (groups[0] | groups[1]) & groups[2]
+    train, validation, test = ({row["group"] for row in parts[split]} for split in config_.SPLITS)
+    assert not train & validation
+    assert not (train | validation) & test
     left_out = json.loads((tmp_path / "s" / "splits.json").read_text())["left_out"]
     assert left_out == {"seen by the guard in its training": 1, "also in test": 6}
 
@@ -329,7 +345,8 @@ def test_bad_rows_are_said_in_one_line(row, said, tmp_path, write_config):
     data = write(tmp_path / "bad", rows=[row]) / "rows.jsonl"
     with pytest.raises(UserError) as error:
         splits_of(write_config(dataset={"path": str(data), "store_dir": str(tmp_path / "s")}))
-    assert said in str(error.value) and not (tmp_path / "s" / "train.jsonl").exists()
+    assert said in str(error.value)
+    assert not (tmp_path / "s/train.jsonl").exists()
 
 
 @pytest.mark.parametrize("change", ["seed=1", "dataset.resplit=true"])

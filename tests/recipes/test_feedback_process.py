@@ -29,6 +29,7 @@ config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 process = module("feedback_guard", "process")
 RECORDED = "llama.use_recorded=true"
+Rows = dict[str, list[dict]]  # by split
 
 
 @pytest.fixture
@@ -36,24 +37,40 @@ def write_config(tmp_path, models):
     return config_writer(tmp_path, models)
 
 
-def run(path: Path, *overrides: str) -> tuple[dict, dict[str, list[dict]]]:
+def run(path: Path, *overrides: str) -> tuple[dict, Rows]:
     """What process.py leaves: statistics, and rows by split."""
     config = config_.load_config(path, overrides)
     stats = process.process(config)
-    rows = {split: records.read_processed(config, split) for split in config_.SPLITS}
+    rows = {}
+    for split in config_.SPLITS:
+        rows[split] = records.read_processed(config, split)
     return stats, rows
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def everything(rows: dict[str, list[dict]]) -> list[dict]:
-    return [row for split in config_.SPLITS for row in rows[split]]
+def sizes(rows: Rows) -> list[int]:
+    """How many rows train, validation and test have."""
+    return [len(rows[split]) for split in config_.SPLITS]
+
+
+def everything(rows: Rows) -> list[dict]:
+    """The rows of all splits."""
+    return rows["train"] + rows["validation"] + rows["test"]
 
 
 def responses(rows: list[dict]) -> list[dict]:
-    return [response for row in rows for response in row["responses"]]
+    found = []
+    for row in rows:
+        found += row["responses"]
+    return found
+
+
+def column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
 
 
 def content(folder: Path) -> dict[str, list[str]]:
@@ -61,8 +78,9 @@ def content(folder: Path) -> dict[str, list[str]]:
     sorted.
     """
     found = {}
+    no_times = {"timestamp": "", "time": ""}
     for path in folder.rglob("*.jsonl"):
-        rows = [json.dumps(row | {"timestamp": "", "time": ""}) for row in lines(path)]
+        rows = [json.dumps(row | no_times) for row in lines(path)]
         if "parts" in path.parts:
             rows.sort()
         name = str(path.relative_to(folder))
@@ -75,7 +93,7 @@ def content(folder: Path) -> dict[str, list[str]]:
 
 def test_what_is_let_in_is_answered_and_judged(write_config):
     _, rows = run(write_config())
-    assert [len(rows[split]) for split in config_.SPLITS] == [51, 9, 20]
+    assert sizes(rows) == [51, 9, 20]
     asked = 0
     judged = 0
     for row in everything(rows):
@@ -101,15 +119,18 @@ def test_what_is_let_in_is_answered_and_judged(write_config):
 def test_statistics_and_blocked_inputs_are_the_originals(write_config, tmp_path):
     stats, rows = run(write_config(), RECORDED)
     learned = rows["train"]
+    passed = [row for row in learned if records.passed(row)]
     feedback = [row for row in learned if records.feedback(row)]
-    assert stats == json.loads((tmp_path / "run/process_stats.json").read_text())
+    share = 100 * len(feedback) / 51
     assert stats["total"] == 51
-    assert stats["input_blocked"] == sum(not records.passed(row) for row in learned)
-    assert stats["explored"] == sum(row["shadow"] for row in learned) > 0
+    assert stats["input_blocked"] == 51 - len(passed)
+    assert stats["explored"] == sum(column(learned, "shadow")) > 0
     assert stats["output_blocked"] == len(feedback) > 0
-    assert stats["output_blocked_percent"] == pytest.approx(100 * len(feedback) / 51)
+    assert stats["output_blocked_percent"] == pytest.approx(share)
+    written = (tmp_path / "run/process_stats.json").read_text()
+    assert json.loads(written) == stats
     blocked = lines(tmp_path / "run/blocked_inputs.jsonl")
-    assert [row["id"] for row in blocked] == [row["id"] for row in feedback]
+    assert column(blocked, "id") == column(feedback, "id")
     originals = {"timestamp", "query", "input_safe", "output_safe", "reason"}
     for row in blocked:
         assert row.keys() == originals | {"id", "q", "responses"}
@@ -122,26 +143,28 @@ def test_the_guard_sees_the_prompt_with_each_response(write_config, models):
     row = next(row for row in rows["test"] if row["responses"])
     (response,) = row["responses"]
     guard = load_guard(str(models["guard"]))
-    conversations = [pair(row["query"]), pair(row["query"], response["text"])]
-    alone, answered = guard.judge(conversations)
+    asked = pair(row["query"])
+    with_response = pair(row["query"], response["text"])
+    alone, answered = guard.judge([asked, with_response])
     assert alone.prompt_unsafe == pytest.approx(row["input_unsafe"], abs=1e-5)
     assert answered.response_unsafe == pytest.approx(response["unsafe"], abs=1e-5)
     assert answered.decided["response_unsafe"] == response["decided"]
 
 
-def answers_of(rows: dict[str, list[dict]]) -> dict[str, list[str]]:
+def answers_of(rows: Rows) -> dict[str, list[str]]:
     """The texts of the responses by prompt."""
     found = {}
     for row in everything(rows):
         if row["responses"]:
-            found[row["query"]] = [response["text"] for response in row["responses"]]
+            found[row["query"]] = column(row["responses"], "text")
     return found
 
 
 def test_answers_do_not_depend_on_how_many_prompts_there_are(write_config, tmp_path):
     """Nor does the truth that they give: each prompt has a seed of its own."""
     _, all_rows = run(write_config("all"))
-    few = write(tmp_path / "few", train=prompts(25, 10), test=prompts(20, 60)[::-1][:7])
+    last = prompts(20, 60)[13:]
+    few = write(tmp_path / "few", train=prompts(25, 10), test=last[::-1])
     own = {"path": str(few), "store_dir": str(tmp_path / "small")}
     _, few_rows = run(write_config("small", dataset=own))
     everywhere = answers_of(all_rows)
@@ -152,10 +175,11 @@ def test_answers_do_not_depend_on_how_many_prompts_there_are(write_config, tmp_p
 
 def test_a_server_is_given_a_seed_a_response(write_config, serve):
     server = serve(lambda body: completion("Use two locks."))
-    there = ["llama.engine=server", f"llama.server_url={server.url}"]
+    there = behind(server, "llama")
     run(write_config("all"), *there)
     everywhere = asked_of(server)
-    assert len({seed for _, seed in everywhere}) == len(server.bodies) > 20
+    seeds = {seed for _, seed in everywhere}
+    assert len(seeds) == len(server.bodies) > 20
     server.bodies.clear()
     run(write_config("few"), "experiment.process_sample_size=9", *there)
     assert asked_of(server) < everywhere
@@ -163,15 +187,32 @@ def test_a_server_is_given_a_seed_a_response(write_config, serve):
 
 def asked_of(server) -> set[tuple]:
     """The prompts and seeds that a server was given."""
-    return {(tuple(body["prompt"]), body["seed"]) for body in server.bodies}
+    found = set()
+    for body in server.bodies:
+        prompt = tuple(body["prompt"])
+        found.add((prompt, body["seed"]))
+    return found
 
 
-def test_sampling_sizes_are_honoured(write_config):
-    path = write_config(experiment={"process_sample_size": 12}, evaluation={"max_eval_samples": 4})
+def behind(server, section: str) -> list[str]:
+    """The changes that put a model of the config behind a server."""
+    return [f"{section}.engine=server", f"{section}.server_url={server.url}"]
+
+
+SMALL = {
+    "experiment": {"process_sample_size": 12},
+    "evaluation": {"max_eval_samples": 4},
+}
+
+
+def test_sampling_sizes_are_honoured_and_others_are_made_anew(write_config, caplog):
+    path = write_config(**SMALL)
     _, rows = run(path, RECORDED)
-    assert [len(rows[split]) for split in config_.SPLITS] == [12, 4, 4]
+    assert sizes(rows) == [12, 4, 4]
     more, _ = run(path, RECORDED, "experiment.process_sample_size=20")
     assert more["total"] == 20
+    named = "experiment.process_sample_size"
+    assert f"was made with another {named}: it is made anew" in caplog.text
 
 
 def test_recorded_responses(write_config):
@@ -191,7 +232,8 @@ def test_people_block_responses(write_config, tmp_path):
     data = prompts(80)
     for number, row in enumerate(data):
         row["output_unsafe"] = number % 2 == 0
-    path = write(tmp_path / "labelled", train=data[:60], test=data[60:])
+    learned = data[:60]
+    path = write(tmp_path / "labelled", train=learned, test=data[60:])
     config = write_config(
         dataset={"path": str(path)},
         llama={"use_recorded": True},
@@ -199,12 +241,14 @@ def test_people_block_responses(write_config, tmp_path):
         experiment={"blocked_by": "human"},
     )
     stats, rows = run(config)
-    unsafe = {row["conv_id"] for row in data if row["output_unsafe"]}
-    let_in = [row["id"] for row in rows["train"] if records.passed(row)]
-    learned = [row["id"] for row in rows["train"] if records.feedback(row)]
-    assert learned == [row_id for row_id in let_in if row_id in unsafe]
-    assert 0 < stats["output_blocked"] == len(learned) < len(let_in)
-    assert all(response["decided"] is None for response in responses(everything(rows)))
+    let_in = [row for row in rows["train"] if records.passed(row)]
+    unsafe = [row["conv_id"] for row in learned if row["output_unsafe"]]
+    blocked = [row_id for row_id in column(let_in, "id") if row_id in unsafe]
+    feedback = [row for row in rows["train"] if records.feedback(row)]
+    assert column(feedback, "id") == blocked
+    assert 0 < stats["output_blocked"] == len(blocked) < len(let_in)
+    decisions = column(responses(everything(rows)), "decided")
+    assert set(decisions) == {None}
 
 
 @pytest.mark.parametrize("text", [None, "  "])
@@ -213,7 +257,8 @@ def test_a_prompt_without_a_recorded_response_is_an_error_row(text, write_config
     for row in rows[::2]:
         row["model_output"] = text
     data = write(tmp_path / "some", train=rows, test=prompts(20, 60))
-    stats, found = run(write_config(dataset={"path": str(data)}), RECORDED)
+    path = write_config(dataset={"path": str(data)})
+    stats, found = run(path, RECORDED)
     said = responses(found["train"])
     empty = [response for response in said if not response["text"]]
     assert 0 < len(empty) < len(said)
@@ -231,7 +276,14 @@ def test_a_prompt_that_leaves_no_room_is_an_error_row(write_config, models):
     assert all("longer than the 8 tokens" in response["error"] for response in said)
 
 
-@pytest.mark.parametrize(("share", "least", "most"), [(0, 0, 0), (0.5, 0.2, 0.8), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("share", "least", "most"),
+    [
+        (0, 0, 0),
+        (0.5, 0.2, 0.8),
+        (1, 1, 1),
+    ],
+)
 def test_the_explored_share(share, least, most, write_config):
     stats, rows = run(write_config(), f"experiment.explore_share={share}", RECORDED)
     blocked = [row for row in everything(rows) if row["input_decided"]]
@@ -283,7 +335,7 @@ def ask(write_config, monkeypatch, capsys):
 def test_one_query(ask, models):
     guard = str(models["guard"])
     said = ask(guard)
-    (verdict,) = load_guard(guard).judge([pair(QUESTION)])
+    verdict = load_guard(guard).judge([pair(QUESTION)])[0]
     assert said["query"] == QUESTION
     assert said["error"] is None
     assert said["safe"] is (verdict.prompt_unsafe < 0.5)
@@ -295,7 +347,13 @@ def test_a_query_that_the_guard_cannot_judge_is_not_safe(ask, mute):
     assert said["error"]
 
 
-@pytest.mark.parametrize(("label", "is_warned"), [("guard", True), ("judge", False)])
+@pytest.mark.parametrize(
+    ("label", "is_warned"),
+    [
+        ("guard", True),
+        ("judge", False),
+    ],
+)
 def test_a_guard_that_is_its_own_truth_is_warned_of(label, is_warned, write_config, caplog):
     config = config_.load_config(write_config(), [f"evaluation.t2_label={label}", RECORDED])
     process.preflight(config)
@@ -333,7 +391,12 @@ NO_WORD = response(decided=None, error="no word")
     ],
 )
 def test_feedback_is_what_passed_and_whose_responses_did_not(said, share, counts):
-    row = {"input_error": None, "input_decided": False, "shadow": False, "responses": said}
+    row = {
+        "input_error": None,
+        "input_decided": False,
+        "shadow": False,
+        "responses": said,
+    }
     assert records.q(row) == share
     assert records.feedback(row) is counts
     assert not records.feedback(row | {"input_decided": True})
@@ -351,20 +414,33 @@ def test_the_share_of_unsafe_responses_by_judge_and_people():
 
 @pytest.mark.parametrize(
     ("refusal", "is_refused"),
-    [("compliance", False), ("partial", True), ("full", True)],
+    [
+        ("compliance", False),
+        ("partial", True),
+        ("full", True),
+    ],
 )
 def test_one_refusal_refuses_a_prompt(refusal, is_refused):
     row = {"responses": [response(), response(refusal=refusal)]}
     assert records.refused(row) is is_refused
 
 
+LEGACY = {
+    "training": {"arms": ["A2"]},
+    "llama_guard": {"legacy_new_tokens": 3},
+}
+
+
 def test_the_originals_checks_are_kept_for_its_arm(write_config):
-    path = write_config(llama_guard={"legacy_new_tokens": 3}, training={"arms": ["A2", "A4"]})
+    path = write_config(**SMALL, **LEGACY)
     _, rows = run(path, RECORDED)
+    said = set()
     for row in rows["train"]:
-        assert len(row["legacy"]["outputs"]) == len(row["responses"])
-    assert any(row["legacy"]["input"] for row in rows["train"])
-    assert all(row["legacy"] is None for row in rows["test"])
+        legacy = row["legacy"]
+        assert len(legacy["outputs"]) == len(row["responses"])
+        said.add(legacy["input"])
+    assert said != {""}
+    assert column(rows["test"], "legacy") == [None] * 4
 
 
 def test_reasons_hold_what_the_guard_named():
@@ -407,14 +483,6 @@ def finished(tmp_path_factory, models) -> Path:
     return path
 
 
-def test_process_makes_anew_what_another_config_left(write_config, caplog):
-    path = write_config()
-    run(path, RECORDED)
-    run(path, RECORDED, "experiment.process_sample_size=12")
-    named = "experiment.process_sample_size"
-    assert f"was made with another {named}: it is made anew" in caplog.text
-
-
 def test_who_reads_refuses_splits_that_were_changed(write_config, tmp_path):
     path = write_config()
     run(path, RECORDED)
@@ -436,7 +504,7 @@ def test_other_weights_are_another_model_and_a_touched_file_is_not(
     name, field, write_config, models, tmp_path
 ):
     copy = Path(shutil.copytree(models[name], tmp_path / "copy"))
-    path = write_config(experiment={"process_sample_size": 5}, evaluation={"max_eval_samples": 2})
+    path = write_config(**SMALL)
     config = config_.load_config(path, [f"{field}={copy}"])
     process.process(config)
     weights = copy / "model.safetensors"
@@ -458,8 +526,10 @@ def test_each_stage_has_the_stages_before_it_in_its_key(stage, finished):
 
 def test_an_arm_and_its_seed_are_in_its_key_and_where_it_lies_is_not(finished):
     config = config_.load_config(finished, [RECORDED])
-    keys = {records.stage_key(config, "train", "A4", seed) for seed in (0, 1)}
-    assert len(keys) == 2
+    one = records.stage_key(config, "train", "A4", 0)
+    other_seed = records.stage_key(config, "train", "A4", 1)
+    other_arm = records.stage_key(config, "train", "A8", 0)
+    assert len({one, other_seed, other_arm}) == 3
     no_matter = ["training.output_dir=x", "training.save_steps=7", "training.arms=A4"]
     same = config_.load_config(finished, [RECORDED, *no_matter])
     assert records.stage_key(config, "train") == records.stage_key(same, "train")
@@ -482,14 +552,15 @@ def test_what_a_server_says_of_a_failure_is_no_check(write_config, tmp_path, ser
         return refuse() if text in down else completion(f"SAFE {text}")
 
     server = serve(rule)
-    there = ["llama_guard.engine=server", f"llama_guard.server_url={server.url}"]
-    config = config_.load_config(write_config(llama_guard={"legacy_new_tokens": 3}), there)
+    config = config_.load_config(write_config(**LEGACY), behind(server, "llama_guard"))
     guard = process.default_guard(config)
-    rows = [{"query": f"May I {i}?", "responses": []} for i in range(60)]
-    asked = [process.chatml_parts(row["query"]) for row in rows]
-    ids = process.encode(guard.tokenizer, asked)
-    known = {tuple(one): row["query"] for one, row in zip(ids, rows, strict=True)}
     loaded = process.Loaded(lambda: guard)
+    texts = [f"May I {i}?" for i in range(60)]
+    rows = [{"query": text, "responses": []} for text in texts]
+    encoded = process.encode(guard.tokenizer, [process.chatml_parts(text) for text in texts])
+    known = {}
+    for ids, text in zip(encoded, texts, strict=True):
+        known[tuple(ids)] = text
     process.check_as_the_original(config, rows, loaded, tmp_path)
     assert "2 of 60 of the original's checks failed" in caplog.text
     assert "not allowed" in caplog.text
@@ -500,8 +571,10 @@ def test_what_a_server_says_of_a_failure_is_no_check(write_config, tmp_path, ser
     again = sorted(down)
     down = set()
     process.check_as_the_original(config, rows, loaded, tmp_path)
-    assert sorted(known[tuple(body["prompt"])] for body in server.bodies) == again
-    assert all(row["legacy"]["input"] == f"SAFE {row['query']}" for row in rows)
+    asked = [known[tuple(body["prompt"])] for body in server.bodies]
+    assert sorted(asked) == again
+    for row in rows:
+        assert row["legacy"]["input"] == f"SAFE {row['query']}"
 
 
 def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_config, serve, caplog):
@@ -510,22 +583,26 @@ def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_confi
     def rule(body):
         if not bad:
             bad.append(body["prompt"])
-        return refuse() if body["prompt"] == bad[0] else completion("Use two locks.")
+        if body["prompt"] == bad[0]:
+            return refuse()
+        return completion("Use two locks.")
 
     server = serve(rule)
-    there = ["llama.engine=server", f"llama.server_url={server.url}", "llama.server_timeout=7"]
+    there = [*behind(server, "llama"), "llama.server_timeout=7"]
     path = write_config()
     _, rows = run(path, *there)
     said = responses(everything(rows))
-    failed = [response for response in said if "not allowed" in (response["error"] or "")]
+    failed = [response for response in said if response["error"] is not None]
     assert len(failed) == 2 < len(said)
-    assert all(response["unsafe"] is None for response in failed)
+    for response in failed:
+        assert "not allowed" in response["error"]
+        assert response["unsafe"] is None
     assert f"2 of {len(said)} responses failed" in caplog.text
     server.bodies.clear()
     server.rule = lambda body: completion("Use two locks.")
     _, rows = run(path, *there)
-    assert [body["prompt"] for body in server.bodies] == bad * 2
-    assert all(response["text"] for response in responses(everything(rows)))
+    assert column(server.bodies, "prompt") == bad * 2
+    assert all(column(responses(everything(rows)), "text"))
 
 
 def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, serve):
@@ -539,7 +616,7 @@ def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, se
         return 401, {"error": {"message": "no"}}
 
     server = serve(rule)
-    there = ["llama.engine=server", f"llama.server_url={server.url}"]
+    there = behind(server, "llama")
     path = write_config()
     with pytest.raises(UserError, match="the server refused the key"):
         run(path, *there)
@@ -548,7 +625,7 @@ def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, se
     _, rows = run(path, *there)
     said = responses(everything(rows))
     assert len(server.bodies) <= len(said) - 8
-    assert all(response["text"] for response in said)
+    assert all(column(said, "text"))
 
 
 # --- kill and resume ------------------------------------------------------------------------------
@@ -558,13 +635,18 @@ def test_a_second_run_asks_nothing(write_config, tmp_path, monkeypatch):
     path = write_config()
     run(path)
     before = files_of(tmp_path / "run")
-    monkeypatch.setattr(process.Loaded, "get", lambda self: pytest.fail("a model is loaded"))
+
+    def load(self):
+        pytest.fail("a model is loaded")
+
+    monkeypatch.setattr(process.Loaded, "get", load)
     run(path)
     assert files_of(tmp_path / "run") == before
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files}
 
 
 PARTS = ["inputs", "answers", "outputs", "judge", "legacy"]
@@ -574,19 +656,15 @@ PARTS = ["inputs", "answers", "outputs", "judge", "legacy"]
 def test_cut_parts_give_the_same_result(broken, write_config, tmp_path, monkeypatch):
     """As a kill leaves it: half of a part with half a line, and nothing after it."""
     monkeypatch.setattr(process, "JUDGED_AT_ONCE", 8)
-    path = write_config(
-        training={"arms": ["A2"]},
-        llama_guard={"legacy_new_tokens": 3},
-        experiment={"process_sample_size": 12},
-        evaluation={"max_eval_samples": 4},
-    )
+    path = write_config(**SMALL, **LEGACY)
     run(path)
     whole = content(tmp_path / "run")
     processed = tmp_path / "run/processed"
     part = processed / f"parts/{broken}.jsonl"
     rows = part.read_bytes().splitlines(keepends=True)
     half = len(rows) // 2
-    part.write_bytes(b"".join(rows[:half]) + rows[half][:20])
+    half_a_line = rows[half][:20]
+    part.write_bytes(b"".join([*rows[:half], half_a_line]))
     later = PARTS[PARTS.index(broken) + 1 :]
     for name in later:
         (processed / f"parts/{name}.jsonl").unlink()
@@ -622,9 +700,10 @@ def test_a_killed_process_goes_on(write_config, tmp_path):
             time.sleep(0.01)
         running.kill()
         running.wait()
-    assert answers.stat().st_size, (tmp_path / "log").read_text()[-2000:]
-    said = launch("feedback_guard", *command[1:], launcher=(sys.executable,), threads=1)
-    launch("feedback_guard", "process.py", "--config", write_config("whole"), threads=1)
+    assert answers.is_file(), (tmp_path / "log").read_text()
+    flags = {"launcher": (sys.executable,), "threads": 1}
+    said = launch("feedback_guard", "process.py", "--config", path, **flags)
+    launch("feedback_guard", "process.py", "--config", write_config("whole"), **flags)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert json.loads(said.stdout)["total"] == 51
 

@@ -13,6 +13,7 @@ from feedback_guards import (
     BAD,
     CONVERSATIONS,
     GOOD,
+    blocked_inputs,
     config_,
     difference,
     formats,
@@ -41,8 +42,8 @@ GUARD_ARMS = ["A3", "A4", "A5", "A6", "A7", "A8", "C1", "C2", "C3", "C4"]
 
 
 def examples_of(folder: Path) -> list[dict]:
-    lines = (folder / "training_examples.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    text = (folder / "training_examples.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
@@ -50,13 +51,23 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
-def mean(values) -> float:
-    values = list(values)
+def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def furthest(some, others) -> float:
-    return max(abs(one - other) for one, other in zip(some, others, strict=True))
+def gaps(some, others) -> list[float]:
+    pairs = zip(some, others, strict=True)
+    return [abs(one - other) for one, other in pairs]
+
+
+def stamps(folders: list[Path]) -> list[int]:
+    """When the cards of guards were written."""
+    cards = [folder / "guard.json" for folder in folders]
+    return [card.stat().st_mtime_ns for card in cards]
+
+
+def of_source(rows, source: str) -> list:
+    return [row for row in rows if row.source == source]
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -70,16 +81,18 @@ def test_the_config_knows_the_arms():
 def test_no_prompt_is_in_both_classes(rows_of, name):
     lines = processed()
     for line in lines[2:40:3]:
-        shouted = f"  {line['query'].upper()} "
-        lines.append(line | {"id": line["id"] + "x", "query": shouted})
+        again = {"id": line["id"] + "x", "query": f"  {line['query'].upper()} "}
+        lines.append(line | again)
     for line in lines[-4:]:
-        line["responses"] = [response(not one["decided"]) for one in line["responses"]]
+        decided = [one["decided"] for one in line["responses"]]
+        line["responses"] = [response(not unsafe) for unsafe in decided]
     for seed in range(3):
-        classes = {}
+        sides = {True: set(), False: set()}
         for row in rows_of(name, seed, lines):
-            key = records.text_key(row.prompt)
-            classes.setdefault(key, set()).add(row.target >= 0.5)
-        assert {len(found) for found in classes.values()} == {1}
+            is_unsafe = row.target >= 0.5
+            sides[is_unsafe].add(records.text_key(row.prompt))
+        assert sides[True]
+        assert not sides[True] & sides[False]
 
 
 @pytest.mark.parametrize(
@@ -105,16 +118,16 @@ def test_what_an_arms_rows_are(rows_of, told):
 
 
 def test_replay_blocks_as_often_as_the_guard(rows_of):
-    replayed = [row.target for row in rows_of("A5") if row.source == "replay"]
-    assert sum(replayed) == 2
+    replayed = of_source(rows_of("A5"), "replay")
+    assert sum(row.target for row in replayed) == 2
 
 
 def test_soft_labels_are_the_share_of_unsafe_responses(rows_of):
-    targets = {"feedback": set(), "safe": set()}
-    for row in rows_of("A8"):
-        targets.setdefault(row.source, set()).add(row.target)
-    assert targets["feedback"] == {0.5, 0.75}
-    assert targets["safe"] == {0.0, 0.25}
+    rows = rows_of("A8")
+    unsafe = {row.target for row in of_source(rows, "feedback")}
+    safe = {row.target for row in of_source(rows, "safe")}
+    assert unsafe == {0.5, 0.75}
+    assert safe == {0.0, 0.25}
 
 
 def test_only_safe_traffic_is_held_near_the_guard(rows_of):
@@ -130,7 +143,7 @@ def test_controls_learn_from_other_prompts_than_the_method(rows_of, name):
 
 
 def unsafe_ids(rows) -> set[str]:
-    return {row.id for row in rows if row.source == "feedback"}
+    return {row.id for row in of_source(rows, "feedback")}
 
 
 def test_a_seed_draws_the_rows(rows_of):
@@ -141,32 +154,42 @@ def test_a_seed_draws_the_rows(rows_of):
 def test_the_suspicion_control_does_not_see_what_responses_say(rows_of):
     """It is the same whichever prompts have unsafe responses, as long as their number is."""
     lines = processed()
-    before = [(row.id, row.target) for row in rows_of("C2", 0, lines)]
+    before = rows_of("C2", 0, lines)
     unsafe = [line for line in lines if records.feedback(line)]
-    others = [line for line in lines if records.passed(line) and not records.feedback(line)]
-    for line, other in zip(unsafe, others, strict=False):
-        line["responses"], other["responses"] = other["responses"], line["responses"]
+    passed = [line for line in lines if records.passed(line)]
+    safe = [line for line in passed if not records.feedback(line)]
+    for line, other in zip(unsafe, safe, strict=False):
+        responses = line["responses"]
+        line["responses"] = other["responses"]
+        other["responses"] = responses
     assert not any(records.feedback(line) for line in unsafe)
-    assert [(row.id, row.target) for row in rows_of("C2", 0, lines)] == before
+    assert rows_of("C2", 0, lines) == before
 
 
 def test_the_permuted_control_replays_what_its_labels_allow(rows_of):
-    unsafe = {line["id"] for line in processed() if records.feedback(line)}
+    unsafe = {row["id"] for row in blocked_inputs(processed())}
     replayed = set()
     for seed in range(9):
-        replayed |= {row.id for row in rows_of("C1", seed) if row.source == "replay"}
+        rows = of_source(rows_of("C1", seed), "replay")
+        replayed.update(row.id for row in rows)
     assert unsafe & replayed
 
 
 def test_refused_prompts_are_no_safe_examples(rows_of):
-    # of harmless ones only refused are left
-    lines = [line for line in processed() if line["id"][-1] not in "45789"]
-    assert {row.source for row in rows_of("A5", 0, lines)} == {"feedback", "replay"}
-    assert not any(row.id.endswith("6") for row in rows_of("A8", 0, lines))
+    lines = of_kinds("01236")  # of harmless ones only refused are left
+    sources = {row.source for row in rows_of("A5", 0, lines)}
+    assert sources == {"feedback", "replay"}
+    kinds = {row.id[-1] for row in rows_of("A8", 0, lines)}
+    assert "6" not in kinds
+
+
+def of_kinds(kinds: str) -> list[dict]:
+    """Processed lines whose id ends with one of these digits."""
+    return [line for line in processed() if line["id"][-1] in kinds]
 
 
 def test_without_feedback_there_is_nothing_to_train(rows_of):
-    lines = [line for line in processed() if line["id"][-1] in "06"]
+    lines = of_kinds("06")
     with pytest.raises(UserError, match="none of 12 prompts passed the guard and had its resp"):
         rows_of("A8", 0, lines)
 
@@ -176,7 +199,8 @@ def test_without_feedback_there_is_nothing_to_train(rows_of):
 
 def test_arms_get_the_same_number_of_steps(settings):
     """By epochs over the rows of A8, however few rows an arm has; a probe has none."""
-    config = settings(arms=["A3", "A8", "C4"], max_steps=-1, epochs=1.0, batch_size=16)
+    by_epochs = {"max_steps": -1, "epochs": 1.0, "batch_size": 16}
+    config = settings(arms=["A3", "A8", "C4"], **by_epochs)
     a3, a8, c4 = train.train(config)
     rows = len(examples_of(a8))
     steps = -(-rows // 16)
@@ -188,7 +212,12 @@ def test_arms_get_the_same_number_of_steps(settings):
 
 @pytest.mark.slow
 def test_soft_targets_move_the_probability_to_q(settings):
-    config = settings(max_steps=120, batch_size=6, lora_dropout=0.0, save_steps=1000)
+    config = settings(
+        max_steps=120,
+        batch_size=6,
+        lora_dropout=0.0,
+        save_steps=1000,
+    )
     encoder = formats.Encoder(train.load_base(config), 600)
     targets = [0.75, 0.25, 1.0, 0.0, 0.5, 0.9]
     words = ("rice ", "box ", "cook ", "his ", "How ", "Take ")
@@ -201,8 +230,8 @@ def test_soft_targets_move_the_probability_to_q(settings):
     train.fit(adapted, args, rows, encoder, {})
     adapted.eval()
     after = formats.verdict_probabilities(encoder.guard, prompts, encoder.tokens)
-    assert furthest(before, targets) > 0.3
-    assert furthest(after, targets) < 0.1
+    assert max(gaps(before, targets)) > 0.3
+    assert max(gaps(after, targets)) < 0.1
 
 
 @pytest.mark.slow
@@ -211,13 +240,14 @@ def test_kl_holds_safe_traffic_near_the_guard(settings, guard, base):
     drift = {}
     tokens = formats.Encoder(guard, 600).tokens
     for name in ("A5", "A7"):
-        (folder,) = train.train(settings(arms=[name], max_steps=40, kl_weight=10.0))
-        safe = [row["messages"] for row in examples_of(folder) if row["target"] == 0]
-        prompts = guard.prompt_ids(safe)
+        config = settings(arms=[name], max_steps=40, kl_weight=10.0)
+        (folder,) = train.train(config)
+        safe = [row for row in examples_of(folder) if row["target"] == 0]
+        prompts = guard.prompt_ids([row["messages"] for row in safe])
         trained = load_guard(str(base), adapter=str(folder), progress=False)
         before = formats.verdict_probabilities(guard, prompts, tokens)
         after = formats.verdict_probabilities(trained, prompts, tokens)
-        drift[name] = mean(abs(p - q) for p, q in zip(before, after, strict=True))
+        drift[name] = mean(gaps(before, after))
     assert drift["A7"] < 0.5 * drift["A5"], drift
 
 
@@ -233,9 +263,9 @@ def test_every_arm_trains_once(settings):
     assert len(folders) == 12
     assert len(set(folders)) == 8  # A2-parser and A2-format borrow the weights of A2
     assert not list(Path(config.training.output_dir).rglob("checkpoint-*"))
-    stamps = [(folder / "guard.json").stat().st_mtime_ns for folder in folders]
+    before = stamps(folders)
     assert train.train(config) == folders
-    assert stamps == [(folder / "guard.json").stat().st_mtime_ns for folder in folders]
+    assert stamps(folders) == before
 
     a8 = train.arm_folder(config, "A8", 0)
     other_seed = train.arm_folder(config, "A8", 1)
@@ -252,8 +282,8 @@ def test_stock_libraries_load_an_arm(settings, base):
     layers = {name.split("layers.")[1][0] for name in weights(folder)}
     assert layers == {"2"}
     card = read(folder / "guard.json")
-    told = card["kind"], card["guard"], card["arm"], card["seed"]
-    assert told == ("generative", "llama-guard", "A8", 0)
+    told = {"kind": "generative", "guard": "llama-guard", "arm": "A8", "seed": 0}
+    assert told.items() <= card.items()
     run = read(folder / "run.json")
     assert run["sources"]["feedback"] == 12
     assert run["rows"] == len(examples_of(folder))
@@ -276,7 +306,8 @@ def test_stock_libraries_load_an_arm(settings, base):
 def test_a_probe_on_the_frozen_guard_tells_what_it_was_fitted_to(settings, guard):
     (folder,) = train.train(settings(arms=["C4"]))
     rows = examples_of(folder)
-    scores = train.probe_scores(guard, folder, [row["messages"] for row in rows])
+    conversations = [row["messages"] for row in rows]
+    scores = train.probe_scores(guard, folder, conversations)
     sides = {True: [], False: []}
     for score, row in zip(scores, rows, strict=True):
         sides[row["target"] >= 0.5].append(score)
@@ -306,7 +337,12 @@ def kill_after(monkeypatch, steps: int) -> list[int]:
 @pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(settings, monkeypatch):
     """Of two arms the second is killed after its second checkpoint; what it had is not done again."""
-    options = {"arms": ["A4", "A8"], "max_steps": 6, "save_steps": 2, "lora_last_layers": 2}
+    options = {
+        "arms": ["A4", "A8"],
+        "max_steps": 6,
+        "save_steps": 2,
+        "lora_last_layers": 2,
+    }
     whole = train.train(settings(**options))
     config = settings(**options, output_dir=f"{settings().training.output_dir}-again")
     with monkeypatch.context() as patched:
@@ -419,9 +455,9 @@ def test_a_prepared_guard_is_one_that_stock_libraries_load(section, tmp_path):
     written = model.generate(**inputs, max_new_tokens=6)[0, start:]
     assert tokenizer.decode(written).strip() == "unsafe<|endoftext|>"
 
-    stamp = (folder / "guard.json").stat().st_mtime_ns
+    before = stamps([folder])
     train.make_guard(section())
-    assert (folder / "guard.json").stat().st_mtime_ns == stamp
+    assert stamps([folder]) == before
     with pytest.raises(UserError, match="holds another guard"):
         train.make_guard(section(seed=1))
 
