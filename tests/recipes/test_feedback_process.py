@@ -592,11 +592,9 @@ def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_confi
     path = write_config()
     _, rows = run(path, *there)
     said = responses(everything(rows))
-    failed = [response for response in said if response["error"] is not None]
+    failed = [response for response in said if "not allowed" in str(response["error"])]
     assert len(failed) == 2 < len(said)
-    for response in failed:
-        assert "not allowed" in response["error"]
-        assert response["unsafe"] is None
+    assert column(failed, "unsafe") == [None, None]
     assert f"2 of {len(said)} responses failed" in caplog.text
     server.bodies.clear()
     server.rule = lambda body: completion("Use two locks.")
