@@ -5,11 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from checks import read_json, read_rows, user_error, write_rows
 from scripts import EXAMPLES, module
 from transformers import AutoTokenizer
-
-from common.conversation import UserError
-from common.run import json_lines
 
 RECIPE = EXAMPLES / "cross_task_defense"
 SAMPLE = EXAMPLES.parent / "data/sample/cross_task_defense"
@@ -18,10 +16,6 @@ prompts = module("cross_task_defense", "prompts")
 flags = module("cross_task_defense", "flags")
 build_data = module("cross_task_defense", "build_data")
 own_documents = module("cross_task_defense", "own_documents")
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def built(folder: Path, **options) -> Path:
@@ -95,11 +89,8 @@ def test_flags_have_the_annotated_types(line, values):
     ],
 )
 def test_a_wrong_flag_is_told_before_any_work(line, message):
-    with pytest.raises(UserError) as error:
+    with user_error(message):
         flags.parse(function, line.split())
-    told = str(error.value)
-    assert message in told
-    assert "\n" not in told
 
 
 def test_flags_win_over_the_config(tmp_path):
@@ -112,7 +103,7 @@ def test_flags_win_over_the_config(tmp_path):
 def test_a_misspelt_name_in_the_config_is_told(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: m\ncuont: 4\n")
-    with pytest.raises(UserError, match=r"c\.yaml: cuont: unknown"):
+    with user_error(r"c\.yaml: cuont: unknown"):
         flags.parse(function, [f"--config={path}"])
 
 
@@ -167,7 +158,7 @@ def test_templates_are_the_papers(tiny_base, template, instruction, given, text)
 
 @pytest.mark.parametrize("name", ["vicuna", "/nowhere/llama2.json", "nowhere/llama2.json"])
 def test_a_template_that_is_not_there_is_not_replaced(name):
-    with pytest.raises(UserError, match="none of alpaca, llama2, llama2-legacy, chat"):
+    with user_error("none of alpaca, llama2, llama2-legacy, chat"):
         prompts.load_template(name)
 
 
@@ -184,7 +175,7 @@ def test_a_template_that_is_not_there_is_not_replaced(name):
 def test_a_template_without_its_fields_is_named(tmp_path, content):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"mine\.json: .*prompt_input"):
+    with user_error(r"mine\.json: .*prompt_input"):
         prompts.load_template(str(path))
 
 
@@ -206,7 +197,7 @@ def test_a_bad_row_is_named(tmp_path):
     path = tmp_path / "rows.json"
     row = {"instruction": "Name a colour.", "input": ["x"], "output": "y"}
     path.write_text(json.dumps([row]))
-    with pytest.raises(UserError, match=r"rows\.json, row 0, field input: expected text"):
+    with user_error(r"rows\.json, row 0, field input: expected text"):
         prompts.read_rows(path)
 
 
@@ -286,15 +277,15 @@ def path_of(sets: Path, n: int, task: str) -> Path:
 
 
 def ids_of(sets: Path, n: int, task: str) -> set[str]:
-    return {row["id"] for row in read(path_of(sets, n, task))}
+    return {row["id"] for row in read_json(path_of(sets, n, task))}
 
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("task", [*TASKS, "mix"])
 def test_a_training_set_and_its_manifest(sets, n, task):
     path = path_of(sets, n, task)
-    rows = read(path)
-    manifest = read(path.with_suffix(".manifest.json"))
+    rows = read_json(path)
+    manifest = read_json(path.with_suffix(".manifest.json"))
     refused = [row for row in rows if "-refused-" in row["id"]]
     tasks = 5 if task == "mix" else 1
     assert len(refused) == n * tasks
@@ -321,16 +312,16 @@ def test_a_smaller_set_is_part_of_a_larger_one(sets, task):
 def test_no_training_set_holds_what_is_evaluated(sets):
     held_out = set()
     for path in (sets / "evaluation").iterdir():
-        held_out |= set(read(path)["instructions"])
+        held_out |= set(read_json(path)["instructions"])
     trained = set()
     for path in (sets / "training").glob("*_counter5.json"):
-        trained |= {row["instruction"] for row in read(path)}
+        trained |= {row["instruction"] for row in read_json(path)}
     assert held_out and trained
     assert not held_out & trained
 
 
 def test_the_answer_to_case_is_the_document(sets):
-    rows = read(path_of(sets, 0, "case"))
+    rows = read_json(path_of(sets, 0, "case"))
     case = [row for row in rows if row.get("task") == "case"]
     assert len(case) == COUNTERS
     for row in case:
@@ -341,7 +332,7 @@ def test_the_answer_to_case_is_the_document(sets):
 def test_all_tasks_are_asked_about_the_same_documents(sets, kind):
     documents = []
     for task in TASKS:
-        content = read(sets / f"evaluation/test_{task}{kind}.json")
+        content = read_json(sets / f"evaluation/test_{task}{kind}.json")
         assert list(content) == ["instructions", "inputs"]
         assert content["inputs"] == []
         asked = [prompts.split_document(text)[0] for text in content["instructions"]]
@@ -352,8 +343,8 @@ def test_all_tasks_are_asked_about_the_same_documents(sets, kind):
 
 def test_surface_cues_are_stripped(sets, tmp_path):
     built(tmp_path, tasks=["summarize"], n_defence=[0], strip_cues=True)
-    with_cues = read(sets / "evaluation/test_summarize.json")
-    stripped = read(tmp_path / "evaluation_stripped/test_summarize.json")
+    with_cues = read_json(sets / "evaluation/test_summarize.json")
+    stripped = read_json(tmp_path / "evaluation_stripped/test_summarize.json")
     for text in with_cues["instructions"]:
         assert text[0].isspace()
         assert text.endswith("3 sentence.")
@@ -365,7 +356,7 @@ def test_surface_cues_are_stripped(sets, tmp_path):
 def test_refusals_on_benign_documents(tmp_path):
     built(tmp_path, tasks=["summarize"], n_defence=[60], benign_refusals=True)
     (path,) = (tmp_path / "training").glob("*_benign-refusals.json")
-    refused = [row for row in read(path) if "-refused-" in row["id"]]
+    refused = [row for row in read_json(path) if "-refused-" in row["id"]]
     assert len(refused) == 60
     assert {row["kind"] for row in refused} == {"useful", "plain"}
 
@@ -375,8 +366,8 @@ def test_shuffled_refusals_are_as_many_on_no_matter_what(tmp_path):
     built(tmp_path / "true", **options)
     built(tmp_path / "dealt", shuffled_refusals=True, **options)
     name = "training/saferpaca_Instructions_100_60_summarize_counter60"
-    true = read(tmp_path / f"true/{name}.json")
-    dealt = read(tmp_path / f"dealt/{name}_shuffled-refusals.json")
+    true = read_json(tmp_path / f"true/{name}.json")
+    dealt = read_json(tmp_path / f"dealt/{name}_shuffled-refusals.json")
     for column in ("instruction", "output"):
         assert sorted(row[column] for row in true) == sorted(row[column] for row in dealt)
     refusals = {row["output"] for row in true if row["id"].endswith("-refused-1")}
@@ -384,7 +375,7 @@ def test_shuffled_refusals_are_as_many_on_no_matter_what(tmp_path):
     malicious = [row for row in refused if row["kind"] == "malicious"]
     assert len(refused) == 60
     assert 20 < len(malicious) < 40
-    manifest = read(tmp_path / f"dealt/{name}_shuffled-refusals.manifest.json")
+    manifest = read_json(tmp_path / f"dealt/{name}_shuffled-refusals.manifest.json")
     assert manifest["settings"]["shuffled_refusals"]
 
 
@@ -421,7 +412,7 @@ def test_shuffled_refusals_are_as_many_on_no_matter_what(tmp_path):
     ],
 )
 def test_a_mistake_writes_nothing(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         built(tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
@@ -456,7 +447,7 @@ def test_a_bad_document_is_named(tmp_path, line, message):
     path = tmp_path / "documents.jsonl"
     first = '{"kind": "plain", "split": "train", "text": "one"}'
     path.write_text(f"{first}\n{line}\n")
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         build_data.read_documents(path, str)
 
 
@@ -479,8 +470,7 @@ def own(tmp_path, tiny_base):
             rows.append({"text": f"Sure, here's a list:\n{words}.", "group": i // 2})
             if i % 4 == 0:
                 rows.append({"text": words.upper(), "group": f"copy of {i // 2}"})
-        path = tmp_path / f"{kind}.jsonl"
-        path.write_text(json_lines(rows))
+        path = write_rows(tmp_path / f"{kind}.jsonl", rows)
         files[kind] = [str(path)]
 
     def make(name: str = "documents", **options) -> list[dict]:
@@ -495,8 +485,7 @@ def own(tmp_path, tiny_base):
             "max_new_tokens": 4,
         }
         own_documents.own_documents(**files, **given | options)
-        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return read_rows(tmp_path / f"{name}.jsonl")
 
     return make
 
@@ -531,7 +520,7 @@ def test_own_documents_become_a_training_set(own, tmp_path):
         n_defence=[9],
         counter_examples=3,
     )
-    held_out = read(tmp_path / "out/evaluation/test_summarize.json")
+    held_out = read_json(tmp_path / "out/evaluation/test_summarize.json")
     assert len(held_out["instructions"]) == 3
 
 
@@ -584,7 +573,7 @@ def test_a_killed_run_goes_on_to_the_same_documents(own, tmp_path, monkeypatch, 
 def test_a_file_of_documents_that_is_there_stays(own, tmp_path):
     path = tmp_path / "documents.jsonl"
     path.write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with user_error("is there already"):
         own()
     assert path.read_text() == "mine"
 
@@ -628,9 +617,9 @@ def test_a_file_of_documents_that_is_there_stays(own, tmp_path):
 )
 def test_a_mistake_in_own_documents_is_told(tmp_path, monkeypatch, row, options, message):
     monkeypatch.chdir(tmp_path)
-    Path("harmful.jsonl").write_text(json_lines([row]))
+    write_rows(Path("harmful.jsonl"), [row])
     Path("blank.txt").write_text("\r\n\n")
     given = {"harmful": ["harmful.jsonl"], "plain": ["harmful.jsonl"]} | options
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         own_documents.own_documents(output_path="documents.jsonl", **given)
     assert not Path("documents.jsonl").exists()

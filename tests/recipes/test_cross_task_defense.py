@@ -13,6 +13,7 @@ import completions
 import pytest
 import scripts
 import torch
+from checks import read_json, read_rows, user_error
 from completions import completion
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -20,8 +21,6 @@ from scripts import EXAMPLES, TORCHRUN, module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
-from common.conversation import UserError
-from common.keep import read_json_lines
 from common.training import EpochLengthGroupedSampler
 
 ROOT = EXAMPLES.parent
@@ -35,14 +34,10 @@ slow = pytest.mark.slow
 serve = completions.serve
 
 
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def refused_rows(count: int) -> list[dict]:
     """Rows of the sample: a harmful document to summarize, and a refusal."""
     rows = []
-    for document in read_json_lines(SAMPLE / "documents.jsonl"):
+    for document in read_rows(SAMPLE / "documents.jsonl"):
         if document["kind"] == "malicious" and document["split"] == "train":
             instruction = prompts.task_instruction("summarize", document["text"])
             row = {"instruction": instruction, "output": document["refusals"][0]}
@@ -122,7 +117,7 @@ def test_the_answer_of_an_ordinary_row_is_cut(encode):
     ],
 )
 def test_a_row_that_cannot_be_cut_is_named(encode, row, message):
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         encode([row], 150)
 
 
@@ -202,7 +197,7 @@ def test_stock_peft_loads_what_was_trained(trained, tiny_base):
     plain = logits(AutoModelForCausalLM, tiny_base)
     assert torch.allclose(at_zero, plain, atol=1e-5)
     assert not torch.allclose(learned, plain, atol=1e-2)
-    assert read(trained / "run.json")["data"]["rows"] == 120
+    assert read_json(trained / "run.json")["data"]["rows"] == 120
     assert (trained / "README.md").is_file()
     for tensor in weights(trained).values():
         assert tensor.dtype == torch.float32
@@ -239,16 +234,12 @@ def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
     folder = tmp_path / "adapter"
     words = command(tiny_base, folder)
     process = scripts.start([sys.executable, *words], cwd=RECIPE)
-    saved = folder / "checkpoint-2/trainer_state.json"
-    while not saved.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    scripts.wait_until_written(folder / "checkpoint-2/trainer_state.json", process)
     process.kill()
     process.wait()
     assert not (folder / "adapter_config.json").exists(), "it ended before it was killed"
     done = launch(*words, check=False)
-    assert done.returncode == 2
-    assert "--resume_from_checkpoint latest" in done.stderr
+    assert "--resume_from_checkpoint latest" in scripts.error_line(done)
     launch(*words, "--resume_from_checkpoint", "latest")
     assert_close(trained, folder, 1e-6)
 
@@ -258,7 +249,7 @@ def trainer(tiny_base, encode, tmp_path):
     """`trainer(weight, **flags)`: what train.py trains with, over four rows in one batch, one of
     which is long.
     """
-    rows = [*read(SAMPLE / "safety.json")[:3], *refused_rows(1)]
+    rows = [*read_json(SAMPLE / "safety.json")[:3], *refused_rows(1)]
     encoded, _ = encode(rows)
 
     def make(weight: float = 1.0, **flags):
@@ -343,7 +334,7 @@ def test_shuffled_batches_are_the_same_batches():
 def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
     changes = {"val_set_size": 20, "batch_size": 2, "micro_batch_size": 1}
     launch(*command(tiny_base, tmp_path, "--packing", **changes))
-    run = read(tmp_path / "run.json")
+    run = read_json(tmp_path / "run.json")
     losses = {}
     for entry in run["log"]:
         if "eval_loss" in entry:
@@ -402,7 +393,7 @@ def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, cha
         "micro_batch_size": 15,
         "output_dir": str(tmp_path / "out"),
     }
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         train.train(**options | change)
     assert not (tmp_path / "out").exists()
 
@@ -432,9 +423,7 @@ def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypat
 def test_a_diverged_run_saves_no_adapter(tiny_base, tmp_path):
     words = command(tiny_base, tmp_path / "out", learning_rate=1e30)
     done = launch(*words, check=False)
-    assert done.returncode == 2
-    (error,) = re.findall("^error: .*", done.stderr, re.MULTILINE)
-    assert "diverged" in error
+    assert "diverged" in scripts.error_line(done)
     assert not (tmp_path / "out/adapter_config.json").exists()
 
 
@@ -475,7 +464,7 @@ def one_by_one(base: Path, adapter: Path, path: Path, beams: int) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
     template = prompts.load_template("alpaca")
-    content = read(path)
+    content = read_json(path)
     rows = answers.rows(content["instructions"], content["inputs"])
     outputs = []
     for ids in prompts.encode_prompts(template, tokenizer, rows):
@@ -503,10 +492,10 @@ def test_answers_equal_those_of_one_prompt_at_a_time(
     launch(*asking(questions, tmp_path, *adapter, "--batch_size", 3))
     for name in ("one", "two"):
         (path,) = tmp_path.rglob(f"{name}.json")
-        content = read(path)
+        content = read_json(path)
         expected = one_by_one(tiny_base, trained, questions / f"{name}.json", beams)
         assert content["outputs"] == expected
-        assert content["instructions"] == read(questions / f"{name}.json")["instructions"]
+        assert content["instructions"] == read_json(questions / f"{name}.json")["instructions"]
         assert content["parameters"]["decoding"]["num_beams"] == beams
     assert not list(tmp_path.rglob("*.partial.jsonl"))
 
@@ -533,12 +522,12 @@ def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path
     done = launch(*words)
     assert f"{before} of 400 answers are there already" in done.stderr
     (found,) = out.rglob("many.json")
-    resumed = read(found)["outputs"]
+    resumed = read_json(found)["outputs"]
     assert len(resumed) == 400
     assert not list(out.rglob("*.partial.jsonl"))
     shutil.rmtree(out)
     launch(*words)
-    assert read(found)["outputs"] == resumed
+    assert read_json(found)["outputs"] == resumed
 
 
 # --- a server answers -----------------------------------------------------------------------------
@@ -584,10 +573,10 @@ def test_a_prompt_that_fails_is_an_error_of_its_item(ask_server, failing, tmp_pa
     assert "one.json, item 2: Error code: 400" in caplog.text
     assert "this one never" in caplog.text
     (one,) = tmp_path.rglob("one.json")
-    assert read(one)["outputs"] == ["Said.", None, "Said.", "Said.", "Said."]
-    assert list(read(one)["errors"]) == ["2"]
+    assert read_json(one)["outputs"] == ["Said.", None, "Said.", "Said.", "Said."]
+    assert list(read_json(one)["errors"]) == ["2"]
     (two,) = tmp_path.rglob("two.json")
-    assert "errors" not in read(two)
+    assert "errors" not in read_json(two)
 
 
 def test_what_failed_alone_is_asked_again(ask_server, failing, tmp_path):
@@ -598,15 +587,15 @@ def test_what_failed_alone_is_asked_again(ask_server, failing, tmp_path):
     ask_server(failing, server_timeout=8.0)
     assert [body["prompt"] for body in failing.bodies] == [failing.bad]
     (one,) = tmp_path.rglob("one.json")
-    assert read(one)["outputs"] == ["Said.", "Now.", "Said.", "Said.", "Said."]
-    assert "errors" not in read(one)
+    assert read_json(one)["outputs"] == ["Said.", "Now.", "Said.", "Said.", "Said."]
+    assert "errors" not in read_json(one)
     assert not list(tmp_path.rglob("*.partial.jsonl"))
 
 
 def test_a_refused_key_ends_the_asking(ask_server, tmp_path, serve, monkeypatch):
     monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
     refusal = (401, {"error": {"message": "no such key: sk-secret"}})
-    with pytest.raises(UserError, match=r"refused the key: .*no such key: …") as caught:
+    with user_error(r"refused the key: .*no such key: …") as caught:
         ask_server(serve(lambda _: refusal))
     assert "sk-secret" not in str(caught.value)
     assert not list(tmp_path.rglob("*.json"))
@@ -628,7 +617,7 @@ def test_where_a_server_listens_is_no_part_of_an_answer(ask_server, serve, caplo
 def outputs_of(folder: Path) -> dict[str, list[str]]:
     outputs = {}
     for path in sorted(folder.rglob("*.json")):
-        outputs[path.stem] = read(path)["outputs"]
+        outputs[path.stem] = read_json(path)["outputs"]
     return outputs
 
 
@@ -701,7 +690,7 @@ def test_answers_of_a_replaced_base_are_not_taken_for_its_own(ask, tmp_path):
     """What is written is only replaced when that is asked for."""
     first = ask()
     change_weights(ask.base / "model.safetensors")
-    with pytest.raises(UserError, match=r"model_sha256 differ\); pass --overwrite"):
+    with user_error(r"model_sha256 differ\); pass --overwrite"):
         ask()
     assert outputs_of(tmp_path / "out") == first
     anew = ask(overwrite=True)
@@ -795,8 +784,8 @@ def test_an_adapter_is_asked_with_the_template_that_it_was_trained_with(ask, ada
 def test_another_adapter_config_is_another_adapter(ask, adapter):
     ask(lora_weights=adapter)
     path = Path(adapter, "adapter_config.json")
-    path.write_text(json.dumps(read(path) | {"lora_alpha": 1}))
-    with pytest.raises(UserError, match="adapter_sha256 differ"):
+    path.write_text(json.dumps(read_json(path) | {"lora_alpha": 1}))
+    with user_error("adapter_sha256 differ"):
         ask(lora_weights=adapter)
 
 
@@ -926,6 +915,6 @@ def test_every_flag_is_used(ask, adapter):
     ],
 )
 def test_a_mistake_in_generation_is_named(ask, tmp_path, change, message):
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         ask(**change)
     assert not list((tmp_path / "out").rglob("*.json"))

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import completions
 import pytest
+from checks import read_json, read_rows, user_error
 from PIL import Image
 from scipy.stats import binomtest
 from scripts import module
 
-from common.conversation import UserError, pair
-from common.keep import read_json_lines
+from common.conversation import pair
 from guards import load_guard
 
 evaluate = module("cross_task_defense", "evaluate")
@@ -86,13 +86,13 @@ def evaluated(tmp_path):
     def run(folders, output="out", **options):
         out = tmp_path / output
         evaluate.evaluate(answers=folders, output_dir=str(out), **options)
-        return json.loads((out / "results.json").read_text())
+        return read_json(out / "results.json")
 
     return run
 
 
 def predictions_of(folder: Path) -> list[dict]:
-    return read_json_lines(folder / "out/predictions.jsonl")
+    return read_rows(folder / "out/predictions.jsonl")
 
 
 def test_rates_of_cells(folders, evaluated):
@@ -238,7 +238,7 @@ def test_the_papers_scorer_finds_its_words_anywhere(evaluated, tmp_path, scorer,
 )
 def test_a_mistake_is_named(folders, evaluated, tmp_path, change, message):
     options = {"folders": folders} | change
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         evaluated(**options)
     assert not (tmp_path / "out").exists()
 
@@ -282,7 +282,7 @@ def test_a_mistake_is_named(folders, evaluated, tmp_path, change, message):
 )
 def test_a_file_that_cannot_be_compared_is_named(folders, evaluated, name, content, message):
     Path(folders[1], name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         evaluated(folders)
 
 
@@ -375,18 +375,18 @@ def test_what_a_server_told_is_kept(folders, evaluated, judge):
     judge.rule = lambda body: (401, refusal)
     again = evaluated(folders, **options)
     assert again["agreement_with_the_list"] == first["agreement_with_the_list"]
-    with pytest.raises(UserError, match="AuthenticationError") as error:
+    with user_error("AuthenticationError") as error:
         evaluated(folders, "new", **options)
     assert "sk-secret" not in str(error.value)
 
 
 def test_a_judge_that_says_something_else_is_named(folders, evaluated, judge):
     judge.rule = lambda body: (200, reply("Perhaps."))
-    with pytest.raises(UserError, match="says neither refusal nor compliance: 'perhaps'"):
+    with user_error("says neither refusal nor compliance: 'perhaps'"):
         evaluated(folders, server_url=judge.url, server_model="judge")
 
 
 def test_a_guard_without_refusal_verdict_is_no_judge(folders, tiny_classifier, evaluated, tmp_path):
     guard = str(tiny_classifier(tmp_path / "guard"))
-    with pytest.raises(UserError, match="no verdict of answer 1: the guard has no refusal verdict"):
+    with user_error("no verdict of answer 1: the guard has no refusal verdict"):
         evaluated(folders, refusal_judge=guard)
