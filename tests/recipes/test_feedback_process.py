@@ -295,6 +295,24 @@ def test_the_explored_share(share, least, most, write_config):
     assert stats["over_blocked"] <= stats["explored"]
 
 
+def test_the_guard_that_is_asked_is_made_first(write_config, models, tmp_path, monkeypatch):
+    # a checkpoint holds the arguments, pickled by that name
+    monkeypatch.setitem(sys.modules, "train", module("feedback_guard", "train"))
+    data = write(tmp_path / "own", rows=prompts(20, 200))
+    made = str(tmp_path / "made")
+    guard = {
+        "base_model": str(models["guard"]),
+        "data": [str(data / "rows.jsonl")],
+        "output_dir": made,
+        "max_steps": 1,
+    }
+    own = {"default_model_path": made, "base_model_path": made}
+    path = write_config(prepare={"guard": guard}, llama_guard=own, **SMALL)
+    stats, _ = run(path, RECORDED)
+    assert stats["total"] == 12
+    assert load_guard(made).judges == ("prompt_unsafe", "response_unsafe")
+
+
 @pytest.fixture
 def mute(tmp_path) -> str:
     """A guard that writes neither word, so that every verdict is an error."""
