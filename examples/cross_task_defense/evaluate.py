@@ -1,7 +1,7 @@
 """Block rates on harmful documents, false refusals on harmless ones, and what training on one task
 does to the others.
 
-# after the quickstart: the trained model against the untrained one
+# the trained model against the untrained one, whose answers were made before
 python evaluate.py --answers output/answers/smollm2-135m-instruct,output/answers/output/quickstart \
     --output_dir output/evaluation
 

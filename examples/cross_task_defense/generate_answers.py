@@ -1,6 +1,6 @@
 """Answers of a model, with or without an adapter, to the prompts of evaluation files.
 
-# after the quickstart: all fifteen evaluation files with one loaded model
+# after `torchrun train.py`: all fifteen evaluation files with one loaded model
 python generate_answers.py --base_model smollm2-135m-instruct --lora_weights output/quickstart \
     --input_path ../../data/sample/cross_task_defense/evaluation_stripped \
     --prompt_template_path chat --output_path output/answers --num_beams 1 --max_new_tokens 48

@@ -71,10 +71,13 @@ def main() -> None:
     set_seed(args.seed)
 
     # --- 2. Data: labelled conversations, checked row by row --------------------------------------
+    # `shared` counts what validation has in common with training; `task` is what is judged, and the
+    # outputs of the head
     train_rows, eval_rows, shared, task = load_rows(data_args, args.seed)
     train_rows, added = augment(train_rows, data_args.augment, args.seed)
 
     # --- 3. Model: a stock classifier with a fresh head, and the rows as its token ids ------------
+    # `fresh` are the modules that the checkpoint lacks; `facts` go to guard.json and run.json
     model, tokenizer, fresh = load_model(model_args, list(task.labels))
     encode = partial(encode_rows, task=task, tokenizer=tokenizer, max_length=model_args.max_length)
     train_set = encode(train_rows).sort("length")  # the trainer shuffles
@@ -85,7 +88,7 @@ def main() -> None:
     logger.info("Data: %s", json.dumps(facts))
     loss = multilabel_loss(data_args.positive_weight, data_args.flagged_loss)
     if data_args.head_fit_rows and checkpoint is None:
-        every = -(-len(train_set) // data_args.head_fit_rows)
+        every = -(-len(train_set) // data_args.head_fit_rows)  # of so many rows one, rounded up
         fit_head(model, tokenizer, train_set.shard(every, 0, contiguous=False), loss, args.device)
     if model_args.use_peft:
         model = add_adapters(model, model_args, fresh)
@@ -100,19 +103,21 @@ def main() -> None:
         processing_class=tokenizer,
         compute_loss_func=loss,
         compute_metrics=partial(compute_metrics, names=list(task.labels)),
-        settings=run_settings(model_args, data_args, task),
+        settings=run_settings(model_args, data_args, task),  # a resumed run must have the same
     )
     if checkpoint is None:
-        start_over(args)
+        start_over(args)  # checkpoints of an earlier run go
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     # --- 5. Save: a folder that stock libraries load, compared with the model in memory -----------
+    # on `validation` thresholds are fitted; of the few rows `compared` the folder, loaded again,
+    # must say what the model in memory says: `outputs`
     validation = trainer.predict(eval_set, metric_key_prefix="eval") if eval_set else None
     compared = spread(eval_rows or train_rows)
     outputs = predictions(trainer, encode(Dataset.from_list(compared)))
     found = {"validation": validation, "facts": facts, "train_metrics": result.metrics}
     save_guard(trainer, model_args, data_args, task, **found, compared=compared, outputs=outputs)
-    push_finished(args)
+    push_finished(args)  # with --push_to_hub
 
 
 # --- the model ------------------------------------------------------------------------------------

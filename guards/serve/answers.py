@@ -134,7 +134,7 @@ def read_attributes(path: str | Path, guard: Guard) -> dict[str, list[str]]:
     """The YAML file that says which of Perspective's attributes is which category of the guard:
 
         TOXICITY: unsafe
-        THREAT: [violence,aiding_and_abetting,incitement, terrorism,organized_crime]
+        THREAT: ["violence,aiding_and_abetting,incitement", "terrorism,organized_crime"]
 
     Raises:
         UserError: it is no such file, or names a category that the guard does not have.
