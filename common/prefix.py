@@ -50,8 +50,9 @@ def shared_prefix_collator(
         "position_ids": torch.tensor([positions]),
         "attention_mask": mask[None, None],
         "labels": torch.tensor([labels]),
-        "keep": torch.tensor(keep),
-        "owner": torch.tensor(owner),
+        # rows may be cut before their first label: then both are empty
+        "keep": torch.tensor(keep, dtype=torch.long),
+        "owner": torch.tensor(owner, dtype=torch.long),
     }
 
 

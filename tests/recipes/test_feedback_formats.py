@@ -20,6 +20,7 @@ from feedback_guards import (
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from common.conversation import UserError, pair
+from common.training import answers_loss
 from guards import entry_of
 from guards.card import GenerativeCard, write_card
 
@@ -238,6 +239,17 @@ def test_a_batch_has_the_loss_and_the_gradient_of_its_rows(base, encoder, rows, 
     found = {name: part.grad for name, part in model.named_parameters()}
     assert loss.item() == pytest.approx(whole.item(), abs=1e-4)
     assert difference(found, wanted) < 1e-4 < max(part.abs().max() for part in wanted.values())
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["padded", "shared beginning"])
+def test_rows_that_were_cut_before_their_verdict_teach_nothing(base, guard, is_shared):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    parts = formats.meta_parts(GOOD.format(1))
+    row = formats.text_row(guard.tokenizer, parts, " safe", "answer", 16)
+    batch = formats.batch_of([row, row], is_shared)
+    loss = answers_loss(formats.read(model, batch))
+    loss.backward()
+    assert loss.item() == 0
 
 
 def test_a_shared_beginning_is_there_once(rows):
