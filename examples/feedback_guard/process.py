@@ -120,9 +120,14 @@ class Loaded:
         """Give its memory back."""
         if self.model is not None:
             self.model = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Give the device the memory of models that nobody holds any more; vLLM asks for most of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def process(config: Config) -> dict[str, Any]:
@@ -134,6 +139,7 @@ def process(config: Config) -> dict[str, Any]:
     check_output_folder(config.dataset.store_dir)
     preflight(config)
     prepare(config)
+    give_memory_back()
     make_splits(config)
     forget_what_others_left(config)
     rows = {split: sample(config, split) for split in SPLITS}
