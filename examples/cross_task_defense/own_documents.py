@@ -114,7 +114,8 @@ def own_documents(
         decoding = Decoding(max_new_tokens)
         add_answers(documents, base_model, prompt_template, tasks, decoding, partial)
     write_text(output, json_lines(map(asdict, documents)))
-    partial.unlink(missing_ok=True)
+    if tasks:
+        partial.unlink(missing_ok=True)
     say_sizes(output, documents)
 
 

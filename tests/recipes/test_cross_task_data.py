@@ -551,6 +551,13 @@ def test_documents_to_train_on_are_counted_by_kind(own, options, sizes):
     assert found == sizes
 
 
+def test_a_file_that_this_run_did_not_write_stays(own, tmp_path):
+    partial = tmp_path / "documents.partial.jsonl"
+    partial.write_text("mine")
+    own(tasks=[])  # nothing is asked, so nothing is kept there
+    assert partial.read_text() == "mine"
+
+
 def test_a_killed_run_goes_on_to_the_same_documents(own, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     whole = own("whole")
