@@ -17,7 +17,7 @@ from checks import read_json, read_rows, user_error, write_rows
 from safetensors.torch import load_file
 from scripts import BIN, TORCHRUN, error_line, module
 from sklearn.metrics import average_precision_score
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from common.conversation import pair
@@ -283,6 +283,14 @@ def test_the_loss_is_the_papers():
     unknown[:, 1:] = float("nan")  # a prompt whose categories nobody labelled
     unsafe_alone = (0.5 * each[:, 0]).mean().item()
     assert of(every, labels=unknown) == pytest.approx(unsafe_alone, rel=1e-5)
+
+
+def test_validation_scores_that_are_no_numbers_end_the_training():
+    scores = np.array([[0.5], [np.nan]])
+    truth = np.array([[1.0], [0.0]])
+    prediction = EvalPrediction(predictions=scores, label_ids=truth)
+    with user_error("its scores are not numbers"):
+        module("lora_guard", "adapter").paper_metrics(prediction, ["unsafe"], None)
 
 
 @slow
