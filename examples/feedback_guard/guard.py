@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.bundled import resolve_model
 from common.conversation import Message, Messages, UserError, pair
-from common.prefix import can_share, shared_prefix_collator
+from common.prefix import can_share, shared_prefix_collator, tree
 from common.templates import Part, encode, token_offsets
 from common.training import Answers, read_answers
 from guards import entry_of, load_guard, zoo
@@ -352,16 +352,30 @@ def batch_of(
     rows: Sequence[Row],
     shared: bool,
 ) -> Batch:
-    """Rows together: a tree of what they begin with, where that is `shared`, else padded.
+    """Rows together: a tree of what they begin with, where that is `shared` and less work, else
+    padded.
 
     Beside what the model reads there are labels; owner, for each label its row; and the columns of
     numbers, of shape (rows).
     """
-    batch = shared_prefix_collator(rows) if shared else padded(rows)
+    as_tree = shared and have_much_in_common(rows)
+    batch = shared_prefix_collator(rows) if as_tree else padded(rows)
     for name in rows[0].keys() - {"input_ids", "labels"}:
         column = [row[name] for row in rows]
         batch[name] = torch.tensor(column)
     return batch
+
+
+def have_much_in_common(rows: Sequence[Row]) -> bool:
+    """Whether a tree of the rows has half the tokens of padded rows, or fewer.
+
+    Attention compares each token of a tree with all of it: with more tokens that costs more than
+    the tree saves.
+    """
+    sequences = [row["input_ids"] for row in rows]
+    tokens, _, _ = tree(sequences)
+    longest = max(map(len, sequences))
+    return len(tokens) <= len(rows) * longest / 2
 
 
 def padded(rows: Sequence[Row]) -> Batch:

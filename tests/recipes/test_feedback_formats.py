@@ -258,6 +258,19 @@ def test_a_shared_beginning_is_there_once(rows):
     assert tree["input_ids"].numel() < 0.5 * padded["input_ids"].numel()
 
 
+@pytest.mark.parametrize("augment", [False, True], ids=["much in common", "little in common"])
+def test_rows_are_a_tree_where_they_have_much_in_common(guard, augment):
+    """With a policy in random order rows share no more than what stands above it."""
+    examples = [formats.example(f"r{i}", GOOD.format(i), None) for i in range(4)]
+    rows = []
+    for text in formats.training_texts(examples, 0, augment)[:4]:
+        row = formats.text_row(guard.tokenizer, text.parts, text.answer, "all", 2000)
+        rows.append(row)
+    batch = formats.batch_of(rows, True)
+    is_tree = "keep" in batch
+    assert is_tree is not augment
+
+
 @pytest.mark.parametrize(
     ("attention", "longest", "shares"),
     [
@@ -287,9 +300,11 @@ def test_probabilities_are_those_of_the_guard(guard, encoder):
 
 
 def test_states_are_those_that_the_output_layer_reads(guard):
+    """Of a batch that is a tree, and of one that is padded."""
     model = guard.model.model
-    prompts = guard.prompt_ids(CONVERSATIONS)
-    states = formats.verdict_states(model, prompts, batch_size=2)
+    alike = [pair(GOOD.format(i)) for i in range(6)]
+    prompts = guard.prompt_ids([*alike, *CONVERSATIONS])
+    states = formats.verdict_states(model, prompts, batch_size=6)
     for state, ids in zip(states, prompts, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1]
