@@ -287,16 +287,22 @@ def test_what_models_share_beginnings(attention, longest, shares):
     assert formats.shares_beginnings(MistralForCausalLM(config), longest) is shares
 
 
-def test_probabilities_are_those_of_the_guard(guard, encoder):
+def test_probabilities_are_those_of_the_models_logits_and_of_the_guard(guard, encoder):
     prompts = guard.prompt_ids(CONVERSATIONS)
     found = formats.verdict_probabilities(guard, prompts, encoder.tokens)
-    compared = 0
-    for verdict, probability in zip(guard.judge(CONVERSATIONS), found, strict=True):
-        for judged in (verdict.prompt_unsafe, verdict.response_unsafe):
-            if judged is not None:
-                assert judged == pytest.approx(probability, abs=1e-4)
-                compared += 1
-    assert compared
+    assert len(found) == len(CONVERSATIONS)
+    for messages, ids, probability in zip(CONVERSATIONS, prompts, found, strict=True):
+        with torch.no_grad():
+            logits = guard.model.model(torch.tensor([ids])).logits[0, -1]
+        said = logits.softmax(-1)
+        safe = said[encoder.tokens[False]].sum()
+        unsafe = said[encoder.tokens[True]].sum()
+        wanted = (unsafe / (safe + unsafe)).item()
+        assert probability == pytest.approx(wanted, abs=1e-4)
+        (verdict,) = guard.judge([messages])
+        is_response = messages[-1]["role"] == "assistant"
+        judged = verdict.response_unsafe if is_response else verdict.prompt_unsafe
+        assert judged == pytest.approx(wanted, abs=1e-4)
 
 
 def test_states_are_those_that_the_output_layer_reads(guard):
