@@ -470,6 +470,15 @@ def test_why_nothing_is_decided(case):
     assert reason in said
 
 
+@cases({"19 prompts": (19, []), "20 prompts": (20, [False])})
+def test_halves_of_the_responses_to_few_prompts_say_nothing(case):
+    count, holds = case
+    votes = {"human": [[True, False]] * count}
+    facts = measure.judge_facts("human", votes, rounds=10)
+    checks = measure.judge_checks(facts)
+    assert [check.holds for check in checks] == holds
+
+
 @cases(
     {
         "a tenth can be lost": (0.9, [True, True]),
