@@ -1201,7 +1201,10 @@ def save_guard(
     """
     model = encoder.guard.model.model.eval()
     model.config.use_cache = True
-    rows, _ = rows_of_checks(encoder, checks)
+    rows, cut = rows_of_checks(encoder, checks)
+    if cut:
+        said = "%s of %s texts that the thresholds are fitted on were shortened to %s tokens"
+        logger.warning(said, cut, len(rows), SMALL_GUARD_LENGTH)
     prompts = [prompt_of(row) for row in rows]
     scores = verdict_probabilities(encoder.guard, prompts, encoder.tokens)
     on = f"{HELD_OUT} of {' '.join(section.data)}"

@@ -488,6 +488,19 @@ def test_a_guard_of_a_replaced_base_is_another_one(section, plain, tmp_path):
         train.make_guard(section(base_model=str(base), max_steps=1))
 
 
+def test_a_preparation_says_how_many_texts_its_thresholds_saw_shortened(
+    section, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(train, "SMALL_GUARD_LENGTH", 600)
+    rows = []
+    for i in range(20):
+        label = "unsafe" if i % 2 else "safe"
+        rows.append({"prompt": f"{i}" + " cook rice" * 300, "prompt_label": label})
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    train.make_guard(section(data=(str(data),), max_steps=1))
+    assert "3 of 3 texts that the thresholds are fitted on were shortened to 600" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
