@@ -5,6 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scripts
 import torch
@@ -12,6 +13,7 @@ from checks import read_json, read_rows, user_error
 from checks import write_rows as write_json_lines
 from scripts import error_line, module
 from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import EvalPrediction
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from common.conversation import pair
@@ -241,6 +243,14 @@ def test_skipping_a_whole_class_is_one_line(tiny_base, tmp_path):
     flags = ["--bad_rows", "skip"]
     done = launch(*arguments(tiny_base, rows, tmp_path / "guard"), *flags, check=False)
     assert "bad_rows skip would leave out every row of category 'Hate'" in error_line(done)
+
+
+def test_validation_scores_that_are_no_numbers_end_the_training():
+    scores = np.array([[0.5], [np.nan]])
+    truth = np.array([[1.0], [0.0]])
+    prediction = EvalPrediction(predictions=scores, label_ids=truth)
+    with user_error("its scores are not numbers"):
+        module("moderation", "guard_folder").compute_metrics(prediction, ["unsafe"])
 
 
 # --- the loss -------------------------------------------------------------------------------------
