@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import httpx2  # what huggingface_hub speaks HTTP with
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -186,9 +187,15 @@ def what_to_do(error: Exception, api: HfApi) -> str:
         return "log in with `hf auth login`"
     if isinstance(error, OfflineModeIsEnabled):
         return ""  # it says which variable to unset
-    if not isinstance(error, HfHubHTTPError):
+    if isinstance(error, HfHubHTTPError):
+        return what_a_status_asks(error.response.status_code, api)
+    if isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError)):
         return f"{api.endpoint} does not answer: look at the network, or try again later"
-    status = error.response.status_code
+    return ""
+
+
+def what_a_status_asks(status: int, api: HfApi) -> str:
+    """What helps against an HTTP status of the hub; "" where nothing is known."""
     if status == 401:
         return "log in with `hf auth login`"
     if status == 403:

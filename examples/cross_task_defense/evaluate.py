@@ -463,6 +463,7 @@ def paired(predictions: pd.DataFrame, baseline: str) -> list[Row]:
     The tasks share their documents: over all tasks the items would not be independent.
     """
     columns = predictions[["model", "refused", *ITEM]]
+    columns = columns.drop_duplicates(["model", *ITEM], keep="last")  # two files may hold one item
     is_first = columns.model == baseline
     first = columns[is_first]
     others = columns[~is_first]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import completions
+import pandas
 import pytest
 from checks import read_json, read_rows, user_error
 from PIL import Image
@@ -131,6 +132,16 @@ def test_a_model_in_six_numbers(folders, evaluated, tmp_path):
     )
     row = "| after | summarize | 60 | 0.750 | 0.600 | 0.300 | 0.100 | 0.800 | 0.000 |"
     assert row in (tmp_path / "out/results.md").read_text()
+
+
+def test_an_item_that_two_files_hold_is_one_pair():
+    """A folder may hold the plain documents under the original's file name, too."""
+    item = {"task": "summarize", "kind": "plain", "item": 0, "instruction": "Summarise."}
+    first = {"model": "before", "refused": False} | item
+    other = {"model": "after", "refused": True} | item
+    predictions = pandas.DataFrame([first, first, other, other])
+    (test,) = evaluate.paired(predictions, "before")
+    assert test["items"] == 1
 
 
 def test_paired_tests(folders, evaluated):

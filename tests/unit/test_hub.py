@@ -2,10 +2,10 @@
 
 import pytest
 from hub_server import TOKEN, USER, hub_server
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from common.conversation import UserError
-from common.hub import check_push, push_finished
+from common.hub import check_push, push_finished, what_to_do
 from common.training import RecipeTrainingArguments
 
 NOBODY_LISTENS = "http://127.0.0.1:9"
@@ -85,6 +85,10 @@ def test_no_network(hub, arguments, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", NOBODY_LISTENS)
     with pytest.raises(UserError, match=f"{NOBODY_LISTENS} does not answer: .* try again later"):
         check_push(arguments())
+
+
+def test_a_fault_of_this_machine_is_not_put_down_to_the_network(hub):
+    assert what_to_do(FileNotFoundError("model.safetensors"), HfApi()) == ""
 
 
 def test_offline_says_which_variable(hub, arguments, monkeypatch):
