@@ -84,16 +84,22 @@ def write(path: Path, rows: list[Row]) -> None:
     """Write rows with ids of their own, and say how many there are; those with an empty text are
     left out, and counted.
     """
-    whole = [row for row in rows if row["prompt"].strip() and row.get("response", "-").strip()]
-    if len(whole) < len(rows):
-        print(f"{path.name}: left out {len(rows) - len(whole)} rows with an empty text")
-    rows = whole
     text = ""
-    for number, row in enumerate(rows):
-        text += json.dumps({"id": f"{path.stem}-{number}"} | row, ensure_ascii=False) + "\n"
+    count = 0
+    unsafe = 0
+    for row in rows:
+        texts = (row["prompt"], row.get("response", "-"))
+        if not all(one.strip() for one in texts):
+            continue
+        named = {"id": f"{path.stem}-{count}"} | row
+        text += json.dumps(named, ensure_ascii=False) + "\n"
+        count += 1
+        unsafe += is_unsafe(row)
     path.write_text(text, encoding="utf-8", newline="\n")
-    unsafe = sum(is_unsafe(row) for row in rows)
-    print(f"{path.name}: {len(rows)} rows, {unsafe} unsafe")
+    left_out = len(rows) - count
+    if left_out:
+        print(f"{path.name}: left out {left_out} rows with an empty text")
+    print(f"{path.name}: {count} rows, {unsafe} unsafe")
 
 
 def is_unsafe(row: Row) -> bool:
@@ -109,6 +115,14 @@ def label(unsafe: bool) -> str:
 
 def answered(prompt: str, response: str, unsafe: bool) -> Row:
     return {"prompt": prompt, "response": response, "response_label": label(unsafe)}
+
+
+def asked(row: Row) -> str:
+    """What an instruction of Alpaca's kind asks: the instruction, and its input if there is one."""
+    parts = [row["instruction"]]
+    if row["input"]:
+        parts.append(row["input"])
+    return "\n".join(parts)
 
 
 # --- sets that are trained on ---------------------------------------------------------------------
@@ -156,8 +170,7 @@ def domain() -> Iterator[Row]:
     for row in lines(source("domain", "financebench", "financebench_open_source.jsonl.gz")):
         yield domain_row(row["question"], False, "finance")
     for row in json.loads(text_of(source("safe_instructions", "alpaca_en_demo_999.json.gz"))):
-        asked = "\n".join(part for part in (row["instruction"], row["input"]) if part)
-        yield domain_row(asked, False, "general")
+        yield domain_row(asked(row), False, "general")
 
 
 def domain_row(prompt: str, unsafe: bool, field: str) -> Row:
@@ -186,10 +199,14 @@ def write_splits(folder: Path, kind: dict[str, Callable[[], Iterator[Row]]]) -> 
 
 def part_of(prompt: str) -> str:
     """The part of the split in which a prompt stands, whatever other prompts there are."""
-    number = int(hashlib.sha256(prompt.strip().lower().encode()).hexdigest(), 16) % 100
+    text = prompt.strip().lower()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    number = int(digest, 16) % 100
     if number < TEST:
         return "test"
-    return "validation" if number < TEST + VALIDATION else "train"
+    if number < TEST + VALIDATION:
+        return "validation"
+    return "train"
 
 
 # --- sets that are only judged --------------------------------------------------------------------
@@ -250,9 +267,8 @@ def mitre_frr() -> Iterator[Row]:
 def benign_answers() -> Iterator[Row]:
     """Questions of LIMA with their answers; nobody checked them for harm."""
     for row in json.loads(text_of(source("safe_instructions", "lima_1k.json.gz"))):
-        asked = "\n".join(part for part in (row["instruction"], row["input"]) if part)
         if row["output"].strip():
-            yield answered(asked, row["output"], False)
+            yield answered(asked(row), row["output"], False)
 
 
 TRANSFER: dict[str, Callable[[], Iterator[Row]]] = {

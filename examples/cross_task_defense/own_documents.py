@@ -109,13 +109,12 @@ def own_documents(
     files = {"malicious": harmful, "useful": useful, "plain": plain}
     documents = split(read_documents(files, words), to_train, n_test, order)
     deal_refusals(documents, no, order)
-    partial = output.with_suffix(".partial.jsonl")
+    kept = output.with_suffix(".partial.jsonl")
     if tasks:
-        decoding = Decoding(max_new_tokens)
-        add_answers(documents, base_model, prompt_template, tasks, decoding, partial)
+        add_answers(documents, base_model, prompt_template, tasks, Decoding(max_new_tokens), kept)
     write_text(output, json_lines(map(asdict, documents)))
     if tasks:
-        partial.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
     say_sizes(output, documents)
 
 
