@@ -236,6 +236,13 @@ def test_ctrl_c_keeps_what_is_judged(trained, tmp_path):
     assert f"Results are in {out}; open results.html first." in done.stderr
 
 
+def test_lora_learns(tiny_base, tmp_path):
+    """That the folder is the model that was trained, test_invariant.py says."""
+    folder = tmp_path / "lora"
+    launch(*tiny_arguments(tiny_base, folder), "--use_peft", "--lora_r", "4")
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
 def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
     """Apart from model, data, process count (and --max_train_rows, for the time it takes)."""
     done = launch(
