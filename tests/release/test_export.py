@@ -105,7 +105,7 @@ def test_the_folder_is_a_guard_and_names_no_place(exported, guard_folder, tmp_pa
     for path in folder.glob("llama*/guard-onnx/*"):
         assert str(folder).encode() not in path.read_bytes() or path.name == "run.json"
     page = (folder / exported / "README.md").read_text()
-    assert "| flagged | 0.500 | 20 | 0 |" in page
+    assert "| flagged | 0.5 | 20 | 0 |" in page
     run = read_json(folder / exported / "run.json")
     assert run["parity"][0]["flipped"] == 0
 
