@@ -1,8 +1,10 @@
-"""Do-Not-Answer as rows of this recipe: 939 prompts that nobody should answer, what six assistants
-answered, and what people say of each answer; beside them benign prompts with their answers.
+"""Do-Not-Answer as rows of examples/feedback_guard: 939 prompts that nobody should answer, what six
+assistants answered, and what people say of each answer; beside them benign prompts with answers.
 
-    python do_not_answer.py                                       # all from the hub
-    python do_not_answer.py --answers reviews --benign alpaca.json lima.json --guard toxicchat.jsonl
+In examples/feedback_guard:
+
+    python ../../bench/do_not_answer.py                           # all from the hub
+    python ../../bench/do_not_answer.py --answers reviews --benign alpaca.json --guard toxic.jsonl
     ./run_experiment.sh full configs/do_not_answer.json
 
 A prompt's response is blocked if people call any of its answers harmful; the row then holds the
@@ -100,28 +102,24 @@ def read_answers(source: str) -> list[Asked]:
             prompts.
     """
     folder = Path(source)
-    is_reviews = folder.is_dir()
-    table = joined_tables(folder) if is_reviews else pd.DataFrame(plain_rows(source))
-    models = []
-    for name in map(str, table):
-        model = name.removesuffix("_harmful")
-        if model != name:
-            models.append(model)
+    table = joined_tables(folder) if folder.is_dir() else pd.DataFrame(plain_rows(source))
+    labels = [name for name in map(str, table) if name.endswith("_harmful")]
+    models = sorted(name.removesuffix("_harmful") for name in labels)
     if not models or "question" not in table:
         raise UserError(f"{source}: no columns question and <model>_harmful; see --help")
     asked = []
     for number, row in enumerate(table.to_dict("records")):
-        check_text(row["question"], "question", f"{source}, row {number}")
+        prompt = check_text(row["question"], "question", f"{source}, row {number}")
         answers = []
-        for model in sorted(models):
+        for model in models:
             text = row.get(f"{model}_response")
             harmful = row[f"{model}_harmful"]
             if not isinstance(text, str) or harmful not in (0, 1):
-                where = f"{source}, question {row['question']!r:.60}"
+                where = f"{source}, question {prompt!r:.60}"
                 hint = "expected a text, and 0 or 1"
                 raise UserError(f"{where}: {model}_response or {model}_harmful: {hint}")
             answers.append(Answer(model, text, bool(harmful)))
-        asked.append((row["question"], answers))
+        asked.append((prompt, answers))
     return asked
 
 
