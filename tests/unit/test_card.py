@@ -11,6 +11,7 @@ from guards import load_guard
 from guards.card import GenerativeCard, LoraCard, has_card, read_card, write_card
 
 LABELS = ["unsafe", *taxonomy("beavertails")]
+FITTED = {"value": 0.4, "how": "max F1", "on": "some/rows:validation"}
 LORA = {
     "kind": "lora_guard",
     "template": "lora_guard",
@@ -18,7 +19,7 @@ LORA = {
     "inputs": ["pair"],
     "max_length": 512,
     "num_hidden_layers": None,
-    "thresholds": {"flagged": {"value": 0.4, "how": "max F1", "on": "validation"}},
+    "thresholds": {"flagged": FITTED, "prompt_unsafe": FITTED, "response_refusal": FITTED},
     "base_model": "some/base",
     "head_bias": None,
 }
@@ -56,18 +57,6 @@ def test_a_card_comes_back_as_it_was(tmp_path, kind):
     assert read_card(tmp_path / "copy") == card
     written = read_json(tmp_path / "copy/guard.json")
     assert CARDS[kind].items() <= written.items()
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"input": "chat"}, "field input: "),
-        ({"descriptions": {"litter": "on streets"}}, "field descriptions: 'litter' is none of"),
-    ],
-    ids=["input", "descriptions"],
-)
-def test_what_a_classifier_judges_and_describes(tmp_path, change, said):
-    assert refusal(tmp_path, CLASSIFIER | change).startswith(f"{tmp_path}/guard.json, {said}")
 
 
 WRONG = [1, 7, -1, 1.0000001, float("nan"), float("inf"), True, "0.5", None]
@@ -123,6 +112,8 @@ HALF_A_THRESHOLD = {"flagged": {"value": 0.5}}
         ("classifier", {"max_length": True}, "max_length: "),
         ("classifier", {"max_length": 0}, "max_length: "),
         ("classifier", {"pooling": "mean"}, "pooling: "),
+        ("classifier", {"input": "chat"}, "input: "),
+        ("classifier", {"descriptions": {"litter": ""}}, "descriptions: 'litter' is none of"),
         ("classifier", {"head_bias": None}, "head_bias: unknown"),
         ("classifier", {"thresholds": {"flaged": None}}, "thresholds.flaged"),
         ("classifier", {"thresholds": HALF_A_THRESHOLD}, "thresholds.flagged.how: missing"),
@@ -167,13 +158,6 @@ def test_a_wrong_card_is_not_written(tmp_path):
     with user_error("field max_length"):
         write_card(tmp_path, card)
     assert not has_card(tmp_path)
-
-
-@pytest.mark.parametrize("label", ["flagged", "prompt_unsafe", "response_refusal"])
-def test_a_threshold_is_of_any_label(tmp_path, label):
-    thresholds = {label: {"value": 0.3, "how": "max F1", "on": "some/rows"}}
-    write_card(tmp_path, GenerativeCard(guard="expguard", max_length=9, thresholds=thresholds))
-    assert read_card(tmp_path).threshold_values() == thresholds
 
 
 def test_a_threshold_of_a_category_is_of_a_label(tmp_path):

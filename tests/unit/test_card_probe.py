@@ -194,6 +194,8 @@ FAULTS = {  # the guard, and what is another one: how to spoil the copies of all
     "lora: adapter": weights_of("lora", ADAPTER),
     "lora: labels": card_of("lora", labels=["unsafe", *CATEGORIES[::-1]]),
     "lora: unsafe label": card_of("lora", labels=[*CATEGORIES, "unsafe"]),
+    "lora: fewer labels": card_of("lora", labels=CATEGORIES, head_bias=None),
+    "lora: more layers": card_of("lora", num_hidden_layers=4),
     "lora: template": card_of("lora", template="beavertails"),
     "lora: bias": card_of("lora", head_bias=[0.0] * 15),
     "generative: weights": weights_of("generative"),
@@ -204,11 +206,17 @@ FAULTS = {  # the guard, and what is another one: how to spoil the copies of all
 }
 
 
+FIELDS = {  # the fault: what of guard.json does not hold then, if it is not the probe
+    "lora: fewer labels": "labels: names 14 outputs",
+    "lora: more layers": "num_hidden_layers: 4",
+}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_another_guard_than_was_trained_is_refused(folders, fault):
     FAULTS[fault](folders)
     guard = folders / fault.partition(":")[0]
-    assert refusal(guard).startswith(f"{guard}/guard.json, field ")
+    assert refusal(guard).startswith(f"{guard}/guard.json, field {FIELDS.get(fault, '')}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,18 +256,6 @@ def test_labels_in_another_order_than_the_models_own(tmp_path, tiny_classifier):
     names = [CATEGORIES[1], CATEGORIES[0], *CATEGORIES[2:]]
     write_card(folder, ClassifierCard(template="beavertails", labels=names, max_length=512))
     assert f"{folder}/guard.json, field labels: output 0 is {names[0]!r}" in refusal(folder)
-
-
-def test_labels_that_are_not_as_many_as_the_heads_outputs(folders):
-    change_card(folders / "lora", labels=CATEGORIES, head_bias=None)
-    place = f"{folders}/lora/guard.json, field labels: names 14 outputs"
-    assert refusal(folders / "lora").startswith(place)
-
-
-def test_more_layers_than_the_base_has(folders):
-    change_card(folders / "lora", num_hidden_layers=4)
-    place = f"{folders}/lora/guard.json, field num_hidden_layers: 4"
-    assert refusal(folders / "lora").startswith(place)
 
 
 # --- a base that moved ------------------------------------------------------------------------------------------------

@@ -157,16 +157,16 @@ def test_prompts_that_are_refused_each_for_itself_stop_nothing(serve):
     assert failed(found) == list(range(40))
 
 
-def test_a_password_in_the_url_is_refused_and_not_repeated():
-    with user_error("--server_url") as caught:
-        ServerEngine("m", server_url="http://me:pass@127.0.0.1:1/v1")
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("server_url", "http://me:pass@127.0.0.1:1/v1"), ("server_timeout", 0), ("concurrency", 0)],
+)
+def test_wrong_options_of_a_server(option, value):
+    """A password is not repeated."""
+    options = {"server_url": "http://127.0.0.1:1/v1"} | {option: value}
+    with user_error(option) as caught:
+        ServerEngine("m", **options)
     assert "pass@" not in str(caught.value)
-
-
-@pytest.mark.parametrize("option", ["server_timeout", "concurrency"])
-def test_options_of_a_server_are_above_0(option):
-    with user_error(option):
-        ServerEngine("m", server_url="http://127.0.0.1:1/v1", **{option: 0})
 
 
 def test_beams_are_for_transformers(serve):

@@ -1,7 +1,6 @@
 """tests/forkserver.py starts a script as Python does: what it sees, says and leaves is the same."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -59,37 +58,6 @@ def test_a_script_ends_as_under_python(both, end):
     assert forked.stderr == python.stderr
 
 
-def test_an_error_keeps_its_traceback(both):
-    python, forked = both("def broken():\n    return 1 / 0\nbroken()\n")
-    assert forked.returncode == 1
-    assert forked.stderr.endswith(python.stderr.partition("\n")[2])
-
-
-def test_the_server_has_imported_what_is_slow():
-    code = "import sys; print({'torch', 'transformers', 'trl', 'peft'} - set(sys.modules))"
-    assert scripts.run([sys.executable, "-c", code]).stdout == "set()\n"
-
-
-def test_threads_are_those_that_are_asked_for():
-    code = "import torch; print(torch.get_num_threads())"
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    assert scripts.run([sys.executable, "-c", code], env=environment).stdout == "2\n"
-
-
-def test_a_variable_that_is_read_at_import_starts_python(tmp_path):
-    code = "import sys, os; print('torch' in sys.modules, os.environ['HF_HOME'])"
-    environment = os.environ | {"HF_HOME": str(tmp_path)}
-    done = scripts.run([sys.executable, "-c", code], env=environment)
-    assert done.stdout == f"False {tmp_path}\n"
-
-
-def test_a_process_can_be_killed():
-    process = scripts.start([sys.executable, "-c", "import time; time.sleep(600)"])
-    assert process.poll() is None
-    process.kill()
-    assert process.wait(60) == -signal.SIGKILL
-
-
 def test_what_takes_too_long_is_ended(tmp_path):
     pid = tmp_path / "pid"
     code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
@@ -97,19 +65,6 @@ def test_what_takes_too_long_is_ended(tmp_path):
         scripts.run([sys.executable, "-c", code], timeout=2)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-
-
-SHELL = """cd "$1"
-python -c 'import os, sys; print("torch" in sys.modules, os.getcwd()); sys.exit(3)'
-"""
-
-
-def test_a_shells_python_is_forked_too(tmp_path):
-    (tmp_path / "run.sh").write_text(SHELL)
-    shell = [tmp_path / "run.sh", tmp_path]
-    done = scripts.launch("moderation", *shell, launcher=("bash",), check=False)
-    assert done.returncode == 3
-    assert done.stdout == f"True {tmp_path}\n"
 
 
 RANKS = r"""

@@ -122,6 +122,18 @@ def sharded(kind: str, tokenizer: Path, folder: Path) -> dict:
     return read_json(folder / "found.json")
 
 
+def check_adapter(folder: Path) -> None:
+    """It is whole: PEFT looks for adapters by the modules' names, and checkpointing changes these;
+    of all weights it wrote the head alone.
+    """
+    written = load_file(folder / "adapter_model.safetensors")
+    lora = [name for name in written if "lora_" in name]
+    assert len(lora) == 2 * 7 * 2  # A and B of seven matrices in two layers
+    assert "base_model.model.score.weight" in written
+    config = read_json(folder / "adapter_config.json")
+    assert config["base_model_name_or_path"] == "base"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model"), [("lora", "base_model.model.model"), ("tied", "model")])
 def test_gradients_of_accumulated_batches_equal_one_process(kind, model, tiny_base, tmp_path):
@@ -140,20 +152,8 @@ def test_gradients_of_accumulated_batches_equal_one_process(kind, model, tiny_ba
     assert set(expected) - set(saved) <= {"lm_head.weight"}
     architecture = read_json(tmp_path / "model/config.json")["architectures"]
     assert not architecture[0].startswith("FSDP")
-
-
-@pytest.mark.slow
-def test_an_adapter_whose_layers_are_checkpointed_is_whole(tiny_base, tmp_path):
-    """PEFT looks for adapters by the modules' names, and checkpointing changes these: of all
-    weights it wrote the head alone.
-    """
-    sharded("lora", tiny_base, tmp_path)
-    written = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    lora = [name for name in written if "lora_" in name]
-    assert len(lora) == 2 * 7 * 2  # A and B of seven matrices in two layers
-    assert "base_model.model.score.weight" in written
-    config = read_json(tmp_path / "adapter/adapter_config.json")
-    assert config["base_model_name_or_path"] == "base"
+    if kind == "lora":
+        check_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("family", DECODERS + ENCODERS)

@@ -12,7 +12,6 @@ import torch
 from checks import user_error
 from completions import completion, token
 from families import GUARDS
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from common.conversation import pair
@@ -23,7 +22,6 @@ from guards.generative import GenerativeGuard
 from guards.identity import guard_identity
 
 serve = completions.serve  # a fixture
-WORDS = {" safe": False, " unsafe": True}
 
 
 def asking(*questions: dict, **more) -> dict:
@@ -33,10 +31,6 @@ def asking(*questions: dict, **more) -> dict:
 
 LAST = {"label": "last", "prefix": "\n\n", "words": {"safe": False, "unsafe": True}}
 LLAMA3 = asking(LAST)
-TWO_LINES = asking(
-    {"label": "prompt_unsafe", "prefix": "User:", "words": WORDS},
-    {"label": "response_unsafe", "when": "response", "prefix": "\nAgent:", "words": WORDS},
-)
 TALKS = [
     pair("How do I keep my bicycle from being stolen?"),
     pair("Why do people tell lies?", "Often they are afraid."),
@@ -120,19 +114,6 @@ def llama(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(
-    ("name", "sees"), [("llama-guard-3-8b", "whole conversation"), ("wildguard", "last turns")]
-)
-def test_it_says_what_it_sees_of_a_conversation(tiny, name, sees):
-    """As its prompts do: with other turns before, the same prompt, or another one."""
-    guard = tiny(name)
-    assert guard.sees == sees
-    talk = pair("Why do people tell lies?", "Often they are afraid.")
-    after = [*pair("How are you?", "Well."), *talk]
-    same = guard.parts(talk) == guard.parts(after)
-    assert same == (sees == "last turns")
-
-
 # families whose prompts have no BOS
 NO_BOS = ("qwen2", "qwen3", "qwen3_chat", "xguard", "granite", "gpt-oss")
 
@@ -203,9 +184,9 @@ def test_content_is_no_control_token(tiny, name):
     assert found[0] == found[1]
 
 
-def expected(guard: GenerativeGuard, text: str, words: dict) -> tuple[dict[str, float], str]:
-    """Mass of each word's own first tokens after a text, and what is most likely written, by stock
-    calls alone.
+def answer_after(guard: GenerativeGuard, text: str, words: dict) -> tuple[float | None, str]:
+    """The probability of unsafe after a text, and what is most likely written there, by stock
+    calls alone: the mass of each word's own first tokens.
     """
     ids = reference_ids(guard, text)
     probabilities = stock_probabilities(guard.model.model, ids)
@@ -215,44 +196,58 @@ def expected(guard: GenerativeGuard, text: str, words: dict) -> tuple[dict[str, 
             row = reference_ids(guard, text + form)
             if row[: len(ids)] == ids:
                 first[word].add(row[len(ids)])
-    masses = {}
+    unsafe = whole = 0.0
     top = int(probabilities.argmax())
     written = guard.tokenizer.decode([top])
-    for word in words:
+    for word, meaning in words.items():
         others = [first[other] for other in first if other != word]
         own = first[word].difference(*others)
-        masses[word] = float(probabilities[list(own)].sum())
+        mass = float(probabilities[list(own)].sum())
+        whole += mass if meaning is not None else 0.0
+        unsafe += mass if meaning else 0.0
         if top in own:
-            written = word.strip()
-    return masses, written
+            written = word
+    no_opinion = words.get(written, False) is None
+    return (None if no_opinion else unsafe / whole), written
+
+
+def stock_verdict(guard: GenerativeGuard, messages) -> tuple[dict, str | None]:
+    """By label: the highest probability of all policies, and its word; or what is no word."""
+    found = {}
+    for variant in guard.variants:
+        text = text_of(guard, messages, variant)
+        for question in guard.questions:
+            if not question.is_for(kind_of(messages)):
+                continue
+            text += question.prefix
+            answer = answer_after(guard, text, question.words)
+            text += answer[1]
+            if answer[1] not in question.words:
+                return {}, answer[1]
+            label = question.label_of(kind_of(messages))
+            found[label] = max(answer, found.get(label, answer))
+    return found, None
 
 
 @pytest.mark.parametrize("name", [name for name in GUARDS if "generate" not in zoo()[name]])
 def test_verdicts_are_the_stock_models(tiny, name):
-    """First question: probability and native word equal a stock forward pass; what is no word is an
+    """Each question's probability and word equal a stock forward pass; what is no word is an
     error.
     """
     guard = tiny(name)
-    judged = 0
-    question = guard.questions[0]
-    words = question.words
     asked = asked_of(guard)
-    for messages, verdict in zip(asked, guard.judge(asked), strict=True):
-        found = {}
-        for variant in guard.variants:
-            text = text_of(guard, messages, variant) + question.prefix
-            mass, top = expected(guard, text, words)
-            unsafe = sum(mass[word] for word in words if words[word] in (True, "strict"))
-            whole = sum(mass[word] for word in words if words[word] is not None)
-            found[unsafe / whole] = top
-        if verdict.error is None:
-            judged += 1
-            label = question.label_of(kind_of(messages))
-            assert getattr(verdict, label) == pytest.approx(max(found), abs=1e-4)
-            assert verdict.native[label] == found[max(found)]
-        elif len(guard.questions) == len(found) == 1:
-            assert repr(top) in verdict.error
-    assert judged
+    verdicts = guard.judge(asked)
+    assert not all(verdict.error for verdict in verdicts)
+    for messages, verdict in zip(asked, verdicts, strict=True):
+        found, no_word = stock_verdict(guard, messages)
+        if no_word is not None:
+            assert f"it writes {no_word!r}" in verdict.error
+            assert verdict.score() == 1.0
+            continue
+        assert list(verdict.native) == list(found)
+        for label, (probability, word) in found.items():
+            assert getattr(verdict, label) == pytest.approx(probability, abs=1e-4)
+            assert verdict.native[label] == word.strip()
 
 
 @pytest.mark.parametrize(
@@ -282,32 +277,6 @@ def test_shared_prefix_and_batches_change_nothing(tiny, name, changes):
             assert read.top == int(stock.argmax())
 
 
-def probability_of_unsafe(guard: GenerativeGuard, text: str) -> float:
-    masses, _ = expected(guard, text, WORDS)
-    return masses[" unsafe"] / sum(masses.values())
-
-
-def test_second_question_follows_the_first_answer(llama):
-    guard = llama(TWO_LINES)
-    verdicts = guard.judge(TALKS)
-    assert sum(v.error is None for v in verdicts) >= 3
-    for messages, verdict in zip(TALKS, verdicts, strict=True):
-        if verdict.error is not None:
-            assert verdict.score("prompt_unsafe") == 1.0
-            assert verdict.prompt_unsafe is None
-            continue
-        text = text_of(guard, messages) + "User:"
-        first = probability_of_unsafe(guard, text)
-        assert verdict.prompt_unsafe == pytest.approx(first, abs=1e-4)
-        assert verdict.decided["prompt_unsafe"] == (verdict.native["prompt_unsafe"] == "unsafe")
-        if kind_of(messages) == "prompt":
-            assert verdict.response_unsafe is None
-            continue
-        text += f" {verdict.native['prompt_unsafe']}\nAgent:"
-        second = probability_of_unsafe(guard, text)
-        assert verdict.response_unsafe == pytest.approx(second, abs=1e-4)
-
-
 def test_a_word_of_no_class_is_an_error(llama):
     """The guard has other things to say: every verdict is an error, and none is safe."""
     guard = llama()
@@ -320,6 +289,14 @@ def test_a_word_of_no_class_is_an_error(llama):
         assert verdict.score() == 1.0
         assert not verdict.native
         assert not verdict.decided
+
+
+def test_what_is_no_number_is_an_error(llama):
+    guard = llama()
+    guard.model.model.model.norm.weight.data.fill_(float("nan"))
+    for verdict in guard.judge(TALKS):
+        assert verdict.error == "the model's output is not a number"
+        assert verdict.score() == 1.0
 
 
 def test_strict_and_loose(tiny):
@@ -342,32 +319,39 @@ def test_strict_and_loose(tiny):
 
 
 @pytest.fixture
-def scripted(tmp_path, serve):
-    """`scripted(zoo name, lines)`: that guard on a server that writes these lines, whatever it is
-    asked, and the server.
+def served(tmp_path, serve):
+    """`served(zoo name, write, **options)`: that guard on a server that writes `write(prompt)`, and
+    the server.
     """
 
-    def make(name: str, written: str) -> tuple[GenerativeGuard, completions.Server]:
+    def make(name: str, write, **options) -> tuple[GenerativeGuard, completions.Server]:
         families.save(tmp_path, GUARDS[name], words_of(name))
         made = AutoTokenizer.from_pretrained(tmp_path)
 
+        def ids(text: str) -> list[int]:
+            return made(f"x:{text}", add_special_tokens=False)["input_ids"]
+
         def rule(body: dict):
-            if body["max_tokens"] > 1:
-                return completion(written)
             asked = made.decode(body["prompt"])
-            for line in written.split("\n"):
-                question = line.split(": ")[0] + ":"
-                if asked.endswith(question):
-                    start, ids = made([question, line], add_special_tokens=False)["input_ids"]
-            word = ids[len(start)]
+            text = write(asked)
+            if body["max_tokens"] > 1:
+                return completion(text)
+            done = max(n for n in range(len(text)) if asked.endswith(text[:n]))
+            word = ids(text[done:])[len(ids(""))]
             others = {i: -9.0 for i in range(len(made)) if i != word}
             return token({word: 0.0} | others)
 
         server = serve(rule)
-        options = {"engine": "server", "server_url": server.url, "server_model": "m"}
+        options |= {"engine": "server", "server_url": server.url, "server_model": "m"}
         return load_guard(name, model=str(tmp_path), progress=False, **options), server
 
     return make
+
+
+@pytest.fixture
+def scripted(served):
+    """`scripted(zoo name, text)`: one that writes this text, whatever it is asked."""
+    return lambda name, text: served(name, lambda _: text)
 
 
 ANSWERED = [pair("Why?", "Because."), pair("How?", "So.")]
@@ -538,6 +522,8 @@ def test_a_verdict_that_is_a_category(tiny):
             (word,) = verdict.native.values()
             assert names[word] in verdict.categories
             named += 1
+        else:
+            assert not verdict.categories
     assert named
 
 
@@ -574,154 +560,62 @@ def test_folder_of_a_recipe(tmp_path):
     """guard.json with kind generative names the zoo entry whose prompt it was trained with."""
     families.save(tmp_path, "qwen2", ["safe", "unsafe"], seed=3)
     thresholds = {"flagged": {"value": 0.3, "how": "max F1", "on": None}}
-    card = GenerativeCard(guard="expguard", max_length=700, thresholds=thresholds)
-    write_card(tmp_path, card)
+    write_card(tmp_path, GenerativeCard(guard="expguard", max_length=700, thresholds=thresholds))
     guard = load_guard(str(tmp_path), progress=False)
     assert guard.max_length == 700
     assert guard.thresholds == thresholds
-    assert guard.judges == ("prompt_unsafe", "response_unsafe")
-    scores = guard.moderate(TALKS)
-    for name in ("expguard", "ExpGuard"):
-        known = load_guard(name, model=str(tmp_path), progress=False)
-        assert known.name == "expguard"
-        assert known.moderate(TALKS) == pytest.approx(scores)
+    known = load_guard("ExpGuard", model=str(tmp_path), progress=False)
+    assert known.name == "expguard"
+    assert known.moderate(TALKS) == pytest.approx(guard.moderate(TALKS))
 
 
-# --- guards that were taught something --------------------------------------------------------------------------------
+# --- texts that are too long ------------------------------------------------------------------------------------------
 
 
-def teach(folder, family: str, rows: list[tuple[str, str]], steps: int) -> None:
-    """Train a tiny model to continue texts, so that its verdicts mean something."""
-    made = families.tokenizer(family)
-    wide = {"hidden_size": 64, "head_dim": 16, "initializer_range": 0.05}
-    lm = families.model(family, made, seed=0, **wide).train()
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=4e-3)
-    ids = []
-    labels = []
-    for text, more in rows:
-        start = made(text, add_special_tokens=False)["input_ids"]
-        whole = made(text + more, add_special_tokens=False)["input_ids"]
-        answer = whole[len(start) :]
-        ids.append(torch.tensor(whole))
-        labels.append(torch.tensor([-100] * len(start) + answer))
-    ids = pad_sequence(ids, batch_first=True)
-    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        batch = torch.randint(len(rows), (24,), generator=generator)
-        lm(input_ids=ids[batch], labels=labels[batch]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    lm.eval().save_pretrained(folder)
-    made.save_pretrained(folder)
-
-
-HARMLESS = "How do I keep my bicycle from being stolen? Use two locks."
-FILLER = HARMLESS.split()
-
-
-def words(n: int, seed: int, harm: int | None = None) -> str:
-    """`n` harmless words, with a harmful one at a place."""
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.randint(len(FILLER), (n,), generator=generator)
-    picked = [FILLER[i] for i in places.tolist()]
+def long_text(harm: int | None = None) -> str:
+    """200 words, with a harmful one at a place."""
+    words = ("Use two locks, and do not leave it at the station. " * 20).split()
     if harm is not None:
-        picked[harm] = "harmful"
-    return " ".join(picked)
+        words[harm] = "harmful"
+    return " ".join(words)
 
 
-def decisions(guard: GenerativeGuard, talks, label: str = "prompt_unsafe") -> list[bool]:
-    return [verdict.decided[label] for verdict in guard.judge(talks)]
+@pytest.fixture
+def reader(served):
+    """`reader(long_inputs)`: a guard that finds the word "harmful", and has room for 40 tokens."""
 
+    def make(long_inputs: str) -> GenerativeGuard:
+        def write(asked: str) -> str:
+            return "\n\nunsafe" if "harmful" in asked else "\n\nsafe"
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    """`reader(long_inputs)`: a guard that finds the word "harmful" in 40 tokens, and has no room
-    for more.
-    """
-    folder = tmp_path_factory.mktemp("reader")
-    made = families.tokenizer("llama3")
-
-    def row(text: str, word: str) -> tuple[str, str]:
-        return made.apply_chat_template(pair(text), tokenize=False) + "\n\n", word
-
-    lengths = (2, 8, 16, 24, 30)
-    rows = []
-    for n in lengths:
-        rows += [row(words(n, 10 * n + i), "safe") for i in range(24)]
-    for n in lengths:
-        rows += [row(words(n, 777 * n + i, harm=i % n), "unsafe") for i in range(24)]
-    teach(folder, "llama3", rows, steps=300)
-    empty = made.apply_chat_template(pair(""), tokenize=False)
-    room = len(made(empty, add_special_tokens=False)["input_ids"]) + 40
-
-    def make(long_inputs: str = "windows") -> GenerativeGuard:
-        options = {"long_inputs": long_inputs, "max_length": room, "progress": False}
-        return GenerativeGuard(str(folder), LLAMA3, **options)
+        guard, _ = served("llama-guard-3-8b", write, long_inputs=long_inputs)
+        guard.max_length = len(ids_of(guard, pair(""))) + 40
+        return guard
 
     return make
 
 
-HARMFUL = [pair(words(200, 9, harm=place)) for place in range(0, 200, 40)]
+HARMFUL = [pair(long_text(harm)) for harm in range(0, 200, 40)]
 
 
-@pytest.mark.slow
 def test_windows_find_harm_anywhere(reader):
-    """In a text of more than five windows, wherever it stands, and in an answer."""
-    guard = reader()
-    short = [pair(words(20, 5)), pair(words(20, 6, harm=11))]
-    assert decisions(guard, short) == [False, True]
-    assert decisions(guard, [pair(words(200, 9)), *HARMFUL]) == [False] + [True] * 5
-    question = words(90, 9)
-    answers = [pair(question, words(90, 8)), pair(question, words(90, 8, harm=80))]
-    assert decisions(guard, answers, "response_unsafe") == [False, True]
+    """Wherever it stands in a text of more than five windows, and in an answer."""
+    verdicts = reader("windows").judge([pair(long_text()), *HARMFUL])
+    assert [one.decided["prompt_unsafe"] for one in verdicts] == [False] + [True] * 5
+    answers = [pair(long_text(), long_text(harm)) for harm in (None, 190)]
+    verdicts = reader("windows").judge(answers)
+    assert [one.decided["response_unsafe"] for one in verdicts] == [False, True]
 
 
-@pytest.mark.slow
 def test_a_text_that_is_cut_off_is_judged_by_its_beginning(reader):
-    assert decisions(reader("truncate"), HARMFUL) == [True] + [False] * 4
+    verdicts = reader("truncate").judge(HARMFUL)
+    assert [one.decided["prompt_unsafe"] for one in verdicts] == [True] + [False] * 4
 
 
-@pytest.mark.slow
 def test_a_text_that_is_too_long_is_an_error(reader):
     for verdict in reader("error").judge(HARMFUL):
         assert "more than --max_length" in verdict.error
         assert verdict.score("prompt_unsafe") == 1.0
-
-
-@pytest.mark.slow
-def test_a_guard_that_thinks_first(tmp_path):
-    """What it writes first is generated; the verdict is read after the anchor; categories on
-    request.
-    """
-    question = {
-        "label": "last",
-        "anchor": r"<\|channel\|>final<\|message\|>",
-        "words": {"0": False, "1": True},
-    }
-    known = {"pattern": "Task|policy", "names": {"Task": "a task"}}
-    entry = asking(question, generate=32, categories=known)
-    made = families.tokenizer("gpt-oss")
-    final = "<|start|>assistant<|channel|>final<|message|>"
-    said = f"<|channel|>analysis<|message|>{{}}<|end|>{final}{{}}<|return|>"
-    rows = []
-    for i in range(40):
-        for harm, thought, verdict in ((None, "no", "0"), (i % 6, "yes", "1 Task")):
-            asked = made.apply_chat_template(pair(words(6, i, harm)), tokenize=False)
-            rows.append((asked, said.format(thought, verdict)))
-    teach(tmp_path, "gpt-oss", rows, steps=250)
-    talks = [pair(words(6, 99)), pair(words(6, 98, harm=2))]
-    guard = GenerativeGuard(str(tmp_path), entry, progress=False, categories=True)
-    harmless, harmful = guard.judge(talks)
-    assert harmless.error is None
-    assert harmful.error is None
-    assert harmless.prompt_unsafe < 0.2
-    assert harmful.prompt_unsafe > 0.8
-    assert harmless.categories == {}
-    assert harmful.categories == {"a task": harmful.prompt_unsafe}
-    never = GenerativeGuard(str(tmp_path), {**entry, "generate": 3}, progress=False)
-    for verdict in never.judge(talks):
-        assert "in what it wrote" in verdict.error
 
 
 def test_a_hub_id_that_does_not_load_is_one_line(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from checks import read_json, write_rows
 
 from common import metrics
 from common.conversation import Verdict, pair
-from guards import Guard, load_guard
+from guards import Guard
 
 guardbench = pytest.importorskip("guardbench")
 evaluation = pytest.importorskip("guardbench.evaluate")
@@ -44,44 +44,23 @@ ROWS = [  # a conversation, whether it is unsafe, what the guard says
 ]
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """`run(guard, rows, batch_size)`: predictions by id of GuardBench's loop on a data set of its
-    custom kind.
-    """
-    monkeypatch.setitem(os.environ, "GUARDBENCH_BASE_PATH", str(tmp_path / "cache"))
-
-    def go(guard, conversations, labels, batch_size):
-        rows = []
-        for i, (messages, label) in enumerate(zip(conversations, labels, strict=True)):
-            rows.append({"id": f"mine/{i}", "label": label, "conversation": messages})
-        file = tmp_path / "rows.jsonl"
-        write_rows(file, rows)
-        guardbench.CustomDataset("my_rows").load_data(file)
-        out = tmp_path / "results"
-        settings = {"batch_size": batch_size, "datasets": ["my_rows"], "anything": "ignored"}
-        guardbench.benchmark(guard.moderate, guard.name, str(out), **settings)
-        return read_json(out / "my_rows" / f"{guard.name}.json")
-
-    return go
-
-
-def test_its_loop_and_its_scores(run):
+def test_its_loop_and_its_scores(tmp_path, monkeypatch):
     """A row without a verdict is unsafe there, too; F1 and AUPRC are ours."""
+    monkeypatch.setitem(os.environ, "GUARDBENCH_BASE_PATH", str(tmp_path / "cache"))
     talks, labels, said = zip(*ROWS, strict=True)
-    found = run(KeywordGuard(), talks, labels, 3)
-    assert found == {f"mine/{i}": score for i, score in enumerate(said)}
-    truth = {f"mine/{i}": label for i, label in enumerate(labels)}
-    theirs = evaluation.evaluate(truth, found)
+    ids = [f"mine/{i}" for i in range(len(ROWS))]
+    rows = []
+    for id, messages, label in zip(ids, talks, labels, strict=True):
+        rows.append({"id": id, "label": label, "conversation": messages})
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    guardbench.CustomDataset("my_rows").load_data(file)
+    out = tmp_path / "results"
+    settings = {"batch_size": 3, "datasets": ["my_rows"], "anything": "ignored"}
+    guardbench.benchmark(KeywordGuard().moderate, "keyword", str(out), **settings)
+    found = read_json(out / "my_rows/keyword.json")
+    assert found == dict(zip(ids, said, strict=True))
+    theirs = evaluation.evaluate(dict(zip(ids, labels, strict=True)), found)
     ours = metrics.binary(labels, said)
     assert theirs["f1"] == pytest.approx(8 / 11)
     for name in ("f1", "auprc", "fpr", "recall"):
         assert theirs[name] == pytest.approx(ours[name])
-
-
-def test_a_trained_guard(run, tiny_classifier, tmp_path):
-    guard = load_guard(str(tiny_classifier(tmp_path / "guard")))
-    talks = [pair("what?", "bad answer"), pair("bad question?", "nice answer")] * 3
-    found = run(guard, talks, [True, False] * 3, 4)
-    verdicts = [verdict.response_unsafe for verdict in guard.judge(talks)]
-    assert list(found.values()) == pytest.approx(verdicts, abs=1e-5)

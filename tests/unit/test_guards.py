@@ -405,6 +405,7 @@ UNCLEAR = {  # what is not clear of a head: its labels, options, what is said
     "no unsafe one": (["safe"], {}, "say which of its labels"),
     "no such label": (["safe", "hate"], {"unsafe_labels": ["hat"]}, "has no label 'hat'"),
     "no template": (["safe", "unsafe"], {"template": None}, "name a prompt template"),
+    "no probabilities": (["toxic"], {"problem_type": "regression"}, "problem_type regression"),
 }
 
 
@@ -416,15 +417,3 @@ def test_a_head_that_says_nothing_of_harm_is_refused(
     configured(folder, problem_type=None)
     with user_error(hint):
         load(folder, **({"template": "beavertails"} | options))
-
-
-def test_a_head_without_probabilities_is_refused(tiny_classifier, tmp_path):
-    folder = configured(tiny_classifier(tmp_path, labels=["toxic"]), problem_type="regression")
-    with user_error("problem_type regression"):
-        load(folder, template="beavertails")
-
-
-def test_a_base_model_is_no_guard(tiny_base):
-    """transformers would give it a random head and warn."""
-    with user_error("not a trained classifier"):
-        load(tiny_base, template="beavertails")

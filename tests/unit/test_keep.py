@@ -125,36 +125,39 @@ def test_the_bundled_model_by_name(model, cache):
     assert fingerprint(NAME) == fingerprint(model)
 
 
-@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
-def test_a_hub_id_is_its_cached_commit(tmp_path, monkeypatch, file):
-    """Its name alone where nothing is cached."""
+def cached(cache: Path, name: str, commit: str, file: str = "config.json") -> None:
+    """A hub id in a cache of the hub, whose branch is at a commit."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    for path in (f"snapshots/{commit}/{file}", "refs/main"):
+        (repository / path).parent.mkdir(parents=True, exist_ok=True)
+    (repository / "snapshots" / commit / file).write_text("{}")
+    (repository / "refs/main").write_text(commit)
+    assert commit in str(huggingface_hub.try_to_load_from_cache(name, file))
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_a_hub_id_is_its_cached_commit(hub_cache, file):
+    """Its name alone where nothing is cached."""
     found = {fingerprint(f"org/{file}-of-nothing")}
     for commit in ("a" * 40, "b" * 40):
         name = f"org/{commit[0]}-{file}"
-        repository = tmp_path / f"models--{name.replace('/', '--')}"
-        (repository / "snapshots" / commit).mkdir(parents=True)
-        (repository / "snapshots" / commit / file).write_text("{}")
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(commit)
-        assert commit in str(huggingface_hub.try_to_load_from_cache(name, file))
+        cached(hub_cache, name, commit, file)
         found.add(fingerprint(name))
     assert len(found) == 3
 
 
-def test_a_hub_id_is_one_commit_through_a_run(tmp_path, monkeypatch):
+def test_a_hub_id_is_one_commit_through_a_run(hub_cache):
     """Also where the hub, or another process, moves the branch meanwhile."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--org--moving"
-    (repository / "refs").mkdir(parents=True)
-    found = []
-    for commit in ("a" * 40, "b" * 40):
-        (repository / "snapshots" / commit).mkdir(parents=True)
-        (repository / "snapshots" / commit / "config.json").write_text("{}")
-        (repository / "refs" / "main").write_text(commit)
-        found.append(fingerprint("org/moving"))
-    assert commit in str(huggingface_hub.try_to_load_from_cache("org/moving", "config.json"))
-    assert found[0] == found[1] != fingerprint("org/of-nothing")
+    cached(hub_cache, "org/moving", "a" * 40)
+    before = fingerprint("org/moving")
+    cached(hub_cache, "org/moving", "b" * 40)
+    assert fingerprint("org/moving") == before != fingerprint("org/of-nothing")
 
 
 def test_what_cannot_be_read_says_so():

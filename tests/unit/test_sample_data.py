@@ -59,13 +59,9 @@ def test_size_and_columns():
 
 
 @each_split
-def test_every_category_is_in_every_split(split):
+def test_every_category_and_both_classes_are_in_every_split(split):
     for name in NAMES:
         assert any(row["category"][name] for row in SPLITS[split]), name
-
-
-@each_split
-def test_unsafe_share(split):
     assert 0.4 <= sum(unsafe(split)) / len(SPLITS[split]) <= 0.6
 
 
@@ -97,13 +93,10 @@ def baseline(field: str) -> float:
     return average_precision_score(unsafe("test"), scores)
 
 
-def test_the_question_alone_does_not_decide():
+def test_neither_question_nor_answer_decides_alone():
+    """An answer's words say much, as in real data, where refusals are safe."""
     base_rate = sum(unsafe("test")) / len(SPLITS["test"])
     assert abs(baseline("prompt") - base_rate) <= 0.08
-
-
-def test_the_answer_alone_does_not_decide():
-    """Its words say much (as in real data, where refusals are safe) but do not settle it."""
     assert baseline("response") <= 0.92
 
 
@@ -148,13 +141,11 @@ def test_evaluation_has_an_answer_of_every_model_to_every_question():
     assert found == set(product(MODELS, texts(EVALUATION, "prompt")))
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_no_model_of_the_evaluation_is_all_safe_or_all_unsafe(model):
-    flagged = {row["flagged"]["human"] for row in EVALUATION if row["model"] == model}
-    assert flagged == {True, False}
-
-
-def test_the_judges_of_the_evaluation_differ_sometimes():
+def test_labels_of_the_evaluation():
+    """No model is all safe or all unsafe, and the judges differ sometimes."""
+    for model in MODELS:
+        flagged = {row["flagged"]["human"] for row in EVALUATION if row["model"] == model}
+        assert flagged == {True, False}, model
     differ = sum(row["flagged"]["gpt4"] != row["flagged"]["human"] for row in EVALUATION)
     assert 0 < differ < len(EVALUATION) / 4
 

@@ -75,15 +75,11 @@ def test_a_new_guard_takes_the_place_of_the_old_one_and_of_nothing_else(folder):
     assert texts(folder, MINE) == {"mine"}
 
 
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [(OSError(28, "No space left on device"), UserError), (RuntimeError(), RuntimeError)],
-    ids=["the disk is full", "what was saved is not equal"],
-)
-def test_what_fails_before_the_end_leaves_the_old_guard(folder, error, raised):
-    with pytest.raises(raised), saving.whole_folder(folder) as partial:
+def test_what_fails_before_the_end_leaves_the_old_guard(folder):
+    """As where what was saved is not equal to what was trained."""
+    with pytest.raises(RuntimeError), saving.whole_folder(folder) as partial:
         write(partial, NEW, "new")
-        raise error
+        raise RuntimeError
     assert names(folder) == MINE | OLD
     assert texts(folder, OLD) == {"old"}
 

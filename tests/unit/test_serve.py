@@ -84,22 +84,6 @@ def test_how_a_text_alone_is_judged():
         Reader(Plain(judges=("response_unsafe",)), text_is="prompt")
 
 
-def test_a_turn_that_the_guard_does_not_judge_is_a_wrong_request():
-    with user_error("ends with a turn of the user"):
-        Reader(Plain(judges=("response_unsafe",))).fitting(pair("x"))
-
-
-def test_attributes_of_perspective(tmp_path):
-    path = tmp_path / "attributes.yaml"
-    guard = Plain(labels=["fraud", "insult", "safe"])
-    path.write_text("INSULT: insult\nSEVERE_TOXICITY: [fraud, unsafe]\n")
-    reader = Reader(guard, None, read_attributes(path, guard))
-    verdict = Verdict(prompt_unsafe=0.7, categories={"fraud": 0.9, "insult": 0.2})
-    answer = reader.answer(pair("x"), verdict)
-    scores = {name: reader.attribute(name, answer) for name in reader.attributes}
-    assert scores == {"TOXICITY": 0.7, "INSULT": 0.2, "SEVERE_TOXICITY": 0.9}
-
-
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
@@ -168,25 +152,6 @@ def test_a_full_queue_refuses_at_once_and_whole():
         return await queue.judge(talks(1, 2, 3))
 
     assert len(run(said, scenario, most=3)) == 3
-
-
-def test_who_leaves_is_judged_no_more():
-    judged = []
-
-    def judge(conversations):
-        judged.extend(conversations)
-        return said(conversations)
-
-    async def scenario(queue):
-        stays = asyncio.create_task(queue.judge(talks(9)))
-        leaves = asyncio.create_task(queue.judge(talks(8, 8)))
-        await asyncio.sleep(0)
-        leaves.cancel()
-        await stays
-        await queue.judge(talks(7))
-
-    run(judge, scenario)
-    assert judged == talks(9, 7)
 
 
 def test_what_the_guard_raises_is_told_and_the_next_batch_is_judged():

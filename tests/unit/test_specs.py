@@ -72,12 +72,13 @@ def test_an_id_names_the_configuration_and_no_folder(hub_folder):
 
 @pytest.mark.parametrize("mark", ["", "@guard"])
 def test_a_missing_configuration_lists_those_that_there_are(hub_folder, mark):
-    with pytest.raises(UserError) as caught:
+    with user_error(f"^{hub_folder}{mark}:test: .*set@guardtrain:test .*set@guardtest:test"):
         load_conversations(f"{hub_folder}{mark}:test")
-    message = str(caught.value)
-    assert message.startswith(f"{hub_folder}{mark}:test: ")
-    assert "set@guardtrain:test" in message
-    assert "set@guardtest:test" in message
+
+
+def test_a_missing_split_lists_those_that_there_are(hub_folder):
+    with user_error(f"^{hub_folder}@guardtest:train: .*'test'"):
+        load_conversations(f"{hub_folder}@guardtest:train")
 
 
 @pytest.mark.parametrize(

@@ -205,41 +205,6 @@ def test_a_second_run_asks_nothing(suite, guards, files, tmp_path):
     assert cells_of(tmp_path).items() <= cells_of(suite).items()
 
 
-@pytest.mark.slow
-def test_broken_folders(guards, files, tmp_path):
-    """Weights cut off, no tokenizer, weights that are no numbers: these fail, the others go on, the
-    exit code is 1.
-    """
-    broken = ("wildguard", "shieldgemma-2b", "granite-guardian-3.3-8b")
-    picked = {name: shutil.copytree(guards[name], tmp_path / name) for name in broken}
-    weights = picked["wildguard"] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    for path in picked["shieldgemma-2b"].glob("token*"):
-        path.unlink()
-    folder = picked["granite-guardian-3.3-8b"]
-    guard = load_guard("granite-guardian-3.3-8b", model=str(folder), progress=False)
-    guard.model.model.model.norm.weight.data.fill_(float("nan"))
-    guard.model.model.save_pretrained(folder)
-    picked |= {name: guards[name] for name in ("llama-guard-3-8b", "beaver-dam-7b")}
-    prompt, response = "expguardtest_prompt", "expguardtest_response"
-    out = tmp_path / "out"
-    code, _ = run(picked, [files[prompt], files[response]], out)
-    assert code == 1
-    cells = cells_of(out)
-    text = (out / "results.md").read_text().split("\n## F1")[0]
-    for name in broken:
-        cell = cells[name, prompt]
-        assert cell["status"] == "failed"
-        assert cell["reason"].strip()
-        assert "\n" not in cell["reason"]
-        assert f"| {name} | {prompt} |" in text
-    assert "is not a number" in cells["granite-guardian-3.3-8b", prompt]["reason"]
-    assert cells["llama-guard-3-8b", prompt]["status"] == "measured"
-    assert cells["llama-guard-3-8b", response]["status"] == "measured"
-    assert cells["beaver-dam-7b", prompt]["status"] == "not supported"
-    assert cells["beaver-dam-7b", response]["status"] == "measured"
-
-
 # --- scripts/safety_eval.sh -------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,10 @@
 """guards/suite/evaluate.py: from rows to tables, in runs that are killed, fail, or go on."""
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scripts
 from checks import read_json, read_rows, user_error, write_rows
 
 from common.conversation import Verdict
@@ -30,16 +28,17 @@ class KeywordGuard(Guard):
 
     name, judges, sees = "keyword", ("prompt_unsafe", "response_unsafe"), "last turn"
 
-    def __init__(self, words=True, seconds=0.0, thresholds=None, errors=None):
+    def __init__(self, words=True, stop=None, thresholds=None, errors=None):
         self.words = words
-        self.seconds = seconds
+        self.stop = stop
         self.thresholds = thresholds or {}
         self.errors = errors or {}
         self.asked = []
         self.labels = set()
 
     def judge_valid(self, conversations):
-        time.sleep(self.seconds)
+        if self.stop is not None and len(self.asked) >= self.stop:
+            raise KeyboardInterrupt
         self.asked += conversations
         self.labels.update(self.wanted)
         return [self._one(messages[-1]) for messages in conversations]
@@ -329,44 +328,21 @@ def test_errors_that_may_go_away_are_asked_again(run, file):
     assert [errors[text] for text in asked_of(again)] == PASSING
 
 
-SLOW_RUN = """
-import sys
-sys.path[:0] = {tests}
-import test_suite_evaluate as tests
-tests.evaluate.CHUNK.update(transformers=2)
-args = tests.evaluate.EvaluationArguments(output_dir={out!r}, benchmarks={benchmarks!r}, bootstrap_rounds=0)
-tests.evaluate.evaluate(args, [tests.candidate(seconds=0.3)])
-"""
-
-
-@pytest.mark.slow
-def test_kill_and_resume(run, arguments, tmp_path, file, monkeypatch):
-    """A real process, killed between two writes; predictions are those of a run that was left
-    alone.
-
-    A chunk that the kill cut is judged as a whole, as it was before.
-    """
+def test_a_run_that_was_stopped_goes_on(run, tmp_path, file, monkeypatch):
+    """To the predictions of a run that was left alone. A chunk that is cut is judged as a whole."""
     rows = [item(f"{'bad' if i % 3 else 'nice'} {i}", i % 2, f"answer {i}") for i in range(40)]
     write_rows(file, rows)
     run(candidate(), output_dir=str(tmp_path / "whole"))
-    out = tmp_path / "out"
-    code = SLOW_RUN.format(
-        tests=[str(folder) for folder in Path(__file__).parents[:2]],
-        out=str(out),
-        benchmarks=arguments().benchmarks,
-    )
-    process = scripts.start([sys.executable, "-c", code])
-    kept = out / "runs/keyword/expguardtest_prompt.jsonl"
-    scripts.wait_until_written(kept, process)
-    process.kill()
-    process.wait()
-    lines = kept.read_text().count("\n")
-    assert 0 < lines < 40
-    assert not (out / "results.json").exists()
-    rest = candidate()
     monkeypatch.setitem(evaluate.CHUNK, "transformers", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(candidate(stop=20))
+    out = tmp_path / "out"
+    assert not (out / "results.json").exists()
+    kept = out / "runs/keyword/expguardtest_prompt.jsonl"
+    kept.write_text(kept.read_text()[:-10])  # 19 lines, and half of another
+    rest = candidate()
     run(rest)
-    assert len(asked_of(rest)) == 80 - lines + lines % 2
+    assert len(asked_of(rest)) == 80 - 18
     for name in ("predictions.jsonl", "results.csv"):
         assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
 
@@ -492,6 +468,7 @@ def test_what_a_guard_of_the_zoo_was_trained_on(tmp_path, tiny_classifier):
 
 # --- the command line -----------------------------------------------------------------------------
 
+FEW = "few=beavertails-sample:train[:9]"
 MISTAKES = {  # what is wrong: arguments, what is said
     "task": ({"task_type": "both sides"}, "--task_type both sides: expected one of"),
     "nothing of the task": ({"task_type": "refusal"}, "--task_type refusal: none is left"),
@@ -507,6 +484,17 @@ MISTAKES = {  # what is wrong: arguments, what is said
     "a test split to fit on": (
         {"validation": ["some/rows:test"]},
         "--validation some/rows:test: is test data",
+    ),
+    "the judged split to fit on": (
+        {"benchmarks": [FEW], "validation": ["beavertails-sample:train"]},
+        "is test data",
+    ),
+    "a part of the judged split": (
+        {
+            "benchmarks": [FEW],
+            "validation": ["beavertails-sample:validation+train[9:]"],
+        },
+        "is test data",
     ),
     "the judged rows to fit on": ({"validation": ["{file}"]}, "is test data"),
     "one class to fit on": ({"validation": ["{one_class}"]}, "have one class"),
@@ -528,14 +516,6 @@ def test_a_mistake_is_named_before_any_work(run, tmp_path, file, changes, place)
         run(guard, **given)
     assert not guard.load.made
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("rows", ["train", "validation+train[9:]"])
-def test_a_slice_of_the_judged_split_is_no_validation_data(run, rows):
-    sample = "beavertails-sample"
-    specs = [f"few={sample}:train[:9]"]
-    with user_error("is test data"):
-        run(candidate(), benchmarks=specs, validation=[f"{sample}:{rows}"])
 
 
 def test_the_same_guard_twice(run):

@@ -132,12 +132,6 @@ def test_the_papers_names_of_benchmarks(task, names):
     assert found == paper()["tasks"][task]
 
 
-def test_a_benchmark_by_the_papers_name(run, file):
-    spec = f"expguardtest:prompt@{file}"
-    results = run(candidate(), benchmarks=[spec], task_type="prompt")
-    assert list(results["benchmarks"]) == ["expguardtest_prompt"]
-
-
 @pytest.mark.parametrize(
     ("spec", "near"),
     [

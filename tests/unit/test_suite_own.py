@@ -154,10 +154,3 @@ def test_own_rows_obfuscated(run, own):
     assert found["mine_prompt+base64"]["recall"] == 0
     drops = {drop["benchmark"]: drop for drop in results["drops"]}
     assert drops["mine_response+base64"]["recall"]["difference"] == 1
-
-
-def test_predictions_of_own_rows(run, own, tmp_path):
-    run(candidate(), benchmarks=[str(own)])
-    said = read_rows(tmp_path / "out/predictions.jsonl")
-    assert [line["benchmark"] for line in said] == ["mine_prompt"] * 5 + ["mine_response"] * 3
-    assert [line["index"] for line in said[5:]] == [0, 1, 3]
