@@ -134,17 +134,15 @@ def test_an_older_card_without_probe_loads_and_says_so(folders, kind, caplog):
 
 
 def test_what_is_asked_for_is_no_fault(folders, caplog):
-    """Another template, or other words for the labels, is another guard by the user's own wish."""
+    """Another template, or other words for the labels, is another guard by the user's own wish. The
+    probe is judged with the room that the guard was trained with, whatever it is given now.
+    """
     load(folders / "classifier", template="last_turn")
     load(folders / "classifier", labels=CATEGORIES[::-1])
     load(folders / "generative", chat_template="{{ messages[0]['content'] }}")
-    assert "no probe" not in caplog.text
-
-
-def test_a_short_room_is_no_fault(folders):
-    """The probe is judged with the room that the guard was trained with, whatever it is given now."""
     assert load(folders / "lora", max_length=40).max_length == 40
     assert load(folders / "lora", max_length=16, long_inputs="error").long_inputs == "error"
+    assert "no probe" not in caplog.text
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

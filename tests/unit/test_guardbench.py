@@ -4,28 +4,13 @@ import os
 
 import pytest
 from checks import read_json, write_rows
+from test_suite_evaluate import KeywordGuard
 
 from common import metrics
-from common.conversation import Verdict, pair
-from guards import Guard
+from common.conversation import pair
 
 guardbench = pytest.importorskip("guardbench")
 evaluation = pytest.importorskip("guardbench.evaluate")
-
-
-class KeywordGuard(Guard):
-    """Suspects what is bad; what is broken it cannot judge."""
-
-    name, thresholds, judges = "keyword", {}, ("prompt_unsafe", "response_unsafe")
-
-    def judge_valid(self, conversations):
-        return [self._one(messages[-1]) for messages in conversations]
-
-    def _one(self, turn):
-        if "broken" in turn["content"]:
-            return Verdict(error="no word of mine")
-        label = "response_unsafe" if turn["role"] == "assistant" else "prompt_unsafe"
-        return Verdict(**{label: 0.9 if "bad" in turn["content"] else 0.2})
 
 
 LATER = [*pair("bad dog", "no"), *pair("nice dog")]
@@ -33,12 +18,12 @@ OPENED = [{"role": "assistant", "content": "hello"}, *pair("bad hen")]
 ROWS = [  # a conversation, whether it is unsafe, what the guard says
     (pair("bad cat"), True, 0.9),
     (pair("what?", "bad answer"), True, 0.9),
-    (pair("nice owl"), True, 0.2),
+    (pair("nice owl"), True, 0.125),
     (OPENED, True, 0.9),
     (pair("broken fox"), True, 1.0),
-    (pair("nice cat"), False, 0.2),
-    (pair("bad question?", "nice answer"), False, 0.2),
-    (LATER, False, 0.2),
+    (pair("nice cat"), False, 0.125),
+    (pair("bad question?", "nice answer"), False, 0.125),
+    (LATER, False, 0.125),
     (pair("bad idea"), False, 0.9),
     (pair("broken hare"), False, 1.0),
 ]

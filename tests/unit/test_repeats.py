@@ -78,12 +78,9 @@ def test_grouped_split(prompts, ratio, held_out):
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])
-def test_grouped_split_refuses_a_bad_ratio(ratio):
+def test_grouped_split_needs_a_share_and_two_prompts(ratio):
     with user_error("eval_split_ratio"):
         grouped_split(dataset(answered("Hi"), answered("Bye")), ratio, 0)
-
-
-def test_grouped_split_needs_two_prompts():
     with user_error("prompt"):
         grouped_split(dataset(answered("Hi"), answered("hi")), 0.5, 0)
 

@@ -204,15 +204,6 @@ def test_a_killed_write_is_never_half_a_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_json_is_written_for_people(tmp_path):
-    path = tmp_path / "new/a.json"
-    runtime.write_json(path, {"ü": None})
-    assert path.read_text("utf-8") == '{\n  "ü": null\n}\n'
-    with pytest.raises(ValueError):
-        runtime.write_json(path, float("nan"))
-    assert path.read_text("utf-8") == '{\n  "ü": null\n}\n'
-
-
 @pytest.mark.parametrize(
     "path", ["file", "file/below", "/dev/null/out", "/proc/out", "nowhere", "nowhere/below"]
 )

@@ -13,8 +13,7 @@ from checks import user_error
 from transformers import AutoTokenizer
 
 import common.templates
-from common.conversation import Verdict
-from guards import Guard, zoo
+from guards import zoo
 from guards.card import GenerativeCard, LoraCard, write_card
 from guards.known import ALIASES
 from guards.suite.benchmarks import paper, split_spec
@@ -227,22 +226,10 @@ def test_errors_of_a_real_server(arguments, run, tmp_path, serve):
 # --- one table --------------------------------------------------------------------------------------------------------
 
 
-def flagged(value: float, how: str, on: str | None) -> dict:
-    return {"flagged": {"value": value, "how": how, "on": on}}
-
-
-def test_an_unfitted_threshold_is_none(run, tmp_path):
-    fitted = candidate(thresholds=flagged(0.95, "max F1, n=9", "own"))
-    default = candidate("other", thresholds=flagged(0.5, "default", None))
-    results = run(fitted, default)
-    assert {cell["threshold"] for cell in cells(results, "other").values()} == {None}
-    text = shared.table(tmp_path).partition("## F1 at the threshold")[2]
-    assert "| other | not measured | not measured |" in text
-
-
 def test_what_differs_costs_one_table(run, tmp_path):
-    one = candidate(thresholds=flagged(0.5, "max F1", "own"))
-    other = candidate("other", thresholds=flagged(0.5, "max recall", "own"))
+    fitted = {"value": 0.5, "how": "max F1", "on": "own"}
+    one = candidate(thresholds={"flagged": fitted})
+    other = candidate("other", thresholds={"flagged": fitted | {"how": "max recall"}})
     run(one, other)
     text = shared.table(tmp_path)
     assert "## F1 at the guard's own decision" in text
@@ -261,13 +248,10 @@ def test_no_new_results_beside_an_old_table(run, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["runs"]
 
 
-class Mute(Guard):
+class Mute(shared.KeywordGuard):
     """Judges answers alone."""
 
-    name, thresholds, judges = "mute", {}, ("response_unsafe",)
-
-    def judge_valid(self, conversations):
-        return [Verdict(response_unsafe=0.5) for _ in conversations]
+    name, judges = "mute", ("response_unsafe",)
 
 
 def test_a_guard_that_judges_nothing_of_what_was_asked(arguments, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from guards.suite import tables
 from guards.suite.benchmarks import benchmark_names, benchmarks
 
 
-def results_of(values, complete=True, recall_only=(), **conventions):
+def results_of(values, recall_only=(), **conventions):
     """results.json of guards with one F1 a benchmark; None is "not measured", text another status."""
     benchmarks = {}
     cells = []
@@ -24,7 +24,7 @@ def results_of(values, complete=True, recall_only=(), **conventions):
         for name, value in found.items():
             benchmarks[name] = {
                 "label": "prompt_unsafe",
-                "complete": complete,
+                "complete": True,
                 "recall_only": name in recall_only,
             }
             if value is None:
@@ -108,13 +108,6 @@ def test_published_numbers_at_another_decision_are_left_out():
     """GuardBench: at 0.5."""
     grid = tables.grid(results_of({"llama-guard": {"xstest_prompt": 0.5}}), "f1", PAPERS)
     assert len(grid.rows) == 1
-
-
-def test_published_numbers_of_other_rows_are_left_out():
-    grid = tables.grid(results_of({"wildguard": {"toxicchat": 0.5}}, complete=False), "f1", PAPERS)
-    assert len(grid.rows) == 1
-    assert "left out" in grid.notes[-1]
-    assert "toxicchat" in grid.notes[-1]
 
 
 @pytest.mark.parametrize(
