@@ -16,11 +16,6 @@ def test_the_encoder_is_known_by_its_names_and_its_folder():
     assert bundled.public_name(folder) == bundled.ENCODER_HUB_ID
 
 
-def test_another_folder_is_nobody_s(tmp_path):
-    assert bundled.hub_id(str(tmp_path)) is None
-    assert bundled.licence_of_model(str(tmp_path)) is None
-
-
 def test_without_its_wheel_the_encoder_says_what_to_install(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -315,13 +315,6 @@ def test_a_bad_parquet_row_is_named(tmp_path):
     assert failure(spec).startswith(f"{spec}, row 1, field response: ")
 
 
-def test_a_required_label_needs_a_positive_row(tmp_path):
-    spec = write(tmp_path / "rows.jsonl", [SAFE, QUOTED])
-    message = failure(spec, require=("response_unsafe",))
-    assert message.startswith(spec)
-    assert "field response_unsafe" in message
-
-
 def test_a_required_label_is_there_in_every_row(tmp_path):
     """The line is that of the file: a cell above holds a line break."""
     path = tmp_path / "rows.csv"

@@ -267,19 +267,14 @@ def test_batches_write_what_one_prompt_at_a_time_writes(tmp_path, family, shape,
         assert one.text == tokenizer.decode(out[0, len(ids) :])
 
 
-def test_a_prompt_that_does_not_fit_is_an_error_of_its_own(engine):
-    prompts = [[5, 6], [9] * 600, [7] * 504, [8] * 505]
-    assert failed(engine.completions(prompts, SHORT)) == [1, 3]
-    assert failed(engine.next_token(prompts, [5])) == [1]
+def test_a_prompt_that_cannot_be_asked_is_an_error_of_its_own(engine, tokenizer):
+    """It does not fit, or the model does not know its token: no index error of the whole batch."""
+    unknown = [5, len(tokenizer)]
+    prompts = [[5, 6], [9] * 600, [7] * 504, [8] * 505, unknown, [7]]
+    assert failed(engine.completions(prompts, SHORT)) == [1, 3, 4]
+    assert failed(engine.next_token(prompts, [5])) == [1, 4]
     with user_error("--max_new_tokens 512"):
         engine.complete(prompts, Decoding(max_new_tokens=512))
-
-
-def test_a_token_that_the_model_does_not_know_is_an_error_of_its_prompt(engine, tokenizer):
-    """Not an index error of the whole batch."""
-    prompts = [[5, 6], [5, len(tokenizer)], [7]]
-    assert failed(engine.completions(prompts, SHORT)) == [1]
-    assert failed(engine.next_token(prompts, [5])) == [1]
 
 
 def test_drawing_has_a_seed(engine):

@@ -56,35 +56,3 @@ def test_a_script_ends_as_under_python(both, end):
     assert forked.returncode == python.returncode
     assert forked.stdout == python.stdout
     assert forked.stderr == python.stderr
-
-
-def test_what_takes_too_long_is_ended(tmp_path):
-    pid = tmp_path / "pid"
-    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    with pytest.raises(subprocess.TimeoutExpired):
-        scripts.run([sys.executable, "-c", code], timeout=2)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
-
-
-RANKS = r"""
-import sys, torch
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-if len(sys.argv) > 1 and rank == 1:
-    sys.exit(4)
-numbers = torch.full((2,), rank + 1.0)
-torch.distributed.all_reduce(numbers)
-sys.stdout.write(f"{rank} {numbers.tolist()}\n")  # at once: both write into one pipe
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_are_one_group(tmp_path):
-    """Each is a process of its own; where one fails, the other does not wait for ever."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    done = scripts.launch("moderation", tmp_path / "ranks.py", processes=2)
-    assert sorted(done.stdout.splitlines()) == ["0 [3.0, 3.0]", "1 [3.0, 3.0]"]
-    failed = scripts.launch("moderation", tmp_path / "ranks.py", "fail", processes=2, check=False)
-    assert failed.returncode
-    assert not failed.stdout

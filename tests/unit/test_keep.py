@@ -101,23 +101,17 @@ def test_a_file_counts_under_its_name(model):
     assert fingerprint(model) != before
 
 
-def test_a_file_of_data_counts_by_content(tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_text("{}")
-    before = fingerprint(path)
-    assert fingerprint(shutil.copy(path, tmp_path / "other")) == before
-    path.write_text("[]")
-    assert fingerprint(path) != before
-
-
 @pytest.mark.parametrize("name", ["train.jsonl", "dataset_info.json", "part/test.csv"])
-def test_every_file_of_a_folder_of_data_counts(tmp_path, name):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
+def test_data_count_by_content(tmp_path, name):
+    """Each file by itself, and every file of a folder."""
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
     path.write_text("{}")
-    before = fingerprint(tmp_path)
+    before = fingerprint(path), fingerprint(tmp_path / "data")
+    assert fingerprint(shutil.copy(path, tmp_path / "other")) == before[0]
     path.write_text("[]")
-    assert fingerprint(tmp_path) != before
+    assert fingerprint(path) != before[0]
+    assert fingerprint(tmp_path / "data") != before[1]
 
 
 def test_the_bundled_model_by_name(model, cache):

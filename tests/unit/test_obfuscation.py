@@ -1,7 +1,6 @@
 """Obfuscated texts, benchmarks and training rows."""
 
 import base64
-import unicodedata
 
 import pytest
 from checks import user_error
@@ -10,7 +9,7 @@ from miniatures import write
 
 from common.conversation import pair
 from common.data.splits import augment
-from common.obfuscation import OBFUSCATIONS, check_obfuscations, obfuscated
+from common.obfuscation import OBFUSCATIONS, obfuscated
 from guards.suite.benchmarks import load_benchmark, split_modifier, split_spec
 from guards.suite.judge import with_plain
 
@@ -40,18 +39,6 @@ def test_what_each_one_does():
     }
 
 
-def test_a_reader_gets_the_text_back():
-    assert base64.b64decode(OBFUSCATIONS["base64"](TEXT, 3)).decode() == TEXT
-    hidden = OBFUSCATIONS["zero_width"](TEXT, 3)
-    seen = [letter for letter in hidden if unicodedata.category(letter) != "Cf"]
-    assert "".join(seen) == TEXT
-    doubles = OBFUSCATIONS["homoglyph"](TEXT, 3)
-    for letter, double in zip(TEXT, doubles, strict=True):
-        assert letter == double or "CYRILLIC" in unicodedata.name(double)
-    spaced = OBFUSCATIONS["spaces"](TEXT, 3)
-    assert spaced.replace(" ", "") == TEXT.replace(" ", "")
-
-
 @each_name
 def test_what_has_no_latin_letter_stays_or_is_encoded(name):
     changed = OBFUSCATIONS[name]("12 ?!", 1)
@@ -64,11 +51,6 @@ def test_the_system_prompt_stays():
     assert changed[0] == turns[0]
     assert [turn["role"] for turn in changed] == ["system", "user", "assistant"]
     assert changed[2]["content"] == "Tm8="
-
-
-def test_an_unknown_name():
-    with user_error(r"^--augment rot13: expected some of homoglyph, leet"):
-        check_obfuscations(["leetspeak", "rot13"], "--augment")
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------

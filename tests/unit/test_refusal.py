@@ -1,9 +1,6 @@
 """Refusals told from answers, in English; agreement with people: tests/release/test_real_data.py."""
 
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -167,10 +164,3 @@ def test_substring_refusal_anywhere(part):
 )
 def test_substring_refusal_is_exact(text):
     assert not substring_refusal(text)
-
-
-def test_import_is_light():
-    code = "import sys, common.refusal; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-    )

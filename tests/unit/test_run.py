@@ -77,17 +77,12 @@ def test_flags_override_the_config(parse, flags, config, expected):
 
 MISTAKES = {  # what is wrong: flags, config, what the line names
     "unknown flag": ("--name a --nonsense 1", None, "--nonsense"),
-    "stray word": ("--name a stray", None, "stray"),
     "abbreviation": ("--name a --siz 4", None, "--siz"),
     "unknown key": ("", "name: a\nnonsense: 1", "--nonsense"),
     "missing flag": ("--size 4", None, "--name"),
-    "missing key": ("", "size: 4", "--name"),
     "empty key": ("", "name:\nsize: 4", "--name"),
-    "word for a number": ("--name a --size ten", None, "--size.*ten"),
     "no value": ("--name a --size", None, "--size"),
     "word for a number in the config": ("", "name: a\nsize: ten", "--size.*ten"),
-    "fraction": ("", "name: a\nsize: 3.5", "--size.*3.5"),
-    "list for a number": ("", "name: a\nsize: [1, 2]", r"--size.*\[1, 2\]"),
     "true for a number": ("", "name: a\nlimit: true", "--limit.*True"),
     "word for true": ("", "name: a\nfast: perhaps", "perhaps"),
     "broken YAML": ("", "name: [a", r"--config .*\.yaml: .*line 1"),
@@ -170,11 +165,6 @@ def test_ctrl_c_names_the_launcher(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     line = runtime.stopped_line(KeyboardInterrupt())
     assert line.endswith(": torchrun --nproc_per_node=2 train.py")
-
-
-def test_any_other_error_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        runtime.run_cli(lambda: 1 / 0)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -260,11 +250,6 @@ def test_manifest_tells_no_secret(monkeypatch, training):
     assert "hf_secret" not in text
     command = " ".join(json.loads(text)["command"])
     assert command == "train.py --hub_token … --hub-token=… --api_key … --seed 1"
-
-
-def test_manifest_without_git(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert runtime.manifest([])["git"] == {"revision": None, "dirty": False}
 
 
 # --- training arguments ---------------------------------------------------------------------------

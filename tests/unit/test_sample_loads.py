@@ -2,7 +2,7 @@
 
 import pytest
 import sample_data
-from checks import read_rows, user_error
+from checks import read_rows
 
 from common.data import load_conversations, taxonomy
 
@@ -34,8 +34,3 @@ def test_toxicchat_has_both_labels(split):
     assert rows["response_unsafe"] == [row["output_unsafe"] for row in known]
     assert rows[0]["id"] == f"sample-{split}-001"
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"]
-
-
-def test_toxicchat_names_its_splits():
-    with user_error("toxicchat-sample:guard"):
-        load_conversations("toxicchat-sample:validation")

@@ -61,11 +61,9 @@ def prompts(spec: str) -> list[str]:
 
 
 def test_a_configuration_and_a_slice(hub_folder):
+    """An id names the configuration, and no folder."""
     assert prompts(f"{hub_folder}@guardtest:test") == ["b0", "b1"]
     assert prompts(f"{hub_folder}@guardtrain:train[1:3]") == ["a1", "a2"]
-
-
-def test_an_id_names_the_configuration_and_no_folder(hub_folder):
     rows = load_conversations(f"{hub_folder}@guardtest:test")
     assert rows["id"][0] == "set@guardtest:test, row 0"
 

@@ -95,11 +95,6 @@ def test_turns_before_the_judged_one_are_kept(tmp_path):
     assert [turn["content"] for turn in answers.rows[0]["messages"]] == [t for _, t in turns]
 
 
-def test_own_rows_are_no_validation_rows(run, own):
-    with user_error("is test data"):
-        run(candidate(), benchmarks=[str(own)], validation=[str(own)])
-
-
 REFUSED = {
     "no label": ("rows.jsonl", [{"prompt": "Hi"}], "no row has a label"),
     "a wrong label": (
@@ -143,14 +138,3 @@ def test_two_files_of_one_name(run, own, tmp_path):
     specs[1] = f"theirs={specs[1]}"
     results = run(candidate(), benchmarks=specs)
     assert "theirs_response" in cells(results)
-
-
-def test_own_rows_obfuscated(run, own):
-    """Beside the plain ones, whose rows they are; a keyword is not found in them."""
-    results = run(candidate(), benchmarks=[f"{own}+base64"])
-    found = cells(results)
-    plain = {"mine_prompt", "mine_response"}
-    assert set(found) == plain | {f"{name}+base64" for name in plain}
-    assert found["mine_prompt+base64"]["recall"] == 0
-    drops = {drop["benchmark"]: drop for drop in results["drops"]}
-    assert drops["mine_response+base64"]["recall"]["difference"] == 1
