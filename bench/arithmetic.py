@@ -56,7 +56,7 @@ def memory_gb(
     Args:
         tokens: of a pass, with padding.
         bytes_a_parameter: the line "full fine-tune" or "LoRA" of its table.
-        bytes_a_value: of each layer's hidden state: 4 or 2 with checkpointing, 34 without.
+        bytes_a_value: of each layer's hidden state: 4 or 2 with checkpointing, 42 to 119 without.
     """
     kept = parameters(config) * bytes_a_parameter
     values = tokens * config.hidden_size * config.num_hidden_layers

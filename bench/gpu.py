@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_plan import (
+    BUNDLED,
     ROOT,
     SAMPLE,
     Command,
@@ -66,7 +67,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=whole_path, default=results, help="folder of the results")
     add("--scratch", type=whole_path, help="folder for weights; default: that of the results")
     about = "whose prompts are tokenized: bundled name or folder"
-    add("--tokenizer", default="smollm2-135m-instruct", help=about)
+    add("--tokenizer", default=BUNDLED, help=about)
     add("--python", default=sys.executable, help="what starts the steps")
     args = parser.parse_args(words)
     return args
@@ -124,6 +125,7 @@ class Check:
         self.args = args
         self.run = run
         self.rows: list[Row] = []
+        self.made: dict[str, Row] = {}  # the rows of weights, by model
         self.budget = args.budget or BUDGET
         self.started = time.monotonic()
 
@@ -134,7 +136,7 @@ class Check:
         gpus = machine.get("gpus", 0)
         dry = self.args.dry or not gpus
         if dry and not self.args.dry:
-            print("No GPU: a dry run, tiny models on the CPU.")
+            print("No GPU that works here: a dry run, tiny models on the CPU.")
         self.run = replace(self.run, tiny=dry, gpus=gpus)
         if not self.args.budget:
             self.budget = DRY_BUDGET if dry else self.budget
@@ -167,24 +169,23 @@ class Check:
         if missing:
             row.reason = f"not installed: {', '.join(missing)}"
             return row
-        if not self.has_weights(step):
-            row.status = "failed"
-            row.reason = "it has no weights"
-            return row
+        if step.model is not None:
+            made = self.weights_of(step.model)
+            if made.status != "done":
+                row.status = made.status
+                row.reason = f"{made.step}: {made.reason}"
+                return row
         row = self.perform(step)
         self.compare(step, row)
         return row
 
-    def has_weights(self, step: Step) -> bool:
-        """Make the weights that a step needs, where they are not there; whether they are, then."""
-        if step.model is None:
-            return True
-        if (self.run.models / step.model).is_dir():
-            return True
-        making = weights_step(self.run, step.model, self.args.tokenizer)
-        made = self.perform(making)
-        self.add(made)
-        return made.status == "done"
+    def weights_of(self, model: str) -> Row:
+        """Make a model's weights when a step first needs them; what became of that."""
+        if model not in self.made:
+            making = weights_step(self.run, model, self.args.tokenizer)
+            self.made[model] = self.with_libraries(making)
+            self.add(self.made[model])
+        return self.made[model]
 
     def left_out(self, step: Step) -> str:
         """Why a step is not part of this run; empty where it is."""
@@ -274,7 +275,10 @@ def environment_of(run: Run, step: Step) -> dict[str, str]:
     """The environment of a step: no hub, this clone's modules, and one GPU where it asks for one."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if find_spec("common") is None:  # the clone is not installed
-        environment["PYTHONPATH"] = str(ROOT)
+        folders = [str(ROOT)]
+        if environment.get("PYTHONPATH"):  # where the user keeps other libraries
+            folders.append(environment["PYTHONPATH"])
+        environment["PYTHONPATH"] = os.pathsep.join(folders)
     if run.gpus > 1 and step.gpus == 1:
         seen = environment.get("CUDA_VISIBLE_DEVICES") or "0"
         environment["CUDA_VISIBLE_DEVICES"] = seen.partition(",")[0]

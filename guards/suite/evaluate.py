@@ -34,7 +34,7 @@ from common.run import (
 )
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import LONG_INPUTS, zoo
-from guards.base import decides_above, threshold_of
+from guards.base import DECIDED_BY, decides_above, threshold_of
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
 from guards.suite.judge import (
@@ -367,8 +367,9 @@ def describe(benchmark: Benchmark, args: EvaluationArguments) -> Row:
 def describe_guard(guard: Candidate, benchmarks: Sequence[Benchmark]) -> Row:
     """What results.json says of a guard.
 
-    `knows` names the benchmarks whose own training part the released guard was trained on: no
-    transfer is measured there.
+    `decided_by` is the rule of its own decision; each cell names the threshold, or says that it was
+    a word. `knows` names the benchmarks whose own training part the released guard was trained on:
+    no transfer is measured there.
     """
     knows = []
     for benchmark in benchmarks if guard.released else ():
@@ -376,7 +377,12 @@ def describe_guard(guard: Candidate, benchmarks: Sequence[Benchmark]) -> Row:
         name = benchmark.facts.get("plain", benchmark.name)
         if name in trained_on or guard.zoo in benchmark.facts["contaminated_by"]:
             knows.append(benchmark.name)
-    return {"spec": guard.spec, "zoo": guard.zoo, "knows": knows}
+    return {
+        "spec": guard.spec,
+        "zoo": guard.zoo,
+        "decided_by": DECIDED_BY,
+        "knows": knows,
+    }
 
 
 def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row]:

@@ -64,6 +64,9 @@ def own_benchmarks(text: str, max_rows: int | None = None) -> list[Benchmark]:
     name, rows_spec = _name_and_rows(text)
     spec = parse_spec(rows_spec)
     rows = list(data.load_conversations(rows_spec))
+    _, plain = data.spec_rows(rows_spec)
+    for row, (_, columns) in zip(rows, plain, strict=True):
+        row["domain"] = columns.get("domain")
     labels = [label for label in LABELS if any(row[label] is not None for row in rows)]
     if not labels:
         raise UserError(
@@ -119,10 +122,12 @@ def _judged_turns(messages: Messages, label: str) -> list[dict[str, str]]:
 
 
 def _groups(row: Mapping) -> dict[str, str]:
-    """The sub-groups of a row: its language, and its categories together."""
+    """The sub-groups of a row: its language, its domain, and its categories together."""
     groups = {}
-    if row.get("language"):
-        groups["language"] = row["language"]
+    for name in ("language", "domain"):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():  # an empty cell of a table is NaN
+            groups[name] = value.strip()
     if row["categories"]:
         groups["categories"] = "; ".join(row["categories"])
     return groups

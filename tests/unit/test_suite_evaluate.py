@@ -1,5 +1,6 @@
 """guards/suite/evaluate.py: from rows to tables, in runs that are killed, fail, or go on."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +229,12 @@ def test_results_of_another_run_join_the_table(run, tmp_path):
     text = table(tmp_path / "joined")
     assert "| plain † | 0.727 |" in text
     assert "| keyword | 0.600 |" in text
+    assert "Decided by" not in text
+    old = json.loads((tmp_path / "out/results.json").read_text())
+    del old["guards"]["keyword"]["decided_by"]  # as files before that rule was written down
+    (tmp_path / "out/results.json").write_text(json.dumps(old))
+    run(candidate("plain", words=False), **joined)
+    assert "does not say: keyword; all others by the threshold" in table(tmp_path / "joined")
     late = candidate("late")
     with user_error(r"scored differently \(parse_errors"):
         run(late, **joined, parse_errors="excluded")

@@ -65,6 +65,22 @@ def test_one_label_needs_no_ending(run, tmp_path):
     assert cells(part)["mine"]["rows"] == 2
 
 
+def test_language_domain_and_categories_are_sub_groups(run, tmp_path):
+    lines = ["prompt,label,language,domain,category", "bad cat,1,en,law,theft"]
+    lines += ["nice cat,0,de,law,", "nice dog,0,de,,"]
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(lines) + "\n")
+    cell = cells(run(candidate(), benchmarks=[f"{path}[0:2]", f"all={path}"]))
+    groups = cell["all"]["groups"]
+    assert {name: list(parts) for name, parts in groups.items()} == {
+        "language": ["de", "en"],
+        "domain": ["law"],
+        "categories": ["theft"],
+    }
+    assert groups["domain"]["law"]["rows"] == 2
+    assert list(cell["mine-0-2"]["groups"]["domain"]) == ["law"]
+
+
 def test_bundled_rows_by_their_spec(run):
     """The spec of a data set, with a split and a slice."""
     spec = "beavertails-sample:test[:6]"

@@ -10,6 +10,7 @@ import yaml
 from checks import user_error
 
 from guards import zoo
+from guards.base import DECIDED_BY
 from guards.suite import tables
 from guards.suite.benchmarks import benchmark_names, benchmarks
 
@@ -39,11 +40,24 @@ def results_of(values, recall_only=(), **conventions):
                     "convention": convention,
                 }
             )
-    guards = {guard: {"zoo": guard} for guard in values}
+    guards = {guard: {"zoo": guard, "decided_by": DECIDED_BY} for guard in values}
     return {"benchmarks": benchmarks, "cells": cells, "guards": guards}
 
 
 PAPERS = tables.published()
+
+
+def test_guards_that_were_decided_by_another_rule_are_named():
+    """Of added results: at the guard's own decision, and not where a score alone counts."""
+    results = results_of({name: {"toxicchat": 0.5} for name in ("new", "old", "word")})
+    assert not any("Decided" in note for note in tables.grid(results, "f1", PAPERS).notes)
+    del results["guards"]["old"]["decided_by"]
+    results["guards"]["word"]["decided_by"] = "its own word"
+    unsaid, other = tables.grid(results, "f1", PAPERS).notes[-2:]
+    assert unsaid.startswith("Decided by a rule that their results.json does not say: old; all ")
+    assert other.startswith("Decided by its own word: word; all others by the threshold of its ")
+    results["cells"] = [cell | {"auroc": 0.5} for cell in results["cells"]]
+    assert not any("Decided" in note for note in tables.grid(results, "auroc", PAPERS).notes)
 
 
 def test_grid_and_its_formats():
