@@ -9,7 +9,7 @@ Every step is a process of its own with a time limit: one that fails, or lacks a
 with its reason, and the others go on. Models have the shapes of public ones and random weights, so
 that no hub is needed; speed and memory are real, scores say nothing. The results are written after
 every step to output/check-gpu/results.json and results.md. Weights and what is trained lie beside
-them, up to 25 GB, until the end. The exit code is 1 where a step failed. Without a GPU it is a dry
+them, up to 26 GB, until the end. The exit code is 1 where a step failed. Without a GPU it is a dry
 run.
 """
 
@@ -40,6 +40,7 @@ from gpu_plan import (
     device_step,
     steps_of,
     weights_step,
+    with_needed,
 )
 from gpu_results import Row, shown, write_results
 
@@ -93,6 +94,8 @@ def main() -> None:
     unknown = set(args.only or ()) - set(known)
     if unknown:
         sys.exit(f"error: --only {', '.join(sorted(unknown))}: no such step; --list names them")
+    if args.only:
+        args.only = with_needed(args.only, steps_of(run))
     args.output.mkdir(parents=True, exist_ok=True)
     with scratch(args) as folder:
         check = Check(args, replace(run, scratch=folder))

@@ -125,6 +125,7 @@ class Step:
     dry: bool = True  # part of `--dry`
     gpus: int = 1  # it needs so many, and runs on as many as there are
     like: str | None = None  # the step whose losses it has to repeat
+    after: str | None = None  # the step whose result it needs
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,15 @@ def steps_of(run: Run) -> list[Step]:
         sharded_step(run, "all-gpus-fsdp2", 2),
         sharded_step(run, "all-gpus-zero3", 2),
     ]
+
+
+def with_needed(names: Sequence[str], steps: Sequence[Step]) -> list[str]:
+    """Names of steps, and of those whose results they need or are compared with."""
+    needed = []
+    for step in steps:
+        if step.name in names:
+            needed += [step.after, step.like]
+    return [*names, *filter(None, needed)]
 
 
 def device_step(run: Run) -> Step:
@@ -378,6 +388,7 @@ def riding_step(run: Run) -> Step:
         150,
         model="llama-3.1-8b",
         aim="1.05 at k = 16, batches of 1 and 8; the same tokens",
+        after="lora_guard",
     )
 
 

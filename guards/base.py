@@ -1,6 +1,8 @@
 """What every guard is: something that judges conversations."""
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -80,11 +82,36 @@ def is_flagged(
     return score > decides_above(thresholds, label)
 
 
+FOREIGN = (
+    "pass --trust_remote_code where its folder brings the code, else compare it by its predictions "
+    "(--guards name=predictions:scores.jsonl)"
+)
+
+
 def loading_error(model: str, error: Exception, what: str) -> UserError:
     """What is said where a model does not load: `what` of a folder, or that there is none."""
     if not Path(model).is_dir():
         what = "no folder here, and no hub id that loads"
     return UserError(f"{model}: {what}: {str(error).strip():.200}".splitlines()[0])
+
+
+def refuse_foreign(model: str, known: Mapping[str, str], trust_remote_code: bool) -> None:
+    """Refuse a folder with a model that no class of transformers is for.
+
+    Args:
+        known: of an auto class, its classes by the type of model.
+
+    Raises:
+        UserError: it says what to do with such a model.
+    """
+    path = Path(model) / "config.json"
+    if trust_remote_code or not path.is_file():
+        return
+    kind = None
+    with suppress(ValueError, AttributeError):  # a broken one is for the loader
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if kind is not None and kind not in known:
+        raise UserError(f"{model}: transformers has no class for model_type {kind} here; {FOREIGN}")
 
 
 def number_format(model: PreTrainedModel) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
@@ -15,6 +16,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from common.conversation import (
@@ -38,6 +42,7 @@ from common.templates import (
     windows,
 )
 from guards.base import (
+    FOREIGN,
     LONG_INPUTS,
     Guard,
     check_option,
@@ -45,6 +50,7 @@ from guards.base import (
     each,
     loading_error,
     number_format,
+    refuse_foreign,
     seen_of,
 )
 from guards.card import LabelledCard, check_labels, check_tokenizer_file
@@ -151,6 +157,7 @@ class ClassifierGuard(Guard):
     ) -> None:
         """Set `labels`, `tokenizer`, `model` and `exclusive`, or say why they cannot be had."""
         code = {"trust_remote_code": trust_remote_code}  # never asked on the terminal
+        refuse_foreign(model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, trust_remote_code)
         try:
             config = AutoConfig.from_pretrained(model, **code)
             self.labels = self._named(model, config, labels)
@@ -160,7 +167,7 @@ class ClassifierGuard(Guard):
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, **code)
             if is_exported(model):
                 self.model = OnnxClassifier(model, config)
-                loading = {"missing_keys": ()}
+                loading = {"missing_keys": (), "unexpected_keys": ()}
             else:
                 self.model, loading = AutoModelForSequenceClassification.from_pretrained(
                     model,
@@ -176,6 +183,11 @@ class ClassifierGuard(Guard):
         if loading["missing_keys"]:  # transformers fills them at random and warns
             lacking = ", ".join(sorted(loading["missing_keys"]))
             raise UserError(f"{model}: not a trained classifier, it lacks {lacking:.200}")
+        own = (config.architectures or [""])[0]
+        if loading["unexpected_keys"] and not trust_remote_code and not hasattr(transformers, own):
+            surplus = ", ".join(sorted(loading["unexpected_keys"]))
+            what = f"the class {own} is none of transformers, which has no place for {surplus:.100}"
+            raise UserError(f"{model}: {what}; {FOREIGN}")
         if config.problem_type == "regression":
             raise UserError(f"{model}: problem_type regression: its outputs are no probabilities")
         several = len(self.labels) > 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.bundled import resolve_model
 from common.conversation import (
@@ -48,6 +49,7 @@ from guards.base import (
     each,
     loading_error,
     number_format,
+    refuse_foreign,
     seen_of,
 )
 from guards.known import SYSTEM, policy_text
@@ -195,6 +197,8 @@ class GenerativeGuard(Guard):
         self.variants = entry.get("variants", {"": {}})
         self.judges = self._judged()
         self._words: dict[Any, dict[str, Ids]] = {}
+        if engine == "transformers":
+            refuse_foreign(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, trust_remote_code)
         self._load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template

@@ -171,6 +171,14 @@ def test_what_a_killed_step_has_found_stays(check, step):
     assert (row.status, row.figures) == ("killed", {"tokens": 3})
 
 
+def test_a_step_comes_with_those_that_it_needs(files, check):
+    plan = files("gpu_plan")
+    steps = plan.steps_of(check.run)
+    alone = plan.with_needed(["lora_guard-riding"], steps)
+    assert alone == ["lora_guard-riding", "lora_guard"]
+    assert plan.with_needed(["all-gpus-ddp", "device"], steps)[2:] == ["moderation"]
+
+
 def test_weights_are_tried_once(check, step):
     """What became of them is said by each step that needs them, and is no failure of theirs."""
     check.budget = 1

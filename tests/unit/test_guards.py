@@ -326,13 +326,27 @@ def narrow_head(folder):
     change_head(folder, narrow)
 
 
+def second_head(folder):
+    configured(folder, architectures=["GuardWithTwoHeads"])
+    change_head(folder, lambda weights: weights.update({"other.weight": torch.zeros(2, 2)}))
+
+
 UNREADABLE = "cannot be loaded as a classifier"
+TO_DO = "pass --trust_remote_code where its folder brings the code, else compare it by its pred"
 SPOILT = {  # what is wrong: how it is done, what is said
     "labels": (lambda f: described(f, labels=["safe", "unsafe"]), "guard.json, field labels"),
     "config": (lambda f: (f / "config.json").write_text("{"), UNREADABLE),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), UNREADABLE),
     "half the weights": (halve_weights, UNREADABLE),
     "a narrow head": (narrow_head, UNREADABLE),
+    "a type of its own": (
+        lambda f: configured(f, model_type="mine"),
+        f"transformers has no class for model_type mine here; {TO_DO}",
+    ),
+    "a class of its own": (
+        second_head,
+        f"GuardWithTwoHeads is none of transformers, which has no place for other.weight; {TO_DO}",
+    ),
     "no head": (drop_head, "not a trained classifier, it lacks score.weight"),
 }
 

@@ -311,6 +311,13 @@ def test_a_warm_up_is_never_left_out(training, schedule, steps, expected):
     assert args.lr_scheduler_type == expected
 
 
+def test_one_process_with_several_gpus_is_refused(training):
+    args = training()
+    args._n_gpu = 2
+    with user_error("one process would share its GPUs by DataParallel: launch with torchrun"):
+        checkpoint_to_resume(args)
+
+
 def test_each_launched_process_has_a_gpu_of_its_own(monkeypatch):
     """A base that is loaded before the trainer's arguments lay on the first GPU in all of them."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
