@@ -29,9 +29,9 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def user_error(words: str) -> Iterator[pytest.ExceptionInfo[UserError]]:
+def user_error(words: str = "") -> Iterator[pytest.ExceptionInfo[UserError]]:
     """What is refused in one line; `words` is a regular expression that it holds."""
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=words or None) as caught:
         yield caught
     assert "\n" not in str(caught.value)
 

@@ -47,6 +47,9 @@ def test_refused_rows(name, row, said, tmp_path):
     ("file", "content", "said"),
     [
         ("r.csv", None, r"r\.csv: no such file"),
+        ("r.xlsx", b"x", r"r\.xlsx: unknown file type"),
+        ("r.json", b'[\n{"prompt": }]', r"r\.json, line 2, column 12: malformed JSON"),
+        ("r.txt", b"caf\xe9", r"r\.txt, line 1: not UTF-8"),
         ("r.json", b'{"instructions": 3}', r"r\.json, instructions: expected a list"),
         ("r.json", b"[3]", r"r\.json, row 0: expected an object"),
         ("r.txt", b"\n \n", r"r\.txt: no rows"),

@@ -5,7 +5,6 @@ import json
 import pytest
 from checks import read_json, user_error
 
-from common.conversation import UserError
 from common.data import taxonomy
 from guards import load_guard
 from guards.card import GenerativeCard, LoraCard, has_card, read_card, write_card
@@ -44,7 +43,7 @@ def refusal(folder, content: str | dict) -> str:
     """What `read_card` says of a file."""
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / "guard.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError) as caught:
+    with user_error() as caught:
         read_card(folder)
     return str(caught.value)
 

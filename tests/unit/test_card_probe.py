@@ -93,7 +93,7 @@ def load(folder: Path, **options):
 
 
 def refusal(folder: Path, **options) -> str:
-    with user_error("") as caught:
+    with user_error() as caught:
         load(folder, **options)
     return str(caught.value)
 

@@ -73,7 +73,7 @@ def conversation(id: str, messages: list[dict], categories=None, **labels) -> di
 
 def failure(spec: str, **options) -> str:
     """The message with which loading stops: always one line."""
-    with user_error("") as caught:
+    with user_error() as caught:
         load_conversations(spec, **options)
     return str(caught.value)
 

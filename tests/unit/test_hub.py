@@ -1,10 +1,10 @@
 """What is said of a push that the hub does not take: its real client, and a hub of this machine."""
 
 import pytest
+from checks import user_error
 from hub_server import TOKEN, USER, hub_server
 from huggingface_hub import HfApi, constants
 
-from common.conversation import UserError
 from common.hub import check_push, push_finished, what_to_do
 from common.training import RecipeTrainingArguments
 
@@ -51,7 +51,7 @@ def test_a_name_that_is_free_may_be_pushed_to(hub, arguments):
 )
 def test_what_the_hub_refuses_is_said_with_what_helps(hub, arguments, status, hint):
     hub.fault = status
-    with pytest.raises(UserError, match=f"--push_to_hub: .*; {hint}$"):
+    with user_error(f"--push_to_hub: .*; {hint}$"):
         check_push(arguments())
 
 
@@ -63,27 +63,27 @@ def test_what_the_hub_refuses_is_said_with_what_helps(hub, arguments, status, hi
     ],
 )
 def test_nobody_is_logged_in(hub, arguments, name):
-    with pytest.raises(UserError, match=r"; log in with `hf auth login`$"):
+    with user_error(r"; log in with `hf auth login`$"):
         check_push(arguments(hub_token=None, hub_model_id=name))
 
 
 @pytest.mark.parametrize("name", ["my guard", f"{USER}/guard-", "a/b/c", "g" * 97])
 def test_a_name_that_no_repository_may_have(hub, arguments, name):
     """The hub's rule is said, and no word of a log-in."""
-    with pytest.raises(UserError, match=r"[Rr]epo id must .*; name another") as error:
+    with user_error(r"[Rr]epo id must .*; name another") as error:
         check_push(arguments(hub_model_id=name))
     assert "log in" not in str(error.value)
 
 
 def test_a_branch_that_is_not_there(hub, arguments):
     hub.add("models", f"{USER}/guard", {"README.md": "Mine."}, private=True)
-    with pytest.raises(UserError, match="make that branch on the hub, or drop --hub_revision"):
+    with user_error("make that branch on the hub, or drop --hub_revision"):
         check_push(arguments(hub_revision="next"))
 
 
 def test_no_network(hub, arguments, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", NOBODY_LISTENS)
-    with pytest.raises(UserError, match=f"{NOBODY_LISTENS} does not answer: .* try again later"):
+    with user_error(f"{NOBODY_LISTENS} does not answer: .* try again later"):
         check_push(arguments())
 
 
@@ -93,7 +93,7 @@ def test_a_fault_of_this_machine_is_not_put_down_to_the_network(hub):
 
 def test_offline_says_which_variable(hub, arguments, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="unset the `HF_HUB_OFFLINE`") as error:
+    with user_error("unset the `HF_HUB_OFFLINE`") as error:
         check_push(arguments())
     assert "log in" not in str(error.value)
 
@@ -106,5 +106,5 @@ def test_a_push_that_fails_at_the_end_says_the_same_and_where_the_guard_is(
     (folder / "adapter_config.json").write_text("{}")
     hub.fault = 503
     message = f"try again later; the guard is whole in {folder}: hf upload"
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         push_finished(arguments(), last="adapter_config.json")

@@ -92,9 +92,8 @@ def test_what_cannot_be_a_category_is_refused(asked, said, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text(asked[0])
         asked = [str(path)]
-    with user_error(said) as caught:
+    with user_error(said):
         labels.LabelArguments(categories=asked).check_labels()
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_what_is_judged_is_one_of_three():

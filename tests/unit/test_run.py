@@ -167,6 +167,11 @@ def test_ctrl_c_names_the_launcher(monkeypatch):
     assert line.endswith(": torchrun --nproc_per_node=2 train.py")
 
 
+def test_any_other_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        runtime.run_cli(lambda: 1 / 0)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -250,6 +255,11 @@ def test_manifest_tells_no_secret(monkeypatch, training):
     assert "hf_secret" not in text
     command = " ".join(json.loads(text)["command"])
     assert command == "train.py --hub_token … --hub-token=… --api_key … --seed 1"
+
+
+def test_manifest_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runtime.manifest([])["git"] == {"revision": None, "dirty": False}
 
 
 # --- training arguments ---------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import pytest
 from checks import user_error
 from scripts import module
 
-from common.conversation import UserError
 from common.data import load_conversations, parse_spec
 from common.data.specs import Spec
 from common.run import parse_args
@@ -35,7 +34,7 @@ def test_a_spec_is_taken_apart_once(text, spec):
 
 @pytest.mark.parametrize("text", ["", ":train", "user/name@:train", "user/name@a@b@c:train"])
 def test_what_is_no_spec(text):
-    with pytest.raises(UserError):
+    with user_error():
         parse_spec(text)
 
 

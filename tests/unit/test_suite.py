@@ -42,6 +42,47 @@ FEW = ["expguardtest_prompt", "beavertails", "wildguardtest_refusal", "convabuse
 SAMPLE = [pair(i.prompt, answer) for i in ITEMS for answer in (None, i.answer)]
 
 
+def write_on(guard: GenerativeGuard, text: str) -> None:
+    """What is written next hangs on the last token, far more than on the text: `text`, with any
+    verdict in it.
+    """
+    embedding = guard.model.model.get_input_embeddings().weight.data
+    embedding *= 60
+    head = guard.model.model.get_output_embeddings().weight.data
+    ids = guard.tokenizer(text, add_special_tokens=False)["input_ids"]
+    pairs = list(pairwise(ids))
+    for question in guard.questions:
+        for word in question.words:
+            first, *_ = guard.tokenizer(word, add_special_tokens=False)["input_ids"]
+            pairs.append((first, ids[-1]))
+    for before, after in pairs:
+        head[after] += 6 * embedding[before] / embedding[before].norm()
+
+
+def read_and_asked(guard: GenerativeGuard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each question that is asked of SAMPLE: what the head reads on average, and 1 for each
+    token that may answer.
+    """
+    head = guard.model.model.get_output_embeddings()
+    next_token = guard.model.next_token
+    means = []
+    asked = []
+
+    def look(prompts, candidates):
+        read = []
+        hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        out = next_token(prompts, candidates)
+        hook.remove()
+        means.append(read[-1].flatten(0, -2).mean(0))  # the one before is of the shared prefix
+        asked.append(torch.zeros(len(head.weight)).index_fill(0, torch.tensor(candidates), 1))
+        return out
+
+    guard.model.next_token = look
+    guard.judge(SAMPLE, wanted=["response_refusal"])
+    guard.model.next_token = next_token
+    return torch.stack(means), torch.stack(asked)
+
+
 def tiny(folder: Path, name: str) -> Path:
     """A random model of a guard's family that mostly gives verdicts, which depend on the text, and
     sometimes none.
@@ -52,42 +93,23 @@ def tiny(folder: Path, name: str) -> Path:
         patch.setattr(families, "QWEN", (*families.QWEN, "Refusal:"))
         families.save(folder, FAMILIES[name], seed=3, **shape)
     guard = load_guard(name, model=str(folder), progress=False)
-    lm, tokenizer = guard.model.model, guard.tokenizer
-    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings().weight.data
+    guard.model.batch_size = 10**5  # one call a question
+    lm = guard.model.model
+    head = lm.get_output_embeddings()
     # of which verdicts differ
     generator = torch.Generator().manual_seed(8 if FAMILIES[name] == "gpt-oss" else 5)
-    words = torch.randn(len(head.weight), head.weight.shape[1], generator=generator)
+    words = torch.randn(head.weight.shape, generator=generator)
     head.weight.data.zero_()
     if name in WRITES:
-        embedding *= 60  # what is written next hangs on the last token, far more than on the text
-        ids = tokenizer(WRITES[name], add_special_tokens=False)["input_ids"]
-        verdicts = [word for question in zoo()[name]["questions"] for word in question["words"]]
-        firsts = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in verdicts]
-        for before, after in [*pairwise(ids), *((word, ids[-1]) for word in firsts)]:
-            head.weight.data[after] += 6 * embedding[before] / embedding[before].norm()
-    seen, asked, next_token = [], [], guard.model.next_token
-
-    def look(prompts, candidates):
-        calls = []
-        hook = head.register_forward_pre_hook(
-            lambda _, inputs: calls.append(inputs[0].flatten(0, -2).mean(0))
-        )
-        out = next_token(prompts, candidates)
-        hook.remove()
-        seen.append(calls[-1])  # the one before it is of the shared prefix
-        asked.append(torch.zeros(len(words)).index_fill(0, torch.tensor(candidates), 1))
-        return out
-
-    guard.model.next_token, guard.model.batch_size = look, 10**5  # one call a question
+        write_on(guard, WRITES[name])
     base = head.weight.data
     for _ in guard.questions:  # the next one is asked only after an answer
-        seen.clear(), asked.clear()
-        guard.judge(SAMPLE, wanted=["response_refusal"])
-        means, these = torch.stack(seen), torch.stack(asked)
+        means, asked = read_and_asked(guard)
         inverse = torch.linalg.pinv(means, rtol=0.05)
         # Where it is asked, no word is likelier by itself, and all are likelier than others.
-        own = (base + words * these.any(0)[:, None]) @ (torch.eye(len(inverse)) - inverse @ means)
-        head.weight.data = own + (8 if name in WRITES else 2) * (inverse @ these).T
+        differing = base + words * asked.any(0)[:, None]
+        even = differing @ (torch.eye(len(inverse)) - inverse @ means)
+        head.weight.data = even + (8 if name in WRITES else 2) * (inverse @ asked).T
     lm.save_pretrained(folder)
     return folder
 

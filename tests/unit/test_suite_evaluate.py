@@ -169,6 +169,7 @@ def test_a_run_from_rows_to_tables(run, tmp_path):
     assert "| plain † | 0.727 |" in text
     assert "| last turn |" in text
     assert "Published numbers are left out" in text
+    assert "expguard, published" not in text
     rows = read_rows(out / "predictions.jsonl")
     assert len(rows) == 18
     assert rows[0]["guards"]["plain"]["prompt_unsafe"] == 0.9

@@ -44,6 +44,8 @@ def test_prompts_and_answers_of_one_file(run, own, tmp_path):
     assert "| keyword | 0.667 | 0.667 |" in text
     assert "Published numbers are left out" not in text  # nobody published any of these rows
     assert "mine_response" in (tmp_path / "out/results.html").read_text()
+    said = read_rows(tmp_path / "out/predictions.jsonl")
+    assert [line["index"] for line in said if line["benchmark"] == "mine_response"] == [0, 1, 3]
     again = candidate(known="expguard")
     assert run(again, **given)["cells"] == results["cells"]
     assert not again.load.made

@@ -138,6 +138,13 @@ def test_groups():
     assert groups["b"]["fpr"] == 1 / 2
 
 
+def test_one_class_has_no_ranking():
+    unsafe = score([row(text, True) for text in "abcdef"])
+    for name in ("auprc", "auroc", "fpr", "recall_at_fpr05"):
+        assert unsafe[name] is None
+    assert score([row(text, False) for text in "abcdef"])["f1"] is None
+
+
 def test_marked_rows():
     rows = [
         row("a", True),

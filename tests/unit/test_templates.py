@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.fit import fit_classifier
 from common.templates import (
     Part,
@@ -121,7 +121,7 @@ def test_last_turns_are_rendered_as_the_paper_does(tokenizer):
     ids=["no answer", "no turn", "no such template"],
 )
 def test_render_refuses(make_tokenizer, template, messages):
-    with pytest.raises(UserError):
+    with user_error():
         render(template, messages, make_tokenizer("bpe"))
 
 

@@ -207,6 +207,12 @@ def test_another_run_is_not_resumed(make, interrupted, name, change):
     assert kept(interrupted) == ["checkpoint-2"]
 
 
+def test_another_lora_is_not_resumed(make, out):
+    run(make(lora={"r": 4}, max_steps=2))
+    with user_error("LoRA"):
+        run(make(lora={"r": 8}, max_steps=2, resume_from_checkpoint="latest"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
