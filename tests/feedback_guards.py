@@ -225,7 +225,7 @@ def rows_of(settings):
 
     def make(name, seed=0, lines=whole):
         arm = train.arm_named(name)
-        return train.build_rows(arm, lines, blocked_inputs(lines), seed, config)
+        return train.build_rows(arm, lines, seed, config)
 
     return make
 

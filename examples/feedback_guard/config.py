@@ -244,11 +244,6 @@ class Prepare(Section):
     guard: PrepareGuard | None = None
     judge: PrepareGuard | None = None
 
-    def parts(self) -> dict[str, PrepareGuard]:
-        """What is to be made, by its name."""
-        named = {"guard": self.guard, "judge": self.judge}
-        return {name: part for name, part in named.items() if part is not None}
-
 
 class Config(Section):
     seed: NonNegativeInt = 42
@@ -281,29 +276,37 @@ class Config(Section):
 
     def prepared(self) -> dict[str, PrepareGuard]:
         """The guards that are made before anything else, by their names."""
-        return self.prepare.parts() if self.prepare else {}
+        named = dict(self.prepare or ())
+        return {name: part for name, part in named.items() if part is not None}
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+) -> Config:
     """A config file, with `overrides` such as "training.max_steps=20".
 
     Raises:
         UserError: no JSON object, an unknown key, a value of the wrong type or out of its range.
     """
     values = read_json(path)
-    config = _checked(values, str(path))
+    _checked(values, str(path))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected section.key=value")
         _set(values, key.strip().split("."), value)
-    return _checked(values, f"{path} with --set") if overrides else config
+    return _checked(values, f"{path} with --set")
 
 
-def _set(values: dict[str, Any], keys: Sequence[str], text: str) -> None:
+def _set(
+    values: dict[str, Any],
+    keys: Sequence[str],
+    text: str,
+) -> None:
     """Change one value. The text is JSON; a word need not stand in quotes."""
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
@@ -312,7 +315,10 @@ def _set(values: dict[str, Any], keys: Sequence[str], text: str) -> None:
     values[keys[-1]] = _plain(text)
 
 
-def _checked(values: Any, where: str) -> Config:
+def _checked(
+    values: Any,
+    where: str,
+) -> Config:
     try:
         return Config.model_validate(_with_home(values))
     except ValidationError as error:

@@ -16,25 +16,33 @@ kept under processed/parts as it comes: a killed run goes on, and gives what an 
 gives.
 """
 
-import gc
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from config import SPLITS, Config, parse_command_line
-from guard import chatml_parts, check_guard, load_llama_guard, read_pretrained, reason_of
+from guard import (
+    Loaded,
+    check_guard,
+    give_memory_back,
+    load_llama_guard,
+    query_ids,
+    read_pretrained,
+    reason_of,
+    verdict_row,
+)
 from records import (
     Row,
     assistant_identity,
     check_stage,
     default_identity,
     feedback,
+    kept_rows,
     make_splits,
+    outcome,
     passed,
     process_stage,
     processed_path,
@@ -46,16 +54,14 @@ from records import (
 from train import arm_named, doubtful, prepare, unsafe_categories
 from transformers import AutoConfig, AutoTokenizer
 
-from common.conversation import Messages, UserError, Verdict, pair
+from common.conversation import Messages, UserError, pair
 from common.data import load_conversations
-from common.engines import CHUNK, Completion, Decoding, Engine, load_engine
-from common.fit import config_positions
-from common.keep import KeptRows, digest, failed
+from common.engines import CHUNK, Decoding, load_engine
+from common.keep import digest, failed
 from common.refusal import classify
 from common.run import check_output_folder, json_lines, run_cli, write_json, write_text
 from common.templates import encode, render_chat
-from guards import Guard, load_guard
-from guards.base import is_flagged
+from guards import load_guard
 from guards.generative import GenerativeGuard
 from guards.identity import guard_identity, is_served
 from guards.suite.benchmarks import benchmark_names, load_benchmark
@@ -69,16 +75,10 @@ OWN_TRUTH = (
     "evaluation.t2_label %s: the guard that labels what is learned is the truth that it is "
     "measured by, too; name another guard in evaluation.judge"
 )
-# what recorded rows must have: a column, and what is said where none has it
-RECORDED = ("model_output", "recorded response; set llama.use_recorded=false to generate")
-BLOCKED = (
-    "output_unsafe",
-    "human label of its response; set experiment.blocked_by=guard, or judge",
-)
-LABELLED = (
-    "output_unsafe",
-    "human label of its response; set evaluation.t2_label=guard, or judge",
-)
+# what recorded rows must have, and what to do where none has it
+RECORDED = "recorded response; set llama.use_recorded=false to generate"
+BLOCKED = "human label of its response; set experiment.blocked_by=guard, or judge"
+LABELLED = "human label of its response; set evaluation.t2_label=guard, or judge"
 
 
 def main() -> None:
@@ -102,33 +102,6 @@ def asked_once(
         "unsafe": row["unsafe"],
         "error": row["error"],
     }
-
-
-class Loaded:
-    """A model that is loaded when it is first needed, and can be let go."""
-
-    def __init__(self, load: Callable[[], Any]):
-        self.load = load
-        self.model: Any = None
-
-    def get(self) -> Any:
-        """The model, loaded once."""
-        if self.model is None:
-            self.model = self.load()
-        return self.model
-
-    def free(self) -> None:
-        """Give its memory back."""
-        if self.model is not None:
-            self.model = None
-            give_memory_back()
-
-
-def give_memory_back() -> None:
-    """Give the device the memory of models that nobody holds any more; vLLM asks for most of it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def process(config: Config) -> dict[str, Any]:
@@ -169,13 +142,13 @@ def process(config: Config) -> dict[str, Any]:
 def forget_what_others_left(config: Config) -> None:
     """Take the mark away from what other settings, data or models gave: it is made anew."""
     mark = process_stage(config)
-    if mark.is_file():
-        try:
+    try:
+        if mark.is_file():
             check_stage(mark, config, "process")
-        except UserError as error:
-            what = str(error).partition(";")[0]
-            logger.warning("%s: it is made anew", what)
-            mark.unlink()
+    except UserError as error:
+        what = str(error).partition(";")[0]
+        logger.warning("%s: it is made anew", what)
+        mark.unlink()
 
 
 # --- before any work ------------------------------------------------------------------------------
@@ -241,16 +214,18 @@ def check_data(config: Config) -> None:
             found = f"all {len(parts[split])} prompts of {split} are {labels.pop()}"
             hint = "name data with safe and unsafe prompts in dataset.path"
             raise UserError(f"{path}: {found}, nothing can be learned or measured; {hint}")
-    needed = []
-    if config.llama.use_recorded:
-        needed += [("train", *RECORDED), ("test", *RECORDED)]
-    if config.experiment.blocked_by == "human":
-        needed.append(("train", *BLOCKED))
-    if config.evaluation.t2_label == "human":
-        needed.append(("test", *LABELLED))
-    for split, column, what in needed:
+    recorded = config.llama.use_recorded
+    people_block = config.experiment.blocked_by == "human"
+    people_judge = config.evaluation.t2_label == "human"
+    needed = [
+        (recorded, "train", "model_output", RECORDED),
+        (recorded, "test", "model_output", RECORDED),
+        (people_block, "train", "output_unsafe", BLOCKED),
+        (people_judge, "test", "output_unsafe", LABELLED),
+    ]
+    for is_needed, split, column, what in needed:
         values = [row[column] for row in parts[split]]
-        if values and all(value is None for value in values):
+        if is_needed and values and all(value is None for value in values):
             raise UserError(f"{path}: no prompt of {split} has a {what}")
 
 
@@ -270,57 +245,24 @@ def judged(
     conversations: Sequence[Messages],
     label: str,
     path: Path,
-    is_served: bool,
+    served: bool,
     categories: bool = False,
 ) -> list[Row]:
     """Verdicts {unsafe, decided, categories, error, time}, kept as they come.
-
-    What is kept is not asked for again, but for the errors of a server.
 
     Args:
         who: what the verdicts depend on.
         categories: let the guard name the categories of what is unsafe, where it can.
     """
-    keys = [digest([who, label, messages]) for messages in conversations]
-    conversation_of = dict(zip(keys, conversations, strict=True))
 
-    def judge(_: int, some: list[str]) -> Iterator[Row]:
-        model: Guard = guard.get()
+    def judge(some: list[Messages]) -> Iterator[tuple[int, Row]]:
+        model = guard.get()
         model.with_categories = categories
-        verdicts = model.judge([conversation_of[key] for key in some])
-        for key, verdict in zip(some, verdicts, strict=True):
-            yield {"key": key, **verdict_row(verdict, label)}
+        verdicts = model.judge(some)
+        yield from enumerate(verdict_row(verdict, label) for verdict in verdicts)
 
-    with KeptRows(path) as kept:
-        return kept.fill(
-            keys,
-            judge,
-            size=JUDGED_AT_ONCE,
-            together=not is_served,
-            again=failed if is_served else None,
-        )
-
-
-def verdict_row(
-    verdict: Verdict,
-    label: str,
-) -> Row:
-    """A verdict as it is kept. One that does not say whether it is unsafe is an error."""
-    unsafe = getattr(verdict, label)
-    error = verdict.error
-    if error is None and unsafe is None:
-        error = f"the guard does not judge {label}"
-    decided = None
-    if error is None:
-        # without thresholds: the experiment fits its own, on what is written here
-        decided = is_flagged(verdict, label, {})
-    return {
-        "unsafe": unsafe,
-        "decided": decided,
-        "categories": sorted(verdict.categories) or None,
-        "error": error,
-        "time": datetime.now().isoformat(timespec="seconds"),
-    }
+    size = JUDGED_AT_ONCE
+    return kept_rows(path, [who, label], conversations, judge, size=size, served=served)
 
 
 def asked_of_prompts(
@@ -409,63 +351,42 @@ def respond(
 ) -> None:
     """Fill in the responses of the records that are asked, recorded or generated."""
     if config.llama.use_recorded:
-        answer_of = {row["id"]: recorded(row) for row in rows}
-        said = [[answer_of[record["id"]]] for record in asked]
-    else:
-        prompts = [record["query"] for record in asked]
-        said = generated(config, prompts, parts / "answers.jsonl", guard)
-    for record, answers in zip(asked, said, strict=True):
-        for answer in answers:
-            response = response_of(answer, record["query"], config.llama.use_recorded)
-            record["responses"].append(response)
-
-
-def recorded(row: Row) -> Row:
-    """The data set's own response, as an answer; a row without one gives an error row."""
-    text = row["model_output"] or ""
-    return {
-        "text": text.strip(),
-        "seed": None,
-        "error": None,
-        "human": row["output_unsafe"],
-    }
+        row_of = {row["id"]: row for row in rows}
+        for record in asked:
+            row = row_of[record["id"]]
+            text = (row["model_output"] or "").strip()
+            said = response_of(record["query"], text, recorded=True)
+            record["responses"].append(said | {"human_unsafe": row["output_unsafe"]})
+        return
+    prompts = list(dict.fromkeys(record["query"] for record in asked))
+    answers = generated(config, prompts, parts / "answers.jsonl", guard)
+    for record in asked:
+        for answer in answers[record["query"]]:
+            said = answer["text"], answer["seed"], answer["error"]
+            record["responses"].append(response_of(record["query"], *said))
 
 
 def response_of(
-    answer: Row,
     prompt: str,
-    is_recorded: bool,
+    text: str,
+    seed: int | None = None,
+    error: str | None = None,
+    recorded: bool = False,
 ) -> Row:
-    """An answer as it stands in processed/*.jsonl, before anybody has judged it."""
-    text = answer["text"]
-    error = answer["error"]
-    kind = "empty"
-    if text:
-        kind = classify(text, prompt).kind
-    elif error is None:
-        error = EMPTY
+    """A response as it stands in processed/*.jsonl, before anybody has judged it."""
+    kind = classify(text, prompt).kind if text else "empty"
     return {
         "text": text,
-        "seed": answer["seed"],
-        "recorded": is_recorded,
+        "seed": seed,
+        "recorded": recorded,
         "unsafe": None,
         "decided": None,
         "categories": None,
-        "error": error,
+        "error": error or (None if text else EMPTY),
         "refusal": REFUSAL_KINDS.get(kind, kind),
         "judge_unsafe": None,
-        "human_unsafe": answer.get("human"),
+        "human_unsafe": None,
     }
-
-
-def seed_of(
-    config: Config,
-    prompt: str,
-    number: int,
-) -> int:
-    """The seed of one response to a prompt, whatever other prompts there are."""
-    key = digest([config.seed, prompt, number])
-    return int(key[:8], 16)
 
 
 def generated(
@@ -473,28 +394,25 @@ def generated(
     prompts: Sequence[str],
     path: Path,
     guard: Loaded,
-) -> list[list[Row]]:
-    """`samples` responses {text, seed, error} to each prompt, in the assistant's own chat template.
+) -> dict[str, list[Row]]:
+    """`samples` responses {text, seed, error} to each of different prompts, in the assistant's own
+    chat template.
 
     They depend on the prompt alone: vLLM and servers take a seed a response; transformers draws the
-    responses to one prompt together, with the seed of the first. What failed is asked again by the
-    next run.
+    responses to one prompt together, with the seed of the first.
 
     Raises:
         UserError: a server refuses the key, or fails time after time; what it answered is kept.
     """
     llama = config.llama
-    tokenizer, window = assistant_tokenizer(llama.model_path)
-    room = window - llama.max_tokens
-    chats = [render_chat(tokenizer, pair(prompt)) for prompt in prompts]
-    encoded = encode(tokenizer, chats, add_special_tokens=False)
-    ids_of = dict(zip(prompts, encoded, strict=True))
-    fitting = [prompt for prompt, ids in ids_of.items() if len(ids) <= room]
-    engine = Loaded(lambda: load_assistant(config, tokenizer))
+    tokenizer = assistant_tokenizer(llama.model_path)
+    options = llama.engine_options()
+    engine = Loaded(lambda: load_engine(model=llama.model_path, tokenizer=tokenizer, **options))
 
-    def write(asked: Sequence[tuple[str, int]]) -> Iterator[tuple[int, Row]]:
+    def write(asked: list[list]) -> Iterator[tuple[int, Row]]:
         guard.free()  # not both in memory
-        seeds = tuple(seed_of(config, prompt, number) for prompt, number in asked)
+        # of each response its own, whatever other prompts there are
+        seeds = tuple(int(digest([config.seed, *one])[:8], 16) for one in asked)
         decoding = Decoding(
             llama.max_tokens,
             temperature=llama.temperature,
@@ -502,64 +420,28 @@ def generated(
             seed=seeds[0],
             seeds=seeds,
         )
-        ids = [ids_of[prompt] for prompt, _ in asked]
-        for i, said in engine.get().complete(ids, decoding):
-            yield i, {"text": said.text.strip(), "seed": seeds[i], "error": said.error}
-
-    found = kept_answers(config, fitting, path, write)
-    engine.free()
-    error = f"the prompt is longer than the {room} tokens that the assistant has"
-    too_long = {"text": "", "seed": None, "error": error}
-    return [found.get(prompt, [too_long] * llama.samples) for prompt in prompts]
-
-
-def load_assistant(
-    config: Config,
-    tokenizer: Any,
-) -> Engine:
-    """The engine that responds."""
-    options = config.llama.engine_options()
-    return load_engine(model=config.llama.model_path, tokenizer=tokenizer, **options)
-
-
-def kept_answers(
-    config: Config,
-    prompts: Sequence[str],
-    path: Path,
-    write: Callable[[Sequence[tuple[str, int]]], Iterator[tuple[int, Row]]],
-) -> dict[str, list[Row]]:
-    """`samples` responses to each of different prompts, by the prompt; kept in `path` as they come.
-
-    Args:
-        write: is given prompts with the number of the response, and yields responses as they come,
-            each with its place among these.
-    """
-    llama = config.llama
-    who = assistant_identity(config)
-    wanted = {}
-    for prompt in prompts:
-        for number in range(llama.samples):
-            key = digest([who, config.seed, prompt, number])
-            wanted[key] = (prompt, number)
-
-    def make(_: int, keys: list[str]) -> Iterator[Row]:
-        for i, answer in write([wanted[key] for key in keys]):
-            yield {"key": keys[i], **answer}
+        chats = [render_chat(tokenizer, pair(prompt)) for prompt, _ in asked]
+        ids = encode(tokenizer, chats, add_special_tokens=False)
+        for place, said in engine.get().complete(ids, decoding):
+            row = {"text": said.text.strip(), "seed": seeds[place]}
+            yield place, row | {"error": said.error}
 
     one_prompt = llama.engine == "transformers"
-    with KeptRows(path) as kept:
-        rows = kept.fill(
-            list(wanted),
-            make,
-            size=llama.samples if one_prompt else CHUNK,
-            together=one_prompt,
-            again=failed,
-            title="responses",
-        )
+    wanted = [[prompt, number] for prompt in prompts for number in range(llama.samples)]
+    rows = kept_rows(
+        path,
+        [assistant_identity(config), config.seed],
+        wanted,
+        write,
+        size=llama.samples if one_prompt else CHUNK,
+        served=llama.engine == "server",
+        title="responses",
+    )
+    engine.free()
     say_failures(rows, "responses")
-    found: dict[str, list[Row]] = {}
-    for (prompt, _), row in zip(wanted.values(), rows, strict=True):
-        found.setdefault(prompt, []).append(row)
+    found: dict[str, list[Row]] = {prompt: [] for prompt in prompts}
+    for (prompt, _), row in zip(wanted, rows, strict=True):
+        found[prompt].append(row)
     return found
 
 
@@ -567,26 +449,21 @@ def say_failures(
     rows: Sequence[Row],
     what: str,
 ) -> None:
-    """Warn of rows that a server failed to make; the next run asks again."""
+    """Warn of rows that are errors; those of a server the next run asks for again."""
     errors = [row["error"] for row in rows if failed(row)]
     if errors:
-        line = "%d of %d %s failed (%s); run process.py again for them"
+        line = "%d of %d %s failed (%s); run process.py again for those of a server"
         logger.warning(line, len(errors), len(rows), what, errors[0])
 
 
-def assistant_tokenizer(name: str) -> tuple[Any, int]:
-    """The assistant's tokenizer, and how many tokens it sees.
-
-    Raises:
-        UserError: there is no such model, or it cannot chat.
-    """
+def assistant_tokenizer(name: str) -> Any:
+    """The assistant's tokenizer. Raises UserError where there is no such model, or it cannot chat."""
     field = "llama.model_path"
     tokenizer = read_pretrained(AutoTokenizer, field, name)
-    known = read_pretrained(AutoConfig, field, name)
     if not tokenizer.chat_template:
         hint = "has no chat template; choose an instruction-tuned model"
         raise UserError(f"field {field}: {name} {hint}")
-    return tokenizer, config_positions(known) or 1 << 30
+    return tokenizer
 
 
 # --- the original's checks ------------------------------------------------------------------------
@@ -601,60 +478,41 @@ def check_as_the_original(
     """What the guard writes when it is asked as the original asks it: of the prompt, and of each
     response alone.
 
-    A record of which a server failed to check something is checked by nothing: it has no outputs,
-    and the next run asks again.
+    A record of which something could not be checked, as it is too long or a server failed, is
+    checked by nothing: it has no outputs.
     """
     section = config.llama_guard
-    is_served = section.engine == "server"
-    who = default_identity(config)
-    text_of = {}
+    served = section.engine == "server"
+    texts = []
     for record in records:
-        responses = [response["text"] for response in record["responses"]]
-        for text in (record["query"], *responses):
-            key = digest([who, section.legacy_new_tokens, text])
-            text_of[key] = text
+        texts.append(record["query"])
+        texts += [response["text"] for response in record["responses"]]
+    texts = sorted(dict.fromkeys(texts), key=len)
 
-    def check(_: int, keys: list[str]) -> Iterator[Row]:
-        texts = [text_of[key] for key in keys]
-        said = written_as_the_original(guard.get(), texts, section.legacy_new_tokens)
-        for key, one in zip(keys, said, strict=True):
-            yield {"key": key, "text": one.text, "error": one.error}
+    def check(some: list[str]) -> Iterator[tuple[int, Row]]:
+        model = guard.get()
+        asked = query_ids(model, "chatml", some)
+        for place, one in enumerate(model.written(asked, section.legacy_new_tokens)):
+            yield place, {"text": one.text, "error": one.error}
 
-    keys = sorted(text_of, key=lambda key: len(text_of[key]))
-    with KeptRows(parts / "legacy.jsonl") as kept:
-        rows = kept.fill(
-            keys,
-            check,
-            size=CHECKED_AT_ONCE,
-            together=not is_served,
-            again=failed if is_served else None,
-            title="the original's checks",
-        )
+    rows = kept_rows(
+        parts / "legacy.jsonl",
+        [default_identity(config), section.legacy_new_tokens],
+        texts,
+        check,
+        size=CHECKED_AT_ONCE,
+        served=served,
+        title="the original's checks",
+    )
     say_failures(rows, "of the original's checks")
-    said = {text_of[key]: row for key, row in zip(keys, rows, strict=True)}
+    said = dict(zip(texts, rows, strict=True))
     for record in records:
         prompt = said[record["query"]]
         outputs = [said[response["text"]] for response in record["responses"]]
         record["legacy"] = {"input": "", "outputs": []}
         if not any(failed(row) for row in (prompt, *outputs)):
-            texts = [row["text"] for row in outputs]
-            record["legacy"] = {"input": prompt["text"], "outputs": texts}
-
-
-def written_as_the_original(
-    guard: GenerativeGuard,
-    texts: Sequence[str],
-    new_tokens: int,
-) -> list[Completion]:
-    """What the guard writes of each text; what does not fit is no "SAFE"."""
-    asked = encode(guard.tokenizer, [chatml_parts(text) for text in texts])
-    room = guard.max_length - new_tokens
-    fitting = [i for i, ids in enumerate(asked) if len(ids) <= room]
-    written = guard.written([asked[i] for i in fitting], new_tokens)
-    completions = [Completion()] * len(texts)
-    for i, completion in zip(fitting, written, strict=True):
-        completions[i] = completion
-    return completions
+            texts_of = [row["text"] for row in outputs]
+            record["legacy"] = {"input": prompt["text"], "outputs": texts_of}
 
 
 # --- what is collected ----------------------------------------------------------------------------
@@ -674,7 +532,7 @@ def collect(
         "total": len(records),
         "input_blocked": sum(not passed(record) for record in records),
         "output_blocked": len(found),
-        "both_safe": sum(both_safe(record) for record in records),
+        "both_safe": sum(outcome(record) is False for record in records),
     }
     for key in ("input_blocked", "output_blocked", "both_safe"):
         stats[f"{key}_percent"] = 100 * stats[key] / len(records)
@@ -688,24 +546,14 @@ def collect(
     return stats
 
 
-def both_safe(record: Row) -> bool:
-    """Whether a prompt passed, and most of its responses did."""
-    share = q(record)
-    return passed(record) and share is not None and share < 0.5
-
-
 def has_error(record: Row) -> bool:
     """Whether the prompt or a response could not be judged."""
-    rows = [{"error": record["input_error"]}, *record["responses"]]
-    return any(failed(row) for row in rows)
+    return record["input_error"] is not None or any(map(failed, record["responses"]))
 
 
 def blocked_row(record: Row) -> Row:
     """A line of blocked_inputs.jsonl: the original's keys, and what they rest on."""
     kept = ("text", "seed", "recorded", "unsafe", "decided", "error")
-    responses = []
-    for response in record["responses"]:
-        responses.append({key: response[key] for key in kept})
     return {
         "timestamp": record["timestamp"],
         "query": record["query"],
@@ -714,7 +562,7 @@ def blocked_row(record: Row) -> Row:
         "reason": reason_of(unsafe_categories(record) or ()),
         "id": record["id"],
         "q": q(record),
-        "responses": responses,
+        "responses": [{key: response[key] for key in kept} for response in record["responses"]],
     }
 
 

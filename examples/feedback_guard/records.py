@@ -22,9 +22,8 @@ splits -> process -> train (each arm and seed) -> evaluate. The key is a digest 
     stage_key(config, "train", asdict(arm), seed)          <arm's folder>/stage.json
     stage_key(config, "evaluate", *keys of the arms)       <results_dir>/stage.json
 
-`write_stage(path, config, stage, *inputs)` writes such a file when the stage is done, and
-`check_stage(path, config, stage, *inputs)` refuses what another config, other data or other models
-left. `read_split`, `read_processed` and `read_blocked` check by themselves.
+`write_stage` writes such a file when the stage is done, and `check_stage` refuses what another
+config, other data or other models left. `read_split` and `read_processed` check by themselves.
 """
 
 import json
@@ -33,7 +32,7 @@ import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,14 @@ from common.data import (
 )
 from common.data.specs import ROOT, load_hub
 from common.data.tables import sources
-from common.keep import digest, fingerprint, read_json_lines, rows_digest
+from common.keep import (
+    KeptRows,
+    digest,
+    failed,
+    fingerprint,
+    read_json_lines,
+    rows_digest,
+)
 from common.run import json_lines, write_json, write_text
 from guards.identity import guard_identity
 
@@ -65,11 +71,6 @@ TEMPLATE = FOLDER / "templates" / "llama_guard.jinja"
 
 # --- keys of the stages ---------------------------------------------------------------------------
 
-BEFORE = {
-    "process": "splits",
-    "train": "process",
-    "evaluate": "process",
-}
 AGAIN = {
     "splits": "choose another dataset.store_dir, or remove this one, and run process.py",
     "process": "run process.py again",
@@ -77,26 +78,13 @@ AGAIN = {
     "evaluate": "run evaluate.py again",
 }
 INPUTS = {"train": "arm or seed", "evaluate": "set of trained arms"}
-NO_MATTER = {  # settings that the result does not depend on
-    "train": {
-        "training.output_dir",
-        "training.arms",
-        "training.seeds",
-        "training.headline",
-        "training.logging_steps",
-        "training.report_to",
-        "training.push_to_hub",
-        "training.hub_model_id",
-        "training.hub_private_repo",
-        "training.hub_overwrite",
-        "training.save_steps",
-        "training.save_total_limit",
-    },
-    "evaluate": {"evaluation.results_dir", "evaluation.improved_model_path"},
-}
 
 
-def stage_key(config: Config, stage: str, *inputs: Any) -> str:
+def stage_key(
+    config: Config,
+    stage: str,
+    *inputs: Any,
+) -> str:
     """A digest of all that a stage's result depends on.
 
     Args:
@@ -147,79 +135,82 @@ def check_stage(
     raise UserError(f"{path.parent}: was made by an older version; {AGAIN[stage]}")
 
 
-def stage_facts(config: Config, stage: str, *inputs: Any) -> dict[str, Any]:
+def stage_facts(
+    config: Config,
+    stage: str,
+    *inputs: Any,
+) -> dict[str, Any]:
     """What a stage's result depends on, by name; models and data by their content."""
     facts = FACTS[stage](config)
-    for name in NO_MATTER.get(stage, ()):
-        facts.pop(name)
     if inputs:
         facts[INPUTS[stage]] = list(inputs)
-    if stage in BEFORE:
-        facts |= stage_facts(config, BEFORE[stage])
     return facts
 
 
-def _settings(name: str, section: Section) -> dict[str, Any]:
-    values = section.model_dump(mode="json")
+def _settings(
+    name: str,
+    section: Section,
+    without: Iterable[str] = (),
+) -> dict[str, Any]:
+    values = section.model_dump(mode="json", exclude=set(without))
     return {f"{name}.{key}": value for key, value in values.items()}
 
 
 def _splits_facts(config: Config) -> dict[str, Any]:
-    facts = _settings("dataset", config.dataset)
-    facts.pop("dataset.store_dir")
+    facts = _settings("dataset", config.dataset, ["store_dir"])
     facts["seed"] = config.seed
     facts["dataset.path"] = data_fingerprint(config.dataset.path)
     if config.dataset.guard_path:
         facts["dataset.guard_path"] = data_fingerprint(config.dataset.guard_path)
     for name, part in config.prepared().items():
-        of_data = [data_fingerprint(spec) for spec in part.data]
-        facts[f"prepare.{name}.data"] = of_data
+        facts[f"prepare.{name}.data"] = [data_fingerprint(spec) for spec in part.data]
     return facts
 
 
 def _process_facts(config: Config) -> dict[str, Any]:
-    experiment = config.experiment
-    evaluation = config.evaluation
-    facts: dict[str, Any] = {}
+    facts = _splits_facts(config)
     for name, part in config.prepared().items():
-        facts |= _settings(f"prepare.{name}", part)
+        facts |= _settings(f"prepare.{name}", part, ["output_dir", "data"])
         facts[f"prepare.{name}.base_model"] = fingerprint(part.base_model)
-        facts.pop(f"prepare.{name}.output_dir")
-        facts.pop(f"prepare.{name}.data")  # content, among those of the splits
     recorded = config.llama.use_recorded
     return facts | {
-        "splits' rows": [content_of(split_path(config, split)) for split in SPLITS],
+        "splits' rows": [fingerprint(split_path(config, split)) for split in SPLITS],
         "llama_guard.default_model_path": default_identity(config),
         "llama_guard.legacy_new_tokens": config.llama_guard.legacy_new_tokens,
         "llama": "recorded" if recorded else assistant_identity(config),
-        "experiment.blocked_by": experiment.blocked_by,
-        "experiment.explore_share": experiment.explore_share,
-        "experiment.process_sample_size": experiment.process_sample_size,
-        "evaluation.max_eval_samples": evaluation.max_eval_samples,
+        "experiment.blocked_by": config.experiment.blocked_by,
+        "experiment.explore_share": config.experiment.explore_share,
+        "experiment.process_sample_size": config.experiment.process_sample_size,
+        "evaluation.max_eval_samples": config.evaluation.max_eval_samples,
         "evaluation.judge": _judge_identity(config),
     }
 
 
 def _train_facts(config: Config) -> dict[str, Any]:
     guard = config.llama_guard
-    return {
-        **_settings("training", config.training),
+    return _process_facts(config) | {
+        **_settings("training", config.training, NO_MATTER_IN_TRAINING),
         "llama_guard.base_model_path": guard_identity(guard.base_model_path, {}),
         "llama_guard.load_in_4bit": guard.load_in_4bit,
         "experiment.refusal_filter": config.experiment.refusal_filter,
-        "processed rows": content_of(processed_path(config, "train")),
+        "processed rows": [content_of(processed_path(config, "train"))],
     }
+
+
+NO_MATTER_IN_TRAINING = (
+    *("output_dir", "arms", "seeds", "headline", "logging_steps", "report_to"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_overwrite"),
+    *("save_steps", "save_total_limit"),
+)
 
 
 def _evaluate_facts(config: Config) -> dict[str, Any]:
     evaluation = config.evaluation
-    specs = list(evaluation.extra)
-    if evaluation.hard_benign:
-        specs.insert(0, evaluation.hard_benign)
+    specs = [*evaluation.extra, *filter(None, [evaluation.hard_benign])]
     paths = [processed_path(config, split) for split in ("validation", "test")]
     return {
-        **_settings("evaluation", evaluation),
-        "evaluation.judge": _judge_identity(config),
+        **_settings("evaluation", evaluation, ["results_dir", "improved_model_path"]),
+        **_process_facts(config),
         "evaluation.hard_benign and extra": [data_fingerprint(spec) for spec in specs],
         "processed rows": [content_of(path) for path in paths],
     }
@@ -239,19 +230,13 @@ FACTS = {
 
 
 def content_of(path: Path) -> str:
-    """What stands in a file of rows, times apart. It is read once, until it is written anew."""
-    if not path.is_file():
-        raise UserError(f"{path}: not there yet; run process.py with this config first")
-    stat = path.stat()
-    version = stat.st_ino, stat.st_size, stat.st_mtime_ns
-    return _content_once(path, version)
+    """What stands in a file of processed rows, times apart."""
+    return _timeless(path, fingerprint(path))
 
 
 @cache
-def _content_once(path: Path, version: tuple[int, ...]) -> str:
-    rows = read_json_lines(path)
-    timeless = [row | {"timestamp": None} for row in rows]
-    return rows_digest(timeless)
+def _timeless(path: Path, content: str) -> str:
+    return rows_digest(row | {"timestamp": None} for row in read_json_lines(path))
 
 
 def default_identity(config: Config) -> list[Any]:
@@ -286,41 +271,92 @@ def data_fingerprint(spec: str) -> str:
         UserError: no spec, or a file cannot be read.
     """
     parsed = parse_spec(spec)
+    place = Path(parsed.name)
     known = sources()["sources"].get(parsed.name, {})
     if "path" in known:
-        names = [known["path"].format(split=split) for split in known["splits"]]
-        contents = [fingerprint(ROOT / name) for name in names]
-        return digest([str(parsed), contents])
-    if parsed.is_file or Path(parsed.name).is_dir():
-        content = fingerprint(parsed.name)
-        return digest([parsed.split, content])
-    return digest(str(parsed))
+        place = (ROOT / known["path"]).parent
+    content = fingerprint(place) if place.exists() else parsed.name
+    return digest([parsed.split, parsed.marks, content])
+
+
+# --- what is asked, and kept as it comes ----------------------------------------------------------
+
+
+def kept_rows(
+    path: Path,
+    who: Any,
+    items: Sequence[Any],
+    ask: Callable[[list[Any]], Iterable[tuple[int, Row]]],
+    *,
+    size: int,
+    served: bool,
+    title: str | None = None,
+) -> list[Row]:
+    """What is said of each item, in their order. What `path` holds is not asked for again, but for
+    the errors of a server.
+
+    Args:
+        who: what the rows depend on beside the item, JSON-like.
+        ask: is given items, and yields rows with a field `error` as they come, each with its place
+            among these items.
+        size: items that are asked together.
+        served: a server answers, where an item depends on no other.
+    """
+    item_of = {digest([who, item]): item for item in items}
+
+    def make(
+        _: int,
+        keys: list[str],
+    ) -> Iterator[Row]:
+        for place, row in ask([item_of[key] for key in keys]):
+            yield {"key": keys[place], **row}
+
+    again = failed if served else None
+    with KeptRows(path) as kept:
+        kept.fill(
+            list(item_of),
+            make,
+            size=size,
+            together=not served,
+            again=again,
+            title=title,
+        )
+        return [kept[digest([who, item])] for item in items]
 
 
 # --- what others read -----------------------------------------------------------------------------
 
 
+def split_path(
+    config: Config,
+    split: str,
+) -> Path:
+    """Where the rows of a split lie."""
+    return Path(config.dataset.store_dir, f"{split}.jsonl")
+
+
 def splits_stage(config: Config) -> Path:
     """Where stands what the splits depend on."""
-    return Path(config.dataset.store_dir) / "splits.json"
+    return Path(config.dataset.store_dir, "splits.json")
 
 
-def split_path(config: Config, split: str) -> Path:
-    """Where the rows of a split lie."""
-    return Path(config.dataset.store_dir) / f"{split}.jsonl"
-
-
-def processed_path(config: Config, split: str) -> Path:
+def processed_path(
+    config: Config,
+    split: str,
+) -> Path:
     """Where the processed prompts of a split lie."""
-    return Path(config.dataset.store_dir) / "processed" / f"{split}.jsonl"
+    return Path(config.dataset.store_dir, "processed", f"{split}.jsonl")
 
 
 def process_stage(config: Config) -> Path:
     """Where stands what the processed prompts depend on."""
-    return Path(config.dataset.store_dir) / "processed" / "stage.json"
+    return Path(config.dataset.store_dir, "processed", "stage.json")
 
 
-def read_split(config: Config, split: str) -> list[Row]:
+def read_split(
+    config: Config,
+    split: str,
+) -> list[Row]:
     """All rows of a split.
 
     Raises:
@@ -330,7 +366,10 @@ def read_split(config: Config, split: str) -> list[Row]:
     return read_json_lines(split_path(config, split))
 
 
-def read_processed(config: Config, split: str) -> list[Row]:
+def read_processed(
+    config: Config,
+    split: str,
+) -> list[Row]:
     """What guard and assistant said of the sampled prompts of a split.
 
     Raises:
@@ -340,34 +379,31 @@ def read_processed(config: Config, split: str) -> list[Row]:
     return read_json_lines(processed_path(config, split))
 
 
-def read_blocked(config: Config) -> list[Row]:
-    """The lines of blocked_inputs.jsonl. Raises UserError as `read_processed` does."""
-    check_stage(process_stage(config), config, "process")
-    return read_json_lines(Path(config.dataset.store_dir) / "blocked_inputs.jsonl")
-
-
 def passed(row: Mapping) -> bool:
     """Whether the guard let the prompt in. What it could not judge it did not let in."""
     return row["input_error"] is None and row["input_decided"] is False
 
 
-def q(row: Mapping, label: str | None = None) -> float | None:
+def q(
+    row: Mapping,
+    label: str | None = None,
+) -> float | None:
     """The share of the responses that are unsafe; None where none was judged.
 
     Args:
         label: whose word it is: guard (its decision), judge (a probability of at least one half) or
             human; None is the word of who blocks responses.
     """
-    if label is None:
-        label = row.get("blocked_by", "guard")
+    label = label or row.get("blocked_by", "guard")
     said = [word_on(response, label) for response in row["responses"]]
     known = [unsafe for unsafe in said if unsafe is not None]
-    if not known:
-        return None
-    return sum(known) / len(known)
+    return sum(known) / len(known) if known else None
 
 
-def word_on(response: Mapping, label: str) -> bool | None:
+def word_on(
+    response: Mapping,
+    label: str,
+) -> bool | None:
     """Whether a response is unsafe by the word of guard, judge or human."""
     if label == "human":
         return response["human_unsafe"]
@@ -377,14 +413,22 @@ def word_on(response: Mapping, label: str) -> bool | None:
     return None if score is None else score >= 0.5
 
 
+def outcome(
+    row: Mapping,
+    label: str | None = None,
+) -> bool | None:
+    """Of a prompt that passed, whether at least half of its responses are unsafe, by the word of
+    `q`; None where nobody says, and of other prompts.
+    """
+    share = q(row, label) if passed(row) else None
+    return None if share is None else share >= 0.5
+
+
 def feedback(row: Mapping) -> bool:
     """The event that the loop learns from: the prompt passed, and at least half of its responses
     did not.
     """
-    if row["shadow"] or not passed(row):
-        return False
-    share = q(row)
-    return share is not None and share >= 0.5
+    return not row["shadow"] and outcome(row) is True
 
 
 def refused(row: Mapping) -> bool:
@@ -405,29 +449,28 @@ def seen_texts(config: Config) -> list[str]:
     trained on.
     """
     rows = read_split(config, "train") + read_split(config, "validation")
-    texts = [row["input"] for row in rows]
-    return texts + guard_texts(config)
+    return [row["input"] for row in rows] + guard_texts(config)
 
 
 def guard_texts(config: Config) -> list[str]:
     """The prompts that the guards were trained on, as far as the config says."""
-    specs = []
+    specs = list(filter(None, [config.dataset.guard_path]))
     for part in config.prepared().values():
         specs += part.data
-    if config.dataset.guard_path:
-        specs.append(config.dataset.guard_path)
     texts = []
     for spec in specs:
-        for row in load_conversations(spec, bad_rows="skip"):
-            prompt, _ = last_turns(row["messages"])
-            texts.append(prompt or "")
+        rows = load_conversations(spec, bad_rows="skip")
+        texts += [last_turns(row["messages"])[0] or "" for row in rows]
     return texts
 
 
 # --- the splits -----------------------------------------------------------------------------------
 
 
-def sample(config: Config, split: str) -> list[Row]:
+def sample(
+    config: Config,
+    split: str,
+) -> list[Row]:
     """The rows of a split that the run looks at: process_sample_size of process_split, else
     max_eval_samples.
     """
@@ -475,10 +518,8 @@ def make_splits(config: Config) -> None:
     # first: a killed run finds whose splits they are
     write_stage(about, config, "splits", counts=counts, left_out=left_out)
     for split in SPLITS:
-        lines = json_lines(parts[split])
-        write_text(split_path(config, split), lines)
-    found = json.dumps(counts)
-    logger.info("Splits: %s; left out: %s", found, left_out or "nothing")
+        write_text(split_path(config, split), json_lines(parts[split]))
+    logger.info("Splits: %s; left out: %s", json.dumps(counts), left_out or "nothing")
 
 
 def _without_copies(
@@ -490,22 +531,18 @@ def _without_copies(
     Returns:
         How many were taken, by the reason.
     """
-    rows = []
-    for part in parts.values():
-        rows += part
-    texts = [row["input"] for row in rows]
-    groups = near_copies([*texts, *of_guards])
-    for i, row in enumerate(rows):
-        row["group"] = groups[i]
+    rows = [row for part in parts.values() for row in part]
+    groups = near_copies([row["input"] for row in rows] + [*of_guards])
+    for row, group in zip(rows, groups, strict=False):
+        row["group"] = group
     taken = {"seen by the guard in its training": set(groups[len(rows) :])}
     left_out: Counter = Counter()
     for split in ("test", "validation", "train"):
         kept = []
         for row in parts[split]:
             whys = [why for why, known in taken.items() if row["group"] in known]
-            if whys:
-                left_out[whys[0]] += 1
-            else:
+            left_out.update(whys[:1])
+            if not whys:
                 kept.append(row)
         parts[split] = kept
         taken[f"also in {split}"] = {row["group"] for row in kept}
@@ -515,16 +552,15 @@ def _without_copies(
 def split_up(config: Config) -> dict[str, list[Row]]:
     """The rows of the data by split, before near-copies are taken away."""
     ratios = config.dataset.split_ratios
-    found = _source(config)
+    found = {}
     times: Counter = Counter()
-    for rows in found.values():
-        for row in rows:
-            row_id = row["id"]
-            times[row_id] += 1
-            if times[row_id] > 1:
-                row["id"] = f"{row_id}-{times[row_id]}"
-    official = "train" in found and "test" in found
-    if config.dataset.resplit or not official:
+    for split, raw in _source(config).items():
+        found[split] = _rows(raw, config.dataset.path)
+        for row in found[split]:
+            times[row["id"]] += 1
+            if times[row["id"]] > 1:
+                row["id"] += f"-{times[row['id']]}"
+    if config.dataset.resplit or not {"train", "test"} <= found.keys():
         rows = []
         for split in SPLITS:
             rows += found.get(split, [])
@@ -546,21 +582,22 @@ def _portions(
     """Rows in parts of about these shares, with each label in proportion, and one side for
     near-copies.
     """
-    members = defaultdict(list)
     groups = near_copies([row["input"] for row in rows])
+    members = defaultdict(list)
     for row, group in zip(rows, groups, strict=True):
         members[group].append(row)
-    strata = defaultdict(list)  # by whether any of the group is unsafe
-    for group, of_group in members.items():
-        labels = {row["label"] for row in of_group}
-        strata["unsafe" in labels].append(group)
-
-    def first_text(group: int) -> str:
-        return text_key(members[group][0]["input"])
-
-    part_of = dict.fromkeys(members, 0)
-    for unsafe in sorted(strata):
-        left = sorted(strata[unsafe], key=first_text)
+    part_of = {}
+    for unsafe in (False, True):
+        left = []  # groups of which any prompt is unsafe, or none is
+        for group, some in members.items():
+            labels = {row["label"] for row in some}
+            if ("unsafe" in labels) == unsafe:
+                left.append(group)
+        first_text = {}
+        for group in left:
+            first = members[group][0]
+            first_text[group] = text_key(first["input"])
+        left.sort(key=first_text.get)
         random.Random(seed).shuffle(left)
         total = len(left)
         for part, share in enumerate(shares[1:], start=1):
@@ -571,81 +608,70 @@ def _portions(
             left = left[size:]
     parts = [[] for _ in shares]
     for row, group in zip(rows, groups, strict=True):
-        part = part_of[group]
-        parts[part].append(row)
+        parts[part_of.get(group, 0)].append(row)
     return parts
 
 
 # --- rows of any data set -------------------------------------------------------------------------
 
 
-def _source(config: Config) -> dict[str, list[Row]]:
-    """The rows of the data set by split; one file or one split of something is "train" alone."""
+def _source(config: Config) -> dict[str, Iterable[tuple[str, Any]]]:
+    """The rows of the data set by split, each with where it is; one file or one split of something
+    is "train" alone.
+    """
     path = config.dataset.path
     known = sources()["sources"]
     if path in known:
-        parts = {}
-        for split in SPLITS:
-            if split in known[path]["splits"]:
-                _, raw = spec_rows(f"{path}:{split}")
-                parts[split] = _rows(raw, path)
-        return parts
-    files = _split_files(Path(path))
+        there = [split for split in SPLITS if split in known[path]["splits"]]
+        return {split: spec_rows(f"{path}:{split}")[1] for split in there}
+    files = {}
+    for split in SPLITS:
+        for kind in reversed(FILE_TYPES):
+            file = Path(path, f"{split}{kind}")
+            if file.is_file():
+                files[split] = read_rows(file)
     if "train" in files:
-        return {split: _rows(read_rows(file), path) for split, file in files.items()}
+        return files
     spec = parse_spec(path)
     if spec.is_file or spec.split:
-        _, raw = spec_rows(path)
-        return {"train": _rows(raw, path)}
+        return {"train": spec_rows(path)[1]}
     hint = "check dataset.path, dataset.config and network"
     found = load_hub(path, None, config.dataset.config, hint=hint)
     parts = {}
     for split in SPLITS:
         if split in found:
-            raw = [(f"{path}:{split}, row {i}", row) for i, row in enumerate(found[split])]
-            parts[split] = _rows(raw, path)
+            rows = enumerate(found[split])
+            parts[split] = [(f"{path}:{split}, row {i}", row) for i, row in rows]
     return parts
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that are named after a split, by the split."""
-    files = {}
-    for split in SPLITS:
-        for kind in FILE_TYPES:
-            path = folder / f"{split}{kind}"
-            if path.is_file():
-                files.setdefault(split, path)
-    return files
-
-
-def _rows(raw: Iterable[tuple[str, Any]], what: str) -> list[Row]:
+def _rows(
+    raw: Iterable[tuple[str, Any]],
+    what: str,
+) -> list[Row]:
     rows = []
     empty = 0
     for where, row in raw:
-        if _has_empty_prompt(row):
-            empty += 1  # nothing that a guard could judge
+        if isinstance(row, UserError):
+            raise row
+        if isinstance(row, Mapping) and "user_input" in row:
+            if str(row["user_input"] or "").strip():
+                rows.append(_row(row, where, _toxicchat_row(row, where)))
+            else:  # ToxicChat has such rows, and a guard could judge nothing of them
+                empty += 1
         else:
-            rows.append(_row(row, where))
+            rows.append(_row(row, where, _other_row(row, where)))
     if empty:
         logger.warning("%s: left out %d rows without a prompt", what, empty)
     return rows
 
 
-def _has_empty_prompt(row: Any) -> bool:
-    """Of a row of ToxicChat, which has such rows."""
-    if not isinstance(row, Mapping) or "user_input" not in row:
-        return False
-    prompt = row["user_input"]
-    return prompt is None or (isinstance(prompt, str) and not prompt.strip())
-
-
-def _row(row: Any, where: str) -> Row:
-    """A row of ToxicChat, of the original's own format (input, label), or of common.data."""
-    if isinstance(row, UserError):
-        raise row
-    is_toxicchat = isinstance(row, Mapping) and "user_input" in row
-    read = _toxicchat_row if is_toxicchat else _other_row
-    made = read(row, where)
+def _row(
+    row: Mapping,
+    where: str,
+    made: Row,
+) -> Row:
+    """A row of a split, of what was read of a row of the data."""
     unsafe = check_label(made["label"], "toxicity", where)
     if unsafe is None:
         hint = "expected toxicity, prompt_label or label"
@@ -653,21 +679,20 @@ def _row(row: Any, where: str) -> Row:
     kind = row.get("kind")
     if not isinstance(kind, str | None):
         raise UserError(f"{where}, field kind: expected text, found {kind!r:.60}")
-    row_id = made["id"]
-    if row_id is None:
-        row_id = Path(where).name
-    return {
+    row_id = Path(where).name if made["id"] is None else made["id"]
+    return made | {
         "id": str(row_id),
-        "input": made["input"],
         "label": "unsafe" if unsafe else "safe",
         "reason": str(made["reason"] or ""),
-        "model_output": made["model_output"],
         "output_unsafe": check_label(made["output_unsafe"], "output_unsafe", where),
         "kind": kind,
     }
 
 
-def _toxicchat_row(row: Mapping, where: str) -> Row:
+def _toxicchat_row(
+    row: Mapping,
+    where: str,
+) -> Row:
     return {
         "id": row.get("conv_id"),
         "input": check_text(row["user_input"], "user_input", where),
@@ -678,10 +703,18 @@ def _toxicchat_row(row: Mapping, where: str) -> Row:
     }
 
 
-def _other_row(row: Any, where: str) -> Row:
+def _other_row(
+    row: Any,
+    where: str,
+) -> Row:
+    """Of a row of the original's own format (input, label), or of common.data."""
     if isinstance(row, Mapping):
         if "input" in row and "prompt" not in row:
-            row = _with_plain_names(row)
+            response = row.get("model_output")
+            # without a response no label of one counts
+            label = row.get("output_unsafe") if response else None
+            names = {"prompt": row["input"], "prompt_label": row.get("label")}
+            row = {**row, **names, "response": response, "response_label": label}
         row = plain_columns(row, where)
     conversation = conversation_row(row, where)
     messages = conversation["messages"]
@@ -697,16 +730,4 @@ def _other_row(row: Any, where: str) -> Row:
         "reason": row.get("reason") or ", ".join(categories),
         "model_output": response,
         "output_unsafe": conversation["response_unsafe"],
-    }
-
-
-def _with_plain_names(row: Mapping) -> Row:
-    """A row of the original's own format. Without a response no label of one counts."""
-    response = row.get("model_output")
-    return {
-        **row,
-        "prompt": row["input"],
-        "prompt_label": row.get("label"),
-        "response": response,
-        "response_label": row.get("output_unsafe") if response else None,
     }

@@ -16,13 +16,14 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from config import Config, PrepareGuard, config_from_argv
@@ -39,6 +40,7 @@ from guard import (
     prompt_of,
     read,
     read_pretrained,
+    reason_of,
     shares_beginnings,
     template,
     text_row,
@@ -54,13 +56,13 @@ from records import (
     feedback,
     passed,
     q,
-    read_blocked,
     read_processed,
     refused,
     stage_key,
     text_key,
     write_stage,
 )
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import AutoTokenizer, set_seed
@@ -69,7 +71,7 @@ from trl import ModelConfig, SFTConfig
 from common import keep, metrics, report
 from common.bundled import public_name, resolve_model
 from common.conversation import Messages, UserError, pair
-from common.data import load_conversations, prompt_key
+from common.data import load_conversations, prompt_key, read_json
 from common.data.specs import about_data
 from common.fit import check_ids, check_length, fit_causal_lm
 from common.hub import check_push, push_finished
@@ -85,6 +87,7 @@ from common.run import (
     write_text,
 )
 from common.saving import check_equal, full_state_dict, save_adapter, save_model, whole_folder
+from common.templates import text_of
 from common.training import (
     AnswerTrainer,
     RecipeTrainingArguments,
@@ -104,7 +107,7 @@ from guards.card import (
     read_card,
     write_card,
 )
-from guards.generative import LAST, GenerativeGuard
+from guards.generative import GenerativeGuard
 from guards.known import zoo_name
 
 logger = logging.getLogger("feedback_guard")
@@ -114,6 +117,14 @@ WORD_OF = {"guard": "the guard itself", "judge": "another guard", "human": "peop
 PENALTY = 100.0  # of the probe, which has more dimensions than rows
 # the original's
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NAMED_AS_TRLS = {
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "logging_steps",
+    "report_to",
+    "save_steps",
+    "save_total_limit",
+}
 HELD_OUT = 0.15  # of a small guard's prompts, for its threshold
 SMALL_GUARD_LENGTH = 2048
 
@@ -205,47 +216,13 @@ class TrainingRow:
             "categories": self.categories,
         }
         if self.text is not None:
-            prompt = "".join(part.text for part in self.text.parts)
-            line["text"] = prompt + self.text.answer
+            line["text"] = text_of(self.text.parts) + self.text.answer
         return line
-
-
-@dataclass(frozen=True)
-class Told:
-    """A prompt, and what an arm is told that its responses say of it."""
-
-    id: str
-    query: str
-    score: float  # P(unsafe) of the prompt before training
-    q: float  # the share of unsafe responses
-    refused: bool = False
-    categories: list[str] | None = None
-    source: str = "feedback"
-
-    @property
-    def is_unsafe(self) -> bool:
-        return self.q >= 0.5
-
-    @property
-    def is_harmless(self) -> bool:
-        """A refusal is harmless whatever the prompt was, and says nothing of it."""
-        return self.q == 0 and not self.refused
-
-    def row(
-        self,
-        target: float,
-        source: str,
-        kl: bool = False,
-    ) -> TrainingRow:
-        """A row to train on; a safe one has no categories."""
-        categories = self.categories if target >= 0.5 else None
-        return TrainingRow(self.id, self.query, float(target), source, categories, kl)
 
 
 def build_rows(
     arm: Arm,
     processed: Sequence[Row],
-    blocked: Sequence[Row],
     seed: int,
     config: Config,
 ) -> list[TrainingRow]:
@@ -254,7 +231,6 @@ def build_rows(
 
     Args:
         processed: lines of processed/<process_split>.jsonl.
-        blocked: lines of blocked_inputs.jsonl.
 
     Raises:
         UserError: no prompt passed whose responses were blocked, or process ran without an arm
@@ -273,7 +249,7 @@ def build_rows(
             f"with {arm.name} in training.arms"
         )
     if arm.texts:
-        return rows_of_texts(arm, processed, blocked, seed)
+        return rows_of_texts(arm, processed, seed)
     return rows_of_guard(arm, processed, seed, config)
 
 
@@ -284,52 +260,88 @@ def rows_of_guard(
     config: Config,
 ) -> list[TrainingRow]:
     """Rows in the guard's own format; arms of one seed draw the same safe and replayed prompts."""
-    told = told_prompts(arm, processed, seed, config)
-    rows: dict[str, TrainingRow] = {}  # each prompt once, whatever its case and spacing
+    traffic = traffic_of(processed, config)
+    told = told_prompts(arm, traffic, seed)
+    told["target"] = told.q if arm.soft else (told.q >= 0.5).astype(float)
+    is_harmless = (told.q == 0) & ~told.refused
+    taken: set[str] = set()  # each prompt once, whatever its case and spacing
+    parts = []
 
-    def add(some: Iterable[TrainingRow], most: float = math.inf) -> None:
-        end = len(rows) + most
-        for row in some:
-            if len(rows) < end:
-                rows.setdefault(text_key(row.prompt), row)
+    def add(
+        some: pd.DataFrame,
+        most: int | None = None,
+        **columns: Any,
+    ) -> None:
+        fresh = some[~some.key.isin(taken)].drop_duplicates("key").head(most)
+        taken.update(fresh.key)
+        parts.append(fresh.assign(**columns))
 
-    for one in told:
-        if one.is_unsafe:
-            target = one.q if arm.soft else 1.0
-            add([one.row(target, one.source)])
-    count = len(rows)
-    harmless = [one for one in told if one.is_harmless]
+    add(told[told.q >= 0.5])
+    count = len(taken)
     if arm.hard_benign:
-        hard = [one for one in most_suspicious(harmless) if one.score >= HARD]
-        add((one.row(0.0, "hard_benign") for one in hard), count)
+        hard = told[is_harmless & (told.score >= HARD)]
+        add(most_suspicious(hard), count, source="hard_benign", target=0.0)
     if arm.explored:
-        add(wrongly_blocked(processed, config))
+        wrong = traffic[traffic.wrongly_blocked & ~traffic.refused]
+        add(wrong, source="explored", target=0.0)
     if arm.safe:
-        pool = harmless
+        is_safe = is_harmless
         if arm.soft:
-            pool = [one for one in told if one.is_harmless or 0 < one.q < 0.5]
-        drawn = shuffled(pool, seed, "safe")
+            is_safe = is_harmless | told.q.between(0, 0.5, inclusive="neither")
         wanted = round(config.training.safe_ratio * count)
-        add((one.row(one.q if arm.soft else 0.0, "safe", arm.kl) for one in drawn), wanted)
+        add(shuffled(told[is_safe], seed, "safe"), wanted, source="safe", kl=arm.kl)
     if arm.replay:
         wanted = round(arm.replay * count)
-        add(replayed(arm, processed, told, set(rows), wanted, seed))
-    return list(rows.values())
+        add(replayed(arm, traffic, told, taken, wanted, seed), source="replay")
+    rows = []
+    for row in pd.concat(parts).to_dict("records"):
+        categories = row["categories"] if row["target"] >= 0.5 else None
+        about = row["id"], row["prompt"], row["target"], row["source"]
+        rows.append(TrainingRow(*about, categories, row["kl"]))
+    return rows
+
+
+def traffic_of(
+    processed: Sequence[Row],
+    config: Config,
+) -> pd.DataFrame:
+    """What training asks of each processed prompt: `score` is P(unsafe) before it, `q` the share of
+    unsafe responses, NaN where nobody says.
+    """
+    rows = []
+    for row in processed:
+        facts = {
+            "id": row["id"],
+            "prompt": row["query"],
+            "key": text_key(row["query"]),
+            "score": row["input_unsafe"] or 0.0,
+            "q": q(row),
+            "refused": doubtful(row, config),
+            "categories": unsafe_categories(row),
+            "human_unsafe": row["human_unsafe"],
+            "failed": row["input_error"] is not None,
+            "blocked": row["input_decided"] is True,
+            "passed": passed(row),
+            "wrongly_blocked": row["shadow"] and q(row) == 0,
+            "kl": False,
+        }
+        rows.append(facts)
+    return pd.DataFrame(rows).astype({"q": float})
 
 
 def shuffled(
-    rows: Sequence[Any],
+    rows: pd.DataFrame,
     seed: int,
     purpose: str,
-) -> list[Any]:
+) -> pd.DataFrame:
     """In an order that depends on the seed and on what the rows are for, not on the arm."""
     rng = random.Random(f"{seed} {purpose}")
-    return rng.sample(list(rows), len(rows))
+    return rows.iloc[rng.sample(range(len(rows)), len(rows))]
 
 
-def most_suspicious(told: Sequence[Told]) -> list[Told]:
+def most_suspicious(told: pd.DataFrame) -> pd.DataFrame:
     """Prompts by the guard's score, the highest first."""
-    return sorted(told, key=lambda one: (-one.score, one.id))
+    return told.sort_values(["score", "id"], ascending=[False, True])
 
 
 def doubtful(
@@ -340,51 +352,30 @@ def doubtful(
     return config.experiment.refusal_filter and refused(row)
 
 
-def wrongly_blocked(
-    processed: Sequence[Row],
-    config: Config,
-) -> list[TrainingRow]:
-    """Prompts that were blocked and explored, and whose responses are harmless."""
-    rows = []
-    for row in processed:
-        if row["shadow"] and q(row) == 0 and not doubtful(row, config):
-            rows.append(TrainingRow(row["id"], row["query"], 0.0, "explored"))
-    return rows
-
-
 def told_prompts(
     arm: Arm,
-    processed: Sequence[Row],
+    traffic: pd.DataFrame,
     seed: int,
-    config: Config,
-) -> list[Told]:
+) -> pd.DataFrame:
     """The prompts that passed, with what the arm is told of their responses.
 
     outputs: what they say. permuted: what those of a prompt alike in score and length say (C1).
     suspicious: as many prompts as have unsafe responses, those of the highest score, are the unsafe
     ones (C2). human: as many prompts that people call unsafe are, those that passed first (C3).
     """
-    told = []
-    for row in processed:
-        share = q(row)
-        if share is None or row["shadow"] or not passed(row):
-            continue
-        one = Told(
-            row["id"],
-            row["query"],
-            row["input_unsafe"] or 0.0,
-            share,
-            doubtful(row, config),
-            unsafe_categories(row),
-        )
-        told.append(one)
-    count = sum(one.is_unsafe for one in told)
+    told = traffic[traffic.passed & traffic.q.notna()].assign(source="feedback")
+    count = sum(told.q >= 0.5)
     if arm.feedback == "permuted":
         return permuted(told, seed)
+    unsaid = told.assign(refused=False, categories=None)
     if arm.feedback == "suspicious":
-        return suspected(told, count)
+        first = most_suspicious(told).id[:count]
+        return unsaid.assign(q=told.id.isin(first).astype(float))
     if arm.feedback == "human":
-        return named_by_people(told, processed, count, seed)
+        named = shuffled(traffic[traffic.human_unsafe], seed, "human")
+        named = named.sort_values("passed", ascending=False, kind="stable").head(count)
+        named = named.assign(q=1.0, source="human", refused=False, categories=None)
+        return pd.concat([named, unsaid[~told.human_unsafe].assign(q=0.0)])
     return told
 
 
@@ -398,94 +389,48 @@ def unsafe_categories(row: Row) -> list[str] | None:
 
 
 def permuted(
-    told: Sequence[Told],
+    told: pd.DataFrame,
     seed: int,
-) -> list[Told]:
+) -> pd.DataFrame:
     """What is told, exchanged within blocks of prompts of like score (fifths) and like length."""
-    by_score = sorted(told, key=lambda one: (one.score, one.id))
-    fifth = {}
-    for place, one in enumerate(by_score):
-        fifth[one.id] = place * 5 // len(told)
-    order = sorted(told, key=lambda one: (fifth[one.id], len(one.query), one.id))
+    order = told.sort_values(["score", "id"])
+    order["fifth"] = np.arange(len(order)) * 5 // len(order)
+    order["length"] = order.prompt.str.len()
+    order = order.sort_values(["fifth", "length", "id"])
     rng = random.Random(f"{seed} permuted")
-    exchanged = []
+    others = []
     for start in range(0, len(order), ALIKE):
-        block = order[start : start + ALIKE]
-        others = rng.sample(block, len(block))
-        for one, other in zip(block, others, strict=True):
-            said = replace(
-                one,
-                q=other.q,
-                refused=other.refused,
-                categories=other.categories,
-            )
-            exchanged.append(said)
-    return exchanged
-
-
-def suspected(
-    told: Sequence[Told],
-    count: int,
-) -> list[Told]:
-    """The `count` most suspicious prompts are called unsafe, the others safe."""
-    first = {one.id for one in most_suspicious(told)[:count]}
-    called = []
-    for one in told:
-        share = float(one.id in first)
-        called.append(replace(one, q=share, refused=False, categories=None))
-    return called
-
-
-def named_by_people(
-    told: Sequence[Told],
-    processed: Sequence[Row],
-    count: int,
-    seed: int,
-) -> list[Told]:
-    """`count` prompts that people call unsafe, and of those that passed the ones they call safe."""
-    bad = shuffled([row for row in processed if row["human_unsafe"]], seed, "human")
-    bad.sort(key=lambda row: not passed(row))
-    named = []
-    for row in bad[:count]:
-        score = row["input_unsafe"] or 0.0
-        named.append(Told(row["id"], row["query"], score, 1.0, source="human"))
-    harmless = {row["id"] for row in processed if row["human_unsafe"] is False}
-    for one in told:
-        if one.id in harmless:
-            named.append(replace(one, q=0.0, refused=False, categories=None))
-    return named
+        block = range(len(order))[start : start + ALIKE]
+        others += rng.sample(block, len(block))
+    for name in ("q", "refused", "categories"):
+        order[name] = order[name].iloc[others].array
+    return order
 
 
 def replayed(
     arm: Arm,
-    processed: Sequence[Row],
-    told: Sequence[Told],
+    traffic: pd.DataFrame,
+    told: pd.DataFrame,
     taken: set[str],
     count: int,
     seed: int,
-) -> list[TrainingRow]:
+) -> pd.DataFrame:
     """The guard's own decisions on other prompts, in the proportion that traffic has, and at least
     one of each class.
 
     A prompt that passed and whose responses refuse, or are unsafe, is none of them: the decision
     may be wrong. A control knows of this what it was told, and no more.
     """
-    doubted = {one.id for one in told if one.q > 0 or one.refused}
-    decided: dict[bool, list[TrainingRow]] = {True: [], False: []}
-    for row in shuffled(processed, seed, "replay"):
-        unsafe = row["input_decided"]
-        is_wrong = arm.feedback == "outputs" and row["shadow"] and q(row) == 0
-        is_taken = row["id"] in doubted or text_key(row["query"]) in taken
-        if row["input_error"] is not None or is_wrong or is_taken:
-            continue
-        kl = arm.kl and not unsafe
-        replay = TrainingRow(row["id"], row["query"], float(unsafe), "replay", kl=kl)
-        decided[unsafe].append(replay)
-    blocked = sum(bool(row["input_decided"]) for row in processed)
-    wanted = max(1, round(blocked / len(processed) * count))
-    rows = decided[True][:wanted]
-    left = max(0, count - len(rows))
-    return rows + decided[False][:left]
+    doubted = told[(told.q > 0) | told.refused]
+    left = shuffled(traffic, seed, "replay")
+    left = left[~left.failed & ~left.id.isin(doubted.id) & ~left.key.isin(taken)]
+    if arm.feedback == "outputs":
+        left = left[~left.wrongly_blocked]
+    left = left.assign(target=left.blocked.astype(float), categories=None)
+    left["kl"] = arm.kl & ~left.blocked
+    unsafe = left[left.blocked].head(max(1, round(traffic.blocked.mean() * count)))
+    safe = left[~left.blocked].head(max(0, count - len(unsafe)))
+    return pd.concat([unsafe, safe])
 
 
 def legacy_blocked(processed: Sequence[Row]) -> dict[str, str]:
@@ -506,25 +451,23 @@ def legacy_blocked(processed: Sequence[Row]) -> dict[str, str]:
 def rows_of_texts(
     arm: Arm,
     processed: Sequence[Row],
-    blocked: Sequence[Row],
     seed: int,
 ) -> list[TrainingRow]:
     """The original's texts. Where its own checks collect nothing, it gets the correct list."""
     prompts = {row["id"]: row["query"] for row in processed}
-    reasons = {row["id"]: row["reason"] for row in blocked if row["id"] in prompts}
+    found = [row for row in processed if feedback(row)]
+    reasons = {row["id"]: reason_of(unsafe_categories(row) or ()) for row in found}
+    harmless = [row for row in processed if row["human_unsafe"] is False]
     if arm.collection == "legacy":
-        collected = legacy_blocked(processed)
-        if collected:
-            reasons = collected
-        else:
+        reasons = legacy_blocked(processed) or reasons
+        if not legacy_blocked(processed):
             what = "the original's checks collect nothing here; it gets the correct list"
             logger.warning("%s: %s", arm.name, what)
-    examples = [example(row_id, prompts[row_id], reasons[row_id]) for row_id in reasons]
-    harmless = [row for row in processed if row["human_unsafe"] is False]
-    if arm.collection == "correct":
-        known = {text_key(one.prompt) for one in examples}
+    else:
+        known = {text_key(prompts[row_id]) for row_id in reasons}
         answered = [row for row in processed if passed(row) and q(row) == 0]
         harmless = [row for row in answered if text_key(row["query"]) not in known]
+    examples = [example(row_id, prompts[row_id], reason) for row_id, reason in reasons.items()]
     most = min(len(examples), len(processed) // 2)
     for row in harmless[:most]:  # as they come
         examples.append(example(row["id"], row["query"], None))
@@ -553,7 +496,13 @@ class ArmTrainer(AnswerTrainer):
     encoder: Encoder
     kl_weight = 0.0
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model,
+        inputs,
+        return_outputs=False,
+        num_items_in_batch=None,
+    ):
         """Mean over rows; over tokens for the original's texts."""
         answers = read(model, inputs)
         if inputs["target"].min() == NOTHING:
@@ -586,30 +535,23 @@ def train(config: Config) -> list[Path]:
     check_output_folder(config.training.output_dir)
     asked = []
     for name in config.training.arms:
-        for seed in config.training.seeds_of(name):
-            asked.append((arm_named(name), seed))
-    for arm, seed in asked:
-        if is_pushed(arm, config):
-            check_push(push_arguments(arm, seed, config))
+        asked += [(arm_named(name), seed) for seed in config.training.seeds_of(name)]
+    own = [(arm, seed) for arm, seed in asked if arm.weights_of is None]
+    pushed = {}
+    for arm, seed in own:
+        if config.training.push_to_hub and not arm.probe:
+            pushed[arm.name, seed] = push_arguments(arm, seed, config)
+            check_push(pushed[arm.name, seed])
     processed = read_processed(config, config.experiment.process_split)
-    blocked = read_blocked(config)
-    for arm, seed in asked:
-        if arm.weights_of is None and not is_trained(arm, seed, config):
-            rows = build_rows(arm, processed, blocked, seed, config)
+    for arm, seed in own:
+        if not is_trained(arm, seed, config):
+            rows = build_rows(arm, processed, seed, config)
             logger.info("%s, seed %d: %s", arm.name, seed, arm.question)
-            steps = step_budget(arm, processed, blocked, config)
+            steps = step_budget(arm, processed, config)
             train_arm(arm, seed, rows, steps, config)
-        if is_pushed(arm, config):
-            push_finished(push_arguments(arm, seed, config))
+        if (arm.name, seed) in pushed:
+            push_finished(pushed[arm.name, seed])
     return [arm_folder(config, arm.name, seed) for arm, seed in asked]
-
-
-def is_pushed(
-    arm: Arm,
-    config: Config,
-) -> bool:
-    """Whether the hub gets an arm: adapters of its own, if training.push_to_hub asks for it."""
-    return config.training.push_to_hub and not arm.probe and arm.weights_of is None
 
 
 def push_arguments(
@@ -649,7 +591,6 @@ def is_trained(
 def step_budget(
     arm: Arm,
     processed: Sequence[Row],
-    blocked: Sequence[Row],
     config: Config,
 ) -> int:
     """Optimizer steps: max_steps, else the epochs over the rows of A8, the same for every arm.
@@ -659,7 +600,7 @@ def step_budget(
     values = config.training
     if values.max_steps > 0 or arm.texts:
         return values.max_steps
-    rows = build_rows(arm_named("A8"), processed, blocked, values.seeds[0], config)
+    rows = build_rows(arm_named("A8"), processed, values.seeds[0], config)
     rows_a_step = values.batch_size * values.gradient_accumulation_steps
     return math.ceil(values.epochs * len(rows) / rows_a_step)
 
@@ -667,10 +608,9 @@ def step_budget(
 def load_base(config: Config) -> GenerativeGuard:
     """The guard that is trained, its model ready for adapters."""
     section = config.llama_guard
-    options: dict[str, Any] = {"progress": False}
-    if section.load_in_4bit:
-        options["load_in_4bit"] = True
-    loaded = load_llama_guard(section.base_model_path, section.use_official_template, **options)
+    options = {"load_in_4bit": True} if section.load_in_4bit else {}
+    path = section.base_model_path
+    loaded = load_llama_guard(path, section.use_official_template, progress=False, **options)
     if section.load_in_4bit:
         loaded.model.model = prepare_model_for_kbit_training(loaded.model.model)
     return loaded
@@ -724,10 +664,8 @@ def encode_rows(
     limit = config.training.max_length
     check_length(model, limit, "training.max_length")
     if arm.texts:
-        encoded = []
-        for row in rows:
-            text = row.text
-            encoded.append(text_row(encoder.tokenizer, text.parts, text.answer, arm.loss, limit))
+        texts = [row.text for row in rows]
+        encoded = [text_row(encoder.tokenizer, text, arm.loss, limit) for text in texts]
         cut = sum(len(row["input_ids"]) == limit for row in encoded)
     else:
         encoded, cut = encoder.rows(
@@ -736,26 +674,21 @@ def encode_rows(
             [row.categories for row in rows],
         )
     check_ids([row["input_ids"] for row in encoded], encoder.tokenizer, model)
-    for row in encoded:
-        row["g0"] = NOTHING
     held = [one for one, row in zip(encoded, rows, strict=True) if row.kl]
     prompts = [prompt_of(row) for row in held]
     before = verdict_probabilities(encoder.guard, prompts, encoder.tokens)
+    for row in encoded:
+        row["g0"] = NOTHING
     for row, probability in zip(held, before, strict=True):
         row["g0"] = probability
     facts = {
         "rows": len(rows),
-        "sources": sources_of(rows),
+        "sources": Counter(row.source for row in rows),
         "target_mean": round(sum(row.target for row in rows) / len(rows), 4),
         "tokens": sum(len(row["input_ids"]) for row in encoded),
         "shortened_rows": cut,
     }
     return encoded, facts
-
-
-def sources_of(rows: Sequence[TrainingRow]) -> dict[str, int]:
-    """How many rows are of which source."""
-    return dict(Counter(row.source for row in rows))
 
 
 def arm_arguments(
@@ -771,26 +704,20 @@ def arm_arguments(
     warmups = [arm.warmup_steps, values.arms_warmup_steps, values.warmup_steps]
     return arguments_for(
         arm_folder(config, arm.name, seed),
+        **values.model_dump(include=NAMED_AS_TRLS),
+        learning_rate=first_given(rates),
+        warmup_steps=first_given(warmups),
         max_steps=steps,
         num_train_epochs=values.epochs,
         per_device_train_batch_size=values.batch_size,
-        gradient_accumulation_steps=values.gradient_accumulation_steps,
-        learning_rate=first_given(rates),
-        warmup_steps=first_given(warmups),
-        weight_decay=values.weight_decay,
-        logging_steps=values.logging_steps,
-        report_to=values.report_to,
-        save_steps=values.save_steps,
-        save_total_limit=values.save_total_limit,
         gradient_checkpointing=config.llama_guard.load_in_4bit,
         seed=seed,
     )
 
 
-def first_given(values: Iterable[float | None]) -> float:
+def first_given(values: Sequence[float | None]) -> float:
     """The first that is not None."""
-    given = [value for value in values if value is not None]
-    return given[0]
+    return next(value for value in values if value is not None)
 
 
 def arguments_for(
@@ -881,9 +808,7 @@ def arm_card(
     }
     if arm.probe:
         return LinearProbeCard(**origin)
-    name = zoo_name(base)
-    if has_card(base):
-        name = read_card(base, GenerativeCard).guard
+    name = read_card(base, GenerativeCard).guard if has_card(base) else zoo_name(base)
     return GenerativeCard(guard=name, max_length=config.training.max_length, **origin)
 
 
@@ -960,24 +885,17 @@ def save_probe(
     states = states_of(base, [row.messages for row in rows])
     mean = states.mean(0)
     scale = np.maximum(states.std(0), 1e-6)
-    scaled = (states - mean) / scale
-    twice = np.tile(scaled, (2, 1))
+    twice = np.tile((states - mean) / scale, (2, 1))
     labels = np.repeat([True, False], len(rows))
     weights = np.concatenate([target, 1 - target])
-    counts = weights > 0
     fitted = LogisticRegression(C=1 / PENALTY, max_iter=1000, random_state=seed)
+    counts = weights > 0
     fitted.fit(twice[counts], labels[counts], weights[counts])
-    probe = {
-        "mean": mean.tolist(),
-        "scale": scale.tolist(),
-        "weights": fitted.coef_[0].tolist(),
-        "bias": float(fitted.intercept_[0]),
-    }
-    facts = {
-        "rows": len(rows),
-        "sources": sources_of(rows),
-        "penalty": PENALTY,
-    }
+    per_state = fitted.coef_[0] / scale
+    bias = fitted.intercept_[0] - per_state @ mean
+    probe = {"weights": per_state.tolist(), "bias": float(bias)}
+    sources = Counter(row.source for row in rows)
+    facts = {"rows": len(rows), "sources": sources, "penalty": PENALTY}
     if is_main_process():
         with whole_folder(folder) as partial_folder:
             write_json(partial_folder / "probe.json", probe)
@@ -991,13 +909,9 @@ def probe_scores(
     conversations: Sequence[Messages],
 ) -> list[float]:
     """P(unsafe) of each by the probe in `folder`, read from the guard that it was fitted on."""
-    text = (folder / "probe.json").read_text(encoding="utf-8")
-    probe = json.loads(text)
-    states = states_of(base, conversations)
-    scaled = (states - np.array(probe["mean"])) / np.array(probe["scale"])
-    odds = scaled @ np.array(probe["weights"]) + probe["bias"]
-    probabilities = 1 / (1 + np.exp(-odds))
-    return probabilities.tolist()
+    probe = read_json(folder / "probe.json")
+    odds = states_of(base, conversations) @ np.array(probe["weights"]) + probe["bias"]
+    return expit(odds).tolist()
 
 
 def states_of(
@@ -1012,14 +926,8 @@ def states_of(
 # --- prepare: a small model becomes a guard before anything else ----------------------------------
 
 
-@dataclass(frozen=True)
-class Check:
-    """A conversation whose last turn is labelled."""
-
-    messages: Messages
-    label: str  # prompt_unsafe or response_unsafe
-    unsafe: bool
-    categories: list[str] | None
+# conversations whose last turn is labelled: prompt_unsafe or response_unsafe, and whether it is
+CHECK = ["messages", "label", "unsafe", "categories"]
 
 
 def prepare(config: Config) -> None:
@@ -1049,7 +957,7 @@ def make_guard(section: PrepareGuard) -> None:
         return
     learned, held_out = split_checks(checks, section.seed)
     encoder = load_encoder(section.base_model, folder)
-    rows, cut = rows_of_checks(encoder, learned)
+    rows, cut = encoder.rows(learned.messages, learned.unsafe, learned.categories)
     facts = {"rows": len(rows), "held_out": len(held_out), "shortened_rows": cut}
     logger.info("Making a guard of %s: %s", section.base_model, json.dumps(facts))
     set_seed(section.seed)
@@ -1071,20 +979,21 @@ def make_guard(section: PrepareGuard) -> None:
     facts["log"] = trainer.state.log_history
     state_dict = full_state_dict(trainer)  # collective
     if is_main_process():
-        save_guard(encoder, held_out or learned, state_dict, section, key, facts)
+        checks = held_out if len(held_out) else learned
+        save_guard(encoder, checks, state_dict, section, key, facts)
         start_over(args)
     trainer.accelerator.wait_for_everyone()
 
 
 def guard_key(
     section: PrepareGuard,
-    checks: Sequence[Check],
+    checks: pd.DataFrame,
 ) -> str:
     """A digest of all that a small guard depends on."""
     settings = section.model_dump(mode="json")
     settings |= {"output_dir": None, "base_model": None, "held_out": HELD_OUT}
     base = keep.fingerprint(section.base_model)
-    content = [asdict(check) for check in checks]
+    content = checks.to_dict("records")
     return keep.digest([settings, [base, content], template()])
 
 
@@ -1102,8 +1011,9 @@ def trainable(
     return model
 
 
-def read_checks(specs: Sequence[str]) -> list[Check]:
-    """Of each row its prompt where that is labelled, and its response where that one is.
+def read_checks(specs: Sequence[str]) -> pd.DataFrame:
+    """The columns of CHECK: of each row its prompt where that is labelled, and its response where
+    that one is.
 
     Raises:
         UserError: a test split, bad rows, or labels of one class alone.
@@ -1114,58 +1024,29 @@ def read_checks(specs: Sequence[str]) -> list[Check]:
             hint = "is a test set; a guard is not trained on one"
             raise UserError(f"prepare, field data: {spec} {hint}")
         for row in load_conversations(spec):
-            checks += checks_of(row)
-    if len({check.unsafe for check in checks}) < 2:
+            turns = {"prompt_unsafe": row["messages"]}
+            if row["messages"][-1]["role"] == "assistant":
+                turns = {"prompt_unsafe": row["messages"][:-1], "response_unsafe": row["messages"]}
+            for label, messages in turns.items():
+                if messages and row[label] is not None:
+                    checks.append([messages, label, row[label], row["categories"]])
+    found = pd.DataFrame(checks, columns=CHECK)
+    if found.unsafe.nunique() < 2:
         names = ", ".join(specs)
         raise UserError(f"prepare, field data: {names}: a guard needs safe and unsafe labels")
-    return checks
-
-
-def checks_of(row: Row) -> list[Check]:
-    """The labelled turns of a conversation."""
-    messages = row["messages"]
-    turns = {"prompt_unsafe": messages}
-    if messages[-1]["role"] == "assistant":
-        turns = {
-            "prompt_unsafe": messages[:-1],
-            "response_unsafe": messages,
-        }
-    checks = []
-    for label, turn in turns.items():
-        unsafe = row[label]
-        if turn and unsafe is not None:
-            checks.append(Check(turn, label, unsafe, row["categories"]))
-    return checks
-
-
-def rows_of_checks(
-    encoder: Encoder,
-    checks: Sequence[Check],
-) -> tuple[list[Row], int]:
-    """The checks as rows, and how many contents were cut."""
-    return encoder.rows(
-        [check.messages for check in checks],
-        [float(check.unsafe) for check in checks],
-        [check.categories for check in checks],
-    )
+    return found
 
 
 def split_checks(
-    checks: Sequence[Check],
+    checks: pd.DataFrame,
     seed: int,
-) -> tuple[list[Check], list[Check]]:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Checks to learn and checks held out, all of one prompt on one side."""
-    keys = [prompt_key({"messages": check.messages}) for check in checks]
+    keys = checks.messages.map(lambda messages: prompt_key({"messages": messages}))
     order = sorted(set(keys))
     random.Random(seed).shuffle(order)
-    count = round(HELD_OUT * len(order))
-    held = set(order[:count])
-    learned = []
-    held_out = []
-    for check, key in zip(checks, keys, strict=True):
-        side = held_out if key in held else learned
-        side.append(check)
-    return learned, held_out
+    is_held_out = keys.isin(order[: round(HELD_OUT * len(order))])
+    return checks[~is_held_out], checks[is_held_out]
 
 
 def load_encoder(
@@ -1190,7 +1071,7 @@ def load_encoder(
 
 def save_guard(
     encoder: Encoder,
-    checks: Sequence[Check],
+    checks: pd.DataFrame,
     state_dict: Mapping[str, torch.Tensor],
     section: PrepareGuard,
     key: str,
@@ -1201,7 +1082,7 @@ def save_guard(
     """
     model = encoder.guard.model.model.eval()
     model.config.use_cache = True
-    rows, cut = rows_of_checks(encoder, checks)
+    rows, cut = encoder.rows(checks.messages, checks.unsafe, checks.categories)
     if cut:
         said = "%s of %s texts that the thresholds are fitted on were shortened to %s tokens"
         logger.warning(said, cut, len(rows), SMALL_GUARD_LENGTH)
@@ -1244,7 +1125,7 @@ def save_guard(
 
 
 def measure_checks(
-    checks: Sequence[Check],
+    checks: pd.DataFrame,
     scores: Sequence[float],
     on: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -1255,13 +1136,11 @@ def measure_checks(
     """
     thresholds = {}
     measured = {}
-    for label in LAST.values():
-        here = np.array([check.label == label for check in checks])
-        truth = np.array([check.unsafe for check in checks])[here]
-        found = np.array(scores)[here]
-        if 0 < truth.sum() < len(truth):
-            thresholds[label] = metrics.fit_threshold(truth, found, on)
-            measured[label] = metrics.binary(truth, found, thresholds[label]["value"])
+    for label, some in checks.assign(score=scores).groupby("label"):
+        if some.unsafe.nunique() == 2:
+            thresholds[label] = metrics.fit_threshold(some.unsafe, some.score, on)
+            value = thresholds[label]["value"]
+            measured[label] = metrics.binary(some.unsafe, some.score, value)
     return thresholds, measured
 
 

@@ -435,8 +435,8 @@ def shifted(base, noise=0.0):
 
 SAME_ORDER = "A8 ranks the prompts as A0 does"
 COPIES = (
-    "T1 has 1 unsafe and 1 safe ones; 20 of each are needed; T2 has 1 unsafe and 1 safe ones; "
-    "20 of each are needed; T3 has 1 harmless prompts"
+    "T1 has 1 unsafe and 1 safe prompts; 20 unsafe and 20 safe are needed; T2 has 1 unsafe and 1 "
+    "safe prompts; 20 unsafe and 20 safe are needed; T3 has 1 harmless prompts"
 )
 
 
@@ -448,7 +448,7 @@ COPIES = (
             {"C1": shifted},
             "C1 ranks the prompts as A0 does: A8 − C1 is A8 − A0",
         ),
-        "few prompts": ({"n": 30}, "20 of each are needed"),
+        "few prompts": ({"n": 30}, "20 unsafe and 20 safe are needed"),
         "copies of a prompt": ({"groups": ["copy"] * 600}, COPIES),
         "a judge of chance": ({"judge": 0.0}, "contradicts itself"),
         "18 responses labelled twice": (

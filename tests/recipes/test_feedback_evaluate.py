@@ -135,7 +135,7 @@ def test_scoring_goes_on_where_it_was(config_file, tmp_path):
     def scores_of(texts):
         one = evaluate.Judged("A0")
         answers = evaluate.score(one, texts, config, path.parent)
-        return {key: answer.score for key, answer in answers.items()}
+        return answers.score.to_dict()
 
     whole = scores_of(texts)
     kept = path.read_text().splitlines(keepends=True)
@@ -172,7 +172,7 @@ def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
     def answers():
         one = evaluate.Judged("A0-legacy")
         said = evaluate.score(one, texts, served, tmp_path / "scores")
-        return list(said.values())
+        return list(said.itertuples(index=False))
 
     good, bad = answers()
     assert good.error is None
@@ -227,7 +227,7 @@ def test_only_what_the_config_names_is_evaluated(load):
     ],
 )
 def test_whom_the_verdict_is_about(arms, best, load):
-    names = [*evaluate.QUESTIONS, *arms.split()]
+    names = [*evaluate.UNTRAINED, *arms.split()]
     config = load("training.arms=A2,A4,A5,A8,C1", "training.headline=null")
     assert evaluate.improved_arm(config, names) == best
 
@@ -304,11 +304,12 @@ def test_the_truth_of_t2():
         row_of([True], id="blocked", input_decided=True),
         row_of([], id="empty"),
     ]
-    assert evaluate.outcomes_of(rows, "guard") == {"half": True, "less": False}
-    assert evaluate.outcomes_of(rows, "judge") == {}
+    found = {row["id"]: records.outcome(row, "guard") for row in rows}
+    assert found == {"half": True, "less": False, "blocked": None, "empty": None}
+    assert records.outcome(rows[0], "judge") is None
     judged = row_of([False])
     judged["responses"][0]["judge_unsafe"] = 0.9
-    assert evaluate.outcomes_of([judged], "judge") == {"1": True}
+    assert records.outcome(judged, "judge") is True
 
 
 def test_a_guard_that_judges_itself_is_no_second_opinion(load, models):

@@ -245,7 +245,8 @@ def test_a_batch_has_the_loss_and_the_gradient_of_its_rows(base, encoder, rows, 
 def test_rows_that_were_cut_before_their_verdict_teach_nothing(base, guard, is_shared):
     model = AutoModelForCausalLM.from_pretrained(base)
     parts = formats.meta_parts(GOOD.format(1))
-    row = formats.text_row(guard.tokenizer, parts, " safe", "answer", 16)
+    text = formats.Text("r", parts, " safe", False)
+    row = formats.text_row(guard.tokenizer, text, "answer", 16)
     batch = formats.batch_of([row, row], is_shared)
     loss = answers_loss(formats.read(model, batch))
     loss.backward()
@@ -264,7 +265,7 @@ def test_rows_are_a_tree_where_they_have_much_in_common(guard, augment):
     examples = [formats.example(f"r{i}", GOOD.format(i), None) for i in range(4)]
     rows = []
     for text in formats.training_texts(examples, 0, augment)[:4]:
-        row = formats.text_row(guard.tokenizer, text.parts, text.answer, "all", 2000)
+        row = formats.text_row(guard.tokenizer, text, "all", 2000)
         rows.append(row)
     batch = formats.batch_of(rows, True)
     is_tree = "keep" in batch
