@@ -60,9 +60,25 @@ def test_lines_of_text(tmp_path):
     ]
 
 
-def test_a_separator_within_quotes_separates_nothing(tmp_path):
-    path = saved(tmp_path, "a.csv", '"prompt; or\ttext, quoted",label\n"a;b;c",safe\n')
-    assert rows(path) == [{"prompt; or\ttext, quoted": "a;b;c", "label": "safe"}]
+ANSWER = "x" * 140_000
+CONTENTS = {  # what it shows: the file, its text, the one row in it
+    "separators within quotes": (
+        "a.csv",
+        '"prompt; or\ttext, quoted",label\n"a;b;c",safe\n',
+        {"prompt; or\ttext, quoted": "a;b;c", "label": "safe"},
+    ),
+    "a cell longer than Python reads by itself": (
+        "a.csv",
+        f"prompt,response\nWhy?,{ANSWER}\n",
+        {"prompt": "Why?", "response": ANSWER},
+    ),
+    "a whole surrogate pair": ("a.jsonl", r'{"prompt": "\ud83d\ude00"}', {"prompt": "\U0001f600"}),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "row"), CONTENTS.values(), ids=CONTENTS)
+def test_what_a_file_may_hold(tmp_path, name, text, row):
+    assert rows(saved(tmp_path, name, text)) == [row]
 
 
 def test_a_file_of_a_cache_is_read_as_its_type_says(tmp_path):
@@ -70,12 +86,6 @@ def test_a_file_of_a_cache_is_read_as_its_type_says(tmp_path):
     path = saved(tmp_path, "0123abcd", "prompt, or more\tlabel\nHi\tsafe\n")
     ((_, row),) = read_rows(path, suffix=".tsv")
     assert row == {"prompt, or more": "Hi", "label": "safe"}
-
-
-def test_a_cell_longer_than_python_reads_by_itself(tmp_path):
-    answer = "x" * 140_000
-    path = saved(tmp_path, "a.csv", f"prompt,response\nWhy?,{answer}\n")
-    assert rows(path) == [{"prompt": "Why?", "response": answer}]
 
 
 ODD = {
@@ -98,11 +108,6 @@ def test_one_odd_row_is_one_bad_row(tmp_path, odd):
         rows(saved(tmp_path, "a.json", f"[{good}, {odd}, {good}]"))
 
 
-def test_a_whole_surrogate_pair_is_text(tmp_path):
-    path = saved(tmp_path, "a.jsonl", r'{"prompt": "\ud83d\ude00"}')
-    assert rows(path) == [{"prompt": "\U0001f600"}]
-
-
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_repeated_column_is_refused_by_name(tmp_path, suffix):
     """Whichever of the two is taken, the other one's labels are lost, without a word."""
@@ -123,13 +128,9 @@ def test_a_column_that_is_there_in_two_cases_is_refused_by_name(tmp_path):
 def test_a_file_of_one_value(tmp_path):
     path = saved(tmp_path, "a.json", '\ufeff{"instructions": ["Say it."], "inputs": []}')
     assert read_json(path) == {"instructions": ["Say it."], "inputs": []}
-
-
-@pytest.mark.parametrize("content", ['{"a": 1, "a": 2}', "", "{"])
-def test_a_broken_file_of_one_value_is_named(tmp_path, content):
-    path = saved(tmp_path, "a.json", content)
-    with user_error(f"^{path}"):
-        read_json(path)
+    for broken in ('{"a": 1, "a": 2}', "", "{"):
+        with user_error(f"^{path}"):
+            read_json(saved(tmp_path, "a.json", broken))
 
 
 def test_the_home_folder(tmp_path, monkeypatch):
@@ -196,12 +197,10 @@ def test_columns_are_known_however_they_are_capitalised(tmp_path):
     assert [turn["content"] for turn in row["messages"]] == ["Why?", "So."]
 
 
-def test_two_names_of_one_label(tmp_path):
-    """What is known counts; which name stands there empty does not."""
+def test_which_label_is_meant(tmp_path):
+    """Of two names of one label what is known counts. `label` is the prompt's where there is
+    nothing else that it could mean.
+    """
     assert loaded(tmp_path, QUESTION | {"response_unsafe": None})["response_unsafe"] is True
-
-
-def test_a_label_of_a_prompt(tmp_path):
-    """`label` is the prompt's where there is nothing else that it could mean."""
     assert loaded(tmp_path, {"prompt": "Hi", "label": "unsafe"})["prompt_unsafe"] is True
     assert loaded(tmp_path, QUESTION | {"label": "homonyms"})["prompt_unsafe"] is None

@@ -163,11 +163,8 @@ def test_fitted_threshold_has_the_best_f1(rows):
 
 
 def test_fitted_threshold_lies_half_way():
+    """Also of many rows, where a table of rows x thresholds would need 10 GB."""
     assert metrics.fit_threshold([0, 1], [0.25, 0.75], "v")["value"] == 0.5
-
-
-def test_threshold_fits_many_rows():
-    """A table of rows x thresholds would need 10 GB here."""
     p = np.random.default_rng(0).random(100_000)
     fitted = metrics.fit_threshold(p > 0.7, p, "validation")
     assert fitted["value"] == pytest.approx(0.7, abs=1e-4)
@@ -240,15 +237,12 @@ def test_agreement_equals_sklearn(pairs):
     assert found["kappa"] == pytest.approx(kappa)
 
 
-@pytest.mark.parametrize("name", ["agreement", "kappa"])
-def test_agreement_intervals(name):
+def test_agreement_intervals():
     a, b = [True, False] * 20, [True, False] * 15 + [False, True] * 5
     found = metrics.agreement(a, b)
-    low, high = found[f"{name}_interval"]
-    assert low < found[name] < high
-
-
-def test_agreement_of_nobody():
+    for name in ("agreement", "kappa"):
+        low, high = found[f"{name}_interval"]
+        assert low < found[name] < high
     nobody = metrics.agreement([], [])
     assert nobody.pop("n") == 0
     assert set(nobody.values()) == {None}

@@ -56,21 +56,18 @@ def test_the_hub_reads_what_was_measured(tmp_path):
         ("/x/hub/models--Qwen--Qwen3-0.6B/snapshots/0123abc", "Qwen/Qwen3-0.6B"),
         ("/home/me/models/llama", None),
         ("../llama", None),
+        ("llama", None),
         ("folder: with # signs", None),
         ("[list]", None),
     ],
 )
-def test_a_base_is_a_hub_id_or_not_named(tmp_path, base, hub_id):
+def test_a_base_is_a_hub_id_or_not_named(tmp_path, monkeypatch, base, hub_id):
+    """A name that the hub could have may be a folder here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
     card = written(tmp_path, base_model=base)
     assert card.data.base_model == hub_id
     assert hub_id == base or base not in card.content
-
-
-def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
-    """`llama` is a name that the hub could have, and here it is a folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "llama").mkdir()
-    assert bundled.hub_id("llama") is None
 
 
 @pytest.mark.parametrize(
@@ -88,17 +85,15 @@ def test_a_licence_is_named_where_it_is_one(tmp_path, base, data, licence):
 
 
 def test_data_is_named_without_folders_of_the_users(tmp_path):
+    """Data of the hub by their id."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}")
+    hub = "PKU-Alignment/BeaverTails:30k_train"
     assert about_data(f"0.1 of {rows}[:50]") == {"name": "0.1 of rows.jsonl[:50]"}
     assert about_data(f"{tmp_path}:train") == {"name": f"{tmp_path.name}:train"}
     assert about_data("user/rows@v2:train") == {"name": "user/rows@v2:train", "hub": "user/rows"}
-
-
-def test_data_of_the_hub_is_named_by_its_id(tmp_path):
-    spec = "PKU-Alignment/BeaverTails:30k_train"
-    assert about_data(spec)["licence"] == "CC BY-NC 4.0"
-    card = written(tmp_path, train_data=[spec, "user/rows:train", str(tmp_path / "rows.jsonl")])
+    assert about_data(hub)["licence"] == "CC BY-NC 4.0"
+    card = written(tmp_path, train_data=[hub, "user/rows:train", str(rows)])
     assert card.data.datasets == ["PKU-Alignment/BeaverTails", "user/rows"]
 
 

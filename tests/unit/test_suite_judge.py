@@ -95,24 +95,18 @@ def test_a_guard_that_moved_is_the_same(tmp_path):
     assert identity(str(copy)) == identity(str(guard))
 
 
-def test_a_guard_by_its_adapters_id():
-    names = ["nvidia/llama-3.1-nemoguard-8b-content-safety", "meta-llama/Llama-3.1-8B-Instruct"]
-    known, base = judge.candidates(names, {})
-    assert known.zoo == known.name == "nemoguard-8b"
-    assert known.released
+def test_a_guard_of_the_zoo_by_any_of_its_names(tmp_path):
+    """The papers' names, with and without a folder, and its adapter's id, but not its base's."""
+    names = {name: ours for name, ours in ALIASES.items() if zoo()[ours]["kind"] != "api"}
+    names["nvidia/llama-3.1-nemoguard-8b-content-safety"] = "nemoguard-8b"
+    for name, ours in names.items():
+        (found,) = judge.candidates([name], {})
+        assert found.name == found.zoo == ours
+        assert found.released
+    here, base = judge.candidates([f"ExpGuard={tmp_path}", "meta-llama/Llama-3.1-8B-Instruct"], {})
+    assert here.name == here.zoo == "expguard"
     assert base.zoo is None
     assert not base.released
-
-
-def test_the_papers_names_of_guards(tmp_path):
-    """With and without a folder."""
-    for name, ours in ALIASES.items():
-        if zoo()[ours]["kind"] != "api":
-            (found,) = judge.candidates([name], {})
-            assert found.name == found.zoo == ours
-            assert found.released
-    (found,) = judge.candidates([f"ExpGuard={tmp_path}"], {})
-    assert found.name == found.zoo == "expguard"
 
 
 PROMPTS = "expguardtest toxicchat openai_mod xstest_prompt_harm harmbench aegis_safety_dataset2"
