@@ -201,6 +201,10 @@ def check(model_args: ModelArguments, args: ExpGuardConfig) -> None:
         raise UserError(
             '--use_4bit_quantization, --use_8bit_quantization: pip install -e ".[quantization]"'
         )
+    if any(quantized) and args.fsdp:
+        raise UserError(
+            '--use_4bit_quantization, --use_8bit_quantization: not split by FSDP; add --fsdp ""'
+        )
     if not args.do_train and not args.do_eval:
         raise UserError("neither --do_train nor --do_eval: nothing to do")
     if args.do_test:

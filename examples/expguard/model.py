@@ -75,7 +75,7 @@ def load_model(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrainedMo
     """The base: float32 where it is trained (the trainer casts on the fly), bf16 or quantized under
     LoRA.
 
-    FSDP wants one dtype for frozen and trained weights, so there it is float32 in any case.
+    Under FSDP it is float32 in any case: a base in bf16 has not been tried there.
     """
     dtype = torch.float32
     quantization = None

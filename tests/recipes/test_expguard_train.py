@@ -285,6 +285,16 @@ def test_the_library_of_quantized_bases_is_asked_for(monkeypatch):
         arguments.check(model, None)
 
 
+def test_a_quantized_base_is_not_split(tmp_path):
+    """On GPUs it was loaded in float32, without a word."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = arguments.ModelArguments(use_4bit_quantization=True, use_peft_lora=True)
+    args = arguments.ExpGuardConfig(output_dir=str(tmp_path))
+    args.fsdp = True
+    with user_error('not split by FSDP; add --fsdp ""'):
+        arguments.check(model, args)
+
+
 # ------------------------------------------------------------------------------------------------ the loss
 
 
