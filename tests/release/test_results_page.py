@@ -5,6 +5,7 @@ import random
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from pages import opened, score
 from playwright.sync_api import Page, expect
@@ -212,7 +213,7 @@ def test_arms_of_the_feedback_guard_side_by_side(browser, tmp_path):
         "T2": evaluate.Prompts(ids[:4], ~truth[:4], ids[:4]),
     }
     answers = {
-        name: {key: evaluate.Answer(scores[i], scores[i] > 0.5) for i, key in enumerate(ids)}
+        name: pd.DataFrame({"score": scores, "error": None}, index=ids)
         for name, scores in [
             ("A0", [0.4, 0.3, 0.4, 0.3, 0.9, 0.2, 0.9, 0.6]),
             ("A1", [0.4, 0.3, 0.4, 0.3, 0.9, 0.2, 0.9, 0.6]),
@@ -227,7 +228,7 @@ def test_arms_of_the_feedback_guard_side_by_side(browser, tmp_path):
         "verdict": {"about": "A8", "verdict": "undecided"},
     }
     path = tmp_path / "results.html"
-    evaluate.write_page(path, results, tasks, texts, arms, answers, {"A1": 0.35})
+    evaluate.write_page(path, results, tasks, texts, arms, answers, 0.35)
     with opened(browser, path) as page:
         assert page.locator("#tables td").first.inner_text() == "A8: feedback"
         page.locator("#set").select_option(label="T1: human toxicity of prompts")
