@@ -39,29 +39,23 @@ def test_a_name_that_is_free_may_be_pushed_to(hub, arguments):
     assert hub.asked.count("GET /api/whoami-v2") == 1  # which the hub limits
 
 
-@pytest.mark.parametrize(
-    ("status", "hint"),
-    [
-        pytest.param(401, "log in with `hf auth login`", id="a-wrong-token"),
-        pytest.param(403, "choose a token that may .*/settings/tokens", id="no-right"),
-        pytest.param(429, "try again later", id="too-many-questions"),
-        pytest.param(500, "try again later", id="the-hub-fails"),
-        pytest.param(503, "try again later", id="the-hub-is-down"),
-    ],
-)
+FAULTS = {  # what the hub answers: what helps
+    401: "log in with `hf auth login`",
+    403: "choose a token that may .*/settings/tokens",
+    429: "try again later",
+    500: "try again later",
+    503: "try again later",
+}
+
+
+@pytest.mark.parametrize(("status", "hint"), FAULTS.items())
 def test_what_the_hub_refuses_is_said_with_what_helps(hub, arguments, status, hint):
     hub.fault = status
     with user_error(f"--push_to_hub: .*; {hint}$"):
         check_push(arguments())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(None, id="a-folders-name"),
-        pytest.param(f"{USER}/guard", id="a-name-with-a-user"),
-    ],
-)
+@pytest.mark.parametrize("name", [None, f"{USER}/guard"], ids=["a folder's", "with a user"])
 def test_nobody_is_logged_in(hub, arguments, name):
     with user_error(r"; log in with `hf auth login`$"):
         check_push(arguments(hub_token=None, hub_model_id=name))

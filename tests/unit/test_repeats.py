@@ -164,25 +164,41 @@ def answers(path, *rows: tuple[str, str, int]) -> str:
     return str(write_rows(path, lines))
 
 
-def test_what_is_judged_is_corrected_deduplicated_and_split(tmp_path):
-    """Other answers do not make another prompt, nor other prompts another answer."""
+@pytest.fixture
+def base(tmp_path) -> str:
+    """Two answers to one prompt, and two others."""
     rows = [("Bad", "A", 1), ("Bad", "B", 1), ("Good", "C", 0), ("Mended", "D", 0)]
-    base = answers(tmp_path / "base.jsonl", *rows)
+    return answers(tmp_path / "base.jsonl", *rows)
+
+
+@pytest.fixture
+def held_out(tmp_path) -> str:
+    """One of its prompts with another answer, and one of its answers to another prompt."""
+    return answers(tmp_path / "validation.jsonl", ("Good", "Z", 0), ("Worse", "C", 1))
+
+
+def test_prompts_are_corrected_and_deduplicated(base, held_out, tmp_path):
+    """Other answers do not make another prompt."""
     later = answers(tmp_path / "later.jsonl", ("Mended", "E", 1))
     options = {"judge": "prompt", "require": ("prompt_unsafe",), "one_row_a_pair": True}
     train, _, _ = load_training_rows([base, later], None, None, 0, **options)
     assert list(train["messages"]) == [pair("Bad"), pair("Good"), pair("Mended")]
     assert list(train["prompt_unsafe"]) == [True, False, True]
-    held_out = answers(tmp_path / "validation.jsonl", ("Good", "Z", 0), ("Worse", "C", 1))
     _, _, shared = load_training_rows(base, held_out, None, 0, **options)
-    assert (shared["left_out_of_train"], shared["pair_in_train"]) == (1, 0)
+    assert shared["left_out_of_train"] == 1
+    assert shared["pair_in_train"] == 0
 
-    options |= {"judge": "response", "require": ("response_unsafe",), "one_row_a_pair": False}
+
+def test_responses_are_split(base, held_out):
+    """Other prompts do not make another answer."""
+    options = {"judge": "response", "require": ("response_unsafe",)}
     train, validation, shared = load_training_rows(base, None, 0.5, 3, **options)
-    assert (len(train), len(validation), shared["pair_in_train"]) == (2, 2, 0)
+    assert len(train) == len(validation) == 2
+    assert shared["pair_in_train"] == 0
     assert all(messages[0]["role"] == "assistant" for messages in train["messages"])
     _, _, shared = load_training_rows(base, held_out, None, 0, **options)
-    assert (shared["pair_in_train"], shared["near_copies_of_train"]) == (1, 1)
+    assert shared["pair_in_train"] == 1
+    assert shared["near_copies_of_train"] == 1
 
 
 LEFT = {  # how the last unsafe row goes: the files of labels by question, options

@@ -123,13 +123,6 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def feedback_config():
-    """The feedback guard's configuration, and a good file of it."""
-    config = module("feedback_guard", "config")
-    return config, config.FOLDER / "configs/quickstart.json"
-
-
 def test_a_config_with_the_marks_of_windows_and_a_home_folder(home, monkeypatch):
     text = "\ufeffoutput_dir: ~/out\r\nbenchmarks: [xstest_prompt, ~/rows.csv]\r\n"
     (home / "c.yaml").write_text(text, encoding="utf-8", newline="")
@@ -154,19 +147,17 @@ def test_fire_flags_know_the_home_folder_and_refuse_a_repeated_key(home):
         flags.parse(function, ["--config=~/c.yaml"])
 
 
-def test_json_configs_know_byte_order_marks_and_the_home_folder(home, feedback_config):
-    config, quickstart = feedback_config
+def test_json_configs_know_the_home_folder_and_refuse_a_repeated_key(home):
+    """Also with the byte order mark of Windows."""
+    config = module("feedback_guard", "config")
+    text = (config.FOLDER / "configs/quickstart.json").read_text(encoding="utf-8")
     path = home / "c.json"
-    path.write_text("\ufeff" + quickstart.read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text("\ufeff" + text, encoding="utf-8")
     found = config.load_config(path, ["dataset.store_dir=~/store"])
     assert found.dataset.store_dir == f"{home}/store"
-
-
-def test_a_repeated_key_of_a_json_config_is_refused_by_name(tmp_path, feedback_config):
-    config, _ = feedback_config
-    (tmp_path / "c.json").write_text('{"seed": 1, "seed": 2}')
+    path.write_text('{"seed": 1, "seed": 2}')
     with user_error("'seed'"):
-        config.load_config(tmp_path / "c.json")
+        config.load_config(path)
 
 
 def test_the_home_folder_in_names_of_guards_and_benchmarks(home):

@@ -24,7 +24,8 @@ RESPONSES = "expguardtest_response"
 
 class KeywordGuard(Guard):
     """Knows three words; "maybe" is a weak suspicion that it calls safe unless it has no words of
-    its own. `errors` are what it says of texts that begin with "broken".
+    its own. `errors` are what it says of texts that begin with "broken"; after `stop`
+    conversations comes Ctrl-C.
     """
 
     name, judges, sees = "keyword", ("prompt_unsafe", "response_unsafe"), "last turn"

@@ -4,6 +4,7 @@ import logging
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trl import ModelConfig
 
 from common.run import Stopped
 from common.training import (
+    BriefProgress,
     LengthGroupedTrainer,
     RecipeTrainingArguments,
     checkpoint_to_resume,
@@ -319,3 +321,15 @@ def test_ctrl_c_says_where_the_run_is(make, after, where, flags):
     with pytest.raises(Stopped, match=where) as stopped:
         run(trainer)
     assert stopped.value.flags == flags
+
+
+def test_single_categories_are_left_out_of_the_progress_bar(capsys):
+    bar = BriefProgress()
+    state = SimpleNamespace(is_world_process_zero=True, max_steps=2)
+    bar.on_train_begin(None, state, None)
+    logs = {"loss": 0.5, "eval_flagged/auprc": 0.25, "eval_privacy_violation/auprc": 0.125}
+    bar.on_log(None, state, None, logs)
+    bar.on_train_end(None, state, None)
+    said = "".join(capsys.readouterr())
+    assert "eval_flagged/auprc" in said
+    assert "privacy_violation" not in said
