@@ -153,6 +153,25 @@ def test_a_full_queue_refuses_at_once_and_whole():
     assert len(run(said, scenario, most=3)) == 3
 
 
+def test_who_leaves_is_judged_no_more():
+    judged = []
+
+    def judge(conversations):
+        judged.extend(conversations)
+        return said(conversations)
+
+    async def scenario(queue):
+        stays = asyncio.create_task(queue.judge(talks(9)))
+        leaves = asyncio.create_task(queue.judge(talks(8, 8)))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        await stays
+        await queue.judge(talks(7))
+
+    run(judge, scenario)
+    assert judged == talks(9, 7)
+
+
 def test_what_the_guard_raises_is_told_and_the_next_batch_is_judged():
     calls = []
 
