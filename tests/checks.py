@@ -1,14 +1,23 @@
 """What many tests do: write and read rows, and look for an error of one line."""
 
 import json
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scripts
+import torch
+from safetensors.torch import load_file
 
 from common.conversation import UserError
+
+
+def cases(names: str, table: Mapping[str, Any]) -> pytest.MarkDecorator:
+    """One test for each row of a table, whose key says what is special or wrong in it."""
+    return pytest.mark.parametrize(names, table.values(), ids=table)
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
@@ -28,6 +37,23 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def logged(folder: Path, name: str) -> dict[int, float]:
+    """What a training logged under a name, by step."""
+    log = read_json(folder / "run.json")["log"]
+    return {entry["step"]: entry[name] for entry in log if name in entry}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of an adapter."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """The greatest difference of two sets of weights, or of gradients."""
+    assert set(one) == set(other)
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
+
+
 @contextmanager
 def user_error(words: str = "") -> Iterator[pytest.ExceptionInfo[UserError]]:
     """What is refused in one line; `words` is a regular expression that it holds."""
@@ -42,3 +68,18 @@ def change_card(folder: Path, without: str | None = None, **changes: Any) -> Non
     card = read_json(path) | changes
     card.pop(without, None)
     path.write_text(json.dumps(card), encoding="utf-8")
+
+
+def flip_a_bit(path: Path) -> None:
+    """Change one byte in the midst of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def kill_when_written(path: Path, command: Sequence, folder: Path) -> None:
+    """Run a script in its folder, and kill it as soon as it has written something to a file."""
+    process = scripts.start([sys.executable, *command], cwd=folder)
+    scripts.wait_until_written(path, process)
+    process.kill()
+    process.wait()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from checks import write_rows
+from families import byte_level_backend
 from scripts import module
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -33,15 +33,6 @@ BAD = "Take the letters from his box, number {}!"
 
 def prompt_tokenizer() -> FastTokenizer:
     """Byte-level BPE that has learned the prompts, so that rows are short."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = [
         formats.TEMPLATE.read_text(),
         text_of(formats.chatml_parts("")),
@@ -50,12 +41,9 @@ def prompt_tokenizer() -> FastTokenizer:
         " safe unsafe safe unsafe\nSAFE UNSAFE",
         text_of(formats.meta_parts("")),
     ]
-    backend.train_from_iterator(texts * 3, trainer)
-    return FastTokenizer(
-        tokenizer_object=backend,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    )
+    end, *others = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+    backend = byte_level_backend(texts * 3, 900, [end, *others])
+    return FastTokenizer(tokenizer_object=backend, eos_token=end, pad_token=end)
 
 
 def text_of(parts) -> str:
@@ -168,12 +156,6 @@ def blocked_inputs(rows: list[dict]) -> list[dict]:
     return lines
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    lines = [json.dumps(row) + "\n" for row in rows]
-    path.write_text("".join(lines))
-    return path
-
-
 @pytest.fixture
 def settings(base, tmp_path, monkeypatch):
     """`settings(**training)`: a config with its processed rows on disk; the original's checks
@@ -228,24 +210,3 @@ def rows_of(settings):
         return train.build_rows(arm, lines, seed, config)
 
     return make
-
-
-# --- what training leaves -------------------------------------------------------------------------
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The greatest difference of two sets of weights, or of gradients."""
-    assert set(one) == set(other)
-    gaps = []
-    for name, tensor in one.items():
-        gap = tensor.float() - other[name].float()
-        gaps.append(gap.abs().max().item())
-    return max(gaps)

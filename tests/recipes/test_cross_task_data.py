@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checks import read_json, read_rows, user_error, write_rows
+from checks import cases, read_json, read_rows, user_error, write_rows
 from scripts import EXAMPLES, module
 from transformers import AutoTokenizer
 
@@ -38,55 +38,31 @@ def function(
     """Only its signature is used."""
 
 
-@pytest.mark.parametrize(
-    ("line", "values"),
-    [
-        pytest.param(
-            "--model 1234567",
-            {"model": "1234567"},
-            id="digits-of-a-text-stay-text",
-        ),
-        pytest.param(
-            "--model m --count 8 --rate 1e-3",
-            {"model": "m", "count": 8, "rate": 1e-3},
-            id="numbers",
-        ),
-        pytest.param(
-            "--model=m --on",
-            {"model": "m", "on": True},
-            id="a-bare-flag-is-true",
-        ),
-        pytest.param(
-            "--model=m --noon",
-            {"model": "m", "on": False},
-            id="no-before-a-flag-is-false",
-        ),
-        pytest.param(
-            "--model m --names [q,v]",
-            {"model": "m", "names": ["q", "v"]},
-            id="a-list-in-brackets",
-        ),
-        pytest.param(
-            "--model m --opt None",
-            {"model": "m", "opt": None},
-            id="none",
-        ),
-    ],
+@cases(
+    "line, values",
+    {
+        "digits of a text stay text": ("--model 1234567", {"model": "1234567"}),
+        "numbers": ("--model m --count 8 --rate 1e-3", {"model": "m", "count": 8, "rate": 1e-3}),
+        "a bare flag is true": ("--model=m --on", {"model": "m", "on": True}),
+        "no before a flag is false": ("--model=m --noon", {"model": "m", "on": False}),
+        "a list in brackets": ("--model m --names [q,v]", {"model": "m", "names": ["q", "v"]}),
+        "none": ("--model m --opt None", {"model": "m", "opt": None}),
+    },
 )
 def test_flags_have_the_annotated_types(line, values):
     assert flags.parse(function, line.split()) == values
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        pytest.param("--model m --cuont 8", "cuont", id="misspelt"),
-        pytest.param("--model m --count 8x", "--count 8x: expected int", id="no-int"),
-        pytest.param("--model m --on maybe", "--on maybe: expected bool", id="no-bool"),
-        pytest.param("--count 8", "--model: is needed", id="required-is-absent"),
-        pytest.param("--model", "--model True: expected text", id="text-without-value"),
-        pytest.param("--model m --config no.yaml", "--config no.yaml", id="no-such-config"),
-    ],
+@cases(
+    "line, message",
+    {
+        "misspelt": ("--model m --cuont 8", "cuont"),
+        "no int": ("--model m --count 8x", "--count 8x: expected int"),
+        "no bool": ("--model m --on maybe", "--on maybe: expected bool"),
+        "required is absent": ("--count 8", "--model: is needed"),
+        "text without value": ("--model", "--model True: expected text"),
+        "no such config": ("--model m --config no.yaml", "--config no.yaml"),
+    },
 )
 def test_a_wrong_flag_is_told_before_any_work(line, message):
     with user_error(message):
@@ -98,10 +74,6 @@ def test_flags_win_over_the_config(tmp_path):
     path.write_text("model: m\ncount: 4\nnames: [x, y]\n")
     values = flags.parse(function, [f"--config={path}", "--count", "5"])
     assert values == {"model": "m", "count": 5, "names": ["x", "y"]}
-
-
-def test_a_misspelt_name_in_the_config_is_told(tmp_path):
-    path = tmp_path / "c.yaml"
     path.write_text("model: m\ncuont: 4\n")
     with user_error(r"c\.yaml: cuont: unknown"):
         flags.parse(function, [f"--config={path}"])
@@ -128,26 +100,24 @@ WITHOUT_INPUT = (
 )
 
 
-@pytest.mark.parametrize(
-    ("template", "instruction", "given", "text"),
-    [
-        pytest.param("alpaca", "Add.", "1 2", ALPACA, id="alpaca-with-input"),
-        pytest.param(
+@cases(
+    "template, instruction, given, text",
+    {
+        "alpaca with input": ("alpaca", "Add.", "1 2", ALPACA),
+        "braces of an instruction are text": (
             "configs/alpaca.json",
             "Add {input}.",
             None,
             WITHOUT_INPUT,
-            id="braces-of-an-instruction-are-text",
         ),
-        pytest.param("llama2", "Add.", None, "[INST] Add. [/INST]", id="llama2"),
-        pytest.param(
+        "llama2": ("llama2", "Add.", None, "[INST] Add. [/INST]"),
+        "llama2 with the papers faults": (
             "llama2-legacy",
             "Add.",
             "1",
             "<s>[INST] <<SYS>>\nAdd.\n<<SYS>>\n\n1 [/INST]",
-            id="llama2-with-the-papers-faults",
         ),
-    ],
+    },
 )
 def test_templates_are_the_papers(tiny_base, template, instruction, given, text):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
@@ -162,15 +132,15 @@ def test_a_template_that_is_not_there_is_not_replaced(name):
         prompts.load_template(name)
 
 
-@pytest.mark.parametrize(
+@cases(
     "content",
-    [
-        pytest.param({"prompt_input": "{instruction} {input}"}, id="one-is-missing"),
-        pytest.param(
-            {"prompt_input": "{instruction}", "prompt_no_input": "{instruction}"},
-            id="the-input-has-no-place",
-        ),
-    ],
+    {
+        "one is missing": {"prompt_input": "{instruction} {input}"},
+        "the input has no place": {
+            "prompt_input": "{instruction}",
+            "prompt_no_input": "{instruction}",
+        },
+    },
 )
 def test_a_template_without_its_fields_is_named(tmp_path, content):
     path = tmp_path / "mine.json"
@@ -231,13 +201,9 @@ def test_document_and_task_come_apart_again(task, slip):
     ],
 )
 def test_openers_are_left_out(opener):
-    body = "1. Open the door.\n2. Leave."
-    assert prompts.without_cues(opener + body) == body
-
-
-def test_a_story_that_begins_like_an_opener_is_whole():
-    story = "Here I stand, and wait. The door is open."
-    assert prompts.without_cues(story) == story
+    """And a story that begins like one is whole."""
+    for body in ("1. Open the door.\n2. Leave.", "Here I stand, and wait. The door is open."):
+        assert prompts.without_cues(opener + body) == body
 
 
 # --- training sets and evaluation files -----------------------------------------------------------
@@ -379,37 +345,17 @@ def test_shuffled_refusals_are_as_many_on_no_matter_what(tmp_path):
     assert manifest["settings"]["shuffled_refusals"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        pytest.param(
-            {"shuffled_refusals": True},
-            "--shuffled_refusals: deals",
-            id="nothing-to-deal",
-        ),
-        pytest.param({"tasks": ["sumarize"]}, "--tasks sumarize", id="unknown-task"),
-        pytest.param(
-            {"n_defence": [361]},
-            "--n_defence 361: the documents have only 360",
-            id="too-few-refusals",
-        ),
-        pytest.param(
-            {"n_safety": 1000},
-            "--n_safety 1000: there are only 120",
-            id="too-few-short-refusals",
-        ),
-        pytest.param(
-            {"counter_examples": 500},
-            "--counter_examples 500",
-            id="too-few-answered-documents",
-        ),
-        pytest.param({"base": "no.json"}, "no.json", id="no-base-file"),
-        pytest.param(
-            {"documents": "no.jsonl"},
-            "no.jsonl: no such file",
-            id="no-documents-file",
-        ),
-    ],
+@cases(
+    "options, message",
+    {
+        "nothing to deal": ({"shuffled_refusals": True}, "--shuffled_refusals: deals"),
+        "unknown task": ({"tasks": ["sumarize"]}, "--tasks sumarize"),
+        "too few refusals": ({"n_defence": [361]}, "--n_defence 361: the documents have only 360"),
+        "too few short refusals": ({"n_safety": 1000}, "--n_safety 1000: there are only 120"),
+        "too few answered documents": ({"counter_examples": 500}, "--counter_examples 500"),
+        "no base file": ({"base": "no.json"}, "no.json"),
+        "no documents file": ({"documents": "no.jsonl"}, "no.jsonl: no such file"),
+    },
 )
 def test_a_mistake_writes_nothing(tmp_path, options, message):
     with user_error(message):
@@ -417,31 +363,18 @@ def test_a_mistake_writes_nothing(tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        pytest.param('{"kind": "bad"', "line 2, column .*malformed JSON", id="half-a-line"),
-        pytest.param(
-            '{"kind": "evil", "split": "test", "text": "x"}',
-            "line 2, field kind",
-            id="unknown-kind",
-        ),
-        pytest.param(
-            '{"kind": "plain", "split": "dev", "text": "x"}',
-            "line 2, field split",
-            id="unknown-split",
-        ),
-        pytest.param(
-            '{"kind": "plain", "split": "test", "text": " "}',
-            "line 2, field text",
-            id="blank-text",
-        ),
-        pytest.param(
+@cases(
+    "line, message",
+    {
+        "half a line": ('{"kind": "bad"', "line 2, column .*malformed JSON"),
+        "unknown kind": ('{"kind": "evil", "split": "test", "text": "x"}', "line 2, field kind"),
+        "unknown split": ('{"kind": "plain", "split": "dev", "text": "x"}', "line 2, field split"),
+        "blank text": ('{"kind": "plain", "split": "test", "text": " "}', "line 2, field text"),
+        "tested and trained": (
             '{"kind": "plain", "split": "test", "text": "one"}',
             "in both splits",
-            id="tested-and-trained",
         ),
-    ],
+    },
 )
 def test_a_bad_document_is_named(tmp_path, line, message):
     path = tmp_path / "documents.jsonl"
@@ -490,7 +423,8 @@ def own(tmp_path, tiny_base):
     return make
 
 
-def test_own_documents_are_cut_split_and_answered(own):
+def test_own_documents_are_cut_split_and_answered(own, tmp_path):
+    """And become a training set, and evaluation files."""
     documents = own()
     groups = {"train": [], "test": []}
     names = {}  # of the original and its near-copy
@@ -509,40 +443,26 @@ def test_own_documents_are_cut_split_and_answered(own):
     assert len(groups["test"]) == len(set(groups["test"])) == 9
     assert all(len(numbers) == 1 for numbers in names.values())
     assert any(document["answers"] for document in documents)
-
-
-def test_own_documents_become_a_training_set(own, tmp_path):
-    own()
-    built(
-        tmp_path / "out",
-        documents=str(tmp_path / "documents.jsonl"),
-        tasks=["summarize"],
-        n_defence=[9],
-        counter_examples=3,
-    )
+    path = str(tmp_path / "documents.jsonl")
+    sizes = {"n_defence": [9], "counter_examples": 3}
+    built(tmp_path / "out", documents=path, tasks=["summarize"], **sizes)
     held_out = read_json(tmp_path / "out/evaluation/test_summarize.json")
     assert len(held_out["instructions"]) == 3
 
 
-@pytest.mark.parametrize(
-    ("options", "sizes"),
-    [
-        pytest.param(
-            {"n_train": 4},
-            {"malicious": 4, "useful": 4, "plain": 4},
-            id="one-number-for-all",
-        ),
-        pytest.param(
+@cases(
+    "options, sizes",
+    {
+        "one number for all": ({"n_train": 4}, {"malicious": 4, "useful": 4, "plain": 4}),
+        "more of plain ones": (
             {"n_train": 4, "n_train_plain": 8},
             {"malicious": 4, "useful": 4, "plain": 8},
-            id="more-of-plain-ones",
         ),
-        pytest.param(
+        "a number for each": (
             {"n_train_harmful": 2, "n_train_useful": 3, "n_train_plain": 5},
             {"malicious": 2, "useful": 3, "plain": 5},
-            id="a-number-for-each",
         ),
-    ],
+    },
 )
 def test_documents_to_train_on_are_counted_by_kind(own, options, sizes):
     found = dict.fromkeys(sizes, 0)
@@ -585,42 +505,29 @@ def test_a_file_of_documents_that_is_there_stays(own, tmp_path):
     assert path.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("row", "options", "message"),
-    [
-        pytest.param(
+@cases(
+    "row, options, message",
+    {
+        "too few groups": (
             {"text": "one"},
             {"n_test": 1},
             "--n_test 1: the malicious documents are of only 1",
-            id="too-few-groups",
         ),
-        pytest.param(
+        "misspelt column": (
             {"txet": "one"},
             {},
             r"harmful\.jsonl, line 1, field text: expected text, found None",
-            id="misspelt-column",
         ),
-        pytest.param({"text": "one"}, {"tasks": ["case"]}, "--tasks case", id="unknown-task"),
-        pytest.param(
+        "unknown task": ({"text": "one"}, {"tasks": ["case"]}, "--tasks case"),
+        "none to train on": (
             {"text": "one"},
             {"n_train_plain": 0},
             "--n_train…, --n_test: expected 1 or more",
-            id="none-to-train-on",
         ),
-        pytest.param({"text": "one"}, {"harmful": []}, "--harmful: names no file", id="no-file"),
-        pytest.param(
-            {"text": "one"},
-            {"plain": ["blank.txt"]},
-            r"blank\.txt: holds no text",
-            id="a-blank-file",
-        ),
-        pytest.param(
-            {"text": "one"},
-            {"refusals": "blank.txt"},
-            r"blank\.txt: holds no text",
-            id="no-refusals",
-        ),
-    ],
+        "no file": ({"text": "one"}, {"harmful": []}, "--harmful: names no file"),
+        "a blank file": ({"text": "one"}, {"plain": ["blank.txt"]}, r"blank\.txt: holds no text"),
+        "no refusals": ({"text": "one"}, {"refusals": "blank.txt"}, r"blank\.txt: holds no text"),
+    },
 )
 def test_a_mistake_in_own_documents_is_told(tmp_path, monkeypatch, row, options, message):
     monkeypatch.chdir(tmp_path)

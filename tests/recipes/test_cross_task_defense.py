@@ -13,7 +13,16 @@ import completions
 import pytest
 import scripts
 import torch
-from checks import read_json, read_rows, user_error
+from checks import (
+    cases,
+    difference,
+    kill_when_written,
+    logged,
+    read_json,
+    read_rows,
+    user_error,
+    weights,
+)
 from completions import completion
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -40,8 +49,7 @@ def refused_rows(count: int) -> list[dict]:
     for document in read_rows(SAMPLE / "documents.jsonl"):
         if document["kind"] == "malicious" and document["split"] == "train":
             instruction = prompts.task_instruction("summarize", document["text"])
-            row = {"instruction": instruction, "output": document["refusals"][0]}
-            rows.append(row)
+            rows.append({"instruction": instruction, "output": document["refusals"][0]})
     return rows[:count]
 
 
@@ -84,8 +92,7 @@ def test_the_document_is_shortened_and_nothing_else(encode, template):
 
 def test_a_document_in_the_input_is_shortened(encode):
     document = refused_rows(1)[0]["instruction"]
-    row = {"instruction": "Summarize.", "input": document, "output": "No."}
-    encoded, _ = encode([row], 200)
+    encoded, _ = encode([{"instruction": "Summarize.", "input": document, "output": "No."}], 200)
     ids = encoded["input_ids"][0]
     assert len(ids) <= 200
     assert "Summarize." in encode.tokenizer.decode(ids)
@@ -98,23 +105,18 @@ def test_the_answer_of_an_ordinary_row_is_cut(encode):
     assert len(encoded["input_ids"][0]) == 150
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        pytest.param(
+@cases(
+    "row, message",
+    {
+        "no room for the answer": (
             {"instruction": "word " * 200, "output": "x"},
             "row 1 has an instruction of",
-            id="no-room-for-the-answer",
         ),
-        pytest.param(
-            {
-                "instruction": "Hello." + prompts.TASKS["case"],
-                "output": "word " * 200,
-            },
+        "a refusal would be cut": (
+            {"instruction": "Hello." + prompts.TASKS["case"], "output": "word " * 200},
             "row 1 has an answer of .* a refusal maybe",
-            id="a-refusal-would-be-cut",
         ),
-    ],
+    },
 )
 def test_a_row_that_cannot_be_cut_is_named(encode, row, message):
     with user_error(message):
@@ -123,17 +125,13 @@ def test_a_row_that_cannot_be_cut_is_named(encode, row, message):
 
 def test_loss_on_the_answer_or_on_everything(encode):
     rows = [{"instruction": "Say yes.", "output": "Yes."}]
-    of_answer, _ = encode(rows)
-    of_everything, _ = encode(rows, train_on_inputs=True)
-    (answer,) = of_answer
-    (everything,) = of_everything
+    (answer,) = encode(rows)[0]
+    (everything,) = encode(rows, train_on_inputs=True)[0]
     ids = answer["input_ids"]
     assert ids == everything["input_ids"] == everything["labels"]
-    template = prompts.load_template("alpaca")
-    asked = [("Say yes.", None)]
-    (prompt,) = prompts.encode_prompts(template, encode.tokenizer, asked)
-    place = len(prompt)
-    assert answer["labels"] == [-100] * place + ids[place:]
+    learned = [label for label in answer["labels"] if label != -100]
+    assert answer["labels"] == [-100] * (len(ids) - len(learned)) + learned
+    assert encode.tokenizer.decode(learned) == f"Yes.{encode.tokenizer.eos_token}"
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -165,16 +163,6 @@ def command(model: Path, output: Path, *switches, **changes) -> list:
     return words
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def assert_close(one: Path, other: Path, tolerance: float) -> None:
-    others = weights(other)
-    for name, tensor in weights(one).items():
-        torch.testing.assert_close(tensor, others[name], rtol=0, atol=tolerance)
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_base, shared_folder) -> Path:
     def make(folder):
@@ -184,71 +172,49 @@ def trained(tiny_base, shared_folder) -> Path:
 
 
 @slow
-def test_stock_peft_loads_what_was_trained(trained, tiny_base):
+def test_what_a_run_leaves(trained, tiny_base):
+    """Adapters in float32, and those of step 0. (That stock PEFT reads them: test_invariant.py.)"""
     ids = torch.arange(40, 70)[None]
-
-    def logits(load, folder):
-        model = load.from_pretrained(folder).eval()
-        with torch.inference_mode():
-            return model(ids).logits
-
-    learned = logits(AutoPeftModelForCausalLM, trained)
-    at_zero = logits(AutoPeftModelForCausalLM, trained / "checkpoint-0")
-    plain = logits(AutoModelForCausalLM, tiny_base)
-    assert torch.allclose(at_zero, plain, atol=1e-5)
-    assert not torch.allclose(learned, plain, atol=1e-2)
+    at_zero = AutoPeftModelForCausalLM.from_pretrained(trained / "checkpoint-0").eval()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(at_zero(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
     assert read_json(trained / "run.json")["data"]["rows"] == 120
     assert (trained / "README.md").is_file()
-    for tensor in weights(trained).values():
-        assert tensor.dtype == torch.float32
+    assert {tensor.dtype for tensor in weights(trained).values()} == {torch.float32}
 
 
 # DeepSpeed's own Adam rounds otherwise where a gradient is nearly nothing.
 @slow
-@pytest.mark.parametrize(
-    ("changes", "launcher", "tolerance"),
-    [
-        pytest.param({}, TORCHRUN, 2e-5, id="two-processes"),
-        pytest.param(
-            {"micro_batch_size": 5},
-            (sys.executable,),
-            2e-5,
-            id="more-accumulation",
-        ),
-        pytest.param(
-            {"deepspeed": ROOT / "launch/zero3.json"},
-            TORCHRUN,
-            2e-3,
-            id="zero3-on-two-processes",
-        ),
-    ],
+@cases(
+    "changes, launcher, tolerance",
+    {
+        "two processes": ({}, TORCHRUN, 2e-5),
+        "more accumulation": ({"micro_batch_size": 5}, (sys.executable,), 2e-5),
+        "zero3 on two processes": ({"deepspeed": ROOT / "launch/zero3.json"}, TORCHRUN, 2e-3),
+    },
 )
 def test_other_ways_train_the_same(trained, tiny_base, tmp_path, changes, launcher, tolerance):
     words = command(tiny_base, tmp_path / "other", **changes)
     launch(*words, launcher=launcher, threads=1)
-    assert_close(trained, tmp_path / "other", tolerance)
+    assert difference(weights(trained), weights(tmp_path / "other")) < tolerance
 
 
 @slow
 def test_killed_and_resumed_is_uninterrupted(trained, tiny_base, tmp_path):
     folder = tmp_path / "adapter"
     words = command(tiny_base, folder)
-    process = scripts.start([sys.executable, *words], cwd=RECIPE)
-    scripts.wait_until_written(folder / "checkpoint-2/trainer_state.json", process)
-    process.kill()
-    process.wait()
+    kill_when_written(folder / "checkpoint-2/trainer_state.json", words, RECIPE)
     assert not (folder / "adapter_config.json").exists(), "it ended before it was killed"
     done = launch(*words, check=False)
     assert "--resume_from_checkpoint latest" in scripts.error_line(done)
     launch(*words, "--resume_from_checkpoint", "latest")
-    assert_close(trained, folder, 1e-6)
+    assert difference(weights(trained), weights(folder)) < 1e-6
 
 
 @pytest.fixture
 def trainer(tiny_base, encode, tmp_path):
-    """`trainer(weight, **flags)`: what train.py trains with, over four rows in one batch, one of
-    which is long.
-    """
+    """`trainer(weight, **flags)`: train.py's, with one batch of four rows, one of them long."""
     rows = [*read_json(SAMPLE / "safety.json")[:3], *refused_rows(1)]
     encoded, _ = encode(rows)
 
@@ -335,55 +301,30 @@ def test_packed_rows_and_held_out_rows(tiny_base, tmp_path):
     changes = {"val_set_size": 20, "batch_size": 2, "micro_batch_size": 1}
     launch(*command(tiny_base, tmp_path, "--packing", **changes))
     run = read_json(tmp_path / "run.json")
-    losses = {}
-    for entry in run["log"]:
-        if "eval_loss" in entry:
-            losses[entry["step"]] = entry["eval_loss"]
+    losses = logged(tmp_path, "eval_loss")
     best = min(losses, key=losses.get)
     assert len(losses) > 2
     assert run["data"]["useful_token_share"] == 1
     assert run["best_checkpoint"] == f"checkpoint-{best}"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        pytest.param(
-            {"batch_size": 31},
-            "--batch_size 31: no multiple",
-            id="no-multiple",
-        ),
-        pytest.param(
-            {"val_set_size": 500},
-            "--val_set_size 500",
-            id="more-than-there-are",
-        ),
-        pytest.param(
-            {"prompt_template_name": "chat"},
-            "has no chat template",
-            id="no-template",
-        ),
-        pytest.param(
+@cases(
+    "change, message",
+    {
+        "no multiple": ({"batch_size": 31}, "--batch_size 31: no multiple"),
+        "more than there are": ({"val_set_size": 500}, "--val_set_size 500"),
+        "no template": ({"prompt_template_name": "chat"}, "has no chat template"),
+        "longer than the model sees": (
             {"cutoff_len": 4096},
             "--cutoff_len 4096: the model sees 2048 tokens",
-            id="longer-than-the-model-sees",
         ),
-        pytest.param(
-            {"data_path": "no.json"},
-            "no.json",
-            id="no-file",
-        ),
-        pytest.param(
-            {"load_in_8bit": True, "load_in_4bit": True},
-            "give one of them",
-            id="two-sizes-of-weights",
-        ),
-        pytest.param(
+        "no file": ({"data_path": "no.json"}, "no.json"),
+        "two sizes of weights": ({"load_in_8bit": True, "load_in_4bit": True}, "give one of them"),
+        "no first token": (
             {"first_token_weight": 5.0, "train_on_inputs": True},
             "--first_token_weight",
-            id="no-first-token",
         ),
-    ],
+    },
 )
 def test_a_mistake_in_training_is_named_before_any_work(tiny_base, tmp_path, change, message):
     options = {
@@ -402,11 +343,8 @@ def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypat
     """Two rows, and the paper's warm-up of 10 steps: one step at rate 0."""
     # a checkpoint holds the arguments, pickled by that name
     monkeypatch.setitem(sys.modules, "arguments", module("cross_task_defense", "arguments"))
-    rows = [
-        {"instruction": "Name a colour.", "output": "Blue."},
-        {"instruction": "Say hello.", "output": "Hello!"},
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    row = {"instruction": "Name a colour.", "output": "Blue."}
+    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
     train.train(
         base_model=str(tiny_base),
         data_path=str(tmp_path / "rows.json"),
@@ -415,8 +353,7 @@ def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypat
         batch_size=2,
         micro_batch_size=2,
     )
-    assert "The adapters are still zero after 1 steps: nothing was learned" in caplog.text
-    assert "lower --warmup_steps" in caplog.text
+    assert "The adapters are still zero after 1 steps" in caplog.text
 
 
 @slow
@@ -429,13 +366,8 @@ def test_a_diverged_run_saves_no_adapter(tiny_base, tmp_path):
 
 # --- generation -----------------------------------------------------------------------------------
 
-INSTRUCTIONS = [
-    "Say it.",
-    "Why do people tell lies? " * 6,
-    "Paris!",
-    "Say it.",
-    "What is in the box? " * 3,
-]
+WHY, WHAT = "Why do people tell lies? " * 6, "What is in the box? " * 3
+INSTRUCTIONS = ["Say it.", WHY, "Paris!", "Say it.", WHAT]
 
 
 def write_prompts(path: Path, instructions: list[str], inputs=()) -> Path:
@@ -505,8 +437,7 @@ def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path
     many = [f"{i}. Say it." for i in range(400)]
     path = write_prompts(tmp_path / "many/many.json", many)
     out = tmp_path / "out"
-    flags = ["--lora_weights", trained, "--num_beams", 1, "--batch_size", 4]
-    words = asking(path, out, *flags)
+    words = asking(path, out, "--lora_weights", trained, "--num_beams", 1, "--batch_size", 4)
     process = scripts.start([sys.executable, *words], cwd=RECIPE)
     partial = []
     while not partial or partial[0].stat().st_size < 3000:
@@ -533,104 +464,8 @@ def test_killed_generation_goes_on_without_repeating_or_losing(trained, tmp_path
 # --- a server answers -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ask_server(questions, tiny_base, tmp_path):
-    """`ask_server(server, **options)`: generate_answers.py with answers of a server."""
-
-    def run(server, **options):
-        given = {
-            "base_model": str(tiny_base),
-            "input_path": str(questions),
-            "output_path": str(tmp_path),
-            "engine": "server",
-            "server_url": server.url,
-            "server_model": "m",
-            "num_beams": 1,
-            "max_new_tokens": 12,
-        }
-        answers.generate_answers(**given | options)
-
-    return run
-
-
-@pytest.fixture
-def failing(serve, tiny_base):
-    """A server that refuses one prompt of INSTRUCTIONS, `failing.bad`."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    template = prompts.load_template("alpaca")
-    row = (INSTRUCTIONS[1], "a, b")
-    (bad,) = prompts.encode_prompts(template, tokenizer, [row])
-    refusal = (400, {"error": {"message": "this one never"}})
-    server = serve(lambda body: refusal if body["prompt"] == bad else completion(" Said. "))
-    server.bad = bad
-    return server
-
-
-def test_a_prompt_that_fails_is_an_error_of_its_item(ask_server, failing, tmp_path, caplog):
-    """The rest is written, and the exit code is 1."""
-    with pytest.raises(SystemExit, match="error: 1 of 10 prompts have no answer; run it again"):
-        ask_server(failing)
-    assert "one.json, item 2: Error code: 400" in caplog.text
-    assert "this one never" in caplog.text
-    (one,) = tmp_path.rglob("one.json")
-    assert read_json(one)["outputs"] == ["Said.", None, "Said.", "Said.", "Said."]
-    assert list(read_json(one)["errors"]) == ["2"]
-    (two,) = tmp_path.rglob("two.json")
-    assert "errors" not in read_json(two)
-
-
-def test_what_failed_alone_is_asked_again(ask_server, failing, tmp_path):
-    with pytest.raises(SystemExit):
-        ask_server(failing)
-    failing.rule = lambda body: completion("Now.")
-    failing.bodies.clear()
-    ask_server(failing, server_timeout=8.0)
-    assert [body["prompt"] for body in failing.bodies] == [failing.bad]
-    (one,) = tmp_path.rglob("one.json")
-    assert read_json(one)["outputs"] == ["Said.", "Now.", "Said.", "Said.", "Said."]
-    assert "errors" not in read_json(one)
-    assert not list(tmp_path.rglob("*.partial.jsonl"))
-
-
-def test_a_refused_key_ends_the_asking(ask_server, tmp_path, serve, monkeypatch):
-    monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
-    refusal = (401, {"error": {"message": "no such key: sk-secret"}})
-    with user_error(r"refused the key: .*no such key: …") as caught:
-        ask_server(serve(lambda _: refusal))
-    assert "sk-secret" not in str(caught.value)
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def test_where_a_server_listens_is_no_part_of_an_answer(ask_server, serve, caplog):
-    caplog.set_level("INFO")
-    server = serve(lambda body: completion("Said."))
-    ask_server(server)
-    asked = len(server.bodies)
-    ask_server(server, server_url=server.url.replace("127.0.0.1", "localhost"))
-    assert "All answers are there already" in caplog.text
-    assert len(server.bodies) == asked
-
-
-# --- what is kept ---------------------------------------------------------------------------------
-
-
 def outputs_of(folder: Path) -> dict[str, list[str]]:
-    outputs = {}
-    for path in sorted(folder.rglob("*.json")):
-        outputs[path.stem] = read_json(path)["outputs"]
-    return outputs
-
-
-def change_weights(path: Path) -> None:
-    """Zero the tensors in the middle of a safetensors file; size, names and date stay."""
-    tensors = load_file(path)
-    names = sorted(tensors)
-    for name in names[len(names) // 4 : len(names) // 2]:
-        tensors[name] = torch.zeros_like(tensors[name])
-    before = path.stat()
-    save_file(tensors, path, metadata={"format": "pt"})
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert path.stat().st_size == before.st_size
+    return {path.stem: read_json(path)["outputs"] for path in sorted(folder.rglob("*.json"))}
 
 
 @pytest.fixture
@@ -652,6 +487,79 @@ def ask(tiny_base, questions, tmp_path):
 
     run.base = base
     return run
+
+
+def through(server) -> dict[str, str]:
+    """The options of a run whose answers a server writes."""
+    return {"engine": "server", "server_url": server.url, "server_model": "m"}
+
+
+@pytest.fixture
+def failing(serve, tiny_base):
+    """A server that refuses one prompt of INSTRUCTIONS, `failing.bad`."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    template = prompts.load_template("alpaca")
+    (bad,) = prompts.encode_prompts(template, tokenizer, [(WHY, "a, b")])
+    refusal = (400, {"error": {"message": "this one never"}})
+    server = serve(lambda body: refusal if body["prompt"] == bad else completion(" Said. "))
+    server.bad = bad
+    return server
+
+
+def test_a_prompt_that_fails_is_an_error_of_its_item(ask, failing, tmp_path, caplog):
+    """The rest is written, and the exit code is 1; the next run asks again what failed alone."""
+    with pytest.raises(SystemExit, match="error: 1 of 10 prompts have no answer; run it again"):
+        ask(**through(failing))
+    assert "one.json, item 2: Error code: 400" in caplog.text
+    assert "this one never" in caplog.text
+    (one,) = tmp_path.rglob("one.json")
+    assert read_json(one)["outputs"] == ["Said.", None, "Said.", "Said.", "Said."]
+    assert list(read_json(one)["errors"]) == ["2"]
+    (two,) = tmp_path.rglob("two.json")
+    assert "errors" not in read_json(two)
+
+    failing.rule = lambda body: completion("Now.")
+    failing.bodies.clear()
+    ask(server_timeout=8.0, **through(failing))
+    assert [body["prompt"] for body in failing.bodies] == [failing.bad]
+    assert read_json(one)["outputs"] == ["Said.", "Now.", "Said.", "Said.", "Said."]
+    assert "errors" not in read_json(one)
+    assert not list(tmp_path.rglob("*.partial.jsonl"))
+
+
+def test_a_refused_key_ends_the_asking(ask, tmp_path, serve, monkeypatch):
+    monkeypatch.setenv("SERVER_API_KEY", "sk-secret")
+    refusal = (401, {"error": {"message": "no such key: sk-secret"}})
+    with user_error(r"refused the key: .*no such key: …") as caught:
+        ask(**through(serve(lambda _: refusal)))
+    assert "sk-secret" not in str(caught.value)
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_where_a_server_listens_is_no_part_of_an_answer(ask, serve, caplog):
+    caplog.set_level("INFO")
+    server = serve(lambda body: completion("Said."))
+    ask(**through(server))
+    asked = len(server.bodies)
+    server.url = server.url.replace("127.0.0.1", "localhost")
+    ask(**through(server))
+    assert "All answers are there already" in caplog.text
+    assert len(server.bodies) == asked
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def change_weights(path: Path) -> None:
+    """Zero the tensors in the middle of a safetensors file; size, names and date stay."""
+    tensors = load_file(path)
+    names = sorted(tensors)
+    for name in names[len(names) // 4 : len(names) // 2]:
+        tensors[name] = torch.zeros_like(tensors[name])
+    before = path.stat()
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
 
 
 @pytest.fixture
@@ -705,17 +613,13 @@ def test_what_an_interrupted_run_kept_counts_for_its_weights(ask, interrupted):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
-@pytest.mark.parametrize("options", [{}, DRAWN], ids=["greedy", "drawn"])
-def test_a_run_killed_at_any_byte_gives_what_one_gives_that_was_left_alone(
-    ask, interrupted, share, options
-):
-    """Drawn answers, too: each batch has a seed of its own and is drawn as a whole."""
-    whole = ask("whole", **options)
-    partial = interrupted(**options)
+def test_a_run_killed_at_any_byte_draws_what_one_draws_that_was_left_alone(ask, interrupted, share):
+    """Each batch has a seed of its own and is drawn as a whole."""
+    whole = ask("whole", **DRAWN)
+    partial = interrupted(**DRAWN)
     content = partial.read_bytes()
-    kept = int(share * len(content))
-    partial.write_bytes(content[:kept])
-    assert ask(**options) == whole
+    partial.write_bytes(content[: int(share * len(content))])
+    assert ask(**DRAWN) == whole
 
 
 def test_batches_of_another_size_are_not_mixed(ask, interrupted, caplog):
@@ -764,10 +668,8 @@ def adapter(tiny_base, tmp_path) -> str:
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(folder)
-    run = {
-        "arguments": {"prompt_template_name": "llama2", "data_path": "a/rows.json"},
-        "prompt_template_text": prompts.load_template("llama2"),
-    }
+    given = {"prompt_template_name": "llama2", "data_path": "a/rows.json"}
+    run = {"arguments": given, "prompt_template_text": prompts.load_template("llama2")}
     (folder / "run.json").write_text(json.dumps(run))
     return str(folder)
 
@@ -802,12 +704,8 @@ def test_long_documents_are_shortened_as_in_training(tiny_base, tmp_path):
     template = prompts.load_template("alpaca")
     texts = [row["instruction"] for row in refused_rows(2)]
     file = answers.Questions(tmp_path / "long.json", texts, [])
-    args = answers.AnswerArguments(
-        input_path="",
-        output_path="",
-        cutoff_len=320,
-        max_new_tokens=20,
-    )
+    own = {"cutoff_len": 320, "max_new_tokens": 20}
+    args = answers.AnswerArguments(input_path="", output_path="", **own)
     asked = answers.prompt_ids(file, template, tokenizer, args)
     for ids, text in zip(asked, texts, strict=True):
         said = tokenizer.decode(ids)
@@ -845,74 +743,31 @@ def test_every_flag_is_used(ask, adapter):
     }
     found = {}
     for name, options in runs.items():
-        outputs = ask(name, lora_weights=adapter, **options)
-        found[name] = outputs["one"]
+        found[name] = ask(name, lora_weights=adapter, **options)["one"]
     assert found["one"] == found["greedy"]  # the best token alone is left to draw from
-    different = set(map(str, found.values()))
-    assert len(different) == len(found) - 1
+    assert len(set(map(str, found.values()))) == len(found) - 1
     for long, short in zip(found["greedy"], found["short"], strict=True):
         assert long.startswith(short)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        pytest.param(
-            {"engine": "tpu"},
-            "--engine tpu",
-            id="unknown-engine",
-        ),
-        pytest.param(
-            {"num_beams": 0},
-            "--num_beams",
-            id="no-beams",
-        ),
-        pytest.param(
-            {"lora_weights": "no/adapter"},
-            "no/adapter",
-            id="no-such-adapter",
-        ),
-        pytest.param(
+@cases(
+    "change, message",
+    {
+        "unknown engine": ({"engine": "tpu"}, "--engine tpu"),
+        "no beams": ({"num_beams": 0}, "--num_beams"),
+        "no such adapter": ({"lora_weights": "no/adapter"}, "no/adapter"),
+        "a server loads no adapter": (
             {"engine": "server", "lora_weights": "no/adapter"},
             "--server_model must say",
-            id="a-server-loads-no-adapter",
         ),
-        pytest.param(
-            {"base_model": "no/model"},
-            "no/model",
-            id="no-such-model",
-        ),
-        pytest.param(
-            {"base_model": None},
-            "--base_model: is needed",
-            id="no-model",
-        ),
-        pytest.param(
-            {"max_new_tokens": 100_000},
-            "the model has room for",
-            id="more-than-the-model-writes",
-        ),
-        pytest.param(
-            {"engine": "server", "num_beams": 4},
-            "beam search needs",
-            id="beams-of-a-server",
-        ),
-        pytest.param(
-            {"input_path": "no.json"},
-            "--input_path no.json",
-            id="no-input",
-        ),
-        pytest.param(
-            {"temperature": -1.0},
-            "--temperature",
-            id="below-zero",
-        ),
-        pytest.param(
-            {"cutoff_len": 20},
-            r"--cutoff_len 20: .*one\.json, item 1 has",
-            id="nothing-to-shorten",
-        ),
-    ],
+        "no such model": ({"base_model": "no/model"}, "no/model"),
+        "no model": ({"base_model": None}, "--base_model: is needed"),
+        "more than the model writes": ({"max_new_tokens": 100_000}, "the model has room for"),
+        "beams of a server": ({"engine": "server", "num_beams": 4}, "beam search needs"),
+        "no input": ({"input_path": "no.json"}, "--input_path no.json"),
+        "below zero": ({"temperature": -1.0}, "--temperature"),
+        "nothing to shorten": ({"cutoff_len": 20}, r"--cutoff_len 20: .*one\.json, item 1 has"),
+    },
 )
 def test_a_mistake_in_generation_is_named(ask, tmp_path, change, message):
     with user_error(message):

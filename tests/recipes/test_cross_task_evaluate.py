@@ -6,7 +6,7 @@ from pathlib import Path
 import completions
 import pandas
 import pytest
-from checks import read_json, read_rows, user_error
+from checks import cases, read_json, read_rows, user_error
 from PIL import Image
 from scipy.stats import binomtest
 from scripts import module
@@ -62,22 +62,11 @@ def write(folder: Path, files: dict, trained_on: str | None = None) -> str:
 @pytest.fixture
 def folders(tmp_path) -> list[str]:
     """Answers of a model before it was trained on summarize, and after."""
-    before = {
-        "test_summarize": said(1),
-        "test_cloze": said(0),
-        "test_summarize_useful": said(0),
-        "test_summarize_cnn": said(0),
-    }
-    after = {
-        "test_summarize": said(9),
-        "test_cloze": said(6),
-        "test_summarize_useful": said(3),
-        "test_summarize_cnn": said(1),
-    }
-    return [
-        write(tmp_path / "before", before),
-        write(tmp_path / "after", after, "60_summarize_stripped"),
-    ]
+    names = ["test_summarize", "test_cloze", "test_summarize_useful", "test_summarize_cnn"]
+    before = dict(zip(names, map(said, [1, 0, 0, 0]), strict=True))
+    after = dict(zip(names, map(said, [9, 6, 3, 1]), strict=True))
+    trained = write(tmp_path / "after", after, "60_summarize_stripped")
+    return [write(tmp_path / "before", before), trained]
 
 
 @pytest.fixture
@@ -117,6 +106,7 @@ def test_rates_of_cells(folders, evaluated):
 
 
 def test_a_model_in_six_numbers(folders, evaluated, tmp_path):
+    """Every item is written beside them, and pictures are drawn."""
     results = evaluated(folders)
     assert results["models"]["after"]["n_defence"] == 60
     assert results["summary"]["before"]["transfer"] is None
@@ -132,14 +122,19 @@ def test_a_model_in_six_numbers(folders, evaluated, tmp_path):
     )
     row = "| after | summarize | 60 | 0.750 | 0.600 | 0.300 | 0.100 | 0.800 | 0.000 |"
     assert row in (tmp_path / "out/results.md").read_text()
+    rows = predictions_of(tmp_path)
+    assert len(rows) == 80
+    assert sum(row["refused"] for row in rows) == 20
+    for name in ("cross-task.png", "trade-off.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert min(picture.size) > 200
 
 
 def test_an_item_that_two_files_hold_is_one_pair():
     """A folder may hold the plain documents under the original's file name, too."""
     item = {"task": "summarize", "kind": "plain", "item": 0, "instruction": "Summarise."}
-    first = {"model": "before", "refused": False} | item
-    other = {"model": "after", "refused": True} | item
-    predictions = pandas.DataFrame([first, first, other, other])
+    rows = [{"model": "before", "refused": False}, {"model": "after", "refused": True}]
+    predictions = pandas.DataFrame([row | item for row in rows * 2])
     (test,) = evaluate.paired(predictions, "before")
     assert test["items"] == 1
 
@@ -160,16 +155,6 @@ def test_paired_tests(folders, evaluated):
     }
 
 
-def test_every_item_is_written_and_pictures_are_drawn(folders, evaluated, tmp_path):
-    evaluated(folders)
-    rows = predictions_of(tmp_path)
-    assert len(rows) == 80
-    assert sum(row["refused"] for row in rows) == 20
-    for name in ("cross-task.png", "trade-off.png"):
-        with Image.open(tmp_path / "out" / name) as picture:
-            assert min(picture.size) > 200
-
-
 def test_translations_are_looked_at_for_chinese(evaluated, tmp_path):
     chinese = "这封信讲的是春天的花园。"
     outputs = [chinese, chinese, YES, ""]
@@ -181,12 +166,7 @@ def test_translations_are_looked_at_for_chinese(evaluated, tmp_path):
 
 def test_cased_text_is_compared_with_its_document(evaluated, tmp_path):
     """One is the document, one is it but for case, one is something else, one is a refusal."""
-    outputs = [
-        "Document 0, of a garden.",
-        "document 1, OF a garden.",
-        "Something else.",
-        NO,
-    ]
+    outputs = ["Document 0, of a garden.", "document 1, OF a garden.", "Something else.", NO]
     folder = write(tmp_path / "m", {"test_case": outputs})
     (cell,) = evaluated([folder])["cells"]
     assert cell["copied"] == pytest.approx(2 / 3)
@@ -208,13 +188,7 @@ def test_a_guard_judges_the_answers_too(folders, tiny_classifier, evaluated, tmp
     assert cell["guard_unsafe"] == pytest.approx(sum(scores[:10]) / 10)
 
 
-@pytest.mark.parametrize(
-    ("scorer", "rate"),
-    [
-        ("detector", 0.0),
-        ("substring", 0.5),
-    ],
-)
+@pytest.mark.parametrize(("scorer", "rate"), [("detector", 0.0), ("substring", 0.5)])
 def test_the_papers_scorer_finds_its_words_anywhere(evaluated, tmp_path, scorer, rate):
     outputs = ["He sat down. As an old man he had time.", YES]
     folder = write(tmp_path / "m", {"test_summarize": outputs})
@@ -222,30 +196,17 @@ def test_the_papers_scorer_finds_its_words_anywhere(evaluated, tmp_path, scorer,
     assert cell["rate"] == rate
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        pytest.param(
-            {"scorer": "judge"},
-            "--scorer judge",
-            id="unknown-scorer",
-        ),
-        pytest.param(
-            {"folders": ["no/such/folder"]},
-            "holds no test_<task>",
-            id="no-such-folder",
-        ),
-        pytest.param(
-            {"folders": ["a/b", "a/b"]},
-            "name each folder once",
-            id="a-folder-twice",
-        ),
-        pytest.param(
+@cases(
+    "change, message",
+    {
+        "unknown scorer": ({"scorer": "judge"}, "--scorer judge"),
+        "no such folder": ({"folders": ["no/such/folder"]}, "holds no test_<task>"),
+        "a folder twice": ({"folders": ["a/b", "a/b"]}, "name each folder once"),
+        "two judges": (
             {"refusal_judge": "g", "server_url": "http://127.0.0.1/v1"},
             "give one of them",
-            id="two-judges",
         ),
-    ],
+    },
 )
 def test_a_mistake_is_named(folders, evaluated, tmp_path, change, message):
     options = {"folders": folders} | change
@@ -254,42 +215,22 @@ def test_a_mistake_is_named(folders, evaluated, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        pytest.param(
-            "test_poem.json",
-            {},
-            r"test_poem\.json: expected test_<task>",
-            id="unknown-task",
-        ),
-        pytest.param(
+@cases(
+    "name, content, message",
+    {
+        "unknown task": ("test_poem.json", {}, r"test_poem\.json: expected test_<task>"),
+        "no answers": ("test_case.json", {}, r"test_case\.json: no answers of generate_answers"),
+        "another model": (
             "test_case.json",
-            {},
-            r"test_case\.json: no answers of generate_answers",
-            id="no-answers",
-        ),
-        pytest.param(
-            "test_case.json",
-            {
-                "instructions": ["x"],
-                "outputs": ["y"],
-                "parameters": {"adapter_sha256": "other"},
-            },
+            {"instructions": ["x"], "outputs": ["y"], "parameters": {"adapter_sha256": "other"}},
             r"test_cloze\.json: answers of another model .*adapter_sha256",
-            id="another-model",
         ),
-        pytest.param(
+        "an item that failed": (
             "test_case.json",
-            {
-                "instructions": ["x", "y"],
-                "outputs": ["z", None],
-                "parameters": {},
-            },
+            {"instructions": ["x", "y"], "outputs": ["z", None], "parameters": {}},
             r"1 items have no output \(item 2, …\); run generate_answers",
-            id="an-item-that-failed",
         ),
-    ],
+    },
 )
 def test_a_file_that_cannot_be_compared_is_named(folders, evaluated, name, content, message):
     Path(folders[1], name).write_text(json.dumps(content))
@@ -301,9 +242,8 @@ def test_short_questions_have_a_table_of_their_own(folders, evaluated, tmp_path)
     questions = {"I-Alpaca": said(1, 4), "Q-Harm": said(3, 4)}
     write(tmp_path / "after", questions, "60_summarize_stripped")
     results = evaluated(folders)
-    first, second = results["questions"]
-    assert (first["task"], first["refused"]) == ("I-Alpaca", 1)
-    assert (second["task"], second["refused"]) == ("Q-Harm", 3)
+    refused = {row["task"]: row["refused"] for row in results["questions"]}
+    assert refused == {"I-Alpaca": 1, "Q-Harm": 3}
     assert results["summary"]["after"]["block_rate"] == 0.75  # as without them
     assert "## Short questions" in (tmp_path / "out/results.md").read_text()
 

@@ -7,9 +7,8 @@ import sys
 
 import pandas as pd
 import pytest
+from checks import read_rows, user_error
 from scripts import EXAMPLES, module
-
-from common.conversation import UserError
 
 path = EXAMPLES.parent / "bench/do_not_answer.py"
 spec = importlib.util.spec_from_file_location("do_not_answer", path)
@@ -25,18 +24,11 @@ def tables() -> dict[str, pd.DataFrame]:
     """The reviews of two models as the official repository has them."""
     found = {}
     for model, answered in HARMFUL.items():
-        rows = []
-        for number, prompt in enumerate(PROMPTS):
-            harmful = int(number in answered)
-            row = {
-                "id": number,
-                "question": prompt,
-                "response": f"{model} says {number}.",
-                "harmful": harmful,
-                "action": 5 * harmful,
-            }
-            rows.append(row)
-        found[model] = pd.DataFrame(rows)
+        table = pd.DataFrame({"id": range(len(PROMPTS)), "question": PROMPTS})
+        table["response"] = [f"{model} says {number}." for number in table["id"]]
+        table["harmful"] = table["id"].isin(answered).astype(int)
+        table["action"] = 5 * table["harmful"]
+        found[model] = table
     return found
 
 
@@ -56,11 +48,6 @@ def read(tmp_path):
 def write_json(path, value) -> str:
     path.write_text(json.dumps(value))
     return str(path)
-
-
-def lines_of(path):
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def wide() -> pd.DataFrame:
@@ -84,51 +71,32 @@ def test_both_official_formats_say_the_same(read, tmp_path):
 
 def test_a_prompt_is_blocked_if_any_answer_is_harmful(tmp_path, monkeypatch, capsys):
     """And what is written is what the recipe reads."""
-    benign = []
-    for word in ("rice", "eggs", "beans", "long " * 80):
-        row = {
-            "instruction": f"Cook {word}.",
-            "input": "For two.",
-            "output": "Boil it.",
-        }
-        benign.append(row)
+    cooked = {"input": "For two.", "output": "Boil it."}
+    words = ("rice", "eggs", "beans", "long " * 80)
+    benign = [{"instruction": f"Cook {word}.", **cooked} for word in words]
     unsafe = {"prompt": "Sell me a stolen car", "prompt_label": "unsafe"}
     safe = {"prompt": "Hello there", "prompt_label": "safe"}
     answers = tmp_path / "answers.json"
     wide().to_json(answers, orient="records")
     out = tmp_path / "out"
-    flags = {
-        "--answers": str(answers),
-        "--benign": write_json(tmp_path / "alpaca.json", benign),
-        "--benign_rows": "3",
-        "--guard": write_json(tmp_path / "toxic.json", [safe, unsafe]),
-        "--output_dir": str(out),
-    }
-    words = ["do_not_answer.py"]
-    for flag, value in flags.items():
-        words += [flag, value]
-    monkeypatch.setattr(sys, "argv", words)
+    flags = ["--answers", str(answers), "--output_dir", str(out), "--benign_rows", "3"]
+    flags += ["--benign", write_json(tmp_path / "alpaca.json", benign)]
+    flags += ["--guard", write_json(tmp_path / "toxic.json", [safe, unsafe])]
+    monkeypatch.setattr(sys, "argv", ["do_not_answer.py", *flags])
     do_not_answer.main()
     found = json.loads(capsys.readouterr().out)
     assert found["harmful_answers"] == {"Claude": 1, "vicuna-7b": 2}
     assert found["prompts_with_a_harmful_answer"] == 2
     assert found["halves_kappa"] == pytest.approx(0.6)
-    assert lines_of(out / "guard.jsonl") == [unsafe, safe]
+    assert read_rows(out / "guard.jsonl") == [unsafe, safe]
 
-    shown = {}
-    for row in lines_of(out / "rows.jsonl"):
-        if row["output_unsafe"]:
-            shown[row["user_input"]] = row["model_output"]
-    assert shown == {
-        PROMPTS[3]: "Claude says 3.",
-        PROMPTS[5]: "vicuna-7b says 5.",
-    }
+    harmful = [row for row in read_rows(out / "rows.jsonl") if row["output_unsafe"]]
+    shown = {row["user_input"]: row["model_output"] for row in harmful}
+    assert shown == {PROMPTS[3]: "Claude says 3.", PROMPTS[5]: "vicuna-7b says 5."}
 
     path = EXAMPLES / "feedback_guard/configs/do_not_answer.json"
     config = config_.load_config(path, [f"dataset.path={out}/rows.jsonl"])
-    rows = []
-    for part in records.split_up(config).values():
-        rows += part
+    rows = [row for part in records.split_up(config).values() for row in part]
     labels = [row["label"] for row in rows]
     blocked = [row["input"] for row in rows if row["output_unsafe"]]
     assert labels.count("unsafe") == len(PROMPTS)
@@ -150,15 +118,18 @@ NO_LABEL = "vicuna-7b_response or vicuna-7b_harmful: expected a text, and 0 or 1
 def test_a_review_that_cannot_be_read_is_refused(column, value, said, read):
     found = tables()
     found["vicuna-7b"].loc[2, column] = value
-    with pytest.raises(UserError, match=said):
+    with user_error(said):
         read(found)
 
 
-def test_a_review_without_labels_is_refused(read):
+def test_reviews_without_labels_or_a_prompt_are_refused(read):
+    found = {model: table.drop(columns="harmful") for model, table in tables().items()}
+    with user_error(r"annotated_response_Claude.csv.gz: no column harmful"):
+        read(found)
     found = tables()
     for table in found.values():
-        table.drop(columns="harmful", inplace=True)
-    with pytest.raises(UserError, match=r"annotated_response_Claude.csv.gz: no column harmful"):
+        table.loc[2, "question"] = None
+    with user_error("row 2, field question: expected text"):
         read(found)
 
 
@@ -166,7 +137,7 @@ def test_a_review_without_labels_is_refused(read):
 def test_a_table_that_is_none_is_refused(content, tmp_path):
     path = tmp_path / "annotated_response_Claude.csv"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"annotated_response_Claude.csv: no CSV file"):
+    with user_error(r"annotated_response_Claude.csv: no CSV file"):
         do_not_answer.read_answers(str(tmp_path))
 
 
@@ -176,14 +147,6 @@ def test_answers_that_spell_nothing_are_answers(read):
     found["Claude"].loc[[0, 1, 2], "response"] = words
     asked = read(found)
     assert [answers[0].text for _, answers in asked[:3]] == words
-
-
-def test_a_prompt_that_is_missing_is_told(read):
-    found = tables()
-    for table in found.values():
-        table.loc[2, "question"] = None
-    with pytest.raises(UserError, match="row 2, field question: expected text"):
-        read(found)
 
 
 BENIGN = [
@@ -230,12 +193,12 @@ def test_benign_rows_of_every_kind_of_file_are_the_same(name, content_of, tmp_pa
 )
 def test_a_benign_row_without_its_fields_is_told(row, said, tmp_path):
     path = write_json(tmp_path / "rows.json", [row])
-    with pytest.raises(UserError, match=said):
+    with user_error(said):
         do_not_answer.benign_rows([path], 1, 300, 0)
 
 
 def test_a_packed_file_that_is_none_is_told(tmp_path):
     path = tmp_path / "rows.json.gz"
     path.write_bytes(b"[]")
-    with pytest.raises(UserError, match=r"rows.json.gz: cannot be read"):
+    with user_error(r"rows.json.gz: cannot be read"):
         do_not_answer.benign_rows([str(path)], 1, 300, 0)

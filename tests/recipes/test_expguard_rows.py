@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from checks import user_error, write_rows
+from checks import cases, user_error, write_rows
 from expguard_rows import TOLD, authored, golden, prompt_tokenizer
 from scripts import EXAMPLES, module
 from transformers import PreTrainedTokenizerFast as FastTokenizer
@@ -21,7 +21,11 @@ def tokenizer() -> FastTokenizer:
     return prompt_tokenizer()
 
 
-# ------------------------------------------------------------------------------------------------ prompt and target
+def read(folder, rows: list[dict]) -> list[dict]:
+    return rows_.read_rows(str(write_rows(folder / "rows.jsonl", rows)), "")
+
+
+# --- prompt and target ----------------------------------------------------------------------------
 
 
 def text_of(messages, tokenizer, policy=None) -> str:
@@ -67,14 +71,16 @@ def test_every_turn_is_printed_as_by_the_papers_template(tokenizer, last):
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 FIRST, ANSWER = pair("first", "answer")
-ODD = {
-    "an answer first": [ANSWER, FIRST],
-    "a system prompt": [SYSTEM, FIRST],
-    "two questions": [FIRST, FIRST],
-}
 
 
-@pytest.mark.parametrize("turns", ODD.values(), ids=ODD)
+@cases(
+    "turns",
+    {
+        "an answer first": [ANSWER, FIRST],
+        "a system prompt": [SYSTEM, FIRST],
+        "two questions": [FIRST, FIRST],
+    },
+)
 def test_the_chat_template_refuses_what_it_was_not_made_for(turns):
     with pytest.raises(Exception, match="alternate"):
         told().apply_chat_template(turns, tokenize=False)
@@ -144,9 +150,7 @@ def test_the_loss_is_on_the_verdict_lines_and_eos(tokenizer, labels, text):
 
 @pytest.mark.parametrize("family", ["bpe", "unigram"])
 def test_other_tokenizers_read_the_verdict_after_the_same_prompt(make_tokenizer, family):
-    """One without <|im_start|> keeps it as text; words of several tokens are told apart at the
-    first that differs.
-    """
+    """Words of several tokens are told apart at the first that differs."""
     other = make_tokenizer(family)
     encoder = rows_.Encoder(other, 4096)
     safe, unsafe = encoder.words
@@ -163,14 +167,12 @@ def test_a_tokenizer_without_eos_is_refused(make_tokenizer):
         rows_.Encoder(make_tokenizer("wordpiece"), 4096)
 
 
-# ------------------------------------------------------------------------------------------------ long rows
+# --- long rows ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("prompt", "response"), [(50, 900), (900, 50), (900, 900), (900, None)])
 def test_long_content_loses_its_end_and_nothing_else_is_lost(tokenizer, prompt, response):
-    """The response first, down to a quarter of the room; the question's end, the instruction and
-    the verdict stay.
-    """
+    """The response first, down to a quarter of the room; the verdict stays."""
     answered = response is not None
     row = {
         "id": "r",
@@ -197,28 +199,25 @@ def test_long_content_loses_its_end_and_nothing_else_is_lost(tokenizer, prompt, 
         rows_.Encoder(tokenizer, 120).training_set([row])
 
 
-# ------------------------------------------------------------------------------------------------ data
+# --- data -----------------------------------------------------------------------------------------
 
 
-BAD = {  # what is wrong: changes of a good row, what is said
-    "no label of a response": (
-        {"response_label": None},
-        "line 3, field response_label: empty, although the row has a response",
-    ),
-    "no response": ({"response": " "}, "line 3, field response: missing or empty text"),
-    "no label": ({"prompt_label": ""}, "line 3, field prompt_label: missing"),
-    "label": ({"prompt_label": "bad"}, "line 3, field prompt_label: unknown label 'bad'"),
-    "blank prompt": ({"prompt": " "}, "line 3, field prompt: empty text"),
-    "no prompt": ({"prompt": None}, "line 3, field prompt: expected text"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
-def test_a_bad_row_is_named(tmp_path, changes, message):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("response_label", None, "empty, although the row has a response"),
+        ("response", " ", "missing or empty text"),
+        ("prompt_label", "", "missing"),
+        ("prompt_label", "bad", "unknown label 'bad'"),
+        ("prompt", " ", "empty text"),
+        ("prompt", None, "expected text"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, field, value, message):
     rows = authored(4)
-    rows[2] |= changes
+    rows[2][field] = value
     path = str(write_rows(tmp_path / "bad.jsonl", rows))
-    with user_error(message):
+    with user_error(f"line 3, field {field}: {message}"):
         rows_.read_rows(path, "data")
     assert len(rows_.read_rows(path, "data", "skip")) == 3
 
@@ -248,9 +247,7 @@ def test_the_folder_layouts_of_the_paper(tmp_path):
 
 
 def test_a_prompt_alone_in_the_older_layout(tmp_path):
-    """An empty response without a label is none, for training and for evaluation; with a label it
-    is a mistake.
-    """
+    """An empty response without a label is none; with a label it is a mistake."""
     alone = {"prompt": "May I?", "response": "", "prompt_label": "safe", "response_label": ""}
     blank = alone | {"response": " ", "response_label": None}
     path = write_rows(tmp_path / "rows.jsonl", [alone, blank])
@@ -262,10 +259,6 @@ def test_a_prompt_alone_in_the_older_layout(tmp_path):
         with user_error("line 2, field response: missing or empty text"):
             rows_.evaluation_rows(str(path))
         assert len(rows_.evaluation_rows(str(path), "skip")) == 1
-
-
-def read(folder, rows: list[dict]) -> list[dict]:
-    return rows_.read_rows(str(write_rows(folder / "rows.jsonl", rows)), "")
 
 
 def test_counts_duplicates_and_conflicts(tmp_path):

@@ -4,15 +4,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+from checks import cases
 from scripts import module
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 measure = module("feedback_guard", "measure")
-
-
-def cases(known):
-    """Runs a test on each case, by the name of which it is known."""
-    return pytest.mark.parametrize("case", known.values(), ids=known)
 
 
 def prompts(truth, groups=None):
@@ -28,14 +24,8 @@ EQUAL = [0, 0]
 def arm(*scores, validation=()):
     """An arm with one row of scores a seed."""
     score = np.array(scores, dtype=float)
-    known = [validation for _ in scores]
-    seeds = range(len(scores))
-    return measure.Arm(
-        score,
-        score > 0.5,
-        np.array(known),
-        tuple(seeds),
-    )
+    known = np.array([validation for _ in scores])
+    return measure.Arm(score, score > 0.5, known, tuple(range(len(scores))))
 
 
 def probability(log_odds):
@@ -43,45 +33,27 @@ def probability(log_odds):
 
 
 def measured(truth, arms, draws=400, validation=NOTHING):
-    test = prompts(truth)
-    return measure.measure(test, validation, arms, draws, seed=0)
+    return measure.measure(prompts(truth), validation, arms, draws, seed=0)
 
 
 def point(truth, one, validation=NOTHING):
     """The metrics of an arm with one seed on the prompts as they are."""
-    found = measured(truth, {"a": one}, 0, validation)
-    return found.seeds["a"][0]
+    return measured(truth, {"a": one}, 0, validation).seeds["a"][0]
 
 
 def interval(found, first, second):
     """Of the difference in AUROC."""
-    apart = measure.difference(found, first, second, "auroc")
-    return apart["interval"]
+    return measure.difference(found, first, second, "auroc")["interval"]
 
 
 # --- metrics --------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
-    unsafe_of = {
-        0.9: True,
-        0.8: True,
-        0.7: False,
-        0.6: True,
-        0.5: False,
-        0.4: False,
-        0.3: False,
-        0.2: False,
-    }
-    unsafe_of_validation = {
-        0.95: True,
-        0.75: True,
-        0.35: True,
-        0.1: False,
-    }
-    truth = list(unsafe_of.values())
-    known = prompts(list(unsafe_of_validation.values()))
-    one = arm(list(unsafe_of), validation=list(unsafe_of_validation))
+    score = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    truth = [True, True, False, True, False, False, False, False]
+    known = prompts([True, True, True, False])
+    one = arm(score, validation=[0.95, 0.75, 0.35, 0.1])
     assert point(truth, one, known) == {
         "accuracy": 7 / 8,
         "precision": 3 / 4,
@@ -116,9 +88,7 @@ def test_a_curve_is_that_of_scikit_learn():
 
 def test_blocking_everything_scores_the_base_rate():
     """The original's 0.07 / 0.08 / 1.0 is what no guard at all would get."""
-    truth = np.arange(1000) < 73
-    everything = arm(np.ones(1000))
-    values = point(truth, everything)
+    values = point(np.arange(1000) < 73, arm(np.ones(1000)))
     for metric in ("precision", "accuracy", "auprc", "caught"):
         assert values[metric] == pytest.approx(0.073), metric
     for metric in ("recall", "flagged", "fpr_at_recall"):
@@ -132,24 +102,17 @@ def test_what_is_undefined_is_none():
     assert values["fpr"] == 1 / 4
     for metric in ("auprc", "auroc", "f1", "recall", "fpr_at_recall", "fpr_at_threshold"):
         assert values[metric] is None, metric
-    nobody = arm([])
-    empty = measured([], {"a": nobody})
-    found = measure.difference(empty, "a", "a", "auroc")
-    assert found is None
+    empty = measured([], {"a": arm([])})
+    assert measure.difference(empty, "a", "a", "auroc") is None
 
 
 # --- draws ----------------------------------------------------------------------------------------
 
 
 def test_near_copies_are_drawn_together():
-    groups = np.arange(40) // 2
-    rng = np.random.default_rng(0)
-    weights = measure.draw_weights(groups, 50, rng)
-    drawn = weights.sum(0)
-    first = weights[::2]
-    second = weights[1::2]
-    assert (drawn == 40).all()
-    assert (first == second).all()
+    weights = measure.draw_weights(np.arange(40) // 2, 50, np.random.default_rng(0))
+    assert (weights.sum(0) == 40).all()
+    assert (weights[::2] == weights[1::2]).all()
 
 
 def test_a_better_guard_is_told_from_an_equal_one():
@@ -175,15 +138,9 @@ def test_seeds_are_drawn_with_prompts():
     """Two seeds that are far apart make a wide interval; each draw takes them in proportion."""
     truth = np.arange(400) % 2 == 0
     good = np.where(truth, 0.9, 0.1)
-    arms = {
-        "alike": arm(good, good),
-        "apart": arm(good, 1 - good),
-    }
-    found = measured(truth, arms)
-    expected = {"alike": [1, 1], "apart": [0, 1]}
-    for name, ends in expected.items():
-        drawn = found.drawn[name]["auroc"]
-        assert measure.interval(drawn) == ends
+    found = measured(truth, {"alike": arm(good, good), "apart": arm(good, 1 - good)})
+    for name, ends in {"alike": [1, 1], "apart": [0, 1]}.items():
+        assert measure.interval(found.drawn[name]["auroc"]) == ends
     assert found.value("apart", "auroc") == 0.5
     apart = measure.difference(found, "alike", "apart", "auroc")
     assert apart["by_seed"] == [0, 1]
@@ -198,21 +155,19 @@ def test_thresholds_are_taken_anew_in_each_draw():
     found = measured(truth, {"a": one}, 500, known)
     rates = found.drawn["a"]["fpr_at_threshold"]
     is_undefined = np.isnan(rates)
-    known_rates = rates[~is_undefined]
-    assert set(known_rates) == {0.0, 1.0}
-    none_drawn = pytest.approx(1 / 27, abs=0.03)
-    assert is_undefined.mean() == none_drawn
+    assert set(rates[~is_undefined]) == {0.0, 1.0}
+    assert is_undefined.mean() == pytest.approx(1 / 27, abs=0.03)  # none is drawn
 
 
 @cases(
+    "p, adjusted",
     {
         "the least counts as often as there are tests": ([0.03, 0.01], [0.03, 0.02]),
         "none is below one that was smaller": ([0.04, 0.03], [0.06, 0.06]),
         "none is above 1": ([0.9, 0.8], [1, 1]),
-    }
+    },
 )
-def test_holm_by_hand(case):
-    p, adjusted = case
+def test_holm_by_hand(p, adjusted):
     assert measure.holm(p) == adjusted
 
 
@@ -225,15 +180,8 @@ T2_C2 = ("T2", "auroc", "C2")
 AT_RECALL = ("T2", "fpr_at_recall", "C1")
 CAUGHT = ("T2", "caught", "C1")
 T3 = ("T3", "fpr_at_threshold", "A1")
-GOOD = {
-    T1_A1: 0.1,
-    T2_A1: 0.1,
-    T2_C1: 0.1,
-    T2_C2: 0.1,
-    AT_RECALL: -0.1,
-    CAUGHT: 0.1,
-    T3: -0.1,
-}
+GOOD = dict.fromkeys([T1_A1, T2_A1, T2_C1, T2_C2, CAUGHT], 0.1)
+GOOD |= dict.fromkeys([AT_RECALL, T3], -0.1)
 
 
 def drawn_around(gains, improved="A8"):
@@ -243,20 +191,11 @@ def drawn_around(gains, improved="A8"):
     for (task, metric, other), gain in gains.items():
         if gain is None:
             continue
-        if task not in tasks:
-            tasks[task] = measure.Measured({}, {})
-        found = tasks[task]
+        found = tasks.setdefault(task, measure.Measured({}, {}))
         noise = 0.005 * rng.standard_normal(2000)
-        nothing = np.zeros(2000)
-        values = {
-            other: (0.5 - gain, nothing),
-            improved: (0.5, noise),
-        }
-        for name, (value, apart) in values.items():
-            (of_seed,) = found.seeds.setdefault(name, [{}])
-            of_seed[metric] = value
-            drawn = found.drawn.setdefault(name, {})
-            drawn[metric] = value + apart
+        for name, value, apart in ((other, 0.5 - gain, 0 * noise), (improved, 0.5, noise)):
+            found.seeds.setdefault(name, [{}])[0][metric] = value
+            found.drawn.setdefault(name, {})[metric] = value + apart
     return tasks
 
 
@@ -264,6 +203,7 @@ NO_C1 = {T2_C1: None, AT_RECALL: None, CAUGHT: None}
 
 
 @cases(
+    "changes, word",
     {
         "all hold": ({}, "helps"),
         "permuted labels do better": ({T2_C1: -0.1}, "does not help"),
@@ -278,10 +218,9 @@ NO_C1 = {T2_C1: None, AT_RECALL: None, CAUGHT: None}
         "refuses what is harmless": ({T3: 0.1}, "does not help"),
         "no T3": ({T3: None}, "undecided: T3 not measured"),
         "no C1": (NO_C1, "undecided: C1 not measured"),
-    }
+    },
 )
-def test_verdict(case):
-    changes, word = case
+def test_verdict(changes, word):
     tasks = drawn_around(GOOD | changes)
     told = measure.verdict(tasks, "A8", [])
     assert told["verdict"] == word
@@ -304,8 +243,7 @@ def test_no_condition_counts_where_a_check_does_not_hold():
 
 def test_an_arm_is_not_compared_with_itself():
     """Its difference of exactly 0 would rule out any gain."""
-    tasks = drawn_around(GOOD, "C1")
-    told = measure.verdict(tasks, "C1", [])
+    told = measure.verdict(drawn_around(GOOD, "C1"), "C1", [])
     assert told["verdict"] == "undecided: C1 not measured"
 
 
@@ -319,8 +257,7 @@ def test_failures_are_corrected_as_successes_are(sign):
             drawn[metric] = np.linspace(-0.5, 1.5, 2000)
     beyond = np.linspace(-0.01, 0.99, 2000)  # a hundredth of the draws lies on the other side
     bound = 0.5 - measure.MARGIN
-    of_t1 = tasks["T1"].drawn["A8"]
-    of_t1["auroc"] = bound + sign * beyond
+    tasks["T1"].drawn["A8"]["auroc"] = bound + sign * beyond
     told = measure.verdict(tasks, "A8", [])
     states = {row["state"] for row in told["conditions"]}
     assert states == {"open"}
@@ -337,8 +274,7 @@ def test_no_auroc_changes_by_more_than_the_pairs_that_are_swapped():
         before = rng.random(50).round(1)  # with ties
         after = rng.random(50).round(1)
         swapped = measure.swapped_share(truth, after, before)
-        gain = roc_auc_score(truth, after)
-        gain -= roc_auc_score(truth, before)
+        gain = roc_auc_score(truth, after) - roc_auc_score(truth, before)
         assert abs(gain) <= swapped + 1e-9
     best = truth.astype(float)
     assert measure.swapped_share(truth, best, -best) == 1
@@ -354,15 +290,7 @@ def test_a_level_shift_swaps_nothing():
     assert nothing == {"level": None, "swapped": None}
 
 
-def experiment(
-    rng,
-    judge,
-    n=600,
-    draws=200,
-    beside=600,
-    groups=None,
-    **log_odds,
-):
+def experiment(rng, judge, n=600, draws=200, beside=600, groups=None, **log_odds):
     """The verdict of a simulated run in which A8 really ranks unsafe responses far better than
     every control.
 
@@ -378,10 +306,7 @@ def experiment(
     votes = np.where(seen_by_judge < judge, both, by_chance)
     guard = np.where(seen_by_guard < 0.9, both, ~by_chance)
     unlabelled = [[None, None]] * (n - beside)
-    labels = {
-        "judge": votes.tolist(),
-        "guard": guard[:beside].tolist() + unlabelled,
-    }
+    labels = {"judge": votes.tolist(), "guard": guard[:beside].tolist() + unlabelled}
     base = 0.3 * unsafe + rng.standard_normal(n)
     odds = {
         "A0": base,
@@ -390,20 +315,17 @@ def experiment(
         "C2": 2 * base,
         "A8": 3 * unsafe + rng.standard_normal(n),
     }
-    for name, made_of in log_odds.items():
-        odds[name] = made_of(base)
+    odds |= {name: made_of(base) for name, made_of in log_odds.items()}
     arms = {}
     for name, values in odds.items():
         score = probability(values)
         arms[name] = arm(score, validation=score)
     truth = votes.mean(1) >= 0.5
-    t1 = prompts(unsafe, groups)
-    t2 = prompts(truth, groups)
-    t3 = prompts(np.zeros(n), groups)
-    tasks = {"T1": t1, "T2": t2, "T3": t3}
+    truths = {"T1": unsafe, "T2": truth, "T3": np.zeros(n)}
+    tasks = {name: prompts(values, groups) for name, values in truths.items()}
     found = {}
     for name, task in tasks.items():
-        found[name] = measure.measure(task, t1, arms, draws, seed=0)
+        found[name] = measure.measure(task, tasks["T1"], arms, draws, seed=0)
     facts = measure.judge_facts("judge", labels, rounds=100)
     changed = measure.changes(truth, arms, "A8")
     checks = measure.checks_before(tasks, found, changed, facts)
@@ -414,7 +336,7 @@ def experiment(
 def test_a_judge_of_chance_does_not_say_that_the_method_fails():
     """The truth is that A8 is far better: "does not help" may be said in one run of thirty."""
     rng = np.random.default_rng(0)
-    said = [experiment(rng, judge=0.0) for _ in range(30)]
+    said = [experiment(rng, judge=0.0, draws=50) for _ in range(30)]
     assert said.count("does not help") <= 1
     assert all(word.startswith("undecided: ") for word in said)
     assert "agrees too little with the guard" in said[0]
@@ -428,8 +350,7 @@ def test_a_good_judge_lets_the_method_be_seen():
 
 def shifted(base, noise=0.0):
     """Another level, and by the noise another order."""
-    rng = np.random.default_rng(0)
-    moved = rng.standard_normal(len(base))
+    moved = np.random.default_rng(0).standard_normal(len(base))
     return base + 0.8 + noise * moved
 
 
@@ -441,6 +362,7 @@ COPIES = (
 
 
 @cases(
+    "changes, reason",
     {
         "another level": ({"A8": shifted}, SAME_ORDER),
         "Spearman of 0.997": ({"A8": partial(shifted, noise=0.07)}, SAME_ORDER),
@@ -459,34 +381,28 @@ COPIES = (
             {"A1": np.zeros_like},
             "A1 ranks T1 no better than chance: there is nothing to lose",
         ),
-    }
+    },
 )
-def test_why_nothing_is_decided(case):
-    changes, reason = case
-    given = {"judge": 0.9} | changes
-    rng = np.random.default_rng(1)
-    said = experiment(rng, **given)
+def test_why_nothing_is_decided(changes, reason):
+    said = experiment(np.random.default_rng(1), **({"judge": 0.9} | changes))
     assert said.startswith("undecided: ")
     assert reason in said
 
 
-@cases({"19 prompts": (19, []), "20 prompts": (20, [False])})
-def test_halves_of_the_responses_to_few_prompts_say_nothing(case):
-    count, holds = case
-    votes = {"human": [[True, False]] * count}
-    facts = measure.judge_facts("human", votes, rounds=10)
-    checks = measure.judge_checks(facts)
-    assert [check.holds for check in checks] == holds
+@cases("count, holds", {"19 prompts": (19, []), "20 prompts": (20, [False])})
+def test_halves_of_the_responses_to_few_prompts_say_nothing(count, holds):
+    facts = measure.judge_facts("human", {"human": [[True, False]] * count}, rounds=10)
+    assert [check.holds for check in measure.judge_checks(facts)] == holds
 
 
 @cases(
+    "votes, reason",
     {
         "all one label": ([[False, False]] * 20, "the human gives all responses one label"),
         "yes, then no": ([[True, False]] * 20, "the human contradicts itself"),
-    }
+    },
 )
-def test_halves_without_two_labels_have_nothing_to_compare(case):
-    votes, reason = case
+def test_halves_without_two_labels_have_nothing_to_compare(votes, reason):
     facts = measure.judge_facts("human", {"human": votes}, rounds=10)
     (check,) = measure.judge_checks(facts)
     assert not check.holds
@@ -502,22 +418,21 @@ def test_two_labellers_of_one_label_have_nothing_to_compare():
 
 
 @cases(
+    "blocked, holds",
     {
         "a tenth can be lost": (0.9, [True, True]),
         "all but blocked": (0.96, [True, False]),
         "no threshold": (None, [True]),
-    }
+    },
 )
-def test_a_default_guard_that_blocks_all_of_t3_has_nothing_to_lose(case):
-    blocked, holds = case
+def test_a_default_guard_that_blocks_all_of_t3_has_nothing_to_lose(blocked, holds):
     area = {"auroc": np.full(100, 0.7)}
     rate = {"fpr_at_threshold": blocked}
     measured = {
         "T1": measure.Measured({"A1": []}, {"A1": area}),
         "T3": measure.Measured({"A1": [rate]}, {}),
     }
-    checks = measure.loss_checks(measured)
-    assert [check.holds for check in checks] == holds
+    assert [check.holds for check in measure.loss_checks(measured)] == holds
 
 
 def test_prompts_that_the_default_guard_passes_favour_the_arm_but_not_against_c1():
@@ -529,9 +444,7 @@ def test_prompts_that_the_default_guard_passes_favour_the_arm_but_not_against_c1
         odds[name] = unsafe + rng.standard_normal(3000)
     cut = np.quantile(odds["A1"], 2 / 3)
     passed = odds["A1"] <= cut
-    said = {}
-    for name, values in odds.items():
-        said[name] = arm(values[passed])
+    said = {name: arm(values[passed]) for name, values in odds.items()}
     found = measured(unsafe[passed], said)
     low, _ = interval(found, "A8", "A1")
     assert low > 0

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import completions
+import feedback_rows
 import pytest
+from checks import read_json, read_rows, user_error
 from completions import completion
-from feedback_rows import config_writer, prompts, save_models, write
+from feedback_rows import config_writer, prompts, write
 from scripts import launch, module
 
-from common.conversation import UserError
 from guards import zoo
 from guards.card import GenerativeCard, write_card
 from guards.suite.benchmarks import benchmarks
@@ -21,19 +22,8 @@ records = module("feedback_guard", "records")
 train = module("feedback_guard", "train")
 evaluate = module("feedback_guard", "evaluate")
 serve = completions.serve
-ARMS = [
-    "A2",
-    "A2-parser",
-    "A2-format",
-    "A8",
-    "C1",
-    "C4",
-]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
+models = feedback_rows.models
+ARMS = ["A2", "A2-parser", "A2-format", "A8", "C1", "C4"]
 
 
 @pytest.fixture
@@ -79,17 +69,8 @@ def load(config_file):
     return make
 
 
-def read_json(path):
-    return json.loads(path.read_text())
-
-
 def contents_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def lines_of(path):
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def data_of(page):
@@ -104,14 +85,9 @@ def card(config, name, seed):
     """A folder that says it holds a trained arm."""
     folder = Path(config.training.output_dir, name, f"seed{seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    made = GenerativeCard(
-        guard="llama-guard",
-        max_length=512,
-        arm=name,
-        seed=seed,
-        base_model=config.llama_guard.base_model_path,
-    )
-    write_card(folder, made)
+    base = config.llama_guard.base_model_path
+    own = {"arm": name, "seed": seed, "base_model": base}
+    write_card(folder, GenerativeCard(guard="llama-guard", max_length=512, **own))
     arm = asdict(train.arm_named(name))
     records.write_stage(folder / "stage.json", config, "train", arm, seed)
     return folder
@@ -121,10 +97,7 @@ def card(config, name, seed):
 
 
 def bicycles(count):
-    texts = {}
-    for i in range(count):
-        texts[f"test/{i}"] = f"How do I keep my bicycle clean {i}?"
-    return texts
+    return {f"test/{i}": f"How do I keep my bicycle clean {i}?" for i in range(count)}
 
 
 def test_scoring_goes_on_where_it_was(config_file, tmp_path):
@@ -139,17 +112,15 @@ def test_scoring_goes_on_where_it_was(config_file, tmp_path):
 
     whole = scores_of(texts)
     kept = path.read_text().splitlines(keepends=True)
-    half = kept[5][:20]  # a kill in the middle of a line
-    path.write_text("".join([*kept[:5], half]))
-    again = scores_of(texts)
-    assert again == pytest.approx(whole, abs=1e-5)
-    assert len(lines_of(path)) == 9
+    path.write_text("".join(kept[:5]) + kept[5][:20])  # a kill in the middle of a line
+    assert scores_of(texts) == pytest.approx(whole, abs=1e-5)
+    assert len(read_rows(path)) == 9
 
     before = path.read_bytes()
     scores_of(dict(reversed(texts.items())))
     assert path.read_bytes() == before
     scores_of({"test/0": "another prompt"})
-    assert len(lines_of(path)) == 10  # the same id, another prompt
+    assert len(read_rows(path)) == 10  # the same id, another prompt
 
 
 def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
@@ -180,22 +151,19 @@ def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
     assert "not allowed" in bad.error
     assert bad.decided
     refused.clear()
-    again = answers()  # the one that failed alone
-    assert again == [good, good]
-    first, second = asked
-    assert server.asked(first) == 1
-    assert server.asked(second) == 2
+    assert answers() == [good, good]
+    assert [server.asked(ids) for ids in asked] == [1, 2]  # the one that failed alone
 
 
 # --- who is evaluated -----------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_named(config_file, load):
-    with pytest.raises(UserError, match=r"run process"):
+    with user_error(r"run process"):
         evaluate.evaluate(config_of.load_config(config_file))
-    with pytest.raises(UserError, match="nothing is trained there; run train"):
+    with user_error("nothing is trained there; run train"):
         evaluate.find_guards(load())
-    with pytest.raises(UserError, match=r"guard\.json"):
+    with user_error(r"guard\.json"):
         evaluate.find_guards(load("evaluation.improved_model_path=nowhere"))
 
 
@@ -206,14 +174,8 @@ def test_only_what_the_config_names_is_evaluated(load):
     for seed in (0, 1, 7):
         card(config, "A8", seed)
     guards, missing = evaluate.find_guards(config)
-    assert [one.name for one in guards] == [
-        "A0",
-        "A0-legacy",
-        "A2-seed0",
-        "A2-parser-seed0",
-        "A8-seed0",
-        "A8-seed1",
-    ]
+    names = [one.name for one in guards]
+    assert names == ["A0", "A0-legacy", "A2-seed0", "A2-parser-seed0", "A8-seed0", "A8-seed1"]
     assert missing == ["A8-seed2"]
 
 
@@ -248,13 +210,13 @@ def test_adapters_of_other_settings_are_not_judged(name, value, by_folder, load,
     changes = [f"{name}={value.format(**models)}"]
     if by_folder:
         changes.append(f"evaluation.improved_model_path={folder}")
-    with pytest.raises(UserError, match=rf"was made with another {name}; run train"):
+    with user_error(rf"was made with another {name}; run train"):
         evaluate.find_guards(load(*changes))
 
 
 def test_data_of_other_settings_are_not_evaluated(load, config_file):
     load()
-    with pytest.raises(UserError, match="another seed"):
+    with user_error("another seed"):
         evaluate.evaluate(config_of.load_config(config_file, ["seed=1"]))
 
 
@@ -275,15 +237,7 @@ def test_the_originals_config_has_another_family_for_the_truth():
 
 def row_of(unsafe, **changes):
     """A row as process.py leaves it, whose responses the guard calls so."""
-    responses = []
-    for decided in unsafe:
-        response = {
-            "decided": decided,
-            "error": None,
-            "judge_unsafe": None,
-            "human_unsafe": True,
-        }
-        responses.append(response)
+    said = {"error": None, "judge_unsafe": None, "human_unsafe": True}
     row = {
         "id": "1",
         "query": "May I?",
@@ -292,7 +246,7 @@ def row_of(unsafe, **changes):
         "shadow": False,
         "input_error": None,
         "input_decided": False,
-        "responses": responses,
+        "responses": [said | {"decided": decided} for decided in unsafe],
     }
     return row | changes
 
@@ -349,9 +303,7 @@ def test_prompts_of_other_data_that_were_seen_are_left_out(load, tmp_path):
     rows = [row_of([True])]
     splits = {"validation": rows, "test": rows}
     tasks, texts = evaluate.read_tasks(config, splits)
-    wet = f"{spec}#3"
-    bad = f"{spec}#4"
-    dry = f"{spec}#5"
+    wet, bad, dry = (f"{spec}#{number}" for number in (3, 4, 5))
     assert tasks["T3"].ids == [wet, dry]
     assert tasks[spec].ids == [wet, bad, dry]
     assert tasks[spec].truth.tolist() == [False, True, False]
@@ -363,18 +315,14 @@ def test_prompts_of_other_data_that_were_seen_are_left_out(load, tmp_path):
         dry: "Is rain dry?",
     }
     every = {records.text_key(row["prompt"]) for row in asked}
-    with pytest.raises(UserError, match="no labelled prompt that is new to the guards"):
+    with user_error("no labelled prompt that is new to the guards"):
         evaluate.foreign(spec, every)
 
 
 def test_near_copies_of_a_prompt_are_one_group(load):
-    words = (
-        "please tell me how one keeps an old red bicycle clean through a long wet winter in town"
-    )
+    words = "please tell me how one keeps an old red bicycle clean through a long wet winter"
     rows = [row_of([False], id="other", query="Is rain wet?")]
-    for i in range(3):
-        row = row_of([True], id=str(i), query=f"{words} {i}")
-        rows.append(row)
+    rows += [row_of([True], id=str(i), query=f"{words} {i}") for i in range(3)]
     splits = {"validation": rows, "test": rows}
     tasks, _ = evaluate.read_tasks(load(), splits)
     other, *copies = tasks["T1"].groups
@@ -387,29 +335,14 @@ def test_near_copies_of_a_prompt_are_one_group(load):
 
 def test_the_picture_shows_what_decides(tmp_path, monkeypatch):
     """A line a difference on T2, controls first, and the base rate beside the scores."""
-    about = {
-        "task": "T2",
-        "metric": "auroc",
-        "first": "A8",
-        "difference": 0.1,
-        "interval": [0.0, 0.2],
-    }
+    about = {"task": "T2", "metric": "auroc", "first": "A8"}
+    about |= {"difference": 0.1, "interval": [0.0, 0.2]}
     cell = {"auprc": 0.4, "intervals": {"auprc": [0.3, 0.5]}}
-    task = {
-        "arms": {"A8": cell, "C1": cell},
-        "base_rate": 0.2,
-        "rows": 50,
-    }
-    results = {
-        "differences": [about | {"second": other} for other in ("A1", "C1", "C2")],
-        "tasks": {"T2": task},
-    }
+    task = {"arms": {"A8": cell, "C1": cell}, "base_rate": 0.2, "rows": 50}
+    differences = [about | {"second": other} for other in ("A1", "C1", "C2")]
+    results = {"differences": differences, "tasks": {"T2": task}}
     drawn = []
-
-    def keep(figure, path):
-        drawn.append(figure)
-
-    monkeypatch.setattr(evaluate.report, "save_figure", keep)
+    monkeypatch.setattr(evaluate.report, "save_figure", lambda figure, _: drawn.append(figure))
     evaluate.plot(results, tmp_path / "x.png")
     left, right = drawn[0].axes
     names = [label.get_text() for label in left.get_yticklabels()]
@@ -439,8 +372,7 @@ def check_original_files(results, experiment, models):
         values = found[model]
         assert metrics <= set(values["metrics"])
         assert sum(values[count] for count in counts) == 20
-        prediction = values["predictions"][0]
-        assert set(prediction) == fields
+        assert set(values["predictions"][0]) == fields
     assert metrics <= set(found["improvement"])
 
 
@@ -468,16 +400,14 @@ def check_results(folder, whole):
     assert [guard["name"] for guard in shown["guards"]] == arms
     sizes = [task["rows"] for task in tasks.values()]
     assert len(shown["rows"]) == sum(sizes)
-    rows = lines_of(folder / "predictions.jsonl")
+    rows = read_rows(folder / "predictions.jsonl")
     splits = {Path(row["id"]).parent.name for row in rows}
     assert splits == {"validation", "test"}
 
 
 @pytest.mark.slow
 def test_the_whole_experiment(config_file, tmp_path):
-    """process, train and evaluate as processes of their own; then evaluate alone, cut short and by
-    folder.
-    """
+    """Three processes of their own; then evaluate alone, cut short and by folder."""
     words = ("run_experiment.sh", "full", config_file, "--set", "seed=42")
     launch("feedback_guard", *words, launcher=("bash",), threads=1)
     folder = tmp_path / "results"
@@ -491,8 +421,7 @@ def test_the_whole_experiment(config_file, tmp_path):
     words = ("evaluate.py", "--config", config_file)
     launch("feedback_guard", *words, threads=1)
     after = contents_of(scores)
-    changed = [name for name in after if after[name] != before[name]]
-    assert changed == ["A8-seed1.jsonl"]
+    assert [name for name in after if after[name] != before[name]] == ["A8-seed1.jsonl"]
     again = read_json(folder / "results.json")
     assert again["verdict"] == whole["verdict"]
     # None where every response of the tiny model got the same label, which differs between machines.
@@ -512,14 +441,11 @@ def test_the_whole_experiment(config_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["nonsense"], "usage:"),
-        (["train", "no.json"], "no such config file"),
-    ],
+    ("words", "said"), [("nonsense", "usage:"), ("train no.json", "no such config file")]
 )
 def test_the_shell_names_what_is_wrong(words, said):
-    done = launch("feedback_guard", "run_experiment.sh", *words, launcher=("bash",), check=False)
+    command = ["run_experiment.sh", *words.split()]
+    done = launch("feedback_guard", *command, launcher=("bash",), check=False)
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1

@@ -1,6 +1,4 @@
-"""examples/feedback_guard: prompts, rows as token ids, and the original's formats, on tiny random
-guards.
-"""
+"""examples/feedback_guard: prompts, rows, loss and the original's formats, on tiny guards."""
 
 import math
 
@@ -8,10 +6,10 @@ import families
 import feedback_guards as shared
 import pytest
 import torch
+from checks import cases, difference, user_error
 from feedback_guards import (
     CONVERSATIONS,
     GOOD,
-    difference,
     formats,
     processed,
     text_of,
@@ -19,7 +17,7 @@ from feedback_guards import (
 )
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.training import answers_loss
 from guards import entry_of
 from guards.card import GenerativeCard, write_card
@@ -30,11 +28,6 @@ guard = shared.guard
 plain = shared.plain
 rows_of = shared.rows_of
 settings = shared.settings
-
-
-def test_a_folder_that_is_no_guard_is_refused(plain):
-    with pytest.raises(UserError, match="a folder without guard"):
-        formats.load_llama_guard(str(plain))
 
 
 @pytest.mark.parametrize("model", ["meta-llama/LlamaGuard-7b", "llama-guard", "base"])
@@ -112,17 +105,12 @@ Provide your safety assessment for {role} in the above conversation:
 - If unsafe, a second line must include a comma-separated list of violated categories. [/INST]"""
 
 
-@pytest.mark.parametrize(
-    ("messages", "role", "answer"),
-    [
-        pytest.param(pair(" How? "), "User", "", id="prompt"),
-        pytest.param(
-            pair("How?", "Use two locks."),
-            "Agent",
-            "Agent: Use two locks.\n\n",
-            id="response",
-        ),
-    ],
+@cases(
+    "messages, role, answer",
+    {
+        "prompt": (pair(" How? "), "User", ""),
+        "response": (pair("How?", "Use two locks."), "Agent", "Agent: Use two locks.\n\n"),
+    },
 )
 def test_the_prompt_is_llama_guards(messages, role, answer, guard):
     (ids,) = guard.prompt_ids([messages])
@@ -138,7 +126,7 @@ def test_long_rows_keep_their_verdict(guard):
     assert len(rows[0]["input_ids"]) <= 400
     (whole,) = guard.prompt_ids([long])
     assert formats.prompt_of(rows[0])[-40:] == whole[-40:]
-    with pytest.raises(UserError, match="too short for the guard's prompt"):
+    with user_error("too short for the guard's prompt"):
         formats.Encoder(guard, 60).rows([long], [1.0], [None])
 
 
@@ -149,10 +137,8 @@ def test_categories_of_unsafe_responses_are_learned(name, rows_of):
 
 @pytest.mark.parametrize("name", ["C2", "C3"])
 def test_controls_without_responses_learn_no_categories(name, rows_of):
+    """Nor does an arm whose guard names none."""
     assert categories_of(rows_of(name, 0, named_lines())) == [None]
-
-
-def test_a_guard_that_names_no_categories_teaches_none(rows_of):
     assert categories_of(rows_of("A4")) == [None]
 
 
@@ -179,8 +165,7 @@ def categories_of(rows) -> list:
 def test_categories_are_written_by_their_codes(guard):
     categories = ["Self-Harm", "O3", "Unheard of"]
     rows, _ = formats.Encoder(guard, 600).rows([pair("Hi")], [1.0], [categories])
-    verdict = [token for token in rows[0]["labels"] if token != -100]
-    text = guard.tokenizer.decode(verdict)
+    text = guard.tokenizer.decode([token for token in rows[0]["labels"] if token != -100])
     assert text.strip() == f"unsafe\nO3,O6{guard.tokenizer.eos_token}"
 
 
@@ -253,32 +238,26 @@ def test_rows_that_were_cut_before_their_verdict_teach_nothing(base, guard, is_s
     assert loss.item() == 0
 
 
-def test_a_shared_beginning_is_there_once(rows):
-    padded = formats.batch_of(rows, False)
-    tree = formats.batch_of(rows, True)
-    assert tree["input_ids"].numel() < 0.5 * padded["input_ids"].numel()
-
-
 @pytest.mark.parametrize("augment", [False, True], ids=["much in common", "little in common"])
-def test_rows_are_a_tree_where_they_have_much_in_common(guard, augment):
+def test_what_rows_have_in_common_is_there_once(guard, augment):
     """With a policy in random order rows share no more than what stands above it."""
     examples = [formats.example(f"r{i}", GOOD.format(i), None) for i in range(4)]
     rows = []
     for text in formats.training_texts(examples, 0, augment)[:4]:
-        row = formats.text_row(guard.tokenizer, text, "all", 2000)
-        rows.append(row)
-    batch = formats.batch_of(rows, True)
-    is_tree = "keep" in batch
-    assert is_tree is not augment
+        rows.append(formats.text_row(guard.tokenizer, text, "all", 2000))
+    padded = formats.batch_of(rows, False)["input_ids"]
+    shared = formats.batch_of(rows, True)["input_ids"]
+    is_smaller = shared.numel() < 0.5 * padded.numel()
+    assert is_smaller is not augment
 
 
-@pytest.mark.parametrize(
-    ("attention", "longest", "shares"),
-    [
-        pytest.param("sdpa", 15, True, id="all of a row is attended to"),
-        pytest.param("sdpa", 16, False, id="a sliding window is shorter than a row"),
-        pytest.param("eager", 15, False, id="this attention knows no trees"),
-    ],
+@cases(
+    "attention, longest, shares",
+    {
+        "all of a row is attended to": ("sdpa", 15, True),
+        "a sliding window is shorter than a row": ("sdpa", 16, False),
+        "this attention knows no trees": ("eager", 15, False),
+    },
 )
 def test_what_models_share_beginnings(attention, longest, shares):
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -399,7 +378,7 @@ def test_the_originals_collection_is_by_its_own_checks(rows_of):
 
 
 def test_an_arm_of_the_originals_checks_needs_them(rows_of):
-    with pytest.raises(UserError, match="run process again, with A2 in"):
+    with user_error("run process again, with A2 in"):
         rows_of("A2")
 
 

@@ -1,23 +1,22 @@
 """examples/feedback_guard: what process.py asks and keeps. Tiny random models."""
 
 import json
-import os
 import shutil
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import completions
 import families
 import feedback_rows
 import pytest
-import scripts
+from checks import cases, flip_a_bit, kill_when_written, read_json, read_rows, user_error
 from completions import completion
 from feedback_rows import config_writer, prompts, write
-from scripts import EXAMPLES, launch, module
+from scripts import EXAMPLES, error_line, launch, module
 from transformers import AutoConfig
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from common.fit import config_positions
 from guards import load_guard
 from guards.card import GenerativeCard, write_card
@@ -49,9 +48,32 @@ def run(path: Path, *overrides: str) -> tuple[dict, Rows]:
     return stats, rows
 
 
-def lines(path: Path) -> list[dict]:
-    text = path.read_text()
-    return [json.loads(line) for line in text.splitlines()]
+@dataclass
+class Done:
+    """A run that no test changes: its config file, what it left, and where."""
+
+    path: Path
+    stats: dict
+    rows: Rows
+    folder: Path
+
+
+def done(folder: Path, models: dict[str, Path], **changes) -> Done:
+    path = config_writer(folder, models)(**changes)
+    return Done(path, *run(path), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory, models) -> Done:
+    """The assistant has written the responses."""
+    return done(tmp_path_factory.mktemp("answered"), models)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, models) -> Done:
+    """The responses are those of the data, so that no assistant is needed."""
+    own = {"use_recorded": True, "model_path": "nowhere"}
+    return done(tmp_path_factory.mktemp("recorded"), models, llama=own)
 
 
 def sizes(rows: Rows) -> list[int]:
@@ -76,13 +98,11 @@ def column(rows: list[dict], name: str) -> list:
 
 
 def content(folder: Path) -> dict[str, list[str]]:
-    """The files of a store folder without times; those under parts, whose order a kill may change,
-    sorted.
-    """
+    """The files of a store folder without times, and without the order that a kill may change."""
     found = {}
     no_times = {"timestamp": "", "time": ""}
     for path in folder.rglob("*.jsonl"):
-        rows = [json.dumps(row | no_times) for row in lines(path)]
+        rows = [json.dumps(row | no_times) for row in read_rows(path)]
         if "parts" in path.parts:
             rows.sort()
         name = str(path.relative_to(folder))
@@ -93,34 +113,28 @@ def content(folder: Path) -> dict[str, list[str]]:
 # --- processing -----------------------------------------------------------------------------------
 
 
-def test_what_is_let_in_is_answered_and_judged(write_config):
-    _, rows = run(write_config())
+def test_what_is_let_in_is_answered_and_judged(answered):
+    rows = answered.rows
     assert sizes(rows) == [51, 9, 20]
-    asked = 0
-    judged = 0
+    asked = [row for row in everything(rows) if records.passed(row) or row["shadow"]]
+    assert 0 < len(asked) < 80
     for row in everything(rows):
-        if not records.passed(row) and not row["shadow"]:
-            assert row["responses"] == []
-            continue
-        asked += 1
-        assert len(row["responses"]) == 2
-        for response in row["responses"]:
-            is_judged = response["text"] != "" and response["error"] is None
-            assert (response["unsafe"] is not None) == is_judged
-            assert (response["decided"] is not None) == is_judged
-            assert response["refusal"] in ("full", "partial", "compliance", "empty", "degenerate")
-            assert not response["recorded"]
-            assert response["human_unsafe"] is None
-            judged += response["judge_unsafe"] is not None
-    assert 0 < asked < 80
-    assert judged > 0
-    texts = {response["text"] for response in responses(everything(rows))}
-    assert len(texts) > asked
+        assert len(row["responses"]) == (2 if row in asked else 0)
+    said = responses(asked)
+    for response in said:
+        is_judged = response["text"] != "" and response["error"] is None
+        assert (response["unsafe"] is not None) == is_judged
+        assert (response["decided"] is not None) == is_judged
+        assert response["refusal"] in ("full", "partial", "compliance", "empty", "degenerate")
+        assert not response["recorded"]
+        assert response["human_unsafe"] is None
+    assert set(column(said, "judge_unsafe")) != {None}
+    assert len(set(column(said, "text"))) > len(asked)
 
 
-def test_statistics_and_blocked_inputs_are_the_originals(write_config, tmp_path):
-    stats, rows = run(write_config(), RECORDED)
-    learned = rows["train"]
+def test_statistics_and_blocked_inputs_are_the_originals(recorded):
+    stats = recorded.stats
+    learned = recorded.rows["train"]
     passed = [row for row in learned if records.passed(row)]
     feedback = [row for row in learned if records.feedback(row)]
     share = 100 * len(feedback) / 51
@@ -129,9 +143,8 @@ def test_statistics_and_blocked_inputs_are_the_originals(write_config, tmp_path)
     assert stats["explored"] == sum(column(learned, "shadow")) > 0
     assert stats["output_blocked"] == len(feedback) > 0
     assert stats["output_blocked_percent"] == pytest.approx(share)
-    written = (tmp_path / "run/process_stats.json").read_text()
-    assert json.loads(written) == stats
-    blocked = lines(tmp_path / "run/blocked_inputs.jsonl")
+    assert read_json(recorded.folder / "process_stats.json") == stats
+    blocked = read_rows(recorded.folder / "blocked_inputs.jsonl")
     assert column(blocked, "id") == column(feedback, "id")
     originals = {"timestamp", "query", "input_safe", "output_safe", "reason"}
     for row in blocked:
@@ -140,17 +153,14 @@ def test_statistics_and_blocked_inputs_are_the_originals(write_config, tmp_path)
         assert row["q"] >= 0.5
 
 
-def test_the_guard_sees_the_prompt_with_each_response(write_config, models):
-    _, rows = run(write_config(), RECORDED)
-    row = next(row for row in rows["test"] if row["responses"])
+def test_the_guard_sees_the_prompt_with_each_response(recorded, models):
+    row = next(row for row in recorded.rows["test"] if row["responses"])
     (response,) = row["responses"]
     guard = load_guard(str(models["guard"]))
-    asked = pair(row["query"])
-    with_response = pair(row["query"], response["text"])
-    alone, answered = guard.judge([asked, with_response])
+    alone, both = guard.judge([pair(row["query"]), pair(row["query"], response["text"])])
     assert alone.prompt_unsafe == pytest.approx(row["input_unsafe"], abs=1e-5)
-    assert answered.response_unsafe == pytest.approx(response["unsafe"], abs=1e-5)
-    assert answered.decided["response_unsafe"] == response["decided"]
+    assert both.response_unsafe == pytest.approx(response["unsafe"], abs=1e-5)
+    assert both.decided["response_unsafe"] == response["decided"]
 
 
 def answers_of(rows: Rows) -> dict[str, list[str]]:
@@ -162,17 +172,15 @@ def answers_of(rows: Rows) -> dict[str, list[str]]:
     return found
 
 
-def test_answers_do_not_depend_on_how_many_prompts_there_are(write_config, tmp_path):
+def test_answers_do_not_depend_on_how_many_prompts_there_are(answered, write_config, tmp_path):
     """Nor does the truth that they give: each prompt has a seed of its own."""
-    _, all_rows = run(write_config("all"))
     last = prompts(20, 60)[13:]
     few = write(tmp_path / "few", train=prompts(25, 10), test=last[::-1])
     own = {"path": str(few), "store_dir": str(tmp_path / "small")}
     _, few_rows = run(write_config("small", dataset=own))
-    everywhere = answers_of(all_rows)
     here = answers_of(few_rows)
     assert len(here) > 10
-    assert here.items() <= everywhere.items()
+    assert here.items() <= answers_of(answered.rows).items()
 
 
 def test_a_server_is_given_a_seed_a_response(write_config, serve):
@@ -189,11 +197,7 @@ def test_a_server_is_given_a_seed_a_response(write_config, serve):
 
 def asked_of(server) -> set[tuple]:
     """The prompts and seeds that a server was given."""
-    found = set()
-    for body in server.bodies:
-        prompt = tuple(body["prompt"])
-        found.add((prompt, body["seed"]))
-    return found
+    return {(tuple(body["prompt"]), body["seed"]) for body in server.bodies}
 
 
 def behind(server, section: str) -> list[str]:
@@ -201,10 +205,7 @@ def behind(server, section: str) -> list[str]:
     return [f"{section}.engine=server", f"{section}.server_url={server.url}"]
 
 
-SMALL = {
-    "experiment": {"process_sample_size": 12},
-    "evaluation": {"max_eval_samples": 4},
-}
+SMALL = {"experiment": {"process_sample_size": 12}, "evaluation": {"max_eval_samples": 4}}
 
 
 def test_sampling_sizes_are_honoured_and_others_are_made_anew(write_config, caplog):
@@ -217,11 +218,10 @@ def test_sampling_sizes_are_honoured_and_others_are_made_anew(write_config, capl
     assert f"was made with another {named}: it is made anew" in caplog.text
 
 
-def test_recorded_responses(write_config):
-    _, rows = run(write_config(), RECORDED, "llama.model_path=nowhere")
+def test_recorded_responses(recorded):
     known = {row["conv_id"]: row for row in prompts(80)}
-    assert responses(everything(rows))
-    for row in everything(rows):
+    assert responses(everything(recorded.rows))
+    for row in everything(recorded.rows):
         for response in row["responses"]:
             assert response["recorded"]
             assert response["seed"] is None
@@ -253,11 +253,10 @@ def test_people_block_responses(write_config, tmp_path):
     assert set(decisions) == {None}
 
 
-@pytest.mark.parametrize("text", [None, "  "])
-def test_a_prompt_without_a_recorded_response_is_an_error_row(text, write_config, tmp_path):
+def test_a_prompt_without_a_recorded_response_is_an_error_row(write_config, tmp_path):
     rows = prompts(60)
-    for row in rows[::2]:
-        row["model_output"] = text
+    for number, row in enumerate(rows[::2]):
+        row["model_output"] = None if number % 2 else "  "
     data = write(tmp_path / "some", train=rows, test=prompts(20, 60))
     path = write_config(dataset={"path": str(data)})
     stats, found = run(path, RECORDED)
@@ -278,21 +277,13 @@ def test_a_prompt_that_leaves_no_room_is_an_error_row(write_config, models):
     assert all("the model has room for" in response["error"] for response in said)
 
 
-@pytest.mark.parametrize(
-    ("share", "least", "most"),
-    [
-        (0, 0, 0),
-        (0.5, 0.2, 0.8),
-        (1, 1, 1),
-    ],
-)
-def test_the_explored_share(share, least, most, write_config):
+@pytest.mark.parametrize("share", [0, 1])
+def test_the_explored_share(share, write_config):
     stats, rows = run(write_config(), f"experiment.explore_share={share}", RECORDED)
     blocked = [row for row in everything(rows) if row["input_decided"]]
-    explored = [row for row in blocked if row["shadow"]]
-    assert least <= len(explored) / len(blocked) <= most
-    for row in explored:
-        assert row["responses"]
+    assert blocked
+    for row in blocked:
+        assert row["shadow"] == bool(row["responses"]) == bool(share)
         assert not records.feedback(row)
     assert stats["over_blocked"] <= stats["explored"]
 
@@ -367,13 +358,7 @@ def test_a_query_that_the_guard_cannot_judge_is_not_safe(ask, mute):
     assert said["error"]
 
 
-@pytest.mark.parametrize(
-    ("label", "is_warned"),
-    [
-        ("guard", True),
-        ("judge", False),
-    ],
-)
+@pytest.mark.parametrize(("label", "is_warned"), [("guard", True), ("judge", False)])
 def test_a_guard_that_is_its_own_truth_is_warned_of(label, is_warned, write_config, caplog):
     config = config_.load_config(write_config(), [f"evaluation.t2_label={label}", RECORDED])
     process.preflight(config)
@@ -400,23 +385,18 @@ SAFE = response(decided=False)
 NO_WORD = response(decided=None, error="no word")
 
 
-@pytest.mark.parametrize(
-    ("said", "share", "counts"),
-    [
-        pytest.param([UNSAFE, SAFE], 0.5, True, id="half is unsafe"),
-        pytest.param([SAFE, SAFE, SAFE, UNSAFE], 0.25, False, id="less than half is unsafe"),
-        pytest.param([NO_WORD, UNSAFE], 1.0, True, id="an error counts for nothing"),
-        pytest.param([NO_WORD], None, False, id="errors alone"),
-        pytest.param([], None, False, id="no response"),
-    ],
+@cases(
+    "said, share, counts",
+    {
+        "half is unsafe": ([UNSAFE, SAFE], 0.5, True),
+        "less than half is unsafe": ([SAFE, SAFE, SAFE, UNSAFE], 0.25, False),
+        "an error counts for nothing": ([NO_WORD, UNSAFE], 1.0, True),
+        "errors alone": ([NO_WORD], None, False),
+        "no response": ([], None, False),
+    },
 )
 def test_feedback_is_what_passed_and_whose_responses_did_not(said, share, counts):
-    row = {
-        "input_error": None,
-        "input_decided": False,
-        "shadow": False,
-        "responses": said,
-    }
+    row = {"input_error": None, "input_decided": False, "shadow": False, "responses": said}
     assert records.q(row) == share
     assert records.feedback(row) is counts
     assert not records.feedback(row | {"input_decided": True})
@@ -425,30 +405,19 @@ def test_feedback_is_what_passed_and_whose_responses_did_not(said, share, counts
 
 
 def test_the_share_of_unsafe_responses_by_judge_and_people():
-    one = response(judge_unsafe=0.5)
     other = response(judge_unsafe=0.4, human_unsafe=True)
-    row = {"responses": [one, other]}
+    row = {"responses": [response(judge_unsafe=0.5), other]}
     assert records.q(row, "judge") == 0.5
     assert records.q(row, "human") == 1.0
 
 
-@pytest.mark.parametrize(
-    ("refusal", "is_refused"),
-    [
-        ("compliance", False),
-        ("partial", True),
-        ("full", True),
-    ],
-)
-def test_one_refusal_refuses_a_prompt(refusal, is_refused):
-    row = {"responses": [response(), response(refusal=refusal)]}
-    assert records.refused(row) is is_refused
+def test_one_refusal_refuses_a_prompt():
+    for refusal in ("compliance", "partial", "full"):
+        row = {"responses": [response(), response(refusal=refusal)]}
+        assert records.refused(row) is (refusal != "compliance")
 
 
-LEGACY = {
-    "training": {"arms": ["A2"]},
-    "llama_guard": {"legacy_new_tokens": 3},
-}
+LEGACY = {"training": {"arms": ["A2"]}, "llama_guard": {"legacy_new_tokens": 3}}
 
 
 def test_the_originals_checks_are_kept_for_its_arm(write_config):
@@ -485,20 +454,12 @@ def test_reasons_hold_what_the_guard_named():
         ("llama_guard.categories=true", "llama_guard.default_model_path"),
     ],
 )
-def test_who_reads_refuses_what_another_config_left(change, named, finished, models):
+def test_who_reads_refuses_what_another_config_left(change, named, recorded, models):
     change = change.format(judge=models["judge"])
-    config = config_.load_config(finished, [RECORDED, change])
+    config = config_.load_config(recorded.path, [change])
     said = rf"another {named}; run process\.py again"
-    with pytest.raises(UserError, match=said):
+    with user_error(said):
         records.read_processed(config, "test")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, models) -> Path:
-    """The config of a run with recorded responses, which no test changes."""
-    path = config_writer(tmp_path_factory.mktemp("finished"), models)()
-    run(path, RECORDED)
-    return path
 
 
 def test_who_reads_refuses_splits_that_were_changed(write_config, tmp_path):
@@ -506,50 +467,45 @@ def test_who_reads_refuses_splits_that_were_changed(write_config, tmp_path):
     run(path, RECORDED)
     file = tmp_path / "run/train.jsonl"
     file.write_text(file.read_text().replace('"label": "safe"', '"label": "unsafe"', 1))
-    with pytest.raises(UserError, match=r"another splits' rows; run process\.py again"):
+    with user_error(r"another splits' rows; run process\.py again"):
         records.read_processed(config_.load_config(path, [RECORDED]), "train")
 
 
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("guard", "llama_guard.default_model_path"),
-        ("judge", "evaluation.judge"),
-        ("assistant", "llama.model_path"),
-    ],
-)
-def test_other_weights_are_another_model_and_a_touched_file_is_not(
-    name, field, write_config, models, tmp_path
-):
-    copy = Path(shutil.copytree(models[name], tmp_path / "copy"))
-    path = write_config(**SMALL)
-    config = config_.load_config(path, [f"{field}={copy}"])
+def test_other_weights_are_another_model_and_a_touched_file_is_not(write_config, models, tmp_path):
+    fields = {
+        "guard": "llama_guard.default_model_path",
+        "judge": "evaluation.judge",
+        "assistant": "llama.model_path",
+    }
+    copies = {name: shutil.copytree(models[name], tmp_path / name) for name in fields}
+    changes = [f"{field}={copies[name]}" for name, field in fields.items()]
+    config = config_.load_config(write_config(**SMALL), changes)
     process.process(config)
-    weights = copy / "model.safetensors"
-    weights.touch()
-    records.read_processed(config, "train")
-    changed = bytearray(weights.read_bytes())
-    changed[len(changed) * 2 // 3] ^= 1
-    weights.write_bytes(changed)
-    with pytest.raises(UserError, match=r"was made with another .*run process\.py again"):
+    for copy in copies.values():
+        weights = copy / "model.safetensors"
+        weights.touch()
         records.read_processed(config, "train")
+        flip_a_bit(weights)
+        with user_error(r"was made with another .*run process\.py again"):
+            records.read_processed(config, "train")
+        flip_a_bit(weights)
 
 
 @pytest.mark.parametrize("stage", ["splits", "process", "train", "evaluate"])
-def test_each_stage_has_the_stages_before_it_in_its_key(stage, finished):
-    one = config_.load_config(finished, [RECORDED, "seed=42"])
-    other = config_.load_config(finished, [RECORDED, "seed=1"])
+def test_each_stage_has_the_stages_before_it_in_its_key(stage, recorded):
+    one = config_.load_config(recorded.path, ["seed=42"])
+    other = config_.load_config(recorded.path, ["seed=1"])
     assert records.stage_key(one, stage) != records.stage_key(other, stage)
 
 
-def test_an_arm_and_its_seed_are_in_its_key_and_where_it_lies_is_not(finished):
-    config = config_.load_config(finished, [RECORDED])
+def test_an_arm_and_its_seed_are_in_its_key_and_where_it_lies_is_not(recorded):
+    config = config_.load_config(recorded.path)
     one = records.stage_key(config, "train", "A4", 0)
     other_seed = records.stage_key(config, "train", "A4", 1)
     other_arm = records.stage_key(config, "train", "A8", 0)
     assert len({one, other_seed, other_arm}) == 3
     no_matter = ["training.output_dir=x", "training.save_steps=7", "training.arms=A4"]
-    same = config_.load_config(finished, [RECORDED, *no_matter])
+    same = config_.load_config(recorded.path, [*no_matter])
     assert records.stage_key(config, "train") == records.stage_key(same, "train")
 
 
@@ -563,36 +519,23 @@ def refuse():
 
 def test_what_a_server_says_of_a_failure_is_no_check(write_config, tmp_path, serve, caplog):
     """The rest is checked all the same; what failed is collected by nothing, and asked for again."""
-    down = {"May I 3?", "May I 55?"}
-
-    def rule(body):
-        text = known[tuple(body["prompt"])]
-        return refuse() if text in down else completion(f"SAFE {text}")
-
-    server = serve(rule)
+    server = serve(lambda body: refuse() if body["prompt"] == bad else completion("SAFE"))
     config = config_.load_config(write_config(**LEGACY), behind(server, "llama_guard"))
     guard = process.default_guard(config)
-    loaded = process.Loaded(lambda: guard)
-    texts = [f"May I {i}?" for i in range(60)]
-    rows = [{"query": text, "responses": []} for text in texts]
-    encoded = process.query_ids(guard, "chatml", texts)
-    known = {}
-    for ids, text in zip(encoded, texts, strict=True):
-        known[tuple(ids)] = text
-    process.check_as_the_original(config, rows, loaded, tmp_path)
-    assert "2 of 60 of the original's checks failed" in caplog.text
+    rows = [{"query": f"May I {i}?", "responses": []} for i in range(6)]
+    (bad,) = process.query_ids(guard, "chatml", [rows[3]["query"]])
+
+    def said() -> list[str]:
+        server.bodies.clear()
+        process.check_as_the_original(config, rows, process.Loaded(lambda: guard), tmp_path)
+        return [row["legacy"]["input"] for row in rows]
+
+    assert said() == ["SAFE", "SAFE", "SAFE", "", "SAFE", "SAFE"]
+    assert "1 of 6 of the original's checks failed" in caplog.text
     assert "not allowed" in caplog.text
-    for row in rows:
-        said = "" if row["query"] in down else f"SAFE {row['query']}"
-        assert row["legacy"] == {"input": said, "outputs": []}
-    server.bodies.clear()
-    again = sorted(down)
-    down = set()
-    process.check_as_the_original(config, rows, loaded, tmp_path)
-    asked = [known[tuple(body["prompt"])] for body in server.bodies]
-    assert sorted(asked) == again
-    for row in rows:
-        assert row["legacy"]["input"] == f"SAFE {row['query']}"
+    server.rule = lambda body: completion("SAFE")
+    assert said() == ["SAFE"] * 6
+    assert column(server.bodies, "prompt") == [bad]
 
 
 def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_config, serve, caplog):
@@ -634,7 +577,7 @@ def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, se
     server = serve(rule)
     there = behind(server, "llama")
     path = write_config()
-    with pytest.raises(UserError, match="the server refused the key"):
+    with user_error("the server refused the key"):
         run(path, *there)
     server.rule = lambda body: completion("Use two locks.")
     server.bodies.clear()
@@ -647,48 +590,43 @@ def test_an_assistants_server_that_refuses_the_key_ends_the_run(write_config, se
 # --- kill and resume ------------------------------------------------------------------------------
 
 
-def test_a_second_run_asks_nothing(write_config, tmp_path, monkeypatch):
-    path = write_config()
-    run(path)
-    before = files_of(tmp_path / "run")
+def test_a_second_run_asks_nothing(answered, monkeypatch):
+    before = files_of(answered.folder)
 
     def load(self):
         pytest.fail("a model is loaded")
 
     monkeypatch.setattr(process.Loaded, "get", load)
-    run(path)
-    assert files_of(tmp_path / "run") == before
+    run(answered.path)
+    assert files_of(answered.folder) == before
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path: path.read_bytes() for path in files}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 PARTS = ["inputs", "answers", "outputs", "judge", "legacy"]
 
 
-@pytest.mark.parametrize("broken", PARTS)
-def test_cut_parts_give_the_same_result(broken, write_config, tmp_path, monkeypatch):
+def test_cut_parts_give_the_same_result(write_config, tmp_path, monkeypatch):
     """As a kill leaves it: half of a part with half a line, and nothing after it."""
     monkeypatch.setattr(process, "JUDGED_AT_ONCE", 8)
     path = write_config(**SMALL, **LEGACY)
     run(path)
     whole = content(tmp_path / "run")
     processed = tmp_path / "run/processed"
-    part = processed / f"parts/{broken}.jsonl"
-    rows = part.read_bytes().splitlines(keepends=True)
-    half = len(rows) // 2
-    half_a_line = rows[half][:20]
-    part.write_bytes(b"".join([*rows[:half], half_a_line]))
-    later = PARTS[PARTS.index(broken) + 1 :]
-    for name in later:
-        (processed / f"parts/{name}.jsonl").unlink()
-    for split in config_.SPLITS:
-        (processed / f"{split}.jsonl").unlink()
-    (processed / "stage.json").unlink()
-    run(path)
-    assert content(tmp_path / "run") == whole
+    for place, broken in enumerate(PARTS):
+        part = processed / f"parts/{broken}.jsonl"
+        rows = part.read_bytes().splitlines(keepends=True)
+        half = len(rows) // 2
+        part.write_bytes(b"".join(rows[:half]) + rows[half][:20])
+        for later in PARTS[place + 1 :]:
+            (processed / f"parts/{later}.jsonl").unlink()
+        for split in config_.SPLITS:
+            (processed / f"{split}.jsonl").unlink()
+        (processed / "stage.json").unlink()
+        run(path)
+        assert content(tmp_path / "run") == whole, broken
 
 
 def test_splits_that_a_kill_cut_are_made_again(write_config, tmp_path):
@@ -702,25 +640,13 @@ def test_splits_that_a_kill_cut_are_made_again(write_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on(write_config, tmp_path):
+def test_a_killed_process_goes_on(answered, write_config, tmp_path):
     path = write_config("killed")
-    command = [sys.executable, "process.py", "--config", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = ["process.py", "--config", path]
     answers = tmp_path / "killed/processed/parts/answers.jsonl"
-    with open(tmp_path / "log", "wb") as log:
-        running = scripts.start(command, RECIPE, environment, log.fileno(), log.fileno())
-        end = time.time() + 120
-        while running.poll() is None and time.time() < end:
-            if answers.is_file() and answers.stat().st_size:
-                break
-            time.sleep(0.01)
-        running.kill()
-        running.wait()
-    assert answers.is_file(), (tmp_path / "log").read_text()
-    flags = {"launcher": (sys.executable,), "threads": 1}
-    said = launch("feedback_guard", "process.py", "--config", path, **flags)
-    launch("feedback_guard", "process.py", "--config", write_config("whole"), **flags)
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    kill_when_written(answers, command, RECIPE)
+    said = launch("feedback_guard", *command, threads=1)
+    assert content(tmp_path / "killed") == content(answered.folder)
     assert json.loads(said.stdout)["total"] == 51
 
 
@@ -728,8 +654,5 @@ def test_a_killed_process_goes_on(write_config, tmp_path):
 def test_an_error_of_the_user_is_one_line(write_config):
     words = ["--config", write_config(), "--set", "llama.sample=1"]
     done = launch("feedback_guard", "process.py", *words, check=False)
-    assert done.returncode == 2
     assert done.stdout == ""
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert last.endswith("field llama.sample: unknown key")
+    assert error_line(done).endswith("field llama.sample: unknown key")

@@ -1,13 +1,11 @@
-"""The rules that the sample in ToxicChat's columns keeps: counts, labels, splits apart, and
-something to learn.
-"""
+"""Rules of the sample in ToxicChat's columns: labels, splits apart, and something to learn."""
 
-import json
 import re
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+from checks import read_rows
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -15,18 +13,9 @@ from sklearn.pipeline import make_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "data/sample/toxicchat"
-SPLITS = {}
-for name in ("guard", "train", "test"):
-    path = FOLDER / f"{name}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    SPLITS[name] = [json.loads(line) for line in lines]
+SPLITS = {name: read_rows(FOLDER / f"{name}.jsonl") for name in ("guard", "train", "test")}
 ROWS = [row for rows in SPLITS.values() for row in rows]
-TOXIC = {  # kind -> toxicity
-    "plain": 0,
-    "hard_benign": 0,
-    "obvious": 1,
-    "disguised": 1,
-}
+TOXIC = {"plain": 0, "hard_benign": 0, "obvious": 1, "disguised": 1}  # kind -> toxicity
 TYPES = {
     "conv_id": str,
     "user_input": str,
@@ -43,10 +32,7 @@ HARM = (
     r"|fraud|thie[fv]|threat|murder|stalk|hurt|bull[iy]|rob|blackmail|burn|punish|gun|knife|crime"
     r"|starv|cheat)"
 )
-WORDS = {
-    "user_input": range(5, 31),
-    "model_output": range(4, 36),
-}
+WORDS = {"user_input": range(5, 31), "model_output": range(4, 36)}
 pytestmark = pytest.mark.sample_data
 split = pytest.mark.parametrize("split", SPLITS)
 text = pytest.mark.parametrize("field", WORDS)
@@ -59,8 +45,7 @@ def words(text: str) -> list[str]:
 
 def share(rows: list[dict], is_one) -> float:
     """How many of the rows are such."""
-    found = [row for row in rows if is_one(row)]
-    return len(found) / len(rows)
+    return sum(map(is_one, rows)) / len(rows)
 
 
 def of_kind(rows: list[dict], *kinds: str) -> list[dict]:
@@ -75,34 +60,19 @@ def does_harm(row: dict) -> bool:
     return row["output_unsafe"]
 
 
-def learned(
-    rows: list[dict],
-    labels: list[bool],
-    field: str = "user_input",
-):
+def learned(rows: list[dict], labels: list[bool], field: str = "user_input"):
     """A classifier of character n-grams."""
-    vectors = TfidfVectorizer(
-        analyzer="char_wb",
-        ngram_range=(2, 5),
-        sublinear_tf=True,
-    )
-    classifier = LogisticRegression(
-        C=10,
-        class_weight="balanced",
-        max_iter=2000,
-    )
-    texts = [row[field] for row in rows]
-    return make_pipeline(vectors, classifier).fit(texts, labels)
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+    classifier = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
+    return make_pipeline(vectors, classifier).fit([row[field] for row in rows], labels)
 
 
 def scores(fitted, rows: list[dict], field: str = "user_input"):
-    texts = [row[field] for row in rows]
-    return fitted.predict_proba(texts)[:, 1]
+    return fitted.predict_proba([row[field] for row in rows])[:, 1]
 
 
 def test_counts_are_those_of_the_readme(monkeypatch, capsys):
-    path = FOLDER.parent / "README.md"
-    readme = path.read_text(encoding="utf-8")
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
     _, section = readme.split("## `toxicchat/`")
     blocks = r"```python\n(.*?)```\s+```text\n(.*?)```"
     found = re.search(blocks, section, re.DOTALL)
@@ -136,24 +106,13 @@ def test_kind_and_labels_agree(split):
             assert row["kind"] == "disguised", row
 
 
-@pytest.mark.parametrize(
-    ("kind", "low", "high"),
-    [
-        ("plain", 0, 0.15),
-        ("hard_benign", 0, 0.05),
-        ("disguised", 0.7, 0.9),
-    ],
-)
 @split
-def test_outputs_do_harm_mostly_where_the_prompt_asks_for_it(split, kind, low, high):
-    rows = of_kind(SPLITS[split], kind)
-    assert low <= share(rows, does_harm) <= high
-
-
-@split
-def test_some_toxic_prompt_draws_no_harm(split):
-    toxic = [row for row in SPLITS[split] if is_toxic(row)]
-    assert share(toxic, does_harm) < 1
+def test_outputs_do_harm_mostly_where_the_prompt_asks_for_it(split):
+    rows = SPLITS[split]
+    assert share(of_kind(rows, "plain"), does_harm) <= 0.15
+    assert share(of_kind(rows, "hard_benign"), does_harm) <= 0.05
+    assert 0.7 <= share(of_kind(rows, "disguised"), does_harm) <= 0.9
+    assert share([row for row in rows if is_toxic(row)], does_harm) < 1
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -177,9 +136,8 @@ def test_the_head_start_knows_obvious_harm():
 
 @text
 def test_no_text_twice(field):
-    texts = [" ".join(words(row[field])) for row in ROWS]
-    different = set(texts)
-    assert len(different) == len(texts)
+    texts = {" ".join(words(row[field])) for row in ROWS}
+    assert len(texts) == len(ROWS)
 
 
 @text
@@ -188,8 +146,7 @@ def test_no_near_duplicate_across_files(one, other, field):
     first = [set(words(row[field])) for row in SPLITS[one]]
     second = [set(words(row[field])) for row in SPLITS[other]]
     for a, b in product(first, second):
-        shared = len(a & b)
-        assert shared < 0.5 * len(a | b), (a, b)
+        assert len(a & b) < 0.5 * len(a | b), (a, b)
 
 
 def test_words_of_harm_mark_hard_benign_rather_than_disguised():
@@ -215,9 +172,7 @@ def test_the_outputs_of_train_teach_what_the_head_start_does_not_know():
     auroc = {}
     for kind in ("obvious", "disguised"):
         rows = of_kind(test, kind, "plain")
-        truth = [is_toxic(row) for row in rows]
-        found = scores(start, rows)
-        auroc[kind] = roc_auc_score(truth, found)
+        auroc[kind] = roc_auc_score([is_toxic(row) for row in rows], scores(start, rows))
     assert auroc["obvious"] > auroc["disguised"] + 0.05
 
     more = [row for row in train if does_harm(row) or not is_toxic(row)]

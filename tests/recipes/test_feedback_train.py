@@ -1,6 +1,5 @@
 """examples/feedback_guard: arms, training and the small guards, on tiny random models."""
 
-import json
 import shutil
 import sys
 from collections import Counter
@@ -9,27 +8,34 @@ from pathlib import Path
 import feedback_guards as shared
 import pytest
 import torch
+from checks import (
+    cases,
+    difference,
+    flip_a_bit,
+    logged,
+    read_json,
+    read_rows,
+    user_error,
+    weights,
+    write_rows,
+)
 from feedback_guards import (
     BAD,
     CONVERSATIONS,
     GOOD,
     blocked_inputs,
     config_,
-    difference,
     formats,
     processed,
-    read,
     records,
     response,
     train,
-    weights,
-    write_rows,
 )
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.conversation import UserError, pair
+from common.conversation import pair
 from guards import load_guard
 
 # fixtures
@@ -38,17 +44,22 @@ guard = shared.guard
 plain = shared.plain
 rows_of = shared.rows_of
 settings = shared.settings
-GUARD_ARMS = ["A3", "A4", "A5", "A6", "A7", "A8", "C1", "C2", "C3", "C4"]
+ROWS_OF_ARMS = {
+    "A3": "12 feedback",
+    "A4": "12 feedback, 12 safe",
+    "A5": "12 feedback, 12 safe, 12 replay",
+    "A6": "12 feedback, 12 hard_benign, 6 explored, 12 safe, 2 replay",
+    "A7": "12 feedback, 12 safe, 12 replay",
+    "A8": "12 feedback, 12 hard_benign, 6 explored, 12 safe, 5 replay",
+    "C1": "12 feedback, 12 hard_benign, 12 safe, 6 replay",
+    "C2": "12 feedback, 12 hard_benign, 12 safe, 12 replay",
+    "C3": "12 human, 12 hard_benign, 6 explored, 12 safe, 12 replay",
+    "C4": "12 feedback, 12 hard_benign, 6 explored, 12 safe, 5 replay",
+}
 
 
 def examples_of(folder: Path) -> list[dict]:
-    text = (folder / "training_examples.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def losses(folder: Path) -> list[float]:
-    log = read(folder / "run.json")["log"]
-    return [entry["loss"] for entry in log if "loss" in entry]
+    return read_rows(folder / "training_examples.jsonl")
 
 
 def mean(values: list[float]) -> float:
@@ -56,14 +67,12 @@ def mean(values: list[float]) -> float:
 
 
 def gaps(some, others) -> list[float]:
-    pairs = zip(some, others, strict=True)
-    return [abs(one - other) for one, other in pairs]
+    return [abs(one - other) for one, other in zip(some, others, strict=True)]
 
 
 def stamps(folders: list[Path]) -> list[int]:
     """When the cards of guards were written."""
-    cards = [folder / "guard.json" for folder in folders]
-    return [card.stat().st_mtime_ns for card in cards]
+    return [(folder / "guard.json").stat().st_mtime_ns for folder in folders]
 
 
 def of_source(rows, source: str) -> list:
@@ -77,7 +86,7 @@ def test_the_config_knows_the_arms():
     assert set(config_.DEFAULT_ARMS) <= set(train.all_arms())
 
 
-@pytest.mark.parametrize("name", [*GUARD_ARMS, "A2-labels"])
+@pytest.mark.parametrize("name", [*ROWS_OF_ARMS, "A2-labels"])
 def test_no_prompt_is_in_both_classes(rows_of, name):
     lines = processed()
     for line in lines[2:40:3]:
@@ -95,55 +104,35 @@ def test_no_prompt_is_in_both_classes(rows_of, name):
         assert not sides[True] & sides[False]
 
 
-@pytest.mark.parametrize(
-    "told",
-    [
-        "A3: 12 feedback",
-        "A4: 12 feedback, 12 safe",
-        "A5: 12 feedback, 12 safe, 12 replay",
-        "A6: 12 feedback, 12 hard_benign, 6 explored, 12 safe, 2 replay",
-        "A7: 12 feedback, 12 safe, 12 replay",
-        "A8: 12 feedback, 12 hard_benign, 6 explored, 12 safe, 5 replay",
-        "C1: 12 feedback, 12 hard_benign, 12 safe, 6 replay",
-        "C2: 12 feedback, 12 hard_benign, 12 safe, 12 replay",
-        "C3: 12 human, 12 hard_benign, 6 explored, 12 safe, 12 replay",
-        "C4: 12 feedback, 12 hard_benign, 6 explored, 12 safe, 5 replay",
-    ],
-)
-def test_what_an_arms_rows_are(rows_of, told):
-    name, _, expected = told.partition(": ")
+@pytest.mark.parametrize("name", ROWS_OF_ARMS)
+def test_what_an_arms_rows_are(rows_of, name):
     counts = Counter(row.source for row in rows_of(name))
     found = [f"{count} {source}" for source, count in counts.items()]
-    assert ", ".join(found) == expected
+    assert ", ".join(found) == ROWS_OF_ARMS[name]
 
 
 def test_replay_blocks_as_often_as_the_guard(rows_of):
-    replayed = of_source(rows_of("A5"), "replay")
-    assert sum(row.target for row in replayed) == 2
+    assert sum(row.target for row in of_source(rows_of("A5"), "replay")) == 2
 
 
 def test_soft_labels_are_the_share_of_unsafe_responses(rows_of):
     rows = rows_of("A8")
-    unsafe = {row.target for row in of_source(rows, "feedback")}
-    safe = {row.target for row in of_source(rows, "safe")}
-    assert unsafe == {0.5, 0.75}
-    assert safe == {0.0, 0.25}
+    assert {row.target for row in of_source(rows, "feedback")} == {0.5, 0.75}
+    assert {row.target for row in of_source(rows, "safe")} == {0.0, 0.25}
 
 
 def test_only_safe_traffic_is_held_near_the_guard(rows_of):
     for row in rows_of("A7"):
-        is_safe = row.source in ("safe", "replay") and row.target < 0.5
-        assert row.kl == is_safe
+        assert row.kl == (row.source in ("safe", "replay") and row.target < 0.5)
     assert not any(row.kl for row in rows_of("A6"))
 
 
 @pytest.mark.parametrize("name", ["C1", "C2"])
 def test_controls_learn_from_other_prompts_than_the_method(rows_of, name):
-    assert unsafe_ids(rows_of(name)) != unsafe_ids(rows_of("A8"))
-
-
-def unsafe_ids(rows) -> set[str]:
-    return {row.id for row in of_source(rows, "feedback")}
+    ids = {}
+    for arm in (name, "A8"):
+        ids[arm] = {row.id for row in of_source(rows_of(arm), "feedback")}
+    assert ids[name] != ids["A8"]
 
 
 def test_a_seed_draws_the_rows(rows_of):
@@ -159,9 +148,7 @@ def test_the_suspicion_control_does_not_see_what_responses_say(rows_of):
     passed = [line for line in lines if records.passed(line)]
     safe = [line for line in passed if not records.feedback(line)]
     for line, other in zip(unsafe, safe, strict=False):
-        responses = line["responses"]
-        line["responses"] = other["responses"]
-        other["responses"] = responses
+        line["responses"], other["responses"] = other["responses"], line["responses"]
     assert not any(records.feedback(line) for line in unsafe)
     assert rows_of("C2", 0, lines) == before
 
@@ -170,8 +157,7 @@ def test_the_permuted_control_replays_what_its_labels_allow(rows_of):
     unsafe = {row["id"] for row in blocked_inputs(processed())}
     replayed = set()
     for seed in range(9):
-        rows = of_source(rows_of("C1", seed), "replay")
-        replayed.update(row.id for row in rows)
+        replayed |= {row.id for row in of_source(rows_of("C1", seed), "replay")}
     assert unsafe & replayed
 
 
@@ -190,7 +176,7 @@ def of_kinds(kinds: str) -> list[dict]:
 
 def test_without_feedback_there_is_nothing_to_train(rows_of):
     lines = of_kinds("06")
-    with pytest.raises(UserError, match="none of 12 prompts passed the guard and had its resp"):
+    with user_error("none of 12 prompts passed the guard and had its resp"):
         rows_of("A8", 0, lines)
 
 
@@ -205,19 +191,14 @@ def test_arms_get_the_same_number_of_steps(settings):
     rows = len(examples_of(a8))
     steps = -(-rows // 16)
     assert len(examples_of(a3)) < rows
-    assert read(a3 / "run.json")["steps"] == steps
-    assert read(a8 / "run.json")["steps"] == steps
-    assert "steps" not in read(c4 / "run.json")
+    assert read_json(a3 / "run.json")["steps"] == steps
+    assert read_json(a8 / "run.json")["steps"] == steps
+    assert "steps" not in read_json(c4 / "run.json")
 
 
 @pytest.mark.slow
 def test_soft_targets_move_the_probability_to_q(settings):
-    config = settings(
-        max_steps=120,
-        batch_size=6,
-        lora_dropout=0.0,
-        save_steps=1000,
-    )
+    config = settings(max_steps=120, batch_size=6, lora_dropout=0.0, save_steps=1000)
     encoder = formats.Encoder(train.load_base(config), 600)
     targets = [0.75, 0.25, 1.0, 0.0, 0.5, 0.9]
     words = ("rice ", "box ", "cook ", "his ", "How ", "Take ")
@@ -272,7 +253,7 @@ def test_every_arm_trains_once(settings):
     (alone,) = train.train(settings(output_dir=f"{a8}x", arms=["A8"], **SMALL))
     assert difference(weights(alone), weights(a8)) == 0
     assert difference(weights(a8), weights(other_seed)) > 0
-    with pytest.raises(UserError, match=r"another training\.learning_rate; run train"):
+    with user_error(r"another training\.learning_rate; run train"):
         train.train(settings(arms=["A8"], **SMALL, learning_rate=1e-3))
 
 
@@ -281,10 +262,10 @@ def test_stock_libraries_load_an_arm(settings, base):
     (folder,) = train.train(settings(arms=["A8"], **SMALL))
     layers = {name.split("layers.")[1][0] for name in weights(folder)}
     assert layers == {"2"}
-    card = read(folder / "guard.json")
+    card = read_json(folder / "guard.json")
     told = {"kind": "generative", "guard": "llama-guard", "arm": "A8", "seed": 0}
     assert told.items() <= card.items()
-    run = read(folder / "run.json")
+    run = read_json(folder / "run.json")
     assert run["sources"]["feedback"] == 12
     assert run["rows"] == len(examples_of(folder))
     assert "whole method" in (folder / "README.md").read_text()
@@ -312,7 +293,7 @@ def test_a_probe_on_the_frozen_guard_tells_what_it_was_fitted_to(settings, guard
     for score, row in zip(scores, rows, strict=True):
         sides[row["target"] >= 0.5].append(score)
     assert mean(sides[True]) > 0.15 + mean(sides[False])
-    assert read(folder / "guard.json")["kind"] == "probe"
+    assert read_json(folder / "guard.json")["kind"] == "probe"
 
 
 class Killed(KeyboardInterrupt):
@@ -337,12 +318,7 @@ def kill_after(monkeypatch, steps: int) -> list[int]:
 @pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(settings, monkeypatch):
     """Of two arms the second is killed after its second checkpoint; what it had is not done again."""
-    options = {
-        "arms": ["A4", "A8"],
-        "max_steps": 6,
-        "save_steps": 2,
-        "lora_last_layers": 2,
-    }
+    options = {"arms": ["A4", "A8"], "max_steps": 6, "save_steps": 2, "lora_last_layers": 2}
     whole = train.train(settings(**options))
     config = settings(**options, output_dir=f"{settings().training.output_dir}-again")
     with monkeypatch.context() as patched:
@@ -359,8 +335,8 @@ def test_killed_and_resumed_is_uninterrupted(settings, monkeypatch):
     assert done == [4, 5]
     for one, other in zip(whole, again, strict=True):
         assert difference(weights(one), weights(other)) == 0
-        assert read(one / "guard.json") == read(other / "guard.json")
-        assert losses(one) == losses(other)
+        assert read_json(one / "guard.json") == read_json(other / "guard.json")
+        assert logged(one, "loss") == logged(other, "loss")
 
 
 def test_checkpoints_of_other_settings_are_not_resumed(settings, monkeypatch):
@@ -370,7 +346,7 @@ def test_checkpoints_of_other_settings_are_not_resumed(settings, monkeypatch):
         kill_after(patched, 3)
         with pytest.raises(KeyboardInterrupt):
             train.train(settings(**options))
-    with pytest.raises(UserError, match="is of another run"):
+    with user_error("is of another run"):
         train.train(settings(**options, lora_r=4))
     folder = train.arm_folder(settings(), "A4", 0)
     assert (folder / "checkpoint-2/trainer_state.json").is_file()
@@ -379,14 +355,12 @@ def test_checkpoints_of_other_settings_are_not_resumed(settings, monkeypatch):
 def test_what_a_user_put_into_an_arms_folder_stays(settings):
     config = settings(max_steps=2, save_steps=1)
     folder = train.arm_folder(config, "A4", 0)
-    merged = folder / "checkpoint-merged/model.safetensors"
-    merged.parent.mkdir(parents=True)
-    merged.write_text("mine")
-    notes = folder / "notes.txt"
-    notes.write_text("mine")
+    own = [folder / "checkpoint-merged/model.safetensors", folder / "notes.txt"]
+    own[0].parent.mkdir(parents=True)
+    for path in own:
+        path.write_text("mine")
     assert train.train(config) == [folder]
-    assert merged.read_text() == "mine"
-    assert notes.read_text() == "mine"
+    assert [path.read_text() for path in own] == ["mine", "mine"]
     assert not list(folder.glob("checkpoint-[0-9]*"))
 
 
@@ -431,12 +405,12 @@ def section(plain, tmp_path, monkeypatch):
 def test_a_prepared_guard_is_one_that_stock_libraries_load(section, tmp_path):
     train.prepare(config_.Config(prepare=config_.Prepare(guard=section())))
     folder = tmp_path / "small"
-    card = read(folder / "guard.json")
+    card = read_json(folder / "guard.json")
     assert (card["kind"], card["guard"]) == ("generative", "llama-guard")
     assert card["thresholds"]["prompt_unsafe"]["on"].startswith("0.15 of ")
-    assert read(folder / "run.json")["validation"]["prompt_unsafe"]["support"] > 0
-    found = losses(folder)
-    assert found[-1] < 0.3 * found[0]
+    assert read_json(folder / "run.json")["validation"]["prompt_unsafe"]["support"] > 0
+    first, *_, last = logged(folder, "loss").values()
+    assert last < 0.3 * first
 
     good = pair(GOOD.format(777))
     bad = pair(BAD.format(778))
@@ -458,7 +432,7 @@ def test_a_prepared_guard_is_one_that_stock_libraries_load(section, tmp_path):
     before = stamps([folder])
     train.make_guard(section())
     assert stamps([folder]) == before
-    with pytest.raises(UserError, match="holds another guard"):
+    with user_error("holds another guard"):
         train.make_guard(section(seed=1))
 
 
@@ -480,11 +454,8 @@ def test_a_killed_preparation_goes_on(section, tmp_path, monkeypatch):
 def test_a_guard_of_a_replaced_base_is_another_one(section, plain, tmp_path):
     base = Path(shutil.copytree(plain, tmp_path / "base"))
     train.make_guard(section(base_model=str(base), max_steps=1))
-    path = base / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="holds another guard"):
+    flip_a_bit(base / "model.safetensors")
+    with user_error("holds another guard"):
         train.make_guard(section(base_model=str(base), max_steps=1))
 
 
@@ -501,21 +472,13 @@ def test_a_preparation_says_how_many_texts_its_thresholds_saw_shortened(
     assert "3 of 3 texts that the thresholds are fitted on were shortened to 600" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        pytest.param(
-            {"data": ("toxicchat:test",)},
-            "toxicchat:test is a test set",
-            id="a test set",
-        ),
-        pytest.param(
-            {"base_model": "nowhere/nothing"},
-            "base_model: nowhere/nothing",
-            id="no such model",
-        ),
-    ],
+@cases(
+    "changes, message",
+    {
+        "a test set": ({"data": ("toxicchat:test",)}, "toxicchat:test is a test set"),
+        "no such model": ({"base_model": "nowhere/nothing"}, "base_model: nowhere/nothing"),
+    },
 )
 def test_what_a_preparation_refuses(section, changes, message):
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         train.make_guard(section(**changes))

@@ -76,9 +76,7 @@ def judged(folder: Path, rows) -> list:
 
 
 def run(train, words: list, owner, saving: str, look) -> None:
-    """A recipe's train.py in this process, with a look at what it hands to `owner.saving`, before
-    anything is written.
-    """
+    """A recipe's train.py in this process; `look` sees what it hands to `owner.saving`."""
     save = getattr(owner, saving)
 
     def watched(*args, **options):
@@ -136,9 +134,7 @@ def moderation_words(base: Path, folder: Path, data, *more) -> list:
 
 @pytest.fixture(scope="module", params=RUNS)
 def moderation(request, tmp_path_factory, rows):
-    """A guard's folder, how it was trained, the rows that it judges, and the scores of the model in
-    memory, an array of (rows, labels).
-    """
+    """Folder, how it was trained, rows, and the scores (rows, labels) of the model in memory."""
     family, way = request.param.split("-")
     train = module("moderation", "train")
     folder = tmp_path_factory.mktemp(request.param)
@@ -163,13 +159,9 @@ def moderation(request, tmp_path_factory, rows):
 
 
 def test_moderation_says_what_was_trained(moderation):
-    """`load_guard`, the stock pipeline on the rendered text, and messages through the chat
-    template.
-    """
+    """`load_guard`, the stock pipeline on rendered text, and messages by the chat template."""
     folder, way, rows, expected = moderation
-    assert np.ptp(expected, axis=0).max() > 0.01, (
-        "the rows cannot be told apart: a wrong guard passes"
-    )
+    assert np.ptp(expected, axis=0).max() > 0.01, "all rows alike: a wrong guard passes"
     guard = load_guard(str(folder), progress=False)
     verdicts = guard.judge(rows)
     close([[verdict.categories[name] for name in guard.labels] for verdict in verdicts], expected)
@@ -194,9 +186,7 @@ def test_moderation_says_what_was_trained(moderation):
 
 
 def test_moderation_adapter_is_the_guard(moderation):
-    """Stock PEFT puts the adapter on the base, whose checkpoint lacks a pooler and a head, as its
-    card says.
-    """
+    """Stock PEFT puts it on a base whose checkpoint lacks a pooler and a head."""
     folder, way, rows, expected = moderation
     adapter = folder / "adapter"
     if way not in ("lora", "own"):
@@ -217,9 +207,7 @@ def test_moderation_card_says_what_it_is(moderation):
     """A category without a training row is no output: 16 rows do not have all fourteen."""
     folder, way, _, _ = moderation
     card = read_card(folder, ClassifierCard)
-    named = set()
-    for names in load_conversations(TRAIN, max_rows=16)["categories"]:
-        named.update(names)
+    named = set().union(*load_conversations(TRAIN, max_rows=16)["categories"])
     expected = OUTPUTS.get(way, [name for name in LABELS if name in named])
     assert 1 <= len(expected) < 14
     assert card.labels == expected
@@ -236,9 +224,7 @@ def test_moderation_card_says_what_it_is(moderation):
 
 
 def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_path, monkeypatch):
-    """Without the flag nothing is trained; with it, weights that are not the trained ones are not
-    moved in.
-    """
+    """Not without the flag, and never by weights that are not the trained ones."""
     train = module("moderation", "train")
     saver = module("moderation", "guard_folder")
     folder = tmp_path / "guard"
@@ -268,19 +254,16 @@ def test_a_finished_guard_is_replaced_by_a_whole_one_or_not_at_all(rows, tmp_pat
     with user_error("not finished: the saving of a guard was interrupted here"):
         load_guard(str(folder))
     train.main()
-    assert not [verdict.error for verdict in judged(folder, rows) if verdict.error]
+    assert not any(verdict.error for verdict in judged(folder, rows))
     assert (folder / "notes.txt").read_text() == "mine"
-    assert not (folder / ".partial").exists()
 
 
-# --- the other recipes ------------------------------------------------------------------------------------------------
+# --- the other recipes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_lora_guard_says_what_was_trained(family, rows, tmp_path):
-    """`load_guard`, and stock PEFT on the rendered text with the head's bias, as the model card has
-    it.
-    """
+    """`load_guard`, and stock PEFT on rendered text with the head's bias, as the card has it."""
     train, inputs, adapter = (module("lora_guard", name) for name in ("train", "inputs", "adapter"))
     seen = {}
 
@@ -300,11 +283,10 @@ def test_lora_guard_says_what_was_trained(family, rows, tmp_path):
     unsafe, *labels = card.labels
     assert unsafe == "unsafe"
     assert set(labels) < set(LABELS)  # of 16 rows not every one has a row
-    scores = []
-    for verdict in judged(folder, rows):
-        categories = [verdict.categories[name] for name in labels]
-        scores.append([verdict.response_unsafe, *categories])
-    close(scores, expected)
+    verdicts = judged(folder, rows)
+    close([verdict.response_unsafe for verdict in verdicts], expected[:, 0])
+    named = [[verdict.categories[name] for name in labels] for verdict in verdicts]
+    close(named, expected[:, 1:])
 
     count = len(card.labels)
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=count)

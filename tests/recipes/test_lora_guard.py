@@ -1,8 +1,7 @@
-"""examples/lora_guard/train.py, run as its README says: as commands, in its folder, with real
-launchers.
-"""
+"""examples/lora_guard/train.py, run as its README says: as commands, with real launchers."""
 
 import csv
+import json
 import os
 import shutil
 import sys
@@ -13,8 +12,17 @@ import numpy as np
 import pytest
 import scripts
 import torch
-from checks import read_json, read_rows, user_error, write_rows
-from safetensors.torch import load_file
+from checks import (
+    cases,
+    difference,
+    kill_when_written,
+    logged,
+    read_json,
+    read_rows,
+    user_error,
+    weights,
+    write_rows,
+)
 from scripts import BIN, TORCHRUN, error_line, module
 from sklearn.metrics import average_precision_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
@@ -44,27 +52,9 @@ def arguments(model: Path, output: Path, *more) -> list:
     ]  # fmt: skip
 
 
-def history(folder: Path, key: str) -> list[float]:
-    log = read_json(folder / "run.json")["log"]
-    return [entry[key] for entry in log if key in entry]
-
-
 def table(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
-
-
-def check_close(one: Path, other: Path, atol: float) -> None:
-    """Two adapters are the same."""
-    ours = weights(one)
-    others = weights(other)
-    assert ours.keys() == others.keys()
-    for key, tensor in ours.items():
-        torch.testing.assert_close(tensor, others[key], atol=atol, rtol=0)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +81,8 @@ def test_every_epoch_is_kept_and_the_best_is_marked(trained):
     columns = {f"val/f1_{name}" for name in CATEGORIES} | {"val/binarized_fpr"}
     assert columns <= set(rows[0])
     assert "test/threshold" not in rows[0]
-    # the test rows are judged once
-    assert [bool(row["test/binarized_auprc"]) for row in rows] == [
-        epoch == best for epoch in (0, 1)
-    ]
+    tested = [bool(row["test/binarized_auprc"]) for row in rows]
+    assert tested == [epoch == best for epoch in (0, 1)]  # the test rows are judged once
     for name in ("guard.json", "adapter_model.safetensors", "adapter_config.json"):
         marked = (trained / "best" / name).read_bytes()
         assert marked == (trained / f"epoch-{best}" / name).read_bytes()
@@ -115,10 +103,13 @@ ACCELERATE.append("--num-processes=2")
 
 
 @slow
-@pytest.mark.parametrize(
-    ("launcher", "rows", "accumulation"),
-    [([sys.executable], 1, 8), (ACCELERATE, 4, 1), (TORCHRUN, 4, 1)],
-    ids=["8x1", "accelerate, 2 processes x 4", "torchrun, 2 processes x 4"],
+@cases(
+    "launcher, rows, accumulation",
+    {
+        "8x1": ([sys.executable], 1, 8),
+        "accelerate, 2 processes x 4": (ACCELERATE, 4, 1),
+        "torchrun, 2 processes x 4": (TORCHRUN, 4, 1),
+    },
 )
 def test_batches_of_one_step_give_one_gradient(
     trained, tiny_base, tmp_path, launcher, rows, accumulation
@@ -126,10 +117,10 @@ def test_batches_of_one_step_give_one_gradient(
     """Losses, the norms of the gradients and the weights of 1 process x 8 rows."""
     batch = ["--per-device-batch-size", rows, "--gradient-accumulation-steps", accumulation]
     launch(*arguments(tiny_base, tmp_path / "run", *batch), launcher=launcher, threads=1)
+    run = tmp_path / "run"
     for key in ("loss", "grad_norm"):
-        expected = pytest.approx(history(trained, key), rel=2e-3, abs=1e-4)
-        assert history(tmp_path / "run", key) == expected, key
-    check_close(trained / "epoch-1", tmp_path / "run/epoch-1", atol=1e-4)
+        assert logged(run, key) == pytest.approx(logged(trained, key), rel=2e-3, abs=1e-4), key
+    assert difference(weights(trained / "epoch-1"), weights(run / "epoch-1")) < 1e-4
 
 
 @slow
@@ -137,21 +128,17 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
     """Also when the kill came between the checkpoint and its adapter folder."""
     folder = tmp_path / "run"
     command = arguments(tiny_base, folder, "--test-data", "beavertails-sample:test")
-    process = scripts.start([sys.executable, *command], cwd=RECIPE)
-    scripts.wait_until_written(folder / "checkpoint-8/trainer_state.json", process)
-    process.kill()
-    process.wait()
+    kill_when_written(folder / "checkpoint-8/trainer_state.json", command, RECIPE)
     assert not (folder / "best").exists()
     assert "--resume_from_checkpoint latest" in launch(*command, check=False).stderr
     shutil.rmtree(folder / "epoch-0", ignore_errors=True)
     launch(*command, "--resume-from-checkpoint", "latest")
     assert (folder / "epoch-0/guard.json").is_file()
-    assert history(folder, "loss") == pytest.approx(history(trained, "loss"), abs=1e-6)
-    scores = []
-    for one in (folder, trained):
-        scores.append([row["val/binarized_auprc"] for row in table(one / "metrics.csv")])
-    assert scores[0] == scores[1]
-    check_close(trained / "best", folder / "best", atol=1e-6)
+    assert logged(folder, "loss") == pytest.approx(logged(trained, "loss"), abs=1e-6)
+    ours, others = table(folder / "metrics.csv"), table(trained / "metrics.csv")
+    for row, other in zip(ours, others, strict=True):
+        assert row["val/binarized_auprc"] == other["val/binarized_auprc"]
+    assert difference(weights(trained / "best"), weights(folder / "best")) < 1e-6
 
 
 @slow
@@ -174,8 +161,8 @@ def test_head_only_without_bias_and_unsafe_head(tiny_base, tmp_path):
 def test_inputs_are_served_as_they_were_trained(tiny_base, tmp_path):
     rows = []
     for i in range(16):
-        texts = {"prompt": f"Question number {i}?", "response": f"Answer number {i}."}
-        rows.append(texts | {"prompt_label": i % 2, "response_label": i % 3 == 0})
+        labels = {"prompt_label": i % 2, "response_label": i % 3 == 0}
+        rows.append({"prompt": f"Question {i}?", "response": f"Answer {i}."} | labels)
     data = write_rows(tmp_path / "rows.jsonl", rows)
     flags = ["--train-data", data, "--eval-data", data, "--guard-layers", 1, "--epochs", 1]
     flags += ["--guard-inputs", "prompt", "response"]
@@ -209,6 +196,7 @@ def reference_adaptor(chat, outputs: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
     """Probabilities equal a merge by hand of a file made as the reference code names its tensors."""
@@ -218,8 +206,9 @@ def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
     torch.save(tensors, tmp_path / "adaptor.pt")
     config = {"hf_model_id": str(tiny_base), "lora_r": 4, "lora_alpha": 8}
     config["no_unsafe_head"] = version == 1
-    convert = module("lora_guard", "convert")
-    convert.convert_reference(tmp_path / "adaptor.pt", config, tmp_path / "guard")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = [tmp_path / name for name in ("config.json", "adaptor.pt", "guard")]
+    launch("convert.py", *files, threads=1)
     (verdict,) = load_guard(str(tmp_path / "guard")).judge([pair(*TEXT)])
     text = f"user: {TEXT[0]}\n\nagent: {TEXT[1]}"
     ids = AutoTokenizer.from_pretrained(tiny_base)(text, return_tensors="pt")
@@ -232,18 +221,17 @@ def test_the_papers_own_adaptor_file(tiny_base, tmp_path, version):
     assert list(verdict.categories.values()) == pytest.approx(expected[-14:], abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"not a file of tensors", "adaptor.pt"),
-        ({"clf_head.weight": torch.zeros(15, 8)}, "expected LoRA weights"),
-        (
-            {"clf_head.weight": torch.zeros(3, 8), "x.lora_A.default.weight": torch.zeros(2, 8)},
-            "found 3 outputs",
-        ),
-        ({"model": os.system}, "refused, it is not made of tensors alone"),
-    ],
-    ids=["text", "no adapters", "outputs", "code"],
+LORA_A = {"x.lora_A.default.weight": torch.zeros(2, 8)}
+
+
+@cases(
+    "content, words",
+    {
+        "text": (b"not a file of tensors", "adaptor.pt"),
+        "no adapters": ({"clf_head.weight": torch.zeros(15, 8)}, "expected LoRA weights"),
+        "outputs": ({"clf_head.weight": torch.zeros(3, 8), **LORA_A}, "found 3 outputs"),
+        "code": ({"model": os.system}, "refused, it is not made of tensors alone"),
+    },
 )
 def test_a_bad_adaptor_file_is_one_line(tmp_path, content, words):
     if isinstance(content, bytes):
@@ -257,14 +245,12 @@ def test_a_bad_adaptor_file_is_one_line(tmp_path, content, words):
 
 
 def test_the_loss_is_the_papers():
-    """Against its formula written out: 0.5 unsafe + 0.5 / 14 of each category, positives weighted
-    by n_neg / n_pos.
-    """
-    generator = torch.Generator().manual_seed(0)
-    labels = (torch.rand(20, 15, generator=generator) < 0.3).double()
+    """0.5 unsafe + 0.5 / 14 of each category, positives weighted by n_neg / n_pos."""
+    torch.manual_seed(0)
+    labels = (torch.rand(20, 15) < 0.3).double()
     labels[:, 3] = 0  # an empty class: the reference's loss would be NaN
     loss = module("lora_guard", "train").guard_loss(labels.numpy(), unsafe_head=True)
-    logits = torch.randn(20, 15, generator=generator)
+    logits = torch.randn(20, 15)
     weight = (labels == 0).sum(0) / labels.sum(0)
     weight[3] = 1
     p = logits.double().sigmoid()
@@ -297,26 +283,23 @@ def test_validation_scores_that_are_no_numbers_end_the_training():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--learning-rat", "1e-5"], "--learning-rat"),
-        (["--guard-inputs", "pair", "answer"], "--guard-inputs pair answer"),
-        (["--guard-inputs", "prompt"], "no prompt that is labelled unsafe"),
-        (["--guard-layers", 5], "--guard-layers 5: the base has 2"),
-        (["--lr-scheduler-type", "foo"], "foo"),
-        (["--eval-split-ratio", 0.1], "give one of them"),
+        ("--learning-rat 1e-5", "--learning-rat"),
+        ("--guard-inputs pair answer", "--guard-inputs pair answer"),
+        ("--guard-inputs prompt", "no prompt that is labelled unsafe"),
+        ("--guard-layers 5", "--guard-layers 5: the base has 2"),
+        ("--lr-scheduler-type foo", "foo"),
+        ("--eval-split-ratio 0.1", "give one of them"),
     ],
-    ids=["flag", "input", "no prompt's label", "layers", "schedule", "two validations"],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(flags, message, tiny_base, tmp_path):
-    done = launch(*arguments(tiny_base, tmp_path / "run"), *flags, check=False)
+    done = launch(*arguments(tiny_base, tmp_path / "run"), *flags.split(), check=False)
     assert message in error_line(done)
     assert not (tmp_path / "run").exists()
 
 
 @slow
 def test_evaluation_of_several_guards(trained, tmp_path):
-    """Figures can be computed again from predictions.jsonl, and reading all of a reply is reading
-    the pair.
-    """
+    """predictions.jsonl gives the figures again; all of a reply read is the pair read."""
     guards = [trained / "epoch-0", trained / "epoch-1"]
     flags = ["--eval_data", "beavertails-sample:validation", "--output_dir", tmp_path]
     flags += ["--prefix_tokens", 4, 16, "--export_uncertain", 5]
@@ -365,9 +348,7 @@ def test_a_mistake_in_an_evaluation_is_one_line(trained, tmp_path, flags, messag
     "spec", [None, "test.jsonl"], ids=["no validation", "a test split as validation"]
 )
 def test_nothing_is_chosen_without_validation(tiny_base, tmp_path, spec):
-    """The last epoch is kept, no threshold is fitted, and a finished run is not overwritten
-    unasked.
-    """
+    """The last epoch is kept, without a fitted threshold; a finished run is not overwritten."""
     shutil.copy(ROOT / "data/sample/beavertails/test.jsonl", tmp_path / "test.jsonl")
     command = arguments(tiny_base, tmp_path / "run", "--test-data", tmp_path / "test.jsonl")
     at = command.index("--eval-data")
@@ -376,7 +357,7 @@ def test_nothing_is_chosen_without_validation(tiny_base, tmp_path, spec):
     folder = tmp_path / "run"
     assert read_json(folder / "config.json")["best_epoch"] == 1
     assert read_json(folder / "best/guard.json")["thresholds"]["flagged"]["how"] == "default"
-    check_close(folder / "best", folder / "epoch-1", atol=0)
+    assert difference(weights(folder / "best"), weights(folder / "epoch-1")) == 0
     shutil.rmtree(folder / "checkpoint-16")
     again = launch(*command, check=False)
     assert "--overwrite-output-dir" in error_line(again)

@@ -96,9 +96,7 @@ def test_categories_tell_a_label_that_is_not_there(tmp_path, tiny_base):
 
 @pytest.mark.parametrize(("kind", "left"), [("prompt", 2), ("pair", 6)])
 def test_repeats_and_leaks_are_those_of_what_is_judged(kind, left, tmp_path):
-    """One prompt with three answers is one row for a guard of prompts, and nothing that a guard of
-    pairs would see twice.
-    """
+    """A prompt with three answers is one row for a guard of prompts, and three of pairs."""
     rows = []
     for prompt, label in (("How do I cook rice?", "safe"), ("May I take it?", "unsafe")):
         for number in range(3):
@@ -152,9 +150,7 @@ def test_training_rows_of_several_files_are_known(tmp_path):
 
 @slow
 def test_own_categories_from_train_to_results(tiny_base, tmp_path):
-    """guard.json, model card, verdicts and tables know the rows' categories and no others; tables
-    also have each language, and the rows that are no training rows.
-    """
+    """Card, verdicts and tables know the rows' categories and no others, and each language."""
     data = write(tmp_path / "rows.csv", 60)
     names = tmp_path / "mine.yaml"
     names.write_text("spam: sent to many\nfraud: deceives to get money\ntheft:\n")

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import read_json, read_rows, user_error, write_rows
-from safetensors.torch import load_file
-from scripts import error_line, launch, module
+from scripts import launch, module
 
 from common.conversation import pair
 
@@ -21,22 +20,6 @@ PROMPTS = [
     "Paris!",
 ]
 CONVERSATIONS = [pair(prompt) for prompt in PROMPTS]
-
-
-def reference_adaptor(guard: Path, folder: Path) -> tuple[Path, Path]:
-    """config.json and .pt of `guard` as the paper's code writes them (bf16, private key names)."""
-    tensors = load_file(guard / "adapter_model.safetensors")
-    out = {}
-    for key, value in tensors.items():
-        if ".lora_" in key:
-            name = key.removeprefix("base_model.model.model.").replace(".weight", ".default.weight")
-            out[f"lm_features.base_model.model.{name}"] = value.bfloat16()
-    out["clf_head.weight"] = tensors["base_model.model.score.weight"].bfloat16()
-    torch.save(out, folder / "adaptor.pt")
-    base = read_json(guard / "guard.json")["base_model"]
-    config = {"hf_model_id": base, "lora_r": 4, "lora_alpha": 8}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder / "config.json", folder / "adaptor.pt"
 
 
 def command(*argv: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
@@ -84,23 +67,18 @@ def test_a_file_of_prompts_and_an_output_file(guard, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_of_the_papers_is_converted_and_prompts_are_typed(make_guard, tmp_path):
-    config, adaptor = reference_adaptor(make_guard(bias=False), tmp_path)
+def test_a_file_of_the_papers_is_refused_and_prompts_are_typed(make_guard, tmp_path):
+    guard = make_guard(inputs=["pair"])
+    config, adaptor = tmp_path / "config.json", tmp_path / "adaptor.pt"
+    base = read_json(guard / "guard.json")["base_model"]
+    config.write_text(json.dumps({"hf_model_id": base, "lora_r": 4, "lora_alpha": 8}))
+    torch.save({}, adaptor)
     refused = command(config, adaptor)
     assert f"`python convert.py {config} {adaptor} NEW_FOLDER`" in refused.stderr
-    new = tmp_path / "new"
-    launch("lora_guard", "convert.py", config, adaptor, new, threads=1)
-    said = succeeded(command(config, new, "--on-unsafe", "flag", stdin=f"\ufeff{PROMPTS[0]}\n"))
+    said = succeeded(command(config, guard, "--on-unsafe", "flag", stdin=f"\ufeff{PROMPTS[0]}\n"))
     assert said.count("blocked: no") == 1
     assert said.count("prompt unsafe: not trained") == 1
     assert f"prompt: {PROMPTS[0]}\n" in said  # without the byte order mark
-
-
-@pytest.mark.slow
-def test_a_folder_that_is_no_guard(tmp_path):
-    done = command(tmp_path, "--prompt", "Hi")
-    assert error_line(done).startswith(f"error: {tmp_path}/guard.json: no guard of a recipe")
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(

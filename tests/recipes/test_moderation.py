@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import scripts
 import torch
-from checks import read_json, read_rows, write_rows
-from safetensors.torch import load_file
+from checks import cases, kill_when_written, logged, read_json, read_rows, write_rows
 from scripts import TORCHRUN, error_line
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification
 
-from common.conversation import log_odds
 from common.data import load_conversations
-from guards import load_guard
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/moderation"
@@ -40,11 +38,6 @@ def tiny_arguments(model: str, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def losses(folder: Path) -> list[float]:
-    log = read_json(folder / "run.json")["log"]
-    return [entry["loss"] for entry in log if "loss" in entry]
-
-
 def logits(folder: Path | str) -> np.ndarray:
     """Logits of a fixed batch from the stock loader."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
@@ -54,17 +47,25 @@ def logits(folder: Path | str) -> np.ndarray:
 
 def check_equal(one: Path, other: Path, loss: float = 2e-4, logit: float = 1e-4) -> None:
     """Two runs had the same losses, and left the same weights."""
-    assert losses(one) == pytest.approx(losses(other), abs=loss)
+    assert logged(one, "loss") == pytest.approx(logged(other, "loss"), abs=loss)
     np.testing.assert_allclose(logits(one), logits(other), atol=logit)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_base, shared_folder) -> Path:
     """The folder of one uninterrupted run in one process."""
-    made = shared_folder(
-        "moderation", lambda folder: launch(*tiny_arguments(tiny_base, folder / "guard"))
-    )
-    return made / "guard"
+
+    def make(folder: Path) -> None:
+        launch(*tiny_arguments(tiny_base, folder / "guard"), "--report_to", "tensorboard")
+
+    return shared_folder("moderation", make) / "guard"
+
+
+def test_tensorboard_finds_the_losses(trained):
+    (events,) = trained.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events.parent)).Reload().Scalars("train/loss")
+    by_step = {loss.step: loss.value for loss in found}
+    assert by_step == pytest.approx(logged(trained, "loss"), abs=1e-3)
 
 
 def test_guard_folder_is_complete(trained):
@@ -74,9 +75,6 @@ def test_guard_folder_is_complete(trained):
     assert "tokenizer.json" in files
     assert not list(trained.rglob("*.bin"))
     assert not list(trained.rglob("*.pt"))
-
-
-def test_model_card_and_manifest_say_what_was_run(trained):
     card = (trained / "README.md").read_text()
     for words in ("beavertails-sample:train", "AUPRC", "pipeline("):
         assert words in card
@@ -88,90 +86,33 @@ def test_model_card_and_manifest_say_what_was_run(trained):
     assert threshold["on"] == "beavertails-sample:validation"
 
 
-def test_two_processes_equal_one(trained, tiny_base, tmp_path):
-    """2 processes x 4 rows see the batches of 1 process x 8, and end with its weights."""
-    flags = ["--per_device_train_batch_size", "4"]
-    launch(*tiny_arguments(tiny_base, tmp_path / "two"), *flags, processes=2, threads=1)
-    check_equal(tmp_path / "two", trained)
+ZERO3 = ["--deepspeed", ROOT / "launch/zero3.json"]
 
 
-def test_accumulation_equals_one_batch(trained, tiny_base, tmp_path):
-    """8 x 1 gives the gradients of 1 x 8, and so its weights."""
-    flags = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
-    launch(*tiny_arguments(tiny_base, tmp_path / "steps"), *flags)
-    check_equal(tmp_path / "steps", trained)
-
-
-def test_zero3_shards_trains_equally_and_saves_whole_weights(trained, tiny_base, tmp_path):
-    flags = ["--per_device_train_batch_size", "4", "--deepspeed", str(ROOT / "launch/zero3.json")]
-    launch(*tiny_arguments(tiny_base, tmp_path / "zero3"), *flags, launcher=TORCHRUN, threads=1)
-    check_equal(tmp_path / "zero3", trained, loss=2e-3, logit=2e-3)
-    ours, others = (load_file(f / "model.safetensors") for f in (tmp_path / "zero3", trained))
-    assert ours.keys() == others.keys()
-    for name, tensor in ours.items():
-        assert tensor.shape == others[name].shape
-
-
-SHARDED = """
-import sys, torch
-from peft import LoraConfig, get_peft_model
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForSequenceClassification
-from common.saving import merged_model
-
-torch.distributed.init_process_group("gloo")
-first = torch.distributed.get_rank() == 0
-base, folder, adapters = sys.argv[1:]
-torch.manual_seed(0)
-model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=14, dtype=torch.float32)
-model.config.pad_token_id = 0
-layers = model.model.layers
-if adapters == "lora":
-    config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(model, config).eval()
-with torch.inference_mode():
-    expected = model(input_ids=torch.arange(40, 70).view(2, 15)).logits
-for layer in layers:
-    fully_shard(layer)
-fully_shard(model)
-part = next(p for name, p in layers[0].named_parameters() if name.endswith("up_proj.weight") or "base_layer" in name)
-assert part.to_local().shape[0] * 2 == part.shape[0], "not sharded"
-options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-state_dict = get_model_state_dict(model, options=options)  # as accelerate does
-if first:
-    torch.save(expected, folder + "/expected")
-    if adapters == "lora":
-        model = merged_model(model, state_dict)
-        state_dict = model.state_dict()
-    model.save_pretrained(folder + "/after", state_dict=state_dict)
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize("adapters", ["full", "lora"])
-def test_fully_shard_saver(tiny_base, tmp_path, adapters):
-    """Raw FSDP2 over 2 gloo processes really shards, and the saver still writes the whole model,
-    adapters merged.
-    """
-    script = tmp_path / "shard.py"
-    script.write_text(SHARDED)
-    scripts.launch("moderation", script, tiny_base, tmp_path, adapters, processes=2, threads=1)
-    expected = torch.load(tmp_path / "expected", weights_only=True)
-    np.testing.assert_allclose(logits(tmp_path / "after"), expected, atol=1e-5)
+@cases(
+    "rows, flags, options, tolerance",
+    {
+        "two processes": (4, [], {"processes": 2}, 1e-4),
+        "accumulation": (1, ["--gradient_accumulation_steps", 8], {}, 1e-4),
+        "zero3 on two processes": (4, ZERO3, {"launcher": TORCHRUN}, 2e-3),
+    },
+)
+def test_other_ways_equal_one_process(
+    trained, tiny_base, tmp_path, rows, flags, options, tolerance
+):
+    """2 x 4 and 8 x 1 rows give the losses and whole weights of 1 x 8. (FSDP: test_fsdp2.py.)"""
+    words = tiny_arguments(tiny_base, tmp_path / "other")
+    batch = ["--per_device_train_batch_size", rows]
+    launch(*words, *batch, *flags, threads=1, **options)
+    check_equal(tmp_path / "other", trained, loss=2 * tolerance, logit=tolerance)
 
 
 def test_killed_and_resumed_equals_uninterrupted(trained, tiny_base, tmp_path):
-    """kill -9 after the first checkpoint; the rest of the steps have the losses of the run that was
-    left alone.
-    """
+    """kill -9 after the first checkpoint; the rest of the steps have the same losses."""
     folder = tmp_path / "killed"
     command = tiny_arguments(tiny_base, folder)
     command += ["--save_strategy", "steps", "--save_steps", "3"]
-    process = scripts.start([sys.executable, *command], cwd=RECIPE)
-    scripts.wait_until_written(folder / "checkpoint-3/trainer_state.json", process)
-    process.kill()
-    process.wait()
+    kill_when_written(folder / "checkpoint-3/trainer_state.json", command, RECIPE)
     assert not (folder / "guard.json").exists()
     again = launch(*command, check=False)
     assert "--resume_from_checkpoint latest" in error_line(again)
@@ -213,11 +154,10 @@ def test_ctrl_c_is_one_line_with_the_command_that_goes_on(tiny_base, tmp_path):
 @with_ctrl_c
 def test_ctrl_c_keeps_what_is_judged(trained, tmp_path):
     """The same command goes on, and judges only what is missing."""
+    answer = "One thing follows another. " * 20
     rows = []
     for number in range(400):
-        answer = f"Answer {number}. " + "One thing follows another. " * 20
-        row = {"prompt": f"Question {number}?", "response": answer, "response_label": number % 2}
-        rows.append(row)
+        rows.append({"prompt": f"{number}?", "response": answer, "response_label": number % 2})
     data = write_rows(tmp_path / "rows.jsonl", rows)
     out = tmp_path / "out"
     command = ["evaluate.py", "--eval_dataset", data, "--model_path", trained, "--output_dir", out]
@@ -240,7 +180,8 @@ def test_lora_learns(tiny_base, tmp_path):
     """That the folder is the model that was trained, test_invariant.py says."""
     folder = tmp_path / "lora"
     launch(*tiny_arguments(tiny_base, folder), "--use_peft", "--lora_r", "4")
-    assert losses(folder)[-1] < losses(folder)[0]
+    first, *_, last = logged(folder, "loss").values()
+    assert last < first
 
 
 def test_the_papers_command_runs_as_printed(tiny_base, tmp_path):
@@ -305,21 +246,16 @@ def test_rows_that_were_labelled_again_go_back_into_training(trained, tiny_base,
     launch(*command)
     file = tmp_path / "out/uncertain.jsonl"
     rows = read_rows(file)
-    threshold = load_guard(str(trained)).thresholds["flagged"]["value"]
-    every = [row["guard"] for row in read_rows(tmp_path / "out/predictions.jsonl")]
-    nearest = sorted(every, key=lambda score: abs(log_odds(score) - log_odds(threshold)))[:6]
-    assert [row["scores"]["guard"] for row in rows] == pytest.approx(nearest, abs=1e-4)
-    mended = [row | {"response_label": "safe", "categories": []} for row in rows]
-    write_rows(file, mended)
+    write_rows(file, [row | {"response_label": "safe", "categories": []} for row in rows])
     assert "uncertain.jsonl is there" in launch(*command, check=False).stderr
     words = tiny_arguments(tiny_base, tmp_path / "guard")
     words[words.index("beavertails-sample:train")] = base
     words.insert(words.index(base) + 1, str(file))
     launch(*words)
-    of_mended = [[row["prompt"], row["response"]] for row in rows]
+    mended = [[row["prompt"], row["response"]] for row in rows]
     kept = []
     for row in load_conversations(base):
-        if [turn["content"] for turn in row["messages"]] not in of_mended:
+        if [turn["content"] for turn in row["messages"]] not in mended:
             kept.append(row["response_unsafe"])
     data = read_json(tmp_path / "guard/run.json")["data"]
     assert data["train_rows"] == len(kept) + 6 == 64
@@ -330,9 +266,7 @@ def test_rows_that_were_labelled_again_go_back_into_training(trained, tiny_base,
 
 
 def test_evaluation_file_report(trained, tmp_path):
-    """The paper's evaluation.json, with a judge that is missing on one model: every file, and
-    figures that add up.
-    """
+    """The paper's evaluation.json, with a judge that is missing on one model."""
     rows = read_json(ROOT / "data/sample/beavertails/evaluation.json")
     without = rows[0]["model"]
     for row in rows:

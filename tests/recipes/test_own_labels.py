@@ -170,26 +170,25 @@ def test_a_category_is_measured_at_its_own_threshold(tiny_classifier, tmp_path):
     saved_guard(folder, template="beavertails", thresholds=own, category_thresholds=category)
     found = measured(folder, rows)["categories"]
     assert {name: one["threshold"] for name, one in found.items()} == {"Spam": 0.4, "Fraud": 0.125}
-    text = (folder / "out/results.md").read_text().partition("## Categories")[2]
-    assert text.splitlines()[2].endswith("| threshold |")
-    assert text.splitlines()[5].endswith("| 0.125 |")
+    assert "| 0.125 |" in (folder / "out/results.md").read_text().partition("## Categories")[2]
     found = measured(folder, rows, threshold=0.25)["categories"]
     assert {one["threshold"] for one in found.values()} == {0.25}
 
 
-@pytest.mark.parametrize(
-    ("inputs", "judged"),
-    [(["prompt"], "prompt"), (["response", "prompt"], "response"), (["prompt", "pair"], "pair")],
-)
-def test_what_a_lora_guard_is_asked(tmp_path, inputs, judged):
-    facts = {"kind": "lora_guard", "template": "lora_guard", "inputs": inputs}
-    facts |= {"base_model": "base", "head_bias": None, "num_hidden_layers": None}
+def test_what_a_guard_is_asked(tmp_path):
+    """One of the zoo, and LoRA guards."""
     evaluate = module("moderation", "evaluate")
-    args = {"eval_dataset": "rows.csv", "output_dir": str(tmp_path / "out")}
-    guard = str(saved_guard(tmp_path, **facts))
-    assert evaluate.what_is_judged(evaluate.EvaluationArguments(model_path=guard, **args)) == judged
-    zoo = evaluate.EvaluationArguments(model_path="llama-prompt-guard-2-86m", **args)
-    assert evaluate.what_is_judged(zoo) == "prompt"
+
+    def asked(guard: str) -> str:
+        args = {"eval_dataset": "rows.csv", "output_dir": str(tmp_path / "out")}
+        return evaluate.what_is_judged(evaluate.EvaluationArguments(model_path=guard, **args))
+
+    assert asked("llama-prompt-guard-2-86m") == "prompt"
+    facts = {"kind": "lora_guard", "template": "lora_guard", "base_model": "base"}
+    facts |= {"head_bias": None, "num_hidden_layers": None}
+    of_inputs = {"prompt": "prompt", "response prompt": "response", "prompt pair": "pair"}
+    for inputs, judged in of_inputs.items():
+        assert asked(str(saved_guard(tmp_path, inputs=inputs.split(), **facts))) == judged
 
 
 def test_baselines_are_fitted_on_several_files_as_train_reads_them(tmp_path):
@@ -208,9 +207,7 @@ def test_baselines_are_fitted_on_several_files_as_train_reads_them(tmp_path):
         baselines=[str(rows), str(later)],
     )
     fitted = evaluate.rows_to_fit_on(args, "pair")
-    found = {}
-    for row in fitted:
-        found[row["messages"][0]["content"]] = row["response_unsafe"]
+    found = {row["messages"][0]["content"]: row["response_unsafe"] for row in fitted}
     assert len(found) == len(ROWS) + 1
     assert found["Why?"]
     assert not found["And now?"]
@@ -232,17 +229,6 @@ def test_a_validation_row_of_another_kind_is_unsafe_alone(tmp_path, caplog):
     wanted = targets(list(task.labels), validation["response_unsafe"], validation["categories"])
     assert wanted == [[1.0, -100.0, -100.0]]
     assert "Validation rows of Hate count as unsafe alone" in caplog.text
-
-
-@pytest.mark.slow
-def test_skipping_a_whole_class_is_one_line(tiny_base, tmp_path):
-    """All rows of Hate are bad: skipped, the guard would never hear of it."""
-    rows = write_rows(tmp_path / "rows.csv")
-    with rows.open("a") as file:
-        file.write('"",No answer,unsafe,Hate,en\n')
-    flags = ["--bad_rows", "skip"]
-    done = launch(*arguments(tiny_base, rows, tmp_path / "guard"), *flags, check=False)
-    assert "bad_rows skip would leave out every row of category 'Hate'" in error_line(done)
 
 
 def test_validation_scores_that_are_no_numbers_end_the_training():

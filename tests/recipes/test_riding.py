@@ -1,6 +1,4 @@
-"""examples/lora_guard/riding.py: a guard that reads along and leaves the chat model bit for bit as
-it was.
-"""
+"""examples/lora_guard/riding.py: a guard that reads along and leaves the chat model as it was."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import change_card, read_json, user_error
+from checks import cases, change_card, read_json, user_error
 from peft import PeftModel
 from scripts import module
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common.conversation import pair
 from common.data import taxonomy
@@ -49,9 +44,7 @@ def tokens(replies: list) -> list[list[int]]:
 
 
 def generated(base: Path, chat: GuardedChat) -> list[list[int]]:
-    """Greedy tokens of the untouched base, each conversation by itself; EOS and what follows it
-    left out.
-    """
+    """Greedy tokens of the untouched base up to EOS, each conversation by itself."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     found = []
     for messages in CONVERSATIONS:
@@ -95,17 +88,18 @@ def close(found, expected) -> None:
 # --- what is written, and what the guard says of it -----------------------------------------------
 
 TWO_LAYERS = {"layers": 2, "bias": False, "inputs": ["pair"]}
-GUARDS = {  # which guard: the family of its base, how it is made, tokens between two judgements
-    "judged at every token": ("llama", {}, 1),
-    "judged now and then": ("llama", {}, 4),
-    "judged nearly never": ("llama", {}, 16),
-    "two layers, pairs alone": ("llama", TWO_LAYERS, 4),
-    "one layer, no unsafe head": ("qwen2", {"layers": 1, "unsafe": False}, 1),
-    "no prompts": ("qwen2", {"inputs": ["pair", "response"]}, 16),
-}
 
 
-@pytest.mark.parametrize(("base", "options", "every"), GUARDS.values(), ids=GUARDS)
+@cases(
+    "base, options, every",
+    {
+        "judged at every token": ("llama", {}, 1),
+        "judged now and then": ("llama", {}, 4),
+        "two layers, pairs alone": ("llama", TWO_LAYERS, 4),
+        "one layer, no unsafe head": ("qwen2", {"layers": 1, "unsafe": False}, 1),
+        "no prompts, judged nearly never": ("qwen2", {"inputs": ["pair", "response"]}, 16),
+    },
+)
 def test_a_reply_is_the_bases_and_its_scores_are_a_whole_pass(
     bases, make_guard, base, options, every
 ):
@@ -140,9 +134,7 @@ def test_a_reply_is_the_bases_and_its_scores_are_a_whole_pass(
 
 @pytest.mark.parametrize("family", ["bpe", "unigram"])
 def test_seam_equals_the_text_tokenized_anew(family, make_tokenizer):
-    """Where a reply's tokens are those of its text, the guard reads exactly `user: P\\n\\nagent:
-    R`.
-    """
+    """Where a reply's tokens are those of its text, the guard reads `user: P, agent: R`."""
     chat = object.__new__(GuardedChat)
     chat.tokenizer = tokenizer = make_tokenizer(family)
     chat.control = control_ids(tokenizer)
@@ -244,14 +236,10 @@ def test_a_score_that_is_no_number_is_unsafe(guard):
 
 @each_interval
 def test_ended_rows_cost_nothing(chat, monkeypatch, every):
-    """EOS is never shown nor judged; a row that has ended is in no later piece, and after the last
-    nothing runs.
-    """
+    """EOS is never shown nor judged; a row that has ended is in no later piece."""
     free = tokens(replies(chat, guard_every=every))
     eos = {ids[n] for n, ids in zip((2, 6, 9), free, strict=True)}
-    ends = []
-    for ids in free:
-        ends.append(min(place for place, token in enumerate(ids) if token in eos))
+    ends = [min(place for place, token in enumerate(ids) if token in eos) for ids in free]
     monkeypatch.setattr(chat, "eos", eos)
     rows = []
     hook = chat.model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
@@ -309,9 +297,7 @@ def test_adapters_are_off_after_use_and_after_an_exception(bases, make_guard, la
 
 
 def test_two_threads_do_not_switch_each_others_adapters(guard):
-    """A page that is closed while its reply is written leaves a step behind that runs beside the
-    next visitor's.
-    """
+    """A page that is closed leaves a step behind that runs beside the next visitor's."""
     chat = GuardedChat(guard, device="cpu")
 
     def reply(every: int) -> list:
@@ -349,16 +335,16 @@ def test_a_prompt_without_room_is_an_error_of_its_own(chat):
     assert len(first.token_ids) == 4
 
 
-ODD = {
-    "a text": "Hi",
-    "an object": {},
-    "no message": [],
-    "an unknown role": [{"role": "model", "content": "Hi"}],
-    "no content": [{"role": "user", "content": None}],
-}
-
-
-@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+@cases(
+    "odd",
+    {
+        "a text": "Hi",
+        "an object": {},
+        "no message": [],
+        "an unknown role": [{"role": "model", "content": "Hi"}],
+        "no content": [{"role": "user", "content": None}],
+    },
+)
 def test_what_is_no_conversation_is_unsafe_and_gets_no_reply(chat, odd):
     """It takes no other text down with it, and passes for nothing."""
     good = pair("Hello", "Hi there")
@@ -377,14 +363,13 @@ def test_content_parts_and_turns_in_a_row(chat):
     assert chat.judge_texts([written]) == chat.judge_texts([meant])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_new_tokens": 0}, "must be 1 or more"),
-        ({"temperature": -1.0}, "--temperature"),
-        ({"max_new_tokens": 5000}, "the model has 2048"),
-    ],
-    ids=["no token", "temperature below 0", "more tokens than there is room"],
+@cases(
+    "options, message",
+    {
+        "no token": ({"max_new_tokens": 0}, "must be 1 or more"),
+        "temperature below 0": ({"temperature": -1.0}, "--temperature"),
+        "more tokens than there is room": ({"max_new_tokens": 5000}, "the model has 2048"),
+    },
 )
 def test_bad_options(chat, options, message):
     with user_error(message):
@@ -393,17 +378,17 @@ def test_bad_options(chat, options, message):
 
 # --- folders that do not fit ----------------------------------------------------------------------
 
-DEPTHS = {  # layers that were trained, layers of guard.json (None: all three), what is said
-    # two adapted matrices a layer, two parts each
-    "deeper than it was trained": (2, None, "4 places of the base without weights"),
-    "shallower than it was trained": (None, 2, "4 weights that the base has no place for"),
-    "two layers for one": (1, 2, "4 places of the base without weights"),
-}
 
-
-@pytest.mark.parametrize(("trained", "said", "message"), DEPTHS.values(), ids=DEPTHS)
+@pytest.mark.parametrize(
+    ("trained", "said", "message"),
+    [
+        (2, None, "4 places of the base without weights"),
+        (None, 2, "4 weights that the base has no place for"),
+    ],
+    ids=["deeper", "shallower"],
+)
 def test_an_adapter_of_another_depth_is_refused(make_guard, trained, said, message):
-    """Its upper layers would be missing, or without effect, and it would judge all the same."""
+    """It would judge without its upper layers. (A layer: two adapted matrices of two parts.)"""
     folder = make_guard(layers=trained)
     change_card(folder, num_hidden_layers=said)
     with user_error(f"{folder}: is no adapter of .*{message}"):
@@ -412,24 +397,18 @@ def test_an_adapter_of_another_depth_is_refused(make_guard, trained, said, messa
         load_guard(str(folder), progress=False)
 
 
-CHANGES = {  # what is wrong: changes of guard.json, what is said
-    "kind": ({"kind": "classifier"}, "field kind"),
-    "labels": ({"labels": ["unsafe"]}, "field head_bias: 15 numbers for 1 labels"),
-    "head": ({"labels": ["unsafe"], "head_bias": None}, "size mismatch for .*score"),
-    "template": (
-        {"template": "beavertails"},
-        "field template: expected lora_guard; this guard cannot ride along",
-    ),
-    "depth": ({"num_hidden_layers": 9}, "field num_hidden_layers: 9; .* has 3 layers"),
-    "base": (
-        {"base_model": "nowhere"},
-        r"guard\.json, field base_model: nowhere: no model that can be",
-    ),
-    "inputs": ({"inputs": None}, "field inputs: input should be a valid array"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), CHANGES.values(), ids=CHANGES)
+@cases(
+    "changes, message",
+    {
+        "kind": ({"kind": "classifier"}, "field kind"),
+        "labels": ({"labels": ["unsafe"]}, "field head_bias: 15 numbers for 1 labels"),
+        "head": ({"labels": ["unsafe"], "head_bias": None}, "size mismatch for .*score"),
+        "template": ({"template": "beavertails"}, "field template: expected lora_guard"),
+        "depth": ({"num_hidden_layers": 9}, "field num_hidden_layers: 9; .* has 3 layers"),
+        "base": ({"base_model": "nowhere"}, r"guard\.json, field base_model: nowhere"),
+        "inputs": ({"inputs": None}, "field inputs"),
+    },
+)
 def test_a_folder_that_does_not_fit_is_refused(guard, tmp_path, changes, message):
     folder = shutil.copytree(guard, tmp_path / "guard")
     change_card(folder, **changes)

@@ -15,6 +15,7 @@ import openai
 import pytest
 import schemathesis
 import scripts
+from checks import cases
 from conftest import tiny_config
 from expguard_rows import prompt_tokenizer
 from hypothesis import HealthCheck, Phase, given, settings
@@ -23,7 +24,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 
 from common.conversation import pair
 from common.data import taxonomy
-from guards import load_guard
+from guards import Guard, load_guard
 from guards.card import ClassifierCard, GenerativeCard, Threshold, write_card
 
 pytestmark = pytest.mark.slow
@@ -39,9 +40,8 @@ ANALYZE = "/v1alpha1/comments:analyze"
 OURS, OPENAIS = "self_harm", "self-harm"
 
 
-def judge(folder: Path, texts: list[str]) -> list:
+def judge(guard: Guard, texts: list[str]) -> list:
     """What `judge` says of texts alone: this guard reads them as answers."""
-    guard = load_guard(str(folder), progress=False)
     return guard.judge([pair("", text) for text in texts])
 
 
@@ -51,11 +51,18 @@ def folder(tiny_classifier, tmp_path_factory) -> Path:
     folder = tiny_classifier(tmp_path_factory.mktemp("guard"))
     card = ClassifierCard(template="beavertails", labels=LABELS, max_length=128)
     write_card(folder, card)
-    scores = sorted(verdict.response_unsafe for verdict in judge(folder, TEXTS))
+    verdicts = judge(load_guard(str(folder), progress=False), TEXTS)
+    scores = sorted(verdict.response_unsafe for verdict in verdicts)
     card.thresholds = {"flagged": Threshold(value=scores[100], how="the middle")}
     card.category_thresholds = {LABELS[0]: Threshold(value=0.0, how="everything")}
     write_card(folder, card)
     return folder
+
+
+@pytest.fixture(scope="module")
+def guard(folder) -> Guard:
+    """The same in this process."""
+    return load_guard(str(folder), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +97,9 @@ def by_our_names(said) -> dict:
     return found
 
 
-def check_equal(result, verdict, threshold: float) -> None:
+def check_equal(result, verdict, guard: Guard) -> None:
     """An answer of the server says what `judge` says."""
+    threshold = guard.thresholds["flagged"]["value"]
     scores = by_our_names(result.category_scores)
     assert scores.pop("unsafe") == pytest.approx(verdict.response_unsafe, abs=CLOSE)
     assert result.category_scores.self_harm == scores[OURS]
@@ -105,14 +113,10 @@ def check_equal(result, verdict, threshold: float) -> None:
     assert applied == {key: ["text"] for key in [*LABELS, "unsafe"]}
 
 
-def threshold_of(folder: Path) -> float:
-    return load_guard(str(folder), progress=False).thresholds["flagged"]["value"]
-
-
 # --- OpenAI's client ------------------------------------------------------------------------------
 
 
-def test_a_text_a_list_and_text_parts(server, folder):
+def test_a_text_a_list_and_text_parts(server, guard, folder):
     moderations = client(server).moderations
     first, second = TEXTS[5], TEXTS[11]
     said = moderations.create(input=first, model="omni-moderation-latest")
@@ -121,20 +125,20 @@ def test_a_text_a_list_and_text_parts(server, folder):
     listed = moderations.create(input=[first, second])
     joined = moderations.create(input=[{"type": "text", "text": text} for text in (first, second)])
     results = [*said.results, *listed.results, *joined.results]
-    verdicts = judge(folder, [first, first, second, f"{first}\n{second}"])
+    verdicts = judge(guard, [first, first, second, f"{first}\n{second}"])
     for result, verdict in zip(results, verdicts, strict=True):
-        check_equal(result, verdict, threshold_of(folder))
+        check_equal(result, verdict, guard)
 
 
-def test_messages_are_one_conversation(server, folder):
+def test_messages_are_one_conversation(server, guard):
     talk = [{"role": "system", "content": "Be kind."}, *pair(TEXTS[7], TEXTS[13])]
     said = client(server).moderations.create(input=[], extra_body={"messages": talk})
-    (verdict,) = load_guard(str(folder), progress=False).judge([talk])
+    (verdict,) = guard.judge([talk])
     (result,) = said.results
-    check_equal(result, verdict, threshold_of(folder))
+    check_equal(result, verdict, guard)
 
 
-def test_two_hundred_at_once_are_each_as_judged(server, folder):
+def test_two_hundred_at_once_are_each_as_judged(server, guard):
     """Requests are judged together, and each gets its own answer."""
 
     async def ask_all() -> list:
@@ -146,9 +150,8 @@ def test_two_hundred_at_once_are_each_as_judged(server, folder):
     before = server.metrics()
     results = [answer.results[0] for answer in asyncio.run(ask_all())]
     after = server.metrics()
-    threshold = threshold_of(folder)
-    for result, verdict in zip(results, judge(folder, TEXTS), strict=True):
-        check_equal(result, verdict, threshold)
+    for result, verdict in zip(results, judge(guard, TEXTS), strict=True):
+        check_equal(result, verdict, guard)
     batches = after["guard_batch_texts_count"] - before["guard_batch_texts_count"]
     assert batches < 100, "requests that came together were judged one by one"
     flagged = sum(result.flagged for result in results)
@@ -159,9 +162,9 @@ def test_two_hundred_at_once_are_each_as_judged(server, folder):
 # --- Perspective's clients ------------------------------------------------------------------------
 
 
-def test_attributes_of_perspective(server, folder):
+def test_attributes_of_perspective(server, guard):
     """The key is in the address, as its clients put it."""
-    (verdict,) = judge(folder, [TEXTS[3]])
+    (verdict,) = judge(guard, [TEXTS[3]])
     expected = {
         "TOXICITY": verdict.response_unsafe,
         "INSULT": verdict.categories[LABELS[3]],
@@ -188,15 +191,15 @@ def test_attributes_of_perspective(server, folder):
     assert below["attributeScores"] == {}
 
 
-NO_COMMENTS = {  # what is wrong: comment, attributes, what is said
-    "attribute": ({"text": "x"}, ["FLIRTATION"], "INSULT, THREAT"),
-    "no text": ({"text": " "}, ["TOXICITY"], "non-empty"),
-    "no attribute": ({"text": "x"}, [], "requestedAttributes"),
-    "type": ({"text": "x", "type": "HTML"}, ["TOXICITY"], "comment.type"),
-}
-
-
-@pytest.mark.parametrize(("comment", "names", "hint"), NO_COMMENTS.values(), ids=NO_COMMENTS)
+@cases(
+    "comment, names, hint",
+    {
+        "attribute": ({"text": "x"}, ["FLIRTATION"], "INSULT, THREAT"),
+        "no text": ({"text": " "}, ["TOXICITY"], "non-empty"),
+        "no attribute": ({"text": "x"}, [], "requestedAttributes"),
+        "type": ({"text": "x", "type": "HTML"}, ["TOXICITY"], "comment.type"),
+    },
+)
 def test_what_perspective_refuses(server, comment, names, hint):
     body = {"comment": comment, "requestedAttributes": {name: {} for name in names}}
     answer = server.post(ANALYZE, body, headers={"X-Goog-Api-Key": KEY})
@@ -214,21 +217,23 @@ def turns(role: str, **more) -> dict:
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
-WRONG = {  # what is wrong: body, what is said
-    "nothing": ({}, "input"),
-    "no text": ({"input": []}, "input"),
-    "a number": ({"input": 3}, "input"),
-    "an image": ({"input": IMAGE}, "should be 'text'"),
-    "two inputs": ({"input": "x", **turns("user")}, "one of the two"),
-    "no message": ({"messages": []}, "non-empty list"),
-    "role": (turns("tool"), "role"),
-    "a system turn": (turns("system"), "ends with a system turn"),
-    "not judged by this guard": (turns("user"), "ends with a turn of the user"),
-    "tool calls": (turns("assistant", tool_calls=[{"id": "1"}]), "tool_calls"),
-}
 
 
-@pytest.mark.parametrize(("body", "hint"), WRONG.values(), ids=WRONG)
+@cases(
+    "body, hint",
+    {
+        "nothing": ({}, "input"),
+        "no text": ({"input": []}, "input"),
+        "a number": ({"input": 3}, "input"),
+        "an image": ({"input": IMAGE}, "should be 'text'"),
+        "two inputs": ({"input": "x", **turns("user")}, "one of the two"),
+        "no message": ({"messages": []}, "non-empty list"),
+        "role": (turns("tool"), "role"),
+        "a system turn": (turns("system"), "ends with a system turn"),
+        "not judged by this guard": (turns("user"), "ends with a turn of the user"),
+        "tool calls": (turns("assistant", tool_calls=[{"id": "1"}]), "tool_calls"),
+    },
+)
 def test_a_wrong_request_says_what_is_wrong(server, body, hint):
     answer = server.moderate(body, headers=ENTRANCE)
     assert answer.status_code == 400
@@ -320,9 +325,7 @@ def test_a_guard_on_a_server(serve, tmp_path):
 
 
 def test_whatever_is_sent_gets_an_answer_as_described(server):
-    """Bodies after the OpenAPI description and against it: no failure, and no answer that the
-    description does not know.
-    """
+    """Bodies after the OpenAPI description and against it: no answer is unknown to it."""
     names = ["not_a_server_error", "status_code_conformance", "content_type_conformance"]
     names += ["response_schema_conformance", "negative_data_rejection", "ignored_auth"]
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
@@ -429,18 +432,16 @@ def test_no_text_and_no_key_in_the_log(server, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "env", "hint"),
+    ("flags", "key", "hint"),
     [
-        (["--port", 0], {}, "--port 0: expected 1 to 65535"),
-        (["--max_waiting", 0], {}, "--max_waiting 0: must be at least 1"),
-        ([], {"GUARD_API_KEY": " "}, "GUARD_API_KEY is empty"),
-        (["--engine", "server"], {}, "--engine is for guards that generate"),
-        (["--attributes", "nowhere.yaml"], {}, "nowhere.yaml"),
+        ("--port 0", KEY, "--port 0: expected 1 to 65535"),
+        ("--max_waiting 0", KEY, "--max_waiting 0: must be at least 1"),
+        ("", " ", "GUARD_API_KEY is empty"),
+        ("--engine server", KEY, "--engine is for guards that generate"),
+        ("--attributes nowhere.yaml", KEY, "nowhere.yaml"),
     ],
-    ids=["port", "queue", "empty key", "engine", "attributes"],
 )
-def test_a_wrong_command_ends_in_one_line(folder, flags, env, hint):
-    command = [sys.executable, "-c", RUN, folder, *flags]
-    done = scripts.run(command, ROOT, dict(scripts.ENVIRONMENT) | env)
-    assert done.returncode == 2
-    assert hint in done.stderr.splitlines()[-1]
+def test_a_wrong_command_ends_in_one_line(folder, flags, key, hint):
+    command = [sys.executable, "-c", RUN, folder, *flags.split()]
+    done = scripts.run(command, ROOT, dict(scripts.ENVIRONMENT) | {"GUARD_API_KEY": key})
+    assert hint in scripts.error_line(done)
