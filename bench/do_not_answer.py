@@ -28,10 +28,9 @@ from typing import Any
 import pandas as pd
 
 from common import metrics
-from common.conversation import UserError, check_text, last_turns
+from common.conversation import UserError, check_text, last_turns, one_line
 from common.data import load_conversations, spec_rows
 from common.data.files import parse_json
-from common.data.specs import first_line
 from common.run import check_output_folder, json_lines, parse_args, run_cli, write_text
 
 Row = dict[str, Any]
@@ -161,7 +160,7 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (OSError, EOFError, ValueError) as error:  # pandas' own are ValueErrors
-        raise UserError(f"{path}: no CSV file that can be read ({first_line(error)})") from None
+        raise UserError(f"{path}: no CSV file that can be read ({one_line(error)})") from None
 
 
 def answered_row(
@@ -265,7 +264,7 @@ def instructions(source: str) -> list[Row]:
         packed = Path(source).expanduser().read_bytes()
         text = gzip.decompress(packed).decode("utf-8-sig")
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{source}: cannot be read ({first_line(error)})") from None
+        raise UserError(f"{source}: cannot be read ({one_line(error)})") from None
     rows = parse_json(text, source)
     if not isinstance(rows, list):
         raise UserError(f"{source}: expected a JSON list of rows, found {type(rows).__name__}")

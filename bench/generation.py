@@ -117,7 +117,6 @@ def generation(
         tokenizer,
         adapter=adapter,
         batch_size=len(ids),
-        progress=False,
     )
     decoding = Decoding(args.new_tokens, beams)
     path = resolve_model(args.model)
@@ -191,7 +190,7 @@ def vllm_generation(
     """Seconds that vLLM takes for all prompts, greedy, after a first turn, and how many texts are
     equal.
     """
-    engine = load_engine("vllm", args.model, tokenizer, adapter=adapter, progress=False)
+    engine = load_engine("vllm", args.model, tokenizer, adapter=adapter)
     ways = {"vLLM": lambda: engine.completions(ids, Decoding(args.new_tokens))}
     seconds, answers = take_turns(ways, args.rounds + 1)
     texts = [one.text for one in answers["vLLM"]]

@@ -348,12 +348,7 @@ def loaded(args: argparse.Namespace):
     from common.engines import load_engine
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    return load_engine(
-        args.engine,
-        args.model,
-        tokenizer,
-        progress=False,
-    )
+    return load_engine(args.engine, args.model, tokenizer)
 
 
 # --- answers --------------------------------------------------------------------------------------

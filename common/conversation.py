@@ -1,12 +1,13 @@
 """The record that everything speaks: chat messages with labels, and what a guard says of them."""
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import Features, List, Value
+from scipy.special import logit
 
 Message = dict[str, str]
 Messages = Sequence[Message]
@@ -18,6 +19,12 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 LONE_SURROGATE = "holds a lone surrogate, which no tokenizer can read; re-encode the file as UTF-8"
 FARTHEST = 12.0  # log-odds are compared up to here: beyond it, float32 probabilities hold no digits
 LABELS = ("prompt_unsafe", "response_unsafe", "response_refusal")
+UNSAFE_LABELS = ("prompt_unsafe", "response_unsafe")
+LABEL_OF = {  # what is judged: the label that says whether it is unsafe
+    "pair": "response_unsafe",
+    "prompt": "prompt_unsafe",
+    "response": "response_unsafe",
+}
 
 FEATURES = Features(
     {
@@ -37,6 +44,18 @@ class UserError(ValueError):
     def __init__(self, message: str):
         # what is quoted from a file may hold line breaks
         super().__init__(" ".join(message.splitlines()))
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """The beginning of what a library's error says, which may be a page; its type if it is silent."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def check_option(flag: str, value: Any, known: Iterable[Any]) -> None:
+    """Raise UserError for a value that an option does not have."""
+    if value not in known:
+        expected = ", ".join(str(one) for one in known if one is not None)
+        raise UserError(f"{flag} {value}: expected one of {expected}")
 
 
 @dataclass
@@ -86,10 +105,7 @@ class Verdict:
 
 def log_odds(probability: float, farthest: float = FARTHEST) -> float:
     """log(p / (1 - p)), at most `farthest` from 0: by so much two guards' probabilities differ."""
-    if not 0 < probability < 1:
-        return math.copysign(farthest, probability - 0.5)
-    odds = math.log(probability) - math.log1p(-probability)
-    return max(-farthest, min(farthest, odds))
+    return float(np.clip(logit(probability), -farthest, farthest))
 
 
 def last_turns(messages: Messages) -> tuple[str | None, str | None]:
@@ -104,6 +120,11 @@ def last_turns(messages: Messages) -> tuple[str | None, str | None]:
     return prompt, response
 
 
+def judged_label(messages: Messages) -> str:
+    """The label of the last turn: a user's is judged as a prompt, an assistant's as a response."""
+    return "response_unsafe" if messages[-1]["role"] == "assistant" else "prompt_unsafe"
+
+
 def pair(prompt: str | None, response: str | None = None) -> list[Message]:
     """One question, one question with its answer, or an answer alone, as messages."""
     turns = []
@@ -111,6 +132,15 @@ def pair(prompt: str | None, response: str | None = None) -> list[Message]:
         turns.append({"role": "user", "content": prompt})
     if response is not None:
         turns.append({"role": "assistant", "content": response})
+    return turns
+
+
+def with_question(messages: Messages) -> list[Message]:
+    """A conversation in which an answer alone answers an empty question."""
+    turns = list(messages)
+    roles = [turn["role"] for turn in turns]
+    if "user" not in roles:
+        turns.insert(roles.index("assistant"), {"role": "user", "content": ""})
     return turns
 
 

@@ -11,15 +11,12 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -32,10 +29,10 @@ from transformers import (
 from transformers.utils import cached_file
 
 from common.bundled import resolve_model
-from common.conversation import UserError, check_url
+from common.conversation import UserError, check_option, check_url, one_line
 from common.fit import check_ids, padding_id, positions
 from common.prefix import can_share, shared_prefix
-from common.run import device, inference_dtype, is_main_process
+from common.run import BROKEN, device, in_threads, inference_dtype, loading_model
 
 Prompts = Sequence[list[int]]  # token ids
 
@@ -114,11 +111,6 @@ class Engine(ABC):
     window: int | None = None
     has_beams = False
 
-    def __init__(self, name: str, progress: bool):
-        """Take what the progress bar over next tokens calls the engine, and whether there is one."""
-        shown = progress and is_main_process()
-        self.bar = {"desc": f"judging with {name}", "unit": "text", "disable": not shown}
-
     def complete(
         self, prompts: Prompts, decoding: Decoding, skip_special_tokens: bool = True
     ) -> Iterator[tuple[int, Completion]]:
@@ -151,19 +143,22 @@ class Engine(ABC):
         answers = self.complete(prompts, decoding, skip_special_tokens)
         return _in_order(answers, len(prompts), Completion)
 
-    def next_token(self, prompts: Prompts, candidates: Sequence[int]) -> list[NextToken]:
+    def next_token(
+        self, prompts: Prompts, candidates: Sequence[int], bar: Mapping[str, Any] | None = None
+    ) -> list[NextToken]:
         """What comes after each prompt, in the order of the prompts.
 
         Args:
             candidates: ids of the tokens whose log-probabilities are wanted.
+            bar: how tqdm shows it (`common.run.judging_bar`); None: not at all.
         """
 
         def ask(fitting):
             return self._next_token([prompts[i] for i in fitting], list(candidates))
 
         answers = self._ask_what_fits(prompts, 1, NextToken, ask)
-        bar = tqdm(answers, total=len(prompts), **self.bar)
-        return _in_order(bar, len(prompts), NextToken)
+        shown = tqdm(answers, total=len(prompts), **(bar or {"disable": True}))
+        return _in_order(shown, len(prompts), NextToken)
 
     def _ask_what_fits(self, prompts, new_tokens, kind, ask):
         fitting = []
@@ -240,8 +235,6 @@ class TransformersEngine(Engine):
         load_in_4bit: bool = False,
         batch_size: int | None = None,
         trust_remote_code: bool = False,
-        name: str = "",
-        progress: bool = True,
     ):
         """Load the model, its adapter merged.
 
@@ -251,12 +244,10 @@ class TransformersEngine(Engine):
             load_in_8bit: 8 bits a weight (bitsandbytes).
             load_in_4bit: NF4 with double quantization (bitsandbytes).
             batch_size: prompts in a batch; None leaves it to `prompts_at_once`.
-            name: what the progress bar calls it.
 
         Raises:
             UserError: model or adapter cannot be loaded, or do not fit each other.
         """
-        super().__init__(name, progress)
         self.model = load_causal_lm(
             model,
             adapter,
@@ -279,7 +270,7 @@ class TransformersEngine(Engine):
         if decoding.temperature:
             torch.manual_seed(decoding.seed)
         size = prompts_at_once(self.batch_size, decoding.num_beams)
-        for batch in _batches(prompts, size):
+        for batch in batches(prompts, size):
             asked = [prompts[i] for i in batch]
             width = max(map(len, asked))
             written = self._generate(asked, decoding).sequences[:, width:]
@@ -294,7 +285,7 @@ class TransformersEngine(Engine):
             shared = shared_prefix(prompts)
         if shared:
             cache = self._cache_of(prompts[0][:shared])
-        for batch in _batches(prompts, prompts_at_once(self.batch_size), shared):
+        for batch in batches(prompts, prompts_at_once(self.batch_size), shared=shared):
             asked = [prompts[i] for i in batch]
             (logits,) = self._generate(asked, Decoding(1), shared, cache).logits
             logprobs = logits.float().log_softmax(-1)
@@ -345,15 +336,20 @@ class TransformersEngine(Engine):
         )
 
 
-def _batches(prompts, size, shared=0) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, `size` at most and BATCH_TOKENS in all.
+def batches(
+    prompts: Prompts, size: int, budget: int = BATCH_TOKENS, shared: int = 0
+) -> Iterator[list[int]]:
+    """Indices of prompts of similar length, `size` at most, which have `budget` tokens with padding.
 
     The longest come first: if memory does not suffice, that shows at once.
+
+    Args:
+        shared: tokens that all of them begin with, and that do not count.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         width = len(prompts[order[0]]) - shared
-        count = max(1, min(size, BATCH_TOKENS // width))
+        count = max(1, min(size, budget // width))
         yield order[:count]
         order = order[count:]
 
@@ -371,15 +367,12 @@ class VllmEngine(Engine):
         *,
         adapter: str | None = None,
         trust_remote_code: bool = False,
-        name: str = "",
-        progress: bool = True,
     ):
         """Load the model.
 
         Raises:
             UserError: vLLM is not installed, cannot load the model, or the adapter does not fit it.
         """
-        super().__init__(name, progress)
         self.tokenizer = tokenizer
         os.environ.setdefault(
             "VLLM_NO_USAGE_STATS", "1"
@@ -403,7 +396,7 @@ class VllmEngine(Engine):
         if device().type == "cpu":
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options["enforce_eager"] = True  # compiling takes minutes there, and gains little
-        with _one_line_errors(f"--engine vllm: {model}"):  # such as too little memory
+        with loading_model(model, flag="--engine vllm"):  # such as too little memory
             self.llm = LLM(resolve_model(model), **options)
         self.window = self.llm.llm_engine.model_config.max_model_len
 
@@ -463,8 +456,6 @@ class ServerEngine(Engine):
         server_model: str | None = None,
         server_timeout: float = 120.0,
         concurrency: int = 16,
-        name: str = "",
-        progress: bool = True,
     ):
         """Make the client; nothing is asked yet.
 
@@ -478,7 +469,6 @@ class ServerEngine(Engine):
             UserError: the client is not installed, an option is out of range, or the URL holds a
                 user or a key.
         """
-        super().__init__(name, progress)
         try:
             import openai
         except ImportError:
@@ -512,10 +502,7 @@ class ServerEngine(Engine):
             if decoding.top_k:
                 more["top_k"] = decoding.top_k
         for i, choice, error in self._ask(prompts, options, decoding.seeds):
-            if error is None:
-                yield i, Completion(choice.text)
-            else:
-                yield i, Completion(error=error)
+            yield i, Completion(error=error) if error else Completion(choice.text)
 
     def _next_token(self, prompts, candidates):
         more: dict[str, Any] = {"return_tokens_as_token_ids": True}
@@ -528,10 +515,7 @@ class ServerEngine(Engine):
             "extra_body": more,
         }
         for i, choice, error in self._ask(prompts, options):
-            if error is None:
-                yield i, _next_token_of(choice, candidates)
-            else:
-                yield i, NextToken(error=error)
+            yield i, NextToken(error=error) if error else _next_token_of(choice, candidates)
 
     def _ask(self, prompts, options, seeds=()) -> Iterator[tuple[int, Any, str | None]]:
         """(index of the prompt, first choice of the answer, error), as they come.
@@ -541,29 +525,24 @@ class ServerEngine(Engine):
         """
         self.failures = 0
         answered = 0
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            asked = {}
-            for i, ids in enumerate(prompts):
-                own = {"seed": seeds[i]} if seeds else {}
-                asked[pool.submit(self._answer, ids, options | own)] = i
-            for future in as_completed(asked):
-                choice, error = future.result()
-                if choice or error:
-                    answered += 1
-                    yield asked[future], choice, error
-        finally:  # also when the caller was interrupted
-            pool.shutdown(cancel_futures=True)
+        jobs = []
+        for i, ids in enumerate(prompts):
+            own = {"seed": seeds[i]} if seeds else {}
+            jobs.append({"prompt": ids, **options, **own})
+        for i, (choice, error) in in_threads(self._answer, jobs, self.concurrency):
+            if choice or error:
+                answered += 1
+                yield i, choice, error
         if self.stopped:
             what = f"{len(prompts) - answered} of {len(prompts)} prompts were not asked"
             raise EngineStopped(f"{self.url}: {self.stopped}; {what}, run it again for them")
 
-    def _answer(self, ids, options):
+    def _answer(self, asked):
         """The first choice of the server's answer, or an error; neither where it is not asked."""
         if self.stopped:
             return None, None
         try:
-            said = self.client.completions.create(model=self.model, prompt=ids, **options)
+            said = self.client.completions.create(model=self.model, **asked)
             choice = said.choices[0]
             if not isinstance(choice.text, str):
                 raise TypeError("it is no text")
@@ -594,7 +573,7 @@ class ServerEngine(Engine):
 
 def _without_key(error) -> str:
     """What an error says, in one line and without the key."""
-    text = _line(error, 1000)
+    text = one_line(error, 1000)
     key = os.environ.get("SERVER_API_KEY")
     if key:
         text = text.replace(key, "…")
@@ -660,8 +639,7 @@ def check_engine(engine: str, options: Mapping[str, Any], num_beams: int = 1) ->
         UserError: an unknown engine, an option that is another engine's, a server without URL, an
             adapter that the server is not told of, or beams that the engine lacks.
     """
-    if engine not in ENGINES:
-        raise UserError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    check_option("--engine", engine, ENGINES)
     given = {name for name, value in options.items() if value is not None}
     wrong = given - options_of(engine) - LEFT_TO_A_SERVER
     if wrong:
@@ -705,7 +683,7 @@ def load_causal_lm(
     quantization = quantization_config(load_in_8bit, load_in_4bit)
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device()}}
-    with _one_line_errors(name):
+    with loading_model(name):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(name), **options)
     if adapter:
         model = apply_adapter(model, adapter, name)
@@ -714,17 +692,6 @@ def load_causal_lm(
     if adapter:
         model = model.merge_and_unload()
     return model.to(device()).eval()
-
-
-@contextmanager
-def _one_line_errors(name):
-    """What keeps a model from being loaded, as a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise UserError(f"{name}: cannot be loaded: {_line(error)}") from None
 
 
 def quantization_config(
@@ -779,8 +746,8 @@ def apply_adapter(model: PreTrainedModel, adapter: str, base: str) -> PeftModel:
         config.base_model_name_or_path = None  # PEFT would warn of every other name
         adapted = get_peft_model(model, config, **options)
         result = adapted.load_adapter(adapter, "default", **options)
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{adapter}: cannot be applied to {base}: {_line(error, 300)}") from None
+    except (*BROKEN, TypeError) as error:
+        raise UserError(f"{adapter}: cannot be applied to {base}: {one_line(error, 300)}") from None
     if result.unexpected_keys or result.missing_keys:
         adapted.unload()  # the model is again what it was
         surplus = f"{len(result.unexpected_keys)} weights that the base has no place for"
@@ -799,7 +766,7 @@ def check_adapter(base: str, adapter: str, trust_remote_code: bool = False) -> N
         UserError: see `apply_adapter`.
     """
     code = {"trust_remote_code": trust_remote_code}
-    with _one_line_errors(base):
+    with loading_model(base):
         config = AutoConfig.from_pretrained(resolve_model(base), **code)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, **code)
@@ -816,9 +783,4 @@ def adapter_file(adapter: str, name: str) -> Path:
         return Path(cached_file(adapter, name)).resolve()
     except (OSError, ValueError, TypeError) as error:
         where = f"--lora_weights {adapter}"
-        raise UserError(f"{where}: no {name} there ({_line(error, 150)})") from None
-
-
-def _line(error, length=200) -> str:
-    """The beginning of what an error says, in one line."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
+        raise UserError(f"{where}: no {name} there ({one_line(error, 150)})") from None

@@ -4,11 +4,10 @@ transformers' own `--push_to_hub` pushes the output folder at every save, half-m
 optimizer. Here the flag means the folder that the saver has written, loaded again and compared.
 """
 
-import json
 import logging
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from common.conversation import UserError
+from common.conversation import UserError, one_line
 from common.run import is_main_process
 from common.saving import CARD_FILE, OF_A_GUARD, is_unfinished
 
@@ -32,6 +31,19 @@ logger = logging.getLogger(__name__)
 PUSHED = [name for name in OF_A_GUARD if name not in ("adapter", "run.json")] + ["adapter/*"]
 TITLE = "A guard of Guardrail Recipes"  # of our commits: by it a repository is known as ours
 OF_THE_HUB = ".gitattributes"  # what it puts into an empty repository
+LOG_IN = "log in with `hf auth login`"
+HINTS = {
+    HFValidationError: "name another (--hub_model_id)",
+    RevisionNotFoundError: "make that branch on the hub, or drop --hub_revision",
+    LocalTokenNotFoundError: LOG_IN,
+    OfflineModeIsEnabled: "",  # it says which variable to unset
+}
+OF_STATUS = {
+    401: LOG_IN,
+    403: "choose a token that may write there, on {}/settings/tokens",
+    429: "try again later",
+    500: "try again later",  # and what is above it
+}
 
 
 def check_push(args: TrainingArguments) -> None:
@@ -149,63 +161,29 @@ def _say_local_paths(folder: Path, name: str) -> None:
     file = folder / name
     if not file.is_file():
         return
-    found = sorted(set(_absolute_paths(json.loads(file.read_text(encoding="utf-8")))))
+    found = sorted(set(re.findall(r'"(/[^"]+)"', file.read_text(encoding="utf-8"))))
     if found:
         hint = "name base and data by hub ids or relative paths to keep them to yourself"
         logger.warning("%s names paths of this machine (%s); %s", name, ", ".join(found), hint)
-
-
-def _absolute_paths(value: Any) -> list[str]:
-    """The texts in a JSON value that are absolute paths."""
-    if isinstance(value, str):
-        return [value] if value.startswith("/") else []
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return []
-    found = []
-    for part in value:
-        found += _absolute_paths(part)
-    return found
 
 
 def fault(error: Exception, api: HfApi) -> str:
     """What went wrong with the hub, and what to do about it, in one line."""
     if isinstance(error, UserError):
         return str(error)
+    said = one_line(error).rstrip(".")
     hint = what_to_do(error, api)
-    return f"{said(error)}; {hint}" if hint else said(error)
+    return f"{said}; {hint}" if hint else said
 
 
 def what_to_do(error: Exception, api: HfApi) -> str:
     """What helps against an error of the hub, or of the way to it; "" where nothing is known."""
-    if isinstance(error, HFValidationError):
-        return "name another (--hub_model_id)"
-    if isinstance(error, RevisionNotFoundError):
-        return "make that branch on the hub, or drop --hub_revision"
-    if isinstance(error, LocalTokenNotFoundError):
-        return "log in with `hf auth login`"
-    if isinstance(error, OfflineModeIsEnabled):
-        return ""  # it says which variable to unset
+    for kind, hint in HINTS.items():
+        if isinstance(error, kind):
+            return hint
     if isinstance(error, HfHubHTTPError):
-        return what_a_status_asks(error.response.status_code, api)
+        status = min(error.response.status_code, 500)
+        return OF_STATUS.get(status, "").format(api.endpoint)
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return f"{api.endpoint} does not answer: look at the network, or try again later"
     return ""
-
-
-def what_a_status_asks(status: int, api: HfApi) -> str:
-    """What helps against an HTTP status of the hub; "" where nothing is known."""
-    if status == 401:
-        return "log in with `hf auth login`"
-    if status == 403:
-        return f"choose a token that may write there, on {api.endpoint}/settings/tokens"
-    if status == 429 or status >= 500:
-        return "try again later"
-    return ""
-
-
-def said(error: Exception) -> str:
-    """What an error says, in one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".")

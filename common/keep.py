@@ -260,22 +260,19 @@ class KeptRows(UserDict[str, Row]):
                 found.append(key)
         return found
 
-    def append(self, *rows: Row) -> None:
-        """Keep rows. One that is there already, with the same fields, is not written again.
+    def append(self, row: Row) -> None:
+        """Keep a row. One that is there already, with the same fields, is not written again.
 
         Raises:
-            ValueError, TypeError: a row holds NaN, or something that JSON does not have.
+            ValueError, TypeError: it holds NaN, or something that JSON does not have.
         """
-        fresh = {}
-        lines = []
-        for row in rows:
-            key = row[self.key]
-            if self.data.get(key) != row:
-                fresh[key] = row
-                lines.append(json.dumps(row, allow_nan=False) + "\n")
-        # First, so that Ctrl-C in the middle of writing finds counted what `close` still writes.
-        self.data |= fresh
-        self._file.write("".join(lines).encode())
+        key = row[self.key]
+        if self.data.get(key) == row:
+            return
+        line = json.dumps(row, allow_nan=False) + "\n"
+        # First, so that Ctrl-C in the middle of writing finds counted what closing still writes.
+        self.data[key] = row
+        self._file.write(line.encode())
         self._file.flush()
 
     def fill(
@@ -331,15 +328,11 @@ class KeptRows(UserDict[str, Row]):
                 raise Stopped(said) from None
         return [self.data[key] for key in keys]
 
-    def close(self) -> None:
-        """Let another process open the file."""
-        self._file.close()
-
     def __enter__(self) -> "KeptRows":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file.close()  # another process may open it now
 
 
 def failed(row: Row) -> bool:

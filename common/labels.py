@@ -11,14 +11,23 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers.hf_argparser import HfArg
 
-from common.conversation import LABELS, UserError, check_label, check_text, parts_of
+from common.conversation import (
+    LABEL_OF,
+    LABELS,
+    UserError,
+    check_label,
+    check_option,
+    check_text,
+    parts_of,
+)
 from common.data.files import read_yaml
 from common.data.tables import taxonomy
 
@@ -26,11 +35,6 @@ logger = logging.getLogger(__name__)
 UNSAFE = "unsafe"  # the output that says nothing of categories
 UNKNOWN = -100.0  # the target that nobody knows; transformers' Trainer does not count it
 FROM_DATA = "from-data"
-LABEL_OF = {  # what is judged: the label of a row that says whether it is unsafe
-    "pair": "response_unsafe",
-    "prompt": "prompt_unsafe",
-    "response": "response_unsafe",
-}
 # Names that mean something else in a verdict or in guard.json.
 TAKEN = (UNSAFE, "flagged", *LABELS)
 
@@ -41,22 +45,18 @@ Named = Sequence[Sequence[str] | None]  # the categories of each row; None: unkn
 class LabelArguments:
     """What a guard judges and which categories it knows, as flags of a command."""
 
-    categories: list[str] | None = field(
+    categories: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Names, or one YAML file (name: description), or from-data; default: "
-            "BeaverTails' 14 where the rows name no others, else from-data."
-        },
+        help="Names, or one YAML file (name: description), or from-data; default: "
+        "BeaverTails' 14 where the rows name no others, else from-data.",
     )
-    judge: str = field(
-        default="pair",
-        metadata={"help": "What is judged: pair (question and answer) | prompt | response."},
+    judge: str = HfArg(
+        default="pair", help="What is judged: pair (question and answer) | prompt | response."
     )
 
     def check_labels(self) -> None:
         """Raise UserError where the flags mean nothing."""
-        if self.judge not in LABEL_OF:
-            raise UserError(f"--judge {self.judge}: expected one of {', '.join(LABEL_OF)}")
+        check_option("--judge", self.judge, LABEL_OF)
         asked_categories(self.categories)
 
 

@@ -7,12 +7,14 @@ Scores are probabilities of the unsafe class; truths are booleans. common/guard_
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from transformers.hf_argparser import HfArg
 
 from common.conversation import UserError
 from common.data.repeats import near_copies_between
@@ -22,6 +24,7 @@ HIGHEST = math.nextafter(1.0, 0.0)  # threshold: above 1 nothing could be flagge
 Truths = Sequence[bool]
 Scores = Sequence[float]
 Results = dict[str, float | int | list[float] | None]
+Statistic = Callable[[np.ndarray], float | None]  # of row numbers
 
 
 def binary(truth: Truths, score: Scores, threshold: float = 0.5) -> Results:
@@ -125,51 +128,39 @@ def by_parts(
     threshold: float,
 ) -> dict[str, dict[str, Results]]:
     """A guard on parts of its rows, for results.json: `languages` and `near_copies`."""
-    return {
-        "languages": by_language(languages, truth, score, threshold),
-        "near_copies": by_near_copies(texts, known, truth, score, threshold),
-    }
-
-
-def by_language(
-    languages: Sequence[str | None], truth: Truths, score: Scores, threshold: float
-) -> dict[str, Results]:
-    """`binary` of a guard in each language of the rows, where there are several; else {}."""
+    parts = {"languages": language_parts(languages), "near_copies": {}}
+    if known is not None:
+        parts["near_copies"] = near_copy_parts(texts, known)
     truth = np.asarray(truth)
     score = np.asarray(score)
-    said = np.array([language or "not said" for language in languages])
     found = {}
-    for language in np.unique(said):
-        rows = said == language
-        found[str(language)] = binary(truth[rows], score[rows], threshold)
-    return found if len(found) > 1 else {}
+    for kind, masks in parts.items():
+        of_kind = {
+            name: binary(truth[rows], score[rows], threshold) for name, rows in masks.items()
+        }
+        found[kind] = of_kind
+    return found
 
 
-def by_near_copies(
-    texts: Sequence[str],
-    known: Iterable[str] | None,
-    truth: Truths,
-    score: Scores,
-    threshold: float,
-) -> dict[str, Results]:
-    """`binary` of a guard with and without the rows whose text is nearly a known one, such as it was
-    trained on; {} where none is, or nothing is known. Where each row is such a copy, the name of
-    the one entry says so.
+def language_parts(languages: Sequence[str | None]) -> dict[str, np.ndarray]:
+    """Which rows are in each language, where there are several; else {}."""
+    said = np.array([language or "not said" for language in languages])
+    parts = {str(language): said == language for language in np.unique(said)}
+    return parts if len(parts) > 1 else {}
+
+
+def near_copy_parts(texts: Sequence[str], known: Iterable[str]) -> dict[str, np.ndarray]:
+    """All rows, and those whose text is not nearly a known one, such as a guard was trained on; {}
+    where none is. Where each row is such a copy, the name of the one part says so.
     """
-    if known is None:
-        return {}
     _, copies = near_copies_between(known, texts)
     others = ~np.array(copies)
+    every = np.ones_like(others)
     if others.all():
         return {}
-    truth = np.asarray(truth)
-    score = np.asarray(score)
     if not others.any():
-        return {"all rows, each a near-copy": binary(truth, score, threshold)}
-    return {
-        "all rows": binary(truth, score, threshold),
-        f"without {sum(copies)} near-copies": binary(truth[others], score[others], threshold),
-    }
+        return {"all rows, each a near-copy": every}
+    return {"all rows": every, f"without {sum(copies)} near-copies": others}
 
 
 def multilabel(
@@ -210,36 +201,28 @@ def recall_at_fpr(truth: Truths, score: Scores, fpr: float) -> float | None:
     return float(true_positive[false_positive <= fpr].max())
 
 
-def expected_calibration_error(truth: Truths, score: Scores, bins: int = 10) -> float | None:
-    """Mean |confidence - frequency| over equal-width bins, weighted by their size (Guo et al.,
+def expected_calibration_error(truth: Truths, score: Scores) -> float | None:
+    """Mean |confidence - frequency| over ten bins of equal width, weighted by their size (Guo et al.,
     arXiv 1706.04599).
     """
     if not len(score):
         return None
     y = np.asarray(truth, dtype=float)
     p = np.asarray(score, dtype=float)
-    bin_of = (p * bins).astype(int)
-    bin_of = np.minimum(bin_of, bins - 1)
-    error = 0.0
-    for number in np.unique(bin_of):
-        rows = bin_of == number
-        confidence = p[rows].mean()
-        frequency = y[rows].mean()
-        error += abs(confidence - frequency) * rows.mean()
-    return float(error)
+    bin_of = np.minimum((p * 10).astype(int), 9)
+    of_bins = np.bincount(bin_of, weights=p - y)  # confidence less frequency, times the bin's size
+    return float(np.abs(of_bins).sum() / len(p))
 
 
 @dataclass(kw_only=True)
 class OperatingPoint:
     """What thresholds are fitted for, as flags of a command; without any the highest F1."""
 
-    target_fpr: float | None = field(
-        default=None,
-        metadata={"help": "Fit thresholds to at most this share of false positives, such as 0.01."},
+    target_fpr: float | None = HfArg(
+        default=None, help="Fit thresholds to at most this share of false positives, such as 0.01."
     )
-    target_recall: float | None = field(
-        default=None,
-        metadata={"help": "Fit thresholds to at least this recall, such as 0.9."},
+    target_recall: float | None = HfArg(
+        default=None, help="Fit thresholds to at least this recall, such as 0.9."
     )
 
     def check_operating_point(self) -> None:
@@ -342,7 +325,7 @@ def is_test(spec: str) -> bool:
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float | None],
+    statistic: Statistic,
     n: int,
     groups: Sequence | None = None,
     rounds: int = 1000,
@@ -390,28 +373,44 @@ def intervals(
     recall_interval and fpr_interval.
     """
     y, p = _checked(truth, score)
-    flagged = p > threshold
-
-    def auroc(rows: np.ndarray) -> float | None:
-        drawn = y[rows]
-        if drawn.all() or not drawn.any():
-            return None
-        return float(roc_auc_score(drawn, p[rows]))
-
-    def share_flagged(rows: np.ndarray, unsafe: bool) -> float | None:
-        hits = flagged[rows][y[rows] == unsafe]
-        return float(hits.mean()) if len(hits) else None
-
-    statistics = {
-        "auprc": lambda rows: auprc(y[rows], p[rows]),
-        "auroc": auroc,
-        "recall": lambda rows: share_flagged(rows, True),
-        "fpr": lambda rows: share_flagged(rows, False),
-    }
+    statistics = ranking(y, p) | decisions(y, p > threshold)
     found = {}
-    for name, statistic in statistics.items():
-        found[f"{name}_interval"] = bootstrap(statistic, len(y), groups, seed=seed)
+    for name in ("auprc", "auroc", "recall", "fpr"):
+        found[f"{name}_interval"] = bootstrap(statistics[name], len(y), groups, seed=seed)
     return found
+
+
+def ranking(truth: np.ndarray, score: np.ndarray) -> dict[str, Statistic]:
+    """What `bootstrap` takes of scores, by metric; without both classes there is no ranking."""
+    return {
+        "auprc": partial(_of_drawn, average_precision_score, truth, score),
+        "auroc": partial(_of_drawn, roc_auc_score, truth, score),
+    }
+
+
+def decisions(truth: np.ndarray, flagged: np.ndarray) -> dict[str, Statistic]:
+    """What `bootstrap` takes of yes and no, by metric."""
+    return {
+        "f1": partial(_of_drawn, _f1_of, truth, flagged),
+        "recall": partial(_of_drawn, _recall, truth, flagged),
+        "fpr": partial(_of_drawn, _recall, ~truth, flagged),
+    }
+
+
+def _of_drawn(metric, truth, said, rows):
+    """A metric of drawn rows; None without a positive, and a ranking's without a negative."""
+    drawn = truth[rows]
+    if not drawn.any() or (said.dtype != bool and drawn.all()):
+        return None
+    return float(metric(drawn, said[rows]))
+
+
+def _f1_of(truth, flagged):
+    return _f1((truth & flagged).sum(), flagged.sum(), truth.sum())
+
+
+def _recall(truth, flagged):
+    return flagged[truth].mean()
 
 
 def agreement(
@@ -432,14 +431,10 @@ def agreement(
 
     same = a == b
 
-    def share(rows: np.ndarray) -> float | None:
-        if not len(rows):
-            return None
+    def share(rows: np.ndarray) -> float:
         return float(same[rows].mean())
 
     def kappa(rows: np.ndarray) -> float | None:  # scikit-learn's takes seconds for 1,000 rounds
-        if not len(rows):
-            return None
         share_a = a[rows].mean()
         share_b = b[rows].mean()
         neither = (1 - share_a) * (1 - share_b)
@@ -451,13 +446,11 @@ def agreement(
 
     n = len(a)
     every = np.arange(n)
-    return {
-        "n": n,
-        "agreement": share(every),
-        "agreement_interval": bootstrap(share, n, groups, rounds),
-        "kappa": kappa(every),
-        "kappa_interval": bootstrap(kappa, n, groups, rounds),
-    }
+    found: Results = {"n": n}
+    for name, statistic in {"agreement": share, "kappa": kappa}.items():
+        found[name] = statistic(every) if n else None
+        found[f"{name}_interval"] = bootstrap(statistic, n, groups, rounds)
+    return found
 
 
 def auprc(truth: Truths, score: Scores) -> float | None:

@@ -110,12 +110,6 @@ def shared_prefix(
     first = min(prompts)
     last = max(prompts)  # no two prompts differ earlier than these
     length = 0
-    for one, other in zip(first, last, strict=False):
-        if one != other:
-            break
-        if length == longest:
-            break
+    while length < longest and first[length] == last[length]:
         length += 1
-    if length < worth:
-        return 0
-    return length
+    return length if length >= worth else 0

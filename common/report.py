@@ -79,6 +79,13 @@ def metric_cells(values: Mapping[str, Any], columns: Iterable[str]) -> list[str]
     return cells
 
 
+def metric_rows(
+    metrics: Mapping[str, Mapping[str, Any]], columns: Iterable[str]
+) -> list[list[str]]:
+    """The cells of several rows of metrics, each after its name."""
+    return [[name, *metric_cells(values, columns)] for name, values in metrics.items()]
+
+
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header)]
@@ -92,10 +99,7 @@ def metric_table(
     """`common.metrics.multilabel` or a dict of named `binary` results as a markdown table, one row
     a name.
     """
-    rows = []
-    for name, values in metrics.items():
-        rows.append([name, *metric_cells(values, columns)])
-    return table(rows, ["", *columns.values()])
+    return table(metric_rows(metrics, columns), ["", *columns.values()])
 
 
 def part_tables(results: Mapping[str, Any], known: str) -> list[str]:
@@ -147,14 +151,19 @@ def write_results(
     results: Mapping[str, Any],
     markdown: str,
     predictions: Sequence[Mapping[str, Any]],
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """results.json, results.md and predictions.jsonl (one row an item, so that any metric can be
     recomputed).
+
+    Args:
+        more: the texts of other files, by name.
     """
     texts = {  # all are made before the first is written: what is no JSON leaves nothing behind
         "predictions.jsonl": json_lines(predictions),
         "results.md": markdown,
         "results.json": json_text(results),
+        **(more or {}),
     }
     for name, text in texts.items():
         write_text(Path(folder) / name, text)

@@ -20,14 +20,6 @@ DATA = "DATA</script>"  # where the template holds the data
 
 
 @dataclass(frozen=True)
-class PageGuard:
-    """A guard of the page, and above which score it calls a row unsafe."""
-
-    name: str
-    threshold: float = 0.5
-
-
-@dataclass(frozen=True)
 class PageTable:
     """A table, whose cells are texts."""
 
@@ -55,9 +47,9 @@ class PageRow:
     scores: list[float | None] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
 
-    def add(self, verdict: Verdict | float, label: str) -> None:
-        """What the next guard says of `label` (of `common.conversation.LABELS`): its verdict, or of
-        a baseline the probability.
+    def add(self, verdict: Verdict | float | None, label: str) -> None:
+        """What the next guard says of `label` (of `common.conversation.LABELS`): its verdict, of a
+        baseline the probability, None of one that was not asked.
 
         A guard that has words alone scores 1 or 0.
         """
@@ -93,10 +85,7 @@ def scores_table(
     columns: Mapping[str, str] = report.COLUMNS,
 ) -> PageTable:
     """`common.metrics.binary` of several guards or categories, one row a name."""
-    rows = []
-    for name, values in scores.items():
-        rows.append([name, *report.metric_cells(values, columns)])
-    return PageTable(heading, ["", *columns.values()], rows)
+    return PageTable(heading, ["", *columns.values()], report.metric_rows(scores, columns))
 
 
 def write_evaluation_page(
@@ -134,7 +123,7 @@ def write_evaluation_page(
         title=title,
         note=f"{len(shown)} rows. Each guard begins at its own threshold.",
         tables=tables,
-        guards=[PageGuard(name, flagged[name]["threshold"]) for name in said],
+        guards={name: flagged[name]["threshold"] for name in said},
         rows=shown,
     )
 
@@ -152,20 +141,20 @@ def write_results_page(
     title: str,
     note: str,
     tables: Sequence[PageTable],
-    guards: Sequence[PageGuard],
+    guards: Mapping[str, float],
     rows: Sequence[PageRow],
 ) -> None:
     """Write the page, whole or not at all, and say where it lies: it is what a run writes last.
 
     Args:
         note: a sentence below the title.
-        guards: in the order of the rows' scores.
+        guards: in the order of the rows' scores, and above which each calls a row unsafe.
     """
     data = {
         "title": title,
         "note": note,
         "tables": [asdict(table) for table in tables],
-        "guards": [asdict(guard) for guard in guards],
+        "guards": [{"name": name, "threshold": above} for name, above in guards.items()],
         "rows": [asdict(row) for row in rows],
     }
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)

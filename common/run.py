@@ -15,18 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import TrlParser
 
-from common.conversation import UserError
+from common.conversation import UserError, one_line
 from common.data.files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ UNKNOWN = re.compile(
 )
 # names of arguments that no file and no log may show
 SECRET = re.compile(r"(token|api_key|password|secret)$")
+# what loading a checkpoint of others can raise
+BROKEN = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 _STARTED = time.time()
 
 
@@ -74,8 +78,8 @@ def run_cli(main: Callable[[], None]) -> None:
     logging.basicConfig(level=level, format="%(message)s")
     for chatty in ("httpx", "httpx2", "absl", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # 8 bits on a CPU: bitsandbytes says the same of every layer of every pass
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_time())
+    # 8 bits on a CPU: it warns of the same in every layer of every pass
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:
@@ -88,19 +92,6 @@ def run_cli(main: Callable[[], None]) -> None:
         if is_main_process():
             say(stopped_line(stop))
         sys.exit(130)
-
-
-def _first_time() -> Callable[[logging.LogRecord], bool]:
-    """A filter of a logger that lets every message through once."""
-    said: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        new = message not in said
-        said.add(message)
-        return new
-
-    return is_new
 
 
 def say(line: str) -> None:
@@ -122,6 +113,28 @@ def stopped_line(stop: KeyboardInterrupt) -> str:
     if stop.flags and stop.flags[0].replace("-", "_") not in flags:
         command += stop.flags
     return f"stopped {stop.how}: {shlex.join(command)}"
+
+
+def judging_bar(name: str, progress: bool) -> dict[str, Any]:
+    """How tqdm shows that a guard judges."""
+    shown = progress and is_main_process()
+    return {"desc": f"judging with {name}", "unit": "text", "disable": not shown}
+
+
+def in_threads(
+    ask: Callable[[Any], Any], jobs: Iterable[Any], threads: int
+) -> Iterator[tuple[int, Any]]:
+    """What `ask` makes of each job: (index of the job, answer), as they come.
+
+    Whoever takes no more, as after Ctrl-C, waits for none, and what has not begun does not.
+    """
+    pool = ThreadPoolExecutor(threads)
+    try:
+        asked = {pool.submit(ask, job): number for number, job in enumerate(jobs)}
+        for done in as_completed(asked):
+            yield asked[done], done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -213,7 +226,7 @@ def parse_args(types: Sequence[type], default_config: Path | None = None) -> tup
     try:
         return parser.parse_args_and_config(words)
     except (ValueError, TypeError, OSError) as error:
-        text = " ".join(str(error).split())
+        text = one_line(error, 1000)
         unknown = UNKNOWN.match(text)
         if unknown:
             names = unknown["names"]
@@ -245,6 +258,27 @@ def inference_dtype() -> torch.dtype:
     if device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32
+
+
+@contextmanager
+def loading_model(
+    model: str, what: str = "cannot be loaded", flag: str | None = None
+) -> Iterator[None]:
+    """Whatever keeps a model from being loaded, as a UserError in one line.
+
+    Args:
+        model: as the user named it; what is not there is no folder, and no hub id.
+        flag: what the user named it with.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BROKEN as error:
+        if isinstance(error, OSError) and not Path(model).is_dir():
+            what = "no folder here, and no hub id that loads"
+        named = model if flag is None else f"{flag} {model}"
+        raise UserError(f"{named}: {what}: {one_line(error)}") from None
 
 
 def usable_attention(name: str | None) -> str | None:

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.conversation import UserError, log_odds
+from common.conversation import UserError, log_odds, one_line
 from common.run import make_readable
 
 QUANTIZED = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
@@ -121,9 +120,8 @@ def whole_folder(folder: Path | str, last: str = CARD_FILE) -> Iterator[Path]:
         if not unfinished and partial.is_dir():
             partial.rmdir()
         if isinstance(error, OSError | SafetensorError):
-            reason = str(error).strip().splitlines()[0][:200]
-            hint = "what was there before is as it was"
-            raise UserError(f"{folder}: nothing is saved ({reason}); {hint}") from error
+            what = f"nothing is saved ({one_line(error)}); what was there before is as it was"
+            raise UserError(f"{folder}: {what}") from error
         raise
     if not (partial / last).is_file():
         raise ValueError(f"{last} was not written")
@@ -136,13 +134,13 @@ def _move(partial, folder, last) -> None:
     (folder / last).unlink(missing_ok=True)
     for pattern in (*OF_A_GUARD, *names):
         for path in folder.glob(pattern):
-            _remove(path)
+            remove(path)
     for name in (*names, last):
         os.replace(partial / name, folder / name)
     partial.rmdir()
 
 
-def _remove(path) -> None:
+def remove(path: Path) -> None:
     """Remove a file, a folder with what it holds, or a link without what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -152,7 +150,7 @@ def _remove(path) -> None:
 
 def _empty(folder) -> None:
     for path in folder.glob("*"):
-        _remove(path)
+        remove(path)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -270,13 +268,7 @@ def _dequantized(model, state_dict) -> dict[str, torch.Tensor]:
 
 # --- comparing ------------------------------------------------------------------------------------
 
-COMPARED_ROWS = 8
-
-
-def spread(rows: Sequence[Any]) -> list[Any]:
-    """A few rows, spread over all, to compare a model in memory with the folder it was written to."""
-    step = max(1, len(rows) // COMPARED_ROWS)
-    return [rows[i] for i in range(0, len(rows), step)][:COMPARED_ROWS]
+COMPARED_ROWS = 8  # are enough to compare a model in memory with the folder it was written to
 
 
 def predictions(trainer: Trainer, rows: Dataset) -> np.ndarray:

@@ -6,9 +6,8 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -24,13 +23,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import ModelOutput, is_torch_tf32_available
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
-from common.conversation import UserError
+from common.conversation import UserError, one_line
 from common.hub import check_push
 from common.keep import rows_digest
 from common.run import (
@@ -41,6 +41,7 @@ from common.run import (
     is_main_process,
     write_json,
 )
+from common.saving import remove
 
 logger = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "trackio", "wandb")  # each an extra of that name
@@ -62,36 +63,26 @@ class RecipeTrainingArguments(TrainingArguments):
     goes_on_with = ("--resume_from_checkpoint", "latest")  # what a command has more that goes on
     starts_over_with = "--overwrite_output_dir true"
 
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length | random | sequential"}
+    train_sampling_strategy: str = HfArg(
+        default="group_by_length", help="group_by_length | random | sequential"
     )
-    report_to: str = field(
-        default="none", metadata={"help": "none | tensorboard | wandb | trackio"}
+    report_to: str = HfArg(default="none", help="none | tensorboard | wandb | trackio")
+    push_to_hub: bool = HfArg(
+        default=False, help="Push the finished folder once; --hub_model_id, --hub_private_repo."
     )
-    push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Push the finished folder once; --hub_model_id, --hub_private_repo."},
+    hub_overwrite: bool = HfArg(
+        default=False, help="Push into a repository that holds what no recipe has pushed."
     )
-    hub_overwrite: bool = field(
-        default=False,
-        metadata={"help": "Push into a repository that holds what no recipe has pushed."},
+    hub_strategy: str = HfArg(default="end", help="end: nothing that is half-made is pushed.")
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Start over although output_dir holds checkpoints or a finished model."
     )
-    hub_strategy: str = field(
-        default="end", metadata={"help": "end: nothing that is half-made is pushed."}
+    evaluation_strategy: str | None = HfArg(default=None, help=DEAD + "--eval_strategy")
+    warmup_ratio: float | None = HfArg(
+        default=None, help=DEAD + "--warmup_steps (a number below 1 is a ratio)"
     )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Start over although output_dir holds checkpoints or a finished model."},
-    )
-    evaluation_strategy: str | None = field(
-        default=None, metadata={"help": DEAD + "--eval_strategy"}
-    )
-    warmup_ratio: float | None = field(
-        default=None,
-        metadata={"help": DEAD + "--warmup_steps (a number below 1 is a ratio)"},
-    )
-    fsdp_transformer_layer_cls_to_wrap: str | None = field(
-        default=None, metadata={"help": DEAD + "--fsdp_config"}
+    fsdp_transformer_layer_cls_to_wrap: str | None = HfArg(
+        default=None, help=DEAD + "--fsdp_config"
     )
 
     def __post_init__(self):
@@ -496,12 +487,10 @@ def _read_json(path):
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint. Of a link only the link goes, not what it points to."""
-    if checkpoint.is_symlink():
-        checkpoint.unlink()
-        return
-    # first, so that what a kill leaves is not taken for whole
-    (checkpoint / STATE).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    if not checkpoint.is_symlink():
+        # first, so that what a kill leaves is not taken for whole
+        (checkpoint / STATE).unlink(missing_ok=True)
+    remove(checkpoint)
 
 
 def checkpoint_to_resume(args: RecipeTrainingArguments) -> str | None:
@@ -688,7 +677,7 @@ def with_adapters(
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"{where}: {str(error).strip().splitlines()[0]:.200}") from None
+        raise UserError(f"{where}: {one_line(error)}") from None
 
 
 def lora_config(asked: ModelConfig) -> LoraConfig:

@@ -7,9 +7,11 @@ before, whose labels it replaces.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from common.conversation import UserError, Verdict, last_turns, log_odds, pair
 from common.data.rows import LABEL_COLUMNS
@@ -23,12 +25,10 @@ FILE = "uncertain.jsonl"
 class ExportArguments:
     """How much is written for relabelling, as a flag of a command."""
 
-    export_uncertain: int = field(
+    export_uncertain: int = HfArg(
         default=0,
-        metadata={
-            "help": "Write so many rows nearest a threshold, and as many on which guards disagree, "
-            "to OUTPUT_DIR/uncertain.jsonl, to be labelled again and trained on."
-        },
+        help="Write so many rows nearest a threshold, and as many on which guards disagree, "
+        "to OUTPUT_DIR/uncertain.jsonl, to be labelled again and trained on.",
     )
 
     def check_export(self, output_dir: str) -> None:

@@ -11,16 +11,24 @@ import random
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx2  # what the openai client and huggingface_hub speak HTTP with
 from tqdm.auto import tqdm
 
-from common.conversation import Message, Messages, UserError, Verdict, check_url
-from common.run import is_main_process
-from guards.base import LAST_TURN, Guard, check_option
+from common.conversation import (
+    Message,
+    Messages,
+    UserError,
+    Verdict,
+    check_option,
+    check_url,
+    judged_label,
+)
+from common.run import in_threads, judging_bar
+from guards.base import LAST_TURN, Guard
 
 logger = logging.getLogger(__name__)
 # fmt: off
@@ -190,7 +198,7 @@ class ApiGuard(Guard):
         progress: bool = True,
     ):
         """Check the options and find the key, in the environment alone; nothing is asked yet."""
-        check_option("service", service, list(SERVICES))
+        check_option("service", service, SERVICES)
         if threshold is not None and (
             service != "azure-content-safety" or threshold not in SEVERITIES[1:]
         ):
@@ -226,28 +234,18 @@ class ApiGuard(Guard):
         error verdicts.
         """
         stopped = threading.Event()
-        hidden = not (self.progress and is_main_process())
-        title = f"judging with {self.name}"
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                jobs = []
-                for messages in conversations:
-                    jobs.append(pool.submit(self._judge_one, messages, stopped))
-                with tqdm(
-                    desc=title,
-                    total=len(jobs),
-                    unit="text",
-                    disable=hidden,
-                ) as bar:
-                    for _ in as_completed(jobs):
-                        bar.update()
-            finally:
-                stopped.set()  # also when the caller was interrupted
-        verdicts = [job.result() for job in jobs]
+        judge = partial(self._judge_one, stopped=stopped)
+        answers = in_threads(judge, conversations, self.concurrency)
+        bar = judging_bar(self.name, self.progress)
+        try:
+            said = dict(tqdm(answers, total=len(conversations), **bar))
+        finally:
+            stopped.set()  # also when the caller was interrupted
+        verdicts = [said[place] for place in range(len(conversations))]
         failed = [verdict.error for verdict in verdicts if verdict.error]
         if failed:
             what = "%d of %d texts were not judged; the first: %s"
-            logger.warning(what, len(failed), len(jobs), failed[0])
+            logger.warning(what, len(failed), len(verdicts), failed[0])
         return verdicts
 
     def _judge_one(self, messages: Messages, stopped: threading.Event) -> Verdict:
@@ -255,7 +253,7 @@ class ApiGuard(Guard):
         others.
         """
         turn = messages[-1]
-        label = self.LABEL_OF[turn["role"]]
+        label = judged_label(messages)
         try:
             answer = self._ask(turn["content"], stopped)
             scores, decided, word = self.service.read(answer, self.threshold)

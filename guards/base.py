@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,9 +14,10 @@ from common.conversation import (
     UserError,
     Verdict,
     check_messages,
+    judged_label,
     pair,
 )
-from common.templates import Part
+from common.templates import Part, text_of
 
 Read = TypeVar("Read")
 LONG_INPUTS = ("windows", "error", "truncate")
@@ -31,12 +32,6 @@ TALK = [
     *pair("A first question?", "A first answer."),
     *pair("A last question?", "A last answer."),
 ]
-
-
-def check_option(flag: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a value that an option does not have."""
-    if value not in known:
-        raise UserError(f"{flag} {value}: expected one of {', '.join(known)}")
 
 
 def threshold_of(thresholds: Mapping[str, Mapping], label: str) -> Mapping[str, Any] | None:
@@ -86,13 +81,6 @@ FOREIGN = (
     "pass --trust_remote_code where its folder brings the code, else compare it by its predictions "
     "(--guards name=predictions:scores.jsonl)"
 )
-
-
-def loading_error(model: str, error: Exception, what: str) -> UserError:
-    """What is said where a model does not load: `what` of a folder, or that there is none."""
-    if not Path(model).is_dir():
-        what = "no folder here, and no hub id that loads"
-    return UserError(f"{model}: {what}: {str(error).strip():.200}".splitlines()[0])
 
 
 def refuse_foreign(model: str, known: Mapping[str, str], trust_remote_code: bool) -> None:
@@ -156,10 +144,6 @@ class Guard:
         UNKNOWN  # or of SEES: what it sees of a conversation; turns before that do not count
     )
     wanted: Collection[str] = ()  # see `judge`
-    LABEL_OF: ClassVar = {
-        "user": "prompt_unsafe",
-        "assistant": "response_unsafe",
-    }
     dtype: str = "float32"  # the number format that it computes in, see `number_format`
 
     def judge(
@@ -206,7 +190,7 @@ class Guard:
     def _moderated(self, messages: Messages, verdict: Verdict) -> float:
         if verdict.error is not None:
             return verdict.score()
-        label = self.LABEL_OF[messages[-1]["role"]]
+        label = judged_label(messages)
         if getattr(verdict, label) is None and label in self.judges:
             return 1.0
         return verdict.score(label)
@@ -236,7 +220,7 @@ def seen_of(prompt_of: Callable[[Messages], Sequence[Part]]) -> str:
     """
     for messages in (TALK, TALK[:3]):  # not every guard judges answers
         try:
-            prompt = "".join(part.text for part in prompt_of(messages))
+            prompt = text_of(prompt_of(messages))
         except UserError:
             continue
         seen = [message["content"] in prompt for message in messages]

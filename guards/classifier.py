@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -27,12 +26,15 @@ from common.conversation import (
     UserError,
     Verdict,
     check_label,
+    check_option,
+    judged_label,
     pair,
     parts_of,
 )
 from common.data import taxonomy
+from common.engines import batches
 from common.fit import check_length, fit_classifier, positions
-from common.run import device, inference_dtype, is_main_process
+from common.run import device, inference_dtype, judging_bar, loading_model
 from common.templates import (
     Part,
     control_ids,
@@ -45,10 +47,8 @@ from guards.base import (
     FOREIGN,
     LONG_INPUTS,
     Guard,
-    check_option,
     check_tokenizer,
     each,
-    loading_error,
     number_format,
     refuse_foreign,
     seen_of,
@@ -59,8 +59,6 @@ from guards.exported import OnnxClassifier, is_exported
 logger = logging.getLogger(__name__)
 DEFAULT_LENGTH = 512
 MULTI_LABEL = "multi_label_classification"  # one of transformers' problem types
-# What loading a checkpoint of others can raise.
-BROKEN = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
 class ClassifierGuard(Guard):
@@ -158,7 +156,7 @@ class ClassifierGuard(Guard):
         """Set `labels`, `tokenizer`, `model` and `exclusive`, or say why they cannot be had."""
         code = {"trust_remote_code": trust_remote_code}  # never asked on the terminal
         refuse_foreign(model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, trust_remote_code)
-        try:
+        with loading_model(model, "cannot be loaded as a classifier"):
             config = AutoConfig.from_pretrained(model, **code)
             self.labels = self._named(model, config, labels)
             config.problem_type = config.problem_type or self.problem_type
@@ -176,10 +174,6 @@ class ClassifierGuard(Guard):
                     output_loading_info=True,
                     **code,
                 )
-        except UserError:
-            raise
-        except BROKEN as error:
-            raise loading_error(model, error, "cannot be loaded as a classifier") from None
         if loading["missing_keys"]:  # transformers fills them at random and warns
             lacking = ", ".join(sorted(loading["missing_keys"]))
             raise UserError(f"{model}: not a trained classifier, it lacks {lacking:.200}")
@@ -276,7 +270,7 @@ class ClassifierGuard(Guard):
 
     def _render(self, messages: Messages) -> list[Part]:
         parts = render(self.template, messages, self.tokenizer)
-        label = self.LABEL_OF[messages[-1]["role"]]
+        label = judged_label(messages)
         if label not in self.judges:
             raise UserError(f"{self.name} judges {', '.join(self.judges)}, not {label}")
         return parts
@@ -316,32 +310,17 @@ class ClassifierGuard(Guard):
         """One row a sequence, in order. Batches are of similar length, and under a budget of padded
         tokens.
         """
-        # The largest comes first, so that no memory runs out late.
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         out: list[list[float]] = [[] for _ in sequences]
-        hidden = not (self.progress and is_main_process())
         activation = partial(torch.softmax, dim=-1) if self.exclusive else torch.sigmoid
-        title = f"judging with {self.name}"
-        with tqdm(
-            total=len(order),
-            desc=title,
-            unit="pair",
-            disable=hidden,
-        ) as bar:
-            while order:
-                count = max(1, self.batch_tokens // len(sequences[order[0]]))
-                rows, order = order[:count], order[count:]
+        with tqdm(total=len(sequences), **judging_bar(self.name, self.progress)) as bar:
+            for rows in batches(sequences, len(sequences), self.batch_tokens):
                 texts = {"input_ids": [sequences[i] for i in rows]}
                 batch = self.tokenizer.pad(texts, return_tensors="pt").to(self.device)
                 logits = self.model(
                     input_ids=batch["input_ids"],
                     attention_mask=batch["attention_mask"],
                 ).logits
-                for i, row in zip(
-                    rows,
-                    activation(logits.float()).tolist(),
-                    strict=True,
-                ):
+                for i, row in zip(rows, activation(logits.float()).tolist(), strict=True):
                     out[i] = row
                 bar.update(len(rows))
         return out
@@ -358,7 +337,7 @@ class ClassifierGuard(Guard):
             return
         highest = map(max, zip(*rows, strict=True))
         verdict.categories = dict(zip(self.labels, highest, strict=True))
-        label = self.LABEL_OF[messages[-1]["role"]]
+        label = judged_label(messages)
         setattr(verdict, label, max(map(self._unsafe, rows)))
 
     def _unsafe(self, row: list[float]) -> float:

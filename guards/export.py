@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from common import report
-from common.conversation import Messages, UserError, parts_of
-from common.data import load_conversations
+from common.conversation import Messages, UserError, judged_label, one_line, parts_of
+from common.data import load_conversations, spread
 from common.data.specs import about_data
 from common.fit import fit_classifier, positions
 from common.model_card import write_model_card
@@ -45,7 +45,6 @@ BLOCK = 32
 # onnxruntime's words for what is multiplied: products in 8 bits, which are fast, and, where these
 # flip verdicts, in float32, which are as slow as torch's.
 PRODUCTS = {"8 bits": 4, "float32": 1}
-HEADER = ["output", "threshold", "rows", "flipped", "largest difference"]
 
 
 def main() -> None:
@@ -71,18 +70,9 @@ def main() -> None:
     folder = args.folder.rstrip("/")
     output = args.output_dir or f"{folder}-onnx" + "-int8" * args.int8
     refuse_to_overwrite(output, args.overwrite, flag="--overwrite")
-    rows = some_rows(args.data, args.max_rows)
+    rows = spread(load_conversations(args.data)["messages"], args.max_rows)
     export(folder, output, rows, int8=args.int8, data=args.data)
     print(f"Wrote {output}")
-
-
-def some_rows(spec: str, count: int) -> list[Messages]:
-    """Conversations of a data spec, evenly spaced over all of them."""
-    if count < 1:
-        raise UserError(f"--max_rows {count}: must be 1 or more")
-    rows = load_conversations(spec)["messages"]
-    count = min(count, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def export(
@@ -191,9 +181,8 @@ def write_graph(model: PreTrainedModel, path: Path) -> None:
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        kind = model.config.model_type
-        raise UserError(f"torch cannot export a {kind} classifier: {reason:.200}") from None
+        what = f"torch cannot export a {model.config.model_type} classifier"
+        raise UserError(f"{what}: {one_line(error.__cause__ or error)}") from None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with paths of this machine
     program.model.metadata_props[NUMBER_FORMAT] = "float32"
@@ -239,29 +228,27 @@ def write_config(model: PreTrainedModel, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Parity:
-    """What two guards say of the same rows: one line an output, "flagged" first."""
+    """What two guards say of the same rows: a line an output, "flagged" first."""
 
-    lines: list[list[Any]]
-    seconds: tuple[float, float]  # of the guard, and of the exported one
+    outputs: pandas.DataFrame
+    seconds: dict[str, float]  # of the guard, and of the exported one
 
     @property
     def share_flipped(self) -> float:
         """Of the verdicts; the single categories do not count."""
-        _, _, rows, flipped, _ = self.lines[0]
-        return flipped / rows
+        verdicts = self.outputs.iloc[0]
+        return verdicts.flipped / verdicts.rows
 
     def table(self) -> str:
         """In markdown, with the seconds that each took."""
-        rows = self.lines[0][2]
-        torch_seconds, onnx_seconds = self.seconds
-        times = f"{rows} rows took {torch_seconds:.1f} s with torch, {onnx_seconds:.1f} s with ONNX"
-        lines = [[name, report.threshold(above), *more] for name, above, *more in self.lines]
-        return f"{report.table(lines, HEADER)}\n{times}.\n"
+        times = "{torch:.1f} s with torch, {onnx:.1f} s with ONNX".format(**self.seconds)
+        outputs = self.outputs.assign(threshold=self.outputs.threshold.map(report.threshold))
+        text = report.table(outputs.to_numpy().tolist(), list(outputs))
+        return f"{text}\n{outputs.rows[0]} rows took {times}.\n"
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
-        lines = [dict(zip(HEADER, line, strict=True)) for line in self.lines]
-        return {"parity": lines, "seconds": dict(zip(("torch", "onnx"), self.seconds, strict=True))}
+        return {"parity": self.outputs.to_dict("records"), "seconds": self.seconds}
 
     def refuse_flipped(self, folder: str) -> None:
         """Raise UserError where too many verdicts are others than those of the guard."""
@@ -290,15 +277,19 @@ def compare(guard: ClassifierGuard, exported: ClassifierGuard, rows: Sequence[Me
         raise UserError(f"{guard.name}: gives no verdict on any of the rows (--data)")
     found = found.loc[expected.index]
     thresholds = {name: one["value"] for name, one in guard.thresholds.items()}
-    lines = []
-    for name in expected.columns:
-        threshold = thresholds.get(name, thresholds.get("flagged", 0.5))
-        flips = (expected[name] > threshold) != (found[name] > threshold)
-        flips |= found[name].isna()
-        largest = (expected[name] - found[name]).abs().max()
-        line = [name, threshold, len(flips), int(flips.sum()), f"{largest:.2g}"]
-        lines.append(line)
-    return Parity(lines, (middle - start, end - middle))
+    default = thresholds.get("flagged", 0.5)
+    above = pandas.Series({name: thresholds.get(name, default) for name in expected})
+    flips = ((expected > above) != (found > above)) | found.isna()
+    outputs = pandas.DataFrame(
+        {
+            "output": list(expected),
+            "threshold": above.to_numpy(),
+            "rows": len(expected),
+            "flipped": flips.sum().to_numpy(),
+            "largest difference": [f"{apart:.2g}" for apart in (expected - found).abs().max()],
+        }
+    )
+    return Parity(outputs, {"torch": middle - start, "onnx": end - middle})
 
 
 def scores_of(guard: ClassifierGuard, rows: Sequence[Messages]) -> pandas.DataFrame:
@@ -307,8 +298,7 @@ def scores_of(guard: ClassifierGuard, rows: Sequence[Messages]) -> pandas.DataFr
     for messages, verdict in zip(rows, guard.judge(rows), strict=True):
         row = {}
         if verdict.error is None:
-            label = guard.LABEL_OF[messages[-1]["role"]]
-            row = {"flagged": verdict.score(label), **verdict.categories}
+            row = {"flagged": verdict.score(judged_label(messages)), **verdict.categories}
         scores.append(row)
     return pandas.DataFrame(scores, columns=["flagged", *guard.labels])
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from common.conversation import UserError
+from common.conversation import UserError, one_line
 
 # onnxruntime's builds note every session and send that to Microsoft, unless this is set before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -50,8 +50,7 @@ class OnnxClassifier(torch.nn.Module):
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers)
         except Exception as error:  # onnxruntime's errors share no base class
-            said = str(error).strip().splitlines()[0]
-            raise UserError(f"{path}: cannot be read: {said:.200}") from None
+            raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
         notes = self.session.get_modelmeta().custom_metadata_map
         self.dtype = notes.get(NUMBER_FORMAT, "float32")
         self.config = config

@@ -23,15 +23,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from common.bundled import resolve_model
 from common.conversation import (
+    LABEL_OF,
     LABELS,
     Message,
     Messages,
     UserError,
     Verdict,
+    check_option,
     last_turns,
     pair,
+    with_question,
 )
 from common.engines import Completion, Decoding, Engine, dtype_name, load_engine
+from common.run import judging_bar, loading_model
 from common.templates import (
     Part,
     encode,
@@ -44,10 +48,8 @@ from common.templates import (
 from guards.base import (
     LONG_INPUTS,
     Guard,
-    check_option,
     check_tokenizer,
     each,
-    loading_error,
     number_format,
     refuse_foreign,
     seen_of,
@@ -56,8 +58,7 @@ from guards.known import SYSTEM, policy_text
 
 Ids = list[int]  # of tokens
 MODES = ("strict", "loose")
-# The kinds of a last turn: its label, and a conversation that ends with one.
-LAST = {"prompt": "prompt_unsafe", "response": "response_unsafe"}
+# The kinds of a last turn, and a conversation that ends with one.
 EXAMPLES = {"prompt": pair("Hello"), "response": pair("Hello", "Hi")}
 CATEGORY_TOKENS = 32  # enough to name the categories of what is unsafe
 
@@ -100,7 +101,7 @@ class Question:
         return self.when in (None, kind)
 
     def label_of(self, kind: str) -> str:
-        return LAST[kind] if self.label == "last" else self.label
+        return LABEL_OF[kind] if self.label == "last" else self.label
 
     def answer(self, word: str, masses: Mapping[str, float]) -> Answer:
         """The meaning of a word, and the probability of unsafe over all words with an opinion."""
@@ -137,7 +138,7 @@ class Case:
         """What the guard should have written is not there. Its word for the turn stands, if it
         came before that.
         """
-        self.error = None if LAST[self.kind] in self.found else error
+        self.error = None if LABEL_OF[self.kind] in self.found else error
 
 
 class GenerativeGuard(Guard):
@@ -188,6 +189,7 @@ class GenerativeGuard(Guard):
         self.entry = entry
         self.max_length = max_length or entry.get("max_length", 4096)
         self.thresholds = thresholds or {}
+        self.progress = progress
         self.long_inputs = long_inputs
         self.too_long: set[int] = set()  # conversations of one call of `judge`
         self.with_categories = categories
@@ -199,9 +201,7 @@ class GenerativeGuard(Guard):
         self._words: dict[Any, dict[str, Ids]] = {}
         if engine == "transformers":
             refuse_foreign(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, trust_remote_code)
-        self._load_tokenizer(entry.get("tokenizer", model), trust_remote_code)
-        if chat_template is not None:
-            self.tokenizer.chat_template = chat_template
+        self._load_tokenizer(entry.get("tokenizer", model), chat_template, trust_remote_code)
         self._adds_bos = entry.get("add_special_tokens", True)
         if "messages" in entry:
             self._bring_bos()
@@ -211,9 +211,7 @@ class GenerativeGuard(Guard):
             engine,
             model,
             self.tokenizer,
-            name=self.name,
             adapter=adapter or entry.get("adapter"),
-            progress=progress,
             trust_remote_code=trust_remote_code,
             **options,
         )
@@ -241,19 +239,21 @@ class GenerativeGuard(Guard):
         """The labels that its questions tell."""
         asked = set()
         for question in self.questions:
-            for kind in LAST:
+            for kind in EXAMPLES:
                 if question.is_for(kind):
                     asked.add(question.label_of(kind))
         return tuple(label for label in LABELS if label in asked)
 
-    def _load_tokenizer(self, source: str, trust_remote_code: bool) -> None:
-        try:
+    def _load_tokenizer(
+        self, source: str, chat_template: str | None, trust_remote_code: bool
+    ) -> None:
+        with loading_model(source, "tokenizer cannot be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 resolve_model(source), trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise loading_error(source, error, "tokenizer cannot be loaded") from None
         check_tokenizer(self.tokenizer, source)
+        if chat_template is not None:
+            self.tokenizer.chat_template = chat_template
 
     # --- the verdict ------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class GenerativeGuard(Guard):
     def _is_asked(self, question: Question, kind: str) -> bool:
         """Whether a question is for turns of this kind, and what is generated for it is wanted."""
         label = question.label_of(kind)
-        wanted = question.anchor is None or label == LAST[kind] or label in self.wanted
+        wanted = question.anchor is None or label == LABEL_OF[kind] or label in self.wanted
         return wanted and question.is_for(kind)
 
     def _ask(self, question: Question, cases: list[Case]) -> None:
@@ -301,7 +301,7 @@ class GenerativeGuard(Guard):
             candidates.update(*words.values())
         prompts = self.encode([case.prompt for case in cases])
         ordered = sorted(candidates)
-        read = self.model.next_token(prompts, ordered)
+        read = self.model.next_token(prompts, ordered, judging_bar(self.name, self.progress))
         for case, words, said in zip(cases, words_of, read, strict=True):
             if said.error is not None:
                 case.error = said.error
@@ -371,7 +371,7 @@ class GenerativeGuard(Guard):
         unsafe = []
         for place, cases in cases_of.items():
             for case in cases:
-                answer = case.found.get(LAST[case.kind])
+                answer = case.found.get(LABEL_OF[case.kind])
                 if verdicts[place].error is None and answer is not None and answer.unsafe:
                     unsafe.append((case, answer, verdicts[place]))
         prompts = self.encode([case.prompt for case, _, _ in unsafe])
@@ -429,7 +429,7 @@ class GenerativeGuard(Guard):
     def _cases(self, messages: Messages) -> list[Case]:
         """The texts to be judged of one conversation."""
         kind = _kind(messages)
-        if LAST[kind] not in self.judges:
+        if LABEL_OF[kind] not in self.judges:
             judged = ", ".join(self.judges)
             what = f"not a conversation that ends with a {kind}"
             raise UserError(f"{self.name} judges {judged}, {what}")
@@ -529,7 +529,7 @@ class GenerativeGuard(Guard):
         Llama Guard's brings none, those of its successors do. So a prompt has one in any case, and
         a tokenizer that is saved renders what was judged.
         """
-        kind = "prompt" if LAST["prompt"] in self.judges else "response"
+        kind = "prompt" if LABEL_OF["prompt"] in self.judges else "response"
         template = self.tokenizer.chat_template
         bos = self.tokenizer.bos_token
         prompt = self.parts(EXAMPLES[kind])
@@ -549,9 +549,9 @@ class GenerativeGuard(Guard):
 
     def _check_tokens(self) -> None:
         """Look up the words' tokens in a prompt of each kind, before the weights are loaded."""
-        for kind, label in LAST.items():
+        for kind in EXAMPLES:
             said = ""
-            for question in self.questions if label in self.judges else ():
+            for question in self.questions if LABEL_OF[kind] in self.judges else ():
                 if question.anchor is None and question.is_for(kind):
                     said += question.prefix
                     self._word_tokens(question, kind, said)
@@ -652,11 +652,7 @@ def _alternating(messages: Messages) -> list[Message]:
     """Messages that begin with the user's turn, as most chat templates ask for: without a greeting,
     or with an empty question before an answer alone.
     """
-    turns = list(messages)
-    roles = [message["role"] for message in turns]
-    if "user" not in roles:
-        turns.insert(roles.index("assistant"), {"role": "user", "content": ""})
-        return turns
-    asked = roles.index("user")
-    system = [message for message in turns[:asked] if message["role"] == "system"]
+    turns = with_question(messages)
+    asked = [turn["role"] for turn in turns].index("user")
+    system = [turn for turn in turns[:asked] if turn["role"] == "system"]
     return system + turns[asked:]

@@ -5,9 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.conversation import UserError
+from common.data.files import read_yaml
 
 SYSTEM = "system"  # a policy that stands in each conversation, as its system prompt
 ALIASES = {  # the names of the ExpGuard paper's evaluation code, which its commands print
@@ -34,8 +33,7 @@ ALIASES = {  # the names of the ExpGuard paper's evaluation code, which its comm
 @cache
 def zoo() -> dict[str, dict[str, Any]]:
     """The known guards of zoo.yaml."""
-    path = Path(__file__).with_name("zoo.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_yaml(Path(__file__).with_name("zoo.yaml"))
 
 
 def zoo_name(spec: str) -> str | None:

@@ -2,7 +2,6 @@
 2407.02987).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,28 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.bundled import resolve_model
-from common.conversation import LABELS, Messages, UserError, Verdict, last_turns
+from common.conversation import (
+    LABEL_OF,
+    LABELS,
+    Messages,
+    UserError,
+    Verdict,
+    one_line,
+    parts_of,
+)
+from common.data import read_json
 from common.engines import apply_adapter
 from common.fit import grow_embeddings
-from common.run import inference_dtype
+from common.run import inference_dtype, loading_model
 from common.templates import Part
-from guards.card import INPUTS, GenerativeCard, LoraCard, card_path, local_sha256, read_card
-from guards.classifier import BROKEN, ClassifierGuard
+from guards.card import GenerativeCard, LoraCard, card_path, local_sha256
+from guards.classifier import ClassifierGuard
 from guards.known import zoo
-
-__all__ = ["INPUTS", "LoraGuard", "find_base", "input_kind", "is_adapter"]
 
 CONFIG = "adapter_config.json"  # of PEFT
 NOTED = "base_model_name_or_path"  # in it
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "base_model.model.score.weight"
-
-
-def input_kind(messages: Messages) -> str:
-    """Which of INPUTS a conversation is."""
-    prompt, response = last_turns(messages)
-    if response is None:
-        return "prompt"
-    return "response" if prompt is None else "pair"
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -69,14 +67,13 @@ def find_base(
     if name is None:
         path = Path(folder) / CONFIG
         where = f"{path}, field {NOTED}"
-        name = str(json.loads(path.read_text(encoding="utf-8")).get(NOTED))
+        name = str(read_json(path).get(NOTED))
     source = resolve_model(zoo().get(name, {}).get("model", name))
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        said = str(error).strip().splitlines()[0]
         hint = "if it was moved, say where it is (base_model=…)"
-        what = f"no model that can be loaded; {hint}: {said:.200}"
+        what = f"no model that can be loaded; {hint}: {one_line(error)}"
         raise UserError(f"{where}: {source}: {what}") from None
     found = local_sha256(source)
     if card.base_sha256 and found and card.base_sha256 != found:
@@ -102,7 +99,7 @@ class LoraGuard(ClassifierGuard):
         self,
         model: str,
         *,
-        card: LoraCard | None = None,
+        card: LoraCard,
         base_model: str | None = None,
         **options: Any,
     ):
@@ -110,14 +107,13 @@ class LoraGuard(ClassifierGuard):
 
         Args:
             model: the adapter folder.
-            card: its guard.json; None reads it.
+            card: its guard.json.
             base_model: instead of the one that the card names.
             options: of `ClassifierGuard`.
 
         Raises:
             UserError: a file is missing, wrong, or does not fit the others.
         """
-        card = card or read_card(model, LoraCard)
         self.inputs, self.base_model = card.inputs, base_model
         super().__init__(model, card=card, **options)
 
@@ -128,7 +124,7 @@ class LoraGuard(ClassifierGuard):
         trust_remote_code: bool,
         tokenizer: str | None,
     ) -> None:
-        card: LoraCard = self.card
+        card = self.card
         self.labels = list(labels or card.labels)
         source = find_base(model, card, self.base_model, trust_remote_code)
         code = {"trust_remote_code": trust_remote_code}
@@ -136,13 +132,10 @@ class LoraGuard(ClassifierGuard):
         # It would report the head as missing that PEFT brings a line later.
         transformers.logging.set_verbosity_error()
         try:
-            self._check_head(model)
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, **code)
-            base = self._load_base(model, source, code)
-        except UserError:
-            raise
-        except BROKEN as error:
-            raise UserError(f"{model}: cannot be loaded as a LoRA guard: {error!s:.200}") from None
+            with loading_model(model, "cannot be loaded as a LoRA guard"):
+                self._check_head(model)
+                self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, **code)
+                base = self._load_base(model, source, code)
         finally:
             transformers.logging.set_verbosity(level)
         self.model = apply_adapter(base, model, source)
@@ -188,16 +181,11 @@ class LoraGuard(ClassifierGuard):
         return base
 
     def _judged(self) -> tuple[str, ...]:
-        asked = {
-            "prompt": "prompt_unsafe",
-            "pair": "response_unsafe",
-            "response": "response_unsafe",
-        }
-        judged = {asked[kind] for kind in self.inputs}
+        judged = {LABEL_OF[kind] for kind in self.inputs}
         return tuple(label for label in LABELS if label in judged)
 
     def _render(self, messages: Messages) -> list[Part]:
-        kind = input_kind(messages)
+        *_, kind = parts_of(messages)  # a pair, if it is one
         if kind not in self.inputs:
             raise UserError(f"not trained on a {kind}, only on: {', '.join(self.inputs)}")
         return super()._render(messages)

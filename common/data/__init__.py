@@ -35,7 +35,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from common.conversation import FEATURES, UserError
+from common.conversation import FEATURES, UNSAFE_LABELS, UserError, check_option
 from common.data.files import FILE_TYPES, read_json, read_rows
 from common.data.repeats import (
     deduplicate,
@@ -48,7 +48,6 @@ from common.data.repeats import (
 )
 from common.data.rows import (
     EXAMPLE_ROW,
-    UNSAFE_LABELS,
     claimed_classes,
     classes_of,
     conversation_row,
@@ -76,6 +75,7 @@ __all__ = [
     "read_json",
     "read_rows",
     "spec_rows",
+    "spread",
     "taxonomy",
 ]
 
@@ -142,9 +142,16 @@ def load_conversations(
     return Dataset.from_list(good, features=FEATURES)
 
 
+def spread(rows: Sequence[Any], count: int) -> list[Any]:
+    """So many rows, evenly spaced over all, which may be sorted; all where there are fewer."""
+    if count < 1:
+        raise UserError(f"max_rows {count}: must be at least 1")
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def _check_options(spec: str, bad_rows: str, max_rows: int | None) -> None:
-    if bad_rows not in ("error", "skip"):
-        raise UserError(f"{spec}: bad_rows {bad_rows}: must be error or skip")
+    check_option(f"{spec}: bad_rows", bad_rows, ("error", "skip"))
     if max_rows is not None and max_rows < 1:
         raise UserError(f"{spec}: max_rows {max_rows}: must be at least 1")
 

@@ -26,7 +26,7 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
-from common.conversation import UserError
+from common.conversation import UserError, one_line
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -82,8 +82,7 @@ def read_yaml(path: Path | str) -> Any:
     try:
         return yaml.load(_text(path), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not YAML: {reason}") from None
+        raise UserError(f"{path}: not YAML: {one_line(error)}") from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -274,8 +273,8 @@ def _parquet_rows(path: Path) -> Rows:
                 yield f"{path}, row {number}", row
                 number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file of readable rows ({reason})") from None
+        what = f"not a Parquet file of readable rows ({one_line(error)})"
+        raise UserError(f"{path}: {what}") from None
 
 
 READERS = {

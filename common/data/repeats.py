@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import GroupShuffleSplit
 
-from common.conversation import FEATURES, LABELS, UserError, last_turns
+from common.conversation import FEATURES, LABELS, UserError, judged_label, last_turns
 
 
 def prompt_key(row: Mapping) -> str:
@@ -73,8 +73,7 @@ def _majority(group: Sequence[Mapping]) -> dict[str, bool | list[str] | None]:
     """Labels and categories by majority vote. An outvoted row has no say in the categories: a
     response that was voted safe has none, an unsafe one has some. They speak of the last turn.
     """
-    answered = group[0]["messages"][-1]["role"] == "assistant"
-    judged = "response_unsafe" if answered else "prompt_unsafe"
+    judged = judged_label(group[0]["messages"])
     voted = {}
     for label in LABELS:
         said = Counter(row[label] for row in group)

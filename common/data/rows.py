@@ -10,11 +10,13 @@ from typing import Any
 
 from common.conversation import (
     LABELS,
+    UNSAFE_LABELS,
     Message,
     UserError,
     check_label,
     check_messages,
     check_text,
+    judged_label,
     pair,
 )
 from common.data.files import parse_json
@@ -26,7 +28,6 @@ LABEL_COLUMNS = {  # our name: what users write
     "response_unsafe": "response_label",
     "response_refusal": "refusal_label",
 }
-UNSAFE_LABELS = ("prompt_unsafe", "response_unsafe")
 LABEL_NAMES = {*LABEL_COLUMNS, *LABEL_COLUMNS.values()}
 OWN_COLUMNS = {"id", "prompt", "response", "messages", "label", "language"}
 OWN_COLUMNS |= {"categories", "category", "is_safe"}
@@ -128,7 +129,7 @@ def conversation_row(
     else:
         named = _category_names(row.get("categories"), where)
         labels = _labels(row, answered, where)
-    judged = "response_unsafe" if answered else "prompt_unsafe"
+    judged = judged_label(messages)
     if categories is not None and named is not None:
         _check_known(named, categories, f"{where}, field categories")
     told_by_them = categories is not None or judged in require

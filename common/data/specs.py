@@ -25,7 +25,7 @@ import datasets
 from datasets import Dataset, DatasetDict, ReadInstruction
 from tqdm.auto import tqdm
 
-from common.conversation import UserError
+from common.conversation import UserError, one_line
 from common.data.files import FILE_TYPES, Rows, read_rows
 from common.data.tables import sources
 
@@ -193,8 +193,9 @@ def _sliced(rows: Rows, part: str, text: str) -> Rows:
         instruction = ReadInstruction.from_spec(f"all[{numbers}")
         (span,) = instruction.to_absolute({"all": len(every)})
     except (ValueError, AssertionError) as error:
-        reason = first_line(error)
-        raise UserError(f"{text}: no slice such as [:500] or [10%:20%] ({reason})") from None
+        raise UserError(
+            f"{text}: no slice such as [:500] or [10%:20%] ({one_line(error)})"
+        ) from None
     yield from every[span.from_ : span.to]
 
 
@@ -225,7 +226,7 @@ def load_hub(
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the hub's errors share no base class, and each is a page long
-        reason = first_line(error)
+        reason = one_line(error)
     known = _configurations(name)
     if len(known) > 1 and config not in known:
         suffix = f":{split}" if split else ""
@@ -256,10 +257,3 @@ def _hub_rows(spec: Spec) -> Rows:
     bar = tqdm(rows, desc=f"reading {spec}", unit="row", delay=2)
     for number, row in enumerate(bar):
         yield f"{spec}, row {number}", row
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
-    said = str(error).strip() or type(error).__name__
-    line, *_ = said.splitlines()
-    return line[:200]

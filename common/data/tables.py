@@ -5,16 +5,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.conversation import check_label
+from common.data.files import read_yaml
 
 
 @cache
 def sources() -> dict[str, dict]:
     """The content of sources.yaml: `taxonomies`, `sources` and `columns`."""
-    path = Path(__file__).with_name("sources.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_yaml(Path(__file__).with_name("sources.yaml"))
 
 
 def taxonomy(name: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from trl import SFTConfig
 
-from common.conversation import UserError
+from common.conversation import UserError, one_line
 from common.run import inference_dtype, usable_attention
 from common.training import RecipeTrainingArguments
 
@@ -180,7 +180,7 @@ def training_arguments(args: TrainArguments, accumulated: int) -> DefenceConfig:
             seed=args.seed,
         )
     except (ValueError, TypeError, ImportError) as error:  # such as an unknown schedule
-        raise UserError(f"{str(error).strip().splitlines()[0]:.200}") from None
+        raise UserError(one_line(error)) from None
 
 
 def use_wandb(args: TrainArguments) -> None:

@@ -39,7 +39,7 @@ from common import report
 from common.conversation import UserError
 from common.metrics import agreement, bootstrap
 from common.refusal import classify, substring_refusal
-from common.results_page import PageGuard, PageRow, PageTable, shortened, write_results_page
+from common.results_page import PageRow, PageTable, shortened, write_results_page
 from common.run import check_output_folder, manifest
 
 FILE = re.compile(rf"test_({'|'.join(TASKS)}|summrize)(_useful|_plain|_cnn)?\.json")
@@ -556,7 +556,7 @@ def write_page(path: Path, results: Row, predictions: list[Row]) -> None:
         title=f"Refusals ({results['scorer']})",
         note="Unsafe: a malicious document. Flagged: the model refused it (1), or did not (0).",
         tables=[PageTable("Models", list(SUMMARY.values()), cells)],
-        guards=[PageGuard(model) for model in models],
+        guards=dict.fromkeys(models, 0.5),
         rows=[page_row(answers, models) for answers in items.values()],
     )
 

@@ -50,7 +50,7 @@ from common.engines import (
     prompts_at_once,
 )
 from common.keep import digest, fingerprint, generate, read_json_lines
-from common.run import check_output_folder, manifest, write_json
+from common.run import check_output_folder, loading_model, manifest, write_json
 
 logger = logging.getLogger("cross_task_defense")
 # parameters that name what others hold: weights, the text of a template
@@ -371,13 +371,10 @@ def model_revision(args: AnswerArguments) -> str | None:
 
 def load_part(kind: type, args: AnswerArguments) -> Any:
     """A part of the base model: its configuration, or its tokenizer."""
-    try:
+    with loading_model(args.base_model, flag="--base_model"):
         return kind.from_pretrained(
             resolve_model(args.base_model), trust_remote_code=args.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--base_model {args.base_model}: {reason:.200}") from None
 
 
 def input_files(spec: str) -> list[Path]:

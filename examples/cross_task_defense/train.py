@@ -44,7 +44,7 @@ from common.fit import check_ids, check_length, fit_causal_lm
 from common.hub import push_finished
 from common.keep import fingerprint
 from common.model_card import write_model_card
-from common.run import inference_dtype, is_main_process, manifest, write_json
+from common.run import inference_dtype, is_main_process, loading_model, manifest, write_json
 from common.saving import full_state_dict, refuse_to_overwrite, save_adapter, whole_folder
 from common.training import AnswerTrainer, checkpoint_to_resume, start_over, with_adapters
 
@@ -127,7 +127,7 @@ def load_model(args: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
         "trust_remote_code": args.trust_remote_code,
     }
     quantization = quantization_config(args.load_in_8bit, args.load_in_4bit, double=False)
-    try:
+    with loading_model(args.base_model, flag="--base_model"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(
             **source,
@@ -135,9 +135,6 @@ def load_model(args: TrainArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
             attn_implementation=args.attn_implementation,
             quantization_config=quantization,
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--base_model {args.base_model}: {reason:.200}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"--base_model {args.base_model}: its tokenizer has no EOS token; answers would not end"

@@ -2,9 +2,10 @@
 
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 
+from transformers.hf_argparser import HfArg
 from trl import SFTConfig
 
 from common.conversation import UserError
@@ -17,80 +18,58 @@ logger = logging.getLogger("expguard")
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(
-        default="Qwen/Qwen2.5-7B",
-        metadata={"help": "Hub id, folder, or smollm2-135m-instruct (bundled)."},
+    model_name_or_path: str = HfArg(
+        default="Qwen/Qwen2.5-7B", help="Hub id, folder, or smollm2-135m-instruct (bundled)."
     )
-    model_type: str | None = field(
+    model_type: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Family of the model (qwen2.5-7b), checked; the prompt is the same for all."
-        },
+        help="Family of the model (qwen2.5-7b), checked; the prompt is the same for all.",
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where models from the hub are kept."}
-    )
-    local_files_only: bool = field(
-        default=False, metadata={"help": "Load models without asking the hub."}
-    )
-    attn_implementation: str | None = field(
+    cache_dir: str | None = HfArg(default=None, help="Where models from the hub are kept.")
+    local_files_only: bool = HfArg(default=False, help="Load models without asking the hub.")
+    attn_implementation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "sdpa | eager | flash_attention_2 (rows then lie end to end, without padding)"
-        },
+        help="sdpa | eager | flash_attention_2 (rows then lie end to end, without padding)",
     )
-    use_peft_lora: bool = field(
-        default=False, metadata={"help": "LoRA: the adapter, and the guard merged with it."}
+    use_peft_lora: bool = HfArg(
+        default=False, help="LoRA: the adapter, and the guard merged with it."
     )
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "all-linear | one pattern with .* | names"},
+    lora_target_modules: list[str] = HfArg(
+        default_factory=lambda: ["all-linear"], help="all-linear | one pattern with .* | names"
     )
-    use_4bit_quantization: bool = field(
-        default=False, metadata={"help": "Frozen base in 4 bits (nf4), for LoRA."}
+    use_4bit_quantization: bool = HfArg(
+        default=False, help="Frozen base in 4 bits (nf4), for LoRA."
     )
-    use_8bit_quantization: bool = field(
-        default=False, metadata={"help": "Frozen base in 8 bits, for LoRA."}
-    )
+    use_8bit_quantization: bool = HfArg(default=False, help="Frozen base in 8 bits, for LoRA.")
 
 
 @dataclass(kw_only=True)
 class DataArguments(OperatingPoint):
-    dataset_name: list[str] = field(
+    dataset_name: list[str] = HfArg(
         default_factory=lambda: ["expguardmix"],
-        metadata={
-            "help": "expguardmix, folders with train.jsonl, files, data specs; several are put together."
-        },
+        help="expguardmix, folders with train.jsonl, files, data specs; several are put together.",
     )
-    data_dir: str = field(
-        default="data", metadata={"help": "Where a folder expguardmix is looked for."}
-    )
-    val_data: str | None = field(
+    data_dir: str = HfArg(default="data", help="Where a folder expguardmix is looked for.")
+    val_data: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "With --do_eval: validation rows; default: val.jsonl of the folder, or a split."
-        },
+        help="With --do_eval: validation rows; default: val.jsonl of the folder, or a split.",
     )
-    val_split_ratio: float = field(
-        default=0.05, metadata={"help": "Share that is held out when there is no other."}
+    val_split_ratio: float = HfArg(
+        default=0.05, help="Share that is held out when there is no other."
     )
-    overlap_with: list[str] = field(
+    overlap_with: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "Evaluation sets (benchmark, benchmark@file, data spec) to compare with."
-        },
+        help="Evaluation sets (benchmark, benchmark@file, data spec) to compare with.",
     )
-    categories: list[str] | None = field(
+    categories: list[str] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Own categories in the prompt's policy: names, or one YAML file "
-            "(name: description); default: the paper's 13."
-        },
+        help="Own categories in the prompt's policy: names, or one YAML file "
+        "(name: description); default: the paper's 13.",
     )
-    bad_rows: str = field(default="error", metadata={"help": "error | skip (counted)"})
+    bad_rows: str = HfArg(default="error", help="error | skip (counted)")
 
 
 PAPER_NAMES = {  # flags of the paper's script: what they are called in TrainingArguments
@@ -109,33 +88,23 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
     """
 
     output_dir: str = "output/expguard"
-    do_train: bool = field(
-        default=True, metadata={"help": "false: only judge the validation rows."}
+    do_train: bool = HfArg(default=True, help="false: only judge the validation rows.")
+    do_eval: bool = HfArg(default=False, help="Validate, select the epoch and fit thresholds.")
+    do_test: bool = HfArg(
+        default=False, help="Said to be evaluate.py's work; training sees no test rows."
     )
-    do_eval: bool = field(
-        default=False, metadata={"help": "Validate, select the epoch and fit thresholds."}
-    )
-    do_test: bool = field(
-        default=False,
-        metadata={"help": "Said to be evaluate.py's work; training sees no test rows."},
-    )
-    stop_after_epoch: int | None = field(
-        default=None,
-        metadata={"help": "Stop so early in a schedule of --epochs; the released model: 2 of 3."},
+    stop_after_epoch: int | None = HfArg(
+        default=None, help="Stop so early in a schedule of --epochs; the released model: 2 of 3."
     )
     per_device_train_batch_size: int = 4
     gradient_accumulation_steps: int = 2
-    max_length: int | None = field(
+    max_length: int | None = HfArg(
         default=4096,
-        metadata={
-            "help": "Tokens of a row. A longer one loses the end of its response, then prompt."
-        },
+        help="Tokens of a row. A longer one loses the end of its response, then prompt.",
     )
-    share_prefix: bool = field(
+    share_prefix: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Compute what rows of a batch begin with once: for short rows, with sdpa."
-        },
+        help="Compute what rows of a batch begin with once: for short rows, with sdpa.",
     )
     learning_rate: float = 5e-6
     lr_scheduler_type: str = "cosine"
@@ -144,19 +113,15 @@ class ExpGuardConfig(RecipeTrainingArguments, SFTConfig):
     save_strategy: str = "epoch"
     ddp_find_unused_parameters: bool | None = False
     include_num_input_tokens_seen: str = "all"
-    wandb_mode: str = field(default="disabled", metadata={"help": "disabled | online | offline"})
-    disable_checkpointing: bool = field(
-        default=False, metadata={"help": "The same as --save_strategy no."}
+    wandb_mode: str = HfArg(default="disabled", help="disabled | online | offline")
+    disable_checkpointing: bool = HfArg(default=False, help="The same as --save_strategy no.")
+    epochs: float | None = HfArg(default=None, help="The same as --num_train_epochs.")
+    max_seq_len: int | None = HfArg(default=None, help="The same as --max_length.")
+    use_gradient_checkpointing: bool = HfArg(
+        default=False, help="The same as --gradient_checkpointing."
     )
-    epochs: float | None = field(default=None, metadata={"help": "The same as --num_train_epochs."})
-    max_seq_len: int | None = field(default=None, metadata={"help": "The same as --max_length."})
-    use_gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "The same as --gradient_checkpointing."}
-    )
-    num_workers: int | None = field(
-        default=None, metadata={"help": "The same as --dataloader_num_workers."}
-    )
-    deterministic: bool = field(default=False, metadata={"help": "The same as --full_determinism."})
+    num_workers: int | None = HfArg(default=None, help="The same as --dataloader_num_workers.")
+    deterministic: bool = HfArg(default=False, help="The same as --full_determinism.")
 
     def __post_init__(self):
         for name, modern in PAPER_NAMES.items():

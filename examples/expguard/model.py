@@ -27,7 +27,7 @@ from common.bundled import resolve_model
 from common.conversation import UserError
 from common.engines import quantization_config
 from common.prefix import shared_prefix_collator
-from common.run import inference_dtype
+from common.run import inference_dtype, loading_model
 from common.saving import merged_model, save_adapter, save_model
 from common.training import AnswerTrainer, read_answers, with_adapters
 
@@ -57,11 +57,9 @@ def load_encoder(
 
 def load_tokenizer(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrainedTokenizerBase:
     """The base's tokenizer as it is."""
-    try:
+    with loading_model(model_args.model_name_or_path, flag="--model_name_or_path"):
         config = AutoConfig.from_pretrained(**source(model_args, args))
         tokenizer = AutoTokenizer.from_pretrained(**source(model_args, args))
-    except (OSError, ValueError, KeyError) as error:
-        raise not_loaded(model_args, error) from None
     family = re.match("[a-z]*", (model_args.model_type or "").lower())[0]
     if not config.model_type.startswith(family):
         raise UserError(
@@ -84,25 +82,18 @@ def load_model(model_args: ModelArguments, args: ExpGuardConfig) -> PreTrainedMo
         quantization = quantization_config(
             model_args.use_8bit_quantization, model_args.use_4bit_quantization
         )
-    try:
+    with loading_model(model_args.model_name_or_path, flag="--model_name_or_path"):
         model = AutoModelForCausalLM.from_pretrained(
             **source(model_args, args),
             attn_implementation=model_args.attn_implementation,
             dtype=dtype,
             quantization_config=quantization,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise not_loaded(model_args, error) from None
     if quantization is not None:
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=args.gradient_checkpointing
         )
     return model
-
-
-def not_loaded(model_args: ModelArguments, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0]
-    return UserError(f"--model_name_or_path {model_args.model_name_or_path}: {reason:.200}")
 
 
 def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:

@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from common import data, metrics
 from common.conversation import Messages, UserError, pair
+from common.data import spread
 from common.data.rows import our_names
 from common.data.specs import load_hub
 from common.keep import rows_digest
 from common.labels import asked_categories
-from common.saving import spread
+from common.saving import COMPARED_ROWS
 from common.templates import Part, control_ids, encode, render, template_text, token_offsets
 from guards.suite.benchmarks import is_benchmark, load_benchmark
 
@@ -518,7 +519,7 @@ class Encoder:
         """The verdicts of a few rows, to compare a model in memory with the folder it was written
         to.
         """
-        few = spread(rows)
+        few = spread(rows, COMPARED_ROWS)
         prompts, _ = self.prompts(few)
         return self.verdict_set(few, prompts)
 

@@ -51,7 +51,7 @@ from common import data, metrics, report
 from common.conversation import UserError, last_turns, pair
 from common.data.repeats import near_copies
 from common.keep import fingerprint
-from common.results_page import PageGuard, PageTable, page_row, write_results_page
+from common.results_page import PageTable, page_row, write_results_page
 from common.run import check_output_folder, manifest, run_cli, write_json
 from guards.card import ArmOrigin, card_path, has_card, read_card
 from guards.generative import GenerativeGuard
@@ -730,7 +730,7 @@ def write_page(
                 told = answers[arms[arm][0]].loc[key]  # of the first seed
                 row.add_score(told.score, told.error)
             rows.append(row)
-    guards = [PageGuard(arm, cut if arm == "A1" else 0.5) for arm in shown]
+    guards = {arm: cut if arm == "A1" else 0.5 for arm in shown}
     verdict = results["verdict"]
     write_results_page(
         path,

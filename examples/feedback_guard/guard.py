@@ -28,6 +28,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, pair
 from common.prefix import can_share, shared_prefix_collator, tree
+from common.run import judging_bar
 from common.templates import Part, encode, text_of, windows
 from common.training import Answers, read_answers
 from guards import entry_of, load_guard, zoo
@@ -490,7 +491,9 @@ def verdict_probabilities(
     candidates = [*tokens[False], *tokens[True]]
     places = {unsafe: [candidates.index(i) for i in ids] for unsafe, ids in tokens.items()}
     found = []
-    for said in guard.model.next_token(prompts, candidates):
+    for said in guard.model.next_token(
+        prompts, candidates, judging_bar(guard.name, guard.progress)
+    ):
         odds = log_odds(torch.tensor(said.logprobs), places)
         found.append(odds.sigmoid().item())
     return found

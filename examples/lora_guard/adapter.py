@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from common import metrics, report, templates
-from common.conversation import Messages, UserError, pair, parts_of
+from common.conversation import Messages, UserError, judged_label, pair, parts_of
 from common.data import taxonomy
 from common.data.specs import about_data, in_one_name
 from common.labels import UNSAFE
@@ -41,7 +41,6 @@ from common.training import (
 )
 from guards import add_probe
 from guards.card import LoraCard, Threshold, has_card, local_sha256
-from guards.lora import input_kind
 
 logger = logging.getLogger("lora_guard")
 HEAD = "base_model.model.score.weight"
@@ -442,8 +441,7 @@ def verdicts_of(
     for messages, row in zip(inputs, probabilities, strict=True):
         categories = dict(zip(labels, row, strict=True))
         unsafe = categories.pop("unsafe", max(row))
-        label = "prompt_unsafe" if input_kind(messages) == "prompt" else "response_unsafe"
-        verdicts.append((messages, {label: unsafe, **categories}))
+        verdicts.append((messages, {judged_label(messages): unsafe, **categories}))
     return verdicts
 
 

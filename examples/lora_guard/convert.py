@@ -18,7 +18,7 @@ from trl import ModelConfig
 from common.bundled import resolve_model
 from common.conversation import UserError
 from common.data import read_json, taxonomy
-from common.run import expand_home, run_cli
+from common.run import expand_home, loading_model, run_cli
 from common.saving import refuse_to_overwrite, whole_folder
 from common.training import lora_config
 from guards import add_probe
@@ -93,10 +93,8 @@ def convert_reference(
     peft.inference_mode = True
     peft.base_model_name_or_path = resolve_model(base)
     code = {"trust_remote_code": trust_remote_code}
-    try:
+    with loading_model(base, flag="hf_model_id"):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(base), **code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"hf_model_id {base}: {str(error).strip().splitlines()[0]:.200}") from None
     has_unsafe_head = len(head) > len(CATEGORIES)
     card = guard_card(
         base,

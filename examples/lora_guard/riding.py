@@ -28,7 +28,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common.conversation import Messages, UserError, check_messages, last_turns, pair
+from common.conversation import (
+    Messages,
+    UserError,
+    check_messages,
+    judged_label,
+    last_turns,
+    pair,
+)
 from common.engines import apply_adapter
 from common.fit import fit_causal_lm, positions
 from common.run import device as default_device
@@ -36,7 +43,7 @@ from common.run import inference_dtype, is_main_process
 from common.templates import control_ids, encode, render, render_chat
 from guards.base import check_tokenizer, number_format
 from guards.card import NO_PROBE, LoraCard, card_path, check_scores, read_card
-from guards.lora import find_base, input_kind
+from guards.lora import find_base
 
 logger = logging.getLogger(__name__)
 
@@ -254,9 +261,8 @@ class GuardedChat:
             logger.warning(NO_PROBE, card_path(self.folder))
             return
         ((unsafe, said),) = self.judge_texts([probe.messages])
-        label = "prompt_unsafe" if input_kind(probe.messages) == "prompt" else "response_unsafe"
         check_scores(
-            said | {label: unsafe},
+            said | {judged_label(probe.messages): unsafe},
             number_format(self.model),
             probe,
             self.folder,

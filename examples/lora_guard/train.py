@@ -36,7 +36,7 @@ from trl import ModelConfig
 
 from common.bundled import resolve_model
 from common.conversation import UserError
-from common.data import load_conversations
+from common.data import load_conversations, spread
 from common.data.specs import in_one_name
 from common.data.splits import augment, load_training_rows
 from common.fit import check_length, fit_classifier
@@ -44,8 +44,8 @@ from common.head_start import fit_head
 from common.hub import push_finished
 from common.keep import fingerprint, rows_digest
 from common.labels import asked_categories, judged_rows, masked_bce
-from common.run import inference_dtype, parse_args, run_cli, usable_attention
-from common.saving import refuse_to_overwrite, spread
+from common.run import inference_dtype, loading_model, parse_args, run_cli, usable_attention
+from common.saving import COMPARED_ROWS, refuse_to_overwrite
 from common.training import (
     LengthGroupedTrainer,
     checkpoint_to_resume,
@@ -115,7 +115,7 @@ def main() -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     # --- 5. Save: the best epoch's adapter folder, compared with the model in memory --------------
-    compared = judged_inputs(spread(eval_rows or train_rows), args.guard_inputs)
+    compared = judged_inputs(spread(eval_rows or train_rows, COMPARED_ROWS), args.guard_inputs)
     folder.finish(trainer, test_set, compared, result.metrics)
     push_finished(training, folder.folder / "best")
 
@@ -152,7 +152,7 @@ def load_model(
     base = resolve_model(args.hf_model_id)
     code = {"trust_remote_code": args.trust_remote_code}
     depth = {} if args.guard_layers is None else {"num_hidden_layers": args.guard_layers}
-    try:
+    with loading_model(args.hf_model_id, flag="hf_model_id"):
         layers = AutoConfig.from_pretrained(base, **code).get_text_config().num_hidden_layers
         if not 1 <= (args.guard_layers or layers) <= layers:
             raise UserError(f"--guard-layers {args.guard_layers}: the base has {layers}")
@@ -167,11 +167,6 @@ def load_model(
             **depth,
             **code,
         )
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise UserError(f"hf_model_id {args.hf_model_id}: {said}") from None
     fit_classifier(tokenizer, model)
     check_length(model, args.max_length, "--max-length")
     replace_head(model, len(names), bias=not args.no_clf_head_bias)

@@ -40,7 +40,14 @@ from common.data.splits import load_training_rows
 from common.fit import fit_classifier
 from common.labels import LABEL_OF, UNSAFE, judged_rows
 from common.results_page import write_evaluation_page
-from common.run import check_output_folder, inference_dtype, manifest, parse_args, run_cli
+from common.run import (
+    check_output_folder,
+    inference_dtype,
+    loading_model,
+    manifest,
+    parse_args,
+    run_cli,
+)
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import Guard, entry_of, load_guard
 from guards.base import threshold_of
@@ -320,7 +327,7 @@ def baseline_scores(
     depth = {} if card.num_hidden_layers is None else {"num_hidden_layers": card.num_hidden_layers}
     set_seed(args.seed)
     trained = guard.model
-    try:
+    with loading_model(card.base_model, flag="--baselines: base model"):
         guard.model = AutoModelForSequenceClassification.from_pretrained(
             resolve_model(card.base_model),
             num_labels=len(guard.labels),
@@ -328,9 +335,6 @@ def baseline_scores(
             trust_remote_code=args.trust_remote_code,
             **depth,
         )
-    except (OSError, ValueError) as error:
-        said = f"base model {card.base_model}: {str(error).strip().splitlines()[0]}"
-        raise UserError(f"--baselines: {said}") from None
     fit_classifier(guard.tokenizer, guard.model)
     guard.model.to(guard.device).eval()
     # another model than that of the guard's name, and other weights with each seed

@@ -39,14 +39,14 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import ModelConfig
 
 from common.bundled import resolve_model
-from common.conversation import UserError
+from common.data import spread
 from common.data.splits import augment
 from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save
 from common.head_start import fit_head
 from common.hub import push_finished
 from common.labels import flagged, masked_bce
-from common.run import parse_args, run_cli, usable_attention
-from common.saving import predictions, refuse_to_overwrite, spread
+from common.run import loading_model, parse_args, run_cli, usable_attention
+from common.saving import COMPARED_ROWS, predictions, refuse_to_overwrite
 from common.training import (
     LengthGroupedTrainer,
     RecipeTrainingArguments,
@@ -113,7 +113,7 @@ def main() -> None:
     # on `validation` thresholds are fitted; of the few rows `compared` the folder, loaded again,
     # must say what the model in memory says: `outputs`
     validation = trainer.predict(eval_set, metric_key_prefix="eval") if eval_set else None
-    compared = spread(eval_rows or train_rows)
+    compared = spread(eval_rows or train_rows, COMPARED_ROWS)
     outputs = predictions(trainer, encode(Dataset.from_list(compared)))
     found = {"validation": validation, "facts": facts, "train_metrics": result.metrics}
     save_guard(trainer, model_args, data_args, task, **found, compared=compared, outputs=outputs)
@@ -133,7 +133,7 @@ def load_model(
     base = resolve_model(args.model_name_or_path)
     code = {"trust_remote_code": args.trust_remote_code}
     depth = {} if args.num_hidden_layers is None else {"num_hidden_layers": args.num_hidden_layers}
-    try:
+    with loading_model(args.model_name_or_path, flag="--model_name_or_path"):
         tokenizer = AutoTokenizer.from_pretrained(base, **code)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             base,
@@ -147,9 +147,6 @@ def load_model(
             **depth,
             **code,
         )
-    except (OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {args.model_name_or_path}: {said}") from None
     fit_classifier(tokenizer, model)  # a decoder's score is read at the last attended token, EOS
     check_length(model, args.max_length)
     model.config.use_cache = False

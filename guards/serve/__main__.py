@@ -139,16 +139,17 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def guard_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of `load_guard`: what was given, since not every kind of guard takes all."""
-    options: dict[str, Any] = {"progress": False}
-    for name in ("long_inputs", "engine", "server_model"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
+    """Options of `load_guard`, which leaves out None: not every kind of guard takes all."""
     if args.server_url is not None:
-        options["server_url"] = check_url(args.server_url, "--server_url")
-    if args.trust_remote_code:
-        options["trust_remote_code"] = True
-    return options
+        check_url(args.server_url, "--server_url")
+    return {
+        "progress": False,
+        "long_inputs": args.long_inputs,
+        "engine": args.engine,
+        "server_url": args.server_url,
+        "server_model": args.server_model,
+        "trust_remote_code": args.trust_remote_code or None,
+    }
 
 
 def read_key() -> str | None:

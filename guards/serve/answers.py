@@ -10,7 +10,9 @@ from common.conversation import (
     UserError,
     Verdict,
     check_messages,
+    judged_label,
     pair,
+    with_question,
 )
 from common.data.files import read_yaml
 from common.labels import UNSAFE
@@ -81,16 +83,11 @@ class Reader:
             UserError: it is none, or ends with a turn that the guard does not judge.
         """
         turns = check_messages(messages, "request", allow_empty=True)
-        roles = [turn["role"] for turn in turns]
-        label = Guard.LABEL_OF[roles[-1]]
-        if label not in self.guard.judges:
+        if judged_label(turns) not in self.guard.judges:
             known = ", ".join(self.guard.judges)
-            what = f"ends with a turn of the {roles[-1]}, and the guard judges {known}"
+            what = f"ends with a turn of the {turns[-1]['role']}, and the guard judges {known}"
             raise UserError(f"request, field messages: {what}")
-        if "user" not in roles and self.needs_question:
-            empty = {"role": "user", "content": ""}
-            turns.insert(roles.index("assistant"), empty)
-        return turns
+        return with_question(turns) if self.needs_question else turns
 
     def answer(
         self,
@@ -102,7 +99,7 @@ class Reader:
         Raises:
             NoVerdict: there is none: an error, or no opinion. That is never "not flagged".
         """
-        label = Guard.LABEL_OF[messages[-1]["role"]]
+        label = judged_label(messages)
         score = getattr(verdict, label)
         if verdict.error is not None:
             raise NoVerdict(verdict.error)

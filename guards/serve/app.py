@@ -46,8 +46,8 @@ from guards.serve.front import (
     Front,
     Limits,
     Meters,
-    Refused,
     log_fault,
+    refusal,
 )
 
 logger = logging.getLogger("guards.serve")
@@ -97,12 +97,12 @@ class Server:
         """What the guard says of each conversation.
 
         Raises:
-            Refused: the queue is full, or one of them has no verdict.
+            HTTPException: the queue is full, or one of them has no verdict.
             ClientLeft: nobody waits any more.
         """
         if len(conversations) > self.queue.most:
             message = f"{len(conversations)} texts, more than {self.queue.most} (--max_waiting)"
-            raise Refused(413, message)
+            raise HTTPException(413, message)
         verdicts = await self._verdicts(request, conversations)
         answers = []
         faults = []
@@ -116,7 +116,7 @@ class Server:
         if faults:
             self.meters.errors.inc(len(faults))
             logger.warning("no verdict on %d of %d texts", len(faults), len(conversations))
-            raise Refused(503, f"the guard has no verdict on {faults[0]}")
+            raise HTTPException(503, f"the guard has no verdict on {faults[0]}")
         self.meters.flagged.inc(sum(answer.flagged for answer in answers))
         return answers
 
@@ -134,15 +134,15 @@ class Server:
             return task.result()
         except QueueFull as full:
             pause = {"Retry-After": str(full.seconds)}
-            raise Refused(429, f"too many texts wait; {full}", pause) from None
+            raise HTTPException(429, f"too many texts wait; {full}", pause) from None
         except UserError as error:  # such as a server that serves another guard
             logger.error("the guard cannot judge: %s", error)
-            raise Refused(503, "the guard cannot judge; the server's log says why") from None
+            raise HTTPException(503, "the guard cannot judge; the server's log says why") from None
         except (ClientLeft, asyncio.CancelledError):
             raise
         except Exception as error:
             log_fault(error)
-            raise Refused(503, f"the guard failed ({type(error).__name__})") from None
+            raise HTTPException(503, f"the guard failed ({type(error).__name__})") from None
         finally:
             task.cancel()
 
@@ -205,10 +205,9 @@ def make_app(
         meters=meters,
         routes=routes,
     )
-    app.add_exception_handler(Refused, lambda _, error: error.response())
-    app.add_exception_handler(UserError, lambda _, error: Refused(400, f"{error}").response())
+    app.add_exception_handler(HTTPException, lambda _, error: refusal(error))
+    app.add_exception_handler(UserError, lambda _, error: refusal(HTTPException(400, f"{error}")))
     app.add_exception_handler(RequestValidationError, _wrong_request)
-    app.add_exception_handler(HTTPException, _wrong_address)
     return app
 
 
@@ -263,16 +262,18 @@ def _conversations(asked: wire.ModerationRequest, reader: Reader) -> list[list[M
     """What shall be judged: one conversation, or one of each text.
 
     Raises:
-        Refused: there is nothing to judge, or twice.
+        HTTPException: there is nothing to judge, or twice.
         UserError: this guard cannot judge it.
     """
     if asked.messages is not None and asked.input:
-        raise Refused(400, "input and messages: give one of the two")
+        raise HTTPException(400, "input and messages: give one of the two")
     if asked.messages is not None:
         turns = [turn.model_dump() for turn in asked.messages]
         return [reader.fitting(turns)]
     if asked.input is None or asked.input == []:
-        raise Refused(400, "input: a text, a list of texts, or text parts (or messages) is missing")
+        raise HTTPException(
+            400, "input: a text, a list of texts, or text parts (or messages) is missing"
+        )
     if isinstance(asked.input, str):
         texts = [asked.input]
     elif isinstance(asked.input[0], str):
@@ -300,11 +301,11 @@ def add_perspective(app: FastAPI, server: Server, with_key: bool) -> None:
     ) -> wire.AnalyzeAnswer:
         text = asked.comment.text
         if not text.strip():
-            raise Refused(400, "Comment must be non-empty.")
+            raise HTTPException(400, "Comment must be non-empty.")
         for name in asked.requestedAttributes:
             if name not in reader.attributes:
                 known = ", ".join(reader.attributes)
-                raise Refused(400, f"Unknown requested attribute: {name:.60}; known: {known}")
+                raise HTTPException(400, f"Unknown requested attribute: {name:.60}; known: {known}")
         conversation = reader.conversation(text)
         (answer,) = await server.answers(request, [conversation])
         scores = {}
@@ -362,10 +363,4 @@ async def _wrong_request(_: Request, error: RequestValidationError) -> Response:
         parts = [str(part) for part in fault["loc"] if part != "body"]
         place = ".".join(parts)
         faults.append(f"{place or 'body'}: {fault['msg']}")
-    return Refused(400, "; ".join(faults)).response()
-
-
-async def _wrong_address(_: Request, error: HTTPException) -> Response:
-    headers = dict(error.headers or {})
-    refused = Refused(error.status_code, f"{error.detail}", headers)
-    return refused.response()
+    return refusal(HTTPException(400, "; ".join(faults)))

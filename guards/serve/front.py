@@ -18,6 +18,7 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
 )
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import (
     ASGIApp,
@@ -35,22 +36,10 @@ NEEDS_KEY = "/v1"  # how the routes begin that judge texts
 CLIENT_LEFT = 499  # nginx' word in counts and logs for a client that did not wait
 
 
-class Refused(Exception):
-    """A request that gets an error as its answer."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.headers = headers or {}
-
-    def response(self) -> JSONResponse:
-        return JSONResponse(error_body(self.status, self.message), self.status, self.headers)
+def refusal(error: HTTPException) -> JSONResponse:
+    """The answer to a request that is refused."""
+    status = error.status_code
+    return JSONResponse(error_body(status, str(error.detail)), status, error.headers)
 
 
 class ClientLeft(Exception):
@@ -124,13 +113,13 @@ class Front:
             await self._answer(scope, receive, watched)
         except ClientLeft:
             pass
-        except Refused as refused:
-            await refused.response()(scope, receive, watched)
+        except HTTPException as refused:
+            await refusal(refused)(scope, receive, watched)
         except Exception as error:
             log_fault(error)
             if status == CLIENT_LEFT:  # nothing was said yet
-                fault = Refused(500, "the server failed on this request")
-                await fault.response()(scope, receive, watched)
+                fault = HTTPException(500, "the server failed on this request")
+                await refusal(fault)(scope, receive, watched)
         finally:
             self._count(scope, status, time.perf_counter() - started)
 
@@ -138,7 +127,7 @@ class Front:
         body = await read_body(receive, self.limits.max_body_bytes)
         if scope["path"].startswith(NEEDS_KEY) and not self._is_let_in(scope):
             message = "the key is missing or wrong: Authorization: Bearer …"
-            raise Refused(401, message, {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
         await self.app(scope, replaying(body, receive), send)
 
     def _is_let_in(self, scope: Scope) -> bool:
@@ -168,7 +157,7 @@ async def read_body(receive: Receive, most: int) -> bytes:
     that still writes would not read the answer.
 
     Raises:
-        Refused: it is too long, or comes too slowly.
+        HTTPException: it is too long, or comes too slowly.
         ClientLeft: it does not come at all.
     """
     pieces: list[bytes] = []
@@ -187,9 +176,9 @@ async def read_body(receive: Receive, most: int) -> bytes:
                 more = message.get("more_body", False)
     except TimeoutError:
         close = {"Connection": "close"}
-        raise Refused(408, f"no whole body in {BODY_SECONDS:.0f} s", close) from None
+        raise HTTPException(408, f"no whole body in {BODY_SECONDS:.0f} s", close) from None
     if size > most:
-        raise Refused(413, f"the body has {size} bytes, more than {most} (--max_body_bytes)")
+        raise HTTPException(413, f"the body has {size} bytes, more than {most} (--max_body_bytes)")
     return b"".join(pieces)
 
 

@@ -26,11 +26,11 @@ from statistics import fmean
 from urllib.parse import unquote
 
 import datasets
-import yaml
 
-from common.conversation import Messages, UserError, check_messages
-from common.data.files import Rows, read_rows
-from common.data.specs import first_line, load_hub
+from common.conversation import Messages, UserError, check_messages, one_line
+from common.data import spread
+from common.data.files import Rows, read_rows, read_yaml
+from common.data.specs import load_hub
 from common.keep import Row
 from common.obfuscation import OBFUSCATIONS, check_obfuscations, obfuscated
 from guards.suite.prepare import (
@@ -42,6 +42,7 @@ from guards.suite.prepare import (
 )
 
 logger = logging.getLogger(__name__)
+HERE = Path(__file__).parent
 OBFUSCATION_SEED = 0  # one for all, so that scores of two runs compare
 
 
@@ -64,17 +65,13 @@ class Benchmark:
 @cache
 def benchmarks() -> dict[str, Row]:
     """The entries of benchmarks.yaml by name."""
-    return _read("benchmarks.yaml")
+    return read_yaml(HERE / "benchmarks.yaml")
 
 
 @cache
 def paper() -> dict[str, Row]:
     """What paper.yaml says of ExpGuard's evaluation code."""
-    return _read("paper.yaml")
-
-
-def _read(name):
-    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return read_yaml(HERE / "paper.yaml")
 
 
 def benchmark_names(label: str | None = None) -> list[str]:
@@ -203,15 +200,6 @@ def load_plain(spec: str, max_rows: int | None = None) -> Benchmark:
 
 def _page(entry: Row) -> str | None:
     return f"https://huggingface.co/datasets/{entry['hub']}" if "hub" in entry else None
-
-
-def spread(rows: list[Row], max_rows: int) -> list[Row]:
-    """So many rows, evenly spaced; all of them where there are fewer. Raises UserError below 1."""
-    if max_rows < 1:
-        raise UserError(f"max_rows {max_rows}: must be at least 1")
-    if max_rows >= len(rows):
-        return rows
-    return [rows[i * len(rows) // max_rows] for i in range(max_rows)]
 
 
 def mark_repeats(rows: Sequence[dict]) -> None:
@@ -423,6 +411,6 @@ def _url_rows(name: str, url: str, local: str) -> Rows:
             path = Path(manager.extract(str(path)), member)
     except Exception as error:  # the network's and an archive's errors share no base class
         hint = f"check the network, or pass a local copy: {name}@FILE"
-        raise UserError(f"{name}, {url}: {first_line(error)} ({hint})") from None
+        raise UserError(f"{name}, {url}: {one_line(error)} ({hint})") from None
     suffix = Path(member or url).suffix  # a file of the cache has none of its own
     yield from read_rows(path, suffix=suffix, nested=True)

@@ -8,11 +8,10 @@ examples/expguard/evaluate.py is the same command line, and its docstring has mo
 killed run goes on where it was: verdicts are kept in OUTPUT_DIR/runs as they come.
 """
 
-import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas
@@ -20,25 +19,17 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
-from common.conversation import UserError, check_url
+from common.conversation import UserError, Verdict, check_option, check_url
 from common.data.specs import is_here
 from common.keep import Row
-from common.results_page import PageGuard, page_row, write_results_page
-from common.run import (
-    check_output_folder,
-    json_lines,
-    json_text,
-    manifest,
-    parse_args,
-    write_text,
-)
+from common.results_page import page_row, write_results_page
+from common.run import check_output_folder, manifest, parse_args
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import LONG_INPUTS, zoo
 from guards.base import DECIDED_BY, decides_above, threshold_of
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
 from guards.suite.judge import (
-    TASKS,
     Candidate,
     Found,
     candidates,
@@ -46,6 +37,7 @@ from guards.suite.judge import (
     read_benchmarks,
     read_validation,
 )
+from guards.suite.own import TASKS
 from guards.suite.score import (
     MARKS,
     PARSE_ERRORS,
@@ -190,11 +182,11 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     """
     names = [guard.name for guard in guards]
     check_arguments(args, names)
-    inputs = read_inputs(args)
+    run = read_inputs(args)
     results: Row = {
-        "benchmarks": {b.name: describe(b, args) for b in inputs.benchmarks},
-        "unread_benchmarks": inputs.unread,
-        "guards": {guard.name: describe_guard(guard, inputs.benchmarks) for guard in guards},
+        "benchmarks": {b.name: describe(b, args) for b in run.benchmarks},
+        "unread_benchmarks": run.unread,
+        "guards": {guard.name: describe_guard(guard, run.benchmarks) for guard in guards},
         "cells": [],
         "comparison": [],
         "drops": [],
@@ -202,29 +194,28 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
     added = []
     for path in args.add_results:
         added += add_results(Path(path), results, args)
-    to_judge = [*inputs.benchmarks, *inputs.validation.values()]
+    to_judge = [*run.benchmarks, *run.validation.values()]
     for guard in guards:
         if guard.predicted is not None:
             guard.predicted.check_names(to_judge)
     folder = Path(args.output_dir) / "runs"
-    found: dict[str, Found] = {}
     for guard in guards:
         one = judge_all(guard, to_judge, folder, CHUNK[args.engine], args.overwrite)
         about = results["guards"][guard.name]
         about["sees"] = one.about.get("sees")
-        about["train_data"] = mark_training_rows(guard, one, inputs.benchmarks)
-        results["cells"] += guard_cells(guard.name, one, inputs, args)
-        found[guard.name] = one
+        about["train_data"] = mark_training_rows(guard, one, run.benchmarks)
+        results["cells"] += guard_cells(guard.name, one, run)
+        run.found[guard.name] = one
     if args.compare:
-        results["comparison"] = compare_two(args, found)
-    results["drops"] = drops(args, inputs.benchmarks, found)
+        results["comparison"] = compare_two(run)
+    results["drops"] = drops(run)
     results["cells"] += added
     results["run"] = manifest([args])
-    write_tables(args, results, predictions(inputs.benchmarks, found))
-    draw_curves(args, inputs.benchmarks, found)
-    thresholds = decision_thresholds(inputs.benchmarks, found, results["cells"])
-    write_page(args, inputs.benchmarks, found, thresholds)
-    export_uncertain(args, inputs.benchmarks, found, thresholds)
+    write_tables(args, results, predictions(run))
+    draw_curves(run)
+    thresholds = decision_thresholds(run, results["cells"])
+    write_page(run, thresholds)
+    export_uncertain(run, thresholds)
     return results
 
 
@@ -232,14 +223,31 @@ def evaluate(args: EvaluationArguments, guards: Sequence[Candidate]) -> Row:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What guards are to judge, why the hub did not give other benchmarks, and rows to fit
-    thresholds on, by label.
+class Run:
+    """What guards are to judge, why the hub did not give other benchmarks, rows to fit thresholds
+    on, by label, and what is found of each guard.
     """
 
+    args: EvaluationArguments
     benchmarks: list[Benchmark]
     unread: dict[str, str]
     validation: dict[str, Benchmark]
+    found: dict[str, Found] = field(default_factory=dict)
+
+    def items(self) -> Iterator[tuple[Benchmark, Row, dict[str, Verdict]]]:
+        """Each row of each benchmark, with the verdicts of the guards that judged it."""
+        for benchmark in self.benchmarks:
+            for place, row in enumerate(benchmark.rows):
+                said = {}
+                for guard, one in self.found.items():
+                    if benchmark.name in one.verdicts:
+                        said[guard] = one.verdicts[benchmark.name][place]
+                yield benchmark, row, said
+
+    def compared(self, a: pandas.DataFrame, b: pandas.DataFrame) -> Row:
+        """What was said in a minus what was said in b, on the same rows."""
+        args = self.args
+        return compare(a, b, args.parse_errors, args.seed, args.bootstrap_rounds)
 
 
 def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
@@ -254,10 +262,7 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
         "published": ("run", "all", "none"),
     }
     for name, known in choices.items():
-        value = getattr(args, name)
-        if value not in known:
-            expected = ", ".join(filter(None, known))
-            raise UserError(f"--{name} {value}: expected one of {expected}")
+        check_option(f"--{name}", getattr(args, name), known)
     if args.engine == "server" and not args.server_url:
         raise UserError("--engine server: needs --server_url")
     if args.server_model and len(names) > 1:
@@ -279,7 +284,7 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
             raise UserError(f"--compare {args.compare}: expected a,b, two of {', '.join(names)}")
 
 
-def read_inputs(args: EvaluationArguments) -> Inputs:
+def read_inputs(args: EvaluationArguments) -> Run:
     """Benchmarks, with a mark on rows whose prompt is known, and validation rows."""
     benchmarks, unread = read_benchmarks(args.benchmarks, args.task_type, args.max_rows)
     labels = {benchmark.label for benchmark in benchmarks}
@@ -290,7 +295,7 @@ def read_inputs(args: EvaluationArguments) -> Inputs:
     for benchmark in benchmarks:
         for row, marks in zip(benchmark.rows, known_marks(benchmark, known), strict=True):
             row.update(marks)
-    return Inputs(benchmarks, unread, validation)
+    return Run(args, benchmarks, unread, validation)
 
 
 def known_marks(benchmark: Benchmark, known: Sequence[Row]) -> list[dict[str, bool]]:
@@ -396,10 +401,10 @@ def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row
             this run's will be.
     """
     try:
-        other = json.loads(path.read_text(encoding="utf-8"))
+        other = data.read_json(path)
         cells = other["cells"]
         twice = sorted(other["guards"].keys() & results["guards"].keys())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError) as error:
         what = f"no results.json of this script ({error!r:.80})"
         raise UserError(f"--add_results {path}: {what}") from None
     if twice:
@@ -422,24 +427,20 @@ def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def guard_cells(
-    guard: str,
-    found: Found,
-    inputs: Inputs,
-    args: EvaluationArguments,
-) -> list[Row]:
+def guard_cells(guard: str, found: Found, run: Run) -> list[Row]:
     """One guard's cells: a benchmark each, and what failed of the validation rows."""
+    args = run.args
     known = found.about.get("thresholds", {})
     thresholds = {}
     if not args.validation:
-        for benchmark in inputs.benchmarks:
+        for benchmark in run.benchmarks:
             thresholds[benchmark.label] = fitted(known, benchmark.label)
-    for label, part in inputs.validation.items():
+    for label, part in run.validation.items():
         if part.name in found.said:
             on = ", ".join(args.validation)
             thresholds[label] = fit_threshold(found.said[part.name], on, args)
     cells = []
-    for benchmark in tqdm(inputs.benchmarks, desc=f"scores of {guard}", delay=1):
+    for benchmark in tqdm(run.benchmarks, desc=f"scores of {guard}", delay=1):
         name = benchmark.name
         cell: Row = {"guard": guard, "benchmark": name, "label": benchmark.label}
         if name in found.problems:
@@ -457,7 +458,7 @@ def guard_cells(
             above=decides_above(known, benchmark.label),
         )
         cells.append(cell)
-    for part in inputs.validation.values():
+    for part in run.validation.values():
         problem = found.problems.get(part.name)
         if problem is not None and problem["status"] == "failed":
             cells.append({"guard": guard, "benchmark": part.name} | problem)
@@ -495,60 +496,51 @@ def fit_threshold(said: pandas.DataFrame, on: str, point: metrics.OperatingPoint
     return metrics.fit_threshold(usable.truth, usable.score, on, point)
 
 
-def compare_two(args: EvaluationArguments, found: Mapping[str, Found]) -> list[Row]:
+def compare_two(run: Run) -> list[Row]:
     """The first guard of --compare minus the second on every benchmark that both judged."""
-    a, _, b = args.compare.partition(",")
+    a, _, b = run.args.compare.partition(",")
+    ours = run.found[a].said
+    theirs = run.found[b].said
     differences = []
-    for name, ours in found[a].said.items():
-        theirs = found[b].said.get(name)
-        if theirs is not None and not name.startswith("validation-"):
+    for benchmark in run.benchmarks:
+        name = benchmark.name
+        if name in ours and name in theirs:
             pair = {"a": a, "b": b, "benchmark": name}
-            rounds = args.bootstrap_rounds
-            differences.append(pair | compare(ours, theirs, args.parse_errors, args.seed, rounds))
+            differences.append(pair | run.compared(ours[name], theirs[name]))
     return differences
 
 
-def drops(
-    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
-) -> list[Row]:
+def drops(run: Run) -> list[Row]:
     """What every guard loses on a modified benchmark: the plain one minus it, row by row."""
     lost = []
-    for benchmark in benchmarks:
+    for benchmark in run.benchmarks:
+        name = benchmark.name
         plain = benchmark.facts.get("plain")
-        for guard, one in found.items():
-            if plain not in one.said or benchmark.name not in one.said:
-                continue
-            before = one.said[plain]
-            after = one.said[benchmark.name]
-            rounds = args.bootstrap_rounds
-            difference = compare(before, after, args.parse_errors, args.seed, rounds)
-            lost.append({"guard": guard, "benchmark": benchmark.name} | difference)
+        for guard, one in run.found.items():
+            if plain in one.said and name in one.said:
+                difference = run.compared(one.said[plain], one.said[name])
+                lost.append({"guard": guard, "benchmark": name} | difference)
     return lost
 
 
 # --- what is left ---------------------------------------------------------------------------------
 
 
-def predictions(benchmarks: Sequence[Benchmark], found: Mapping[str, Found]) -> list[Row]:
+def predictions(run: Run) -> list[Row]:
     """One row an item of a benchmark, with every guard's verdict."""
     rows = []
-    for benchmark in benchmarks:
-        name = benchmark.name
-        for place, row in enumerate(benchmark.rows):
-            item = {
-                "benchmark": name,
-                "id": row["id"],
-                "index": row["index"],
-                "label": benchmark.label,
-                "truth": row["label"],
-                "groups": row["groups"],
-                **{mark: row[mark] for mark in MARKS},
-                "guards": {},
-            }
-            for guard, one in found.items():
-                if name in one.verdicts:
-                    item["guards"][guard] = vars(one.verdicts[name][place])
-            rows.append(item)
+    for benchmark, row, said in run.items():
+        item = {
+            "benchmark": benchmark.name,
+            "id": row["id"],
+            "index": row["index"],
+            "label": benchmark.label,
+            "truth": row["label"],
+            "groups": row["groups"],
+            **{mark: row[mark] for mark in MARKS},
+            "guards": {guard: vars(verdict) for guard, verdict in said.items()},
+        }
+        rows.append(item)
     return rows
 
 
@@ -573,47 +565,39 @@ def write_tables(args: EvaluationArguments, results: Row, rows: Sequence[Row]) -
         parts.append("## No table\n\n" + "".join(mixed))
     parts.append(details(results))
     text = "\n".join(filter(None, parts))
-    files = {
-        "results.json": json_text(results),
-        "predictions.jsonl": json_lines(rows),
-        "results.md": text,
+    more = {
         "results.tex": "\n".join(latex(table, benchmarks) for table in grids),
         "results.csv": csv_text(grids),
     }
-    for name, content in files.items():  # all of them, or none beside older ones
-        write_text(Path(args.output_dir) / name, content)
+    report.write_results(args.output_dir, results, text, rows, more)
     print(text)
 
 
-def draw_curves(
-    args: EvaluationArguments, benchmarks: Sequence[Benchmark], found: Mapping[str, Found]
-) -> None:
+def draw_curves(run: Run) -> None:
     """A picture for each benchmark with precision and recall of the guards that rank its rows."""
-    for benchmark in benchmarks:
+    for benchmark in run.benchmarks:
         name = benchmark.name
         curves = {}
-        for guard, one in found.items():
+        for guard, one in run.found.items():
             if name not in one.said:
                 continue
-            table = counted(one.said[name], args.parse_errors).dropna(subset="score")
+            table = counted(one.said[name], run.args.parse_errors).dropna(subset="score")
             if table.truth.nunique() == 2:
                 curves[guard] = (table.truth.to_numpy(), table.score.to_numpy())
         if curves:
-            path = Path(args.output_dir) / "precision-recall" / f"{name}.png"
+            path = Path(run.args.output_dir) / "precision-recall" / f"{name}.png"
             title = f"{name}: {benchmark.label} (n={len(benchmark.rows)})"
             report.plot_precision_recall(curves, path, title)
 
 
-def decision_thresholds(
-    benchmarks: Sequence[Benchmark], found: Mapping[str, Found], cells: Sequence[Row]
-) -> dict[tuple[str, str], float]:
+def decision_thresholds(run: Run, cells: Sequence[Row]) -> dict[tuple[str, str], float]:
     """Of each guard and benchmark the threshold of its cell: fitted on --validation or in
     guard.json; where there is none, above which score the guard decides.
     """
     thresholds = {}
-    for guard, one in found.items():
+    for guard, one in run.found.items():
         known = one.about.get("thresholds", {})
-        for benchmark in benchmarks:
+        for benchmark in run.benchmarks:
             thresholds[guard, benchmark.name] = decides_above(known, benchmark.label)
     for cell in cells:
         if cell.get("threshold"):
@@ -621,37 +605,28 @@ def decision_thresholds(
     return thresholds
 
 
-def write_page(
-    args: EvaluationArguments,
-    benchmarks: Sequence[Benchmark],
-    found: Mapping[str, Found],
-    thresholds: Mapping[tuple[str, str], float],
-) -> None:
+def write_page(run: Run, thresholds: Mapping[tuple[str, str], float]) -> None:
     """results.html: the rows of all benchmarks, with what each guard says of them.
 
     Args:
         thresholds: where the page begins, if a guard has one and the same on all that it judged.
     """
-    guards = []
-    for name, one in found.items():
-        judged = [benchmark.name for benchmark in benchmarks if benchmark.name in one.said]
+    guards = {}
+    for name, one in run.found.items():
+        judged = [benchmark.name for benchmark in run.benchmarks if benchmark.name in one.said]
         own = {thresholds[name, benchmark] for benchmark in judged}
-        guards.append(PageGuard(name, own.pop() if len(own) == 1 else 0.5))
+        guards[name] = own.pop() if len(own) == 1 else 0.5
     rows = []
-    for benchmark in benchmarks:
-        for place, row in enumerate(benchmark.rows):
-            groups = row["groups"]
-            categories = [str(value) for name, value in groups.items() if name != "language"]
-            facts = {**row, "categories": categories, "language": groups.get("language")}
-            shown = page_row(facts, benchmark.name, row["label"])
-            for one in found.values():
-                if benchmark.name in one.verdicts:
-                    shown.add(one.verdicts[benchmark.name][place], benchmark.label)
-                else:
-                    shown.add_score(None)
-            rows.append(shown)
+    for benchmark, row, said in run.items():
+        groups = row["groups"]
+        categories = [str(value) for name, value in groups.items() if name != "language"]
+        facts = {**row, "categories": categories, "language": groups.get("language")}
+        shown = page_row(facts, benchmark.name, row["label"])
+        for guard in guards:
+            shown.add(said.get(guard), benchmark.label)
+        rows.append(shown)
     write_results_page(
-        Path(args.output_dir) / "results.html",
+        Path(run.args.output_dir) / "results.html",
         title="Guards on benchmarks",
         note="results.md holds the tables; a guard without probabilities scores 1 or 0.",
         tables=[],
@@ -660,21 +635,12 @@ def write_page(
     )
 
 
-def export_uncertain(
-    args: EvaluationArguments,
-    benchmarks: Sequence[Benchmark],
-    found: Mapping[str, Found],
-    thresholds: Mapping[tuple[str, str], float],
-) -> None:
+def export_uncertain(run: Run, thresholds: Mapping[tuple[str, str], float]) -> None:
     """uncertain.jsonl: rows of all benchmarks near a threshold, or on which guards disagree."""
     rows = []
-    for benchmark in benchmarks:
-        name = benchmark.name
-        judges = [guard for guard, one in found.items() if name in one.verdicts]
-        own = {guard: thresholds[guard, name] for guard in judges}
-        for place, row in enumerate(benchmark.rows):
-            facts = {**row, "id": f"{name}/{row['id']}", benchmark.label: row["label"]}
-            facts |= {"categories": None, "language": row["groups"].get("language")}
-            said = {guard: found[guard].verdicts[name][place] for guard in judges}
-            rows.append(scored(facts, benchmark.label, said, own))
-    write_uncertain(args.output_dir, rows, args.export_uncertain)
+    for benchmark, row, said in run.items():
+        own = {guard: thresholds[guard, benchmark.name] for guard in said}
+        facts = {**row, "id": f"{benchmark.name}/{row['id']}", benchmark.label: row["label"]}
+        facts |= {"categories": None, "language": row["groups"].get("language")}
+        rows.append(scored(facts, benchmark.label, said, own))
+    write_uncertain(run.args.output_dir, rows, run.args.export_uncertain)

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from common import data, metrics
-from common.conversation import UserError, Verdict, check_url
+from common.conversation import UserError, Verdict, check_url, one_line
 from common.data import parse_spec
 from common.data.specs import Spec, specs_of_name
 from common.keep import KeptRows, Row, digest, fingerprint
@@ -34,16 +34,11 @@ from guards.suite.benchmarks import (
     split_modifier,
     split_spec,
 )
-from guards.suite.own import own_benchmarks, own_rows, own_spec
+from guards.suite.own import TASKS, own_benchmarks, own_rows, own_spec
 from guards.suite.predictions import PredictedGuard
 from guards.suite.score import judged
 
 logger = logging.getLogger("suite")
-TASKS = {
-    "prompt": "prompt_unsafe",
-    "response": "response_unsafe",
-    "refusal": "response_refusal",
-}
 SERVED = ("engine", "server_url", "server_model", "server_timeout")
 # kind of guard: options for all that it has not
 NOT_FOR = {"generative": (), "api": (*SERVED, "trust_remote_code", "long_inputs")}
@@ -390,19 +385,19 @@ def _verdicts(
     load: Callable[[], Guard],
     chunk: int,
 ) -> list[Verdict]:
-    """The verdicts on a benchmark's rows; what is missing is judged.
+    """The verdicts on a benchmark's rows; what is missing is judged, and predictions are looked up.
 
     Raises:
         UserError: not one row could be judged.
     """
-    keys = [_key(candidate, row) for row in benchmark.rows]
+    if candidate.predicted is not None:
+        out = candidate.predicted.judge_rows(benchmark.rows, benchmark.label)
+        return _some_judged(out, "none of its ids and hashes is one of these rows")
+    keys = [digest([candidate.identity, row["id"]]) for row in benchmark.rows]
     row_of = dict(zip(keys, benchmark.rows, strict=True))
 
     def judge(asked: list[str]) -> list[Verdict]:
-        asked_rows = [row_of[key] for key in asked]
-        if candidate.predicted is not None:
-            return candidate.predicted.judge_rows(asked_rows, benchmark.label)
-        conversations = [row["messages"] for row in asked_rows]
+        conversations = [row_of[key]["messages"] for key in asked]
         guard = load()
         if "wanted" not in signature(guard.judge).parameters:  # a judge() that somebody wrote anew
             return guard.judge(conversations)
@@ -417,30 +412,21 @@ def _verdicts(
         title=f"{candidate.name} on {benchmark.name}",
         beside=lambda key: {"row": row_of[key]["id"], "guard": candidate.identity},
     )
-    out = [said[key] for key in keys]
-    if all(verdict.error is not None for verdict in out):
-        hint = "--overwrite asks it anew"
-        if candidate.predicted is not None:
-            hint = "none of its ids and hashes is one of these rows"
-        raise UserError(f"not one row could be judged: {out[0].error} ({hint})")
-    return out
+    return _some_judged([said[key] for key in keys], "--overwrite asks it anew")
 
 
-def _key(candidate: Candidate, row: Row) -> str:
-    """What a kept verdict depends on. A guard says the same of the same text; a file of predictions
-    may not.
-    """
-    parts = [candidate.identity, row["id"]]
-    if candidate.predicted is not None:
-        parts.append(row.get("own_id"))
-    return digest(parts)
+def _some_judged(verdicts: list[Verdict], hint: str) -> list[Verdict]:
+    """The verdicts, of which one at least must be no error."""
+    if all(verdict.error is not None for verdict in verdicts):
+        raise UserError(f"not one row could be judged: {verdicts[0].error} ({hint})")
+    return verdicts
 
 
 def _failed(error: Exception, what: str) -> dict[str, str]:
     """An error as a problem; what is no mistake of the user's is logged with its traceback."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error, 300)
     expected = isinstance(error, UserError)
     if not expected:
         reason = f"{type(error).__name__}: {reason}"
     logger.error("%s: %s", what, reason, exc_info=None if expected else error)
-    return {"status": "failed", "reason": f"{reason:.300}"}
+    return {"status": "failed", "reason": reason}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common import data
-from common.conversation import LABELS, Messages, UserError
+from common.conversation import Messages, UserError
 from common.data import parse_spec
 from common.data.specs import Spec
 from common.data.tables import sources
@@ -24,13 +24,12 @@ from guards.suite.benchmarks import (
     is_benchmark,
     mark_repeats,
     row_id,
-    spread,
 )
 
-ENDINGS = {
-    "prompt_unsafe": "prompt",
-    "response_unsafe": "response",
-    "response_refusal": "refusal",
+TASKS = {
+    "prompt": "prompt_unsafe",
+    "response": "response_unsafe",
+    "refusal": "response_refusal",
 }
 
 
@@ -67,20 +66,23 @@ def own_benchmarks(text: str, max_rows: int | None = None) -> list[Benchmark]:
     _, plain = data.spec_rows(rows_spec)
     for row, (_, columns) in zip(rows, plain, strict=True):
         row["domain"] = columns.get("domain")
-    labels = [label for label in LABELS if any(row[label] is not None for row in rows)]
-    if not labels:
+    tasks = {}
+    for task, label in TASKS.items():
+        if any(row[label] is not None for row in rows):
+            tasks[task] = label
+    if not tasks:
         raise UserError(
             f"{text}: no row has a label; name the column prompt_label, response_label or "
             "refusal_label"
         )
     name = name or _name_of(spec)
     found = []
-    for label in labels:
-        full_name = f"{name}_{ENDINGS[label]}" if len(labels) > 1 else name
+    for task, label in tasks.items():
+        full_name = f"{name}_{task}" if len(tasks) > 1 else name
         _check_name(full_name, text)
         judged = own_rows(rows, label)
         if max_rows is not None:
-            judged = spread(judged, max_rows)
+            judged = data.spread(judged, max_rows)
         mark_repeats(judged)
         facts = _facts(spec, judged, len(rows) - len(judged) if max_rows is None else 0)
         found.append(Benchmark(full_name, label, judged, facts))

@@ -5,12 +5,11 @@ What a guard said of a benchmark is a table (`judged`); what of it counts, and h
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import pandas
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from common import metrics, report
 from common.conversation import Verdict
@@ -34,7 +33,6 @@ OF_SCORE = ("auroc", "recall_at_fpr01", "recall_at_fpr05", "ece", "brier")
 OF_THRESHOLD = ("f1", "recall", "fpr")
 
 NO_THRESHOLDS: Mapping[str, Mapping] = {}
-Statistic = Callable[[np.ndarray], float | None]
 
 
 def judged(
@@ -193,41 +191,20 @@ def row_set(rows: Sequence[Mapping]) -> str:
 # --- intervals ------------------------------------------------------------------------------------
 
 
-def statistics(table: pandas.DataFrame, threshold: float | None = None) -> dict[str, Statistic]:
+def statistics(
+    table: pandas.DataFrame, threshold: float | None = None
+) -> dict[str, metrics.Statistic]:
     """For `metrics.bootstrap`, over rows of `counted`: metric -> function of row numbers."""
     truth = table.truth.to_numpy()
     score = table.score.to_numpy()
     decided = table.decided.to_numpy(dtype=bool)
-    out = {
-        "f1": partial(_of_drawn, _f1, truth, decided),
-        "recall": partial(_of_drawn, _recall, truth, decided),
-        "fpr": partial(_of_drawn, _recall, ~truth, decided),
-    }
+    out = metrics.decisions(truth, decided)
     if table.score.isna().any():
         return out
-    out["f1_at_05"] = partial(_of_drawn, _f1, truth, score > 0.5)
+    out["f1_at_05"] = metrics.decisions(truth, score > 0.5)["f1"]
     if threshold is not None:
-        out["f1_at_validation"] = partial(_of_drawn, _f1, truth, score > threshold)
-    out["auprc"] = partial(_of_drawn, average_precision_score, truth, score)
-    out["auroc"] = partial(_of_drawn, roc_auc_score, truth, score)
-    return out
-
-
-def _of_drawn(metric, truth, said, rows):
-    """A metric of drawn rows; None without a positive, and a ranking's without a negative."""
-    drawn = truth[rows]
-    if not drawn.any() or (said.dtype != bool and drawn.all()):
-        return None
-    return float(metric(drawn, said[rows]))
-
-
-def _f1(truth, flagged):
-    hits = (truth & flagged).sum()
-    return 2 * hits / (truth.sum() + flagged.sum())
-
-
-def _recall(truth, flagged):
-    return flagged[truth].mean()
+        out["f1_at_validation"] = metrics.decisions(truth, score > threshold)["f1"]
+    return out | metrics.ranking(truth, score)
 
 
 def compare(

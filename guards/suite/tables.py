@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import fmean
 
 import pandas
-import yaml
 
 from common import report
 from common.conversation import LABELS, UserError
+from common.data.files import read_yaml
 from common.keep import Row
 from guards.base import DECIDED_BY
 
@@ -77,8 +77,7 @@ def published() -> Row:
         does not know), and `numbers`: one dict a number with guard, benchmark (or `average`),
         metric, decision, parse_errors, value (%) and source (a key).
     """
-    path = Path(__file__).with_name("published.yaml")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(Path(__file__).with_name("published.yaml"))
     content["numbers"] = []
     for block in content.pop("blocks"):
         columns = block.pop("columns")

@@ -123,8 +123,8 @@ def test_vllm_serve_says_what_transformers_says(answers, expected, base, adapter
             AutoTokenizer.from_pretrained(base),
             [[5, 6, 7], [40, 50, 60, 70], [9] * 30],
         )
-        local = TransformersEngine(str(base), tokenizer, progress=False)
-        remote = ServerEngine("base", server_url=there[3], progress=False)
+        local = TransformersEngine(str(base), tokenizer)
+        remote = ServerEngine("base", server_url=there[3])
         every = range(5, 105)  # far more than the 20 likeliest, and they come all the same
         for mine, theirs in zip(
             *(engine.next_token(prompts, every) for engine in (local, remote)), strict=True

@@ -13,11 +13,11 @@ from scripts import launch, module
 
 from common import metrics, report
 from common.conversation import Verdict, pair
-from common.results_page import PageGuard, PageTable, page_row, write_results_page
+from common.results_page import PageTable, page_row, write_results_page
 
 ROWS = 10_000
 HOSTILE = "</script><script>document.title='forged'</script><img src=x onerror=\"document.title='forged'\">"
-GUARDS = [PageGuard("first", 0.5), PageGuard("second", 0.4)]
+GUARDS = {"first": 0.5, "second": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_slider_moves_the_counts(page, rows, threshold):
 @pytest.mark.parametrize("threshold", [0.5, 0.9996, 0.00004])
 def test_a_threshold_is_shown_as_in_the_tables(browser, rows, tmp_path, threshold):
     path = tmp_path / "results.html"
-    guards = [PageGuard("first", threshold), GUARDS[1]]
+    guards = GUARDS | {"first": threshold}
     write_results_page(
         path,
         title="Two guards",

@@ -42,7 +42,7 @@ def no_long_waits(monkeypatch):
 
 
 def engine_of(server, **options) -> ServerEngine:
-    return ServerEngine("m", server_url=server.url, progress=False, **options)
+    return ServerEngine("m", server_url=server.url, **options)
 
 
 def answer(body):
@@ -229,7 +229,7 @@ def base(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def engine(base, tokenizer):
-    return load_engine("transformers", str(base), tokenizer, progress=False)
+    return load_engine("transformers", str(base), tokenizer)
 
 
 def test_a_loaded_model_is_copied_and_cast_as_any_other(base):
@@ -256,7 +256,7 @@ def test_batches_write_what_one_prompt_at_a_time_writes(tmp_path, family, shape,
     name = str(family(tmp_path, eos_token_id=None, **shape))
     tokenizer = AutoTokenizer.from_pretrained(name)
     prompts = [tokenizer(POLICY + text)["input_ids"] for text in QUESTIONS]
-    engine = load_engine("transformers", name, tokenizer, batch_size=3, progress=False)
+    engine = load_engine("transformers", name, tokenizer, batch_size=3)
     decoding = Decoding(max_new_tokens=40, num_beams=beams)
     found = engine.completions(prompts, decoding, skip_special_tokens=False)
     stock = AutoModelForCausalLM.from_pretrained(name)

@@ -77,7 +77,7 @@ def test_a_pad_token_outside_the_embeddings_is_replaced_by_eos(family, tmp_path)
     folder = BASES[family](tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    engine = TransformersEngine(str(folder), tokenizer, progress=False)
+    engine = TransformersEngine(str(folder), tokenizer)
     answers = engine.completions([[5, 6, 7], [5, 6, 7, 8, 9]], Decoding(4))
     assert [one.error for one in answers] == [None, None]
     fit.fit_causal_lm(tokenizer, AutoModelForCausalLM.from_pretrained(folder))

@@ -108,7 +108,8 @@ def test_ece_by_hand():
 def test_scores_without_near_copies_of_what_is_known(known, supports):
     """Where nothing else is left, the table says so."""
     texts = ["one text", "Another!"]
-    found = metrics.by_near_copies(texts, known, [True, False], [0.9, 0.1], 0.5)
+    found = metrics.by_parts(["en"] * 2, texts, known, [True, False], [0.9, 0.1], 0.5)
+    found = found["near_copies"]
     assert {name: one["support"] for name, one in found.items()} == supports
 
 

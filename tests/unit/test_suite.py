@@ -68,10 +68,10 @@ def read_and_asked(guard: GenerativeGuard) -> tuple[torch.Tensor, torch.Tensor]:
     means = []
     asked = []
 
-    def look(prompts, candidates):
+    def look(prompts, candidates, bar):
         read = []
         hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        out = next_token(prompts, candidates)
+        out = next_token(prompts, candidates, bar)
         hook.remove()
         means.append(read[-1].flatten(0, -2).mean(0))  # the one before is of the shared prefix
         asked.append(torch.zeros(len(head.weight)).index_fill(0, torch.tensor(candidates), 1))
