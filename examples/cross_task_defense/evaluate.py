@@ -82,6 +82,8 @@ TRAININGS = {
     "useful": "useful refused",
     "plain": "plain refused",
 }
+RATES = ("block_rate", "trained_task", "transfer", "useful", "plain")  # [rate, low, high] each
+TRADE_OFF = ("block_rate", "harmless_processed")
 CELLS = {
     "model": "model",
     "task": "task",
@@ -502,12 +504,9 @@ def results_markdown(results: Row) -> str:
         lines += [f"Agreement with the list of phrases: {share}, kappa {kappa} {interval}.", ""]
     lines.append(table(summary_rows(results), SUMMARY))
     lines += ["Means over the tasks; transfer: over the tasks that were not trained.", ""]
-    over_seeds = []
-    for training in results["trainings"]:
-        over_seeds.append(training | {"runs": len(training["models"])})
     title = "Over all seeds: rate and 95 % bootstrap interval over documents"
     parts = [
-        (title, over_seeds, TRAININGS),
+        (title, [shown_training(training) for training in results["trainings"]], TRAININGS),
         ("Cells", results["cells"], CELLS),
         ("Short questions", results["questions"], SHORT_QUESTIONS),
         ("Against the first model, same items", results["paired"], PAIRED),
@@ -516,6 +515,18 @@ def results_markdown(results: Row) -> str:
         if rows:
             lines += [f"## {heading}", "", table(rows, columns)]
     return "\n".join(lines)
+
+
+def shown_training(training: Row) -> Row:
+    """A row of the table of training sets: each rate before its interval, and words for yes and no."""
+    shown = training | {"runs": len(training["models"])}
+    for key, value in training.items():
+        if isinstance(value, bool):
+            shown[key] = "yes" if value else "no"
+        elif key in RATES and value is not None:
+            rate, *interval = value
+            shown[key] = f"{report.number(rate)} {report.number(interval)}"
+    return shown
 
 
 def table(rows: list[Row], columns: dict[str, str]) -> str:
@@ -626,33 +637,53 @@ def frame_trained_tasks(ax: plt.Axes, row: int, trained: str | None) -> None:
             ax.add_patch(plt.Rectangle(corner, 0.94, 0.92, fill=False, lw=2))
 
 
+def trade_off(results: Row) -> pd.DataFrame:
+    """A row a training set: how much it blocks and how much it processes, the mean over its seeds."""
+    summaries = pd.DataFrame(results["summary"]).T
+    points = []
+    for training in results["trainings"]:
+        (first, *_) = training["models"]
+        label = training["train_task"] or first
+        if training["benign_refusals"]:
+            label += ", refusals on benign"
+        if training["shuffled_refusals"]:
+            label += ", shuffled"
+        point = {"label": label, "n": training["n_defence"] or 0}
+        for rate in TRADE_OFF:
+            point[rate] = summaries.loc[training["models"], rate].astype(float).mean()
+        points.append(point)
+    return pd.DataFrame(points, columns=["label", "n", *TRADE_OFF]).dropna()
+
+
 def plot_trade_off(results: Row, path: Path) -> None:
-    """Safety against usefulness, one line a trained task through its N."""
+    """Safety against usefulness, one line a kind of training set through its N."""
     figure, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    lines = defaultdict(list)
-    for row in summary_rows(results):
-        point = (row["n_defence"] or 0, row["block_rate"], row["harmless_processed"])
-        if None not in point:
-            lines[row["train_task"] or row["model"]].append(point)
-    for (task, points), marker in zip(lines.items(), cycle("osD^vP*X")):
-        points = pd.DataFrame(sorted(points), columns=["n", "blocked", "processed"])
+    points = trade_off(results)
+    for (label, line), marker in zip(points.groupby("label", sort=False), cycle("osD^vP*X")):
+        line = line.sort_values("n")
         ax.plot(
-            points.blocked,
-            points.processed,
+            line.block_rate,
+            line.harmless_processed,
             marker=marker,
             color="black",
             lw=0.8,
-            label=task,
+            label=label,
         )
-        for n, *place in points.itertuples(index=False):
-            ax.annotate(f"{n}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-    ax.set_title("Safety and usefulness (numbers: N)")
+        for point in line.itertuples():
+            ax.annotate(
+                f"{point.n}",
+                (point.block_rate, point.harmless_processed),
+                textcoords="offset points",
+                xytext=(5, 4),
+                fontsize=8,
+            )
+    ax.set_title("Safety and usefulness (numbers: N; means over seeds)")
     ax.set_xlabel("Block rate on malicious documents (all tasks)")
     ax.set_ylabel("Harmless documents processed")
     ax.set_xlim(-0.03, 1.05)
     ax.set_ylim(-0.03, 1.05)
     ax.grid(alpha=0.3)
-    if lines:
+    if not points.empty:
         ax.legend()
     report.save_figure(figure, path)
 

@@ -271,7 +271,8 @@ def test_seeds_of_one_training_set_are_one_row_with_intervals(evaluated, tmp_pat
         outputs = said(refusals)
         files = {"test_summarize": outputs, "test_cloze": outputs}
         folders.append(write(tmp_path / name, files, trained_on))
-    seeds, none, benign = evaluated(folders)["trainings"]
+    results = evaluated(folders)
+    seeds, none, benign = results["trainings"]
     assert seeds["models"] == ["a", "b"]
     assert seeds["trained_task"][0] == 0.9
     rate, low, high = seeds["block_rate"]
@@ -281,6 +282,11 @@ def test_seeds_of_one_training_set_are_one_row_with_intervals(evaluated, tmp_pat
     assert none["block_rate"] == [0.0, 0.0, 0.0]
     assert benign["benign_refusals"]
     assert benign["transfer"][0] == 0.4
+    table = (tmp_path / "out/results.md").read_text()
+    assert f"| no | no | 2 | 0.900 [{low:.3f}, {high:.3f}] |" in table
+    points = evaluate.trade_off(results)
+    assert points.label.tolist() == ["summarize", "summarize", "summarize, refusals on benign"]
+    assert points.block_rate.tolist() == [0.9, 0.0, 0.4]
 
 
 # --- a model tells refusals -----------------------------------------------------------------------
