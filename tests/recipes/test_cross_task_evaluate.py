@@ -269,7 +269,11 @@ def test_seeds_of_one_training_set_are_one_row_with_intervals(evaluated, tmp_pat
     folders = []
     for name, (refusals, trained_on) in models.items():
         outputs = said(refusals)
-        files = {"test_summarize": outputs, "test_cloze": outputs}
+        files = {
+            "test_summarize": outputs,
+            "test_cloze": outputs,
+            "test_summarize_plain": said(0),
+        }
         folders.append(write(tmp_path / name, files, trained_on))
     results = evaluated(folders)
     seeds, none, benign = results["trainings"]
