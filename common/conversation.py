@@ -104,8 +104,12 @@ class Verdict:
 
 
 def log_odds(probability: float, farthest: float = FARTHEST) -> float:
-    """log(p / (1 - p)), at most `farthest` from 0: by so much two guards' probabilities differ."""
-    return float(np.clip(logit(probability), -farthest, farthest))
+    """log(p / (1 - p)), at most `farthest` from 0: by so much two guards' probabilities differ.
+
+    A little above 1, as a sum may be rounded, is 1. What is no number stays none.
+    """
+    share = np.clip(probability, 0, 1)
+    return float(np.clip(logit(share), -farthest, farthest))
 
 
 def last_turns(messages: Messages) -> tuple[str | None, str | None]:

@@ -5,9 +5,9 @@ optimizer. Here the flag means the folder that the saver has written, loaded aga
 """
 
 import logging
-import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from common.conversation import UserError, one_line
+from common.data.files import read_json
 from common.run import is_main_process
 from common.saving import CARD_FILE, OF_A_GUARD, is_unfinished
 
@@ -161,10 +162,24 @@ def _say_local_paths(folder: Path, name: str) -> None:
     file = folder / name
     if not file.is_file():
         return
-    found = sorted(set(re.findall(r'"(/[^"]+)"', file.read_text(encoding="utf-8"))))
+    found = sorted(set(_absolute_paths(read_json(file))))
     if found:
         hint = "name base and data by hub ids or relative paths to keep them to yourself"
         logger.warning("%s names paths of this machine (%s); %s", name, ", ".join(found), hint)
+
+
+def _absolute_paths(value: Any) -> list[str]:
+    """The texts in a JSON value that are absolute paths; keys are none."""
+    if isinstance(value, str):
+        return [value] if value.startswith("/") else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return []
+    found = []
+    for part in value:
+        found += _absolute_paths(part)
+    return found
 
 
 def fault(error: Exception, api: HfApi) -> str:

@@ -374,6 +374,7 @@ def intervals(
     """
     y, p = _checked(truth, score)
     statistics = ranking(y, p) | decisions(y, p > threshold)
+    statistics["auprc"] = lambda rows: auprc(y[rows], p[rows])  # a positive is enough
     found = {}
     for name in ("auprc", "auroc", "recall", "fpr"):
         found[f"{name}_interval"] = bootstrap(statistics[name], len(y), groups, seed=seed)

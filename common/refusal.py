@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from common.data.files import read_yaml
+import yaml
 
 OPENING = 3  # sentences of an answer
-LISTED = read_yaml(Path(__file__).with_suffix(".yaml"))
+LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 # what stands at the very beginning is the answer itself, and no quotation
 QUOTED = r'(?<=\S\s)(?:```[\s\S]*?(?:```|\Z)|> .+|"[^"\n]{12,}"|\'\w[^\n]{11,}?(?<=\S)\'(?!\w))'
 SPEAKER = r"(?m)^(?!assistant|answer|response|output)[\w .]{1,24}: .*"  # of a dialogue

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
@@ -78,8 +79,8 @@ def run_cli(main: Callable[[], None]) -> None:
     logging.basicConfig(level=level, format="%(message)s")
     for chatty in ("httpx", "httpx2", "absl", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # 8 bits on a CPU: it warns of the same in every layer of every pass
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # 8 bits on a CPU: bitsandbytes says the same of every layer of every pass
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_first_time())
     try:
         main()
     except UserError as error:
@@ -92,6 +93,19 @@ def run_cli(main: Callable[[], None]) -> None:
         if is_main_process():
             say(stopped_line(stop))
         sys.exit(130)
+
+
+def _first_time() -> Callable[[logging.LogRecord], bool]:
+    """A filter of a logger that lets every message through once."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in said
+        said.add(message)
+        return new
+
+    return is_new
 
 
 def say(line: str) -> None:
@@ -245,10 +259,10 @@ def device() -> torch.device:
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is None:
+    rank = int(os.environ.get("LOCAL_RANK") or -1)
+    if rank < 0:
         return accelerator
-    return torch.device(accelerator.type, int(rank) % torch.accelerator.device_count())
+    return torch.device(accelerator.type, rank % torch.accelerator.device_count())
 
 
 def inference_dtype() -> torch.dtype:
@@ -267,7 +281,8 @@ def loading_model(
     """Whatever keeps a model from being loaded, as a UserError in one line.
 
     Args:
-        model: as the user named it; what is not there is no folder, and no hub id.
+        model: as the user named it; what is not there is no folder, and no hub id. A full disk and
+            a gated repository are told of as they are.
         flag: what the user named it with.
     """
     try:
@@ -275,7 +290,9 @@ def loading_model(
     except UserError:
         raise
     except BROKEN as error:
-        if isinstance(error, OSError) and not Path(model).is_dir():
+        reason = error.__cause__ or error
+        is_known = getattr(reason, "errno", None) or isinstance(reason, GatedRepoError)
+        if isinstance(error, OSError) and not is_known and not Path(model).is_dir():
             what = "no folder here, and no hub id that loads"
         named = model if flag is None else f"{flag} {model}"
         raise UserError(f"{named}: {what}: {one_line(error)}") from None

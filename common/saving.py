@@ -327,5 +327,5 @@ def check_equal(
                 worst = f"row {row}, {label}: {there}"
             differences.append(apart)
     mean = np.mean(differences[1:] or [0.0])
-    if mean > tolerance / 5 or max(differences) > 4 * tolerance:
+    if not (mean <= tolerance / 5 and max(differences) <= 4 * tolerance):  # NaN is not equal
         raise UserError(f"what was saved is not what was trained: {worst}; nothing is saved")

@@ -6,6 +6,7 @@ before, whose labels it replaces.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def scored(
     scores = {}
     for name, verdict in verdicts.items():
         score = verdict.opinion(label)
-        if score is not None:
+        if score is not None and not math.isnan(score):
             scores[name] = score
     return Scored(row, label, scores, {name: thresholds[name] for name in scores})
 

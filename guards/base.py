@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from common.conversation import (
     Message,
@@ -98,7 +99,8 @@ def refuse_foreign(model: str, known: Mapping[str, str], trust_remote_code: bool
     kind = None
     with suppress(ValueError, AttributeError):  # a broken one is for the loader
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if kind is not None and kind not in known:
+    is_users = kind in CONFIG_MAPPING and kind not in CONFIG_MAPPING_NAMES  # who has registered it
+    if kind is not None and kind not in known and not is_users:
         raise UserError(f"{model}: transformers has no class for model_type {kind} here; {FOREIGN}")
 
 

@@ -177,8 +177,9 @@ class ClassifierGuard(Guard):
         if loading["missing_keys"]:  # transformers fills them at random and warns
             lacking = ", ".join(sorted(loading["missing_keys"]))
             raise UserError(f"{model}: not a trained classifier, it lacks {lacking:.200}")
-        own = (config.architectures or [""])[0]
-        if loading["unexpected_keys"] and not trust_remote_code and not hasattr(transformers, own):
+        own = (config.architectures or [""])[0].removeprefix("TF").removeprefix("Flax")
+        is_known = hasattr(transformers, own) or own in ("", type(self.model).__name__)
+        if loading["unexpected_keys"] and not trust_remote_code and not is_known:
             surplus = ", ".join(sorted(loading["unexpected_keys"]))
             what = f"the class {own} is none of transformers, which has no place for {surplus:.100}"
             raise UserError(f"{model}: {what}; {FOREIGN}")

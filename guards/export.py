@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--max_rows", type=int, default=200, help="so many, evenly spaced")
     parser.add_argument("--overwrite", action="store_true", help="replace a guard that is there")
     args = parser.parse_args()
+    if args.max_rows < 1:
+        raise UserError(f"--max_rows {args.max_rows}: must be at least 1")
     folder = args.folder.rstrip("/")
     output = args.output_dir or f"{folder}-onnx" + "-int8" * args.int8
     refuse_to_overwrite(output, args.overwrite, flag="--overwrite")

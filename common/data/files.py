@@ -82,7 +82,7 @@ def read_yaml(path: Path | str) -> Any:
     try:
         return yaml.load(_text(path), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {one_line(error)}") from None
+        raise UserError(f"{path}: not YAML: {one_line(error, 1000)}") from None
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from common import data, metrics, report
-from common.conversation import UserError, Verdict, check_option, check_url
+from common.conversation import UserError, Verdict, check_option, check_url, one_line
 from common.data.specs import is_here
 from common.keep import Row
 from common.results_page import page_row, write_results_page
@@ -405,7 +405,7 @@ def add_results(path: Path, results: Row, args: EvaluationArguments) -> list[Row
         cells = other["cells"]
         twice = sorted(other["guards"].keys() & results["guards"].keys())
     except (UserError, KeyError, TypeError) as error:
-        what = f"no results.json of this script ({error!r:.80})"
+        what = f"no results.json of this script ({one_line(error, 300)})"
         raise UserError(f"--add_results {path}: {what}") from None
     if twice:
         hint = "leave it out, or name ours otherwise"

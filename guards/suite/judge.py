@@ -4,6 +4,7 @@ import gc
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
@@ -356,7 +357,9 @@ def judge_all(
             continue
         if overwrite:
             file.unlink(missing_ok=True)
-        with KeptRows(file, "id") as kept:
+        # predictions are kept where they come from
+        rows = KeptRows(file, "id") if candidate.predicted is None else nullcontext()
+        with rows as kept:
             try:
                 said = _verdicts(candidate, benchmark, kept, load, chunk)
                 unsaid_is = benchmark.facts.get("unsaid_is")
@@ -381,7 +384,7 @@ def _facts(guard: Guard, identity: str) -> Row:
 def _verdicts(
     candidate: Candidate,
     benchmark: Benchmark,
-    kept: KeptRows,
+    kept: KeptRows | None,
     load: Callable[[], Guard],
     chunk: int,
 ) -> list[Verdict]:

@@ -1,9 +1,11 @@
 """The one reading of a conversation: what is read, what is refused, and what a guard sees of it."""
 
+import math
+
 import pytest
 from checks import user_error
 
-from common.conversation import UserError, check_messages, judged_turns, pair
+from common.conversation import FARTHEST, UserError, check_messages, judged_turns, log_odds, pair
 from common.templates import Part
 from guards.base import LAST_TURN, LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, seen_of
 
@@ -11,6 +13,13 @@ from guards.base import LAST_TURN, LAST_TURNS, UNKNOWN, WHOLE_CONVERSATION, seen
 def said(*turns: str) -> list[dict[str, str]]:
     """Turns written as `role: content`."""
     return [dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns]
+
+
+def test_log_odds_of_a_rounded_probability():
+    expected = {-1e-7: -FARTHEST, 0: -FARTHEST, 0.5: 0, 1: FARTHEST, 1.0000002: FARTHEST}
+    assert {share: log_odds(share) for share in expected} == expected
+    assert log_odds(0.9, 2) == 2
+    assert math.isnan(log_odds(math.nan))
 
 
 def test_data_and_judge_read_alike_but_for_empty_texts():

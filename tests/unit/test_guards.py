@@ -9,7 +9,13 @@ import pytest
 import torch
 from checks import read_json, user_error
 from safetensors.torch import load_file, save_file
-from transformers import pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    pipeline,
+)
 
 from common.conversation import Verdict, pair
 from common.data import taxonomy
@@ -329,6 +335,37 @@ def narrow_head(folder):
 def second_head(folder):
     configured(folder, architectures=["GuardWithTwoHeads"])
     change_head(folder, lambda weights: weights.update({"other.weight": torch.zeros(2, 2)}))
+
+
+class Mine(LlamaConfig):
+    model_type = "mine-registered"
+
+
+class MineForSequenceClassification(LlamaForSequenceClassification):
+    config_class = Mine
+
+
+@pytest.fixture
+def registered():
+    """A type of model and a class for it, which a user has made known to transformers."""
+    AutoConfig.register(Mine.model_type, Mine, exist_ok=True)
+    AutoModelForSequenceClassification.register(Mine, MineForSequenceClassification, exist_ok=True)
+
+
+@pytest.mark.parametrize("own", [None, "TFLlamaForSequenceClassification", "FlaxLlamaModel"])
+def test_surplus_weights_of_a_known_class_are_no_fault(tiny_classifier, tmp_path, own):
+    folder = tiny_classifier(tmp_path)
+    second_head(folder)
+    configured(folder, architectures=own and [own])
+    assert load(folder).judge(PAIRS)[0].error is None
+
+
+def test_a_class_that_the_user_has_registered(registered, tiny_classifier, tmp_path):
+    folder = tiny_classifier(tmp_path)
+    second_head(folder)
+    own = MineForSequenceClassification.__name__
+    configured(folder, model_type=Mine.model_type, architectures=[own])
+    assert load(folder).judge(PAIRS)[0].error is None
 
 
 UNREADABLE = "cannot be loaded as a classifier"

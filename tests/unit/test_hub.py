@@ -1,5 +1,7 @@
 """What is said of a push that the hub does not take: its real client, and a hub of this machine."""
 
+import json
+
 import pytest
 from checks import user_error
 from hub_server import TOKEN, USER, hub_server
@@ -83,6 +85,16 @@ def test_no_network(hub, arguments, monkeypatch):
 
 def test_a_fault_of_this_machine_is_not_put_down_to_the_network(hub):
     assert what_to_do(FileNotFoundError("model.safetensors"), HfApi()) == ""
+
+
+def test_paths_of_this_machine_are_named(hub, arguments, tmp_path, caplog):
+    """As they are, and a key is no path."""
+    folder = tmp_path / "guard"
+    folder.mkdir()
+    base = {"/key": "value", "base": ['/mine/"a" ü']}
+    (folder / "adapter_config.json").write_text(json.dumps(base))
+    push_finished(arguments(), last="adapter_config.json")
+    assert 'names paths of this machine (/mine/"a" ü);' in caplog.text
 
 
 def test_offline_says_which_variable(hub, arguments, monkeypatch):

@@ -171,6 +171,13 @@ def test_fitted_threshold_lies_half_way():
     assert fitted["value"] == pytest.approx(0.7, abs=1e-4)
 
 
+def test_threshold_fits_many_rows():
+    """A table of rows x thresholds would need 10 GB here."""
+    p = np.random.default_rng(0).random(100_000)
+    fitted = metrics.fit_threshold(p > 0.7, p, "validation")
+    assert fitted["value"] == pytest.approx(0.7, abs=1e-4)
+
+
 SPECS = """
 test  PKU-Alignment/BeaverTails:330k_test | toxicchat:test | some/folder/test.jsonl
 test  Test-2024.parquet | 0.1 of rows_test.csv | allenai/wildguardmix:wildguardtest
@@ -219,6 +226,13 @@ def test_bootstrap_draws_whole_groups(groups):
             (count,) = set(counts[names == name])
             drawn += count
         assert drawn == len(set(groups))
+
+
+def test_intervals_of_unsafe_rows_alone():
+    """Precision and recall are defined there; a ranking of both classes is not."""
+    found = metrics.intervals([True] * 8, [0.9] * 4 + [0.1] * 4, 0.5)
+    assert found["auprc_interval"] == [1.0, 1.0]
+    assert found["auroc_interval"] is None and found["fpr_interval"] is None
 
 
 def test_bootstrap_of_what_is_often_undefined():

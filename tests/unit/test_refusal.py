@@ -1,6 +1,9 @@
 """Refusals told from answers, in English; agreement with people: tests/release/test_real_data.py."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +167,10 @@ def test_substring_refusal_anywhere(part):
 )
 def test_substring_refusal_is_exact(text):
     assert not substring_refusal(text)
+
+
+def test_import_is_light():
+    heavy = ("torch", "transformers", "datasets", "pandas", "sklearn", "numpy")
+    code = f"import sys, common.refusal; sys.exit(any(m in sys.modules for m in {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    assert done.returncode == 0

@@ -1,6 +1,8 @@
 """Arguments, one-line errors, safe writes, the manifest, and the training arguments of the recipes."""
 
+import errno
 import json
+import logging
 import os
 import shlex
 import signal
@@ -13,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from checks import user_error
+from checks import cases, user_error
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
@@ -339,6 +342,50 @@ def test_each_launched_process_has_a_gpu_of_its_own(monkeypatch):
     assert runtime.device() == torch.device("cuda:1")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # as slurm may show it
     assert runtime.device() == torch.device("cuda:0")
+
+
+def test_the_rank_of_no_launcher_chooses_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for rank in ("", "-1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert runtime.device() == torch.device("cuda")
+
+
+CAUSES = {  # of an OSError: what is said
+    "no such name": (None, "user/guard: no folder here, and no hub id that loads: it says"),
+    "a gated repository": (
+        GatedRepoError.__new__(GatedRepoError),
+        "user/guard: cannot be loaded: it says",
+    ),
+    "a cache of others": (PermissionError(13, "no"), "user/guard: cannot be loaded: it says"),
+}
+
+
+@cases(("cause", "said"), CAUSES)
+def test_why_a_model_does_not_load(cause, said):
+    with user_error(said), runtime.loading_model("user/guard"):
+        raise OSError("it says") from cause
+
+
+def test_a_full_disk_is_no_missing_model():
+    with (
+        user_error("user/guard: cannot be loaded: .*No space"),
+        runtime.loading_model("user/guard"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_bitsandbytes_repeats_is_said_once(capsys, caplog):
+    noisy = logging.getLogger("bitsandbytes.autograd._functions")
+
+    def main():
+        for _ in range(3):
+            noisy.warning("MatMul8bitLt: inputs will be cast")
+
+    runtime.run_cli(main)
+    assert [one.name for one in caplog.records].count(noisy.name) == 1
 
 
 def test_flash_attention_is_left_out_where_it_is_not(caplog):

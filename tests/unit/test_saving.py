@@ -280,8 +280,13 @@ def test_rounding_is_not_another_model():
 
 @pytest.mark.parametrize(
     ("trained", "saved"),
-    [({"a": 1.0}, {}), ({"a": 1.0}, {"a": NAN}), ({"a": NAN}, {"a": 1.0})],
-    ids=["missing", "NaN from the folder", "NaN in memory"],
+    [
+        ({"a": 1.0}, {}),
+        ({"a": 1.0}, {"a": NAN}),
+        ({"a": NAN}, {"a": 1.0}),
+        ({"a": 0.2}, {"a": 1.0000002}),
+    ],
+    ids=["missing", "NaN from the folder", "NaN in memory", "above 1"],
 )
 def test_no_score_is_no_equal_one(trained, saved):
     with pytest.raises(UserError):

@@ -183,6 +183,13 @@ def test_a_prediction_of_two_rows_is_refused(run, own, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_predictions_are_kept_where_they_come_from(run, own, tmp_path):
+    path = write_rows(tmp_path / "scores.jsonl", [{"id": "one", "score": 0.9}])
+    run(predicted(path), benchmarks=[str(own)], task_type="prompt")
+    files = [file.name for file in (tmp_path / "out/runs").rglob("*.jsonl")]
+    assert files == ["guards.jsonl"]
+
+
 def test_predictions_of_other_rows(run, own, tmp_path):
     """Nothing of them fits: that is a failure, and no table of errors."""
     path = write_rows(tmp_path / "scores.jsonl", [{"id": "another", "score": 0.9}])

@@ -1,5 +1,7 @@
 """common/uncertain.py: which rows are labelled again, and that they replace the old ones."""
 
+import math
+
 from checks import read_rows, user_error, write_rows
 
 from common import metrics
@@ -44,6 +46,11 @@ def test_the_rows_nearest_the_threshold(tmp_path):
     assert numbers(lines, "near the threshold") == ["4", "1"]
     assert lines[0]["scores"] == {"guard": 0.015}
     assert len(lines) == 2
+
+
+def test_a_score_that_is_no_number_is_none(tmp_path):
+    lines = exported(tmp_path, [(math.nan,), (0.9,), (0.6,)], {"a": 0.5}, 1)
+    assert numbers(lines, "near the threshold") == ["2"]
 
 
 def test_the_rows_on_which_guards_disagree_come_the_furthest_apart_first(tmp_path):
