@@ -11,9 +11,11 @@ from checks import read_json, user_error
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlamaModel,
     pipeline,
 )
 
@@ -341,6 +343,10 @@ class Mine(LlamaConfig):
     model_type = "mine-registered"
 
 
+class MineModel(LlamaModel):
+    config_class = Mine
+
+
 class MineForSequenceClassification(LlamaForSequenceClassification):
     config_class = Mine
 
@@ -349,6 +355,7 @@ class MineForSequenceClassification(LlamaForSequenceClassification):
 def registered():
     """A type of model and a class for it, which a user has made known to transformers."""
     AutoConfig.register(Mine.model_type, Mine, exist_ok=True)
+    AutoModel.register(Mine, MineModel, exist_ok=True)
     AutoModelForSequenceClassification.register(Mine, MineForSequenceClassification, exist_ok=True)
 
 
