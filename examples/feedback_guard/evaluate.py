@@ -27,9 +27,9 @@ from guard import (
     legacy_reason,
     load_llama_guard,
     parsed_unsafe,
-    query_ids,
     template,
     verdict_row,
+    written_as_asked,
 )
 from measure import Measured, Prompts
 from records import (
@@ -452,8 +452,8 @@ def ask(
 ) -> list[Row]:
     """What is kept of each prompt: score, decision and error, or the text that the guard wrote."""
     if one.about.query != "guard":
-        prompts = query_ids(loaded, one.about.query, texts)
-        written = loaded.written(prompts, config.llama_guard.legacy_new_tokens)
+        new_tokens = config.llama_guard.legacy_new_tokens
+        written = written_as_asked(loaded, one.about.query, texts, new_tokens)
         return [{"text": said.text, "error": said.error} for said in written]
     conversations = [pair(text) for text in texts]
     if one.about.probe:

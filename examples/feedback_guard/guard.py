@@ -27,12 +27,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from common.bundled import resolve_model
 from common.conversation import Messages, UserError, Verdict, pair
+from common.engines import Completion
 from common.prefix import can_share, shared_prefix_collator, tree
 from common.run import judging_bar
 from common.templates import Part, encode, text_of, windows
 from common.training import Answers, read_answers
 from guards import entry_of, load_guard, zoo
-from guards.base import is_flagged
 from guards.card import has_card
 from guards.generative import EXAMPLES, GenerativeGuard
 
@@ -50,6 +50,7 @@ NO_GUARD = (
     "neither a folder with guard.json nor a guard of guards/zoo.yaml that writes its verdict; "
     "name one, or make one in config.prepare"
 )
+TOO_LONG = "the question and its answer are more than the tokens that the guard reads"
 NOT_THERE = "check its name, its terms on the hub (then `hf auth login`) and the network"
 
 
@@ -137,12 +138,31 @@ def query_ids(
     """Token ids of an arm's question about each prompt: `guard`, its own format, or the original's
     `chatml` and `meta`.
 
-    After the original's a verdict is written (`guard.written`) and parsed (`parsed_unsafe`).
+    After the original's a verdict is written (`written_as_asked`) and parsed (`parsed_unsafe`).
     """
     if query == "guard":
         return guard.prompt_ids([pair(prompt) for prompt in prompts])
     parts_of = chatml_parts if query == "chatml" else meta_parts
     return encode(guard.tokenizer, [parts_of(prompt) for prompt in prompts])
+
+
+def written_as_asked(
+    guard: GenerativeGuard,
+    query: str,
+    prompts: Sequence[str],
+    new_tokens: int,
+) -> list[Completion]:
+    """What the guard writes on an arm's question about each prompt; TOO_LONG is an error of what
+    leaves no room in its `max_length`, whatever its model sees.
+    """
+    asked = query_ids(guard, query, prompts)
+    room = guard.max_length - new_tokens
+    fitting = [place for place, ids in enumerate(asked) if len(ids) <= room]
+    written = guard.written([asked[place] for place in fitting], new_tokens)
+    found = [Completion(error=TOO_LONG)] * len(asked)
+    for place, one in zip(fitting, written, strict=True):
+        found[place] = one
+    return found
 
 
 def verdict_row(
@@ -154,10 +174,13 @@ def verdict_row(
     error = verdict.error
     if error is None and unsafe is None:
         error = f"the guard does not judge {label}"
+    decided = None
+    if error is None:
+        # without thresholds: the experiment fits its own; one half is unsafe, as a judge's is
+        decided = verdict.decided.get(label, unsafe >= 0.5)
     return {
         "unsafe": unsafe,
-        # without thresholds: the experiment fits its own, on what is written here
-        "decided": is_flagged(verdict, label, {}) if error is None else None,
+        "decided": decided,
         "categories": sorted(verdict.categories) or None,
         "error": error,
         "time": datetime.now().isoformat(timespec="seconds"),

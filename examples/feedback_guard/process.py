@@ -25,14 +25,15 @@ from typing import Any
 
 from config import SPLITS, Config, parse_command_line
 from guard import (
+    TOO_LONG,
     Loaded,
     check_guard,
     give_memory_back,
     load_llama_guard,
-    query_ids,
     read_pretrained,
     reason_of,
     verdict_row,
+    written_as_asked,
 )
 from records import (
     Row,
@@ -57,6 +58,7 @@ from transformers import AutoConfig, AutoTokenizer
 from common.conversation import Messages, UserError, pair
 from common.data import load_conversations
 from common.engines import CHUNK, Decoding, load_engine
+from common.fit import config_positions
 from common.keep import digest, failed
 from common.refusal import classify
 from common.run import check_output_folder, json_lines, run_cli, write_json, write_text
@@ -399,13 +401,19 @@ def generated(
     chat template.
 
     They depend on the prompt alone: vLLM and servers take a seed a response; transformers draws the
-    responses to one prompt together, with the seed of the first.
+    responses to one prompt together, with the seed of the first. A prompt that leaves no room for a
+    response is not asked: a server would be asked in vain, and again by every run.
 
     Raises:
         UserError: a server refuses the key, or fails time after time; what it answered is kept.
     """
     llama = config.llama
-    tokenizer = assistant_tokenizer(llama.model_path)
+    tokenizer, window = assistant_tokenizer(llama.model_path)
+    room = window - llama.max_tokens
+    chats = [render_chat(tokenizer, pair(prompt)) for prompt in prompts]
+    encoded = encode(tokenizer, chats, add_special_tokens=False)
+    ids_of = dict(zip(prompts, encoded, strict=True))
+    fitting = [prompt for prompt in prompts if len(ids_of[prompt]) <= room]
     options = llama.engine_options()
     engine = Loaded(lambda: load_engine(model=llama.model_path, tokenizer=tokenizer, **options))
 
@@ -420,14 +428,13 @@ def generated(
             seed=seeds[0],
             seeds=seeds,
         )
-        chats = [render_chat(tokenizer, pair(prompt)) for prompt, _ in asked]
-        ids = encode(tokenizer, chats, add_special_tokens=False)
+        ids = [ids_of[prompt] for prompt, _ in asked]
         for place, said in engine.get().complete(ids, decoding):
             row = {"text": said.text.strip(), "seed": seeds[place]}
             yield place, row | {"error": said.error}
 
     one_prompt = llama.engine == "transformers"
-    wanted = [[prompt, number] for prompt in prompts for number in range(llama.samples)]
+    wanted = [[prompt, number] for prompt in fitting for number in range(llama.samples)]
     rows = kept_rows(
         path,
         [assistant_identity(config), config.seed],
@@ -435,11 +442,15 @@ def generated(
         write,
         size=llama.samples if one_prompt else CHUNK,
         served=llama.engine == "server",
+        together=one_prompt,
         title="responses",
     )
     engine.free()
     say_failures(rows, "responses")
-    found: dict[str, list[Row]] = {prompt: [] for prompt in prompts}
+    error = f"the prompt is longer than the {room} tokens that the assistant has"
+    too_long = {"text": "", "seed": None, "error": error}
+    found = dict.fromkeys(prompts, [too_long] * llama.samples)
+    found |= {prompt: [] for prompt in fitting}
     for (prompt, _), row in zip(wanted, rows, strict=True):
         found[prompt].append(row)
     return found
@@ -456,14 +467,19 @@ def say_failures(
         logger.warning(line, len(errors), len(rows), what, errors[0])
 
 
-def assistant_tokenizer(name: str) -> Any:
-    """The assistant's tokenizer. Raises UserError where there is no such model, or it cannot chat."""
+def assistant_tokenizer(name: str) -> tuple[Any, int]:
+    """The assistant's tokenizer, and how many tokens it sees.
+
+    Raises:
+        UserError: there is no such model, or it cannot chat.
+    """
     field = "llama.model_path"
     tokenizer = read_pretrained(AutoTokenizer, field, name)
+    known = read_pretrained(AutoConfig, field, name)
     if not tokenizer.chat_template:
         hint = "has no chat template; choose an instruction-tuned model"
         raise UserError(f"field {field}: {name} {hint}")
-    return tokenizer
+    return tokenizer, config_positions(known) or 1 << 30
 
 
 # --- the original's checks ------------------------------------------------------------------------
@@ -478,8 +494,8 @@ def check_as_the_original(
     """What the guard writes when it is asked as the original asks it: of the prompt, and of each
     response alone.
 
-    A record of which something could not be checked, as it is too long or a server failed, is
-    checked by nothing: it has no outputs.
+    What is too long to be checked is no "SAFE". A record of which a server failed to check
+    something is checked by nothing: it has no outputs.
     """
     section = config.llama_guard
     served = section.engine == "server"
@@ -490,10 +506,10 @@ def check_as_the_original(
     texts = sorted(dict.fromkeys(texts), key=len)
 
     def check(some: list[str]) -> Iterator[tuple[int, Row]]:
-        model = guard.get()
-        asked = query_ids(model, "chatml", some)
-        for place, one in enumerate(model.written(asked, section.legacy_new_tokens)):
-            yield place, {"text": one.text, "error": one.error}
+        said = written_as_asked(guard.get(), "chatml", some, section.legacy_new_tokens)
+        for place, one in enumerate(said):
+            error = None if one.error == TOO_LONG else one.error
+            yield place, {"text": one.text, "error": error}
 
     rows = kept_rows(
         parts / "legacy.jsonl",

@@ -290,6 +290,7 @@ def kept_rows(
     *,
     size: int,
     served: bool,
+    together: bool | None = None,
     title: str | None = None,
 ) -> list[Row]:
     """What is said of each item, in their order. What `path` holds is not asked for again, but for
@@ -300,7 +301,9 @@ def kept_rows(
         ask: is given items, and yields rows with a field `error` as they come, each with its place
             among these items.
         size: items that are asked together.
-        served: a server answers, where an item depends on no other.
+        served: a server answers, whose errors are asked for again.
+        together: whether items that are asked together depend on each other (see `KeptRows.fill`);
+            None: where no server answers.
     """
     item_of = {digest([who, item]): item for item in items}
 
@@ -317,7 +320,7 @@ def kept_rows(
             list(item_of),
             make,
             size=size,
-            together=not served,
+            together=not served if together is None else together,
             again=again,
             title=title,
         )
@@ -655,10 +658,11 @@ def _rows(
         if isinstance(row, UserError):
             raise row
         if isinstance(row, Mapping) and "user_input" in row:
-            if str(row["user_input"] or "").strip():
+            prompt = row["user_input"]
+            if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+                empty += 1  # ToxicChat has such rows, and a guard could judge nothing of them
+            else:
                 rows.append(_row(row, where, _toxicchat_row(row, where)))
-            else:  # ToxicChat has such rows, and a guard could judge nothing of them
-                empty += 1
         else:
             rows.append(_row(row, where, _other_row(row, where)))
     if empty:

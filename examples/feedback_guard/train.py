@@ -51,6 +51,7 @@ from guard import (
 )
 from peft import prepare_model_for_kbit_training
 from records import (
+    AGAIN,
     Row,
     check_stage,
     feedback,
@@ -908,8 +909,15 @@ def probe_scores(
     folder: Path,
     conversations: Sequence[Messages],
 ) -> list[float]:
-    """P(unsafe) of each by the probe in `folder`, read from the guard that it was fitted on."""
-    probe = read_json(folder / "probe.json")
+    """P(unsafe) of each by the probe in `folder`, read from the guard that it was fitted on.
+
+    Raises:
+        UserError: the probe is of an earlier version, whose weights are for scaled states.
+    """
+    path = folder / "probe.json"
+    probe = read_json(path)
+    if "mean" in probe:
+        raise UserError(f"{path}, field mean: a probe of an earlier version; {AGAIN['train']}")
     odds = states_of(base, conversations) @ np.array(probe["weights"]) + probe["bias"]
     return expit(odds).tolist()
 

@@ -322,10 +322,25 @@ def test_rows_of_other_formats(tmp_path, write_config):
     assert len({row["id"] for row in made}) == 30
 
 
+def test_rows_without_a_prompt_are_left_out(tmp_path, write_config, caplog):
+    rows = prompts(20)
+    rows[3]["user_input"] = None
+    rows[7]["user_input"] = " \n"
+    data = write(tmp_path / "some", rows=rows) / "rows.jsonl"
+    own = {"path": str(data), "store_dir": str(tmp_path / "s")}
+    parts = splits_of(write_config(dataset=own))
+    assert sum(map(len, parts.values())) == 18
+    assert "left out 2 rows without a prompt" in caplog.text
+
+
+NO_TEXT = "rows.jsonl, line 1, field user_input: expected text"
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"user_input": 5, "toxicity": 0}, "rows.jsonl, line 1, field user_input: expected text"),
+        ({"user_input": 5, "toxicity": 0}, NO_TEXT),
+        *[({"user_input": value, "toxicity": 0}, NO_TEXT) for value in (0, False, [], {})],
         ({"user_input": "a", "toxicity": None}, "line 1: says not whether the prompt is unsafe"),
         ({"user_input": "a", "toxicity": 3}, "field toxicity: unknown label 3"),
         ({"user_input": "a", "toxicity": 0, "kind": 1}, "field kind: expected text"),

@@ -20,6 +20,7 @@ from guards.suite.benchmarks import benchmarks
 config_of = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 train = module("feedback_guard", "train")
+formats = module("feedback_guard", "guard")
 evaluate = module("feedback_guard", "evaluate")
 serve = completions.serve
 models = feedback_rows.models
@@ -128,7 +129,7 @@ def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
     texts = bicycles(2)
     default = evaluate.Judged("A0")
     loaded = evaluate.load(default, plain)
-    asked = evaluate.query_ids(loaded, "chatml", list(texts.values()))
+    asked = formats.query_ids(loaded, "chatml", list(texts.values()))
     refused = [asked[1]]
 
     def rule(body):
@@ -153,6 +154,17 @@ def test_what_a_failing_server_says_is_no_answer(config_file, tmp_path, serve):
     refused.clear()
     assert answers() == [good, good]
     assert [server.asked(ids) for ids in asked] == [1, 2]  # the one that failed alone
+
+
+def test_a_prompt_that_leaves_no_room_in_the_guards_length_is_an_error(config_file):
+    config = config_of.load_config(config_file)
+    loaded = evaluate.load(evaluate.Judged("A0"), config)
+    texts = ["May I?", "May I do that, and then that again?"]
+    short, _ = formats.query_ids(loaded, "chatml", texts)
+    loaded.max_length = len(short) + config.llama_guard.legacy_new_tokens
+    good, bad = evaluate.ask(evaluate.Judged("A0-legacy"), loaded, texts, config)
+    assert good["error"] is None
+    assert bad == {"text": "", "error": formats.TOO_LONG}
 
 
 # --- who is evaluated -----------------------------------------------------------------------------

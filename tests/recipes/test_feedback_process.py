@@ -16,7 +16,8 @@ from feedback_rows import config_writer, prompts, write
 from scripts import EXAMPLES, error_line, launch, module
 from transformers import AutoConfig
 
-from common.conversation import pair
+from common.conversation import Verdict, pair
+from common.engines import load_engine
 from common.fit import config_positions
 from guards import load_guard
 from guards.card import GenerativeCard, write_card
@@ -29,6 +30,8 @@ RECIPE = EXAMPLES / "feedback_guard"
 config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 process = module("feedback_guard", "process")
+train = module("feedback_guard", "train")
+formats = module("feedback_guard", "guard")
 RECORDED = "llama.use_recorded=true"
 Rows = dict[str, list[dict]]  # by split
 
@@ -269,12 +272,40 @@ def test_a_prompt_without_a_recorded_response_is_an_error_row(write_config, tmp_
         assert response["error"] == "empty response: nothing to judge"
 
 
-def test_a_prompt_that_leaves_no_room_is_an_error_row(write_config, models):
+def test_a_prompt_that_leaves_no_room_is_an_error_row(write_config, models, serve):
+    """A server is not asked in vain: it would refuse each response to it, in every run."""
+    server = serve(lambda body: refuse())
     window = config_positions(AutoConfig.from_pretrained(models["assistant"]))
-    _, rows = run(write_config(), f"llama.max_tokens={window - 8}")
+    changes = [f"llama.max_tokens={window - 8}", *behind(server, "llama")]
+    _, rows = run(write_config(), *changes)
     said = responses(rows["train"])
     assert said
-    assert all("the model has room for" in response["error"] for response in said)
+    assert all("longer than the 8 tokens" in response["error"] for response in said)
+    assert server.bodies == []
+
+
+def test_a_response_that_vllm_lacks_is_written_alone(write_config, tmp_path, monkeypatch):
+    """Each has a seed of its own. Another engine stands for vLLM's here."""
+    config = config_.load_config(write_config(), ["llama.engine=vllm"])
+    tokenizer, _ = process.assistant_tokenizer(config.llama.model_path)
+    engine = load_engine("transformers", config.llama.model_path, tokenizer=tokenizer)
+    monkeypatch.setattr(process, "load_engine", lambda **_: engine)
+    complete = engine.complete
+    counts = []
+
+    def counted(ids, decoding):
+        counts.append(len(ids))
+        return complete(ids, decoding)
+
+    monkeypatch.setattr(engine, "complete", counted)
+    path = tmp_path / "answers.jsonl"
+    nobody = process.Loaded(lambda: None)
+    for _ in range(2):
+        answers = process.generated(config, ["a b", "c d", "e f"], path, nobody)
+        assert [len(said) for said in answers.values()] == [2, 2, 2]
+        kept = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(kept[:-1]))
+    assert counts == [6, 1]
 
 
 @pytest.mark.parametrize("share", [0, 1])
@@ -290,7 +321,7 @@ def test_the_explored_share(share, write_config):
 
 def test_the_guard_that_is_asked_is_made_first(write_config, models, tmp_path, monkeypatch):
     # a checkpoint holds the arguments, pickled by that name
-    monkeypatch.setitem(sys.modules, "train", module("feedback_guard", "train"))
+    monkeypatch.setitem(sys.modules, "train", train)
     data = write(tmp_path / "own", rows=prompts(20, 200))
     made = str(tmp_path / "made")
     guard = {
@@ -411,6 +442,22 @@ def test_the_share_of_unsafe_responses_by_judge_and_people():
     assert records.q(row, "human") == 1.0
 
 
+@cases(
+    "score, decided, unsafe",
+    {
+        "one half": (0.5, {}, True),
+        "less than half": (0.49, {}, False),
+        "its own word": (0.5, {"response_unsafe": False}, False),
+    },
+)
+def test_one_half_is_unsafe_of_guard_and_judge(score, decided, unsafe):
+    verdict = Verdict(response_unsafe=score, decided=decided)
+    said = response(decided=formats.verdict_row(verdict, "response_unsafe")["decided"])
+    assert records.word_on(said, "guard") is unsafe
+    if not decided:
+        assert records.word_on(response(judge_unsafe=score), "judge") is unsafe
+
+
 def test_one_refusal_refuses_a_prompt():
     for refusal in ("compliance", "partial", "full"):
         row = {"responses": [response(), response(refusal=refusal)]}
@@ -523,7 +570,7 @@ def test_what_a_server_says_of_a_failure_is_no_check(write_config, tmp_path, ser
     config = config_.load_config(write_config(**LEGACY), behind(server, "llama_guard"))
     guard = process.default_guard(config)
     rows = [{"query": f"May I {i}?", "responses": []} for i in range(6)]
-    (bad,) = process.query_ids(guard, "chatml", [rows[3]["query"]])
+    (bad,) = formats.query_ids(guard, "chatml", [rows[3]["query"]])
 
     def said() -> list[str]:
         server.bodies.clear()
@@ -536,6 +583,21 @@ def test_what_a_server_says_of_a_failure_is_no_check(write_config, tmp_path, ser
     server.rule = lambda body: completion("SAFE")
     assert said() == ["SAFE"] * 6
     assert column(server.bodies, "prompt") == [bad]
+
+
+def test_what_is_too_long_for_the_originals_checks_is_no_safe(write_config, tmp_path, serve):
+    """The original calls unsafe what does not begin with SAFE, and so collects the prompt."""
+    server = serve(lambda body: completion("SAFE"))
+    config = config_.load_config(write_config(**LEGACY), behind(server, "llama_guard"))
+    guard = process.default_guard(config)
+    question = "May I?"
+    (ids,) = formats.query_ids(guard, "chatml", [question])
+    guard.max_length = len(ids) + config.llama_guard.legacy_new_tokens
+    row = {"id": "r", "query": question, "responses": [response(text="No, never do that.")]}
+    process.check_as_the_original(config, [row], process.Loaded(lambda: guard), tmp_path)
+    assert row["legacy"] == {"input": "SAFE", "outputs": [""]}
+    assert column(server.bodies, "prompt") == [ids]
+    assert train.legacy_blocked([row]) == {"r": formats.UNCLASSIFIED}
 
 
 def test_one_prompt_that_the_assistants_server_refuses_stops_nothing(write_config, serve, caplog):

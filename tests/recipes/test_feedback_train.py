@@ -1,5 +1,6 @@
 """examples/feedback_guard: arms, training and the small guards, on tiny random models."""
 
+import json
 import shutil
 import sys
 from collections import Counter
@@ -294,6 +295,13 @@ def test_a_probe_on_the_frozen_guard_tells_what_it_was_fitted_to(settings, guard
         sides[row["target"] >= 0.5].append(score)
     assert mean(sides[True]) > 0.15 + mean(sides[False])
     assert read_json(folder / "guard.json")["kind"] == "probe"
+
+
+def test_a_probe_of_an_earlier_version_is_refused(guard, tmp_path):
+    old = {"mean": [0.0], "scale": [1.0], "weights": [1.0], "bias": 0.0}
+    (tmp_path / "probe.json").write_text(json.dumps(old))
+    with user_error("field mean: a probe of an earlier version; run train"):
+        train.probe_scores(guard, tmp_path, [pair("Hello")])
 
 
 class Killed(KeyboardInterrupt):
