@@ -401,8 +401,7 @@ def generated(
     chat template.
 
     They depend on the prompt alone: vLLM and servers take a seed a response; transformers draws the
-    responses to one prompt together, with the seed of the first. A prompt that leaves no room for a
-    response is not asked: a server would be asked in vain, and again by every run.
+    responses to one prompt together, with the seed of the first. One without room is not asked.
 
     Raises:
         UserError: a server refuses the key, or fails time after time; what it answered is kept.
@@ -410,9 +409,7 @@ def generated(
     llama = config.llama
     tokenizer, window = assistant_tokenizer(llama.model_path)
     room = window - llama.max_tokens
-    chats = [render_chat(tokenizer, pair(prompt)) for prompt in prompts]
-    encoded = encode(tokenizer, chats, add_special_tokens=False)
-    ids_of = dict(zip(prompts, encoded, strict=True))
+    ids_of = chat_ids(tokenizer, prompts)
     fitting = [prompt for prompt in prompts if len(ids_of[prompt]) <= room]
     options = llama.engine_options()
     engine = Loaded(lambda: load_engine(model=llama.model_path, tokenizer=tokenizer, **options))
@@ -454,6 +451,16 @@ def generated(
     for (prompt, _), row in zip(wanted, rows, strict=True):
         found[prompt].append(row)
     return found
+
+
+def chat_ids(
+    tokenizer: Any,
+    prompts: Sequence[str],
+) -> dict[str, list[int]]:
+    """What the assistant is given of each prompt, by the prompt."""
+    chats = [render_chat(tokenizer, pair(prompt)) for prompt in prompts]
+    encoded = encode(tokenizer, chats, add_special_tokens=False)
+    return dict(zip(prompts, encoded, strict=True))
 
 
 def say_failures(

@@ -63,9 +63,9 @@ def test_a_training_row_is_the_inference_prompt_and_the_verdict(any_guard, monke
     seen = []
     ask = any_guard.model.next_token
 
-    def watched(prompts, candidates):
+    def watched(prompts, candidates, bar):
         seen.extend(map(list, prompts))
-        return ask(prompts, candidates)
+        return ask(prompts, candidates, bar)
 
     with monkeypatch.context() as patched:
         patched.setattr(any_guard.model, "next_token", watched)
