@@ -33,7 +33,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
 from common.conversation import FEATURES, UNSAFE_LABELS, UserError, check_option
 from common.data.files import FILE_TYPES, read_json, read_rows
@@ -90,6 +90,7 @@ def load_conversations(
     need_positive: bool = True,
     bad_rows: str = "error",
     max_rows: int | None = None,
+    beside: Sequence[str] = (),
 ) -> Dataset:
     """Load and check a data set.
 
@@ -103,9 +104,10 @@ def load_conversations(
         bad_rows: "error" stops at the first bad row, "skip" counts and leaves out bad rows (never a
             missing column, and never all rows of a class).
         max_rows: read only the first so many good rows.
+        beside: more columns of texts, kept as they are; null in a row that has no text there.
 
     Returns:
-        A Dataset with the columns of `FEATURES`.
+        A Dataset with the columns of `FEATURES`, and those of `beside`.
 
     Raises:
         UserError: bad spec, file, row or label, in one line.
@@ -116,7 +118,11 @@ def load_conversations(
     bad: list[UserError] = []
     lost: set[tuple[str, Any]] = set()
     for where, row in rows:
+        texts: dict[str, str | None] = {}
         if isinstance(row, Mapping):
+            for column in beside:
+                value = row.get(column)
+                texts[column] = value if isinstance(value, str) else None
             row = plain_columns(row, where)
         try:
             checked = conversation_row(row, where, categories, require)
@@ -126,7 +132,7 @@ def load_conversations(
             bad.append(error)
             lost |= claimed_classes(row, where)
             continue
-        good.append(checked | {"source": name})
+        good.append(checked | {"source": name} | texts)
         if len(good) == max_rows:
             break
     if bad:
@@ -139,7 +145,8 @@ def load_conversations(
         raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
     if need_positive:
         _check_positive(good, require, spec)
-    return Dataset.from_list(good, features=FEATURES)
+    more = dict.fromkeys(beside, Value("string"))
+    return Dataset.from_list(good, features=Features({**FEATURES, **more}))
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:

@@ -62,10 +62,7 @@ def own_benchmarks(text: str, max_rows: int | None = None) -> list[Benchmark]:
     """
     name, rows_spec = _name_and_rows(text)
     spec = parse_spec(rows_spec)
-    rows = list(data.load_conversations(rows_spec))
-    _, plain = data.spec_rows(rows_spec)
-    for row, (_, columns) in zip(rows, plain, strict=True):
-        row["domain"] = columns.get("domain")
+    rows = list(data.load_conversations(rows_spec, beside=["domain"]))
     tasks = {}
     for task, label in TASKS.items():
         if any(row[label] is not None for row in rows):

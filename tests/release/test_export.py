@@ -190,6 +190,8 @@ def test_what_is_refused_before_any_work(guard, guard_folder, tmp_path, monkeypa
         cli(monkeypatch, guard_folder, "--onnx", "--output_dir", guard_folder)
     with user_error("is the guard itself; name another folder"):
         cli(monkeypatch, guard_folder, "--onnx", "--output_dir", guard_folder, "--overwrite")
+    with user_error("--max_rows 0: must be at least 1"):
+        cli(monkeypatch, guard_folder, "--onnx", "--max_rows", 0, "--data", "no/such.jsonl")
     assert read_card(guard_folder, ClassifierCard)
 
 

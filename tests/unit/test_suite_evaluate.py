@@ -507,7 +507,7 @@ MISTAKES = {  # what is wrong: arguments, what is said
     ),
     "the judged rows to fit on": ({"validation": ["{file}"]}, "is test data"),
     "one class to fit on": ({"validation": ["{one_class}"]}, "have one class"),
-    "no results": ({"add_results": ["no.json"]}, "--add_results no.json"),
+    "no results": ({"add_results": ["no.json"]}, r"--add_results no\.json: .*no such file"),
     "which numbers": ({"published": "some"}, "--published some"),
 }
 
