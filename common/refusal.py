@@ -95,7 +95,9 @@ def _plain(text: str) -> str:
 def _is_degenerate(text: str) -> bool:
     """Hardly a letter or digit, or round in circles."""
     words = re.findall(r"\w+", text)
-    letters = sum(map(len, words))
+    letters = 0
+    for word in words:
+        letters += len(word)
     if letters <= len(text) / 5:
         return True
     units = words if len(words) > 3 else text

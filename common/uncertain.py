@@ -80,11 +80,14 @@ def scored(
 ) -> Scored:
     """What guards say of a row."""
     scores = {}
+    own_thresholds = {}
     for name, verdict in verdicts.items():
         score = verdict.opinion(label)
-        if score is not None and not math.isnan(score):
-            scores[name] = score
-    return Scored(row, label, scores, {name: thresholds[name] for name in scores})
+        if score is None or math.isnan(score):
+            continue
+        scores[name] = score
+        own_thresholds[name] = thresholds[name]
+    return Scored(row, label, scores, own_thresholds)
 
 
 def write_uncertain(folder: Path | str, rows: Sequence[Scored], count: int) -> None:

@@ -97,17 +97,16 @@ def load_conversations(
     Args:
         spec: see the module's docstring.
         categories: the names that a row's categories may have; None allows any (BeaverTails rows
-            are always checked against their own fourteen).
+            are always checked against their fourteen).
         require: labels (of `LABELS`, or "categories") that every row must know.
-        need_positive: whether one row at least must be positive for each of these. Without one
-            nothing can be learned, but the false positives on benign traffic can be measured.
-        bad_rows: "error" stops at the first bad row, "skip" counts and leaves out bad rows (never a
-            missing column, and never all rows of a class).
+        need_positive: whether each of these needs a positive row. Without one nothing can be
+            learned, but false positives on benign traffic can be measured.
+        bad_rows: "error" stops at the first, "skip" leaves bad rows out (never all of a class).
         max_rows: read only the first so many good rows.
-        beside: more columns of texts, kept as they are; null in a row that has no text there.
+        beside: more columns of texts, kept as they are (null where a row has none).
 
     Returns:
-        A Dataset with the columns of `FEATURES`, and those of `beside`.
+        A Dataset with the columns of `FEATURES` and of `beside`.
 
     Raises:
         UserError: bad spec, file, row or label, in one line.
@@ -120,9 +119,7 @@ def load_conversations(
     for where, row in rows:
         texts: dict[str, str | None] = {}
         if isinstance(row, Mapping):
-            for column in beside:
-                value = row.get(column)
-                texts[column] = value if isinstance(value, str) else None
+            texts = _texts_of(row, beside)
             row = plain_columns(row, where)
         try:
             checked = conversation_row(row, where, categories, require)
@@ -136,17 +133,30 @@ def load_conversations(
         if len(good) == max_rows:
             break
     if bad:
-        said = "%s: left out %d bad rows of %d; the first: %s"
-        logger.warning(said, spec, len(bad), len(bad) + len(good), bad[0])
-        for row in good:
-            lost -= classes_of(row)
-        _refuse_lost(lost, require, f"{spec}: bad_rows skip", bad[0])
+        _say_left_out(spec, bad, len(good))
+        _refuse_lost(
+            lost.difference(*map(classes_of, good)), require, f"{spec}: bad_rows skip", bad[0]
+        )
     if not good:
         raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
     if need_positive:
         _check_positive(good, require, spec)
-    more = dict.fromkeys(beside, Value("string"))
-    return Dataset.from_list(good, features=Features({**FEATURES, **more}))
+    features = FEATURES | dict.fromkeys(beside, Value("string"))
+    return Dataset.from_list(good, features=Features(features))
+
+
+def _say_left_out(spec: str, bad: Sequence[UserError], good: int) -> None:
+    said = "%s: left out %d bad rows of %d; the first: %s"
+    logger.warning(said, spec, len(bad), len(bad) + good, bad[0])
+
+
+def _texts_of(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str | None]:
+    """The texts of these columns; null where a row has none there."""
+    texts = {}
+    for column in columns:
+        value = row.get(column)
+        texts[column] = value if isinstance(value, str) else None
+    return texts
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:

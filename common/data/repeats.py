@@ -196,9 +196,11 @@ def near_copies(texts: Sequence[str]) -> list[int]:
         sketch = copies.sketch(some)
         pairs += [(other, i) for other in copies.find(some, sketch)]
         copies.add(i, some, sketch)
-    rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
+    rows = [row for row, _ in pairs]
+    columns = [column for _, column in pairs]
     ones = [1] * len(pairs)
-    graph = coo_array((ones, (rows, columns)), shape=(len(texts), len(texts)))
+    size = len(texts)
+    graph = coo_array((ones, (rows, columns)), shape=(size, size))
     _, groups = connected_components(graph, directed=False)
     return groups.tolist()
 

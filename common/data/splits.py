@@ -66,7 +66,8 @@ def load_training_rows(
 
     specs = [train] if isinstance(train, str) else train
     first, *later = specs
-    rows, held_out = load(first, max_train_rows), None
+    rows = load(first, max_train_rows)
+    held_out = None
     for spec in later:  # rows that were labelled again may all be safe
         rows = corrected(rows, load(spec, max_train_rows, need_positive=False), spec)
     if validation is not None:
