@@ -134,9 +134,8 @@ def load_conversations(
             break
     if bad:
         _say_left_out(spec, bad, len(good))
-        _refuse_lost(
-            lost.difference(*map(classes_of, good)), require, f"{spec}: bad_rows skip", bad[0]
-        )
+        lost = lost.difference(*map(classes_of, good))
+        _refuse_lost(lost, require, f"{spec}: bad_rows skip", bad[0])
     if not good:
         raise UserError(f"{spec}: no rows; expected lines such as {EXAMPLE_ROW}")
     if need_positive:
