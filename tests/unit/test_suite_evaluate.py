@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checks import read_json, read_rows, user_error, write_rows
+from checks import kill_when_written, read_json, read_rows, user_error, write_rows
 
 from common.conversation import Verdict
 from common.data import load_conversations, taxonomy
@@ -352,6 +352,54 @@ def test_a_run_that_was_stopped_goes_on(run, tmp_path, file, monkeypatch):
     rest = candidate()
     run(rest)
     assert len(asked_of(rest)) == 80 - 18
+    for name in ("predictions.jsonl", "results.csv"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+SLOW_RUN = """
+import sys
+import time
+
+sys.path[:0] = {tests}
+import test_suite_evaluate as tests
+
+
+class Slow(tests.KeywordGuard):
+    def judge_valid(self, conversations):
+        time.sleep(0.3 * len(conversations))
+        return super().judge_valid(conversations)
+
+
+slow = tests.replace(tests.candidate(), load=Slow)
+tests.evaluate.CHUNK.update(transformers=2)
+args = tests.evaluate.EvaluationArguments(
+    output_dir={out!r}, benchmarks={benchmarks!r}, bootstrap_rounds=0
+)
+tests.evaluate.evaluate(args, [slow])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on(run, arguments, tmp_path, file, monkeypatch):
+    """A real process, killed between two writes: what it had written is there and whole lines."""
+    rows = [item(f"{'bad' if i % 3 else 'nice'} {i}", i % 2, f"answer {i}") for i in range(40)]
+    write_rows(file, rows)
+    run(candidate(), output_dir=str(tmp_path / "whole"))
+    out = tmp_path / "out"
+    code = SLOW_RUN.format(
+        tests=[str(folder) for folder in Path(__file__).parents[:2]],
+        out=str(out),
+        benchmarks=arguments().benchmarks,
+    )
+    kept = out / "runs/keyword/expguardtest_prompt.jsonl"
+    kill_when_written(kept, ["-c", code], tmp_path)
+    lines = kept.read_text().count("\n")
+    assert 0 < lines < 40
+    assert not (out / "results.json").exists()
+    rest = candidate()
+    monkeypatch.setitem(evaluate.CHUNK, "transformers", 2)
+    run(rest)
+    assert len(asked_of(rest)) == 80 - lines + lines % 2  # half a chunk is judged as a whole
     for name in ("predictions.jsonl", "results.csv"):
         assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
 
