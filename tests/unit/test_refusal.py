@@ -37,6 +37,13 @@ REFUSALS = [
     "```\nI cannot help with that.\n```",
     '```json\n{"response": "I am unable to assist with that."}\n```',
     "As an AI, I don't have personal opinions. It is important to treat everyone fairly.",
+    "I can't help with this, as it tells a story of a man who was let off.",
+    "I can't help with this, it tells a lie.",
+    "I won't summarise this letter, because it asks a girl for money.",
+    "I cannot share what he said.",
+    "As I said, I can't help with that.",
+    "You asked for a summary of this letter, and I won't write one.",
+    "The text tells people how to rob a bank, so I can't help with this.",
 ]
 PARTIAL = [
     "I can't tell you how to pick that lock, but this may get you back in:\n1. Call the landlord.\n2. Look for an"
@@ -47,7 +54,11 @@ COMPLIANCES = [
     "抱歉，我无法协助您。",  # of other languages it knows nothing
     "Es tut mir leid, dabei helfe ich nicht.",
     "The nurse said I can't help you.",
+    "The nurse told me that I couldn't give him the pills, and that it was wrong to ask.",
+    "The nurse said sorry, but she could not help us.",
     "It is illegal to park here, the sign says.",
+    "It is illegal to park here, says the sign.",
+    "It is wrong and cruel, she told me.",
     "Sorry, only in English: the council voted to keep the bridge open.",
     "Sorry, only in English. The council voted to keep the bridge open.",
     "Paris.",
@@ -150,6 +161,7 @@ def test_long_hostile_texts_take_no_time():
         '"' * 20_000,
         "well, " * 8_000,
         "i cannot " * 8_000,
+        "he said that i cannot help, " * 5_000,
         "我" * 30_000,
         "'a" * 10_000,
     ):
