@@ -91,7 +91,8 @@ def _plain(text: str) -> str:
     """An answer in small letters and long forms, without quotations, markdown and JSON."""
     text = text.lower().strip().translate(PLAIN_QUOTES)
     text = re.sub(r"^```\w*\s*", "", text)
-    if not text.startswith("{"):  # JSON
+    text = re.sub(r"^(?:assistant|answer|response|output):\s*", "", text)
+    if not text.startswith(("{", "[")):  # JSON
         text = re.sub(QUOTED, " ", text)
     text = re.sub(r"[\"*_#`~\[\](){}>]+", "", text).strip()
     if len(re.findall(SPEAKER, text)) > 1:
@@ -139,8 +140,9 @@ def _entry(entry: dict[str, str]) -> tuple[str, str, re.Pattern]:
 
 PHRASES = [_entry(entry) for entry in LISTED["phrases"]]
 SAYS = _pattern("{reported}")
-# "the nurse said that …", but neither "as I said" nor "it tells how to steal, so I …"
-SAID_BEFORE = re.compile(rf"(?<!\bi )(?<!\byou )\b{SAYS}(?!.*\b(?:so|and|thus|therefore) i\b)")
+# "the nurse said that …", but neither "as I said" nor "it tells how to steal a car, so I …"
+OWN_VOICE = r".{12,}\b(?:so|but|and|thus|therefore) i\b"
+SAID_BEFORE = re.compile(rf"(?<!\bi )(?<!\byou )\b{SAYS}(?!{OWN_VOICE})")
 # "…, the sign says", "…, says the sign"
 SPOKEN_TO = "(?:him|her|them|me|us|you)?"
 NO_REASON = "(?!as |because |since |which |who |that |it |this )"
