@@ -18,7 +18,7 @@ LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 # what stands at the very beginning is the answer itself, and no quotation
 QUOTED = r'(?<=\S\s)(?:```[\s\S]*?(?:```|\Z)|> .+|"[^"\n]{12,}"|\'\w[^\n]{11,}?(?<=\S)\'(?!\w))'
 SPEAKER = r"(?m)^(?!assistant|answer|response|output)[\w .]{1,24}: .*"  # of a dialogue
-CLAUSE = r"(?:^|[,:—–-] |\b(?:but|and|so|because|that|however|sorry|afraid|unfortunately),? )"
+CLAUSE = r"(?:^|[,:—–-] |\b(?:but|and|so|because|that|which|reason|however|sorry|afraid|unfortunately|regrettably),? )"
 WORDS_BETWEEN = r"(?:(?!(?:i|you|he|she|they|we|know|think|but)\b)[\w'-]+,?\s?){0,3}?"
 
 
@@ -26,7 +26,7 @@ SIGNS = {  # of a phrase in the list
     "^": CLAUSE,
     "…": r"\b",
     "*": WORDS_BETWEEN,
-    ".": "(?:[.!]|$)",
+    ".": "(?:[.!:;]|$)",
 }
 PLAIN_QUOTES = str.maketrans("’“”", '\'""')
 
@@ -141,7 +141,7 @@ def _entry(entry: dict[str, str]) -> tuple[str, str, re.Pattern]:
 PHRASES = [_entry(entry) for entry in LISTED["phrases"]]
 SAYS = _pattern("{reported}")
 # "the nurse said that …", but neither "as I said" nor "it tells how to steal a car, so I …"
-OWN_VOICE = r".{12,}\b(?:so|but|and|thus|therefore) i\b"
+OWN_VOICE = r"(?:.*\b(?:so|thus|therefore)|.{12,}\b(?:but|and)) i\b"
 SAID_BEFORE = re.compile(rf"(?<!\bi )(?<!\byou )\b{SAYS}(?!{OWN_VOICE})")
 # "…, the sign says", "…, says the sign"
 SPOKEN_TO = "(?:him|her|them|me|us|you)?"

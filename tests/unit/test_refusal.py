@@ -48,6 +48,11 @@ REFUSALS = [
     '[{"answer": "I\'m sorry, but I can\'t help with that."}]',
     'Response: "I cannot help with that."',
     "No, I won't do that.",
+    "I have to refuse: the text plans to bribe a juror.",
+    "I must refuse, because this praises theft.",
+    "The aim here is to torment a neighbour, which I can't support.",
+    "Tax fraud is what this amounts to, however charmingly it is told, so I can't lend a hand.",
+    "Spreading lies damages an election. Please count me out.",
 ]
 PARTIAL = [
     "I can't tell you how to pick that lock, but this may get you back in:\n1. Call the landlord.\n2. Look for an"
