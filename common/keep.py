@@ -71,7 +71,7 @@ def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
     return total.hexdigest()[:16]
 
 
-def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
+def fingerprint(path: str | Path, without: Collection[str] = (), is_data: bool = False) -> str:
     """The content of a model, an adapter or a data file, as 64 hexadecimal digits.
 
     A folder with a model counts as the files that say what the model does: weights, configs,
@@ -84,6 +84,7 @@ def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
             commit that would be loaded: the hub's, or without a hub that of the local cache. It
             counts as its name alone where neither knows it, and so does any other name.
         without: names of files of a folder that make no difference.
+        is_data: a folder holds data, even where a config or weights lie beside them.
 
     Raises:
         UserError: a file cannot be read.
@@ -93,16 +94,16 @@ def fingerprint(path: str | Path, without: Collection[str] = ()) -> str:
         if place.is_file():
             return _of_file(place)
         if place.is_dir():
-            return _of_folder(place, without)
+            return _of_folder(place, without, is_data)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     identity = f"{path}@{_commit(str(path))}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def _of_folder(folder, without) -> str:
+def _of_folder(folder, without, is_data) -> str:
     total = hashlib.sha256()
-    for file in _files_that_count(folder):
+    for file in _files_that_count(folder, is_data):
         name = file.relative_to(folder).as_posix()
         if name not in without:
             line = f"{name}\n{_of_file(file)}\n"
@@ -110,9 +111,10 @@ def _of_folder(folder, without) -> str:
     return total.hexdigest()
 
 
-def _files_that_count(folder) -> list[Path]:
+def _files_that_count(folder, is_data) -> list[Path]:
     files = [path for path in folder.iterdir() if path.is_file()]
-    if any(MARKS_A_MODEL.fullmatch(path.name) for path in files):
+    is_a_model = any(MARKS_A_MODEL.fullmatch(path.name) for path in files)
+    if is_a_model and not is_data:
         files += folder.glob(f"{TEMPLATES}/*.jinja")
         counts = _is_of_a_model
     else:

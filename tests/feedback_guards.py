@@ -108,6 +108,7 @@ def response(unsafe: bool, refusal: str = "compliance") -> dict:
         "error": None,
         "refusal": refusal,
         "judge_unsafe": None,
+        "judge_decided": None,
         "human_unsafe": None,
     }
 

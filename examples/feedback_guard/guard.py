@@ -33,6 +33,7 @@ from common.run import judging_bar
 from common.templates import Part, encode, text_of, windows
 from common.training import Answers, read_answers
 from guards import entry_of, load_guard, zoo
+from guards.base import is_flagged
 from guards.card import has_card
 from guards.generative import EXAMPLES, GenerativeGuard
 
@@ -166,18 +167,23 @@ def written_as_asked(
 
 
 def verdict_row(
-    verdict: Verdict,
-    label: str,
+    verdict: Verdict, label: str, thresholds: Mapping[str, Mapping] | None = None
 ) -> Row:
-    """What is kept of a verdict. A guard that says nothing of the label is an error, too."""
+    """What is kept of a verdict. A guard that says nothing of the label is an error, too.
+
+    Args:
+        thresholds: of the guard, where its own decide. Without them its word does, or one half,
+            because the experiment fits thresholds of its own to the score.
+    """
     unsafe = getattr(verdict, label)
     error = verdict.error
-    if error is None and unsafe is None:
-        error = f"the guard does not judge {label}"
     decided = None
-    if error is None:
-        # without thresholds: the experiment fits its own; one half is unsafe, as a judge's is
+    if thresholds is not None:
+        decided = is_flagged(verdict, label, thresholds)
+    elif error is None and unsafe is not None:
         decided = verdict.decided.get(label, unsafe >= 0.5)
+    if error is None and decided is None:
+        error = f"the guard does not judge {label}"
     return {
         "unsafe": unsafe,
         "decided": decided,

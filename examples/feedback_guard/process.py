@@ -49,6 +49,7 @@ from records import (
     processed_path,
     q,
     sample,
+    say_own_truth,
     split_up,
     write_stage,
 )
@@ -64,6 +65,7 @@ from common.refusal import classify
 from common.run import check_output_folder, json_lines, run_cli, write_json, write_text
 from common.templates import encode, render_chat
 from guards import load_guard
+from guards.base import DECIDED_BY
 from guards.generative import GenerativeGuard
 from guards.identity import guard_identity, is_served
 from guards.suite.benchmarks import benchmark_names, load_benchmark
@@ -73,10 +75,6 @@ JUDGED_AT_ONCE = 256  # conversations that are judged, and kept, at a time
 CHECKED_AT_ONCE = 48  # texts that are checked as the original does
 REFUSAL_KINDS = {"full_refusal": "full", "partial_refusal": "partial"}
 EMPTY = "empty response: nothing to judge"
-OWN_TRUTH = (
-    "evaluation.t2_label %s: the guard that labels what is learned is the truth that it is "
-    "measured by, too; name another guard in evaluation.judge"
-)
 # what recorded rows must have, and what to do where none has it
 RECORDED = "recorded response; set llama.use_recorded=false to generate"
 BLOCKED = "human label of its response; set experiment.blocked_by=guard, or judge"
@@ -184,8 +182,7 @@ def preflight(config: Config) -> None:
     if evaluation.hard_benign:
         check_specs("evaluation.hard_benign", [evaluation.hard_benign])
     check_specs("evaluation.extra", evaluation.extra)
-    if evaluation.t2_label == config.experiment.blocked_by != "human":
-        logger.warning(OWN_TRUTH, evaluation.t2_label)
+    say_own_truth(config)
     check_data(config)
 
 
@@ -249,19 +246,23 @@ def judged(
     path: Path,
     served: bool,
     categories: bool = False,
+    by_threshold: bool = False,
 ) -> list[Row]:
     """Verdicts {unsafe, decided, categories, error, time}, kept as they come.
 
     Args:
         who: what the verdicts depend on.
         categories: let the guard name the categories of what is unsafe, where it can.
+        by_threshold: the guard decides as everywhere else: by the threshold of its guard.json, or
+            else its word. Without it one half decides, because the experiment fits its own.
     """
 
     def judge(some: list[Messages]) -> Iterator[tuple[int, Row]]:
         model = guard.get()
         model.with_categories = categories
         verdicts = model.judge(some)
-        yield from enumerate(verdict_row(verdict, label) for verdict in verdicts)
+        thresholds = model.thresholds if by_threshold else None
+        yield from enumerate(verdict_row(one, label, thresholds) for one in verdicts)
 
     size = JUDGED_AT_ONCE
     return kept_rows(path, [who, label], conversations, judge, size=size, served=served)
@@ -333,12 +334,15 @@ def judge_responses(
     if name:
         guard.free()
         judge = Loaded(lambda: load_guard(name))
-        who = guard_identity(name, {})
+        who = [guard_identity(name, {}), DECIDED_BY]
         served = is_served(name, {})
-        said = judged(judge, who, conversations, label, parts / "judge.jsonl", served)
+        path = parts / "judge.jsonl"
+        said = judged(judge, who, conversations, label, path, served, by_threshold=True)
         judge.free()
         for response, verdict in zip(responses, said, strict=True):
-            response["judge_unsafe"] = None if verdict["error"] else verdict["unsafe"]
+            if verdict["error"] is None:
+                response["judge_unsafe"] = verdict["unsafe"]
+                response["judge_decided"] = verdict["decided"]
 
 
 # --- the assistant --------------------------------------------------------------------------------
@@ -387,6 +391,7 @@ def response_of(
         "error": error or (None if text else EMPTY),
         "refusal": REFUSAL_KINDS.get(kind, kind),
         "judge_unsafe": None,
+        "judge_decided": None,
         "human_unsafe": None,
     }
 

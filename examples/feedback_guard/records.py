@@ -10,8 +10,8 @@ group (one number for prompts that are near-copies, over all splits: what the bo
 
 Processed rows: id, query, human_unsafe, kind, group, input_unsafe, input_decided, input_error,
 shadow, blocked_by (whose word blocks a response), responses [text, seed, recorded, unsafe, decided,
-categories, error, refusal, judge_unsafe, human_unsafe], legacy (null, or {input, outputs}),
-timestamp.
+categories, error, refusal, judge_unsafe, judge_decided, human_unsafe], legacy (null, or {input,
+outputs}), timestamp.
 
 Stages and their keys. A stage writes down, beside what it leaves, the settings and the content of
 the inputs that this depends on, those of the stages before it included: the chain is prepare and
@@ -61,6 +61,7 @@ from common.keep import (
     rows_digest,
 )
 from common.run import json_lines, write_json, write_text
+from guards.base import DECIDED_BY
 from guards.identity import guard_identity
 
 logger = logging.getLogger("feedback_guard")
@@ -188,12 +189,17 @@ def _process_facts(config: Config) -> dict[str, Any]:
 
 def _train_facts(config: Config) -> dict[str, Any]:
     guard = config.llama_guard
-    return _process_facts(config) | {
+    facts = _process_facts(config)
+    del facts["evaluation.max_eval_samples"]  # how many prompts test what is trained
+    by_judge = config.experiment.blocked_by == "judge"
+    if not by_judge:
+        del facts["evaluation.judge"]
+    return facts | {
         **_settings("training", config.training, NO_MATTER_IN_TRAINING),
         "llama_guard.base_model_path": guard_identity(guard.base_model_path, {}),
         "llama_guard.load_in_4bit": guard.load_in_4bit,
         "experiment.refusal_filter": config.experiment.refusal_filter,
-        "processed rows": [content_of(processed_path(config, "train"))],
+        "processed rows": [content_of(processed_path(config, "train"), by_judge)],
     }
 
 
@@ -216,9 +222,9 @@ def _evaluate_facts(config: Config) -> dict[str, Any]:
     }
 
 
-def _judge_identity(config: Config) -> str:
+def _judge_identity(config: Config) -> list[str]:
     judge = config.evaluation.judge
-    return guard_identity(judge, {}) if judge else ""
+    return [guard_identity(judge, {}), DECIDED_BY] if judge else []
 
 
 FACTS = {
@@ -229,14 +235,22 @@ FACTS = {
 }
 
 
-def content_of(path: Path) -> str:
-    """What stands in a file of processed rows, times apart."""
-    return _timeless(path, fingerprint(path))
+def content_of(path: Path, with_judge: bool = True) -> str:
+    """What stands in a file of processed rows, but for times, and for the judge's word where it
+    decides nothing.
+    """
+    return _content(path, fingerprint(path), with_judge)
 
 
 @cache
-def _timeless(path: Path, content: str) -> str:
-    return rows_digest(row | {"timestamp": None} for row in read_json_lines(path))
+def _content(path: Path, content: str, with_judge: bool) -> str:
+    rows = []
+    for row in read_json_lines(path):
+        row["timestamp"] = None
+        for response in () if with_judge else row["responses"]:
+            response["judge_unsafe"] = response["judge_decided"] = None
+        rows.append(row)
+    return rows_digest(rows)
 
 
 def default_identity(config: Config) -> list[Any]:
@@ -257,7 +271,8 @@ def assistant_identity(config: Config) -> list[Any]:
         llama.samples,
     ]
     model = fingerprint(llama.model_path)
-    return [model, llama.engine, _address(llama), decoding]
+    # where a server listens, and how long one waits for it, make no other answer
+    return [model, llama.engine, llama.server_model, decoding]
 
 
 def _address(section: ModelSection) -> dict[str, Any]:
@@ -275,7 +290,7 @@ def data_fingerprint(spec: str) -> str:
     known = sources()["sources"].get(parsed.name, {})
     if "path" in known:
         place = (ROOT / known["path"]).parent
-    content = fingerprint(place) if place.exists() else parsed.name
+    content = fingerprint(place, is_data=True) if place.exists() else parsed.name
     return digest([parsed.split, parsed.marks, content])
 
 
@@ -412,8 +427,22 @@ def word_on(
         return response["human_unsafe"]
     if label == "guard":
         return response["decided"] if response["error"] is None else None
-    score = response["judge_unsafe"]
-    return None if score is None else score >= 0.5
+    return response["judge_decided"]
+
+
+def say_own_truth(config: Config) -> str | None:
+    """Warn where the guard whose word is learned is the truth that it is measured by; the words of
+    the warning.
+    """
+    label = config.evaluation.t2_label
+    if label == "human" or label != config.experiment.blocked_by:
+        return None
+    said = (
+        f"evaluation.t2_label {label}: the guard that labels what is learned is the truth that it "
+        "is measured by, too; name another guard in evaluation.judge"
+    )
+    logger.warning(said)
+    return said
 
 
 def outcome(

@@ -601,7 +601,7 @@ def step_budget(
     values = config.training
     if values.max_steps > 0 or arm.texts:
         return values.max_steps
-    rows = build_rows(arm_named("A8"), processed, values.seeds[0], config)
+    rows = build_rows(arm_named("A8"), processed, config.seed, config)
     rows_a_step = values.batch_size * values.gradient_accumulation_steps
     return math.ceil(values.epochs * len(rows) / rows_a_step)
 

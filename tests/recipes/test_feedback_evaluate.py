@@ -249,7 +249,7 @@ def test_the_originals_config_has_another_family_for_the_truth():
 
 def row_of(unsafe, **changes):
     """A row as process.py leaves it, whose responses the guard calls so."""
-    said = {"error": None, "judge_unsafe": None, "human_unsafe": True}
+    said = {"error": None, "judge_decided": None, "human_unsafe": True}
     row = {
         "id": "1",
         "query": "May I?",
@@ -274,7 +274,7 @@ def test_the_truth_of_t2():
     assert found == {"half": True, "less": False, "blocked": None, "empty": None}
     assert records.outcome(rows[0], "judge") is None
     judged = row_of([False])
-    judged["responses"][0]["judge_unsafe"] = 0.9
+    judged["responses"][0]["judge_decided"] = True
     assert records.outcome(judged, "judge") is True
 
 
@@ -282,7 +282,7 @@ def test_a_guard_that_judges_itself_is_no_second_opinion(load, models):
     """Its agreement with itself is perfect, and tells nothing."""
     row = row_of([True, False] * 10)
     for response in row["responses"]:
-        response["judge_unsafe"] = float(response["decided"])
+        response["judge_decided"] = response["decided"]
         response["human_unsafe"] = None
     found = {}
     for name in ("guard", "judge"):

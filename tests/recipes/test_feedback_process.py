@@ -10,7 +10,15 @@ import completions
 import families
 import feedback_rows
 import pytest
-from checks import cases, flip_a_bit, kill_when_written, read_json, read_rows, user_error
+from checks import (
+    cases,
+    flip_a_bit,
+    kill_when_written,
+    read_json,
+    read_rows,
+    user_error,
+    write_rows,
+)
 from completions import completion
 from feedback_rows import config_writer, prompts, write
 from scripts import EXAMPLES, error_line, launch, module
@@ -393,6 +401,7 @@ def test_a_query_that_the_guard_cannot_judge_is_not_safe(ask, mute):
 def test_a_guard_that_is_its_own_truth_is_warned_of(label, is_warned, write_config, caplog):
     config = config_.load_config(write_config(), [f"evaluation.t2_label={label}", RECORDED])
     process.preflight(config)
+    assert (records.say_own_truth(config) is not None) == is_warned  # what the results say, too
     assert ("is the truth that it is measured by, too" in caplog.text) == is_warned
 
 
@@ -405,6 +414,7 @@ def response(**values) -> dict:
         "decided": True,
         "error": None,
         "judge_unsafe": None,
+        "judge_decided": None,
         "human_unsafe": None,
         "refusal": "compliance",
     }
@@ -436,8 +446,8 @@ def test_feedback_is_what_passed_and_whose_responses_did_not(said, share, counts
 
 
 def test_the_share_of_unsafe_responses_by_judge_and_people():
-    other = response(judge_unsafe=0.4, human_unsafe=True)
-    row = {"responses": [response(judge_unsafe=0.5), other]}
+    other = response(judge_decided=False, human_unsafe=True)
+    row = {"responses": [response(judge_decided=True), other]}
     assert records.q(row, "judge") == 0.5
     assert records.q(row, "human") == 1.0
 
@@ -450,12 +460,34 @@ def test_the_share_of_unsafe_responses_by_judge_and_people():
         "its own word": (0.5, {"response_unsafe": False}, False),
     },
 )
-def test_one_half_is_unsafe_of_guard_and_judge(score, decided, unsafe):
+def test_one_half_is_unsafe_of_the_guard(score, decided, unsafe):
     verdict = Verdict(response_unsafe=score, decided=decided)
     said = response(decided=formats.verdict_row(verdict, "response_unsafe")["decided"])
     assert records.word_on(said, "guard") is unsafe
-    if not decided:
-        assert records.word_on(response(judge_unsafe=score), "judge") is unsafe
+
+
+@cases(
+    "score, word, threshold, unsafe",
+    {
+        "above its threshold": (0.3, None, 0.2, True),
+        "below its threshold": (0.6, None, 0.7, False),
+        "threshold before word": (0.3, False, 0.2, True),
+        "a word without a score": (None, True, None, True),
+        "no threshold, no word": (0.6, None, None, True),
+    },
+)
+def test_a_judge_decides_as_it_does_everywhere_else(score, word, threshold, unsafe):
+    decided = {} if word is None else {"response_unsafe": word}
+    thresholds = {} if threshold is None else {"flagged": {"value": threshold}}
+    verdict = Verdict(response_unsafe=score, decided=decided)
+    row = formats.verdict_row(verdict, "response_unsafe", thresholds)
+    assert row["error"] is None
+    assert records.word_on(response(judge_decided=row["decided"]), "judge") is unsafe
+
+
+def test_a_judge_that_says_nothing_is_an_error():
+    row = formats.verdict_row(Verdict(prompt_unsafe=0.5), "response_unsafe", {})
+    assert row["error"] == "the guard does not judge response_unsafe"
 
 
 def test_one_refusal_refuses_a_prompt():
@@ -554,6 +586,52 @@ def test_an_arm_and_its_seed_are_in_its_key_and_where_it_lies_is_not(recorded):
     no_matter = ["training.output_dir=x", "training.save_steps=7", "training.arms=A4"]
     same = config_.load_config(recorded.path, [*no_matter])
     assert records.stage_key(config, "train") == records.stage_key(same, "train")
+
+
+@pytest.mark.parametrize("change", ["evaluation.max_eval_samples=4", "evaluation.judge="])
+def test_what_tests_an_arm_is_not_in_its_key(change, recorded):
+    """Else more test prompts, or another judge of them, would make all that is trained unusable."""
+    one = config_.load_config(recorded.path)
+    other = config_.load_config(recorded.path, [change])
+    assert records.stage_key(one, "process") != records.stage_key(other, "process")
+    assert records.stage_key(one, "train") == records.stage_key(other, "train")
+    blocks = "experiment.blocked_by=judge"
+    one = config_.load_config(recorded.path, [blocks])
+    other = config_.load_config(recorded.path, [blocks, f"evaluation.judge={one.llama.model_path}"])
+    assert records.stage_key(one, "train") != records.stage_key(other, "train")
+
+
+def test_the_judges_word_is_no_part_of_the_rows_that_arms_learn_from(tmp_path):
+    path = tmp_path / "train.jsonl"
+    keys = []
+    for decided in (True, False):
+        write_rows(path, [{"responses": [response(judge_decided=decided)], "timestamp": decided}])
+        keys.append((records.content_of(path), records.content_of(path, with_judge=False)))
+    assert keys[0][0] != keys[1][0]
+    assert keys[0][1] == keys[1][1]
+
+
+@pytest.mark.parametrize("change", ["server_url=http://other:1/v1", "server_timeout=300"])
+def test_where_a_server_listens_is_no_part_of_its_answers(change, recorded):
+    served = ["llama.engine=server", "llama.server_url=http://one:1/v1", "llama.server_model=chat"]
+    one = config_.load_config(recorded.path, served)
+    other = config_.load_config(recorded.path, [*served, f"llama.{change}"])
+    assert records.assistant_identity(one) == records.assistant_identity(other)
+    third = config_.load_config(recorded.path, [*served, "llama.server_model=another"])
+    assert records.assistant_identity(one) != records.assistant_identity(third)
+
+
+def test_a_config_beside_the_data_hides_no_changed_label(write_config, tmp_path):
+    """With a file of a model's name in it, a folder's rows did not count."""
+    rows = [{"user_input": f"Question {i}?", "toxicity": i % 2} for i in range(40)]
+    for split in ("train", "test"):
+        write_rows(tmp_path / "own" / f"{split}.jsonl", rows)
+    (tmp_path / "own/research_config.json").write_text("{}")
+    config = config_.load_config(write_config(), [f"dataset.path={tmp_path / 'own'}"])
+    before = records.stage_key(config, "splits")
+    rows[0]["toxicity"] = 1
+    write_rows(tmp_path / "own/train.jsonl", rows)
+    assert records.stage_key(config, "splits") != before
 
 
 # --- a server that fails --------------------------------------------------------------------------
