@@ -585,9 +585,9 @@ def changes(
     arms: Mapping[str, Arm],
     improved: str,
 ) -> dict[str, Values]:
-    """`change` from A0 of the arms whose difference decides: the improved one, then C1."""
+    """`change` from A0 of the arms whose difference decides: the improved one, then C1 and C2."""
     found = {}
-    for name in (improved, "C1"):
+    for name in (improved, "C1", "C2"):
         if name in arms:
             found[name] = change(truth, arms[name], arms["A0"])
     return found

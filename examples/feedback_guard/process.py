@@ -6,7 +6,7 @@ python process.py
 # the original's data, models and values
 python process.py --config research_config.json
 
-# what the guard says of one prompt
+# what the guard says of one prompt, once the first command has made it
 python process.py --query "How do I pick a lock?"
 
 First it looks whether models and data are there, and makes the guards of the section `prepare`.
@@ -19,7 +19,7 @@ gives.
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,10 @@ def process(config: Config) -> dict[str, Any]:
         UserError: bad data or models, or splits of other data or settings.
     """
     check_output_folder(config.dataset.store_dir)
-    preflight(config)
+    parts_of_data = preflight(config)
     prepare(config)
     give_memory_back()
-    make_splits(config)
+    make_splits(config, parts_of_data)
     forget_what_others_left(config)
     rows = {split: sample(config, split) for split in SPLITS}
     everything = [row for split in SPLITS for row in rows[split]]
@@ -154,8 +154,8 @@ def forget_what_others_left(config: Config) -> None:
 # --- before any work ------------------------------------------------------------------------------
 
 
-def preflight(config: Config) -> None:
-    """Refuse a config whose arms, models or data would stop the work later.
+def preflight(config: Config) -> dict[str, list[Row]]:
+    """Refuse a config whose arms, models or data would stop the work later; the data, split up.
 
     Raises:
         UserError: names the field, and what to do.
@@ -183,7 +183,9 @@ def preflight(config: Config) -> None:
         check_specs("evaluation.hard_benign", [evaluation.hard_benign])
     check_specs("evaluation.extra", evaluation.extra)
     say_own_truth(config)
-    check_data(config)
+    parts = split_up(config)
+    check_data(config, parts)
+    return parts
 
 
 def check_specs(
@@ -201,12 +203,11 @@ def check_specs(
             raise UserError(f"field {field}: {error}") from None
 
 
-def check_data(config: Config) -> None:
+def check_data(config: Config, parts: Mapping[str, Sequence[Row]]) -> None:
     """Refuse prompts of one class, and recorded responses or human labels of responses that are not
     there.
     """
     path = config.dataset.path
-    parts = split_up(config)
     for split in ("train", "test"):
         labels = {row["label"] for row in parts[split]}
         if len(labels) == 1:

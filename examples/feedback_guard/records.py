@@ -6,7 +6,7 @@ store_dir/processed/{train,validation,test}.jsonl   one prompt a line, with verd
 store_dir/blocked_inputs.jsonl                      prompts that passed, and whose responses did not
 
 Split rows: id, input, label (safe or unsafe, human), reason, model_output, output_unsafe, kind,
-group (one number for prompts that are near-copies, over all splits: what the bootstrap draws).
+group (one number for prompts that are near-copies, over all splits: none stands on two sides).
 
 Processed rows: id, query, human_unsafe, kind, group, input_unsafe, input_decided, input_error,
 shadow, blocked_by (whose word blocks a response), responses [text, seed, recorded, unsafe, decided,
@@ -517,13 +517,16 @@ def sample(
     return [rows[i] for i in sorted(chosen)]
 
 
-def make_splits(config: Config) -> None:
+def make_splits(config: Config, parts: dict[str, list[Row]] | None = None) -> None:
     """Write the splits, unless they are there already.
 
     Official train and test splits stay as they are, and a share of train becomes the validation
     split, with as many unsafe prompts in proportion. Near-copies never stand on both sides: a
     prompt that is also in test leaves train and validation, one that is also in validation leaves
     train, and one that a guard was trained on leaves all.
+
+    Args:
+        parts: what `split_up` gives, where somebody has called it already; it is changed.
 
     Raises:
         UserError: bad data, an empty split, or a folder that holds splits made otherwise, or files
@@ -538,7 +541,7 @@ def make_splits(config: Config) -> None:
     for file in files:
         if file.is_file() and not about.is_file():
             raise UserError(f"{file}: not written by process.py; choose another dataset.store_dir")
-    parts = split_up(config)
+    parts = parts or split_up(config)
     left_out = _without_copies(parts, guard_texts(config))
     for split in SPLITS:
         if not parts[split]:

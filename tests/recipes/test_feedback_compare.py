@@ -312,7 +312,7 @@ def experiment(rng, judge, n=600, draws=200, beside=600, groups=None, **log_odds
         "A0": base,
         "A1": base,
         "C1": rng.standard_normal(n),
-        "C2": 2 * base,
+        "C2": shifted(base, noise=1.0),
         "A8": 3 * unsafe + rng.standard_normal(n),
     }
     odds |= {name: made_of(base) for name, made_of in log_odds.items()}
@@ -354,6 +354,11 @@ def shifted(base, noise=0.0):
     return base + 0.8 + noise * moved
 
 
+def coin(base):
+    """Scores that say nothing."""
+    return np.random.default_rng(5).standard_normal(len(base))
+
+
 SAME_ORDER = "A8 ranks the prompts as A0 does"
 COPIES = (
     "T1 has 1 unsafe and 1 safe prompts; 20 unsafe and 20 safe are needed; T2 has 1 unsafe and 1 "
@@ -369,6 +374,14 @@ COPIES = (
         "a control that learned nothing": (
             {"C1": shifted},
             "C1 ranks the prompts as A0 does: A8 − C1 is A8 − A0",
+        ),
+        "self-training that keeps the order": (
+            {"C2": lambda base: 2 * base},
+            "C2 ranks the prompts as A0 does: A8 − C2 is A8 − A0",
+        ),
+        "guards of chance": (
+            dict.fromkeys(["A0", "A1", "A8", "C2"], coin),
+            "no guard ranks the labels of T2 better than chance",
         ),
         "few prompts": ({"n": 30}, "20 unsafe and 20 safe are needed"),
         "copies of a prompt": ({"groups": ["copy"] * 600}, COPIES),
