@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -44,7 +45,15 @@ UNKNOWN = re.compile(
 # names of arguments that no file and no log may show
 SECRET = re.compile(r"(token|api_key|password|secret)$")
 # what loading a checkpoint of others can raise
-BROKEN = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
+BROKEN = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    KeyError,
+    SafetensorError,
+    UnpicklingError,  # code in a file of weights, which is never run
+)
 _STARTED = time.time()
 
 

@@ -58,6 +58,7 @@ OF_A_GUARD = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "training.json",
     "vocab.json",
     "vocab.txt",
 )

@@ -1,7 +1,7 @@
 """Block rates on harmful documents, false refusals on harmless ones, and what training on one task
 does to the others.
 
-# the trained model against the untrained one, whose answers were made before
+# the trained model against the untrained one; generate_answers.py made the answers of both
 python evaluate.py --answers output/answers/smollm2-135m-instruct,output/answers/output/quickstart \
     --output_dir output/evaluation
 
@@ -31,12 +31,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from flags import run
+from generate_answers import identity
 from prompts import TASKS, split_document
 from refusal_judge import judged_by_guard, judged_by_server, verdicts_of
 from scipy.stats import binomtest
 
 from common import report
 from common.conversation import UserError
+from common.keep import digest
 from common.metrics import agreement, bootstrap
 from common.refusal import classify, substring_refusal
 from common.results_page import PageRow, PageTable, shortened, write_results_page
@@ -71,6 +73,7 @@ SUMMARY = {
     "degenerate": "degenerate ↓",
 }
 TRAININGS = {
+    "names": "models",
     "train_task": "trained on",
     "n_defence": "N",
     "benign_refusals": "refusals on benign",
@@ -89,6 +92,7 @@ CELLS = {
     "task": "task",
     "kind": "documents",
     "rows": "rows",
+    "without_verdict": "without verdict",
     "rate": "refused",
     "interval": "95 % interval",
     "words": "words of others",
@@ -101,6 +105,7 @@ SHORT_QUESTIONS = {
     "model": "model",
     "task": "questions",
     "rows": "rows",
+    "without_verdict": "without verdict",
     "rate": "refused",
     "interval": "95 % interval",
     "degenerate": "degenerate",
@@ -138,10 +143,7 @@ def evaluate(
         server_url: of a server whose LLM, server_model, tells refusals by a rubric instead.
         guard: a guard of load_guard that judges prompts with their answers, too.
     """
-    if scorer not in ("detector", "substring"):
-        raise UserError(f"--scorer {scorer}: expected detector or substring")
-    if refusal_judge and server_url:
-        raise UserError("--refusal_judge, --server_url: give one of them")
+    check_scorer(scorer, refusal_judge, server_url, server_model)
     check_output_folder(output_dir)
     models, predictions = read_models(answers)
 
@@ -161,7 +163,8 @@ def evaluate(
     for row, value in zip(predictions, refused, strict=True):
         row["refused"] = value
     if guard:
-        for row, verdict in zip(predictions, verdicts_of(guard, pairs, runs), strict=True):
+        _, verdicts = verdicts_of(guard, pairs, runs)
+        for row, verdict in zip(predictions, verdicts, strict=True):
             row["guard_unsafe"] = verdict.score("response_unsafe")
 
     # --- Results --------------------------------------------------------------------------------
@@ -169,17 +172,40 @@ def evaluate(
     results["scorer"] = scorer
     results["agreement_with_the_list"] = None
     if scorer != "detector":
-        results["agreement_with_the_list"] = agreement(refused, by_list)
+        both = [pair for pair in zip(refused, by_list, strict=True) if None not in pair]
+        results["agreement_with_the_list"] = agreement(*zip(*both, strict=True))
     asked = {"answers": answers, "scorer": scorer, "guard": guard}
     results["run"] = manifest([asked])
     write(Path(output_dir), results, predictions)
 
 
+def check_scorer(
+    scorer: str, refusal_judge: str | None, server_url: str | None, server_model: str | None
+) -> None:
+    """Refuse flags of which one would be ignored."""
+    if scorer not in ("detector", "substring"):
+        raise UserError(f"--scorer {scorer}: expected detector or substring")
+    asked = {
+        "--scorer substring": scorer == "substring",
+        "--refusal_judge": refusal_judge,
+        "--server_url": server_url,
+    }
+    given = [flag for flag, value in asked.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{', '.join(given)}: give one of them")
+    if server_model and not server_url:
+        raise UserError("--server_model: needs --server_url, where it is asked")
+
+
 def classified(predictions: list[Row]) -> list[bool]:
-    """Whether each answer refuses, by the list of phrases; its kind goes into the rows."""
+    """Whether each answer refuses, by the list of phrases; its kind goes into the rows.
+
+    The list is told what the task is, and not the document before it.
+    """
     refused = []
     for row in predictions:
-        verdict = classify(row["output"], row["instruction"])
+        _, task = split_document(row["instruction"])
+        verdict = classify(row["output"], task)
         row["class"] = verdict.kind
         refused.append(verdict.is_refusal)
     return refused
@@ -258,6 +284,7 @@ def read_answers(folder: Path) -> tuple[Row, list[Row]]:
     if not rows:
         raise UserError(f"--answers {folder}: holds no test_<task>.json")
     about = {"train_task": None, "n_defence": None, **first}
+    about["setup"] = setup_of(first)
     trained_on = about.get("trained_on") or about.get("lora_weights") or ""
     trained = TRAINING_SET.search(trained_on)
     if trained:
@@ -270,6 +297,8 @@ def read_answers(folder: Path) -> tuple[Row, list[Row]]:
 
 def check_same_model(path: Path, parameters: Row, first: Row) -> None:
     """Raise UserError for a file whose answers were made otherwise than those of the first file."""
+    if "model_sha256" in first:  # else names are all that tells models apart
+        parameters, first = identity(parameters), identity(first)
     differ = []
     for name in sorted({*parameters, *first}):
         if parameters.get(name) != first.get(name):
@@ -279,6 +308,19 @@ def check_same_model(path: Path, parameters: Row, first: Row) -> None:
         raise UserError(
             f"{path}: answers of another model than the files before it ({listed} differ)"
         )
+
+
+def setup_of(parameters: Row) -> str | None:
+    """What tells trainings apart beside their rows: base, settings, and how their models are asked.
+    Runs that differ by their seed have one setup. None where the settings are not known.
+    """
+    training = parameters.get("training")
+    if not training:
+        return None
+    asked = identity(parameters)
+    for name in ("adapter_sha256", "server_model"):  # of one seed
+        asked.pop(name, None)
+    return digest([asked, training["settings"], training["prompt_template_text"]])
 
 
 def read_file(path: Path) -> tuple[Row, list[Row]]:
@@ -343,14 +385,19 @@ def by_cell(predictions: pd.DataFrame) -> list[Row]:
 
 
 def rates(rows: pd.DataFrame, task: str) -> Row:
-    """What the answers of a cell are like."""
+    """What the answers of a cell are like, of those that have a verdict."""
+    without = int(rows.refused.isna().sum())
+    rows = judged(rows)
     count = len(rows)
+    if count == 0:
+        return {"rows": 0, "without_verdict": without, "rate": None, "processed": None}
     refused = int(rows.refused.sum())
     is_degenerate = rows["class"] == "degenerate"
     processed = rows[~rows.refused & ~is_degenerate]
     interval = binomtest(refused, count).proportion_ci(method="wilson")
     cell = {
         "rows": count,
+        "without_verdict": without,
         "refused": refused,
         "rate": refused / count,
         "interval": [float(interval.low), float(interval.high)],
@@ -367,8 +414,14 @@ def rates(rows: pd.DataFrame, task: str) -> Row:
     return cell
 
 
+def judged(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of answers of which it is known whether they refuse."""
+    return rows[rows.refused.notna()].astype({"refused": bool})
+
+
 def mean(values: Iterable[float]) -> float | None:
-    values = list(values)
+    """The mean of the values that are there."""
+    values = [value for value in values if not pd.isna(value)]
     return float(np.mean(values)) if values else None
 
 
@@ -419,21 +472,26 @@ def summary(cells: list[Row], model: str, train_task: str | None) -> Row:
 
 
 def trainings(predictions: pd.DataFrame, models: dict[str, Row]) -> list[Row]:
-    """Rates with bootstrap intervals of each training set, over all seeds that it was trained with.
+    """Rates with bootstrap intervals of each training, over all seeds of it: the same rows, base
+    and settings. A model whose settings are not known is by itself.
 
     Documents are drawn, with their answers of all tasks and seeds.
     """
     groups = defaultdict(list)
     for name, about in models.items():
-        groups[about.get("trained_on") or name].append(name)
+        key = name
+        if about["setup"] and about["trained_on"]:
+            rows = about["training"]["train_sha256"]
+            key = digest([about["setup"], about["trained_on"], rows])
+        groups[key].append(name)
     found = []
     for members in groups.values():
         about = models[members[0]]
         task = about["train_task"]
-        own = predictions[predictions.model.isin(members)]
+        own = judged(predictions[predictions.model.isin(members)])
         malicious = own[own.kind == "malicious"]
         is_trained = malicious.task == task
-        training = {name: about[name] for name in WHAT_IS_TRAINED}
+        training = {name: about[name] for name in (*WHAT_IS_TRAINED, "setup")}
         training["models"] = members
         training["block_rate"] = with_interval(malicious)
         training["trained_task"] = with_interval(malicious[is_trained])
@@ -464,7 +522,7 @@ def paired(predictions: pd.DataFrame, baseline: str) -> list[Row]:
 
     The tasks share their documents: over all tasks the items would not be independent.
     """
-    columns = predictions[["model", "refused", *ITEM]]
+    columns = judged(predictions)[["model", "refused", *ITEM]]
     columns = columns.drop_duplicates(["model", *ITEM], keep="last")  # two files may hold one item
     is_first = columns.model == baseline
     first = columns[is_first]
@@ -496,6 +554,11 @@ def paired(predictions: pd.DataFrame, baseline: str) -> list[Row]:
 def results_markdown(results: Row) -> str:
     """results.md: the models, every cell, the paired tests."""
     lines = [f"# Refusals ({results['scorer']})", ""]
+    cells = results["cells"] + results["questions"]
+    lacking = sum(cell["without_verdict"] for cell in cells)
+    if lacking:
+        total = lacking + sum(cell["rows"] for cell in cells)
+        lines += [f"Without verdict, and left out: {lacking} of {total} answers.", ""]
     known = results["agreement_with_the_list"]
     if known:
         kappa = report.number(known["kappa"])
@@ -519,7 +582,8 @@ def results_markdown(results: Row) -> str:
 
 def shown_training(training: Row) -> Row:
     """A row of the table of training sets: each rate before its interval, and words for yes and no."""
-    shown = training | {"runs": len(training["models"])}
+    names = training["models"]
+    shown = training | {"runs": len(names), "names": ", ".join(names)}
     for key, value in training.items():
         if isinstance(value, bool):
             shown[key] = "yes" if value else "no"
@@ -589,7 +653,8 @@ def page_row(answers: dict[str, Row], models: list[str]) -> PageRow:
     )
     for model in models:
         answer = answers.get(model)
-        row.add_score(answer["refused"] if answer else None)
+        score = answer["refused"] if answer else None
+        row.add_score(score, "no verdict" if answer and score is None else None)
     return row
 
 
@@ -604,7 +669,7 @@ def plot_heat_map(results: Row, path: Path) -> None:
         sharey=True,
         layout="constrained",
     )
-    cells = pd.DataFrame(results["cells"])
+    cells = pd.DataFrame(results["cells"]).astype({"rate": float})
     shares = cells.pivot_table("rate", ["kind", "model"], "task")
     for ax, kind in zip(axes, kinds, strict=True):
         order = pd.MultiIndex.from_product([[kind], models])
@@ -641,6 +706,7 @@ def trade_off(results: Row) -> pd.DataFrame:
     """A row a training set: how much it blocks and how much it processes, the mean over its seeds."""
     summaries = pd.DataFrame(results["summary"]).T
     points = []
+    setups: dict[str, dict] = defaultdict(dict)  # of each label, and a model that has it
     for training in results["trainings"]:
         (first, *_) = training["models"]
         label = training["train_task"] or first
@@ -648,6 +714,10 @@ def trade_off(results: Row) -> pd.DataFrame:
             label += ", refusals on benign"
         if training["shuffled_refusals"]:
             label += ", shuffled"
+        known = setups[label]
+        model = known.setdefault(training["setup"], first)
+        if list(known.values()).index(model) > 0:  # another line has that label
+            label += f" ({model})"
         point = {"label": label, "n": training["n_defence"] or 0}
         for rate in TRADE_OFF:
             point[rate] = summaries.loc[training["models"], rate].astype(float).mean()

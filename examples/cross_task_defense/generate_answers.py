@@ -4,11 +4,18 @@
 python generate_answers.py --base_model smollm2-135m-instruct --lora_weights output/quickstart \
     --input_path ../../data/sample/cross_task_defense/evaluation_stripped \
     --prompt_template_path chat --output_path output/answers --num_beams 1 --max_new_tokens 48
+# and of the untrained model, which evaluate.py compares it with
+python generate_answers.py --base_model smollm2-135m-instruct \
+    --input_path ../../data/sample/cross_task_defense/evaluation_stripped \
+    --prompt_template_path chat --output_path output/answers --num_beams 1 --max_new_tokens 48
 
-# the paper's command
+# the paper's command, and the same for its base
 python generate_answers.py --prompt_template_path configs/llama2.json \
     --input_path data/evaluation/test_summarize.json \
     --output_path output/answers --lora_weights output/llama2-summarize-10 --load_8bit
+python generate_answers.py --prompt_template_path configs/llama2.json \
+    --input_path data/evaluation/test_summarize.json \
+    --output_path output/answers --base_model meta-llama/Llama-2-7b-hf --load_8bit
 
 # vLLM in this process; a server, which must not add decoding defaults of the model's own
 #   vllm serve … --generation-config vllm --enable-lora --lora-modules defence=output/quickstart
@@ -34,6 +41,7 @@ from typing import Any
 
 from flags import run
 from prompts import encode_prompts, load_template, shortened
+from training_record import trained_with
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from common.bundled import resolve_model
@@ -54,7 +62,8 @@ from common.run import check_output_folder, loading_model, manifest, write_json
 
 logger = logging.getLogger("cross_task_defense")
 # parameters that name what others hold: weights, the text of a template
-NAMES = {"model", "revision", "lora_weights", "prompt_template", "trained_on", "server_url"}
+NAMES = {"model", "revision", "lora_weights", "prompt_template", "server_url"}
+NAMES |= {"trained_on", "training"}  # of an adapter, whose weights count
 SEEDS_OF_A_DRAW = 100_000  # more than there are batches
 
 
@@ -68,7 +77,8 @@ class AnswerArguments:
         base_model: hub id, folder, or smollm2-135m-instruct; default: what the adapter names.
         lora_weights: an adapter folder, or a hub id; without it the base model answers.
         prompt_template_path: alpaca, llama2, llama2-legacy, a JSON file, or chat (the tokenizer's
-            own); default: what the adapter was trained with, else alpaca.
+            own); default: what the adapter was trained with. Where nothing says it (the adapter of
+            others), and without one: alpaca.
         cutoff_len: tokens of prompt and answer together. A longer prompt loses the end of its
             document, as in training, never the task.
         auth_token: of the hub, for gated models.
@@ -260,30 +270,24 @@ def choose_template(args: AnswerArguments) -> dict[str, str] | None:
 
     `args.prompt_template_path` is set to its name.
     """
-    run = trained_with(args.lora_weights) if args.lora_weights else {}
-    trained = run.get("arguments", {}).get("prompt_template_name")
-    args.prompt_template_path = args.prompt_template_path or trained or "alpaca"
-    if args.prompt_template_path == trained and "prompt_template_text" in run:
-        return run["prompt_template_text"]
+    record = trained_with(args.lora_weights) if args.lora_weights else None
+    asked = args.prompt_template_path
+    if record is not None and asked in (None, record.prompt_template_name):
+        args.prompt_template_path = record.prompt_template_name
+        return record.prompt_template_text
+    args.prompt_template_path = asked or "alpaca"
     template = load_template(args.prompt_template_path)
-    if trained is not None and template != run.get("prompt_template_text", template):
+    said = None
+    if record is None:
+        if args.lora_weights and asked is None:
+            said = "what it was trained with is not known (--prompt_template_path)"
+    elif template != record.prompt_template_text:
+        said = f"was trained with the prompt template {record.prompt_template_name}"
+    if said:
         logger.warning(
-            "%s was trained with the prompt template %s; it is asked with %s.",
-            args.lora_weights,
-            trained,
-            args.prompt_template_path,
+            "%s: %s; it is asked with %s.", args.lora_weights, said, args.prompt_template_path
         )
     return template
-
-
-def trained_with(lora_weights: str) -> dict[str, Any]:
-    """What train.py wrote of an adapter's training; empty for an adapter of others."""
-    path = adapter_file(lora_weights, "adapter_config.json").with_name("run.json")
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return run if isinstance(run, dict) else {}
 
 
 def prompt_ids(
@@ -330,9 +334,14 @@ def parameters_of(
     if args.cutoff_len is not None:
         parameters["cutoff_len"] = args.cutoff_len
     if args.lora_weights:
-        trained_on = trained_with(args.lora_weights).get("arguments", {}).get("data_path")
         parameters["adapter_sha256"] = fingerprint(args.lora_weights)
-        parameters["trained_on"] = trained_on and Path(trained_on).stem
+        record = trained_with(args.lora_weights)
+        parameters["trained_on"] = record and record.trained_on
+        parameters["training"] = record and {
+            "train_sha256": record.train_sha256,
+            "settings": record.settings,
+            "prompt_template_text": record.prompt_template_text,
+        }
     if args.engine == "server":
         parameters["server_model"] = args.server_model
     return parameters

@@ -3,6 +3,7 @@ written rubric, and compared with the list of common/refusal.py.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,8 @@ import openai
 
 from common.conversation import UserError, Verdict, check_url, pair
 from common.keep import KeptRows, Row, digest
-from guards import load_guard
+from guards import Guard, load_guard
+from guards.base import is_flagged
 from guards.kept import judge_and_keep
 
 RUBRIC = Path(__file__).parent / "configs/refusal_rubric.txt"
@@ -19,39 +21,41 @@ CHUNK = 64  # answers between two looks at what is missing
 Pair = tuple[str, str]  # what was asked, and the answer
 
 
-def verdicts_of(spec: str, pairs: Sequence[Pair], folder: Path) -> list[Verdict]:
-    """What a guard of `load_guard` says of answers, kept in the folder as it comes: after Ctrl-C
-    the same command goes on.
+def verdicts_of(spec: str, pairs: Sequence[Pair], folder: Path) -> tuple[Guard, list[Verdict]]:
+    """A guard of `load_guard` and what it says of answers, kept in the folder as it comes: after
+    Ctrl-C the same command goes on.
     """
     conversations = [pair(asked, said or " ") for asked, said in pairs]
     guard = load_guard(spec, progress=False)
-    return judge_and_keep(guard, spec, {}, conversations, folder / "verdicts.jsonl")
+    return guard, judge_and_keep(guard, spec, {}, conversations, folder / "verdicts.jsonl")
 
 
-def judged_by_guard(spec: str, pairs: Sequence[Pair], folder: Path) -> list[bool]:
-    """Whether each answer refuses, by a guard with a refusal verdict.
+def judged_by_guard(spec: str, pairs: Sequence[Pair], folder: Path) -> list[bool | None]:
+    """Whether each answer refuses, by a guard with a refusal verdict; None where it gives none, as
+    of an answer that is longer than it sees.
 
     Raises:
-        UserError: an answer has no verdict.
+        UserError: no answer has a verdict.
     """
-    verdicts = verdicts_of(spec, pairs, folder)
+    guard, verdicts = verdicts_of(spec, pairs, folder)
     refused = []
-    for number, verdict in enumerate(verdicts, 1):
-        if verdict.response_refusal is None:
-            reason = verdict.error or "the guard has no refusal verdict"
-            raise UserError(f"--refusal_judge {spec}: no verdict of answer {number}: {reason}")
-        refused.append(verdict.response_refusal >= 0.5)
+    for verdict in verdicts:
+        refused.append(is_flagged(verdict, "response_refusal", guard.thresholds))
+    if set(refused) == {None}:
+        reason = verdicts[0].error or "the guard has no refusal verdict"
+        raise UserError(f"--refusal_judge {spec}: no verdict of any answer: {reason}")
     return refused
 
 
 def judged_by_server(
     url: str, model: str | None, pairs: Sequence[Pair], folder: Path
-) -> list[bool]:
+) -> list[bool | None]:
     """Whether each answer refuses, by an LLM that reads the rubric; its key is read from
-    SERVER_API_KEY. What it says is kept in the folder as it comes.
+    SERVER_API_KEY. None where it says neither of the two words: the next run asks again. What it
+    says is kept in the folder as it comes.
 
     Raises:
-        UserError: the server fails, or says neither of the two words.
+        UserError: the server fails, or says neither word of any answer.
     """
     check_url(url, "--server_url")
     if model is None:
@@ -67,8 +71,8 @@ def judged_by_server(
 
     def make(_: int, asked: list[str]) -> Iterator[Row]:
         some = [pair_of[key] for key in asked]
-        for key, refuses in zip(asked, pool.map(judge.refuses, some), strict=True):
-            yield {"key": key, "refuses": refuses}
+        for key, said in zip(asked, pool.map(judge.says, some), strict=True):
+            yield {"key": key, "refuses": is_refusal(said), "said": said}
 
     with ThreadPoolExecutor(8) as pool, KeptRows(folder / "refusals.jsonl") as kept:
         rows = kept.fill(
@@ -76,10 +80,26 @@ def judged_by_server(
             make,
             size=CHUNK,
             together=False,
+            again=lambda row: row["refuses"] is None,
             title=model,
             unit="answer",
         )
-    return [row["refuses"] for row in rows]
+    refused = [row["refuses"] for row in rows]
+    if set(refused) == {None}:
+        said = rows[0]["said"].strip(" .*\n").lower()
+        raise UserError(
+            f"--server_model {model}: says neither refusal nor compliance: {said!r:.60}"
+        )
+    return refused
+
+
+def is_refusal(said: str) -> bool | None:
+    """What a judge's word means: its first, the other being absent; None for anything else."""
+    words = re.findall(r"[a-z]+", said.lower())
+    named = {"refusal", "compliance"} & set(words)
+    if len(named) != 1 or words[0] not in named:
+        return None
+    return words[0] == "refusal"
 
 
 class Judge:
@@ -96,8 +116,8 @@ class Judge:
             max_retries=5,
         )
 
-    def refuses(self, texts: Pair) -> bool:
-        """Whether an answer refuses what was asked."""
+    def says(self, texts: Pair) -> str:
+        """What the judge says of an answer to what was asked."""
         asked, said = texts
         text = f"<request>\n{asked}\n</request>\n\n<answer>\n{said}\n</answer>"
         try:
@@ -113,10 +133,4 @@ class Judge:
         except openai.OpenAIError as error:  # its text may hold a part of the key
             name = type(error).__name__
             raise UserError(f"--server_url {self.url}: {name}") from None
-        content = reply.choices[0].message.content or ""
-        word = content.strip(" .*\n").lower()
-        if word not in ("refusal", "compliance"):
-            raise UserError(
-                f"--server_model {self.model}: says neither refusal nor compliance: {word!r:.60}"
-            )
-        return word == "refusal"
+        return reply.choices[0].message.content or ""

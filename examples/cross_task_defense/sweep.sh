@@ -40,8 +40,11 @@ folders=$out/answers/$base
 for task in "${tasks[@]}"; do
     for n in "${ns[@]}"; do
         data=()
-        for file in "$DATA"/training/saferpaca_Instructions_*_"${n}_$task"{,_*}.json; do
-            [[ $file == *.manifest.json ]] || data+=("$file")
+        for name in "$task" "${task/summarize/summrize}"; do # the second, of the paper's files
+            [[ ${#data[@]} == 0 ]] || break
+            for file in "$DATA"/training/saferpaca_Instructions_*_"${n}_$name"{,_*}.json; do
+                [[ $file == *.manifest.json ]] || data+=("$file")
+            done
         done
         [[ ${#data[@]} == 1 ]] || stop "$DATA/training: expected one set of $n rows of $task, found ${#data[@]}"
         for seed in "${seeds[@]}"; do

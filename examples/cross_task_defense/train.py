@@ -20,6 +20,7 @@ Data: build_data.py. The answers: generate_answers.py.
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from arguments import TrainArguments, accumulation, check, training_arguments
 from flags import run
 from peft import PeftModel, prepare_model_for_kbit_training
 from prompts import answered, encode_rows, load_template, read_rows
+from training_record import record_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,7 +44,7 @@ from common.conversation import UserError
 from common.engines import quantization_config
 from common.fit import check_ids, check_length, fit_causal_lm
 from common.hub import push_finished
-from common.keep import fingerprint
+from common.keep import digest, fingerprint
 from common.model_card import write_model_card
 from common.run import inference_dtype, is_main_process, loading_model, manifest, write_json
 from common.saving import full_state_dict, refuse_to_overwrite, save_adapter, whole_folder
@@ -74,6 +76,9 @@ def train(**flags: Any) -> None:
         rows, template, tokenizer, args.cutoff_len, args.train_on_inputs, args.add_eos_token
     )
     facts["rows_without_output"] = without_output
+    facts["train_sha256"] = digest(
+        [(row["instruction"], row.get("input"), row["output"]) for row in rows]
+    )
     check_ids(encoded["input_ids"], tokenizer, model)
     logger.info("Data: %s", json.dumps(facts))
 
@@ -184,17 +189,19 @@ def run_settings(args: TrainArguments) -> dict[str, Any]:
 def describe(
     args: TrainArguments,
     template: dict[str, str] | None,
-    facts: dict[str, int],
+    facts: dict[str, Any],
     metrics: dict[str, Any],
     trainer: SFTTrainer,
     folder: Path,
 ) -> None:
-    """run.json and the model card beside the adapter."""
+    """run.json, training.json and the model card beside the adapter."""
     log = trainer.state.log_history
     best = trainer.state.best_model_checkpoint
     record = {"data": facts, "train": metrics, "prompt_template_text": template}
     record["best_checkpoint"] = best and Path(best).name
-    write_json(folder / "run.json", manifest([args], **record, log=log))
+    what = manifest([args], **record, log=log)
+    write_json(folder / "run.json", what)
+    write_json(folder / "training.json", asdict(record_of(what)))
     losses = [[entry["step"], entry["loss"]] for entry in log if "loss" in entry]
     table = report.table(losses, ["step", "loss"]) if losses else "Fewer than 10 steps."
     write_model_card(

@@ -1,5 +1,6 @@
 """examples/cross_task_defense: training and generation, run as its README says."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import completions
 import pytest
 import scripts
 import torch
+import yaml
 from checks import (
     cases,
     difference,
@@ -30,12 +32,14 @@ from scripts import EXAMPLES, TORCHRUN, module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTTrainer
 
+from common.hub import PUSHED
 from common.training import EpochLengthGroupedSampler
 
 ROOT = EXAMPLES.parent
 RECIPE = EXAMPLES / "cross_task_defense"
 SAMPLE = ROOT / "data/sample/cross_task_defense"
 prompts = module("cross_task_defense", "prompts")
+records = module("cross_task_defense", "training_record")
 train = module("cross_task_defense", "train")
 answers = module("cross_task_defense", "generate_answers")
 launch = partial(scripts.launch, "cross_task_defense")
@@ -180,6 +184,10 @@ def test_what_a_run_leaves(trained, tiny_base):
     with torch.inference_mode():
         torch.testing.assert_close(at_zero(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
     assert read_json(trained / "run.json")["data"]["rows"] == 120
+    record = read_json(trained / "training.json")
+    assert record["prompt_template_text"] == prompts.load_template("alpaca")
+    assert record["trained_on"] == "safety"
+    assert not {"seed", "output_dir"} & set(record["settings"])
     assert (trained / "README.md").is_file()
     assert {tensor.dtype for tensor in weights(trained).values()} == {torch.float32}
 
@@ -344,7 +352,7 @@ def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypat
     # a checkpoint holds the arguments, pickled by that name
     monkeypatch.setitem(sys.modules, "arguments", module("cross_task_defense", "arguments"))
     row = {"instruction": "Name a colour.", "output": "Blue."}
-    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+    (tmp_path / "rows.json").write_text(json.dumps([row, row | {"output": " "}, row]))
     train.train(
         base_model=str(tiny_base),
         data_path=str(tmp_path / "rows.json"),
@@ -354,6 +362,8 @@ def test_a_run_within_its_warm_up_says_so(tiny_base, tmp_path, caplog, monkeypat
         micro_batch_size=2,
     )
     assert "The adapters are still zero after 1 steps" in caplog.text
+    facts = read_json(tmp_path / "out/run.json")["data"]
+    assert (facts["rows"], facts["rows_without_output"]) == (2, 1)
 
 
 @slow
@@ -657,6 +667,54 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(ask, tmp
     assert [text is None for text in outputs] == [False, True, False]
 
 
+# --- what is printed ---------------------------------------------------------------------------------
+
+
+def printed(*texts: str) -> list[tuple[str, dict[str, str]]]:
+    """The commands of texts, in order: the script, and its flags; those with "…" are left out."""
+    found = []
+    for line in "\n".join(texts).replace("\\\n", " ").splitlines():
+        command = re.match(r"(?:torchrun|python) (?:-\S+ )*(\w+\.py)(.*)", line)
+        if command and "…" not in line:
+            flags = dict(re.findall(r"--(\w+) ([^-\s]\S*)", command[2]))
+            found.append((command[1], flags))
+    return found
+
+
+@cases(
+    "texts",
+    {
+        "the README": [RECIPE / "README.md"],
+        "the docstrings": [
+            RECIPE / f"{name}.py"
+            for name in ("build_data", "train", "generate_answers", "evaluate")
+        ],
+    },
+)
+def test_printed_commands_find_what_they_read(texts):
+    made = set()
+    read = []
+    for script, flags in printed(*[path.read_text() for path in texts]):
+        if script == "build_data.py":
+            made.add(flags.get("output_dir", "data"))
+        if script == "train.py":
+            config = yaml.safe_load((RECIPE / "configs/quickstart.yaml").read_text())
+            flags = flags or {"output_dir": config["output_dir"]}
+            read += [flags[name] for name in ("data_path",) if name in flags]
+            made |= {flags[name] for name in ("output_dir",) if name in flags}
+        if script == "generate_answers.py":
+            known = {"input_path", "output_path", "base_model", "lora_weights"} & set(flags)
+            args = answers.AnswerArguments(**{name: flags[name] for name in known})
+            made.add(str(answers.answers_folder(args)))
+            read += [args.input_path, args.lora_weights or args.input_path]
+        if script == "evaluate.py":
+            read += flags["answers"].split(",")
+        for path in read:
+            parents = {path, *map(str, Path(path).parents)}
+            assert parents & made or (RECIPE / path).exists(), f"{script} reads {path}"
+    assert read
+
+
 # --- adapters and prompts -------------------------------------------------------------------------
 
 
@@ -683,6 +741,44 @@ def test_an_adapter_is_asked_with_the_template_that_it_was_trained_with(ask, ada
     assert "was trained with the prompt template llama2; it is asked with alpaca" in caplog.text
 
 
+@cases(
+    "place, file, trained_on",
+    {
+        "the untrained one of a run": ("checkpoint-0", "run.json", None),
+        "a checkpoint": ("checkpoint-7", "training.json", "rows"),
+        "what is pushed": ("", "training.json", "rows"),
+    },
+)
+def test_templates_of_checkpoints_and_of_what_is_pushed(
+    ask, adapter, tmp_path, caplog, place, file, trained_on
+):
+    """A checkpoint has no record of its own, and run.json is not pushed."""
+    assert "training.json" in PUSHED
+    named = ask("named", lora_weights=adapter, prompt_template_path="llama2")
+    run = Path(adapter, "run.json")
+    record = dataclasses.asdict(records.record_of(read_json(run)))
+    run.unlink()
+    folder = Path(adapter, place)
+    shutil.copytree(adapter, tmp_path / "copy")
+    shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)
+    of_run = {"arguments": {"prompt_template_name": "llama2", "data_path": "a/rows.json"}}
+    content = record if file == "training.json" else of_run
+    Path(adapter, file).write_text(json.dumps(content))
+    assert ask("own", lora_weights=str(folder)) == named
+    assert not caplog.text
+    (one,) = (tmp_path / "own").rglob("one.json")
+    assert read_json(one)["parameters"]["trained_on"] == trained_on
+
+
+def test_a_template_that_is_not_known_is_not_silent(ask, adapter, caplog):
+    Path(adapter, "run.json").unlink()
+    ask("named", lora_weights=adapter, prompt_template_path="alpaca")
+    assert "is not known" not in caplog.text
+    ask(lora_weights=adapter)
+    assert "what it was trained with is not known" in caplog.text
+    assert "it is asked with alpaca" in caplog.text
+
+
 def test_another_adapter_config_is_another_adapter(ask, adapter):
     ask(lora_weights=adapter)
     path = Path(adapter, "adapter_config.json")
@@ -697,6 +793,31 @@ def test_an_adapter_in_a_bin_file_is_read(ask, adapter):
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
     assert ask("other", lora_weights=adapter) == as_safetensors != ask("plain")
+
+
+class Code:
+    """Is unpickled by making a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_a_bin_file_is_not_run(ask, adapter, tmp_path):
+    path = Path(adapter, "adapter_model.safetensors")
+    torch.save(load_file(path) | {"code": Code(tmp_path / "ran")}, path.with_suffix(".bin"))
+    path.unlink()
+    with user_error("cannot be applied"):
+        ask(lora_weights=adapter)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_room_is_looked_at_before_a_model_is_loaded(ask):
+    (ask.base / "model.safetensors").unlink()
+    with user_error(r"--cutoff_len 20: .*one\.json, item 1 has"):
+        ask(cutoff_len=20)
 
 
 def test_long_documents_are_shortened_as_in_training(tiny_base, tmp_path):
