@@ -456,6 +456,7 @@ class ServerEngine(Engine):
         server_model: str | None = None,
         server_timeout: float = 120.0,
         concurrency: int = 16,
+        keeps_asking: bool = False,
     ):
         """Make the client; nothing is asked yet.
 
@@ -464,6 +465,8 @@ class ServerEngine(Engine):
             server_model: the name that the server knows the model or its adapter by.
             server_timeout: seconds of silence that end a request.
             concurrency: requests at a time.
+            keeps_asking: each call asks anew, whatever failed for good in the one before. For what
+                runs for ever, while the server behind it may be mended.
 
         Raises:
             UserError: the client is not installed, an option is out of range, or the URL holds a
@@ -478,6 +481,7 @@ class ServerEngine(Engine):
         self.url = check_url(server_url, "--server_url")
         self.model = server_model or model
         self.concurrency = concurrency
+        self.keeps_asking = keeps_asking
         self.stopped: str | None = None  # why the server is not asked any more
         self.failures = 0  # one after another
         self.lock = threading.Lock()
@@ -524,6 +528,8 @@ class ServerEngine(Engine):
             EngineStopped: after what was answered, where the rest was not asked.
         """
         self.failures = 0
+        if self.keeps_asking:
+            self.stopped = None
         answered = 0
         jobs = []
         for i, ids in enumerate(prompts):

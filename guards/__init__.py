@@ -6,6 +6,7 @@ bar, and never takes a failure for "safe".
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,8 +289,4 @@ def _check_later(guard: Guard, card: GuardCard, folder: str) -> None:
     judged.
     """
 
-    def check() -> None:
-        if not check_probe(guard, card, folder, must_answer=False):
-            guard.pending_check = check
-
-    guard.pending_check = check
+    guard.pending_check = partial(check_probe, guard, card, folder, must_answer=False)

@@ -193,7 +193,7 @@ class GenerativeGuard(Guard):
         self.long_inputs = long_inputs
         self.too_long: set[int] = set()  # conversations of one call of `judge`
         self.with_categories = categories
-        self.pending_check: Callable[[], None] | None = None  # must hold before the first verdict
+        self.pending_check: Callable[[], bool] | None = None  # must hold before the first verdict
         self.policy = self._policy(policy)
         self.questions = [Question.read(question, mode) for question in entry["questions"]]
         self.variants = entry.get("variants", {"": {}})
@@ -260,8 +260,7 @@ class GenerativeGuard(Guard):
     def judge_valid(self, conversations: Sequence[list[Message]]) -> list[Verdict]:
         """Judge the last turn of each; a turn that the guard does not judge is an error verdict."""
         if self.pending_check is not None:
-            check, self.pending_check = self.pending_check, None
-            check()
+            self._check_first()
         self.too_long = set()
         verdicts, cases_of = each(conversations, self._cases)
         if self.too_long:
@@ -281,6 +280,18 @@ class GenerativeGuard(Guard):
         if self.with_categories and "categories" in self.entry:
             self._name_categories(cases_of, verdicts)
         return verdicts
+
+    def _check_first(self) -> None:
+        """Make the check that is pending. Until it passes, each call makes it again: what it has
+        refused is never believed.
+        """
+        check, self.pending_check = self.pending_check, None  # it judges the probe by this guard
+        passed = False
+        try:
+            passed = check()
+        finally:
+            if not passed:
+                self.pending_check = check
 
     def _is_asked(self, question: Question, kind: str) -> bool:
         """Whether a question is for turns of this kind, and what is generated for it is wanted."""

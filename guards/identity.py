@@ -15,7 +15,7 @@ from guards.lora import is_adapter
 # What a guard is made of, in cards and options.
 MODELS = ("model", "adapter", "base_model")
 VERSION = 2  # is raised where the same guard gives other verdicts than before
-PATIENCE = ("server_timeout",)  # options that verdicts do not depend on
+PATIENCE = ("server_timeout", "keeps_asking")  # options that verdicts do not depend on
 
 
 def described(spec: str) -> dict[str, Any]:

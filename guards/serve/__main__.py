@@ -85,6 +85,11 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
     add("--server_url", help="of --engine server; its key: SERVER_API_KEY")
     add("--server_model", help="the guard's name on that server")
     add(
+        "--server_timeout",
+        type=float,
+        help="seconds of its silence that end a request; it is tried again five times",
+    )
+    add(
         "--trust_remote_code",
         action="store_true",
         help="run code that comes with a model",
@@ -148,6 +153,8 @@ def guard_options(args: argparse.Namespace) -> dict[str, Any]:
         "engine": args.engine,
         "server_url": args.server_url,
         "server_model": args.server_model,
+        "server_timeout": args.server_timeout,
+        "keeps_asking": args.engine == "server" or None,
         "trust_remote_code": args.trust_remote_code or None,
     }
 
@@ -157,7 +164,7 @@ def read_key() -> str | None:
     key = os.environ.get(KEY)
     if key is not None and not key.strip():
         raise UserError(f"{KEY} is empty: set it to a long random text, or unset it")
-    return key
+    return key and key.strip()  # a mounted secret often ends with a line break
 
 
 def token_budget(args: argparse.Namespace, guard: Guard) -> int:

@@ -33,7 +33,7 @@ from common.conversation import (
     Verdict,
 )
 from guards.api import CATEGORIES
-from guards.base import decides_above
+from guards.base import threshold_of
 from guards.serve import wire
 from guards.serve.answers import (
     Answer,
@@ -136,11 +136,13 @@ class Server:
             pause = {"Retry-After": str(full.seconds)}
             raise HTTPException(429, f"too many texts wait; {full}", pause) from None
         except UserError as error:  # such as a server that serves another guard
+            self.meters.errors.inc(len(conversations))
             logger.error("the guard cannot judge: %s", error)
             raise HTTPException(503, "the guard cannot judge; the server's log says why") from None
         except (ClientLeft, asyncio.CancelledError):
             raise
         except Exception as error:
+            self.meters.errors.inc(len(conversations))
             log_fault(error)
             raise HTTPException(503, f"the guard failed ({type(error).__name__})") from None
         finally:
@@ -190,6 +192,7 @@ def make_app(
         worker.cancel()
 
     app = FastAPI(
+        strict_content_type=False,  # clients of Perspective often send JSON without saying so
         title=f"Guard {reader.guard.name}",
         description=ABOUT,
         version="1",
@@ -333,8 +336,10 @@ def add_about(app: FastAPI, server: Server) -> None:
     """The page, and what a machine asks about the server."""
     reader = server.reader
     page = PAGE.read_text(encoding="utf-8")
-    label = f"{reader.text_is}_unsafe"
-    threshold = decides_above(reader.guard.thresholds, label)
+    thresholds = {}
+    for label in reader.guard.judges:
+        found = threshold_of(reader.guard.thresholds, label)
+        thresholds[label] = found and found["value"]
 
     @app.get("/", include_in_schema=False)
     def front_page() -> HTMLResponse:
@@ -346,7 +351,8 @@ def add_about(app: FastAPI, server: Server) -> None:
         return wire.Health(
             guard=reader.guard.name,
             judges=list(reader.guard.judges),
-            threshold=threshold,
+            text_is=reader.text_is,
+            thresholds=thresholds,
             waiting=len(server.queue.waiting),
         )
 

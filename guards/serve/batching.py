@@ -72,7 +72,7 @@ class BatchingQueue:
         self.arrived.set()
         try:
             return await asyncio.gather(*[one.verdict for one in asked])
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or one of them failed: the others are not needed
             for one in asked:
                 if one in self.waiting:
                     self.waiting.remove(one)
@@ -92,9 +92,9 @@ class BatchingQueue:
                 conversations = [one.messages for one in batch]
                 try:
                     said = await loop.run_in_executor(thread, self.judge_batch, conversations)
+                    _answer(batch, said)
                 except Exception as error:
-                    said = [error] * len(batch)
-                _answer(batch, said)
+                    _answer(batch, [error] * len(batch))
                 took = time.perf_counter() - started
                 self.speed = max(1.0, sum(one.tokens for one in batch) / took)
 

@@ -137,7 +137,9 @@ class Front:
         headers = dict(scope["headers"])
         query = parse_qs(scope["query_string"].decode("latin-1"))
         given = [headers.get(b"x-goog-api-key", b"")]
-        given.append(headers.get(b"authorization", b"").removeprefix(b"Bearer "))
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer":
+            given.append(token.strip())
         given += [one.encode() for one in query.get("key", [])]
         key = self.limits.key.encode()
         # All are compared, and each in constant time.

@@ -128,7 +128,9 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
     guard: str
     judges: list[str]
-    threshold: float
+    text_is: str  # prompt or response: what a text alone is judged as
+    # by the label; null: the guard's own word decides, or else a score above 0.5
+    thresholds: dict[str, float | None]
     waiting: int
 
 

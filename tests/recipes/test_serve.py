@@ -240,6 +240,15 @@ def test_a_wrong_request_says_what_is_wrong(server, body, hint):
     assert hint in answer.json()["error"]["message"]
 
 
+def test_json_that_is_not_called_so(server):
+    """As clients of Perspective often send it."""
+    asked = {"comment": {"text": "x"}, "requestedAttributes": {"TOXICITY": {}}}
+    body = json.dumps(asked).encode()
+    answer = httpx2.post(f"{server.url}{ANALYZE}", content=body, params={"key": KEY})
+    assert "Content-Type" not in answer.request.headers
+    assert answer.status_code == 200
+
+
 def test_a_lone_surrogate_is_a_wrong_request(server):
     headers = {**ENTRANCE, "Content-Type": "application/json"}
     body = b'{"input": "\\ud800"}'
@@ -247,14 +256,18 @@ def test_a_lone_surrogate_is_a_wrong_request(server):
     assert answer.status_code == 400
 
 
-def test_the_key(server):
+def test_the_key(server, guard):
     with pytest.raises(openai.AuthenticationError):
         client(server, api_key="another").moderations.create(input="x")
     assert server.moderate({"input": "x"}).status_code == 401
     assert server.moderate({"input": "x"}, headers={"X-Goog-Api-Key": KEY}).status_code == 200
+    small = {"Authorization": f"bearer {KEY}"}
+    assert server.moderate({"input": "x"}, headers=small).status_code == 200
     for wrong in (f"{KEY}x", "", "schlüssel"):
         assert server.moderate({"input": "x"}, params={"key": wrong}).status_code == 401
-    assert httpx2.get(f"{server.url}/healthz").json()["status"] == "ok"
+    healthy = httpx2.get(f"{server.url}/healthz").json()
+    assert healthy["status"] == "ok"
+    assert healthy["thresholds"]["response_unsafe"] == guard.thresholds["flagged"]["value"]
 
 
 def test_a_body_over_the_limit(server):
@@ -301,11 +314,11 @@ def test_a_guard_on_a_server(serve, tmp_path):
     tiny_config(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_card(folder, GenerativeCard(guard="expguard", max_length=400))
-    broken = False
+    broken = None
 
     def rule(body):
-        if broken:
-            return completions.HTML
+        if broken is not None:
+            return broken
         unsafe, safe = sorted(body["logprob_token_ids"])[:2]
         return completions.token({unsafe: -0.1, safe: -3.0})
 
@@ -317,8 +330,11 @@ def test_a_guard_on_a_server(serve, tmp_path):
         (said,) = running.moderate({"input": question}).json()["results"]
         assert said["category_scores"] == {"unsafe": pytest.approx(verdict.prompt_unsafe)}
         assert said["flagged"] == verdict.decided["prompt_unsafe"]
-        broken = True
-        assert running.moderate({"input": question}).status_code == 503
+        for fault in (completions.HTML, (403, {"error": {"message": "no"}})):
+            broken = fault
+            assert running.moderate({"input": question}).status_code == 503
+            broken = None  # mended: nobody has to start this server again
+            assert running.moderate({"input": question}).status_code == 200
 
 
 # --- malformed bodies -----------------------------------------------------------------------------
@@ -401,6 +417,23 @@ def test_clients_that_are_slow_or_leave(open_server):
         one.close()
     left_early = 'guard_requests_total{route="/v1/moderations",status="499"}'
     wait_until(lambda: open_server.metrics()[left_early] == 21)
+
+
+def test_killed_and_started_again(folder, guard, tmp_path):
+    """Who waits gets no answer, and one who asks again gets the right one."""
+    (verdict,) = judge(guard, [TEXTS[0]])
+    slow = {"input": [" ".join(TEXTS)] * 8}
+    with moderation_server(folder, tmp_path / "log") as running, ThreadPoolExecutor() as pool:
+        asked = pool.submit(running.moderate, slow)
+        wait_until(lambda: running.metrics()["guard_batch_texts_count"] > 0)
+        running.kill()
+        with pytest.raises(httpx2.HTTPError):
+            asked.result()
+        with pytest.raises(openai.APIConnectionError):
+            client(running).moderations.create(input=TEXTS[0])
+    with moderation_server(folder, tmp_path / "log", port=running.port) as again:
+        said = client(again).moderations.create(input=TEXTS[0])
+        check_equal(said.results[0], verdict, guard)
 
 
 def wait_until(holds, seconds: float = 60) -> None:

@@ -38,7 +38,7 @@ def page(folder, browser, tmp_path_factory):
         moderation_server(folder, log, env={"GUARD_API_KEY": KEY}) as running,
         page_at(browser, running.url) as page,
     ):
-        expect(page.locator("#about")).to_have_text("Unsafe above 0.25.")
+        expect(page.locator("#about")).to_have_text("Unsafe: answers above 0.25.")
         yield page
 
 

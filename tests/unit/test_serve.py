@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
@@ -197,6 +198,23 @@ def test_half_a_character_is_a_wrong_request(field):
     with pytest.raises(ValidationError, match="half a character"):
         wire.AnalyzeRequest.model_validate(request)
     wire.error_body(400, "Unknown requested attribute: \ud800")["error"]["message"].encode()
+
+
+def test_a_guard_that_fails_wholly_is_counted():
+    """The number of texts without a verdict, which alarms are set on."""
+    pytest.importorskip("uvicorn", reason="the server is not installed (extra [serve])")
+    with listening() as port:  # this guard has no judge
+        address = f"http://127.0.0.1:{port}"
+        asked = urllib.request.Request(
+            f"{address}/v1/moderations",
+            b'{"input": ["a", "b"]}',
+            {"Content-Type": "application/json"},
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(asked)
+        assert refused.value.code == 503
+        told = urllib.request.urlopen(f"{address}/metrics").read().decode()
+        assert "guard_errors_total 2.0" in told
 
 
 # --- a slow client --------------------------------------------------------------------------------
