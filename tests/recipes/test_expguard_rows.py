@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import yaml
 from checks import cases, user_error, write_rows
 from expguard_rows import TOLD, authored, golden, prompt_tokenizer
 from scripts import EXAMPLES, module
@@ -289,6 +290,13 @@ def test_the_split_is_stratified_and_shares_no_prompt(tmp_path, ratio):
             assert ours[value] / len(held_out) == pytest.approx(count / 700, abs=0.1)
     assert rows_.stratified_split(rows, ratio, seed=1)[1] == held_out
     assert rows_.stratified_split(rows, ratio, seed=2)[1] != held_out
+
+
+def test_the_laptop_config_judges_fewer_texts_than_it_trains_on():
+    """Of the paper's 56,653 rows. One with a response is two texts to judge."""
+    config = yaml.safe_load((RECIPE / "configs/laptop.yaml").read_text())
+    trained = config["max_steps"] * config["per_device_train_batch_size"]
+    assert 2 * 56_653 * config["val_split_ratio"] < trained
 
 
 def test_a_small_split_holds_every_kind(tmp_path):

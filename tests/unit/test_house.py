@@ -9,6 +9,7 @@ import operator
 import os
 import re
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +34,8 @@ ALIASES = {
     ROOT / "common/data/benchmarks.py",
     ROOT / "common/quickstart.py",
 }
+ROOMS = (".", "bench", "data/sample", "docs", "docs/reproduction", "examples/*")
+PAGES = sorted(page for room in ROOMS for page in ROOT.glob(f"{room}/*.md"))
 # Names that begin with "_" but are public: of named tuples, and of transformers' configurations.
 PUBLIC = {"_replace", "_fields", "_attn_implementation"}
 # What hashes or moves a folder's files knows the card's name, and does not read it.
@@ -270,6 +273,57 @@ def test_the_page_of_shared_flags_names_flags_that_there_are():
                 assert name in flags(ROOT / "examples" / recipe / "train.py")
             elif name:
                 assert operator.attrgetter(name)(config) is not None
+
+
+# --- documents and the environment ----------------------------------------------------------------
+
+
+def prose(page: Path) -> str:
+    """A page of markdown without its blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as GitHub writes them in an address."""
+    found = set()
+    for line in prose(page).splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("#").strip().lower()
+            kept = re.sub(r"[^\w\- ]", "", heading)
+            found.add(kept.replace(" ", "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page
+        if name:
+            target = (page.parent / name).resolve()
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def pinned(requirements: list[str]) -> dict[str, str]:
+    """The versions of those that are pinned, by name."""
+    return dict(line.split("==") for line in requirements if "==" in line)
+
+
+def test_the_conda_environment_has_the_pins_of_pyproject():
+    """All of them but two trackers, of which a user chooses one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = pinned(project["dependencies"])
+    for name, extra in project["optional-dependencies"].items():
+        if name not in ("trackio", "wandb"):
+            wanted |= pinned(extra)
+    recipe = yaml.safe_load((ROOT / "conda-recipe.yaml").read_text())
+    assert pinned(recipe["dependencies"][-1]["pip"]) == wanted
 
 
 def test_no_file_names_a_machine():
