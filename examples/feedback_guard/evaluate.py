@@ -43,7 +43,6 @@ from records import (
     seen_texts,
     text_key,
     word_on,
-    write_stage,
 )
 from tqdm.auto import tqdm
 from train import Arm, arm_folder, arm_named, probe_scores
@@ -195,8 +194,6 @@ def evaluate(config: Config) -> Row:
     report.write_results(folder, results, text, lines)
     print(text)
     write_page(folder / "results.html", results, tasks, texts, arms, answers, cut)
-    keys = [read_card(one.folder).fingerprint for one in guards if one.folder]
-    write_stage(folder / "stage.json", config, "evaluate", *keys)
     return results
 
 
@@ -209,9 +206,6 @@ def read_tasks(
 ) -> tuple[dict[str, Prompts], dict[str, str]]:
     """The prompts of each task by its name, those of validation as "validation"; and all texts by
     their id.
-
-    Raises:
-        UserError: T2 has no labels of the kind that the config names, or a spec cannot be read.
     """
     settings = config.evaluation
     texts = {}
@@ -273,9 +267,6 @@ def foreign(
     Args:
         seen: `text_key` of prompts that would be no test; they are left out, and counted.
         harmless: all are taken for safe, but for rows that are labelled otherwise.
-
-    Raises:
-        UserError: nothing is left.
     """
     if spec.partition("@")[0] in benchmark_names("prompt_unsafe"):
         rows = load_benchmark(spec).rows
@@ -309,9 +300,6 @@ def foreign(
 def find_guards(config: Config) -> tuple[list[Judged], list[str]]:
     """The default guard, and what is trained: `improved_model_path`, or the config's arms and
     seeds; and which of these are not trained.
-
-    Raises:
-        UserError: nothing is trained, or with other settings than the config's.
     """
     given = config.evaluation.improved_model_path
     guards = []
@@ -342,11 +330,7 @@ def trained_guard(
     folder: Path,
     config: Config,
 ) -> Judged:
-    """The arm and seed that a folder holds.
-
-    Raises:
-        UserError: it holds no arm, or one that was trained with other settings than the config's.
-    """
+    """The arm and seed that a folder holds."""
     card = read_card(folder)
     if not isinstance(card, ArmOrigin) or card.arm is None or card.seed is None:
         raise UserError(f"{card_path(folder)}, fields arm and seed: do not say which arm it is")
@@ -441,6 +425,7 @@ def identity_of(
 ) -> list[Any]:
     """What the answers of a guard depend on."""
     path, options = loaded_by(one, config)
+    options.pop("server_url", None)  # where it listens makes no other answer
     trained = one.folder and fingerprint(one.folder)
     asked = [one.about.query, template(), config.llama_guard.legacy_new_tokens]
     return [guard_identity(path, options), trained, asked]

@@ -155,11 +155,7 @@ def forget_what_others_left(config: Config) -> None:
 
 
 def preflight(config: Config) -> dict[str, list[Row]]:
-    """Refuse a config whose arms, models or data would stop the work later; the data, split up.
-
-    Raises:
-        UserError: names the field, and what to do.
-    """
+    """Refuse a config whose arms, models or data would stop the work later; the data, split up."""
     for name in config.training.arms:
         arm_named(name)
     prepared = config.prepared()
@@ -408,9 +404,6 @@ def generated(
 
     They depend on the prompt alone: vLLM and servers take a seed a response; transformers draws the
     responses to one prompt together, with the seed of the first. One without room is not asked.
-
-    Raises:
-        UserError: a server refuses the key, or fails time after time; what it answered is kept.
     """
     llama = config.llama
     tokenizer, window = assistant_tokenizer(llama.model_path)
@@ -481,11 +474,7 @@ def say_failures(
 
 
 def assistant_tokenizer(name: str) -> tuple[Any, int]:
-    """The assistant's tokenizer, and how many tokens it sees.
-
-    Raises:
-        UserError: there is no such model, or it cannot chat.
-    """
+    """The assistant's tokenizer, and how many tokens it sees."""
     field = "llama.model_path"
     tokenizer = read_pretrained(AutoTokenizer, field, name)
     known = read_pretrained(AutoConfig, field, name)

@@ -15,12 +15,12 @@ outputs}), timestamp.
 
 Stages and their keys. A stage writes down, beside what it leaves, the settings and the content of
 the inputs that this depends on, those of the stages before it included: the chain is prepare and
-splits -> process -> train (each arm and seed) -> evaluate. The key is a digest of all that.
+splits -> process -> train (each arm and seed), which evaluate.py checks. The key is a digest of all
+that.
 
     stage_key(config, "splits")                            store_dir/splits.json
     stage_key(config, "process")                           store_dir/processed/stage.json
     stage_key(config, "train", asdict(arm), seed)          <arm's folder>/stage.json
-    stage_key(config, "evaluate", *keys of the arms)       <results_dir>/stage.json
 
 `write_stage` writes such a file when the stage is done, and `check_stage` refuses what another
 config, other data or other models left. `read_split` and `read_processed` check by themselves.
@@ -37,7 +37,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from config import FOLDER, SPLITS, Config, ModelSection, Section
+from config import FOLDER, SPLITS, Config, Section
 
 from common.conversation import UserError, check_label, check_text, last_turns
 from common.data import (
@@ -76,9 +76,7 @@ AGAIN = {
     "splits": "choose another dataset.store_dir, or remove this one, and run process.py",
     "process": "run process.py again",
     "train": "run train.py with another training.output_dir, or remove this folder",
-    "evaluate": "run evaluate.py again",
 }
-INPUTS = {"train": "arm or seed", "evaluate": "set of trained arms"}
 
 
 def stage_key(
@@ -89,9 +87,8 @@ def stage_key(
     """A digest of all that a stage's result depends on.
 
     Args:
-        stage: splits, process, train or evaluate.
-        inputs: JSON-like, what the config does not say: of train the arm and its seed, of evaluate
-            the keys of the arms.
+        stage: splits, process or train.
+        inputs: of train the arm and its seed, JSON-like, which the config does not say.
     """
     return digest(stage_facts(config, stage, *inputs))
 
@@ -144,7 +141,7 @@ def stage_facts(
     """What a stage's result depends on, by name; models and data by their content."""
     facts = FACTS[stage](config)
     if inputs:
-        facts[INPUTS[stage]] = list(inputs)
+        facts["arm or seed"] = list(inputs)
     return facts
 
 
@@ -210,18 +207,6 @@ NO_MATTER_IN_TRAINING = (
 )
 
 
-def _evaluate_facts(config: Config) -> dict[str, Any]:
-    evaluation = config.evaluation
-    specs = [*evaluation.extra, *filter(None, [evaluation.hard_benign])]
-    paths = [processed_path(config, split) for split in ("validation", "test")]
-    return {
-        **_settings("evaluation", evaluation, ["results_dir", "improved_model_path"]),
-        **_process_facts(config),
-        "evaluation.hard_benign and extra": [data_fingerprint(spec) for spec in specs],
-        "processed rows": [content_of(path) for path in paths],
-    }
-
-
 def _judge_identity(config: Config) -> list[str]:
     judge = config.evaluation.judge
     return [guard_identity(judge, {}), DECIDED_BY] if judge else []
@@ -231,7 +216,6 @@ FACTS = {
     "splits": _splits_facts,
     "process": _process_facts,
     "train": _train_facts,
-    "evaluate": _evaluate_facts,
 }
 
 
@@ -257,7 +241,9 @@ def default_identity(config: Config) -> list[Any]:
     """What the default guard's verdicts depend on."""
     section = config.llama_guard
     prompt = None if section.use_official_template else fingerprint(TEMPLATE)
-    identity = guard_identity(section.default_model_path, _address(section))
+    served = {"engine": "server", "server_model": section.server_model}
+    options = served if section.engine == "server" else {}
+    identity = guard_identity(section.default_model_path, options)
     return [identity, prompt, section.categories]
 
 
@@ -275,16 +261,8 @@ def assistant_identity(config: Config) -> list[Any]:
     return [model, llama.engine, llama.server_model, decoding]
 
 
-def _address(section: ModelSection) -> dict[str, Any]:
-    return section.engine_options() if section.engine == "server" else {}
-
-
 def data_fingerprint(spec: str) -> str:
-    """The content of the data that a spec names; a data set of the hub counts as its name.
-
-    Raises:
-        UserError: no spec, or a file cannot be read.
-    """
+    """The content of the data that a spec names; a data set of the hub counts as its name."""
     parsed = parse_spec(spec)
     place = Path(parsed.name)
     known = sources()["sources"].get(parsed.name, {})
@@ -375,11 +353,7 @@ def read_split(
     config: Config,
     split: str,
 ) -> list[Row]:
-    """All rows of a split.
-
-    Raises:
-        UserError: process.py has not made the splits yet, or of something else.
-    """
+    """All rows of a split."""
     check_stage(splits_stage(config), config, "splits")
     return read_json_lines(split_path(config, split))
 

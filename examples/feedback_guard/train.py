@@ -232,10 +232,6 @@ def build_rows(
 
     Args:
         processed: lines of processed/<process_split>.jsonl.
-
-    Raises:
-        UserError: no prompt passed whose responses were blocked, or process ran without an arm
-            that needs the original's checks.
     """
     store = config.dataset.store_dir
     if not any(feedback(row) for row in processed):
@@ -577,11 +573,7 @@ def is_trained(
     seed: int,
     config: Config,
 ) -> bool:
-    """Whether an arm is there.
-
-    Raises:
-        UserError: it was trained on other rows or with other settings.
-    """
+    """Whether an arm is there."""
     folder = arm_folder(config, arm.name, seed)
     if not has_card(folder):
         return False
@@ -875,9 +867,6 @@ def save_probe(
     """Fit a probe to the rows' targets and leave its folder with probe.json.
 
     A target between 0 and 1 counts in both classes, with its weight.
-
-    Raises:
-        UserError: the rows have one class only.
     """
     folder = arm_folder(config, arm.name, seed)
     target = np.array([row.target for row in rows])
@@ -945,12 +934,7 @@ def prepare(config: Config) -> None:
 
 
 def make_guard(section: PrepareGuard) -> None:
-    """Fine-tune a model to write safe or unsafe, in the Llama Guard 1 format.
-
-    Raises:
-        UserError: bad data, a test split, a base that cannot be loaded, or a folder with another
-            guard.
-    """
+    """Fine-tune a model to write safe or unsafe, in the Llama Guard 1 format."""
     check_output_folder(section.output_dir)
     folder = Path(section.output_dir)
     checks = read_checks(section.data)
@@ -1022,9 +1006,6 @@ def trainable(
 def read_checks(specs: Sequence[str]) -> pd.DataFrame:
     """The columns of CHECK: of each row its prompt where that is labelled, and its response where
     that one is.
-
-    Raises:
-        UserError: a test split, bad rows, or labels of one class alone.
     """
     checks = []
     for spec in specs:

@@ -39,6 +39,7 @@ config_ = module("feedback_guard", "config")
 records = module("feedback_guard", "records")
 process = module("feedback_guard", "process")
 train = module("feedback_guard", "train")
+evaluate = module("feedback_guard", "evaluate")
 formats = module("feedback_guard", "guard")
 RECORDED = "llama.use_recorded=true"
 Rows = dict[str, list[dict]]  # by split
@@ -570,7 +571,7 @@ def test_other_weights_are_another_model_and_a_touched_file_is_not(write_config,
         flip_a_bit(weights)
 
 
-@pytest.mark.parametrize("stage", ["splits", "process", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["splits", "process", "train"])
 def test_each_stage_has_the_stages_before_it_in_its_key(stage, recorded):
     one = config_.load_config(recorded.path, ["seed=42"])
     other = config_.load_config(recorded.path, ["seed=1"])
@@ -611,14 +612,27 @@ def test_the_judges_word_is_no_part_of_the_rows_that_arms_learn_from(tmp_path):
     assert keys[0][1] == keys[1][1]
 
 
+IDENTITIES = {
+    "assistant": ("llama", lambda config: records.assistant_identity(config)),
+    "guard": ("llama_guard", lambda config: records.default_identity(config)),
+    "guard's scores": (
+        "llama_guard",
+        lambda config: evaluate.identity_of(evaluate.Judged("A0"), config),
+    ),
+}
+
+
+@cases("section, identity", IDENTITIES)
 @pytest.mark.parametrize("change", ["server_url=http://other:1/v1", "server_timeout=300"])
-def test_where_a_server_listens_is_no_part_of_its_answers(change, recorded):
-    served = ["llama.engine=server", "llama.server_url=http://one:1/v1", "llama.server_model=chat"]
+def test_where_a_server_listens_is_no_part_of_its_answers(section, identity, change, recorded):
+    served = []
+    for value in ("engine=server", "server_url=http://one:1/v1", "server_model=chat"):
+        served.append(f"{section}.{value}")
     one = config_.load_config(recorded.path, served)
-    other = config_.load_config(recorded.path, [*served, f"llama.{change}"])
-    assert records.assistant_identity(one) == records.assistant_identity(other)
-    third = config_.load_config(recorded.path, [*served, "llama.server_model=another"])
-    assert records.assistant_identity(one) != records.assistant_identity(third)
+    other = config_.load_config(recorded.path, [*served, f"{section}.{change}"])
+    assert identity(one) == identity(other)
+    third = config_.load_config(recorded.path, [*served, f"{section}.server_model=another"])
+    assert identity(one) != identity(third)
 
 
 def test_a_config_beside_the_data_hides_no_changed_label(write_config, tmp_path):
