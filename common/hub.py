@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -51,8 +52,9 @@ def check_push(args: TrainingArguments) -> None:
     """Refuse a push that would fail, or show the guard to everyone, before any work.
 
     Raises:
-        UserError: nobody is logged in, the hub does not answer, no repository may have that name,
-            it is public or somebody else's work, or a flag asks for what is half-made.
+        UserError: nobody is logged in or may write there, the hub does not answer, no repository
+            may have that name, it is public or somebody else's work, or a flag asks for what is
+            half-made.
     """
     if args.hub_strategy != HubStrategy.END or args.hub_always_push:
         asked = f"--hub_strategy {args.hub_strategy.value}"
@@ -64,10 +66,14 @@ def check_push(args: TrainingArguments) -> None:
     api = HfApi(token=args.hub_token)
     try:
         name = repository(args)
+        validate_repo_id(name)
+        _refuse_who_may_not_write(account(args.hub_token, api.endpoint), name, api.endpoint)
         public = not api.model_info(name).private
         in_the_way = other_work(api, name, args)
     except RepositoryNotFoundError:
         return
+    except UserError:
+        raise
     except Exception as error:  # the hub's errors, and those of the network, share no base class
         raise UserError(f"--push_to_hub: {fault(error, api)}") from None
     if public and args.hub_private_repo is not False:
@@ -99,15 +105,31 @@ def repository(args: TrainingArguments) -> str:
     for it says "not found", as of one that is free.
     """
     api = HfApi(token=args.hub_token)
-    user = user_of(args.hub_token, api.endpoint)
+    user = account(args.hub_token, api.endpoint)["name"]
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     return name if "/" in name else f"{user}/{name}"
 
 
 @cache
-def user_of(token: str | None, endpoint: str) -> str:
-    """Who is logged in. A hub is asked once, because it limits how often it says so."""
-    return HfApi(endpoint, token).whoami()["name"]
+def account(token: str | None, endpoint: str) -> dict[str, Any]:
+    """Who is logged in, with what. A hub is asked once, because it limits how often it says so."""
+    return HfApi(endpoint, token).whoami()
+
+
+def _refuse_who_may_not_write(who: dict[str, Any], name: str, endpoint: str) -> None:
+    """Refuse a token that only reads, and a name under which others alone may write.
+
+    A token with chosen rights (fine-grained) does not say here whether it may write.
+    """
+    token = who.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        hint = OF_STATUS[403].format(endpoint)
+        raise UserError(f"--push_to_hub: the token may only read; {hint}")
+    owner, _, _ = name.partition("/")
+    owners = [who["name"], *(one["name"] for one in who.get("orgs", []))]
+    if owner not in owners:
+        known = ", ".join(owners)
+        raise UserError(f"--push_to_hub: {name} is not yours to make; you may push to {known}")
 
 
 def push_finished(

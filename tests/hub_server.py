@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 USER = "somebody"
+ORGANISATION = "somebodys-lab"  # of that user
 TOKEN = "hf_of_somebody"
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+)(?:/(.*))?)?)?")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -61,6 +62,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     address: str = ""
     fault: int | None = None
+    role: str = "write"  # of the token that is known here
 
     def add(self, kind: str, name: str, files: Mapping[str, bytes | str], **more) -> Repository:
         """A repository with one commit."""
@@ -183,7 +185,9 @@ class Handler(BaseHTTPRequestHandler):
         """What an address under /api/ answers."""
         if path == "/api/whoami-v2":
             self.must_be_known()
-            return {"name": USER, "type": "user", "orgs": []}
+            token = {"displayName": "a token", "role": self.hub.role}
+            orgs = [{"name": ORGANISATION}]
+            return {"name": USER, "type": "user", "orgs": orgs, "auth": {"accessToken": token}}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
         if path == "/api/repos/create":

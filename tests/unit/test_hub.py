@@ -4,7 +4,7 @@ import json
 
 import pytest
 from checks import user_error
-from hub_server import TOKEN, USER, hub_server
+from hub_server import ORGANISATION, TOKEN, USER, hub_server
 from huggingface_hub import HfApi, constants
 
 from common.hub import check_push, push_finished, what_to_do
@@ -38,7 +38,19 @@ def arguments(tmp_path):
 def test_a_name_that_is_free_may_be_pushed_to(hub, arguments):
     check_push(arguments())
     check_push(arguments(hub_model_id=f"{USER}/other"))
+    check_push(arguments(hub_model_id=f"{ORGANISATION}/guard"))
     assert hub.asked.count("GET /api/whoami-v2") == 1  # which the hub limits
+
+
+def test_who_may_not_write_there_is_told_before_any_work(hub, arguments):
+    with user_error("--push_to_hub: strangers/guard is not yours to make; you may push to"):
+        check_push(arguments(hub_model_id="strangers/guard"))
+
+
+def test_a_token_that_only_reads_is_refused_before_any_work(hub, arguments):
+    hub.role = "read"
+    with user_error("the token may only read; choose a token that may write there"):
+        check_push(arguments())
 
 
 FAULTS = {  # what the hub answers: what helps
