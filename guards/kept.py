@@ -64,6 +64,7 @@ def judge_and_keep(
     conversations: Sequence[Messages],
     path: Path,
     variant: str = "",
+    wanted: Sequence[str] = (),
 ) -> list[Verdict]:
     """One verdict a conversation, in order; those that `path` holds of this guard are not made
     again.
@@ -71,16 +72,18 @@ def judge_and_keep(
     Args:
         spec, options: what the guard was loaded by.
         variant: tells a guard from that which was loaded, such as one with another head.
+        wanted: as `Guard.judge` takes it.
     """
     identity = guard_identity(spec, options)
-    keys = [digest([identity, variant, messages]) for messages in conversations]
+    asked_for = [variant, *wanted] if wanted else variant
+    keys = [digest([identity, asked_for, messages]) for messages in conversations]
     messages_of = dict(zip(keys, conversations, strict=True))
     longest_first = sorted(messages_of, key=lambda key: -len(str(messages_of[key])))
     with KeptRows(path) as kept:
         said = fill_verdicts(
             kept,
             longest_first,
-            lambda asked: guard.judge([messages_of[key] for key in asked]),
+            lambda asked: guard.judge([messages_of[key] for key in asked], wanted),
             served=is_served(spec, options),
             title=variant or f"judging with {guard.name}",
         )

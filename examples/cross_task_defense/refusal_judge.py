@@ -21,13 +21,19 @@ CHUNK = 64  # answers between two looks at what is missing
 Pair = tuple[str, str]  # what was asked, and the answer
 
 
-def verdicts_of(spec: str, pairs: Sequence[Pair], folder: Path) -> tuple[Guard, list[Verdict]]:
+def verdicts_of(
+    spec: str, pairs: Sequence[Pair], folder: Path, wanted: Sequence[str] = ()
+) -> tuple[Guard, list[Verdict]]:
     """A guard of `load_guard` and what it says of answers, kept in the folder as it comes: after
     Ctrl-C the same command goes on.
+
+    Args:
+        wanted: labels that are asked for beside harm; some guards write text for them.
     """
     conversations = [pair(asked, said or " ") for asked, said in pairs]
     guard = load_guard(spec, progress=False)
-    return guard, judge_and_keep(guard, spec, {}, conversations, folder / "verdicts.jsonl")
+    path = folder / "verdicts.jsonl"
+    return guard, judge_and_keep(guard, spec, {}, conversations, path, wanted=wanted)
 
 
 def judged_by_guard(spec: str, pairs: Sequence[Pair], folder: Path) -> list[bool | None]:
@@ -37,7 +43,7 @@ def judged_by_guard(spec: str, pairs: Sequence[Pair], folder: Path) -> list[bool
     Raises:
         UserError: no answer has a verdict.
     """
-    guard, verdicts = verdicts_of(spec, pairs, folder)
+    guard, verdicts = verdicts_of(spec, pairs, folder, ["response_refusal"])
     refused = []
     for verdict in verdicts:
         refused.append(is_flagged(verdict, "response_refusal", guard.thresholds))

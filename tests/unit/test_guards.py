@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from checks import read_json, user_error
+from checks import read_json, read_rows, user_error
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -23,6 +23,7 @@ from common.conversation import Verdict, pair
 from common.data import taxonomy
 from common.templates import render
 from guards import Guard, load_guard
+from guards.kept import judge_and_keep
 
 CATEGORIES = taxonomy("beavertails")
 CARD = {
@@ -227,6 +228,23 @@ class Unsure(Guard):
     def judge_valid(self, conversations):
         said = {"?": None, "Hi": 0.25}
         return [Verdict(prompt_unsafe=said.get(m[-1]["content"])) for m in conversations]
+
+
+class Terse(Unsure):
+    """Says of a refusal what it is asked alone, as Qwen3Guard does."""
+
+    def judge_valid(self, conversations):
+        refusal = 0.75 if "response_refusal" in self.wanted else None
+        return [Verdict(response_unsafe=0.25, response_refusal=refusal) for _ in conversations]
+
+
+def test_what_is_kept_is_what_was_asked_for(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    for wanted, refusal in {(): None, ("response_refusal",): 0.75}.items():
+        talks = [pair("Why?", "No.")]
+        (said,) = judge_and_keep(Terse(), "terse", {}, talks, path, wanted=wanted)
+        assert said.response_refusal == refusal
+    assert len(read_rows(path)) == 2
 
 
 def test_moderate_without_an_opinion():
