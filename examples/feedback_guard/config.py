@@ -111,14 +111,10 @@ class ModelSection(Section):
 
     def engine_options(self) -> dict[str, Any]:
         """Options of `load_guard` and `load_engine`."""
-        options = {
-            "engine": self.engine,
-            "server_url": self.server_url,
-            "server_model": self.server_model,
-        }
+        names = {"engine", "server_url", "server_model"}
         if self.engine == "server":
-            options["server_timeout"] = self.server_timeout
-        return options
+            names.add("server_timeout")
+        return self.model_dump(include=names)
 
 
 class LlamaGuardConfig(ModelSection):
@@ -283,10 +279,7 @@ class Config(Section):
 # --- reading --------------------------------------------------------------------------------------
 
 
-def load_config(
-    path: Path,
-    overrides: Sequence[str] = (),
-) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A config file, with `overrides` such as "training.max_steps=20".
 
     Raises:
@@ -302,11 +295,7 @@ def load_config(
     return _checked(values, f"{path} with --set")
 
 
-def _set(
-    values: dict[str, Any],
-    keys: Sequence[str],
-    text: str,
-) -> None:
+def _set(values: dict[str, Any], keys: Sequence[str], text: str) -> None:
     """Change one value. The text is JSON; a word need not stand in quotes."""
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
@@ -315,10 +304,7 @@ def _set(
     values[keys[-1]] = _plain(text)
 
 
-def _checked(
-    values: Any,
-    where: str,
-) -> Config:
+def _checked(values: Any, where: str) -> Config:
     try:
         return Config.model_validate(_with_home(values))
     except ValidationError as error:

@@ -89,10 +89,7 @@ def main() -> None:
     print(json.dumps(process(config), indent=2))
 
 
-def asked_once(
-    config: Config,
-    prompt: str,
-) -> Row:
+def asked_once(config: Config, prompt: str) -> Row:
     """What the guard says of one prompt. What it cannot judge is not safe."""
     (verdict,) = default_guard(config).judge([pair(prompt)])
     row = verdict_row(verdict, "prompt_unsafe")
@@ -265,12 +262,7 @@ def judged(
     return kept_rows(path, [who, label], conversations, judge, size=size, served=served)
 
 
-def asked_of_prompts(
-    config: Config,
-    rows: Sequence[Row],
-    guard: Loaded,
-    parts: Path,
-) -> list[Row]:
+def asked_of_prompts(config: Config, rows: Sequence[Row], guard: Loaded, parts: Path) -> list[Row]:
     """The lines of processed/*.jsonl, without responses. Which blocked prompts are explored is
     drawn by lot, and depends on the prompt's id alone.
     """

@@ -177,11 +177,7 @@ def arm_named(name: str) -> Arm:
     return arms[name]
 
 
-def arm_folder(
-    config: Config,
-    name: str,
-    seed: int,
-) -> Path:
+def arm_folder(config: Config, name: str, seed: int) -> Path:
     """Where the weights of an arm lie, or those that it borrows."""
     owner = arm_named(name).weights_of or name
     return Path(config.training.output_dir) / owner / f"seed{seed}"
@@ -221,12 +217,7 @@ class TrainingRow:
         return line
 
 
-def build_rows(
-    arm: Arm,
-    processed: Sequence[Row],
-    seed: int,
-    config: Config,
-) -> list[TrainingRow]:
+def build_rows(arm: Arm, processed: Sequence[Row], seed: int, config: Config) -> list[TrainingRow]:
     """The rows of an arm. No prompt is in both classes, but where the original's texts contradict
     one another.
 
@@ -326,11 +317,7 @@ def traffic_of(
     return pd.DataFrame(rows).astype({"q": float})
 
 
-def shuffled(
-    rows: pd.DataFrame,
-    seed: int,
-    purpose: str,
-) -> pd.DataFrame:
+def shuffled(rows: pd.DataFrame, seed: int, purpose: str) -> pd.DataFrame:
     """In an order that depends on the seed and on what the rows are for, not on the arm."""
     rng = random.Random(f"{seed} {purpose}")
     return rows.iloc[rng.sample(range(len(rows)), len(rows))]
@@ -349,11 +336,7 @@ def doubtful(
     return config.experiment.refusal_filter and refused(row)
 
 
-def told_prompts(
-    arm: Arm,
-    traffic: pd.DataFrame,
-    seed: int,
-) -> pd.DataFrame:
+def told_prompts(arm: Arm, traffic: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The prompts that passed, with what the arm is told of their responses.
 
     outputs: what they say. permuted: what those of a prompt alike in score and length say (C1).
@@ -445,11 +428,7 @@ def legacy_blocked(processed: Sequence[Row]) -> dict[str, str]:
     return found
 
 
-def rows_of_texts(
-    arm: Arm,
-    processed: Sequence[Row],
-    seed: int,
-) -> list[TrainingRow]:
+def rows_of_texts(arm: Arm, processed: Sequence[Row], seed: int) -> list[TrainingRow]:
     """The original's texts. Where its own checks collect nothing, it gets the correct list."""
     prompts = {row["id"]: row["query"] for row in processed}
     found = [row for row in processed if feedback(row)]
@@ -493,13 +472,7 @@ class ArmTrainer(AnswerTrainer):
     encoder: Encoder
     kl_weight = 0.0
 
-    def compute_loss(
-        self,
-        model,
-        inputs,
-        return_outputs=False,
-        num_items_in_batch=None,
-    ):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean over rows; over tokens for the original's texts."""
         answers = read(model, inputs)
         if inputs["target"].min() == NOTHING:
@@ -551,11 +524,7 @@ def train(config: Config) -> list[Path]:
     return [arm_folder(config, arm.name, seed) for arm, seed in asked]
 
 
-def push_arguments(
-    arm: Arm,
-    seed: int,
-    config: Config,
-) -> ArmArguments:
+def push_arguments(arm: Arm, seed: int, config: Config) -> ArmArguments:
     """Which repository an arm has on the hub, and what may happen there."""
     values = config.training
     family = values.hub_model_id or Path(values.output_dir).resolve().name
@@ -568,11 +537,7 @@ def push_arguments(
     )
 
 
-def is_trained(
-    arm: Arm,
-    seed: int,
-    config: Config,
-) -> bool:
+def is_trained(arm: Arm, seed: int, config: Config) -> bool:
     """Whether an arm is there."""
     folder = arm_folder(config, arm.name, seed)
     if not has_card(folder):
@@ -581,11 +546,7 @@ def is_trained(
     return True
 
 
-def step_budget(
-    arm: Arm,
-    processed: Sequence[Row],
-    config: Config,
-) -> int:
+def step_budget(arm: Arm, processed: Sequence[Row], config: Config) -> int:
     """Optimizer steps: max_steps, else the epochs over the rows of A8, the same for every arm.
 
     The original's texts keep its own rule, -1: the epochs over their own rows.
@@ -609,13 +570,7 @@ def load_base(config: Config) -> GenerativeGuard:
     return loaded
 
 
-def train_arm(
-    arm: Arm,
-    seed: int,
-    rows: Sequence[TrainingRow],
-    steps: int,
-    config: Config,
-) -> None:
+def train_arm(arm: Arm, seed: int, rows: Sequence[TrainingRow], steps: int, config: Config) -> None:
     """Train one arm and leave its folder. Its card is written last: with it, the arm is done."""
     folder = arm_folder(config, arm.name, seed)
     base = load_base(config)
@@ -684,12 +639,7 @@ def encode_rows(
     return encoded, facts
 
 
-def arm_arguments(
-    arm: Arm,
-    seed: int,
-    steps: int,
-    config: Config,
-) -> ArmArguments:
+def arm_arguments(arm: Arm, seed: int, steps: int, config: Config) -> ArmArguments:
     """The config's values as TRL's."""
     values = config.training
     # an arm's own, else that of all arms, else the original's
