@@ -191,6 +191,8 @@ def _train_facts(config: Config) -> dict[str, Any]:
     by_judge = config.experiment.blocked_by == "judge"
     if not by_judge:
         del facts["evaluation.judge"]
+    if config.training.max_steps <= 0:  # the rows of that seed say how many steps there are
+        facts["training.seeds[0]"] = config.training.seeds[0]
     return facts | {
         **_settings("training", config.training, NO_MATTER_IN_TRAINING),
         "llama_guard.base_model_path": guard_identity(guard.base_model_path, {}),

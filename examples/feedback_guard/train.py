@@ -554,7 +554,7 @@ def step_budget(arm: Arm, processed: Sequence[Row], config: Config) -> int:
     values = config.training
     if values.max_steps > 0 or arm.texts:
         return values.max_steps
-    rows = build_rows(arm_named("A8"), processed, config.seed, config)
+    rows = build_rows(arm_named("A8"), processed, values.seeds[0], config)
     rows_a_step = values.batch_size * values.gradient_accumulation_steps
     return math.ceil(values.epochs * len(rows) / rows_a_step)
 

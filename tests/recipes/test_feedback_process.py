@@ -602,6 +602,25 @@ def test_what_tests_an_arm_is_not_in_its_key(change, recorded):
     assert records.stage_key(one, "train") != records.stage_key(other, "train")
 
 
+@cases(
+    "steps, seeds, is_same",
+    {
+        "by epochs over the rows of another seed": (-1, "3,0", False),
+        "by epochs, with more seeds": (-1, "0,3", True),
+        "so many steps": (5, "3,0", True),
+    },
+)
+def test_the_seed_that_steps_are_counted_by_is_in_the_key_of_an_arm(
+    steps, seeds, is_same, recorded
+):
+    keys = set()
+    for some in ("0", seeds):
+        changes = [f"training.max_steps={steps}", f"training.seeds={some}"]
+        config = config_.load_config(recorded.path, changes)
+        keys.add(records.stage_key(config, "train", "A4", 0))
+    assert (len(keys) == 1) == is_same
+
+
 def test_the_judges_word_is_no_part_of_the_rows_that_arms_learn_from(tmp_path):
     path = tmp_path / "train.jsonl"
     keys = []
