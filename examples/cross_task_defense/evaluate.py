@@ -283,9 +283,12 @@ def read_answers(folder: Path) -> tuple[Row, list[Row]]:
         rows += of_file
     if not rows:
         raise UserError(f"--answers {folder}: holds no test_<task>.json")
-    about = {"train_task": None, "n_defence": None, **first}
+    about = {"train_task": None, "n_defence": None, "trained_on": None, **first}
     about["setup"] = setup_of(first)
-    trained_on = about.get("trained_on") or about.get("lora_weights") or ""
+    trained_on = about["trained_on"]
+    if not trained_on and not about.get("training"):  # the name is all that is known
+        trained_on = about.get("lora_weights")
+    trained_on = trained_on or ""
     trained = TRAINING_SET.search(trained_on)
     if trained:
         about["n_defence"] = int(trained[1])
@@ -473,15 +476,15 @@ def summary(cells: list[Row], model: str, train_task: str | None) -> Row:
 
 def trainings(predictions: pd.DataFrame, models: dict[str, Row]) -> list[Row]:
     """Rates with bootstrap intervals of each training, over all seeds of it: the same rows, base
-    and settings. A model whose settings are not known is by itself.
+    and settings. A model whose rows or settings are not known is by itself.
 
     Documents are drawn, with their answers of all tasks and seeds.
     """
     groups = defaultdict(list)
     for name, about in models.items():
         key = name
-        if about["setup"] and about["trained_on"]:
-            rows = about["training"]["train_sha256"]
+        rows = about["setup"] and about["training"]["train_sha256"]
+        if rows and about["trained_on"]:
             key = digest([about["setup"], about["trained_on"], rows])
         groups[key].append(name)
     found = []

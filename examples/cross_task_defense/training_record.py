@@ -13,6 +13,7 @@ from prompts import load_template
 
 from common.conversation import UserError
 from common.engines import adapter_file
+from common.keep import digest
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Arguments by which runs of one training differ, or that change nothing of what is learned.
@@ -46,9 +47,18 @@ def record_of(run: Mapping[str, Any]) -> Record:
         Path(name).name,
         template,
         trained_on=Path(given["data_path"]).stem,
-        train_sha256=run.get("data", {}).get("train_sha256"),
+        train_sha256=rows_of(run.get("data", {})),
         settings=settings,
     )
+
+
+def rows_of(data: Mapping[str, Any]) -> str | None:
+    """What tells the rows of a training from others: their hash, or how many tokens an earlier
+    version has counted in them. None where neither is known.
+    """
+    counts = [data.get(name) for name in ("rows", "tokens", "answer_tokens")]
+    counted = None if None in counts else digest(counts)
+    return data.get("train_sha256", counted)
 
 
 def trained_with(lora_weights: str) -> Record | None:

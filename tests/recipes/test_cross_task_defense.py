@@ -770,6 +770,15 @@ def test_templates_of_checkpoints_and_of_what_is_pushed(
     assert read_json(one)["parameters"]["trained_on"] == trained_on
 
 
+def test_rows_of_an_earlier_version_are_told_by_their_counts():
+    """It wrote no hash of them."""
+    counts = {"rows": 120, "tokens": 9000, "answer_tokens": 800}
+    assert records.rows_of(counts) == records.rows_of({"useful_token_share": 0.9, **counts})
+    assert records.rows_of(counts) != records.rows_of(counts | {"tokens": 9001})
+    assert records.rows_of(counts | {"train_sha256": "hash"}) == "hash"
+    assert records.rows_of({"rows": 120}) is None
+
+
 def test_a_template_that_is_not_known_is_not_silent(ask, adapter, caplog):
     Path(adapter, "run.json").unlink()
     ask("named", lora_weights=adapter, prompt_template_path="alpaca")

@@ -39,7 +39,7 @@ def asked(name: str, i: int) -> str:
     return f"Question {i}?"
 
 
-def training(rows: str = "rows", **settings) -> dict:
+def training(rows: str | None = "rows", **settings) -> dict:
     """What is known of a training."""
     return {"train_sha256": rows, "settings": settings, "prompt_template_text": None}
 
@@ -333,6 +333,28 @@ def test_models_of_other_trainings_are_no_seeds(evaluated, tmp_path, change, lin
     assert [row["models"] for row in results["trainings"]] == [["a"], ["b"]]
     assert evaluate.trade_off(results).label.tolist() == ["summarize", line]
     assert "\n| b | summarize | 60 |" in (tmp_path / "out/results.md").read_text()
+
+
+def test_models_of_rows_that_are_not_known_are_no_seeds(evaluated, tmp_path):
+    folders = []
+    for name in ("a", "b"):
+        files = dict.fromkeys(FILES, said(5))
+        made = write(tmp_path / name, files, "60_summarize", training=training(None))
+        folders.append(made)
+    found = evaluated(folders)["trainings"]
+    assert [row["models"] for row in found] == [["a"], ["b"]]
+
+
+def test_an_untrained_adapter_in_a_folder_that_is_named_after_rows(evaluated, tmp_path):
+    """Its record says that it was trained on nothing. Without one the name is all that is known."""
+    path = "output/saferpaca_Instructions_100_60_summarize/checkpoint-0"
+    known = {"lora_weights": path, "training": training()}
+    folders = [
+        write(tmp_path / "known", {"test_cloze": said(1)}, **known),
+        write(tmp_path / "unknown", {"test_cloze": said(1)}, lora_weights=path),
+    ]
+    models = evaluated(folders)["models"].values()
+    assert [model["n_defence"] for model in models] == [None, 60]
 
 
 def test_a_model_by_two_names_is_one(evaluated, tmp_path):
