@@ -3,14 +3,16 @@
     make check-gpu                            # at the root: at most 8 minutes on an 80 GB GPU
     cd bench && python gpu.py --quick         # at most 3
     python gpu.py --only moderation           # some steps
+    python gpu.py --full --budget 1800        # with all layers of the 7B and 8B shapes
     python gpu.py --dry                       # all of it with tiny models, on a CPU
 
 Every step is a process of its own with a time limit: one that fails, or lacks a library, is a row
 with its reason, and the others go on. Models have the shapes of public ones and random weights, so
-that no hub is needed; speed and memory are real, scores say nothing. The results are written after
-every step to output/check-gpu/results.json and results.md. Weights and what is trained lie beside
-them, up to 26 GB, until the end. The exit code is 1 where a step failed. Without a GPU it is a dry
-run.
+that no hub is needed; speed and memory are real, scores say nothing. Those of 7B and 8B have half of
+their layers, which their rows say. The results are written after every step to
+output/check-gpu/results.json and results.md. Weights and what is trained lie beside them, up to
+26 GB (40 with --full). The exit code is 1 where a step failed; one that the end of the time cuts
+off is left out. Without a GPU it is a dry run.
 """
 
 import argparse
@@ -47,8 +49,8 @@ from gpu_results import Row, shown, write_results
 BUDGET = 480  # seconds
 QUICK_BUDGET = 180
 DRY_BUDGET = 1200
-SHORTEST = 15  # with fewer seconds left no step is begun
 GRACE = 5  # seconds to end in, before a process is killed
+LAUNCHERS = re.compile("ChildFailedError|CalledProcessError")
 SAME_LOSS = 0.02  # how far the first losses of two launches may lie apart, in bf16
 
 
@@ -61,6 +63,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="the first steps alone")
     add("--dry", action="store_true", help="tiny models; on a CPU it is the only way")
+    add("--full", action="store_true", help="all layers of the 7B and 8B shapes")
     add("--only", nargs="+", metavar="STEP", help="some steps; --list names them")
     add("--list", action="store_true", help="name the steps, and end")
     add("--budget", type=float, help=f"seconds for all ({BUDGET}; --quick: {QUICK_BUDGET})")
@@ -70,8 +73,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     about = "whose prompts are tokenized: bundled name or folder"
     add("--tokenizer", default=BUNDLED, help=about)
     add("--python", default=sys.executable, help="what starts the steps")
-    args = parser.parse_args(words)
-    return args
+    return parser.parse_args(words)
 
 
 def whole_path(text: str) -> Path:
@@ -85,7 +87,9 @@ def main() -> None:
         args.output,
         args.output,
         tiny=args.dry,
+        full=args.full,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a scheduler's: nothing stays behind
     known = {step.name: step.what for step in steps_of(run)}
     if args.list:
         for name, what in known.items():
@@ -145,11 +149,15 @@ class Check:
             self.budget = DRY_BUDGET if dry else self.budget
             if self.args.quick and not dry:
                 self.budget = QUICK_BUDGET
+        shutil.rmtree(
+            self.run.result("").parent, ignore_errors=True
+        )  # an earlier run's compare with nothing here
         write_rows(self.run.folder, dry)
         plan = steps_of(self.run)[1:]
         for place, step in enumerate(plan):
             self.add(self.row_of(step))
-            self.remove_weights(step, plan[place + 1 :])
+            later = [other for other in plan[place + 1 :] if not self.left_out(other)]
+            self.make_room(step, later)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -159,7 +167,7 @@ class Check:
     def row_of(self, step: Step) -> Row:
         """The row of a step: it is performed where nothing speaks against it."""
         row = Row(step.name, step.what, "left out", aim=step.aim)
-        row.reason = self.left_out(step)
+        row.reason = self.left_out(step) or self.lacks(step)
         return row if row.reason else self.with_libraries(step)
 
     def with_libraries(self, step: Step) -> Row:
@@ -187,6 +195,8 @@ class Check:
         if model not in self.made:
             making = weights_step(self.run, model, self.args.tokenizer)
             self.made[model] = self.with_libraries(making)
+            half = self.run.models / f"{model}.partial"
+            shutil.rmtree(half, ignore_errors=True)  # of a writer that was killed
             self.add(self.made[model])
         return self.made[model]
 
@@ -202,14 +212,19 @@ class Check:
             return f"needs {step.gpus} GPUs"
         return ""
 
+    def lacks(self, step: Step) -> str:
+        """The step whose result this one needs, where that did not come to be."""
+        done = {row.step for row in self.rows if row.status == "done"}
+        if step.after is None or step.after in done:
+            return ""
+        return f"it needs what {step.after} makes"
+
     def perform(self, step: Step) -> Row:
         """Run a step's processes, and read what they found."""
         row = Row(step.name, step.what, "done", aim=step.aim)
         left = self.started + self.budget - time.monotonic()
-        if left < SHORTEST:
-            row.status = "left out"
-            row.reason = f"the {self.budget:.0f} s are over; --only {step.name} runs it"
-            return row
+        if left < step.least:
+            return self.out_of_time(row)
         limit = left if self.run.tiny else min(step.seconds, left)
         result = self.run.result(step.name)
         result.parent.mkdir(exist_ok=True)
@@ -227,11 +242,19 @@ class Check:
                     break
         took = time.monotonic() - start
         row.seconds = round(took, 1)
-        if row.status == "killed":
+        if row.status == "killed" and limit == left:
+            self.out_of_time(row)
+        elif row.status == "killed":
             row.reason = f"not ready after {limit:.0f} s; {log}"
         elif row.status == "failed":
             row.reason = last_words(log)
         take_result(result, row)
+        return row
+
+    def out_of_time(self, row: Row) -> Row:
+        """The row of a step that the end of the check has cut off, or kept from beginning."""
+        row.status = "left out"
+        row.reason = f"the {self.budget:.0f} s are over; --only {row.step} runs it"
         return row
 
     def compare(self, step: Step, row: Row) -> None:
@@ -246,29 +269,28 @@ class Check:
         if other is None or {row.status, other.status} != {"done"}:
             return
         apart = losses_apart(row, other)
+        if apart is None:
+            return
         row.figures["losses_apart"] = apart
         if apart > SAME_LOSS:
             row.status = "failed"
             row.reason = f"the losses are not those of {step.like}"
 
-    def remove_weights(self, step: Step, later: Sequence[Step]) -> None:
-        """Weights that no later step needs make room for others."""
-        if step.model is None:
-            return
-        for other in later:
-            if other.model == step.model and not self.left_out(other):
-                return
-        folder = self.run.models / step.model
-        shutil.rmtree(folder, ignore_errors=True)
+    def make_room(self, step: Step, later: Sequence[Step]) -> None:
+        """Remove weights, and what a step has trained, that no later step needs."""
+        if step.model and step.model not in {other.model for other in later}:
+            shutil.rmtree(self.run.models / step.model, ignore_errors=True)
+        if step.name not in {other.after for other in later}:
+            shutil.rmtree(self.run.output(step.name), ignore_errors=True)
 
 
-def losses_apart(row: Row, other: Row) -> float:
+def losses_apart(row: Row, other: Row) -> float | None:
     """How far the first losses of two steps lie apart; later ones drift in bf16."""
-    losses = row.figures["losses"][:3]
+    losses = row.figures.get("losses", [])[:3]
     apart = []
-    for one, another in zip(losses, other.figures["losses"], strict=False):
+    for one, another in zip(losses, other.figures.get("losses", []), strict=False):
         apart.append(abs(one - another))
-    return max(apart)
+    return max(apart, default=None)
 
 
 # --- a process ------------------------------------------------------------------------------------
@@ -282,7 +304,9 @@ def environment_of(run: Run, step: Step) -> dict[str, str]:
         if environment.get("PYTHONPATH"):  # where the user keeps other libraries
             folders.append(environment["PYTHONPATH"])
         environment["PYTHONPATH"] = os.pathsep.join(folders)
-    if run.gpus > 1 and step.gpus == 1:
+    if run.tiny and run.gpus:  # a dry run starts no launcher, which a GPU would ask for
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif run.gpus > 1 and step.gpus == 1:
         seen = environment.get("CUDA_VISIBLE_DEVICES") or "0"
         environment["CUDA_VISIBLE_DEVICES"] = seen.partition(",")[0]
     return environment
@@ -327,14 +351,16 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def last_words(log: Path) -> str:
-    """Why a process failed: the last line of its output that says so, or the very last."""
+    """Why a process failed: the last line of its output that says so, or the very last. That its
+    launcher has a child that failed is no reason.
+    """
     last = ""
     error = ""
     text = log.read_text(encoding="utf-8", errors="replace")
     for line in text.splitlines():
         line = line.strip()
         last = line or last
-        if re.match(r"(error:|[\w.]*(Error|Exception)\b)", line):
+        if not LAUNCHERS.search(line) and re.match(r"(error:|[\w.]*(Error|Exception)\b)", line):
             error = line
     return f"{error or last:.200} ({log})"
 
@@ -369,7 +395,7 @@ def write_rows(folder: Path, tiny: bool) -> None:
     write_lines(folder / "verdicts.jsonl", verdicts)
     (path,) = (SAMPLE / "cross_task_defense/training").glob("*_stripped.json")
     refusals = json.loads(path.read_text(encoding="utf-8"))
-    count = 16 if tiny else len(refusals)
+    count = 16 if tiny else 128
     text = json.dumps(refusals[:count])
     (folder / "refusals.json").write_text(text, encoding="utf-8")
 

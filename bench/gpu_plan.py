@@ -6,6 +6,7 @@ crash.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ TINY = {
 }
 
 
-def shape_of(name: str, tiny: bool) -> dict[str, Any]:
-    """The configuration of a model, or of its tiny sibling."""
-    return SHAPES[name] | TINY if tiny else SHAPES[name]
+def shape_of(name: str, tiny: bool, layers: int) -> dict[str, Any]:
+    """The configuration of a model with its first layers alone, or of its tiny sibling."""
+    some = {"num_hidden_layers": layers}
+    return SHAPES[name] | (TINY if tiny else some)
 
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -118,6 +120,7 @@ class Step:
     what: str
     commands: list[Command]
     seconds: int  # limit
+    least: int = 15  # with fewer seconds left it is not begun
     model: str | None = None  # of SHAPES: its weights are made when a step first needs them
     needs: tuple[str, ...] = RECIPE  # modules
     aim: str = ""
@@ -136,7 +139,20 @@ class Run:
     folder: Path  # of the results
     scratch: Path  # for weights, and for what is trained
     tiny: bool
-    gpus: int = 1
+    gpus: int = 0
+    full: bool = False  # all layers of the large models
+
+    def layers(self, model: str) -> int:
+        """So many has a model here: half of what the large ones have in public."""
+        whole = SHAPES[model]["num_hidden_layers"]
+        return whole if self.full or model == "qwen2.5-1.5b" else whole // 2
+
+    def sized(self, model: str) -> str:
+        """A large model's size as rows say it."""
+        size = model.rpartition("-")[2].upper()
+        whole = SHAPES[model]["num_hidden_layers"]
+        here = self.layers(model)
+        return size if here == whole else f"{size} with {here} of {whole} layers"
 
     @property
     def models(self) -> Path:
@@ -213,6 +229,7 @@ def weights_step(run: Run, name: str, tokenizer: str) -> Step:
     """The step that makes a model's folder."""
     step = f"weights-{name}"
     flags = ["--shape", name, "--folder", model_path(run, name), "--tokenizer", tokenizer]
+    flags += ["--layers", str(run.layers(name))]
     command = own(run, step, "weights", *flags)
     needs = ["torch", "transformers"]
     if tokenizer == BUNDLED:
@@ -224,23 +241,23 @@ def weights_step(run: Run, name: str, tokenizer: str) -> Step:
 
 
 def steps_of(run: Run) -> list[Step]:
-    """All steps, those first that say most; what shares a model stands together."""
+    """All steps: first each recipe once, then those that say most."""
     return [
         device_step(run),
         moderation_step(run),
-        speed_step(run),
+        expguard_step(run, four_bits=False),
+        defence_step(run, eight_bits=False),
         training_step(run),
+        feedback_step(run),
         riding_step(run),
         verdicts_step(run, "transformers"),
-        verdicts_step(run, "vllm"),
-        expguard_step(run, four_bits=False),
+        speed_step(run),
+        answers_step(run, "transformers"),
         padding_step(run),
         expguard_step(run, four_bits=True),
-        defence_step(run, eight_bits=False),
-        answers_step(run, "transformers"),
         defence_step(run, eight_bits=True),
+        verdicts_step(run, "vllm"),
         answers_step(run, "vllm"),
-        feedback_step(run),
         sharded_step(run, "moderation-zero3", 1),
         sharded_step(run, "all-gpus-ddp", 2),
         sharded_step(run, "all-gpus-fsdp2", 2),
@@ -352,12 +369,14 @@ def sharded_step(run: Run, name: str, gpus: int) -> Step:
 
 # --- lora_guard and verdicts: the 8B shape --------------------------------------------------------
 
+LARGE = "llama-3.1-8b"
+
 
 def training_step(run: Run) -> Step:
     name = "lora_guard"
     script = [
         "train.py",
-        model_path(run, "llama-3.1-8b"),
+        model_path(run, LARGE),
         str(run.output(name)),
         "--overwrite-output-dir",
         *("--train-data", str(run.folder / "one_pair.jsonl")),
@@ -367,13 +386,14 @@ def training_step(run: Run) -> Step:
         *("--logging-steps", "1"),
     ]
     start = launcher(run, "accelerate")
-    options = ["--bytes", "2", KEPT["LoRA in q and v of llama-3.1-8b"], "--falls"]
+    options = ["--bytes", "2", KEPT[f"LoRA in q and v of {LARGE}"], "--falls"]
     return Step(
         name,
-        "8B, frozen in bf16, LoRA and head in float32, by accelerate launch",
+        f"{run.sized(LARGE)}, frozen in bf16, LoRA and head in float32, by accelerate launch",
         [recipe(run, name, name, start, script, options)],
         120,
-        model="llama-3.1-8b",
+        least=40,
+        model=LARGE,
         aim="the loss falls; the folder says what the model in memory says",
     )
 
@@ -383,10 +403,10 @@ def riding_step(run: Run) -> Step:
     adapter = run.output("lora_guard") / "best"
     return Step(
         name,
-        "8B: 64 tokens with the reply judged at every k, of generation alone",
+        f"{run.sized(LARGE)}: 64 tokens with the reply judged at every k, of generation alone",
         [own(run, name, "riding", "--adapter", str(adapter))],
-        150,
-        model="llama-3.1-8b",
+        90,
+        model=LARGE,
         aim="1.05 at k = 16, batches of 1 and 8; the same tokens",
         after="lora_guard",
     )
@@ -394,23 +414,26 @@ def riding_step(run: Run) -> Step:
 
 def verdicts_step(run: Run, engine: str) -> Step:
     name = "verdicts-vllm" if engine == "vllm" else "verdicts"
-    flags = ["--model", model_path(run, "llama-3.1-8b"), "--engine", engine]
+    flags = ["--model", model_path(run, LARGE), "--engine", engine]
     if engine == "vllm":
         flags += ["--like", str(run.result("verdicts"))]
     needs = (*RECIPE, "vllm") if engine == "vllm" else RECIPE
     return Step(
         name,
-        "8B: prompts of 476 tokens, 386 of them shared",
+        f"{run.sized(LARGE)}: prompts of 476 tokens, 386 of them shared",
         [own(run, name, "verdicts", *flags)],
-        120,
-        model="llama-3.1-8b",
+        180 if engine == "vllm" else 120,
+        model=LARGE,
         needs=needs,
+        after="verdicts" if engine == "vllm" else None,
         aim="85 % of what the count of tokens allows; equal verdicts",
         dry=engine != "vllm",
     )
 
 
 # --- expguard and cross_task_defense: the 7B shape ------------------------------------------------
+
+MIDDLE = "qwen2.5-7b"
 
 
 def expguard_step(run: Run, four_bits: bool) -> Step:
@@ -419,14 +442,17 @@ def expguard_step(run: Run, four_bits: bool) -> Step:
     script = [
         "train.py",
         *("--config", "configs/paper.yaml", "--fsdp", "", "--use_peft_lora"),
-        *("--model_name_or_path", model_path(run, "qwen2.5-7b")),
+        *("--model_name_or_path", model_path(run, MIDDLE)),
         *("--dataset_name", str(run.folder / "verdicts.jsonl")),
         *("--output_dir", str(run.output(name))),
         *("--overwrite_output_dir", "true"),
+        *("--stop_after_epoch", "1"),
         *("--learning_rate", "1e-4"),
         *("--logging_steps", "1"),
         *("--save_strategy", "no"),
     ]
+    if not find_spec("flash_attn"):  # laid end to end under SDPA
+        script += ["--packing", "true", "--per_device_train_batch_size", "1"]
     weights = "2"
     hidden = "2"
     needs = RECIPE
@@ -438,10 +464,10 @@ def expguard_step(run: Run, four_bits: bool) -> Step:
     options = ["--bytes", weights, hidden, "--stop"]
     return Step(
         name,
-        "7B, LoRA, checkpointing; rows end to end with flash attention, else padded by length",
+        f"{run.sized(MIDDLE)}, LoRA, checkpointing; rows end to end",
         [recipe(run, name, "expguard", launcher(run, "python"), script, options)],
         90,
-        model="qwen2.5-7b",
+        model=MIDDLE,
         needs=needs,
         dry=not four_bits,
     )
@@ -449,14 +475,15 @@ def expguard_step(run: Run, four_bits: bool) -> Step:
 
 def padding_step(run: Run) -> Step:
     name = "expguard-padding"
-    flags = ["--model", model_path(run, "qwen2.5-7b")]
+    flags = ["--model", model_path(run, MIDDLE)]
     flags += ["--rows", str(run.folder / "verdicts.jsonl")]
     return Step(
         name,
-        "7B, LoRA: logits at labels and like lengths, against all logits and rows of 4096",
+        f"{run.sized(MIDDLE)}, LoRA: logits at labels and like lengths, "
+        "against all logits and rows of 4096",
         [own(run, name, "padding", *flags)],
         90,
-        model="qwen2.5-7b",
+        model=MIDDLE,
     )
 
 
@@ -464,7 +491,7 @@ def defence_step(run: Run, eight_bits: bool) -> Step:
     name = "cross_task_defense-8bit" if eight_bits else "cross_task_defense"
     script = [
         "train.py",
-        *("--base_model", model_path(run, "qwen2.5-7b")),
+        *("--base_model", model_path(run, MIDDLE)),
         *("--data_path", str(run.folder / "refusals.json")),
         *("--output_dir", str(run.output(name))),
         *("--overwrite_output_dir", "True"),
@@ -480,13 +507,13 @@ def defence_step(run: Run, eight_bits: bool) -> Step:
     if eight_bits:
         needs += ("bitsandbytes",)
         weights = "1"
-    options = ["--bytes", weights, KEPT["LoRA in q and v of qwen2.5-7b"]]
+    options = ["--bytes", weights, KEPT[f"LoRA in q and v of {MIDDLE}"]]
     return Step(
         name,
-        "7B, LoRA in q and v, " + ("8 bits" if eight_bits else "bf16"),
+        f"{run.sized(MIDDLE)}, LoRA in q and v, " + ("8 bits" if eight_bits else "bf16"),
         [recipe(run, name, "cross_task_defense", launcher(run, "python"), script, options)],
         90,
-        model="qwen2.5-7b",
+        model=MIDDLE,
         needs=needs,
         dry=not eight_bits,
     )
@@ -496,13 +523,13 @@ def answers_step(run: Run, engine: str) -> Step:
     name = "cross_task_defense-answers"
     if engine == "vllm":
         name += "-vllm"
-    flags = ["--model", model_path(run, "qwen2.5-7b"), "--engine", engine]
+    flags = ["--model", model_path(run, MIDDLE), "--engine", engine]
     return Step(
         name,
-        "7B: 256 prompts, 64 new tokens each, greedy",
+        f"{run.sized(MIDDLE)}: 256 prompts, 64 new tokens each, greedy",
         [own(run, name, "answers", *flags)],
-        90,
-        model="qwen2.5-7b",
+        180 if engine == "vllm" else 90,
+        model=MIDDLE,
         needs=(*RECIPE, "vllm") if engine == "vllm" else RECIPE,
         dry=engine != "vllm",
     )

@@ -39,6 +39,7 @@ def main() -> None:
     add("--adapter", help="folder of a guard that rides along")
     add("--rows", help="JSON lines to train on")
     add("--shape", help="a model of gpu_plan.py")
+    add("--layers", type=int, help="of that model")
     add("--folder", type=Path, help="where its weights go")
     add("--tokenizer", help="bundled name or folder")
     args = parser.parse_args()
@@ -126,7 +127,7 @@ def weights(args: argparse.Namespace) -> Found:
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(args.tokenizer))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    shape = dict(shape_of(args.shape, args.tiny))
+    shape = dict(shape_of(args.shape, args.tiny, args.layers))
     if shape["vocab_size"] is None:
         shape["vocab_size"] = len(tokenizer)
     config = AutoConfig.for_model(
@@ -159,25 +160,23 @@ def riding(args: argparse.Namespace) -> Found:
     chat = module.GuardedChat(args.adapter)
     chat.eos = set()  # every reply has all tokens
     chat.model.generation_config.eos_token_id = None
-    sizes = (1, 8, 64)
-    steps = (1, 8, 16, 64)
-    rounds = 2
+    plan = {1: (1, 8, 16, 64), 8: (8, 16, 64), 64: (16,)}  # each size of a batch, and its k
+    tokens = 64
     if args.tiny:
-        sizes = (1, 2)
-        steps = (2, 8)
-        rounds = 1
-    tokens = steps[-1]
+        plan = {1: (2, 8), 2: (8,)}
+        tokens = 8
     figures: dict[str, Any] = {}
     failures = []
-    for size in sizes:
+    for size, steps in plan.items():
         prompts = sample_prompts(sample, size)
         ways: dict[str, Way] = {}
         ways["alone"] = partial(alone, chat, prompts, tokens)
         for every in steps:
             name = f"k = {every}"
             ways[name] = partial(guarded, chat, prompts, tokens, every)
-        alone(chat, prompts, 2)  # warms up
-        seconds, replies = take_turns(ways, rounds, f"batch {size}, ")
+        alone(chat, prompts, 4)  # warms up, and so does the next
+        guarded(chat, prompts, 4, 2)
+        seconds, replies = take_turns(ways, 1, f"batch {size}, ")
         best = best_of(seconds)
         figures[f"batch {size}, tokens/s alone"] = size * tokens / best["alone"]
         for every in steps:
@@ -251,11 +250,10 @@ def verdicts(args: argparse.Namespace) -> Found:
     shared = 24 if args.tiny else 386
     own_tokens = 8 if args.tiny else 90
     count = 4 if args.tiny else 256
-    rounds = 1 if args.tiny else 3
-    turns = []
     known = min(10_000, len(model.tokenizer))
-    beginning = random_ids(known, shared, SEED)
-    for turn in range(rounds + 1):  # a cache of prompts must not know those of a round before
+    turns = []
+    for turn in range(2):  # one to warm up, whose tokens a cache must not know again
+        beginning = random_ids(known, shared, f"beginning {turn}")
         prompts = []
         for place in range(count):
             rest = random_ids(known, own_tokens, f"{turn} {place}")
@@ -264,7 +262,7 @@ def verdicts(args: argparse.Namespace) -> Found:
     ways = verdict_ways(model, turns)
     for way in ways.values():
         way()
-    seconds, found = take_turns(ways, rounds)
+    seconds, found = take_turns(ways, 1)
     best = best_of(seconds)
     figures: dict[str, Any] = {}
     for name, said in found.items():

@@ -110,6 +110,19 @@ def test_a_step_that_fails_is_a_row_with_its_reason(check, step):
     assert check.row_of(step("pass")).reason == "it measured nothing"
 
 
+def test_a_launcher_is_no_reason(files, check, tmp_path):
+    """torchrun and accelerate end with an error of their own, which says only that there was one."""
+    script = tmp_path / "fails.py"
+    script.write_text("raise ValueError('no such kernel')")
+    plan = files("gpu_plan")
+    run = dataclasses.replace(check.run, tiny=False)
+    for name in ("torchrun", "accelerate"):
+        command = plan.Command(BENCH, [*plan.launcher(run, name), str(script)])
+        row = check.row_of(plan.Step("mine", "what", [command], 60, needs=()))
+        assert row.status == "failed"
+        assert "ValueError: no such kernel" in row.reason
+
+
 def test_what_should_have_come_out_and_did_not(check, step):
     row = check.row_of(step(writes(check, {"tokens": 3}, ["other tokens"])))
     assert (row.status, row.reason, row.figures) == ("failed", "other tokens", {"tokens": 3})
@@ -125,8 +138,12 @@ def test_a_step_that_lasts_too_long_is_killed_with_its_children(files, check, st
     assert row.status == "killed"
     assert row.reason.startswith("not ready after 3 s; ")
     process = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10
-    while is_running(process):
+    wait_until(lambda: not is_running(process))
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -145,6 +162,77 @@ def test_a_step_that_cannot_begin_is_a_row(check, step):
     check.budget = 1
     row = check.row_of(step("raise ValueError"))
     assert (row.status, row.reason) == ("left out", "the 1 s are over; --only mine runs it")
+    row = check.row_of(step("raise ValueError", after="another"))
+    assert (row.status, row.reason) == ("left out", "it needs what another makes")
+
+
+def test_a_step_that_the_end_of_the_time_cuts_off_is_left_out(check, step):
+    """It has done nothing wrong: with more time it would have ended."""
+    check.run = dataclasses.replace(check.run, tiny=False)
+    check.budget = 2
+    code = f"{writes(check, {'tokens': 3})}; import time; time.sleep(100)"
+    row = check.row_of(step(code, least=1))
+    assert (row.status, row.reason) == ("left out", "the 2 s are over; --only mine runs it")
+    assert row.figures == {"tokens": 3}
+
+
+def test_each_recipe_comes_before_what_else_is_measured(files, check):
+    plan = files("gpu_plan")
+    names = [step.name for step in plan.steps_of(check.run)]
+    recipes = ["moderation", "expguard", "cross_task_defense", "lora_guard", "feedback_guard"]
+    assert names[1:6] == recipes
+    for step in plan.steps_of(check.run):
+        assert step.after is None or names.index(step.after) < names.index(step.name)
+
+
+def test_large_models_have_half_of_their_layers(files, check):
+    plan = files("gpu_plan")
+    whole = dataclasses.replace(check.run, full=True)
+    assert plan.training_step(check.run).what.startswith("8B with 16 of 32 layers, ")
+    assert plan.training_step(whole).what.startswith("8B, ")
+    assert plan.shape_of("qwen2.5-7b", False, check.run.layers("qwen2.5-7b")) == plan.SHAPES[
+        "qwen2.5-7b"
+    ] | {"num_hidden_layers": 14}
+    assert check.run.layers("qwen2.5-1.5b") == 28
+
+
+def test_a_dry_run_hides_the_gpus(files, check, step):
+    """With one the recipes would ask for the launcher that a dry run leaves out."""
+    environment = files("gpu").environment_of
+    seen = dataclasses.replace(check.run, gpus=1)
+    assert environment(seen, step(""))["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment(check.run, step("")) == environment(
+        dataclasses.replace(seen, tiny=False), step("")
+    )
+
+
+def test_what_no_later_step_needs_makes_room(check, step):
+    folders = [check.run.output("mine"), check.run.models / "qwen2.5-7b"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    mine = step("", model="qwen2.5-7b")
+    check.make_room(mine, [dataclasses.replace(mine, name="other", after="mine")])
+    assert all(folder.exists() for folder in folders)
+    check.make_room(mine, [step("", model="llama-3.1-8b")])
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_a_check_that_is_ended_leaves_nothing_behind(tmp_path):
+    """Schedulers and `timeout` send SIGTERM; its step has a session of its own."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid.new\nmv {tmp_path}/pid.new "
+        f"{tmp_path}/pid\nexec sleep 100\n"
+    )
+    python.chmod(0o755)
+    flags = ["--dry", "--python", str(python), "--output", str(tmp_path / "out")]
+    with subprocess.Popen([sys.executable, "gpu.py", *flags], cwd=BENCH) as process:
+        wait_until((tmp_path / "pid").exists)
+        process.terminate()
+        assert process.wait(30) == 143
+    step = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not is_running(step))
+    assert not list((tmp_path / "out").glob("scratch-*"))
 
 
 def test_what_a_killed_step_has_found_stays(check, step):
@@ -160,6 +248,7 @@ def test_a_step_comes_with_those_that_it_needs(files, check):
     alone = plan.with_needed(["lora_guard-riding"], steps)
     assert alone == ["lora_guard-riding", "lora_guard"]
     assert plan.with_needed(["all-gpus-ddp", "device"], steps)[2:] == ["moderation"]
+    assert plan.with_needed(["verdicts-vllm"], steps)[1:] == ["verdicts"]
 
 
 def test_weights_are_tried_once(check, step):
@@ -357,3 +446,5 @@ def test_other_losses_than_one_process_has(files, check, step):
     code = writes(check, {"losses": [0.7, 0.3, 0.5]})
     row = check.row_of(step(code, like="one"))
     assert (row.status, row.reason) == ("failed", "the losses are not those of one")
+    row = check.row_of(step(writes(check, {"losses": []}), like="one"))
+    assert (row.status, "losses_apart" in row.figures) == ("done", False)
