@@ -49,6 +49,8 @@ def memory_gb(
     tokens: int,
     bytes_a_parameter: float,
     bytes_a_value: float,
+    bytes_outside: float | None = None,
+    has_head: bool = False,
 ) -> float:
     """What docs/scaling.md counts, in 10⁹ bytes: weights with what belongs to them, and hidden
     states.
@@ -57,7 +59,16 @@ def memory_gb(
         tokens: of a pass, with padding.
         bytes_a_parameter: the line "full fine-tune" or "LoRA" of its table.
         bytes_a_value: of each layer's hidden state: 4 or 2 with checkpointing, 42 to 119 without.
+        bytes_outside: of embeddings and output layer, where they are kept otherwise.
+        has_head: whether there is an output layer of the vocabulary's size.
     """
-    kept = parameters(config) * bytes_a_parameter
+    embeddings = config.vocab_size * config.hidden_size
+    layers = parameters(config) - embeddings
+    matrices = embeddings
+    if has_head and not config.tie_word_embeddings:
+        matrices *= 2
+    if bytes_outside is None:
+        bytes_outside = bytes_a_parameter
+    kept = layers * bytes_a_parameter + matrices * bytes_outside
     values = tokens * config.hidden_size * config.num_hidden_layers
     return (kept + values * bytes_a_value) / 1e9

@@ -149,9 +149,8 @@ class Check:
             self.budget = DRY_BUDGET if dry else self.budget
             if self.args.quick and not dry:
                 self.budget = QUICK_BUDGET
-        shutil.rmtree(
-            self.run.result("").parent, ignore_errors=True
-        )  # an earlier run's compare with nothing here
+        earlier = self.run.result("").parent  # nothing is compared with another run
+        shutil.rmtree(earlier, ignore_errors=True)
         write_rows(self.run.folder, dry)
         plan = steps_of(self.run)[1:]
         for place, step in enumerate(plan):

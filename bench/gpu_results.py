@@ -124,6 +124,6 @@ def shown(figures: Mapping[str, Any]) -> str:
             value = format(value, digits)
         parts.append(f"{name} {value}")
     losses = figures.get("losses")
-    if losses:
+    if losses and None not in losses:
         parts.append(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
     return ", ".join(parts)

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 SEED = 42
 TOLERANCE = {"float32": 0.02, "bfloat16": 0.5}  # of log-odds, as in guards/card.py
+HARMS = 8  # kinds of harm in the rows that gpu.py writes for moderation
 PADDED_TO = 4096  # the length that the paper's code pads rows of ExpGuard to
 Way = Callable[[], Any]
 Batch = dict[str, torch.Tensor]
@@ -138,6 +139,9 @@ def weights(args: argparse.Namespace) -> Found:
     )
     with torch.device(run.device()):
         model = AutoModelForCausalLM.from_config(config, dtype=run.inference_dtype())
+    if args.shape == "qwen2.5-1.5b":  # moderation's head, which no launch draws like another
+        model.score = torch.nn.Linear(model.config.hidden_size, HARMS, bias=False)
+        model.score.to(model.lm_head.weight)
     partial_folder = args.folder.with_name(f"{args.folder.name}.partial")
     model.save_pretrained(partial_folder)
     tokenizer.save_pretrained(partial_folder)
@@ -251,14 +255,7 @@ def verdicts(args: argparse.Namespace) -> Found:
     own_tokens = 8 if args.tiny else 90
     count = 4 if args.tiny else 256
     known = min(10_000, len(model.tokenizer))
-    turns = []
-    for turn in range(2):  # one to warm up, whose tokens a cache must not know again
-        beginning = random_ids(known, shared, f"beginning {turn}")
-        prompts = []
-        for place in range(count):
-            rest = random_ids(known, own_tokens, f"{turn} {place}")
-            prompts.append(beginning + rest)
-        turns.append(prompts)
+    turns = prompts_of_turns(known, shared, own_tokens, count)
     ways = verdict_ways(model, turns)
     for way in ways.values():
         way()
@@ -285,6 +282,21 @@ def verdicts(args: argparse.Namespace) -> Found:
             failures.append(f"log-odds differ by {difference:.3f}")
     figures["compared"] = len(other)
     return figures | peak(), failures[:1]
+
+
+def prompts_of_turns(known: int, shared: int, own_tokens: int, count: int) -> list[Prompts]:
+    """Prompts with a beginning in common, to warm up and to be measured. Nothing of the first turn
+    comes again, because an engine may keep what it has seen.
+    """
+    turns = []
+    for turn in range(2):
+        beginning = random_ids(known, shared, f"beginning {turn}")
+        prompts = []
+        for place in range(count):
+            rest = random_ids(known, own_tokens, f"{turn} {place}")
+            prompts.append(beginning + rest)
+        turns.append(prompts)
+    return turns
 
 
 def verdict_ways(model, turns: Sequence[Prompts]) -> dict[str, Way]:

@@ -8,6 +8,7 @@ that go into the model, and takes the time, the losses and the peak of memory.
 """
 
 import argparse
+import math
 import runpy
 import statistics
 import sys
@@ -51,6 +52,8 @@ def parse() -> argparse.Namespace:
     add("--to", type=Path, required=True, help="a JSON file")
     about = "bytes a parameter and a hidden value, by docs/scaling.md, to set beside the peak"
     add("--bytes", type=float, nargs=2, help=about)
+    about = "bytes a parameter of embeddings and output layer, where they are kept otherwise"
+    add("--outside", type=float, help=about)
     add("--profile", action="store_true", help="the kernels of the last step")
     add("--stop", action="store_true", help="end with the training: nothing is saved")
     add("--falls", action="store_true", help="the loss must fall: the rows are the same again")
@@ -72,15 +75,17 @@ class Watch(TrainerCallback):
         self.hook: Any = None
         self.profiler: Any = None
         self.kernels: list[dict[str, Any]] = []
-        self.losses: list[float] = []
+        self.losses: list[float | None] = []  # None where it was no number
         self.seconds: list[float] = []
         self.passes: list[Batch] = []  # of the step that runs
         # of each step, the tokens that were processed, and the lengths of its rows
         self.steps: list[tuple[int, list[int]]] = []
+        self.longest = 0  # tokens of a pass, with padding
         self.started = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.model = model
+        args.logging_nan_inf_filter = False  # which logs 0 where a loss is no number
         self.hook = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -115,14 +120,17 @@ class Watch(TrainerCallback):
         processed = 0
         lengths = []
         for inputs in self.passes:
-            processed += inputs["input_ids"].numel()
+            tokens = inputs["input_ids"].numel()
+            processed += tokens
+            self.longest = max(self.longest, tokens)
             lengths += row_lengths(inputs)
         self.steps.append((processed, lengths))
         self.passes.clear()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+            loss = float(logs["loss"])
+            self.losses.append(loss if math.isfinite(loss) else None)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.hook.remove()
@@ -161,8 +169,11 @@ class Watch(TrainerCallback):
         if torch.cuda.is_available():
             found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if self.args.bytes:
-            longest = max(count for count, _ in self.steps)
-            found["arithmetic_gb"] = memory_gb(config, longest, *self.args.bytes)
+            names = [name for name, _ in self.model.named_modules()]
+            has_head = any(name.endswith("lm_head") for name in names)
+            outside = self.args.outside
+            counted = memory_gb(config, self.longest, *self.args.bytes, outside, has_head)
+            found["arithmetic_gb"] = counted
         if self.kernels:
             found["kernels"] = self.kernels
         return found
@@ -170,7 +181,7 @@ class Watch(TrainerCallback):
     def failures(self) -> list[str]:
         """What should have come out, and did not."""
         failed = []
-        if not all(loss == loss for loss in self.losses):
+        if None in self.losses:
             failed.append("a loss is no number")
         elif self.args.falls:
             first, *_, last = self.losses

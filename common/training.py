@@ -45,6 +45,7 @@ from common.saving import remove
 
 logger = logging.getLogger(__name__)
 TRACKERS = ("tensorboard", "trackio", "wandb")  # each an extra of that name
+LAUNCHED_WITH = "ACCELERATE_MIXED_PRECISION"  # what accelerate launch tells of its flag
 DEAD = "Flag of the paper's command that today's transformers has dropped; mapped to "
 
 
@@ -136,9 +137,12 @@ class RecipeTrainingArguments(TrainingArguments):
 
     def _leave_out_what_this_gpu_cannot_do(self) -> None:
         """A GPU before Ampere emulates bf16, slower than it computes in float32, and has no tf32."""
-        if self.bf16 and inference_dtype() != torch.bfloat16:
+        asked = os.environ.get(LAUNCHED_WITH) == "bf16"  # of accelerate launch
+        if (self.bf16 or asked) and inference_dtype() != torch.bfloat16:
             logger.info("This GPU emulates bf16: training in float32; --fp16 is faster here.")
             self.bf16 = False
+            if asked:
+                os.environ[LAUNCHED_WITH] = "no"
         if self.tf32 and not is_torch_tf32_available():
             logger.info("This GPU has no tf32: it is off.")
             self.tf32 = None

@@ -9,13 +9,20 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import forkserver
 import pytest
 import scripts
 from checks import read_json
 from expguard_rows import prompt_tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 CHAT = (
@@ -417,6 +424,80 @@ def test_flops_of_a_step(files):
     assert whole == 6 * matrices * 612 + attention
     frozen = arithmetic.training_flops(config, [512, 100], trains_all=False)
     assert frozen == 4 * matrices * 612 + attention
+
+
+def test_memory_of_what_is_kept_outside_of_the_layers(files):
+    """A causal model has an output layer, too; beside layers of 4 bits both are float32."""
+    arithmetic = files("arithmetic")
+    config = AutoConfig.for_model(**files("gpu_plan").SHAPES["qwen2.5-7b"])
+    matrix = 152064 * 3584
+    plain = arithmetic.memory_gb(config, 0, 2, 0)
+    headed = arithmetic.memory_gb(config, 0, 2, 0, has_head=True)
+    assert headed - plain == pytest.approx(2 * matrix / 1e9)
+    layers = plain / 2 - matrix / 1e9
+    small = arithmetic.memory_gb(config, 0, 0.55, 0, bytes_outside=4, has_head=True)
+    assert small == pytest.approx(0.55 * layers + 8 * matrix / 1e9)
+    tied = AutoConfig.for_model(**files("gpu_plan").SHAPES["qwen2.5-1.5b"])
+    bound = arithmetic.memory_gb(tied, 0, 2, 0, has_head=True)
+    assert bound == arithmetic.memory_gb(tied, 0, 2, 0)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e30])
+def test_losses_and_passes_of_a_step(files, tmp_path, rate):
+    """transformers logs 0 for a loss that is no number; memory is that of the longest pass."""
+    shape = files("gpu_plan").shape_of("qwen2.5-1.5b", True, 2) | {"vocab_size": 64}
+    config = AutoConfig.for_model(**shape, pad_token_id=0)
+    config.num_labels = 2
+    words = {"to": tmp_path / "found.json", "bytes": [0, 1], "outside": None}
+    words |= {"profile": False, "stop": False, "falls": False}
+    watch = files("watched").Watch(SimpleNamespace(**words))
+    rows = [{"input_ids": [3] * 8, "labels": 1}] * 16
+    trainer = Trainer(
+        AutoModelForSequenceClassification.from_config(config),
+        TrainingArguments(
+            tmp_path,
+            use_cpu=True,
+            learning_rate=rate,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            num_train_epochs=1,
+        ),
+        train_dataset=rows,
+        callbacks=[watch],
+    )
+    trainer.train()
+    found = read_json(tmp_path / "found.json")
+    assert len(found["figures"]["losses"]) == 4
+    assert found["failures"] == (["a loss is no number"] if rate > 1 else [])
+    assert found["figures"]["arithmetic_gb"] == pytest.approx(2 * 8 * 32 * 2 / 1e9)
+
+
+def test_every_launch_starts_from_the_same_head(tmp_path):
+    """ZeRO-3 draws a missing one on the GPU, and the others on the CPU: other losses."""
+    prompt_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    words = ["weights", "--shape", "qwen2.5-1.5b", "--layers", "28", "--tiny", "--tokenizer"]
+    words += [tmp_path / "tokenizer", "--folder", tmp_path / "model", "--to", tmp_path / "x.json"]
+    done = scripts.run([sys.executable, "gpu_steps.py", *words], BENCH)
+    assert done.returncode == 0, done.stderr
+    heads = []
+    for seed in (1, 2):
+        set_seed(seed)
+        load = AutoModelForSequenceClassification.from_pretrained
+        heads.append(load(tmp_path / "model", num_labels=8).score.weight)
+    assert heads[0].equal(heads[1])
+
+
+def test_prompts_of_a_round_are_new(files):
+    """vLLM keeps what it has seen: with the same prefix again, prompts apart would share it."""
+    turns = files("gpu_steps").prompts_of_turns(1000, 24, 8, 4)
+    starts = [tuple(prompts[0][1:24]) for prompts in turns]
+    assert len(set(starts)) == len(turns) == 2
+    for prompts in turns:
+        assert len({tuple(ids[:24]) for ids in prompts}) == 1
+        assert len({tuple(ids) for ids in prompts}) == 4
 
 
 def test_rows_of_a_batch(files):

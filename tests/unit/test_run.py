@@ -442,6 +442,17 @@ def test_a_gpu_before_ampere(training, on_gpu, monkeypatch, caplog):
     assert len(said(caplog)) == 2
 
 
+def test_bf16_of_the_launcher_on_a_gpu_before_ampere(training, on_gpu, monkeypatch):
+    """`accelerate launch --mixed-precision=bf16` would emulate it as well."""
+    monkeypatch.setattr("common.training.inference_dtype", lambda: torch.float32)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = training()
+    assert (args.bf16, os.environ["ACCELERATE_MIXED_PRECISION"]) == (False, "no")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    training()
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "fp16"
+
+
 def test_fsdp_without_a_launcher_is_refused(training, on_gpu, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with user_error("torchrun --nproc_per_node=1, or pass --fsdp"):
