@@ -140,6 +140,17 @@ def config_positions(config: PreTrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def check_depth(config: PreTrainedConfig, layers: int | None, flag: str) -> None:
+    """Refuse more layers than a base has: the rest would be drawn at random and trained from there.
+
+    Raises:
+        UserError: it is not between 1 and the base's number; None is that number.
+    """
+    there = config.get_text_config().num_hidden_layers
+    if layers is not None and not 1 <= layers <= there:
+        raise UserError(f"{flag} {layers}: the base has {there}")
+
+
 def check_length(model: PreTrainedModel, max_length: int, flag: str = "--max_length") -> None:
     """Refuse texts that are longer than what the model sees.
 

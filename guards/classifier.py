@@ -253,6 +253,8 @@ class ClassifierGuard(Guard):
         for place, ids in zip(rendered, encoded, strict=True):
             long += len(ids) > self.max_length
             try:
+                if not ids:
+                    raise UserError("empty text: no token of it is left to judge")
                 fitted = self._fit(ids, conversations[place])
             except UserError as error:
                 verdicts[place].error = str(error)

@@ -17,6 +17,7 @@ CHUNK = 64  # conversations between two writes
 LASTING = re.compile(
     r"(tokens|bytes|characters), more than|the model has room for|empty text"
     r"| was expected$|in what it wrote|is not a number"
+    r"|in the answer|the answer lacks"
     r"|Error code: 4(00|13|22)|HTTP 4(00|13|22)(?!.*: check )"
 )
 

@@ -66,7 +66,7 @@ def policy_text(given: str) -> str:
     if "\n" not in given and path.suffix in (".md", ".txt"):
         if not path.is_file():
             raise UserError(f"policy={given}: no such file")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows mark it at its beginning
     if not text.strip():
         raise UserError(f"policy={given}: empty; expected rules, one a line")
     return text.strip()

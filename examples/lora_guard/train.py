@@ -35,11 +35,10 @@ from transformers import (
 from trl import ModelConfig
 
 from common.bundled import resolve_model
-from common.conversation import UserError
 from common.data import load_conversations, spread
 from common.data.specs import in_one_name
 from common.data.splits import augment, load_training_rows
-from common.fit import check_length, fit_classifier
+from common.fit import check_depth, check_length, fit_classifier
 from common.head_start import fit_head
 from common.hub import push_finished
 from common.keep import fingerprint, rows_digest
@@ -153,9 +152,8 @@ def load_model(
     code = {"trust_remote_code": args.trust_remote_code}
     depth = {} if args.guard_layers is None else {"num_hidden_layers": args.guard_layers}
     with loading_model(args.hf_model_id, flag="hf_model_id"):
-        layers = AutoConfig.from_pretrained(base, **code).get_text_config().num_hidden_layers
-        if not 1 <= (args.guard_layers or layers) <= layers:
-            raise UserError(f"--guard-layers {args.guard_layers}: the base has {layers}")
+        config = AutoConfig.from_pretrained(base, **code)
+        check_depth(config, args.guard_layers, "--guard-layers")
         tokenizer = AutoTokenizer.from_pretrained(base, **code)
         model = AutoModelForSequenceClassification.from_pretrained(
             base,

@@ -9,7 +9,8 @@ launch/lora_1gpu.sh --model_name_or_path Qwen/Qwen2.5-1.5B
 
 # your own rows with their own categories; --judge prompt for rows without answers
 torchrun train.py --config configs/quickstart.yaml --output_dir output/mine \
-    --train_data_name_or_path rows.csv --eval_data_name_or_path validation.csv
+    --train_data_name_or_path rows.csv --eval_data_name_or_path validation.csv \
+    --overwrite_output_dir false
 
 # the paper's run: 8 GPUs, full fine-tune of LLaMA-7B, FSDP2
 torchrun --nproc_per_node=8 train.py --config configs/paper.yaml
@@ -28,6 +29,7 @@ from guard_folder import compute_metrics, run_settings, save_guard
 from peft import PeftModel
 from rows import describe, encode_rows, load_rows
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -41,7 +43,13 @@ from trl import ModelConfig
 from common.bundled import resolve_model
 from common.data import spread
 from common.data.splits import augment
-from common.fit import check_length, fit_classifier, fresh_modules, modules_to_save
+from common.fit import (
+    check_depth,
+    check_length,
+    fit_classifier,
+    fresh_modules,
+    modules_to_save,
+)
 from common.head_start import fit_head
 from common.hub import push_finished
 from common.labels import flagged, masked_bce
@@ -134,6 +142,8 @@ def load_model(
     code = {"trust_remote_code": args.trust_remote_code}
     depth = {} if args.num_hidden_layers is None else {"num_hidden_layers": args.num_hidden_layers}
     with loading_model(args.model_name_or_path, flag="--model_name_or_path"):
+        config = AutoConfig.from_pretrained(base, **code)
+        check_depth(config, args.num_hidden_layers, "--num_hidden_layers")
         tokenizer = AutoTokenizer.from_pretrained(base, **code)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             base,

@@ -27,6 +27,7 @@ from common.run import check_output_folder, manifest, parse_args
 from common.uncertain import ExportArguments, scored, write_uncertain
 from guards import LONG_INPUTS, zoo
 from guards.base import DECIDED_BY, decides_above, threshold_of
+from guards.known import zoo_name
 from guards.suite.benchmarks import Benchmark
 from guards.suite.details import details, failures
 from guards.suite.judge import (
@@ -279,6 +280,8 @@ def check_arguments(args: EvaluationArguments, names: Sequence[str]) -> None:
             f"--guards: {', '.join(twice)} stands there twice; name one of them (name=folder)"
         )
     if args.compare:
+        sides = [one if one in names else zoo_name(one) or one for one in args.compare.split(",")]
+        args.compare = ",".join(sides)
         a, _, b = args.compare.partition(",")
         if a not in names or b not in names:
             raise UserError(f"--compare {args.compare}: expected a,b, two of {', '.join(names)}")

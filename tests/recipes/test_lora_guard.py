@@ -287,6 +287,7 @@ def test_validation_scores_that_are_no_numbers_end_the_training():
         ("--guard-inputs pair answer", "--guard-inputs pair answer"),
         ("--guard-inputs prompt", "no prompt that is labelled unsafe"),
         ("--guard-layers 5", "--guard-layers 5: the base has 2"),
+        ("--guard-layers 0", "--guard-layers 0: the base has 2"),
         ("--lr-scheduler-type foo", "foo"),
         ("--eval-split-ratio 0.1", "give one of them"),
     ],

@@ -49,6 +49,16 @@ def test_moderation_refuses_more_tokens_than_the_model_has_positions(tmp_path):
     assert train.load_model(fitting, ["unsafe"])
 
 
+@pytest.mark.parametrize("layers", [0, 3])
+def test_moderation_refuses_layers_that_the_base_does_not_have(layers, tmp_path):
+    """They would be drawn at random, and trained from there without a word."""
+    train = module("moderation", "train")
+    base = str(BASES["bert"](tmp_path))
+    args = train.ModelArguments(model_name_or_path=base, num_hidden_layers=layers)
+    with user_error(f"--num_hidden_layers {layers}: the base has 2"):
+        train.load_model(args, ["unsafe"])
+
+
 def test_lora_guard_refuses_more_tokens_than_the_model_has_positions(tmp_path):
     train = module("lora_guard", "train")
     base = str(BASES["gpt2"](tmp_path, n_positions=128))

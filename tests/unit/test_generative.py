@@ -446,7 +446,7 @@ def test_a_users_policy(tiny, tmp_path):
     """A file or a text; without one, that of the zoo. Kept verdicts count for one policy alone."""
     talk = pair("May I have my money back?", "Yes.")
     own = tmp_path / "rules.md"
-    own.write_text(f"{RULES}\n")
+    own.write_text(f"\ufeff{RULES}\n", encoding="utf-8")  # marked, as editors of Windows do
     seen = {}
     for policy in (None, RULES, str(own)):
         guard = tiny("dynaguard-8b", policy=policy)

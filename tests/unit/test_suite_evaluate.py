@@ -523,6 +523,12 @@ def test_what_a_guard_of_the_zoo_was_trained_on(tmp_path, tiny_classifier):
     assert evaluate.describe_guard(own, made)["knows"] == []
 
 
+def test_guards_are_compared_by_the_papers_names(run, tmp_path):
+    run(candidate("expguard"), candidate("plain"), bootstrap_rounds=50, compare="ExpGuard,plain")
+    (compared, *_) = read_json(tmp_path / "out/results.json")["comparison"]
+    assert {compared["a"], compared["b"]} == {"expguard", "plain"}
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 FEW = "few=beavertails-sample:train[:9]"

@@ -102,3 +102,6 @@ def test_duoguard(tmp_path, monkeypatch):
         label = "prompt_unsafe" if talk[-1]["role"] == "user" else "response_unsafe"
         assert getattr(verdict, label) == pytest.approx(max(said.values()), abs=1e-5)
     assert guard.sees == "last turns"
+    empty, other = guard.judge([pair(""), talks[0]])  # its tokenizer puts nothing before a text
+    assert empty.error == "empty text: no token of it is left to judge"
+    assert other == guard.judge(talks[:1])[0]
