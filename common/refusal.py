@@ -18,7 +18,10 @@ LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="
 # what stands at the very beginning is the answer itself, and no quotation
 QUOTED = r'(?<=\S\s)(?:```[\s\S]*?(?:```|\Z)|> .+|"[^"\n]{12,}"|\'\w[^\n]{11,}?(?<=\S)\'(?!\w))'
 SPEAKER = r"(?m)^(?!assistant|answer|response|output)[\w .]{1,24}: .*"  # of a dialogue
-CLAUSE = r"(?:^|[,:—–-] |\b(?:but|and|so|because|that|which|reason|however|sorry|afraid|unfortunately|regrettably),? )"
+BEFORE_A_CLAUSE = (
+    "but|and|so|because|that|which|reason|however|sorry|afraid|unfortunately|regrettably"
+)
+CLAUSE = rf"(?:^|[,:—–-] |\b(?:{BEFORE_A_CLAUSE}),? )"
 WORDS_BETWEEN = r"(?:(?!(?:i|you|he|she|they|we|know|think|but)\b)[\w'-]+,?\s?){0,3}?"
 
 

@@ -234,7 +234,7 @@ def _content(path: Path, content: str, with_judge: bool) -> str:
     for row in read_json_lines(path):
         row["timestamp"] = None
         for response in () if with_judge else row["responses"]:
-            response["judge_unsafe"] = response["judge_decided"] = None
+            response |= {"judge_unsafe": None, "judge_decided": None}
         rows.append(row)
     return rows_digest(rows)
 

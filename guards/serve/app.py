@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import (
+    APIRouter,
     FastAPI,
     Request,
     Response,
@@ -192,7 +193,6 @@ def make_app(
         worker.cancel()
 
     app = FastAPI(
-        strict_content_type=False,  # clients of Perspective often send JSON without saying so
         title=f"Guard {reader.guard.name}",
         description=ABOUT,
         version="1",
@@ -291,8 +291,9 @@ def add_perspective(app: FastAPI, server: Server, with_key: bool) -> None:
     """Perspective's route."""
     reader = server.reader
     key = [Security(APIKeyQuery(name="key", auto_error=False))] if with_key else []
+    router = APIRouter(strict_content_type=False)  # its clients often send JSON without saying so
 
-    @app.post(
+    @router.post(
         "/v1alpha1/comments:analyze",
         responses=_faults(*FAULTS),
         response_model_exclude_none=True,
@@ -330,6 +331,8 @@ def add_perspective(app: FastAPI, server: Server, with_key: bool) -> None:
             languages=asked.languages,
             clientToken=asked.clientToken,
         )
+
+    app.include_router(router)
 
 
 def add_about(app: FastAPI, server: Server) -> None:

@@ -190,6 +190,37 @@ def test_what_the_guard_raises_is_told_and_the_next_batch_is_judged():
     assert len(run(judge, scenario)) == 1
 
 
+def test_what_a_request_that_failed_still_asks_is_judged_no_more():
+    judged = []
+
+    def judge(conversations):
+        judged.extend(conversations)
+        if len(judged) == 1:
+            raise RuntimeError("out of memory")
+        return said(conversations)
+
+    async def scenario(queue):
+        with pytest.raises(RuntimeError):
+            await queue.judge(talks(9, 8, 7))
+        assert not queue.waiting
+        await queue.judge(talks(6))
+
+    run(judge, scenario)
+    assert talks(7)[0] not in judged
+
+
+def test_a_guard_that_says_too_little_ends_nothing():
+    """Who is left without a verdict is told of a fault, and the next batch is judged."""
+    counts = iter([1, 1])
+
+    async def scenario(queue):
+        with pytest.raises(ValueError):
+            await queue.judge(talks(1, 1))
+        return await queue.judge(talks(1))
+
+    assert len(run(lambda some: said(some[: next(counts)]), scenario)) == 1
+
+
 @pytest.mark.parametrize("field", ["clientToken", "languages"])
 def test_half_a_character_is_a_wrong_request(field):
     """JSON can spell half a surrogate pair; an answer that repeats it could not be written."""
